@@ -1,0 +1,122 @@
+"""Every layout of ranks computes the training step of one process.
+
+Through the real `Trainer`: same weights, same rows, fp32. Compared with one process on one rank: loss, norm, every element of
+every gradient and, after three optimizer steps, every parameter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.tiny import write_conversations, write_tiny_model
+from torchsft.config import Checkpoint, Config, Data, Metrics, Model, Optim, Parallel, Train
+from torchsft.parallel.world import World
+from torchsft.trainer import Trainer
+
+STEPS = 3
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole tensor, on every rank."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def config_for(directory: str, ep: int, micro_batch_size: int, **changes: Any) -> Config:
+    """8 rows a step; the last rows of the third step are padding, so that some microbatch has no document at all."""
+    base = Path(directory)
+    return Config(
+        model=Model(path=str(base / "model")),
+        data=Data(train=(str(base / "train.jsonl"),), seq_len=192),
+        train=Train(steps=STEPS, global_batch_size=8, micro_batch_size=micro_batch_size),
+        parallel=Parallel(ep=ep, timeout_seconds=60),
+        # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of elements without a gradient.
+        optim=Optim(lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear"),
+        checkpoint=Checkpoint(export="none"),
+        metrics=Metrics(tensorboard=False, progress=False),
+        output=changes.pop("output", str(base / "unused-output")),
+        **changes,
+    )
+
+
+def train(directory: str, ep: int, micro_batch_size: int = 1) -> dict[str, Any]:
+    """A few steps on the calling ranks; the gradients are those of the first step, after clipping."""
+    config = config_for(directory, ep, micro_batch_size)
+    with World(config.parallel, 0) as world:
+        Trainer.open_output = lambda self: None  # several layouts share a directory: nothing is written
+        trainer = Trainer(config, world)
+        gradients: dict[str, torch.Tensor] = {}
+        update = trainer.optimizer.step
+
+        def keep_gradients_and_update() -> None:
+            if not gradients:
+                gradients.update((name, full(p.grad)) for name, p in trainer.model.named_parameters())
+            update()
+
+        trainer.optimizer.step = keep_gradients_and_update
+        records, empty, ids = [], 0, []
+        for _ in range(STEPS):
+            step = next(trainer.loader)
+            empty += sum(int(b.cu_seqlens[-1]) == 0 for b in step.microbatches)
+            ids.append(step.sample_ids)
+            records.append(trainer.train_step(step)[0])
+        state = {name: full(t) for name, t in trainer.model.state_dict().items()}
+    result = {"ids": ids, "empty": empty, "losses": [r["loss"] for r in records], "norms": [r["grad_norm"] for r in records]}
+    if world.rank == 0:
+        result |= {"gradients": gradients, "state": state, "tokens": [r["tokens"] for r in records]}
+    return result
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("layouts")
+    write_tiny_model(directory / "model")
+    write_conversations(directory / "train.jsonl", 40)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def one_process(inputs, ranks):
+    return ranks(1, train, directory=inputs, ep=1, micro_batch_size=8)[0]
+
+
+def compare(result: dict[str, Any], reference: dict[str, Any]) -> None:
+    """fp32 sums in another order: 1e-6 of the loss and norm, 1e-5 of each tensor's largest gradient."""
+    assert result["losses"] == pytest.approx(reference["losses"], rel=1e-6)
+    assert result["norms"] == pytest.approx(reference["norms"], rel=1e-6)
+    assert result["tokens"] == reference["tokens"]
+    wrong = []
+    for name, expected in reference["gradients"].items():
+        got = result["gradients"][name]
+        error = (got - expected).abs().max() / expected.abs().max()
+        if not error <= 1e-5:
+            factor = (got * expected).sum() / expected.square().sum()
+            wrong.append(f"{name}: error {error:.1e}, scaled by {factor:.4f}")
+    assert not wrong, "gradients differ:\n" + "\n".join(wrong)
+    for name, expected in reference["state"].items():
+        torch.testing.assert_close(result["state"][name], expected, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("world_size", "ep"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+def test_step_does_not_depend_on_the_layout(ranks, inputs, one_process, world_size, ep):
+    results = ranks(world_size, train, directory=inputs, ep=ep)
+    compare(results[0], one_process)
+    assert len({tuple(r["losses"] + r["norms"]) for r in results}) == 1  # all ranks report the same
+    for step, expected in enumerate(one_process["ids"]):  # the ranks read disjoint parts of the same global batch
+        assert [i for r in results for i in r["ids"][step]] == expected
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_step_does_not_depend_on_accumulation(ranks, inputs, one_process, micro_batch_size):
+    compare(ranks(1, train, directory=inputs, ep=1, micro_batch_size=micro_batch_size)[0], one_process)
+
+
+def test_the_batches_were_hard(one_process, ranks, inputs):
+    """Some microbatch has no document, gradients exist everywhere and the clip was active."""
+    assert max(one_process["norms"]) > 0.05
+    assert all(g.abs().max() > 0 for g in one_process["gradients"].values())
+    assert ranks(1, train, directory=inputs, ep=1, micro_batch_size=1)[0]["empty"] > 0

@@ -1,0 +1,146 @@
+"""The recipe as a user runs it: `torchrun recipes/deepseek_v3_sft.py ...`, on generated and on real conversations."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+
+def launch(ranks: int, *options: object, seconds: int = 240) -> subprocess.CompletedProcess:
+    """Run the recipe under torchrun; a run that outlasts `seconds` is ended with all its ranks and fails the test."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"no end after {seconds} s\n{out[-3000:]}\n{err[-3000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def succeed(ranks: int, *options: object) -> str:
+    """The standard output of a run that must end well."""
+    result = launch(ranks, *options)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    return result.stdout
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_path):
+    output = tmp_path / "run"
+    out = succeed(
+        2, "--train.steps", 6, "--checkpoint.every", 3, "--eval.every", 3, "--eval.answers", 6, "--output", output
+    )
+    assert out.count("held-out answers are exactly right") == 2
+    for expected in ("loss   ", "eval loss   ", "tokens/s   ", f"tensorboard --logdir {output}/tensorboard"):
+        assert expected in out
+    lines = records(output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    expected = {"step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "tokens_per_second", "step_seconds", "epoch"}
+    assert all(expected <= line.keys() and math.isfinite(line["loss"]) for line in lines)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-00000003", "step-00000006"}
+    assert list((output / "tensorboard").glob("events.*"))
+    for config in (output / "config.json", output / "checkpoints" / "step-00000006" / "config.json"):
+        assert json.loads(config.read_text())["parallel"]["ep"] == 2
+
+    model = AutoModelForCausalLM.from_pretrained(output / "hf", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(output / "hf")
+    answers = [json.loads(line) for line in (output / "answers-after.jsonl").read_text().splitlines()]
+    assert len(answers) >= 6
+    for answer in answers:
+        prompt = torch.tensor([answer["prompt"]])
+        full = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=answer["reference"][-1],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        assert full[0, prompt.shape[1] :].tolist() == answer["generated"]
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K conversations lie beside the repository, not in it")
+def test_gsm8k_from_a_transformers_model_on_2_and_4_ranks(tmp_path):
+    """Same losses on both, loss falls, and `transformers` finds the final eval loss in the exported directory."""
+    write_tiny_model(tmp_path / "model")
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()[:300]]
+    for name, part in {"train": rows[:280], "eval": rows[280:]}.items():
+        with open(tmp_path / f"{name}.jsonl", "w") as file:
+            for row in part:
+                messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+                file.write(json.dumps({"messages": messages}) + "\n")
+    losses = {}
+    for ranks, ep in ((2, 2), (4, 2)):
+        output = tmp_path / f"run{ranks}"
+        succeed(
+            ranks,
+            *("--model.path", tmp_path / "model", "--data.train", tmp_path / "train.jsonl"),
+            *("--data.eval", tmp_path / "eval.jsonl", "--data.seq-len", 1024, "--train.steps", 6),
+            *("--optim.lr", 3e-3, "--parallel.ep", ep, "--checkpoint.export", "fp32", "--output", output),
+        )
+        losses[ranks] = [(line["loss"], line["grad_norm"]) for line in records(output)]
+    for two, four in zip(losses[2], losses[4], strict=True):
+        assert four == pytest.approx(two, rel=1e-5)
+    assert losses[2][-1][0] < losses[2][0][0] - 0.3
+
+    tokenizer = AutoTokenizer.from_pretrained(output / "hf")
+    model = AutoModelForCausalLM.from_pretrained(output / "hf", dtype=torch.float32)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows[280:]:
+            head = f"<s><|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n"
+            prompt = tokenizer(head, add_special_tokens=False)["input_ids"]
+            answer = tokenizer(row["answer"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+            if len(prompt) + len(answer) + 1 > 1024:  # the newline after the end of turn counts too
+                continue
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+            count += len(answer)
+    assert records(output)[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--data.train", "{tmp}/absent.jsonl"], "absent.jsonl"),
+        (["--train.global-batch-size", "3"], "3"),
+    ],
+)
+def test_bad_input_ends_all_ranks_with_one_sentence(tmp_path, options, sentence):
+    """Told once, no hang, exit code not 0."""
+    result = launch(2, *(o.format(tmp=tmp_path) for o in options), "--output", tmp_path / "run", seconds=60)
+    assert result.returncode != 0
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and sentence in told[0], result.stderr[-3000:]
+
+
+def test_unknown_option_is_refused_with_a_suggestion():
+    result = launch(2, "--train.step", 3, seconds=60)
+    assert result.returncode != 0
+    assert result.stdout.count("Perhaps you meant") + result.stderr.count("Perhaps you meant") == 1
+    assert "--train.steps" in result.stdout + result.stderr

@@ -1,0 +1,128 @@
+"""What only a GPU can show; `pytest -m gpu` on a machine that has one. Elsewhere skipped, with a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import write_tiny_model
+from torchsft import load_model
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[2]
+LENGTHS = [70, 1, 130, 30]
+PADDING = 25
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """V3's head widths (192-wide keys, 128-wide values) in a model that is otherwise tiny."""
+    path = tmp_path_factory.mktemp("gpu")
+    return write_tiny_model(
+        path,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+
+
+def batch(device):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS) + PADDING
+    tokens = torch.randint(0, 272, (total,), generator=generator)
+    labels = torch.randint(0, 272, (total,), generator=generator)
+    labels[sum(LENGTHS) :] = -100
+    positions = torch.cat([torch.arange(n) for n in LENGTHS] + [torch.zeros(PADDING, dtype=torch.int64)])
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    return {
+        "tokens": tokens.to(device),
+        "labels": labels.to(device),
+        "positions": positions.to(device),
+        "cu_seqlens": cu_seqlens.to(device),
+        "max_seqlen": max(LENGTHS),
+    }
+
+
+def results(model, device):
+    """Logits of real tokens, loss, gradients; all on the CPU in fp32."""
+    inputs = batch(device)
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        logits = model(**inputs)[: sum(LENGTHS)].float().cpu()
+    loss = model(**inputs, labels=labels)
+    loss.backward()
+    return logits, loss.item(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
+
+
+def with_attention(directory, attention, dtype, device):
+    model = load_model(directory, dtype=dtype, device=device)
+    model.attention = attention
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference(directory):
+    return results(load_model(directory), "cpu")
+
+
+def compare(got, reference, tolerance):
+    """Logits, loss and every gradient, relative to each tensor's largest entry."""
+    logits, loss, gradients = reference
+    assert (got[0] - logits).abs().max() <= tolerance * logits.abs().max()
+    assert got[1] == pytest.approx(loss, rel=tolerance)
+    wrong = {}
+    for name, expected in gradients.items():
+        error = ((got[2][name] - expected).abs().max() / expected.abs().max()).item()
+        if not error <= tolerance:
+            wrong[name] = error
+    assert not wrong
+
+
+def test_fp32_on_the_gpu_equals_the_cpu(directory, reference):
+    """Full fp32 products (no TF32), one SDPA call per document: only the order of sums differs."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    compare(results(with_attention(directory, "sdpa", torch.float32, "cuda"), "cuda"), reference, 1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen", "flex"])
+def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(directory, reference, attention):
+    """bf16 routing can flip near ties, so the bound is what the CPU's bf16 reference itself is off by, doubled."""
+    cpu = results(with_attention(directory, "sdpa", torch.bfloat16, "cpu"), "cpu")
+    got = results(with_attention(directory, attention, torch.bfloat16, "cuda"), "cuda")
+    assert got[1] == pytest.approx(reference[1], rel=2e-2)
+    for name, expected in reference[2].items():
+        off_on_cpu = (cpu[2][name] - expected).norm() / expected.norm()
+        off_on_gpu = (got[2][name] - expected).norm() / expected.norm()
+        assert off_on_gpu <= max(2 * off_on_cpu, 0.02), name
+
+
+def test_the_step_does_not_wait_for_the_device(directory):
+    """No host synchronisation in forward and backward: torch raises on each."""
+    model = with_attention(directory, "varlen", torch.bfloat16, "cuda").train()
+    inputs = batch("cuda")
+    model(**inputs).backward()  # the first call may initialise libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_debug_preset_trains_over_nccl_on_one_rank(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), "--output", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers-after.jsonl").read_text().splitlines()]
+    assert sum(a["correct"] for a in answers) >= 0.9 * len(answers)

@@ -1,0 +1,59 @@
+"""Token permutation against its plain twin, in float64."""
+
+import pytest
+import torch
+
+from torchsft.ops.permute import combine, combine_reference, permute, permute_reference
+
+T, D, K, E = 13, 6, 3, 5
+
+
+def routing(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    experts_TK = torch.rand(T, E, generator=generator).topk(K, dim=-1).indices
+    order_R = experts_TK.flatten().argsort(stable=True)
+    row_TK = order_R.argsort().view(T, K)
+    return experts_TK, order_R, row_TK
+
+
+def test_rows_come_out_sorted_by_expert():
+    experts_TK, order_R, row_TK = routing()
+    x_TD = torch.arange(T, dtype=torch.float64)[:, None].expand(T, D)
+    rows = permute(x_TD, order_R, row_TK)
+    expected = sorted((experts_TK[t, k].item(), t * K + k) for t in range(T) for k in range(K))
+    assert rows[:, 0].tolist() == [index // K for _, index in expected]
+
+
+def test_permute_equals_its_reference():
+    _, order_R, row_TK = routing()
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(permute(x, order_R, row_TK), permute_reference(x, order_R, row_TK))
+    assert torch.autograd.gradcheck(lambda x: permute(x, order_R, row_TK), (x,))
+
+
+def test_combine_equals_its_reference():
+    _, order_R, row_TK = routing(1)
+    y = torch.randn(T * K, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(T, K, dtype=torch.float64, requires_grad=True)
+    got, expected = combine(y, weights, order_R, row_TK), combine_reference(y, weights, order_R, row_TK)
+    torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(lambda y, w: combine(y, w, order_R, row_TK), (y, weights))
+
+
+@pytest.mark.parametrize("rows", [0, 7])
+def test_one_choice_per_token_is_a_permutation_also_of_nothing(rows):
+    """Expert parallelism reorders received rows with K = 1, and a rank may receive none."""
+    order = torch.randperm(rows)
+    x = torch.randn(rows, D, requires_grad=True)
+    y = permute(x, order, order.argsort().unsqueeze(1))
+    assert torch.equal(y, x[order])
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
+def test_bf16_sums_are_accumulated_in_fp32():
+    """256 + 1 + 1 = 258 is a bf16 number, but 256 + 1 rounds back to 256 in bf16."""
+    order_R = torch.arange(3)
+    y = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    got = combine(y, torch.ones(1, 3), order_R, order_R.view(1, 3))
+    assert got.item() == 258 and got.dtype == torch.bfloat16

@@ -1,0 +1,20 @@
+"""RMSNorm against torch's own."""
+
+import torch
+
+from torchsft.ops.rms_norm import rms_norm, rms_norm_reference
+
+
+def test_rms_norm_equals_its_reference():
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3), rms_norm_reference(x, weight, 1e-3))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
+
+
+def test_bf16_is_computed_in_fp32():
+    x, weight = torch.randn(64, 32).bfloat16(), torch.randn(32).bfloat16()
+    exact = rms_norm_reference(x.double(), weight.double(), 1e-6)
+    got = rms_norm(x, weight, 1e-6)
+    assert got.dtype == torch.bfloat16
+    assert ((got - exact).abs() <= exact.abs() * 2**-8).all()  # one rounding to 8 bits

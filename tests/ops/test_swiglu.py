@@ -1,0 +1,55 @@
+"""SwiGLU functions against their plain twins."""
+
+import pytest
+import torch
+
+from torchsft.ops.swiglu import grouped_swiglu, grouped_swiglu_reference, swiglu, swiglu_reference
+
+D, F = 16, 8
+
+
+def test_swiglu_equals_its_reference():
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(swiglu(gate, up), swiglu_reference(gate, up))
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 9, 4], [0, 0, 0, 5], [0, 0, 0, 0]])
+def test_grouped_swiglu_equals_its_float64_reference(counts):
+    """Also with experts, or a whole rank, without rows. fp32 sums over at most 16 terms: 1e-5 of the largest entry."""
+    torch.manual_seed(0)
+    shapes = [(sum(counts), D), (len(counts), 2 * F, D), (len(counts), D, F)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    offs = torch.tensor(counts).cumsum(0).to(torch.int32)
+    got, expected = grouped_swiglu(*inputs, offs), grouped_swiglu_reference(*exact, offs)
+    upstream = torch.randn(got.shape)
+    got_gradients = torch.autograd.grad(got, inputs, upstream)
+    expected_gradients = torch.autograd.grad(expected, exact, upstream.double())
+    for value, reference in zip([got, *got_gradients], [expected, *expected_gradients], strict=True):
+        largest = reference.abs().max() if reference.numel() else 1
+        assert ((value - reference).abs() <= 1e-5 * largest).all()
+
+
+def test_an_expanded_gradient_is_accepted():
+    """`y.sum()` sends a gradient of stride 0, which grouped_mm itself refuses."""
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]]
+    grouped_swiglu(*inputs, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in inputs)
+
+
+def test_frozen_experts_get_no_gradient_and_rows_still_do():
+    x = torch.randn(4, D, requires_grad=True)
+    gate_up, down, offs = torch.randn(2, 2 * F, D), torch.randn(2, D, F), torch.tensor([1, 4], dtype=torch.int32)
+    (got,) = torch.autograd.grad(grouped_swiglu(x, gate_up, down, offs).square().sum(), x)
+    (expected,) = torch.autograd.grad(grouped_swiglu_reference(x, gate_up, down, offs).square().sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_backward_through_one_graph_is_refused():
+    """The backward pass overwrites what it saved; silently reusing it would be a wrong gradient."""
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]]
+    y = grouped_swiglu(*inputs, torch.tensor([1, 4], dtype=torch.int32)).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

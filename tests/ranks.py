@@ -1,0 +1,100 @@
+"""A pool of processes that play the ranks of a run: started once, since each start costs 10 s of imports.
+
+A job is a module-level function; it is run on n ranks with the environment that torchrun would set, so that `World` works as it
+does for a user. A rank that raises makes the job fail with that rank's traceback.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def _serve(pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        job = pipe.recv()
+        if job is None:
+            return
+        function, arguments, environment = job
+        os.environ.update(environment)
+        try:
+            pipe.send((True, function(**arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class RankPool:
+    """Up to `size` ranks on this machine."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.ranks.append((process, ours))
+
+    def run(self, n: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """Results of `function(**arguments)` on ranks 0 to n - 1; arguments and results must pickle."""
+        if not self.ranks:
+            self._start()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank, (_, pipe) in enumerate(self.ranks[:n]):
+            environment = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": n,
+                "LOCAL_WORLD_SIZE": n,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            pipe.send((function, arguments, {k: str(v) for k, v in environment.items()}))
+        results: list[Any] = [None] * n
+        waiting = {self.ranks[rank][1]: rank for rank in range(n)}
+        while waiting:
+            for pipe in wait(list(waiting), timeout=300) or self._lost(waiting):
+                rank = waiting.pop(pipe)
+                try:
+                    good, results[rank] = pipe.recv()
+                except EOFError:
+                    good, results[rank] = False, "the process ended"
+                if not good:  # the others may wait for it in a collective: end them all, the next job starts anew
+                    self.close(kill=True)
+                    raise AssertionError(f"rank {rank} of {n} failed:\n{results[rank]}")
+        return results
+
+    def _lost(self, waiting: dict[Connection, int]) -> list[Connection]:
+        ranks = sorted(waiting.values())
+        self.close(kill=True)
+        raise AssertionError(f"ranks {ranks} gave no answer in 300 s")
+
+    def close(self, kill: bool = False) -> None:
+        """End all processes of the pool."""
+        for process, pipe in self.ranks:
+            if kill:
+                process.kill()
+            elif process.is_alive():
+                pipe.send(None)
+            process.join()
+            pipe.close()
+        self.ranks = []

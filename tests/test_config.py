@@ -1,0 +1,94 @@
+"""The command-line contract: names, strictness, presets, what makes two runs different."""
+
+import dataclasses
+
+import pytest
+
+from recipes.deepseek_v3_sft import PRESETS, choose_preset
+from torchsft.config import Config, InputError, Optim, Parallel, Train, differences, parse, to_dict
+
+# Documentation and tools rely on these names (DESIGN.md).
+CONTRACT = """
+model.path data.train data.eval data.seq-len data.mask train.steps train.epochs train.global-batch-size
+train.micro-batch-size train.seed parallel.pp parallel.dp-replicate parallel.dp-shard parallel.cp parallel.tp parallel.ep
+optim.lr optim.schedule optim.warmup-steps optim.clip-norm precision.compute checkpoint.every checkpoint.resume
+checkpoint.keep checkpoint.export eval.every output print-config
+""".split()
+
+
+def options(*argv):
+    return parse(PRESETS, choose_preset, argv, "doc")
+
+
+def test_help_lists_every_option_of_the_contract_and_every_preset(capsys):
+    with pytest.raises(SystemExit) as end:
+        options("--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert not [name for name in CONTRACT if f"--{name}" not in text]
+    assert all(name in text for name in PRESETS)
+    assert "(default: 4096)" not in text or "512" in text
+
+
+def test_the_preset_is_named_or_follows_from_the_model_path():
+    assert options()[0] == "debug"
+    assert options("--model.path", "DIR")[0] == "finetune"
+    assert options("--model.path=DIR")[0] == "finetune"
+    assert options("debug", "--model.path", "DIR")[0] == "debug"
+    with pytest.raises(InputError, match="preset 'debgu' does not exist; choose one of: debug, finetune"):
+        options("debgu")
+
+
+def test_options_override_the_preset():
+    _, config = options("debug", "--optim.lr", "0.5", "--data.train", "a", "b", "--optim.clip-norm", "None")
+    expected = PRESETS["debug"]()
+    assert (config.optim.lr, config.data.train, config.optim.clip_norm) == (0.5, ("a", "b"), None)
+    assert config.train == expected.train
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.stepz", "3"], "--train.steps"),
+        (["--precision.compute", "float8"], "float8"),
+        (["--optim.lr", "fast"], "fast"),
+        (["--parallel.pp", "2"], "parallel.pp is 2"),
+        (["--data.mask", "everything"], "everything"),
+    ],
+)
+def test_what_is_not_understood_ends_the_program_with_a_word_about_it(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        options(*argv)
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Train(steps=1, epochs=1), "both set"),
+        (lambda: Train(steps=0), "--train.steps is 0, but it must be at least 1"),
+        (lambda: Train(micro_batch_size=0), "--train.micro-batch-size is 0"),
+        (lambda: Optim(lr=-1.0), "--optim.lr is -1.0"),
+        (lambda: Optim(lr=float("nan")), "--optim.lr is nan"),
+        (lambda: Optim(beta2=1.0), "--optim.beta2 is 1.0"),
+        (lambda: Optim(clip_norm=0.0), "--optim.clip-norm is 0.0"),
+        (lambda: Optim(min_lr_ratio=2.0), "--optim.min-lr-ratio is 2.0"),
+        (lambda: Parallel(tp=2), "--parallel.tp is 2, but this version supports only 1"),
+        (lambda: Parallel(dp_shard=0), "--parallel.dp-shard is 0"),
+        (lambda: Parallel(timeout_seconds=0.0), "--parallel.timeout-seconds is 0.0"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_with_the_option_and_the_number(build, message):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        build()
+
+
+def test_differences_name_what_changes_the_training_and_nothing_else():
+    old = Config()
+    new = dataclasses.replace(
+        old, train=Train(seed=3, max_nonfinite_steps=9), parallel=Parallel(ep=2), optim=Optim(lr=0.5), output="elsewhere"
+    )
+    assert differences(to_dict(old), to_dict(new)) == ["optim.lr: 1e-05 -> 0.5", "train.seed: 0 -> 3"]
+    assert differences(to_dict(old), to_dict(old)) == []

@@ -1,0 +1,216 @@
+"""The training step against a plain `transformers` + `torch.optim` loop, what it does with bad gradients, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DeepseekV3ForCausalLM
+
+from recipes import deepseek_v3_sft
+from tests.distributed.test_layouts import config_for
+from tests.tiny import write_conversations, write_tiny_model
+from torchsft.config import InputError, Optim, Precision
+from torchsft.parallel.world import World
+from torchsft.trainer import Trainer, resolve
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trainer")
+    write_tiny_model(directory / "model")
+    write_conversations(directory / "train.jsonl", 40)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def trainer_for(inputs, tmp_path, **changes):
+    config = config_for(str(inputs), ep=1, micro_batch_size=2, output=str(tmp_path / "run"))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def reference_tokens(messages, tokenizer):
+    """Token ids and trained flags of a conversation in the tests' template, written down turn by turn."""
+    tokens, trained = tokenizer.encode("<s>", add_special_tokens=False), [False]
+    for message in messages:
+        for text, flag in (
+            (f"<|im_start|>{message['role']}\n", False),
+            (f"{message['content']}<|im_end|>", message["role"] == "assistant"),
+            ("\n", False),
+        ):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            tokens += ids
+            trained += [flag] * len(ids)
+    return tokens, trained
+
+
+def test_three_steps_equal_a_transformers_loop(inputs, tmp_path):
+    """Loss, norm and weights of 3 AdamW steps with warm-up, linear decay, weight decay and clipping."""
+    config = trainer_for(inputs, tmp_path)
+    lines = [json.loads(line)["messages"] for line in (inputs / "train.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    model = DeepseekV3ForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    o = config.optim
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+    )
+    learning_rates = [1e-2, 1e-2, 0.5e-2]  # warm-up of 1 step to the peak, then linear to 0 over 2 steps
+
+    with World(config.parallel, 0) as world:
+        trainer = Trainer(config, world)
+        for lr in learning_rates:
+            step = next(trainer.loader)
+            record, _ = trainer.train_step(step)
+            loss, count = 0.0, 0
+            for sample_id in step.sample_ids:
+                tokens, trained = reference_tokens(lines[int(sample_id.rsplit(":", 1)[1]) - 1], tokenizer)
+                logits = model(torch.tensor([tokens])).logits[0, :-1]
+                losses = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
+                loss = loss + losses[torch.tensor(trained[1:])].sum()
+                count += sum(trained[1:])
+            (loss / count).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            assert record["supervised_tokens"] == count
+            assert record["loss"] == pytest.approx(loss.item() / count, rel=1e-5)
+            assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+            assert record["lr"] == pytest.approx(lr)
+        trained_state = trainer.model.state_dict()
+    expected = model.state_dict()
+    for name, tensor in trained_state.items():
+        torch.testing.assert_close(tensor, expected[name].reshape(tensor.shape), rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(inputs, tmp_path):
+    config = trainer_for(inputs, tmp_path)
+    config.train.max_nonfinite_steps = 2
+    with World(config.parallel, 0) as world:
+        trainer = Trainer(config, world)
+        trainer.train_step(next(trainer.loader))
+        before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        moments = [{k: v.clone() for k, v in s.items()} for s in trainer.optimizer.state.values()]
+        poison = trainer.model.model.norm.weight.register_hook(lambda g: torch.full_like(g, math.nan))
+        record, scalars = trainer.train_step(next(trainer.loader))
+        assert math.isnan(record["grad_norm"]) and scalars["optim/skipped_steps"] == 1
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        for now, then in zip(trainer.optimizer.state.values(), moments, strict=True):
+            assert all(torch.equal(now[k], then[k]) for k in then)
+        with pytest.raises(InputError, match="not finite in 2 steps in a row"):
+            trainer.train_step(next(trainer.loader))
+        assert (trainer.step, trainer.updates) == (3, 1)
+        poison.remove()
+        record, _ = trainer.train_step(next(trainer.loader))
+        assert math.isfinite(record["grad_norm"]) and trainer.updates == 2
+
+
+def test_automatic_options_are_resolved_in_the_saved_configuration(inputs, tmp_path):
+    config = trainer_for(inputs, tmp_path)
+    with World(config.parallel, 0) as world:
+        resolved = resolve(config, world)
+    assert resolved.parallel.dp_shard == 1
+    assert resolved.precision.compute == ("bf16" if torch.cuda.is_available() else "fp32")
+
+
+def run_recipe(monkeypatch, *options):
+    monkeypatch.setattr("sys.argv", ["deepseek_v3_sft.py", *map(str, options)])
+    try:
+        deepseek_v3_sft.main()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def bad_model(inputs, tmp_path, change):
+    """A copy of the model directory with a changed config.json."""
+    directory = tmp_path / "changed"
+    directory.mkdir()
+    for path in (inputs / "model").iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    config = json.loads((directory / "config.json").read_text()) | change
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
+        ({"moe_intermediate_size": 24}, r"experts.*(24|shape)"),
+        ({"num_hidden_layers": 4}, "model.layers.3"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, change, sentence):
+    directory = bad_model(inputs, tmp_path, change)
+    with pytest.raises(InputError, match=sentence):
+        run_recipe(
+            monkeypatch, "--model.path", directory, "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model.path", "/absent"], "/absent"),
+        (["--parallel.ep", "3"], "ep is 3"),
+        (["--data.seq-len", "8"], r"(?s)no supervised|longer|8"),
+        (["--train.global-batch-size", "3", "--train.micro-batch-size", "2"], r"3.*2"),
+        (["--optim.warmup-steps", "100", "--train.steps", "10"], r"100.*10"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(inputs, tmp_path, monkeypatch, options, sentence):
+    path = [] if "--model.path" in options else ["--model.path", inputs / "model"]
+    with pytest.raises(InputError, match=sentence):
+        run_recipe(monkeypatch, *path, "--data.train", inputs / "train.jsonl", *options, "--output", tmp_path / "run")
+
+
+def test_an_output_directory_of_another_run_is_refused(inputs, tmp_path, monkeypatch):
+    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    options += ["--train.steps", 2, "--optim.warmup-steps", 1, "--output", tmp_path / "run", "--metrics.no-progress"]
+    run_recipe(monkeypatch, *options)
+    with pytest.raises(InputError, match=r"optim.lr: 1e-05 -> 0.5"):
+        run_recipe(monkeypatch, *options, "--optim.lr", 0.5)
+    with pytest.raises(InputError, match="already holds checkpoints"):
+        run_recipe(monkeypatch, *options, "--checkpoint.resume", "never")
+    run_recipe(monkeypatch, *options)  # the same run again: nothing left to train, exported anew
+
+
+def test_print_config_prints_the_resolved_options_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    run_recipe(monkeypatch, "--print-config", "--optim.lr", 0.25, "--output", tmp_path / "run")
+    assert json.loads(capsys.readouterr().out)["optim"]["lr"] == 0.25
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_compute_with_fp32_masters_stays_close_to_fp32(inputs, tmp_path):
+    """bf16 has 8 bits: loss within 2 % of fp32, masters and moments fp32, routing bias untouched."""
+    losses = {}
+    for compute in ("fp32", "bf16"):
+        config = trainer_for(inputs, tmp_path, precision=Precision(compute=compute), optim=Optim(lr=1e-2))
+        with World(config.parallel, 0) as world:
+            trainer = Trainer(config, world)
+            bias = {k: v.clone() for k, v in trainer.model.state_dict().items() if "bias" in k}
+            losses[compute] = [trainer.train_step(next(trainer.loader))[0]["loss"] for _ in range(3)]
+            assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+            assert all(s["exp_avg_sq"].dtype == torch.float32 for s in trainer.optimizer.state.values())
+            now = trainer.model.state_dict()
+            assert bias and all(torch.equal(now[k], v) and v.dtype == torch.float32 for k, v in bias.items())
+        for path in (tmp_path / "run").glob("*"):
+            path.unlink()
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]

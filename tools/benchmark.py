@@ -1,0 +1,38 @@
+"""Measurements of this machine; results with machine and versions belong in tools/benchmarks.md.
+
+python tools/benchmark.py step            a small model on CPU against a plain transformers + AdamW loop
+python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import benchmark_gpu, benchmark_step
+
+
+def main() -> None:
+    """Parse the command line and run one measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", help="small model, CPU, against transformers")
+    step.add_argument("--repeats", type=int, default=5, help="timed steps of each side (default: %(default)s)")
+    step.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    step.add_argument("--profile", action="store_true", help="also print where the time goes, by operator")
+    gpu = commands.add_parser("gpu", help="real widths, one NVIDIA GPU")
+    gpu.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
+    for command in (step, gpu):
+        command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
+    options = parser.parse_args()
+    if options.command == "step":
+        benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
+    else:
+        benchmark_gpu.run(options.json, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""`tools/benchmark.py step`: one training step of a small DeepSeek-V3 against a plain transformers loop.
+
+Both sides start from the same weights, see the same batches (rows of one document each, so that both compute the same
+loss, which is asserted), run in fp32 in this one process and take turns. The plain side is what one would write:
+`DeepseekV3ForCausalLM` with its default attention (sdpa) and experts, `loss.backward()`, `torch.optim.AdamW`. Ours is the
+model and the optimizer that the trainer uses.
+
+Memory is what torch's CPU allocator holds at most during a step above what it held before it, so above weights and
+optimizer state; gradients and activations count, scratch space of BLAS libraries outside the allocator does not.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from torchsft.config import Optim
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.loss import IGNORE
+from torchsft.precision.adamw import build_optimizer
+
+ROWS, ROW = 4, 1024
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 192,
+    "kv_lora_rank": 128,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "max_position_embeddings": 4096,
+}
+LEARNING_RATE = 1e-4
+
+# One side: `compute(tokens)` runs forward and backward and returns the mean loss; `update()` steps the optimizer.
+Side = tuple[Callable[[Tensor], Tensor], Callable[[], None]]
+
+
+def transformers_side() -> tuple[Side, dict[str, Tensor], dict[str, Any]]:
+    """The plain loop, its weights and its config."""
+    from transformers import DeepseekV3Config as HfConfig
+    from transformers import DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = HfConfig(**SMALL, pad_token_id=None, attn_implementation="sdpa")
+    model = DeepseekV3ForCausalLM(config).train()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+    def compute(tokens: Tensor) -> Tensor:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return (compute, update), weights, config.to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
+
+
+def our_side(weights: dict[str, Tensor], config: dict[str, Any]) -> Side:
+    """Our model with the same weights."""
+    model = DeepseekV3(DeepseekV3Config.from_hf(config)).train()
+    model.load_state_dict(weights)
+    optimizer = build_optimizer(model, Optim(lr=LEARNING_RATE, weight_decay=0.01, beta2=0.999))
+    positions = torch.arange(ROW).repeat(ROWS)
+    cu_seqlens = torch.arange(0, ROWS * ROW + 1, ROW, dtype=torch.int32)
+
+    def compute(tokens: Tensor) -> Tensor:
+        labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE).flatten()
+        loss = model(tokens.flatten(), positions=positions, cu_seqlens=cu_seqlens, labels=labels, max_seqlen=ROW)
+        loss = loss / (ROWS * (ROW - 1))
+        loss.backward()
+        return loss.detach()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return compute, update
+
+
+def held_peak(function: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator held during the call, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def time_table(function: Callable[[], object], rows: int = 25) -> str:
+    """Where the time of a call goes, by operator."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60)
+
+
+def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) -> dict[str, Any]:
+    """Measure both sides in turns, print the comparison, and write it as JSON."""
+    torch.set_num_threads(threads)
+    plain, weights, config = transformers_side()
+    sides = {"transformers": plain, "torchsft": our_side(weights, config)}
+    del weights
+    batches = torch.randint(0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1))
+    seconds: dict[str, dict[str, list[float]]] = {name: {"compute": [], "update": []} for name in sides}
+    peaks: dict[str, int] = {}
+    for index, tokens in enumerate(batches):
+        losses = {}
+        for name, (compute, update) in sides.items():
+            if index == 1:  # optimizer state exists from step 0 on
+
+                def step(compute: Any = compute, update: Any = update, name: str = name, tokens: Tensor = tokens) -> None:
+                    losses[name] = compute(tokens)
+                    update()
+
+                peaks[name] = held_peak(step)
+                continue
+            began = time.perf_counter()
+            losses[name] = compute(tokens)
+            middle = time.perf_counter()
+            update()
+            if index > 1:
+                seconds[name]["compute"].append(middle - began)
+                seconds[name]["update"].append(time.perf_counter() - middle)
+        # The same loss, while both learn from the same batches; fp32 sums differ in order.
+        torch.testing.assert_close(losses["torchsft"], losses["transformers"], rtol=1e-4, atol=0)
+
+    report: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": threads,
+        "tokens": ROWS * ROW,
+        "config": SMALL,
+    }
+    for name in sides:
+        compute, update = (statistics.median(seconds[name][part]) for part in ("compute", "update"))
+        report[name] = {
+            "tokens_per_second": ROWS * ROW / (compute + update),
+            "forward_backward_seconds": compute,
+            "optimizer_seconds": update,
+            "peak_bytes": peaks[name],
+        }
+        print(
+            f"{name:13} {report[name]['tokens_per_second']:7.0f} tokens/s  (forward + backward {compute:.2f} s,"
+            f" optimizer {update:.2f} s)  {peaks[name] / 2**20:7.0f} MiB above weights and optimizer state"
+        )
+    ours, theirs = report["torchsft"], report["transformers"]
+    report["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
+    report["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
+    print(f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, {report['memory_ratio']:.2f} x the memory")
+    if show_profile:
+        for name, (compute, _) in sides.items():
+            print(f"\n{name}: forward + backward\n{time_table(lambda compute=compute: compute(batches[0]))}")
+    if json_path:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    return report

@@ -1,0 +1,68 @@
+"""Boxes: rectangular parts of a tensor, and which box of a parameter a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from torchsft.models.decoder import Piece
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a tensor: where it starts and how far it extends, one int per dim."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __and__(self, other: Box) -> Box | None:
+        """The common part; None where there is none."""
+        start = tuple(map(max, self.start, other.start))
+        shape = tuple(
+            min(a + n, b + m) - s
+            for a, n, b, m, s in zip(self.start, self.shape, other.start, other.shape, start, strict=True)
+        )
+        return Box(start, shape) if min(shape, default=1) > 0 else None
+
+    def within(self, origin: Sequence[int]) -> tuple[slice, ...]:
+        """Index of this box in a tensor whose first element stands at `origin`."""
+        return tuple(slice(s - o, s - o + n) for s, o, n in zip(self.start, origin, self.shape, strict=True))
+
+
+def shard_box(
+    shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement], coordinate: Sequence[int]
+) -> Box:
+    """The box of a DTensor of global `shape` that the rank at mesh `coordinate` holds.
+
+    DTensor's rule: axis by axis, the part that the axes before left is cut as by `torch.chunk`: equal parts, rounded
+    up, the last ones smaller or empty.
+    """
+    start, extent = [0] * len(shape), list(shape)
+    for size, placement, index in zip(mesh_shape, placements, coordinate, strict=True):
+        if type(placement) is Shard:
+            dim = placement.dim
+            part = -(-extent[dim] // size)
+            offset = min(part * index, extent[dim])
+            start[dim] += offset
+            extent[dim] = min(part, extent[dim] - offset)
+        elif not isinstance(placement, Replicate):
+            raise NotImplementedError(
+                f"a parameter placed as {placement} is not one box per rank; use Shard or Replicate"
+            )
+    return Box(tuple(start), tuple(extent))
+
+
+def local_box(tensor: Tensor) -> Box:
+    """The box of `tensor` that this rank holds: all of a plain tensor."""
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        return shard_box(tensor.shape, mesh.shape, tensor.placements, mesh.get_coordinate())
+    return Box((0,) * tensor.ndim, tuple(tensor.shape))
+
+
+def piece_box(piece: Piece) -> Box:
+    """The box of its parameter that a Hugging Face tensor fills."""
+    return Box(piece.start, (1,) * (len(piece.start) - len(piece.hf_shape)) + piece.hf_shape)

@@ -1,0 +1,292 @@
+"""Every option of a run, as nested dataclasses.
+
+A recipe fills these in (a preset), the command line overrides any field (`--optim.lr 1e-5`), and the resolved result is
+written to `OUTPUT/config.json` and into every checkpoint. Each class checks its own fields; what needs the world size is
+checked in `parallel/world.py`, what needs the model's `config.json` in `models/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used: one sentence that names the thing, the numbers and the remedy."""
+
+
+def _at_least(option: str, value: float, least: float) -> None:
+    if not value >= least:  # also catches nan
+        raise InputError(f"{option} is {value}, but it must be at least {least}")
+
+
+@dataclass(kw_only=True)
+class Model:
+    """Which model is trained and which implementation computes it."""
+
+    path: str | None = None
+    """Hugging Face directory: config.json, tokenizer and safetensors weights. Absent: the preset's random tiny model."""
+    random_init: bool = False
+    """Initialise weights from the seed instead of loading them (config.json and tokenizer still come from path)."""
+    attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
+    """auto: varlen on CUDA, sdpa (one call per document, the reference) elsewhere."""
+    experts: Literal["grouped_mm", "loop"] = "grouped_mm"
+    """loop is the plain reference: one matrix product per expert."""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at the same time in the vocabulary loss."""
+
+    def __post_init__(self) -> None:
+        _at_least("--model.loss-chunk", self.loss_chunk, 1)
+
+
+@dataclass(kw_only=True)
+class Data:
+    """What is trained on."""
+
+    train: tuple[str, ...] = ()
+    """JSONL files of {"messages": [{"role", "content"}, ...]}."""
+    eval: tuple[str, ...] = ()
+    """Held-out JSONL files, evaluated over every row."""
+    seq_len: int = 4096
+    """Tokens in a packed row."""
+    mask: Literal["assistant", "last-turn", "all"] = "assistant"
+    """Which tokens are trained: every assistant turn, the last one, or everything."""
+    truncation: Literal["drop", "right", "raise"] = "drop"
+    """What happens to a sample longer than seq_len: left out (counted), cut at the end (counted), or an error."""
+
+    def __post_init__(self) -> None:
+        _at_least("--data.seq-len", self.seq_len, 2)
+
+
+@dataclass(kw_only=True)
+class Train:
+    """How long and in which portions."""
+
+    steps: int | None = None
+    """Optimizer steps. Give this or epochs."""
+    epochs: int | None = None
+    """Passes over the training data. Neither given: 1 epoch."""
+    global_batch_size: int = 8
+    """Rows per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Rows per forward and backward pass of one rank."""
+    seed: int = 0
+    """Seed of weights (where random) and of the data order."""
+    max_nonfinite_steps: int = 3
+    """Steps in a row whose gradient norm may be inf or nan (each is skipped whole) before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(
+                f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set; give one of them (the other: None)"
+            )
+        for name in ("steps", "epochs"):
+            if getattr(self, name) is not None:
+                _at_least(f"--train.{name}", getattr(self, name), 1)
+        _at_least("--train.global-batch-size", self.global_batch_size, 1)
+        _at_least("--train.micro-batch-size", self.micro_batch_size, 1)
+        _at_least("--train.seed", self.seed, 0)
+        _at_least("--train.max-nonfinite-steps", self.max_nonfinite_steps, 1)
+
+
+@dataclass(kw_only=True)
+class Parallel:
+    """Mesh sizes: pp x dp_replicate x dp_shard x cp x tp ranks; experts see pp x dp_replicate x edp x ep."""
+
+    pp: int = 1
+    """Pipeline stages (this version: 1)."""
+    dp_replicate: int = 1
+    """Replicas of the sharded model (this version: 1)."""
+    dp_shard: int = -1
+    """Ranks that share one copy of the parameters (FSDP2); -1 takes what the other axes leave."""
+    cp: int = 1
+    """Context parallel ranks (this version: 1)."""
+    tp: int = 1
+    """Tensor parallel ranks (this version: 1)."""
+    ep: int = 1
+    """Ranks over which the experts of a layer are spread; divides dp_shard * cp * tp."""
+    timeout_seconds: float = 600.0
+    """A collective that waits longer than this ends the job."""
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "dp_replicate", "cp", "tp"):
+            size = getattr(self, name)
+            if size != 1:
+                option = "--parallel." + name.replace("_", "-")
+                raise InputError(f"{option} is {size}, but this version supports only 1; use dp_shard and ep")
+        if self.dp_shard != -1:
+            _at_least("--parallel.dp-shard", self.dp_shard, 1)
+        _at_least("--parallel.ep", self.ep, 1)
+        if not self.timeout_seconds > 0:
+            raise InputError(f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0")
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate of cosine and linear, as a share of lr."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled; applied to matrices only (parameters of two or more dims), not to norms and biases."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None leaves gradients as they are."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr_ratio", "eps", "weight_decay", "warmup_steps"):
+            _at_least("--optim." + name.replace("_", "-"), getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--optim.{name} is {getattr(self, name)}, but it must be in [0, 1)")
+        if not self.min_lr_ratio <= 1:
+            raise InputError(f"--optim.min-lr-ratio is {self.min_lr_ratio}, but it must be at most 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise InputError(f"--optim.clip-norm is {self.clip_norm}, but it must be above 0 (or None for no clipping)")
+        if not math.isfinite(self.lr):
+            raise InputError(f"--optim.lr is {self.lr}, but it must be a finite number")
+
+
+@dataclass(kw_only=True)
+class Precision:
+    """Number formats. Master parameters, gradients and moments are always fp32."""
+
+    compute: Literal["auto", "bf16", "fp32"] = "auto"
+    """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow there)."""
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """Training checkpoints (DCP) and the final Hugging Face export."""
+
+    every: int = 500
+    """Steps between checkpoints; one more is written at the end. 0: only at the end."""
+    resume: str = "auto"
+    """auto: newest complete checkpoint in the output directory; never; or a checkpoint directory."""
+    keep: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+    export: Literal["bf16", "fp32", "none"] = "bf16"
+    """dtype of the weights written to OUTPUT/hf at the end."""
+
+    def __post_init__(self) -> None:
+        _at_least("--checkpoint.every", self.every, 0)
+        _at_least("--checkpoint.keep", self.keep, 0)
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """Evaluation on --data.eval."""
+
+    every: int = 0
+    """Steps between evaluations; one is always made at the end. 0: only at the end."""
+    answers: int = 0
+    """Held-out conversations whose assistant turns are generated greedily before and after training (exact match)."""
+    max_new_tokens: int = 64
+    """Longest generated answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        _at_least("--eval.every", self.every, 0)
+        _at_least("--eval.answers", self.answers, 0)
+        _at_least("--eval.max-new-tokens", self.max_new_tokens, 1)
+
+
+@dataclass(kw_only=True)
+class Metrics:
+    """What is shown and written while training."""
+
+    tensorboard: bool = True
+    progress: bool = True
+    """Progress bar on the console."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, for the MFU; absent: known for common NVIDIA devices, else no MFU."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run of torchsft."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+    optim: Optim = field(default_factory=Optim)
+    precision: Precision = field(default_factory=Precision)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+    metrics: Metrics = field(default_factory=Metrics)
+    output: str = "outputs/run"
+    """Directory that receives config.json, metrics.jsonl, tensorboard/, checkpoints/ and hf/."""
+    print_config: bool = False
+    """Print the resolved configuration as JSON and exit."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The whole configuration as JSON-able nested dictionaries."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as they do in config.json
+
+
+# What may differ between a run and its continuation: it changes neither the steps' mathematics nor their data.
+FREE_TO_CHANGE = (
+    *("output", "print_config", "metrics", "eval", "checkpoint", "parallel"),
+    *("train.micro_batch_size", "train.max_nonfinite_steps", "model.loss_chunk", "model.attention", "model.experts"),
+)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0 -> 1'."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name = prefix + key
+        a, b = old.get(key), new.get(key)
+        if name in FREE_TO_CHANGE or a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, name + ".")
+        else:
+            found.append(f"{name}: {a!r} -> {b!r}")
+    return found
+
+
+def parse(
+    presets: Mapping[str, Callable[[], Config]], choose: Callable[[Sequence[str]], str], argv: Sequence[str], doc: str
+) -> tuple[str, Config]:
+    """Read `[PRESET] [--option value ...]`.
+
+    Args:
+        presets: preset name -> function that builds its configuration.
+        choose: names the preset for a command line that does not begin with one.
+        argv: the command line without the program's name.
+        doc: text above the options in `--help`.
+
+    Returns:
+        The preset's name and the resolved configuration. Unknown options end the program (exit code 2, with a suggestion).
+    """
+    named = bool(argv) and not argv[0].startswith("-")
+    name = argv[0] if named else choose(argv)
+    if name not in presets:
+        raise InputError(f"preset {name!r} does not exist; choose one of: {', '.join(presets)}")
+    listing = "\n".join(f"  {key:<10} {(build.__doc__ or '').strip().splitlines()[0]}" for key, build in presets.items())
+    about = f"{doc.strip()}\n\nPresets (first argument; options override them):\n{listing}\n\nBelow: defaults of {name!r}."
+    config = tyro.cli(
+        Config,
+        args=list(argv[1:] if named else argv),
+        default=presets[name](),
+        description=about,
+        console_outputs=os.environ.get("RANK", "0") == "0",  # one message, not one per rank
+    )
+    return name, config

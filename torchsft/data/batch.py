@@ -1,0 +1,88 @@
+"""From rows of samples to the tensors of a microbatch: rows folded, documents marked, padding at the end.
+
+T = rows * seq_len tokens, N documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchsft.config import InputError
+from torchsft.data.template import Sample
+
+NO_LABEL = -100
+
+
+@dataclass
+class Batch:
+    """One microbatch. The documents of all rows come first, one after the other; padding is collected behind them.
+
+    Attributes:
+        tokens: int64 [T].
+        labels: int64 [T], the token to predict at each position: the next one of the same document. -100 where there is
+            none (last token of a document, padding) or where its weight is 0.
+        loss_weights: float32 [T], the weight of `labels`; 0 where that is -100.
+        positions: int64 [T], from 0 in each document; 0 in padding.
+        cu_seqlens: int32 [N + 1], document n is `tokens[cu_seqlens[n] : cu_seqlens[n + 1]]`; the last entry is the
+            number of real tokens. `[0]` where there is no document at all.
+        max_seqlen: tokens of the longest document, 0 where there is none; on the host, so that no device is asked.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; does not wait for the copies."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -> Batch:
+    """The microbatch of some rows.
+
+    Args:
+        rows: the samples of each row, together at most seq_len tokens; a row may be empty.
+        seq_len: tokens of a row; the batch has T = len(rows) * seq_len.
+        pad_token_id: what stands in padding; nothing depends on it, it only has to be a token of the model.
+
+    Raises:
+        InputError: a row holds more than seq_len tokens.
+    """
+    size = len(rows) * seq_len
+    tokens = np.full(size, pad_token_id, dtype=np.int64)
+    labels = np.full(size, NO_LABEL, dtype=np.int64)
+    loss_weights = np.zeros(size, dtype=np.float32)
+    positions = np.zeros(size, dtype=np.int64)
+    ends = [0]
+    longest = 0
+    for row in rows:
+        filled = sum(len(sample.tokens) for sample in row)
+        if filled > seq_len:
+            raise InputError(f"a row has {filled} tokens, but --data.seq-len is {seq_len}; pack the samples first")
+        for sample in row:
+            start, length = ends[-1], len(sample.tokens)
+            end = start + length
+            ends.append(end)
+            longest = max(longest, length)
+            tokens[start:end] = sample.tokens
+            positions[start:end] = np.arange(length)
+            weights = sample.weights[1:]  # position t predicts token t + 1; the last position predicts nothing
+            loss_weights[start : end - 1] = weights
+            labels[start : end - 1] = np.where(weights != 0, sample.tokens[1:], NO_LABEL)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_weights=torch.from_numpy(loss_weights),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+        max_seqlen=longest,
+    )

@@ -1,0 +1,110 @@
+"""Held-out loss over every row, and exact match of greedily generated answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torchsft.data.batch import Batch
+from torchsft.parallel.world import World
+
+
+@torch.no_grad()
+def evaluate_loss(model: nn.Module, batches: Sequence[Batch], world: World) -> dict[str, float]:
+    """Token-weighted mean loss (nats) and perplexity over all batches of all ranks; each rank has as many batches."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        batch = batch.to(world.device)
+        total[0] += model(
+            batch.tokens,
+            positions=batch.positions,
+            cu_seqlens=batch.cu_seqlens,
+            labels=batch.labels,
+            loss_weights=batch.loss_weights,
+            max_seqlen=batch.max_seqlen,
+        )
+        total[1] += batch.loss_weights.sum()
+    model.train()
+    loss_sum, weight = world.sum(total).tolist()
+    loss = loss_sum / weight
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+@dataclass
+class Answer:
+    """One assistant turn: what precedes it, the reference, and what the model says. Token ids, end-of-turn included."""
+
+    id: str
+    prompt: list[int]
+    reference: list[int]
+    generated: list[int]
+
+    @property
+    def correct(self) -> bool:
+        """True where the generated turn equals the reference, token for token."""
+        return self.generated == self.reference
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: nn.Module, prompts: Sequence[tuple[str, list[int], list[int]]], world: World, *, max_new_tokens: int, max_tokens: int
+) -> list[Answer]:
+    """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn) appears.
+
+    The prompts are spread over the ranks; all ranks must call this with the same arguments, and all get all answers. There is no
+    key/value cache: each new token is a forward pass over packed prompts, which is meant for a held-out sample, not for serving.
+
+    Args:
+        max_new_tokens: longest answer.
+        max_tokens: tokens of one forward pass (more only where a single sequence is longer).
+    """
+    model.eval()
+    mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.rank :: world.size]]
+    groups: list[list[Answer]] = [[]]
+    filled = 0
+    for answer in mine:
+        length = len(answer.prompt) + max_new_tokens
+        if groups[-1] and filled + length > max_tokens:
+            groups.append([])
+            filled = 0
+        groups[-1].append(answer)
+        filled += length
+    count = torch.tensor(len(groups), device=world.device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    groups += [[]] * (int(count) - len(groups))
+    for group in groups:
+        _generate(model, group, world.device, max_new_tokens)
+    model.train()
+    gathered: list[list[Answer]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(gathered, mine)
+    return [gathered[i % world.size][i // world.size] for i in range(len(prompts))]
+
+
+def _generate(model: nn.Module, answers: list[Answer], device: torch.device, max_new_tokens: int) -> None:
+    """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate."""
+    for _ in range(max_new_tokens):
+        unfinished = [a for a in answers if a.generated[-1:] != a.reference[-1:]]
+        open_anywhere = torch.tensor(len(unfinished), device=device)
+        dist.all_reduce(open_anywhere)
+        if not int(open_anywhere):
+            return
+        sequences = [a.prompt + a.generated for a in unfinished]
+        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+        ends = lengths.cumsum(0)
+        tokens = [t for s in sequences for t in s] or [0]  # a rank without open answers takes part with one padding token
+        positions = [p for s in sequences for p in range(len(s))] or [0]
+        logits = model(
+            torch.tensor(tokens, device=device),
+            positions=torch.tensor(positions, device=device),
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32).to(device),
+            max_seqlen=int(lengths.max()) if sequences else 0,
+            logits_at=(ends - 1).to(device),
+        )
+        for answer, token in zip(unfinished, logits.argmax(-1).tolist(), strict=True):
+            answer.generated.append(token)

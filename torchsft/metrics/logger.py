@@ -1,0 +1,152 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard and the console. One process (rank 0) writes them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from torchsft.config import InputError
+
+# metrics.jsonl key -> TensorBoard tag; `eval_NAME` becomes `eval/NAME`.
+_TAGS = {
+    "loss": "train/loss",
+    "tokens": "train/tokens",
+    "supervised_tokens": "train/supervised_tokens",
+    "epoch": "train/epoch",
+    "lr": "optim/lr",
+    "grad_norm": "optim/grad_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
+}
+
+
+class MetricsLogger:
+    """Writes OUTPUT/metrics.jsonl and OUTPUT/tensorboard/, and shows progress.
+
+    Steps count from 1: step k is the state after k steps. What an earlier run wrote beyond `start_step` is cut off
+    (metrics.jsonl) or hidden (TensorBoard's purge), so that a resumed run leaves what an uninterrupted one would.
+
+    Args:
+        output: the run's directory, made if it is not there.
+        total_steps: last step of the run.
+        start_step: steps already done (0 for a new run).
+        tensorboard: whether to write OUTPUT/tensorboard/.
+        progress: a progress bar if stderr is a terminal; else about 20 plain lines on stdout (more if steps are long).
+        config_text: the resolved configuration, shown on TensorBoard's text page.
+
+    Raises:
+        InputError: the metrics.jsonl found there is not one of ours.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        tensorboard: bool,
+        progress: bool,
+        config_text: str,
+    ) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "metrics.jsonl"
+        if path.exists():
+            _cut(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._board = None
+        if tensorboard:
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+            self._board.add_text("config", "\n".join("    " + line for line in config_text.splitlines()), start_step)
+        self._total_steps, self._start_step = total_steps, start_step
+        self._began = self._last_line = time.monotonic()
+        self._bar = None
+        self._lines = progress and not sys.stderr.isatty()
+        if progress and not self._lines:
+            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def step(self, step: int, record: Mapping[str, float | int], scalars: Mapping[str, float]) -> None:
+        """Write one step.
+
+        Args:
+            step: its number, 1 for the first.
+            record: the step's line in metrics.jsonl, also shown on TensorBoard. A number that is not finite becomes
+                null, is spelt out under the key "nonfinite" of the same line, and is told on the console.
+            scalars: TensorBoard tag -> value, for TensorBoard only.
+        """
+        nonfinite = {key: str(value) for key, value in record.items() if not math.isfinite(value)}
+        line = {"step": step, **{key: None if key in nonfinite else value for key, value in record.items()}}
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+            self.message(f"step {step}: " + ", ".join(f"{key} is {value}" for key, value in nonfinite.items()))
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board:
+            for key, value in record.items():
+                tag = key.replace("_", "/", 1) if key.startswith("eval_") else _TAGS[key]
+                self._board.add_scalar(tag, value, step)
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, step)
+        self._show(step, record)
+
+    def _show(self, step: int, record: Mapping[str, float | int]) -> None:
+        speed = f"{record['tokens_per_second']:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}, {speed}", refresh=False
+            )
+            self._bar.update()
+            if "eval_loss" in record:
+                self.message(f"step {step}: eval loss {record['eval_loss']:.4f}")
+        elif self._lines:
+            now = time.monotonic()
+            regular = step % max(1, self._total_steps // 20) == 0
+            ends = step in (self._start_step + 1, self._total_steps)
+            if regular or ends or "eval_loss" in record or now - self._last_line > 60:
+                self._last_line = now
+                left = (now - self._began) / (step - self._start_step) * (self._total_steps - step)
+                parts = [f"step {step}/{self._total_steps}", f"loss {record['loss']:.4f}"]
+                parts += [f"norm {record['grad_norm']:.2f}", f"lr {record['lr']:.2e}", speed]
+                parts += [f"eval loss {record['eval_loss']:.4f}"] if "eval_loss" in record else []
+                print(", ".join(parts) + f", {tqdm.format_interval(left)} left", flush=True)
+
+    def message(self, text: str) -> None:
+        """Print `text` to stdout without breaking the progress bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Finish the files and the progress bar. Messages are still printed afterwards."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._board:
+            self._board.close()
+        self._file.close()
+
+
+def _cut(path: Path, last_step: int) -> None:
+    """Cut `path` off behind the line of `last_step`; also an unfinished last line, which a killed run can leave."""
+    end = 0
+    with open(path, "r+b") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path} line {number} is not a line of metrics ({error!r}); choose another --output or delete it"
+                ) from error
+            if step > last_step:
+                break
+            end += len(line)
+        file.truncate(end)

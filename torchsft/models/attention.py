@@ -1,0 +1,204 @@
+"""Multi-head latent attention (MLA, DeepSeek-V2/V3) over packed documents.
+
+Three interchangeable implementations of the attention itself; each sees a document alone and returns zero for padding:
+
+    sdpa      one F.scaled_dot_product_attention per document: CPU path and reference
+    varlen    torch.nn.attention.varlen (flash attention), CUDA only, no host synchronisation
+    flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA
+
+Shape suffixes: T tokens, D width, H heads, N documents, P rope pairs. Head dims: `nope` entries without and `rope` with
+position make a query or key; values have their own dim, smaller than that.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from torchsft.config import InputError
+from torchsft.models.decoder import RMSNorm
+from torchsft.models.rope import Rope, rotate, softmax_scale
+
+Implementation = Literal["sdpa", "varlen", "flex"]
+
+
+def choose_implementation(name: Literal["auto", "sdpa", "varlen", "flex"], device: torch.device) -> Implementation:
+    """Resolve `auto` (varlen on CUDA, sdpa elsewhere); InputError for what the device cannot compute."""
+    if name == "auto":
+        return "varlen" if device.type == "cuda" else "sdpa"
+    if name == "varlen" and device.type != "cuda":
+        raise InputError(f"--model.attention varlen needs a CUDA device, not {device.type}; use sdpa or auto")
+    if name == "flex" and device.type == "cpu" and torch.is_grad_enabled():
+        raise InputError("--model.attention flex has no backward pass on CPU; use sdpa or auto")
+    return name
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the documents of a microbatch lie, prepared once for all layers.
+
+    Not a pytree on purpose: FSDP's mixed precision casts the floating tensors it finds in a layer's arguments, and cos
+    and sin must stay fp32.
+    """
+
+    implementation: Implementation
+    cos_TP: Tensor  # fp32
+    sin_TP: Tensor  # fp32
+    valid_T: Tensor  # bool, False for padding
+    lengths: tuple[int, ...] | None = None  # sdpa: tokens of each document, then of the padding
+    cu_seqlens: Tensor | None = None  # varlen: int32, padding cut into documents of its own
+    max_seqlen: int = 0  # varlen: longest of these
+    block_mask: BlockMask | None = None  # flex
+
+
+def packing(
+    implementation: Implementation, cos_TP: Tensor, sin_TP: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+) -> Packing:
+    """Prepare `Packing`.
+
+    Args:
+        implementation: which attention will read it.
+        cos_TP, sin_TP: fp32 rotary factors of every token.
+        cu_seqlens: int32 [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding.
+        max_seqlen: longest document; None reads it from cu_seqlens (varlen: stops the host).
+    """
+    tokens, device = cos_TP.shape[0], cos_TP.device
+    valid_T = torch.arange(tokens, device=device) < cu_seqlens[-1]
+    if implementation == "sdpa":
+        ends = [*cu_seqlens.tolist(), tokens]
+        lengths = tuple(end - start for start, end in itertools.pairwise(ends))
+        return Packing(implementation, cos_TP, sin_TP, valid_T, lengths=lengths)
+    if implementation == "varlen":
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        # Kernels leave rows beyond the last document uninitialised, in gradients too. So padding becomes documents, of
+        # at most max_seqlen tokens each; how many are needed is bounded without asking the device.
+        longest = max_seqlen or tokens
+        cuts = torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32) * longest
+        covering = torch.cat([cu_seqlens, (cu_seqlens[-1] + cuts).clamp(max=tokens)])
+        return Packing(implementation, cos_TP, sin_TP, valid_T, cu_seqlens=covering, max_seqlen=longest)
+    document_T = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=device, dtype=torch.int32), right=True)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_T[query] == document_T[key])
+
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=device.type)
+    return Packing(implementation, cos_TP, sin_TP, valid_T, block_mask=mask)
+
+
+def attend(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
+    """Causal attention within documents.
+
+    Args:
+        q_THd, k_THd: [T, H, nope + rope].
+        v_THd: [T, H, v]; v may be smaller.
+        scale: factor of the scores.
+        packing: documents; its implementation is used.
+
+    Returns:
+        [T, H, v], zero for padding.
+    """
+    if packing.implementation == "sdpa":
+        return _sdpa(q_THd, k_THd, v_THd, scale, packing)
+    v_dim = v_THd.shape[-1]
+    if packing.implementation == "varlen":
+        from torch.nn.attention.varlen import varlen_attn  # registers CUDA operators on import
+
+        v_THd = F.pad(v_THd, (0, q_THd.shape[-1] - v_dim))
+        cu, longest = packing.cu_seqlens, packing.max_seqlen
+        out = varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
+    else:
+        attention = _compiled_flex() if q_THd.is_cuda else flex_attention
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_THd, v_THd))
+        out = attention(q, k, v, block_mask=packing.block_mask, scale=scale).squeeze(0).transpose(0, 1)
+    return torch.where(packing.valid_T[:, None, None], out[..., :v_dim], 0)
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention)
+
+
+def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
+    # With v narrower than q and k torch falls back from flash attention to full T x T scores (2.5 times slower at
+    # 1024 tokens and heads of 48 / 32, and all its memory), so v is padded.
+    v_dim = v_THd.shape[-1]
+    v_THd = F.pad(v_THd, (0, q_THd.shape[-1] - v_dim))
+    # split, not slices: the backward pass of N slices writes N full-size gradients.
+    *documents, (_, _, padding) = zip(*(x.split(packing.lengths) for x in (q_THd, k_THd, v_THd)), strict=True)
+    outputs = []
+    for parts in documents:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        outputs.append(out.squeeze(0).transpose(0, 1)[..., :v_dim])
+    return torch.cat([*outputs, torch.zeros_like(padding[..., :v_dim])])
+
+
+class LatentAttention(nn.Module):
+    """MLA: queries (through a low-rank latent, or directly) and keys/values from one latent shared by all heads."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        q_rank: int | None,
+        kv_rank: int,
+        nope_dim: int,
+        v_dim: int,
+        rope: Rope,
+        bias: bool,
+        latent_eps: float = 1e-6,
+    ) -> None:
+        """
+        Args:
+            width: D.
+            heads: H.
+            q_rank: width of the query latent; None projects queries directly.
+            kv_rank: width of the key/value latent.
+            nope_dim: entries of a head's query and key without position.
+            v_dim: entries of a head's value; at most nope_dim + rope.dim.
+            rope: rotary embedding of the other entries.
+            bias: whether the projections from and to width D have biases (not a direct query projection).
+            latent_eps: epsilon of the latents' norms (DeepSeek and transformers use 1e-6, whatever rms_norm_eps).
+        """
+        super().__init__()
+        self.heads, self.kv_rank, self.nope_dim, self.v_dim, self.rope_dim = heads, kv_rank, nope_dim, v_dim, rope.dim
+        qk_dim = nope_dim + rope.dim
+        self.scale = softmax_scale(rope, qk_dim)
+        self.q_rank = q_rank
+        if q_rank is None:
+            self.q_proj = nn.Linear(width, heads * qk_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(width, q_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(q_rank, latent_eps)
+            self.q_b_proj = nn.Linear(q_rank, heads * qk_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, kv_rank + rope.dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(kv_rank, latent_eps)
+        self.kv_b_proj = nn.Linear(kv_rank, heads * (nope_dim + v_dim), bias=False)
+        self.o_proj = nn.Linear(heads * v_dim, width, bias=bias)
+
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+        """x_TD (normed) to the attention block's output, both [T, D]; with bias, padding gets the bias alone."""
+        tokens = x_TD.shape[0]
+        if self.q_rank is None:
+            q = self.q_proj(x_TD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        q_THd = rotate(q.view(tokens, self.heads, -1), packing.cos_TP, packing.sin_TP)
+
+        latent, k_rope = self.kv_a_proj_with_mqa(x_TD).split([self.kv_rank, self.rope_dim], dim=-1)
+        k_rope = rotate(k_rope, packing.cos_TP, packing.sin_TP)
+        kv_THd = self.kv_b_proj(self.kv_a_layernorm(latent)).view(tokens, self.heads, -1)
+        k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
+        k_THd = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1)], dim=-1)
+
+        out_THd = attend(q_THd, k_THd, v_THd, self.scale, packing)
+        return self.o_proj(out_THd.reshape(tokens, -1))

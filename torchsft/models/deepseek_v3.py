@@ -1,0 +1,387 @@
+"""DeepSeek-V3 and models of its architecture (R1, V3.1, Kimi-K2, Moonlight).
+
+MLA attention, leading dense layers, then mixture-of-experts layers with shared experts; see the technical report,
+arXiv:2412.19437, section 2.1. Parameter names are the keys of the Hugging Face checkpoint, experts stacked.
+
+Shape suffixes: T tokens (all rows of the microbatch folded), D width, V vocabulary, N documents, P rope pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchsft.config import InputError
+from torchsft.models.attention import LatentAttention, Packing, choose_implementation, packing
+from torchsft.models.decoder import Piece, RMSNorm, SwigluMLP, seeded_normal
+from torchsft.models.loss import vocabulary_loss
+from torchsft.models.moe import Experts, MoE, Router
+from torchsft.models.rope import Rope, RotaryEmbedding, Yarn
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+
+# Sizes without which no parameter has a shape.
+_REQUIRED = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads"
+    " n_routed_experts num_experts_per_tok kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
+).split()
+# What transformers assumes where config.json is silent.
+_OPTIONAL = {
+    "q_lora_rank": 1536,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+}
+# Fields with one supported value; a config.json that says another one describes another computation.
+_FIXED = {
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "attention_dropout": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepseekV3Config:
+    """Sizes and constants of a model, named as in config.json (rope: both spellings of it, parsed)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None
+    n_shared_experts: int
+    first_k_dense_replace: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    max_position_embeddings: int
+    initializer_range: float
+    rms_norm_eps: float
+    attention_bias: bool
+    tie_word_embeddings: bool
+    num_nextn_predict_layers: int
+    """MTP layers that the checkpoint may hold behind the last layer; not computed here."""
+    rope: Rope
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> DeepseekV3Config:
+        """Read a config.json (transformers 5's style or the official repositories').
+
+        Args:
+            config: the parsed JSON object.
+
+        Raises:
+            InputError: another architecture, fp8 weights, a missing size, or values that this code does not compute.
+        """
+        _check_architecture(config)
+        missing = [key for key in _REQUIRED if config.get(key) is None]
+        if missing:
+            raise InputError(f"config.json lacks {', '.join(missing)}, without which the model has no shape")
+        for key, value in _FIXED.items():
+            if config.get(key) is not None and config[key] != value:
+                raise InputError(f"config.json has {key} = {config[key]!r}, but only {value!r} is supported")
+        fields = {key: config[key] for key in _REQUIRED}
+        for key, default in _OPTIONAL.items():
+            value = config.get(key, default)
+            fields[key] = default if value is None and key != "q_lora_rank" else value
+        heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+        if kv_heads not in (None, heads):
+            raise InputError(f"config.json has {kv_heads} num_key_value_heads for {heads} heads; MLA needs them equal")
+        return cls(**fields, rope=_rope(config))
+
+    def __post_init__(self) -> None:
+        for name in (*_REQUIRED, "n_shared_experts", "n_group", "topk_group"):
+            if getattr(self, name) < 1:
+                raise InputError(f"config.json has {name} = {getattr(self, name)}, but it must be at least 1")
+        if self.qk_rope_head_dim % 2:
+            raise InputError(f"config.json has qk_rope_head_dim = {self.qk_rope_head_dim}, but it must be even")
+        if self.v_head_dim > self.qk_head_dim:
+            raise InputError(
+                f"config.json has v_head_dim = {self.v_head_dim} above the {self.qk_head_dim} of queries and keys,"
+                " which the attention does not support"
+            )
+        experts, groups = self.n_routed_experts, self.n_group
+        if experts % groups:
+            raise InputError(f"config.json has {experts} n_routed_experts, which n_group ({groups}) does not divide")
+        if self.topk_group > groups:
+            raise InputError(f"config.json has topk_group = {self.topk_group}, but only {groups} groups (n_group)")
+        if self.topk_group < groups and experts // groups < 2:
+            raise InputError(
+                f"config.json has {experts} n_routed_experts in {groups} groups, but groups compete by their best two"
+            )
+        reachable = experts // groups * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise InputError(
+                f"config.json has num_experts_per_tok = {self.num_experts_per_tok}, but the {self.topk_group} groups"
+                f" open to a token (topk_group) hold only {reachable} experts"
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Entries of a head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer (from 0) has experts."""
+        return layer >= self.first_k_dense_replace
+
+    def flops(self, document_lengths: list[int]) -> float:
+        """FLOPs of one training step (forward and backward, 3 x forward) over documents of these lengths.
+
+        2 per multiply-add. Every matrix that a token meets counts once (its K routed experts, the shared ones, the
+        router and the output embedding included, the input embedding not), and attention counts its causal half:
+        L^2 / 2 pairs per head for a document of L tokens, each qk_head_dim + v_head_dim multiply-adds.
+        """
+        width, heads = self.hidden_size, self.num_attention_heads
+        q_out = heads * self.qk_head_dim
+        q = width * q_out if self.q_lora_rank is None else self.q_lora_rank * (width + q_out)
+        kv_a = width * (self.kv_lora_rank + self.qk_rope_head_dim)
+        kv_b = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        attention = q + kv_a + kv_b + heads * self.v_head_dim * width
+        dense = 3 * width * self.intermediate_size
+        used_experts = self.num_experts_per_tok + self.n_shared_experts
+        moe = 3 * width * self.moe_intermediate_size * used_experts + width * self.n_routed_experts
+        per_token = self.vocab_size * width + sum(
+            attention + (moe if self.is_moe(layer) else dense) for layer in range(self.num_hidden_layers)
+        )
+        pairs = self.num_hidden_layers * heads * sum(length**2 / 2 for length in document_lengths)
+        multiply_adds = per_token * sum(document_lengths) + pairs * (self.qk_head_dim + self.v_head_dim)
+        return 3 * 2 * float(multiply_adds)
+
+
+def _check_architecture(config: Mapping[str, Any]) -> None:
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    if ARCHITECTURE not in (architectures or []) and (architectures or model_type != "deepseek_v3"):
+        found = ", ".join(architectures) if architectures else f"no architectures and model_type {model_type!r}"
+        raise InputError(f"config.json describes {found}, but only {ARCHITECTURE} is supported")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise InputError(
+            f"config.json has a quantization_config ({method}), but this version does not yet support fp8 and other"
+            " quantised weights; give a bf16 or fp32 checkpoint"
+        )
+
+
+def _rope(config: Mapping[str, Any]) -> Rope:
+    """Rotary parameters: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (official)."""
+    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = values.get("rope_type") or values.get("type") or "default"
+    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if values.get("partial_rotary_factor", 1) != 1:
+        raise InputError(
+            f"config.json has partial_rotary_factor = {values['partial_rotary_factor']}, only 1 is supported"
+        )
+    if kind not in ("default", "yarn"):
+        raise InputError(f"config.json has rope type {kind!r}, but only 'default' and 'yarn' are supported")
+    yarn = None
+    if kind == "yarn":
+        longest = config.get("max_position_embeddings") or _OPTIONAL["max_position_embeddings"]
+        original = values.get("original_max_position_embeddings") or longest
+        yarn = Yarn(
+            factor=float(values.get("factor") or longest / original),
+            original_context=original,
+            beta_fast=values.get("beta_fast") or 32.0,
+            beta_slow=values.get("beta_slow") or 1.0,
+            mscale=values.get("mscale"),
+            mscale_all_dim=values.get("mscale_all_dim"),
+            attention_factor=values.get("attention_factor"),
+            truncate=values.get("truncate", True),
+        )
+    return Rope(dim=config["qk_rope_head_dim"], theta=theta, yarn=yarn)
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense or a mixture-of-experts feed-forward network, each normed before and added after."""
+
+    def __init__(self, config: DeepseekV3Config, layer: int, experts: Literal["grouped_mm", "loop"]) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = LatentAttention(
+            width=width,
+            heads=config.num_attention_heads,
+            q_rank=config.q_lora_rank,
+            kv_rank=config.kv_lora_rank,
+            nope_dim=config.qk_nope_head_dim,
+            v_dim=config.v_head_dim,
+            rope=config.rope,
+            bias=config.attention_bias,
+        )
+        if config.is_moe(layer):
+            gate = Router(
+                width,
+                config.n_routed_experts,
+                top_k=config.num_experts_per_tok,
+                groups=config.n_group,
+                top_groups=config.topk_group,
+                normalise=config.norm_topk_prob,
+                scale=config.routed_scaling_factor,
+            )
+            routed = Experts(config.n_routed_experts, width, config.moe_intermediate_size, experts)
+            shared = SwigluMLP(width, config.moe_intermediate_size * config.n_shared_experts)
+            self.mlp = MoE(gate, routed, shared)
+        else:
+            self.mlp = SwigluMLP(width, config.intermediate_size)
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+        """Residual stream [T, D] to [T, D]."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing)
+        normed_TD = self.post_attention_layernorm(x_TD)
+        return x_TD + (self.mlp(normed_TD, packing.valid_T) if isinstance(self.mlp, MoE) else self.mlp(normed_TD))
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers and last norm: what the checkpoint calls `model`."""
+
+    def __init__(self, config: DeepseekV3Config, experts: Literal["grouped_mm", "loop"]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = RotaryEmbedding(config.rope)
+        self.layers = nn.ModuleDict(
+            {str(layer): DecoderLayer(config, layer, experts) for layer in range(config.num_hidden_layers)}
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_T: Tensor, packing: Packing) -> Tensor:
+        """Token ids [T] to normed hidden states [T, D]."""
+        x_TD = self.embed_tokens(tokens_T)
+        for layer in self.layers.values():
+            x_TD = layer(x_TD, packing)
+        return self.norm(x_TD)
+
+
+class DeepseekV3(nn.Module):
+    """The language model. Its weights are whatever memory held until they are loaded or set to `initial_value`."""
+
+    def __init__(
+        self,
+        config: DeepseekV3Config,
+        attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto",
+        experts: Literal["grouped_mm", "loop"] = "grouped_mm",
+        loss_chunk: int = 1024,
+    ) -> None:
+        """
+        Args:
+            config: sizes.
+            attention: implementation (models/attention.py); auto picks by the device of the tokens.
+            experts: grouped_mm, or loop, its plain twin.
+            loss_chunk: tokens whose logits exist at the same time when labels are given.
+
+        Raises:
+            InputError: widths that grouped_mm cannot work with.
+        """
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.loss_chunk = loss_chunk
+        self.model = DecoderStack(config, experts)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        max_seqlen: int | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, or with labels the loss sum.
+
+        Args:
+            tokens: int64 [T].
+            positions: int64 [T], from 0 in each document.
+            cu_seqlens: int32 [N + 1], bounds of the documents, which lie together from token 0; the rest is padding.
+            labels: int64 [T], the target predicted at each position; -100 for none.
+            loss_weights: fp32 [T], weight of each target; None means 1.
+            max_seqlen: longest document; without it the varlen attention stops the host to ask.
+            logits_at: int64 [n], the only tokens whose logits are wanted (generation); None means all.
+
+        Returns:
+            logits [T, V] or [n, V] in the model's dtype, or sum_t loss_weights[t] * nll[t], an fp32 scalar.
+        """
+        implementation = choose_implementation(self.attention, tokens.device)
+        cos_TP, sin_TP = self.model.rotary_emb(positions)
+        hidden_TD = self.model(tokens, packing(implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen))
+        weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        if labels is None:
+            return F.linear(hidden_TD if logits_at is None else hidden_TD[logits_at], weight_VD)
+        return vocabulary_loss(hidden_TD, weight_VD, labels, loss_weights, self.loss_chunk)
+
+    def init_buffers(self) -> None:
+        """Recompute the buffers that no checkpoint holds (rotary frequencies, expert load), e.g. after `to_empty`."""
+        for module in self.modules():
+            if isinstance(module, RotaryEmbedding | MoE):
+                module.init_buffers()
+
+    def checkpoint_pieces(self) -> dict[str, list[Piece]]:
+        """Which Hugging Face tensors make up each parameter and persistent buffer, by its name here."""
+        expert_width, width = self.config.moe_intermediate_size, self.config.hidden_size
+        pieces: dict[str, list[Piece]] = {}
+        for name, tensor in self.state_dict().items():
+            prefix, _, last = name.rpartition(".")
+            experts = range(tensor.shape[0])
+            if last == "gate_up_proj":
+                pieces[name] = [
+                    Piece(f"{prefix}.{expert}.{part}.weight", (expert_width, width), (expert, row, 0))
+                    for expert in experts
+                    for part, row in (("gate_proj", 0), ("up_proj", expert_width))
+                ]
+            elif last == "down_proj":
+                pieces[name] = [
+                    Piece(f"{prefix}.{expert}.down_proj.weight", (width, expert_width), (expert, 0, 0))
+                    for expert in experts
+                ]
+            else:
+                pieces[name] = [Piece(name, tuple(tensor.shape), (0,) * tensor.dim())]
+        return pieces
+
+
+def initial_value(fqn: str, shape: tuple[int, ...], config: DeepseekV3Config, seed: int) -> Tensor:
+    """Random initial value of one parameter or persistent buffer.
+
+    Args:
+        fqn: its name in `DeepseekV3`.
+        shape: its full (unsharded) shape.
+        config: gives the standard deviation, initializer_range.
+        seed: of the run; the value depends on it, the name and the shape alone.
+
+    Returns:
+        fp32 on CPU: 1 for norms, 0 for biases and the correction bias, normal otherwise.
+    """
+    if "layernorm" in fqn or fqn == "model.norm.weight":
+        return torch.ones(shape)
+    if fqn.endswith("bias"):
+        return torch.zeros(shape)
+    return seeded_normal(fqn, shape, config.initializer_range, seed)

@@ -1,0 +1,97 @@
+"""The vocabulary loss: the last matrix product and the cross entropy together, a chunk of tokens at a time.
+
+Full logits ([T, V]: 15.8 GiB in fp32 for one row of 32k tokens at V = 129,280) never exist: the gradients with respect
+to the hidden states and the weight are computed in the forward pass, chunk by chunk, and only scaled in the backward.
+
+Shape suffixes: T tokens, D width, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that predicts nothing."""
+
+
+def vocabulary_loss(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None, chunk: int
+) -> Tensor:
+    """Sum over tokens of loss weight times negative log-likelihood.
+
+    Args:
+        hidden_TD: output of the last norm, model dtype.
+        weight_VD: output (or tied) embedding, model dtype. Logits are computed in it, everything after in fp32.
+        labels_T: int64 target ids, IGNORE where there is none.
+        loss_weights_T: fp32; None means 1 everywhere. Tokens of weight 0 contribute exactly nothing.
+        chunk: tokens whose logits exist at the same time.
+
+    Returns:
+        fp32 scalar. Its graph can be traversed once: the backward pass scales the kept gradients in place.
+    """
+    weights_T = _effective_weights(labels_T, loss_weights_T)
+    gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return _VocabularyLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients)
+
+
+def vocabulary_loss_reference(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None
+) -> Tensor:
+    """`vocabulary_loss` in plain PyTorch, with full logits."""
+    weights_T = _effective_weights(labels_T, loss_weights_T)
+    logits_TV = F.linear(hidden_TD, weight_VD)
+    logits_TV = logits_TV.float() if logits_TV.dtype.itemsize < 4 else logits_TV
+    return (F.cross_entropy(logits_TV, labels_T, reduction="none", ignore_index=IGNORE) * weights_T).sum()
+
+
+def _effective_weights(labels_T: Tensor, loss_weights_T: Tensor | None) -> Tensor:
+    supervised_T = labels_T != IGNORE
+    return supervised_T.float() if loss_weights_T is None else loss_weights_T * supervised_T
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, chunk: int, gradients: bool
+    ) -> Tensor:
+        grad_hidden = torch.zeros_like(hidden_TD) if gradients and hidden_TD.requires_grad else None
+        # fp32 also for a bf16 weight: chunks add up in it.
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if gradients and weight_VD.requires_grad else None
+        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        for start in range(0, hidden_TD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_CD, weights_C = hidden_TD[rows], weights_T[rows]
+            if weights_C.device.type == "cpu" and not weights_C.any():
+                continue  # free to know on CPU; on CUDA it would stop the host
+            targets_C1 = labels_T[rows].clamp(min=0).unsqueeze(-1)
+            log_probs_CV = torch.log_softmax(F.linear(hidden_CD, weight_VD), dim=-1, dtype=wide)
+            total -= (log_probs_CV.gather(1, targets_C1).squeeze(-1) * weights_C).sum()
+            if not gradients:
+                continue
+            # d nll / d logits = softmax - one_hot
+            grad_CV = log_probs_CV.exp_()
+            grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=wide))
+            grad_CV = grad_CV.mul_(weights_C.unsqueeze(-1)).to(weight_VD.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
+            if grad_weight is not None and grad_weight.dtype == grad_CV.dtype:
+                grad_weight.addmm_(grad_CV.T, hidden_CD)
+            elif grad_weight is not None:
+                grad_weight += grad_CV.T @ hidden_CD
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        ctx.gradients = grad_hidden, grad_weight
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the vocabulary loss was traversed backward twice; it keeps its gradients for once only")
+        grad_hidden, grad_weight = (None if kept is None else kept.mul_(grad) for kept in ctx.gradients)
+        ctx.gradients = None
+        return grad_hidden, grad_weight, None, None, None, None

@@ -1,0 +1,161 @@
+"""Rotary position embedding: frequencies (plain and YaRN) and the rotation.
+
+Shape suffixes: T tokens, P = rope dim / 2 pairs. DeepSeek rotates neighbouring entries (x0, x1), (x2, x3), ...
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsft.models.decoder import Float32Buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN context extension (Peng et al. 2023, arXiv:2309.00071), with DeepSeek's mscale fields."""
+
+    factor: float
+    """Extended over original context length."""
+    original_context: int
+    """Positions of the original context."""
+    beta_fast: float = 32.0
+    """Rotations within the original context above which a frequency stays as it is."""
+    beta_slow: float = 1.0
+    """Rotations below which a frequency is divided by factor."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    """Factor of cos and sin; absent: from factor, mscale and mscale_all_dim."""
+    truncate: bool = True
+    """Round the bounds of the ramp to whole pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding of one model."""
+
+    dim: int
+    """Rotated entries of a head; even."""
+    theta: float
+    yarn: Yarn | None = None
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def cos_sin_scale(rope: Rope) -> float:
+    """Factor of cos and sin: 1 without YaRN. As in transformers, mscale counts only where mscale_all_dim is set too."""
+    yarn = rope.yarn
+    if yarn is None:
+        return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    return _mscale(yarn.factor, 1.0)
+
+
+def softmax_scale(rope: Rope, head_dim: int) -> float:
+    """Scale of attention scores: head_dim^-0.5, times mscale_all_dim's factor squared under YaRN (DeepSeek-V3)."""
+    scale = head_dim**-0.5
+    if rope.yarn is not None and rope.yarn.mscale_all_dim:
+        scale *= _mscale(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
+    """Angle per position of each pair, fp32 [P].
+
+    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly in between; the bounds are
+    the pairs that turn beta_fast and beta_slow times within the original context (sections 3.2 and A.2 of the paper).
+    """
+    inverse = rope.theta ** -(torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim)
+    yarn = rope.yarn
+    if yarn is None:
+        return inverse
+
+    def pair_with(rotations: float) -> float:
+        return rope.dim * math.log(yarn.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    pairs = torch.arange(rope.dim // 2, dtype=torch.float32, device=device)
+    slow = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)  # 1: divide by factor
+    return inverse / yarn.factor * slow + inverse * (1 - slow)
+
+
+class RotaryEmbedding(Float32Buffers):
+    """Turns positions into cos and sin, in fp32 whatever the model's dtype."""
+
+    inv_freq: Tensor
+
+    def __init__(self, rope: Rope) -> None:
+        super().__init__()
+        self.rope = rope
+        self.register_buffer("inv_freq", torch.empty(rope.dim // 2), persistent=False)
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        """Compute the frequencies, fp32, on the device of the buffer."""
+        self.inv_freq = inverse_frequencies(self.rope, self.inv_freq.device)
+
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each fp32 [T, P], of integer positions [T]."""
+        angles_TP = positions_T.unsqueeze(-1).float() * self.inv_freq
+        scale = cos_sin_scale(self.rope)
+        return angles_TP.cos() * scale, angles_TP.sin() * scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the last 2P entries of x, pair by pair of neighbours; the entries before them stay as they are.
+
+    Args:
+        x: [T, ..., N + 2P], any floating dtype; computed in fp32.
+        cos, sin: fp32 [T, P], broadcast over the dims in between.
+
+    Returns:
+        Shape and dtype of x. Nothing of size x is saved for the backward pass, which rotates by the opposite angle.
+    """
+    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
+    return _Rotate.apply(x, cos.view(shape), sin.view(shape))
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in plain PyTorch."""
+    dim = 2 * cos.shape[-1]
+    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
+    cos, sin = cos.view(shape), sin.view(shape)
+    keep, turn = x[..., :-dim], x[..., -dim:]
+    even, odd = turn[..., 0::2], turn[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    return torch.cat([keep, turned.to(x.dtype)], dim=-1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dim = 2 * cos.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., :-dim] = x[..., :-dim]
+    even, odd = x[..., -dim::2], x[..., -dim + 1 :: 2]
+    out[..., -dim::2] = even * cos - odd * sin
+    out[..., -dim + 1 :: 2] = odd * cos + even * sin
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None

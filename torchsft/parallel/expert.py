@@ -1,0 +1,71 @@
+"""Expert parallelism: rows travel to the rank that holds their expert, and back.
+
+Shapes: R rows routed on this rank (T tokens x K), S rows received, D width, E experts, n ranks on the `ep` axis, e = E / n
+local experts. Rows arrive sorted by global expert, so the part for rank i is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from torchsft.config import InputError
+from torchsft.ops.permute import permute
+
+
+class ExpertExchange:
+    """A MoE layer's `exchange` over the `ep` axis: all-to-all, local experts, all-to-all back.
+
+    The split sizes of an uneven all-to-all are host numbers, hence one host synchronisation per layer and pass.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+
+    def __call__(self, x_RD: Tensor, counts_E: Tensor, experts: nn.Module) -> Tensor:
+        """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in the same order."""
+        with torch.no_grad():
+            received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))  # [sender, local expert]
+            splits = torch.stack([counts_E.view(self.size, -1).sum(1), received_E.view(self.size, -1).sum(1)])
+            sent, received = splits.tolist()
+            local_e = received_E.view(self.size, -1)
+            # From (sender, local expert) order to (local expert, sender) order.
+            expert_S = torch.arange(local_e.shape[1], device=x_RD.device).repeat(self.size)
+            expert_S = expert_S.repeat_interleave(received_E, output_size=sum(received))
+            order_S = expert_S.argsort(stable=True)
+            inverse_S = torch.empty_like(order_S)
+            inverse_S[order_S] = torch.arange(order_S.numel(), device=x_RD.device)
+            offs_e = local_e.sum(0).cumsum(0).to(torch.int32)
+        # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero gradients under compile).
+        z_SD = wait_tensor(all_to_all_single_autograd(x_RD, received, sent, self.group))
+        y_SD = experts(permute(z_SD, order_S, inverse_S.unsqueeze(1)), offs_e)
+        y_SD = permute(y_SD, inverse_S, order_S.unsqueeze(1))
+        return wait_tensor(all_to_all_single_autograd(y_SD, sent, received, self.group))
+
+
+def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:
+    """Give each rank of the `ep` axis its experts: stacked parameters become DTensors sharded on dim 0.
+
+    Raises:
+        InputError: the number of experts is not a multiple of ep.
+    """
+    mesh = expert_mesh["ep"]
+    if mesh.size() == 1:
+        return
+    for name, module in model.named_modules():
+        if not hasattr(module, "exchange"):
+            continue
+        for key, parameter in list(module.experts.named_parameters(recurse=False)):
+            if parameter.shape[0] % mesh.size():
+                raise InputError(
+                    f"{name} has {parameter.shape[0]} experts, which do not divide over --parallel.ep {mesh.size()} ranks; "
+                    "choose an ep that divides them"
+                )
+            sharded = nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)]), requires_grad=parameter.requires_grad)
+            module.experts.register_parameter(key, sharded)
+        module.exchange = ExpertExchange(mesh.get_group())

@@ -1,0 +1,131 @@
+"""The processes of a run: process group, device, seeds, and the dense and the expert view of the same ranks.
+
+Rank r stands at (pp, dp_replicate, dp_shard, cp, tp) in the dense mesh and at (pp, dp_replicate, edp, ep) in the expert mesh,
+both row-major over the same ranks, so that `ep` peers are neighbours (on one node, where the all-to-all is cheapest).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+from types import TracebackType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchsft.config import InputError, Parallel
+
+
+def mesh_sizes(parallel: Parallel, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes of the dense and of the expert mesh for `world_size` ranks.
+
+    Raises:
+        InputError: the sizes do not multiply to the world size, or ep does not divide dp_shard * cp * tp.
+    """
+    others = parallel.pp * parallel.dp_replicate * parallel.cp * parallel.tp
+    shard = parallel.dp_shard
+    if shard == -1:
+        shard = max(world_size // others, 1)
+    if others * shard != world_size:
+        raise InputError(
+            f"the mesh sizes pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard {shard} x cp {parallel.cp} x "
+            f"tp {parallel.tp} multiply to {others * shard}, but {world_size} ranks were started; "
+            f"set --parallel.dp-shard -1 or start {others * shard} ranks"
+        )
+    inner = shard * parallel.cp * parallel.tp
+    if inner % parallel.ep:
+        divisors = [n for n in range(1, inner + 1) if inner % n == 0]
+        raise InputError(
+            f"--parallel.ep is {parallel.ep}, but it must divide dp_shard * cp * tp = {inner}; "
+            f"set it to one of {', '.join(map(str, divisors))}"
+        )
+    dense = {
+        "pp": parallel.pp,
+        "dp_replicate": parallel.dp_replicate,
+        "dp_shard": shard,
+        "cp": parallel.cp,
+        "tp": parallel.tp,
+    }
+    expert = {
+        "pp": parallel.pp,
+        "dp_replicate": parallel.dp_replicate,
+        "edp": inner // parallel.ep,
+        "ep": parallel.ep,
+    }
+    return dense, expert
+
+
+class World:
+    """This process among the ranks of a run. A context manager: leaving it destroys the process group.
+
+    Reads what `torchrun` sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); under plain `python` it is a world of
+    one rank, with the same code path. NCCL and one CUDA device per local rank where CUDA is there, else gloo on the CPU.
+
+    Attributes:
+        rank, local_rank, size: ints.
+        device: where this rank computes.
+        dense, expert: the two meshes, see `mesh_sizes`.
+        data_rank, data_size: which share of the rows this rank reads, and of how many.
+    """
+
+    def __init__(self, parallel: Parallel, seed: int) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        dense, expert = mesh_sizes(parallel, self.size)  # before anything is started
+        cuda = torch.cuda.is_available()
+        if cuda and self.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {self.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+                "lower --nproc-per-node"
+            )
+        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        timeout = timedelta(seconds=parallel.timeout_seconds)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        self.dense = self._mesh(dense)
+        self.expert = self._mesh(expert)
+        self.data_size = dense["dp_replicate"] * dense["dp_shard"]
+        self.data_rank = self.dense.get_local_rank("dp_replicate") * dense["dp_shard"] + self.dense.get_local_rank("dp_shard")
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def _mesh(self, sizes: dict[str, int]) -> DeviceMesh:
+        return init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes single files."""
+        return self.rank == 0
+
+    def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
+        """float64 sums over all ranks (in this version all are data ranks) of a short vector; [n] -> [n]. One collective.
+
+        Numbers that the host knows stay on the host and go through gloo, so that no GPU is waited for.
+        """
+        total = torch.as_tensor(values).double()
+        dist.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.sum([0.0])
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the peers may wait in a collective: destroying the group could wait for them, leaving does not.
+        if kind is None:
+            dist.destroy_process_group()

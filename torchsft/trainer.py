@@ -1,0 +1,405 @@
+"""One run: build -> step -> evaluate -> save, read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchsft.checkpoint import huggingface, state
+from torchsft.config import Config, InputError, differences, to_dict
+from torchsft.data.stream import Step, TrainLoader, eval_batches
+from torchsft.data.template import Sample, answer_prompts, load_tokenizer, prepare
+from torchsft.evaluation import Answer, evaluate_loss, greedy_answers
+from torchsft.metrics.logger import MetricsLogger
+from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.parallel.apply import parallelize
+from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
+from torchsft.parallel.world import World
+from torchsft.precision.adamw import build_optimizer, learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve(config: Config, world: World) -> Config:
+    """Replace what is automatic by what this world makes of it, so that the saved configuration says what ran."""
+    compute = config.precision.compute
+    if compute == "auto":
+        compute = "bf16" if world.device.type == "cuda" else "fp32"
+    epochs = config.train.epochs
+    if config.train.steps is None and epochs is None:
+        epochs = 1
+    return dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, dp_shard=world.dense["dp_shard"].size()),
+        precision=dataclasses.replace(config.precision, compute=compute),
+        train=dataclasses.replace(config.train, epochs=epochs),
+    )
+
+
+class Trainer:
+    """Everything that one rank holds of a run; `run()` is the whole of it.
+
+    Args:
+        config: as the command line gave it, with `model.path` and `data.train` set.
+        world: this rank among the others.
+
+    Raises:
+        InputError: options, data, weights and output directory do not fit together; before any weight is loaded where possible.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.world = world
+        self.config = config = resolve(config, world)
+        self.output = Path(config.output)
+        if config.model.path is None or not config.data.train:
+            raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
+        self.source = Path(config.model.path)
+        self.check_output()
+
+        hf_config = huggingface.read_config(self.source)
+        self.model_config = DeepseekV3Config.from_hf(hf_config)
+        self.load_data()
+        self.build_model()
+        self.optimizer = build_optimizer(self.model, config.optim)
+
+        self.step = 0  # steps taken, skipped ones included
+        self.updates = 0  # steps that changed the weights: what the learning-rate schedule counts
+        self.skipped = 0  # steps that were skipped since their gradient was not finite
+        self.skipped_in_a_row = 0
+        self.first_loss = self.last_loss = math.nan
+        self.resume()
+        self.log = self.open_output() if world.is_main else None
+
+    # ---------------------------------------------------------------- build
+
+    def check_output(self) -> None:
+        """Refuse an output directory that holds another run; every rank looks before rank 0 writes."""
+        path = self.output / "config.json"
+        if path.exists():
+            found = differences(json.loads(path.read_text()), to_dict(self.config))
+            if found:
+                raise InputError(
+                    f"{self.output} holds another run, which differs in {'; '.join(found)}; choose another --output or delete it"
+                )
+        if self.config.checkpoint.resume == "never" and state.find_latest(self.output / "checkpoints"):
+            raise InputError(
+                f"{self.output} already holds checkpoints, but --checkpoint.resume is never; choose another --output, or "
+                "--checkpoint.resume auto to continue that run"
+            )
+
+    def load_data(self) -> None:
+        """Tokenizer, training loader, evaluation batches, number of steps."""
+        config, world = self.config, self.world
+        self.tokenizer = load_tokenizer(self.source)
+        show = world.is_main and config.metrics.progress
+        vocab_size = self.model_config.vocab_size
+        train = prepare(config.data.train, self.tokenizer, config.data, vocab_size=vocab_size, progress=show)
+        self.say(str(train.report))
+        batch = {
+            "seq_len": config.data.seq_len,
+            "micro_batch_size": config.train.micro_batch_size,
+            "data_rank": world.data_rank,
+            "data_size": world.data_size,
+            "pad_token_id": self.tokenizer.pad_token_id or 0,  # any id will do: padding is known by its place
+        }
+        self.loader = TrainLoader(
+            train.samples, global_batch_size=config.train.global_batch_size, seed=config.train.seed, **batch
+        )
+        self.eval_samples: list[Sample] = []
+        self.eval_batches = []
+        if config.data.eval:
+            held_out = prepare(config.data.eval, self.tokenizer, config.data, vocab_size=vocab_size, progress=show)
+            self.say(str(held_out.report))
+            self.eval_samples = held_out.samples
+            self.eval_batches = eval_batches(held_out.samples, **batch)
+        if config.train.steps is not None:
+            self.total_steps = config.train.steps
+        else:
+            self.total_steps = sum(self.loader.steps_in_epoch(epoch) for epoch in range(config.train.epochs))
+        learning_rate(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
+
+    def build_model(self) -> None:
+        """Meta device -> sharded -> materialised -> weights: no rank ever holds the whole model."""
+        config, world = self.config, self.world
+        options = config.model
+        with torch.device("meta"):
+            self.model = DeepseekV3(
+                self.model_config, attention=options.attention, experts=options.experts, loss_chunk=options.loss_chunk
+            )
+        if not options.random_init:
+            huggingface.check_weights(self.source, self.model)
+        parallelize(self.model, world, DTYPES[config.precision.compute])
+        self.model.to_empty(device=world.device)
+        self.model.init_buffers()
+        if options.random_init:
+            huggingface.initialise_weights(self.model, config.train.seed, initial_value)
+        else:
+            self.say(f"loading weights from {self.source}")
+            huggingface.load_weights(self.model, self.source)
+        self.model.train()
+
+    def resume(self) -> None:
+        """Continue from a checkpoint where the options say so and one is there."""
+        where = self.config.checkpoint.resume
+        path = None
+        if where == "auto":
+            path = state.find_latest(self.output / "checkpoints")
+        elif where != "never":
+            path = Path(where)
+        if path is None:
+            return
+        extra = state.load(path, self.model, self.optimizer)
+        for name in ("step", "updates", "skipped", "first_loss", "last_loss"):
+            setattr(self, name, extra[name])
+        self.loader.load_state_dict(extra["data"])
+        self.say(f"continuing from {path} at step {self.step} of {self.total_steps}")
+
+    def open_output(self) -> MetricsLogger:
+        """Write the resolved configuration and open the metric files (main rank only)."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(to_dict(self.config), indent=2)
+        (self.output / "config.json").write_text(text + "\n")
+        return MetricsLogger(
+            self.output,
+            total_steps=self.total_steps,
+            start_step=self.step,
+            tensorboard=self.config.metrics.tensorboard,
+            progress=self.config.metrics.progress,
+            config_text=text,
+        )
+
+    # ---------------------------------------------------------------- train
+
+    def run(self) -> None:
+        """Train to the last step, with evaluation, checkpoints, export and a closing summary."""
+        config = self.config
+        evaluation = {}
+        self.say(self.describe())
+        self.world.barrier()  # every rank has looked at the output directory, and it is open
+        if config.eval.answers and self.step == 0:
+            self.answer("before")
+        tokens = seconds = 0.0
+        while self.step < self.total_steps:
+            record, scalars = self.train_step(next(self.loader))
+            tokens += record["tokens"]
+            seconds += record["step_seconds"]
+            if self.eval_batches and self.due(config.eval.every):
+                evaluation = evaluate_loss(self.model, self.eval_batches, self.world)
+                record |= evaluation
+            if self.log:
+                self.log.step(self.step, record, scalars)
+            if self.due(config.checkpoint.every):
+                self.save()
+        if self.eval_batches and not evaluation:  # a finished run was started again
+            evaluation = evaluate_loss(self.model, self.eval_batches, self.world)
+        matches = self.answer("after") if config.eval.answers else None
+        if config.checkpoint.export != "none":
+            self.say(f"exporting {config.checkpoint.export} weights to {self.output / 'hf'}")
+            huggingface.export(self.model, self.output / "hf", DTYPES[config.checkpoint.export], self.source)
+        if self.log:
+            self.log.close()
+            self.say(self.summary(evaluation, tokens, seconds, matches))
+
+    def due(self, every: int) -> bool:
+        """True at every `every`-th step and at the last one."""
+        return self.step == self.total_steps or (every > 0 and self.step % every == 0)
+
+    def train_step(self, step: Step) -> tuple[dict[str, Any], dict[str, float]]:
+        """One optimizer step on this rank's microbatches of a global batch.
+
+        Every microbatch gives a *sum* of weighted token losses, which is divided by the loss weight of the whole global batch,
+        known before the first backward pass. So neither accumulation nor the number of ranks can change a gradient.
+
+        Returns:
+            What metrics.jsonl says of the step, and further TensorBoard scalars; the same on every rank.
+        """
+        config, world = self.config, self.world
+        began = time.perf_counter()
+        batches = step.microbatches
+        lengths = [b.cu_seqlens.diff().tolist() for b in batches]
+        weight, supervised, tokens, flops = world.sum(
+            [
+                float(sum(b.loss_weights.double().sum() for b in batches)),
+                float(sum((b.loss_weights != 0).sum() for b in batches)),
+                sum(map(sum, lengths)),
+                sum(self.model_config.flops(documents) for documents in lengths),
+            ]
+        ).tolist()
+
+        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        for batch in batches:
+            batch = batch.to(world.device)
+            loss = self.model(
+                batch.tokens,
+                positions=batch.positions,
+                cu_seqlens=batch.cu_seqlens,
+                labels=batch.labels,
+                loss_weights=batch.loss_weights,
+                max_seqlen=batch.max_seqlen,
+            )
+            (loss / max(weight, 1e-30)).backward()
+            loss_sum += loss.detach()
+
+        norm_tensor = global_norm(self.model.parameters())
+        norm = norm_tensor.item()
+        lr = learning_rate(self.updates, config.optim, self.total_steps)
+        if math.isfinite(norm) and weight > 0:
+            if config.optim.clip_norm is not None:
+                scale_gradients(self.model.parameters(), clip_factor(norm_tensor, config.optim.clip_norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.updates += 1
+            self.skipped_in_a_row = 0
+        else:  # nothing changes: weights, moments, schedule
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.optimizer.zero_grad()
+        self.step += 1
+
+        loss, load = self.collect(loss_sum, weight)
+        seconds = time.perf_counter() - began
+        if math.isnan(self.first_loss):
+            self.first_loss = loss
+        self.last_loss = loss
+        record = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": int(tokens),
+            "supervised_tokens": int(supervised),
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "epoch": step.epoch,
+        }
+        scalars = {"speed/supervised_tokens_per_second": supervised / seconds, "optim/skipped_steps": self.skipped}
+        scalars |= memory_gib(world.device) | load
+        peak = config.metrics.peak_tflops or peak_tflops(world.device)
+        if peak:
+            scalars["speed/mfu"] = mfu(flops / world.size, seconds, peak)
+        if self.skipped_in_a_row >= config.train.max_nonfinite_steps:
+            raise InputError(
+                f"the gradient norm was not finite in {self.skipped_in_a_row} steps in a row (the last is step {self.step}), "
+                "which --train.max-nonfinite-steps makes the limit; lower --optim.lr or look at the data"
+            )
+        return record, scalars
+
+    def collect(self, loss_sum: torch.Tensor, weight: float) -> tuple[float, dict[str, float]]:
+        """Mean loss and expert load (busiest expert over the mean, per MoE layer) over all ranks; counters start anew."""
+        loads = {name: layer.mlp.expert_load for name, layer in self.model.model.layers.items() if hasattr(layer.mlp, "expert_load")}
+        total = self.world.sum(torch.cat([loss_sum[None], *(load.double() for load in loads.values())]))
+        scalars = {}
+        values = total[1:].split([load.numel() for load in loads.values()])
+        for (name, load), counts in zip(loads.items(), values, strict=True):
+            scalars[f"expert_load/layer_{name}_max_over_mean"] = (counts.max() / counts.mean().clamp(min=1e-30)).item()
+            load.zero_()
+        return total[0].item() / max(weight, 1e-30), scalars
+
+    # ---------------------------------------------------------------- evaluate, save, tell
+
+    def answer(self, when: str) -> tuple[int, int]:
+        """Greedy answers to held-out conversations: written to OUTPUT/answers-WHEN.jsonl, a few shown.
+
+        Returns:
+            How many equal the reference, and how many there are.
+        """
+        config = self.config
+        prompts = [(s.id, *turn) for s in self.eval_samples[: config.eval.answers] for turn in answer_prompts(s)]
+        if not prompts:
+            raise InputError(f"--eval.answers is {config.eval.answers}, but --data.eval gives no answers to compare with")
+        answers = greedy_answers(
+            self.model,
+            prompts,
+            self.world,
+            max_new_tokens=config.eval.max_new_tokens,
+            max_tokens=config.data.seq_len * config.train.micro_batch_size,
+        )
+        correct = sum(a.correct for a in answers)
+        if self.log:
+            with open(self.output / f"answers-{when}.jsonl", "w") as file:
+                for a in answers:
+                    file.write(json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) + "\n")
+            share = 100 * correct / len(answers)
+            lines = [f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"]
+            lines += [self.show(a) for a in answers[:4]]
+            self.log.message("\n".join(lines))
+        return correct, len(answers)
+
+    def show(self, answer: Answer) -> str:
+        """One answer as a line: the end of its prompt, what was generated, and the reference where it differs."""
+        question = self.tokenizer.decode(answer.prompt)[-60:].replace("\n", " ")
+        line = f"  ...{question!r} -> {self.tokenizer.decode(answer.generated)!r}"
+        return line if answer.correct else line + f" (reference {self.tokenizer.decode(answer.reference)!r})"
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        began = time.perf_counter()
+        extra = {name: getattr(self, name) for name in ("step", "updates", "skipped", "first_loss", "last_loss")}
+        path = state.save(
+            self.output / "checkpoints",
+            self.step,
+            self.model,
+            self.optimizer,
+            extra=extra | {"data": self.loader.state_dict()},
+            config=to_dict(self.config),
+            keep=self.config.checkpoint.keep,
+        )
+        self.say(f"checkpoint {path} written in {time.perf_counter() - began:.1f} s")
+
+    def describe(self) -> str:
+        """What is about to be trained, and how."""
+        config, world = self.config, self.world
+        parameters = sum(p.numel() for p in self.model.parameters())  # DTensor.numel() is the global number
+        return (
+            f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute, on {world.size} x {world.device.type}: "
+            f"dp_shard {world.dense['dp_shard'].size()}, ep {world.expert['ep'].size()}, edp {world.expert['edp'].size()}; "
+            f"steps {self.step} -> {self.total_steps}, {config.train.global_batch_size} rows of {config.data.seq_len} tokens each"
+        )
+
+    def summary(
+        self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int] | None
+    ) -> str:
+        """What a run ends with."""
+        lines = ["", f"steps            {self.step} ({self.skipped} skipped)", f"loss             {self.first_loss:.4f} -> {self.last_loss:.4f}"]
+        if evaluation:
+            lines.append(f"eval loss        {evaluation['eval_loss']:.4f} (perplexity {evaluation['eval_perplexity']:.3f})")
+        if matches:
+            lines.append(f"exact answers    {matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)")
+        if tokens:
+            lines.append(f"tokens/s         {tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)")
+        lines.append(f"outputs          {self.output}: config.json, metrics.jsonl, tensorboard/, checkpoints/, hf/")
+        lines.append(f"TensorBoard      tensorboard --logdir {self.output / 'tensorboard'}")
+        return "\n".join(lines)
+
+    def say(self, text: str) -> None:
+        """Print on the main rank, without breaking the progress bar."""
+        if not self.world.is_main:
+            return
+        if getattr(self, "log", None):
+            self.log.message(text)
+        else:
+            print(text, flush=True)
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run `main`; an InputError becomes one sentence on stderr and exit code 1, on whichever rank it happens.
+
+    Where all ranks meet the same fault, torchrun ends the others as soon as rank 0 has left, so that it is told once.
+    """
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # peers may wait in a collective: do not wait for them
