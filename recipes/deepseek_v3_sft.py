@@ -39,8 +39,8 @@ def debug() -> Config:
 
 
 def finetune() -> Config:
-    """Your model and data (--model.path, --data.train): cosine schedule from 1e-5, 1 epoch."""
-    return Config(optim=Optim(lr=1e-5, warmup_steps=10), output="outputs/deepseek_v3_sft")
+    """Your model and data (--model.path, --data.train): cosine schedule from 1e-5 without warm-up, 1 epoch."""
+    return Config(optim=Optim(lr=1e-5), output="outputs/deepseek_v3_sft")
 
 
 PRESETS = {"debug": debug, "finetune": finetune}

@@ -67,7 +67,7 @@ def test_three_steps_equal_a_transformers_loop(inputs, tmp_path):
         betas=(o.beta1, o.beta2),
         eps=o.eps,
     )
-    learning_rates = [1e-2, 1e-2, 0.5e-2]  # warm-up of 1 step to the peak, then linear to 0 over 2 steps
+    learning_rates = [1e-2, 1e-2, 0.5e-2]  # warm-up of 1 step, then linear: 1 and 1/2 of the peak
 
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 import torchsft
@@ -187,6 +189,31 @@ def test_an_older_export_is_replaced_and_other_directories_are_not(single, tmp_p
         export(model, single, torch.float32, single)
 
 
+def memory(field):
+    """A line of /proc/self/status in bytes: VmRSS is resident now, VmHWM its maximum."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures memory the way Linux does")
+def test_export_holds_one_tensor_at_a_time(single, tmp_path):
+    wide = {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 64}
+    bare = copy(single, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    change_config(bare, **wide)
+    model = meta_model(bare).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()  # resident from here on
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+    before = memory("VmRSS")
+    export(model, tmp_path / "hf", torch.bfloat16, bare)
+    grown = memory("VmHWM") - before
+    written = sum(path.stat().st_size for path in weight_files(tmp_path / "hf"))
+    # The largest tensor takes 0.6 MB; the rest of the bound is what Python itself allocates.
+    assert written > 50e6 and grown < 10e6
+
+
 def test_missing_unexpected_and_misshapen_keys_are_all_named(source, tmp_path):
     bad = copy(source, tmp_path / "bad")
     change_tensors(
@@ -290,15 +317,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(source, tmp_path):
 def test_a_key_in_two_files_is_refused(source, tmp_path):
     bad = copy(source, tmp_path / "bad")
     first, last = weight_files(bad)[0], weight_files(bad)[-1]
-    key = next(iter(read_tensors_of(first)))
-    save_file(read_tensors_of(last) | {key: torch.zeros(1)}, last)
+    key = next(iter(load_file(first)))
+    save_file(load_file(last) | {key: torch.zeros(1)}, last)
     assert f"{key} is both in {first.name} and in {last.name}" in refusal(bad)
-
-
-def read_tensors_of(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def test_configurations_that_cannot_be_read_are_refused(tmp_path):

@@ -27,9 +27,7 @@ LLAMA3_TEXT = (
     "<|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[Bye.<|eot_id|>]]"
 )
-DEEPSEEK_TEXT = (
-    "<bos>Be brief.<|User|>Hi<|Assistant|>[[Hello you.<eos>]]<|User|>And now?<|Assistant|>[[Bye.<eos>]]"
-)
+DEEPSEEK_TEXT = "<bos>Be brief.<|User|>Hi<|Assistant|>[[Hello you.<eos>]]<|User|>And now?<|Assistant|>[[Bye.<eos>]]"
 QWEN3_TEXT = CHATML_TEXT.replace("[[Bye.", "[[<think>\n\n</think>\n\nBye.")
 GOLDEN = {
     "chatml": (chat.CHATML, CHATML_TEXT),
@@ -304,7 +302,12 @@ def test_an_unusable_template_is_refused_and_the_conversation_named(template, sa
 def save_like_deepseek(directory):
     """A directory as DeepSeek publishes it: LlamaTokenizerFast in name, byte-level BPE in fact."""
     byte_tokenizer(chat.DEEPSEEK_V3).backend_tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    settings = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<eos>",
+    }
     settings |= {"add_bos_token": True, "add_eos_token": False, "legacy": True, "chat_template": chat.DEEPSEEK_V3}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     (directory / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
@@ -338,7 +341,9 @@ def test_load_tokenizer_names_what_is_wrong_with_a_directory(tmp_path):
     with pytest.raises(InputError, match=r"has no tokenizer\.json; convert"):
         load_tokenizer(tmp_path)
     settings = save_like_deepseek(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: settings[k] for k in settings if k != "chat_template"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({k: settings[k] for k in settings if k != "chat_template"})
+    )
     with pytest.raises(InputError, match=r"has no chat template; add"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

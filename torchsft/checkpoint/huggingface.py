@@ -286,6 +286,9 @@ def export(
     _choose_owners(plan, ranks)
     files = _lay_out(plan, ranks, max_shard_bytes)
     with published(target) as staging:
+        if dist.is_initialized():
+            # NCCL sets up its communicator in the first collective: all ranks must join that, while transfers need few.
+            dist.all_reduce(next(map(_local, tensors.values())).new_zeros(1))
         with ExitStack() as stack:
             writers = {
                 name: stack.enter_context(

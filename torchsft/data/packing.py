@@ -1,9 +1,9 @@
 """Packing: which samples share a row of seq_len tokens.
 
 Best-fit decreasing within a window of the given order: the samples of a window are sorted by falling length, and each
-goes where the least room is left over. The emptiest row of a window is packed again with the next one, so that only
-the very last rows are short of samples. A window bounds both the work and how far a sample can move from its place in
-the order. Rows come out longest sample first; the caller shuffles them.
+goes where the least room is left over. The emptiest row of a window stays open for the next one, so that only the very
+last rows are short of samples. A window bounds both the work and how far a sample can move from its place in the order.
+Rows come out longest sample first; the caller shuffles them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ def pack(lengths: Sequence[int], order: Sequence[int], seq_len: int, buffer: int
         InputError: a sample is longer than a row.
     """
     rows: list[list[int]] = []
-    left_over: list[int] = []
+    open_row: list[int] = []
     for begin in range(0, len(order), buffer):
-        window = left_over + [int(i) for i in order[begin : begin + buffer]]
-        packed = _best_fit_decreasing(lengths, window, seq_len)
-        left_over = []
+        packed = _best_fit_decreasing(lengths, [int(i) for i in order[begin : begin + buffer]], seq_len, open_row)
         if begin + buffer < len(order):
-            left_over = packed.pop(min(range(len(packed)), key=lambda r: sum(lengths[i] for i in packed[r])))
+            open_row = packed.pop(min(range(len(packed)), key=lambda r: sum(lengths[i] for i in packed[r])))
         rows += packed
     return rows
 
 
-def _best_fit_decreasing(lengths: Sequence[int], window: list[int], seq_len: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted; full rows leave it
+def _best_fit_decreasing(
+    lengths: Sequence[int], window: list[int], seq_len: int, open_row: list[int]
+) -> list[list[int]]:
+    """Rows of the samples of `window`; the first one begins with the samples of `open_row`."""
+    rows = [list(open_row)]
+    room = [(seq_len - sum(lengths[i] for i in open_row), 0)]  # (free tokens, row), sorted; full rows leave it
     for sample in sorted(window, key=lambda i: -lengths[i]):  # stable: ties keep the given order
         length = int(lengths[sample])
         if not 1 <= length <= seq_len:

@@ -64,12 +64,11 @@ class MetricsLogger:
         if tensorboard:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
             self._board.add_text("config", "\n".join("    " + line for line in config_text.splitlines()), start_step)
-        self._total_steps, self._start_step = total_steps, start_step
-        self._began = self._last_line = time.monotonic()
-        self._bar = None
-        self._lines = progress and not sys.stderr.isatty()
-        if progress and not self._lines:
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._total_steps = total_steps
+        self._progress = progress
+        self._bar: tqdm | None = None
+        self._first: tuple[int, float] | None = None  # number of the first step of this process, and when it ended
+        self._last_line = 0.0
 
     def step(self, step: int, record: Mapping[str, float | int], scalars: Mapping[str, float]) -> None:
         """Write one step.
@@ -93,28 +92,39 @@ class MetricsLogger:
                 self._board.add_scalar(tag, value, step)
             for tag, value in scalars.items():
                 self._board.add_scalar(tag, value, step)
-        self._show(step, record)
+        if self._progress:
+            self._show(step, record)
 
     def _show(self, step: int, record: Mapping[str, float | int]) -> None:
+        """Progress on the console; the clock starts at the end of the first step, which is slower than the others."""
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        first, began = self._first
         speed = f"{record['tokens_per_second']:,.0f} tok/s"
-        if self._bar is not None:
+        evaluation = f"eval loss {record['eval_loss']:.4f}" if "eval_loss" in record else ""
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=self._total_steps, initial=step - 1, unit="step", dynamic_ncols=True)
             self._bar.set_postfix_str(
                 f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}, {speed}", refresh=False
             )
             self._bar.update()
-            if "eval_loss" in record:
-                self.message(f"step {step}: eval loss {record['eval_loss']:.4f}")
-        elif self._lines:
-            now = time.monotonic()
-            regular = step % max(1, self._total_steps // 20) == 0
-            ends = step in (self._start_step + 1, self._total_steps)
-            if regular or ends or "eval_loss" in record or now - self._last_line > 60:
-                self._last_line = now
-                left = (now - self._began) / (step - self._start_step) * (self._total_steps - step)
-                parts = [f"step {step}/{self._total_steps}", f"loss {record['loss']:.4f}"]
-                parts += [f"norm {record['grad_norm']:.2f}", f"lr {record['lr']:.2e}", speed]
-                parts += [f"eval loss {record['eval_loss']:.4f}"] if "eval_loss" in record else []
-                print(", ".join(parts) + f", {tqdm.format_interval(left)} left", flush=True)
+            if evaluation:
+                self.message(f"step {step}: {evaluation}")
+            return
+        regular = step % max(1, self._total_steps // 20) == 0 or step == self._total_steps
+        if step == first or regular or evaluation or now - self._last_line > 60:
+            self._last_line = now
+            parts = [
+                f"step {step}/{self._total_steps}",
+                f"loss {record['loss']:.4f}",
+                f"norm {record['grad_norm']:.2f}",
+            ]
+            parts += [f"lr {record['lr']:.2e}", speed, *([evaluation] if evaluation else [])]
+            if step > first:
+                left = (now - began) / (step - first) * (self._total_steps - step)
+                parts.append(f"{tqdm.format_interval(left)} left")
+            print(", ".join(parts), flush=True)
 
     def message(self, text: str) -> None:
         """Print `text` to stdout without breaking the progress bar."""

@@ -53,11 +53,11 @@ def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
 
     With w = warmup_steps, n = total_steps, and floor = min_lr_ratio * lr:
 
-        step < w      lr * (step + 1) / w                        linear warm-up; reaches lr at step w - 1
-        step >= w     floor + (lr - floor) * shape(t),           t = (step - w + 1) / (n - w)
+        step < w      lr * (step + 1) / w                        linear warm-up; the first update moves too
+        step >= w     floor + (lr - floor) * shape(t),           t = (step - w) / (n - w)
                       shape: (1 + cos(pi t)) / 2 | 1 - t | 1     cosine | linear | constant
 
-    so that cosine and linear end at exactly floor in the last step, n - 1.
+    The decay is that of transformers' schedules: the floor would be reached at update n, so that the last one still moves.
 
     Raises:
         InputError: the warm-up is longer than the run.
@@ -71,7 +71,7 @@ def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
         return optim.lr * (step + 1) / warmup
     if optim.schedule == "constant":
         return optim.lr
-    t = min(1.0, (step - warmup + 1) / max(1, total_steps - warmup))
+    t = (step - warmup) / (total_steps - warmup)
     shape = (1 + math.cos(math.pi * t)) / 2 if optim.schedule == "cosine" else 1 - t
     floor = optim.min_lr_ratio * optim.lr
     return floor + (optim.lr - floor) * shape
