@@ -392,13 +392,13 @@ class Trainer:
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run `main`; an InputError becomes one sentence on stderr and exit code 1, on whichever rank it happens.
+    """Run `main`; an InputError, or an OSError (a full disk, say), becomes one sentence on stderr and exit code 1.
 
     Where all ranks meet the same fault, torchrun ends the others as soon as rank 0 has left, so that it is told once.
     """
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from tests.checkpoint.sources import (
     write_source,
 )
 from torchsft.checkpoint.huggingface import check_weights, export, initialise_weights, read_config
+from torchsft.checkpoint.weight_files import SafetensorsWriter
 from torchsft.config import InputError
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
 
@@ -187,6 +188,25 @@ def test_an_older_export_is_replaced_and_other_directories_are_not(single, tmp_p
         export(model, tmp_path / "mine", torch.float32, single)
     with pytest.raises(InputError, match="also its source"):
         export(model, single, torch.float32, single)
+
+
+def test_written_files_are_aligned_and_complete(tmp_path):
+    """Odd bf16 sizes before fp32 would put fp32 at odd addresses; tensors may come in any order, but all must come."""
+    tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(2, 2), "c": torch.tensor(7), "d": torch.zeros(0, 4)}
+    contents = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    with SafetensorsWriter(tmp_path / "x.safetensors", contents) as writer:
+        for key in "dbca":
+            writer.write(key, tensors[key])
+    found = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    data = (tmp_path / "x.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for key, tensor in tensors.items():
+        assert (start + header[key]["data_offsets"][0]) % tensor.itemsize == 0
+    with pytest.raises(AssertionError, match="never written: a"), SafetensorsWriter(tmp_path / "y", contents) as writer:
+        for key in "bcd":
+            writer.write(key, tensors[key])
 
 
 def memory(field):

@@ -57,7 +57,8 @@ def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
         step >= w     floor + (lr - floor) * shape(t),           t = (step - w) / (n - w)
                       shape: (1 + cos(pi t)) / 2 | 1 - t | 1     cosine | linear | constant
 
-    The decay is that of transformers' schedules: the floor would be reached at update n, so that the last one still moves.
+    The decay is that of transformers' schedules: the floor would be reached at update n, so that the last one still
+    moves.
 
     Raises:
         InputError: the warm-up is longer than the run.
