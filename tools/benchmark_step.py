@@ -126,7 +126,9 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
     plain, weights, config = transformers_side()
     sides = {"transformers": plain, "torchsft": our_side(weights, config)}
     del weights
-    batches = torch.randint(0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1))
+    batches = torch.randint(
+        0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
+    )
     seconds: dict[str, dict[str, list[float]]] = {name: {"compute": [], "update": []} for name in sides}
     peaks: dict[str, int] = {}
     for index, tokens in enumerate(batches):
@@ -134,7 +136,9 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
         for name, (compute, update) in sides.items():
             if index == 1:  # optimizer state exists from step 0 on
 
-                def step(compute: Any = compute, update: Any = update, name: str = name, tokens: Tensor = tokens) -> None:
+                def step(
+                    compute: Any = compute, update: Any = update, name: str = name, tokens: Tensor = tokens
+                ) -> None:
                     losses[name] = compute(tokens)
                     update()
 
@@ -172,7 +176,9 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
     ours, theirs = report["torchsft"], report["transformers"]
     report["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
     report["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
-    print(f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, {report['memory_ratio']:.2f} x the memory")
+    print(
+        f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, {report['memory_ratio']:.2f} x the memory"
+    )
     if show_profile:
         for name, (compute, _) in sides.items():
             print(f"\n{name}: forward + backward\n{time_table(lambda compute=compute: compute(batches[0]))}")

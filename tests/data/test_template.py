@@ -273,8 +273,8 @@ def test_reasoning_cut_out_of_the_history_is_refused_unless_only_the_last_turn_i
 
 
 def test_reasoning_that_the_generation_prompt_opens_is_trained_behind_that_opening():
-    """The template keeps contents as they are, so only this conversation's own text shows that the prompt is a prefix."""
-    template = chat.DEEPSEEK_V3.replace("{{ '<|Assistant|>' }}{% endif %}", "{{ '<|Assistant|><think>\n' }}{% endif %}")
+    """The template keeps contents as they are: only the conversation itself shows that the prompt is a prefix."""
+    template = chat.DEEPSEEK_R1.replace(".split('</think>')[-1]", "")
     tokenizer = byte_tokenizer(template)
     talk = conversation("hi", "<think>\nme\n</think>you", "and", "the answer")
     sample = tokenize(talk, tokenizer, "assistant")
@@ -298,7 +298,7 @@ def test_answers_without_reasoning_are_trained_from_their_first_character_on_by_
     [
         (chat.CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'"), "no special token that ends"),
         (chat.CHATML.replace("<|im_end|>", "### end"), "no special token that ends"),
-        (chat.CHATML.replace("<|im_end|>\n' }}", "' + ('<|im_end|>' if loop.last else '\n') }}"), "no special token that ends"),
+        (chat.CHATML.replace("<|im_end|>\n' }}", "' + ('<|im_end|>' if loop.last else '\n') }}"), "no special token"),
         (chat.CHATML.replace("m['content']", "m['content'] | upper"), "leaves out or changes text"),
         (chat.CHATML.replace("m['content']", "''"), "leaves out or changes text"),
         (chat.CHATML_GENERATION.replace("{% generation %}", "{% generation %}{% endgeneration %}{% if 1 %}").replace(

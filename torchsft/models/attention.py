@@ -89,7 +89,7 @@ def packing(
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_T[query] == document_T[key])
 
-    mask = create_block_mask(visible, None, None, tokens, tokens, device=device.type)
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=str(device))
     return Packing(implementation, cos_TP, sin_TP, valid_T, block_mask=mask)
 
 
