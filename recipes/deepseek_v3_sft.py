@@ -1,8 +1,8 @@
 """Full-parameter supervised fine-tuning of DeepSeek-V3-architecture models (V3, R1, V3.1, Kimi-K2, Moonlight).
 
-    torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py                       # the debug preset: learns a generated task
+    torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py                  # the debug preset: learns a generated task
     torchrun --nproc-per-node 8 recipes/deepseek_v3_sft.py finetune \\
-        --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8             # your model, your data
+        --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8        # your model, your data
 
 Supports: bf16 and fp32 safetensors, FSDP2 (dp_shard) with expert parallelism (ep), packed rows, fp32 or bf16 compute.
 Refuses: fp8 weights, pp / tp / cp / dp_replicate above 1 (not in this version).
@@ -26,11 +26,13 @@ from torchsft.trainer import Trainer, guarded
 
 def debug() -> Config:
     """Small random model that learns a generated chat task in about 2 minutes on 2 CPU cores."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = -(-4 // ranks) * ranks  # about 4 a step, equally many on each rank
     return Config(
         model=Model(random_init=True),
         data=Data(seq_len=512),
-        train=Train(steps=400, global_batch_size=8, micro_batch_size=4),
-        parallel=Parallel(ep=math.gcd(int(os.environ.get("WORLD_SIZE", "1")), 8)),  # as many of its 8 experts' ranks as started
+        train=Train(steps=400, global_batch_size=rows, micro_batch_size=rows // ranks),
+        parallel=Parallel(ep=math.gcd(ranks, 8)),  # the model has 8 experts
         optim=Optim(lr=3e-3, warmup_steps=20),
         checkpoint=Checkpoint(every=200, export="fp32"),
         eval=Eval(every=100, answers=32, max_new_tokens=16),
@@ -53,16 +55,17 @@ def choose_preset(argv: Sequence[str]) -> str:
 
 
 def with_generated_inputs(config: Config, world: World) -> Config:
-    """Without --model.path: the debug model's config and tokenizer, and its data unless given, written under OUTPUT/generated."""
+    """Without --model.path: the debug model's config and tokenizer, and its data unless given, under OUTPUT/generated."""
     where = Path(config.output) / "generated"
     if world.is_main:
         write_debug_model(where)
         write_debug_data(where)
     world.barrier()
-    data = config.data
+    model, data = dataclasses.replace(config.model, path=str(where), random_init=True), config.data
     if not data.train:
-        data = dataclasses.replace(data, train=(str(where / "train.jsonl"),), eval=data.eval or (str(where / "eval.jsonl"),))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(where), random_init=True), data=data)
+        held_out = data.eval or (str(where / "eval.jsonl"),)
+        data = dataclasses.replace(data, train=(str(where / "train.jsonl"),), eval=held_out)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def main() -> None:

@@ -159,9 +159,7 @@ def bad_model(inputs, tmp_path, change):
 def test_a_model_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, change, sentence):
     directory = bad_model(inputs, tmp_path, change)
     with pytest.raises(InputError, match=sentence):
-        run_recipe(
-            monkeypatch, "--model.path", directory, "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run"
-        )
+        run_recipe(monkeypatch, "--model.path", directory, "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -214,3 +212,15 @@ def test_bf16_compute_with_fp32_masters_stays_close_to_fp32(inputs, tmp_path):
             path.unlink()
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["bf16"] != losses["fp32"]
+
+
+def test_loss_weights_stay_fp32_in_bf16_compute(inputs, tmp_path):
+    """0.3 has no exact bf16: were weights rounded on the way in, the loss would be off by 0.2 %."""
+    config = trainer_for(inputs, tmp_path, precision=Precision(compute="bf16"))
+    with World(config.parallel, 0) as world, torch.no_grad():
+        trainer = Trainer(config, world)
+        batch = next(trainer.loader).microbatches[0]
+        forward = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens, "labels": batch.labels}
+        ones = (batch.labels != -100).float()
+        whole, part = (trainer.model(batch.tokens, **forward, loss_weights=w * ones).item() for w in (1.0, 0.3))
+    assert part == pytest.approx(0.3 * whole, rel=1e-5)

@@ -2,8 +2,8 @@
 
 Both sides start from the same weights, see the same batches (rows of one document each, so that both compute the same
 loss, which is asserted), run in fp32 in this one process and take turns. The plain side is what one would write:
-`DeepseekV3ForCausalLM` with its default attention (sdpa) and experts, `loss.backward()`, `torch.optim.AdamW`. Ours is the
-model and the optimizer that the trainer uses.
+`DeepseekV3ForCausalLM` with its default attention (sdpa) and experts, `loss.backward()`, `torch.optim.AdamW`. Ours is
+the model and the optimizer that the trainer uses.
 
 Memory is what torch's CPU allocator holds at most during a step above what it held before it, so above weights and
 optimizer state; gradients and activations count, scratch space of BLAS libraries outside the allocator does not.
@@ -126,31 +126,27 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
     plain, weights, config = transformers_side()
     sides = {"transformers": plain, "torchsft": our_side(weights, config)}
     del weights
-    batches = torch.randint(
-        0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
-    )
-    seconds: dict[str, dict[str, list[float]]] = {name: {"compute": [], "update": []} for name in sides}
+    batches = torch.randint(0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1))
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     peaks: dict[str, int] = {}
     for index, tokens in enumerate(batches):
         losses = {}
-        for name, (compute, update) in sides.items():
-            if index == 1:  # optimizer state exists from step 0 on
+        for name in sides:
 
-                def step(
-                    compute: Any = compute, update: Any = update, name: str = name, tokens: Tensor = tokens
-                ) -> None:
-                    losses[name] = compute(tokens)
-                    update()
+            def step(name: str = name, tokens: Tensor = tokens, losses: dict[str, Tensor] = losses) -> tuple[float, float]:
+                compute, update = sides[name]
+                began = time.perf_counter()
+                losses[name] = compute(tokens)
+                middle = time.perf_counter()
+                update()
+                return middle - began, time.perf_counter() - middle
 
+            if index == 0:  # creates the optimizer state
+                step()
+            elif index == 1:
                 peaks[name] = held_peak(step)
-                continue
-            began = time.perf_counter()
-            losses[name] = compute(tokens)
-            middle = time.perf_counter()
-            update()
-            if index > 1:
-                seconds[name]["compute"].append(middle - began)
-                seconds[name]["update"].append(time.perf_counter() - middle)
+            else:
+                seconds[name].append(step())
         # The same loss, while both learn from the same batches; fp32 sums differ in order.
         torch.testing.assert_close(losses["torchsft"], losses["transformers"], rtol=1e-4, atol=0)
 
@@ -162,7 +158,7 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
         "config": SMALL,
     }
     for name in sides:
-        compute, update = (statistics.median(seconds[name][part]) for part in ("compute", "update"))
+        compute, update = map(statistics.median, zip(*seconds[name], strict=True))
         report[name] = {
             "tokens_per_second": ROWS * ROW / (compute + update),
             "forward_backward_seconds": compute,
@@ -176,9 +172,7 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
     ours, theirs = report["torchsft"], report["transformers"]
     report["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
     report["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
-    print(
-        f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, {report['memory_ratio']:.2f} x the memory"
-    )
+    print(f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, {report['memory_ratio']:.2f} x the memory")
     if show_profile:
         for name, (compute, _) in sides.items():
             print(f"\n{name}: forward + backward\n{time_table(lambda compute=compute: compute(batches[0]))}")

@@ -85,7 +85,8 @@ class Train:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise InputError(
-                f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set; give one of them (the other: None)"
+                f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set; "
+                "give one of them (the other: None)"
             )
         for name in ("steps", "epochs"):
             if getattr(self, name) is not None:

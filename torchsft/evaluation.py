@@ -55,10 +55,10 @@ class Answer:
 def greedy_answers(
     model: nn.Module, prompts: Sequence[tuple[str, list[int], list[int]]], world: World, *, max_new_tokens: int, max_tokens: int
 ) -> list[Answer]:
-    """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn) appears.
+    """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn).
 
-    The prompts are spread over the ranks; all ranks must call this with the same arguments, and all get all answers. There is no
-    key/value cache: each new token is a forward pass over packed prompts, which is meant for a held-out sample, not for serving.
+    The prompts are spread over the ranks; all ranks must call this with the same arguments, and all get all answers.
+    There is no key/value cache: each new token is a forward pass over packed prompts, meant for a held-out sample.
 
     Args:
         max_new_tokens: longest answer.

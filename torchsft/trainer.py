@@ -21,6 +21,7 @@ from torchsft.data.template import Sample, answer_prompts, load_tokenizer, prepa
 from torchsft.evaluation import Answer, evaluate_loss, greedy_answers
 from torchsft.metrics.logger import MetricsLogger
 from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
+from torchsft.models.attention import choose_implementation
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
@@ -68,6 +69,7 @@ class Trainer:
 
         hf_config = huggingface.read_config(self.source)
         self.model_config = DeepseekV3Config.from_hf(hf_config)
+        choose_implementation(config.model.attention, world.device)  # refuses what this device cannot do
         self.load_data()
         self.build_model()
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -89,7 +91,8 @@ class Trainer:
             found = differences(json.loads(path.read_text()), to_dict(self.config))
             if found:
                 raise InputError(
-                    f"{self.output} holds another run, which differs in {'; '.join(found)}; choose another --output or delete it"
+                    f"{self.output} holds another run, which differs in {'; '.join(found)}; "
+                    "choose another --output or delete it"
                 )
         if self.config.checkpoint.resume == "never" and state.find_latest(self.output / "checkpoints"):
             raise InputError(
@@ -296,7 +299,9 @@ class Trainer:
 
     def collect(self, loss_sum: torch.Tensor, weight: float) -> tuple[float, dict[str, float]]:
         """Mean loss and expert load (busiest expert over the mean, per MoE layer) over all ranks; counters start anew."""
-        loads = {name: layer.mlp.expert_load for name, layer in self.model.model.layers.items() if hasattr(layer.mlp, "expert_load")}
+        loads = {
+            name: layer.mlp.expert_load for name, layer in self.model.model.layers.items() if hasattr(layer.mlp, "expert_load")
+        }
         total = self.world.sum(torch.cat([loss_sum[None], *(load.double() for load in loads.values())]))
         scalars = {}
         values = total[1:].split([load.numel() for load in loads.values()])
@@ -330,7 +335,9 @@ class Trainer:
                 for a in answers:
                     file.write(json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) + "\n")
             share = 100 * correct / len(answers)
-            lines = [f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"]
+            lines = [
+                f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"
+            ]
             lines += [self.show(a) for a in answers[:4]]
             self.log.message("\n".join(lines))
         return correct, len(answers)
@@ -363,14 +370,16 @@ class Trainer:
         return (
             f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute, on {world.size} x {world.device.type}: "
             f"dp_shard {world.dense['dp_shard'].size()}, ep {world.expert['ep'].size()}, edp {world.expert['edp'].size()}; "
-            f"steps {self.step} -> {self.total_steps}, {config.train.global_batch_size} rows of {config.data.seq_len} tokens each"
+            f"steps {self.step} -> {self.total_steps} of {config.train.global_batch_size} rows of {config.data.seq_len} tokens"
         )
 
-    def summary(
-        self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int] | None
-    ) -> str:
+    def summary(self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int] | None) -> str:
         """What a run ends with."""
-        lines = ["", f"steps            {self.step} ({self.skipped} skipped)", f"loss             {self.first_loss:.4f} -> {self.last_loss:.4f}"]
+        lines = [
+            "",
+            f"steps            {self.step} ({self.skipped} skipped)",
+            f"loss             {self.first_loss:.4f} -> {self.last_loss:.4f}",
+        ]
         if evaluation:
             lines.append(f"eval loss        {evaluation['eval_loss']:.4f} (perplexity {evaluation['eval_perplexity']:.3f})")
         if matches:

@@ -90,9 +90,7 @@ def test_index_names_every_tensor_and_its_file(source, tmp_path):
     tensors = read_tensors(tmp_path / "hf")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     files = weight_files(tmp_path / "hf")
-    assert [p.name for p in files] == [
-        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
-    ]
+    assert [p.name for p in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     assert set(index["weight_map"].values()) == {path.name for path in files}
 
 
@@ -272,9 +270,7 @@ def test_nothing_is_loaded_from_weights_that_do_not_fit(source, tmp_path):
 def test_a_tied_head_on_disk_must_equal_the_embedding(tmp_path):
     tied = write_source(tmp_path / "tied", torch.bfloat16, sharded=False, mtp=False, tie_word_embeddings=True)
     embedding = read_tensors(tied)["model.embed_tokens.weight"]
-    change_tensors(
-        tied, {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    )
+    change_tensors(tied, {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     export(torchsft.load_model(tied), tmp_path / "hf", torch.bfloat16, tied)
     assert "lm_head.weight" not in read_tensors(tmp_path / "hf")
     head = embedding.clone()

@@ -23,9 +23,7 @@ CHATML_GENERATION = (
 CHATML_GENERATION_WITHOUT_END = CHATML_GENERATION.replace(
     "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
 )
-CHATML_GENERATION_WITH_NEWLINE = CHATML_GENERATION.replace(
-    "{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}"
-)
+CHATML_GENERATION_WITH_NEWLINE = CHATML_GENERATION.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}")
 CHATML_GENERATION_WITH_HEADER = CHATML_GENERATION.replace(
     "{{ '<|im_start|>assistant\n' }}{% generation %}", "{% generation %}{{ '<|im_start|>assistant\n' }}"
 )
@@ -120,9 +118,7 @@ def byte_tokenizer(template: str, trim_offsets: bool = True, add_bos: bool = Fal
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     if add_bos:

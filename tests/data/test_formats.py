@@ -16,9 +16,7 @@ def turns(*roles, content="x"):
 
 
 def write(path, *lines):
-    path.write_bytes(
-        b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n"
-    )
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n")
     return path
 
 

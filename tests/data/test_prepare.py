@@ -90,9 +90,7 @@ def test_an_empty_file_a_file_given_twice_and_foreign_token_ids_are_refused(tmp_
     with pytest.raises(InputError, match=r"a\.jsonl is given twice"):
         prepare([path, path], TOKENIZER, Data())
     largest = max(prepare([path], TOKENIZER, Data(), vocab_size=len(TOKENIZER)).samples[0].tokens)
-    with pytest.raises(
-        InputError, match=rf"a\.jsonl:1 has token id {largest}, but the model's vocabulary has {largest};"
-    ):
+    with pytest.raises(InputError, match=rf"a\.jsonl:1 has token id {largest}, but the model's vocabulary has {largest};"):
         prepare([path], TOKENIZER, Data(), vocab_size=largest)
 
 
@@ -132,9 +130,7 @@ def test_gsm8k_trains_every_answer_with_its_end_and_nothing_else(tmp_path, templ
     for row, sample in zip(rows, prepared.samples, strict=True):
         [(prompt, answer)] = answer_prompts(sample)
         messages = [{"role": "user", "content": row["question"]}]
-        assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         target = tokenizer.decode(answer)
         assert target.startswith(row["answer"])
         assert target.removeprefix(row["answer"]) in ("<eos>", "<|im_end|>", "<|eot_id|>")

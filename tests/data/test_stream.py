@@ -116,14 +116,10 @@ def test_rows_come_in_no_order_of_length():
 
 
 def test_sizes_that_do_not_divide_and_no_samples_are_refused_with_a_remedy():
-    with pytest.raises(
-        InputError, match=r"global-batch-size \(10\) must divide by .*\(2\) .* ranks \(4\); set it to 16"
-    ):
+    with pytest.raises(InputError, match=r"global-batch-size \(10\) must divide by .*\(2\) .* ranks \(4\); set it to 16"):
         loader(data_size=4, global_batch_size=10)
     with pytest.raises(InputError, match=r"--data\.train has no samples"):
-        TrainLoader(
-            [], seq_len=64, global_batch_size=8, micro_batch_size=2, data_rank=0, data_size=1, seed=0, pad_token_id=0
-        )
+        TrainLoader([], seq_len=64, global_batch_size=8, micro_batch_size=2, data_rank=0, data_size=1, seed=0, pad_token_id=0)
 
 
 @pytest.mark.parametrize("data_size", [1, 2, 4, 64])

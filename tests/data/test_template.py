@@ -357,9 +357,7 @@ def test_load_tokenizer_names_what_is_wrong_with_a_directory(tmp_path):
     with pytest.raises(InputError, match=r"has no tokenizer\.json; convert"):
         load_tokenizer(tmp_path)
     settings = save_like_deepseek(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({k: settings[k] for k in settings if k != "chat_template"})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: settings[k] for k in settings if k != "chat_template"}))
     with pytest.raises(InputError, match=r"has no chat template; add"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

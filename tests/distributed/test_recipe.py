@@ -52,7 +52,19 @@ def records(output: Path) -> list[dict]:
 def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_path):
     output = tmp_path / "run"
     out = succeed(
-        2, "--train.steps", 6, "--optim.warmup-steps", 2, "--checkpoint.every", 3, "--eval.every", 3, "--eval.answers", 6, "--output", output
+        2,
+        "--train.steps",
+        6,
+        "--optim.warmup-steps",
+        2,
+        "--checkpoint.every",
+        3,
+        "--eval.every",
+        3,
+        "--eval.answers",
+        6,
+        "--output",
+        output,
     )
     assert out.count("held-out answers are exactly right") == 2
     for expected in ("loss   ", "eval loss   ", "tokens/s   ", f"tensorboard --logdir {output}/tensorboard"):

@@ -52,7 +52,9 @@ def undisturbed(inputs, ranks):
     return ranks(4, train, directory=str(inputs), output=str(inputs / "whole"), ep=2, start=0, stop=6)
 
 
-@pytest.mark.parametrize(("before", "after", "exact"), [((4, 2), (4, 2), True), ((4, 2), (2, 1), False), ((1, 1), (4, 4), False)])
+@pytest.mark.parametrize(
+    ("before", "after", "exact"), [((4, 2), (4, 2), True), ((4, 2), (2, 1), False), ((1, 1), (4, 4), False)]
+)
 def test_resume_continues_the_same_curve(inputs, ranks, undisturbed, tmp_path, before, after, exact):
     """Bit-identical on the same layout; on another one (ranks, ep) equal up to the order of fp32 sums."""
     run = {"directory": str(inputs), "output": str(tmp_path / "run")}

@@ -49,9 +49,7 @@ def test_gradients_of_documents_equal_dense_attention():
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "padding"), [([5, 1, 30], 0), ([7, 20], 9), ([3], 50), ([], 6), ([4, 4], 4), ([20, 2], 1)]
-)
+@pytest.mark.parametrize(("lengths", "padding"), [([5, 1, 30], 0), ([7, 20], 9), ([3], 50), ([], 6), ([4, 4], 4), ([20, 2], 1)])
 @pytest.mark.parametrize("known", [True, False])
 def test_varlen_bounds_cover_every_token_with_documents_no_longer_than_the_longest(lengths, padding, known):
     """Rows outside every document would be left uninitialised by the kernel."""

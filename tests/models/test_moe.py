@@ -1,9 +1,10 @@
-"""The router against a plain loop over tokens."""
+"""The router against a plain loop over tokens, and padding in the MoE layer."""
 
 import pytest
 import torch
 
-from torchsft.models.moe import Router
+from torchsft.models.decoder import SwigluMLP
+from torchsft.models.moe import Experts, MoE, Router
 
 T, D, E = 50, 12, 8
 
@@ -59,3 +60,23 @@ def test_the_correction_bias_chooses_but_does_not_weigh():
     assert torch.equal(before[0].sort().values, after[0].sort().values)
     assert torch.equal(before[1].sort().values, after[1].sort().values)
     assert "e_score_correction_bias" in gate.state_dict()
+
+
+def test_padding_gets_the_shared_experts_alone_and_goes_round_the_experts():
+    gate = Router(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
+    layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    seen = []
+
+    def exchange(x_RD, counts_E, experts):
+        seen.append(counts_E)
+        return torch.ones_like(x_RD)
+
+    layer.exchange = exchange
+    x, valid = torch.randn(T, 16), torch.arange(T) < 10
+    routed = layer(x, valid) - layer.shared_experts(x)
+    torch.testing.assert_close(routed[:10], torch.full((10, 16), 2.5), rtol=1e-4, atol=1e-3)  # weights sum to the scale
+    assert routed[10:].abs().max() < 1e-4
+    padding_rows = seen[0] - layer.expert_load
+    assert padding_rows.sum() == 40 * 3 and padding_rows.max() - padding_rows.min() <= 1

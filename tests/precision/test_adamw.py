@@ -53,9 +53,7 @@ def test_five_steps_equal_adamw_in_float64_with_decay_on_matrices_only():
             gradients[name].append(parameter.grad.clone())
         optimizer.step()
     for name, parameter in model.named_parameters():
-        expected = adamw_float64(
-            before.get_parameter(name).detach(), gradients[name], optim, name in ("experts", "matrix")
-        )
+        expected = adamw_float64(before.get_parameter(name).detach(), gradients[name], optim, name in ("experts", "matrix"))
         # five fp32 roundings of values near 1
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -121,9 +119,7 @@ def _step_on_two_meshes():
     for step in range(3):
         set_gradients(plain, step)
         for a, b in zip(plain.parameters(), sharded.parameters(), strict=True):
-            b.grad = (
-                distribute_tensor(a.grad, b.device_mesh, b.placements) if isinstance(b, DTensor) else a.grad.clone()
-            )
+            b.grad = distribute_tensor(a.grad, b.device_mesh, b.placements) if isinstance(b, DTensor) else a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
     full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in sharded.named_parameters()}

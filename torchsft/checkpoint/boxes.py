@@ -22,8 +22,7 @@ class Box:
         """The common part; None where there is none."""
         start = tuple(map(max, self.start, other.start))
         shape = tuple(
-            min(a + n, b + m) - s
-            for a, n, b, m, s in zip(self.start, self.shape, other.start, other.shape, start, strict=True)
+            min(a + n, b + m) - s for a, n, b, m, s in zip(self.start, self.shape, other.start, other.shape, start, strict=True)
         )
         return Box(start, shape) if min(shape, default=1) > 0 else None
 
@@ -49,9 +48,7 @@ def shard_box(
             start[dim] += offset
             extent[dim] = min(part, extent[dim] - offset)
         elif not isinstance(placement, Replicate):
-            raise NotImplementedError(
-                f"a parameter placed as {placement} is not one box per rank; use Shard or Replicate"
-            )
+            raise NotImplementedError(f"a parameter placed as {placement} is not one box per rank; use Shard or Replicate")
     return Box(tuple(start), tuple(extent))
 
 

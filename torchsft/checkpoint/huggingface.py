@@ -143,9 +143,7 @@ def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
         "missing": [key for key in expected if key not in found],
         "unexpected": [key for key in found if key not in expected],
         "of another shape": [
-            f"{key} ({found[key]} instead of {shape})"
-            for key, shape in expected.items()
-            if found.get(key, shape) != shape
+            f"{key} ({found[key]} instead of {shape})" for key, shape in expected.items() if found.get(key, shape) != shape
         ],
     }
     return "; ".join(f"{len(keys)} {word}: {listing(keys)}" for word, keys in groups.items() if keys)
@@ -199,9 +197,7 @@ def initialise_weights(
         _local(tensor).copy_(full[box.within((0,) * tensor.ndim)])
 
 
-def load_model(
-    hf_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DeepseekV3:
+def load_model(hf_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DeepseekV3:
     """Load a DeepSeek-V3-architecture model from a Hugging Face directory on this process alone, in eval mode.
 
     Args:

@@ -39,9 +39,7 @@ def pack(lengths: Sequence[int], order: Sequence[int], seq_len: int, buffer: int
     return rows
 
 
-def _best_fit_decreasing(
-    lengths: Sequence[int], window: list[int], seq_len: int, open_row: list[int]
-) -> list[list[int]]:
+def _best_fit_decreasing(lengths: Sequence[int], window: list[int], seq_len: int, open_row: list[int]) -> list[list[int]]:
     """Rows of the samples of `window`; the first one begins with the samples of `open_row`."""
     rows = [list(open_row)]
     room = [(seq_len - sum(lengths[i] for i in open_row), 0)]  # (free tokens, row), sorted; full rows leave it

@@ -96,9 +96,7 @@ def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerFast:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"the tokenizer of {hf_dir} cannot be read ({reason}); replace its tokenizer files") from error
     if not tokenizer.chat_template:
-        raise InputError(
-            f"{hf_dir} has no chat template; add a chat_template.jinja, such as that of the model's chat version"
-        )
+        raise InputError(f"{hf_dir} has no chat template; add a chat_template.jinja, such as that of the model's chat version")
     return tokenizer
 
 
@@ -215,9 +213,7 @@ class ChatTokenizer:
             text, _ = self._render(messages, name)
             contents = _walk(text, skeleton.literals, [message["content"] for message in messages])
             if contents:
-                spans = [
-                    (contents[i][0] - skeleton.around[i][0], contents[i][1] + skeleton.around[i][1]) for i in trained
-                ]
+                spans = [(contents[i][0] - skeleton.around[i][0], contents[i][1] + skeleton.around[i][1]) for i in trained]
                 return text, spans
         text, turns = self._locate(messages, trained, name)
         return text, [turn.span for turn in turns]
@@ -265,8 +261,7 @@ class ChatTokenizer:
             raise InputError(self._rewritten(name, "a trained assistant message"))
         ends = itertools.accumulate(len(piece) for piece in pieces[::2])
         return text, [
-            self._locate_turn(messages, marked, i, end, text, blocks, name)
-            for i, end in zip(trained, ends, strict=False)
+            self._locate_turn(messages, marked, i, end, text, blocks, name) for i, end in zip(trained, ends, strict=False)
         ]
 
     def _locate_turn(

@@ -105,9 +105,7 @@ class MetricsLogger:
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=self._total_steps, initial=step - 1, unit="step", dynamic_ncols=True)
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}, {speed}", refresh=False
-            )
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}, {speed}", refresh=False)
             self._bar.update()
             if evaluation:
                 self.message(f"step {step}: {evaluation}")

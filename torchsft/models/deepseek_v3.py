@@ -195,9 +195,7 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     kind = values.get("rope_type") or values.get("type") or "default"
     theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if values.get("partial_rotary_factor", 1) != 1:
-        raise InputError(
-            f"config.json has partial_rotary_factor = {values['partial_rotary_factor']}, only 1 is supported"
-        )
+        raise InputError(f"config.json has partial_rotary_factor = {values['partial_rotary_factor']}, only 1 is supported")
     if kind not in ("default", "yarn"):
         raise InputError(f"config.json has rope type {kind!r}, but only 'default' and 'yarn' are supported")
     yarn = None
@@ -360,8 +358,7 @@ class DeepseekV3(nn.Module):
                 ]
             elif last == "down_proj":
                 pieces[name] = [
-                    Piece(f"{prefix}.{expert}.down_proj.weight", (width, expert_width), (expert, 0, 0))
-                    for expert in experts
+                    Piece(f"{prefix}.{expert}.down_proj.weight", (width, expert_width), (expert, 0, 0)) for expert in experts
                 ]
             else:
                 pieces[name] = [Piece(name, tuple(tensor.shape), (0,) * tensor.dim())]

@@ -38,9 +38,7 @@ def vocabulary_loss(
     return _VocabularyLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients)
 
 
-def vocabulary_loss_reference(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None
-) -> Tensor:
+def vocabulary_loss_reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None) -> Tensor:
     """`vocabulary_loss` in plain PyTorch, with full logits."""
     weights_T = _effective_weights(labels_T, loss_weights_T)
     logits_TV = F.linear(hidden_TD, weight_VD)

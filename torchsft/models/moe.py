@@ -70,9 +70,7 @@ class Router(Float32Buffers):
 class Experts(nn.Module):
     """The SwiGLU networks of this rank's experts, stacked."""
 
-    def __init__(
-        self, experts: int, width: int, expert_width: int, implementation: Literal["grouped_mm", "loop"]
-    ) -> None:
+    def __init__(self, experts: int, width: int, expert_width: int, implementation: Literal["grouped_mm", "loop"]) -> None:
         super().__init__()
         if implementation == "grouped_mm" and (width % 8 or expert_width % 8):
             raise InputError(

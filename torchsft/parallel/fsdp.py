@@ -24,7 +24,11 @@ def apply_fsdp(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh
     shard, edp = dense_mesh["dp_shard"], expert_mesh["edp"]
     if dense_mesh.size() == 1 and compute == torch.float32:
         return
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # Inputs are not cast: they are in `compute` already, except loss weights, which must stay fp32.
+    policy, router_policy = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for dtype in (compute, torch.float32)
+    )
     for name, layer in model.model.layers.items():
         mlp = layer.mlp
         if hasattr(mlp, "experts"):
@@ -36,7 +40,7 @@ def apply_fsdp(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh
                     )
             fully_shard(mlp.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
             if compute != torch.float32:
-                fully_shard(mlp.gate, mesh=shard, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
+                fully_shard(mlp.gate, mesh=shard, mp_policy=router_policy)
         fully_shard(layer, mesh=shard, mp_policy=policy)
     fully_shard(model, mesh=shard, mp_policy=policy)
     for module in model.modules():

@@ -123,9 +123,7 @@ class World:
     def __enter__(self) -> World:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # After an error the peers may wait in a collective: destroying the group could wait for them, leaving does not.
         if kind is None:
             dist.destroy_process_group()
