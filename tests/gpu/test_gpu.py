@@ -94,6 +94,26 @@ def test_fp32_on_the_gpu_equals_the_cpu(directory, reference):
     compare(results(with_attention(directory, "sdpa", torch.float32, "cuda"), "cuda"), reference, 1e-4)
 
 
+def test_experts_and_documents_without_tokens_get_zero_gradients(directory):
+    """Every parameter has a gradient, an expert that no token chose a zero one (kernels may leave it uninitialised)."""
+    model = with_attention(directory, "varlen", torch.bfloat16, "cuda")
+    inputs = batch("cuda")
+    gate = model.model.layers["1"].mlp.gate
+    gate.e_score_correction_bias[3] = -100.0
+    for documents in (
+        inputs,
+        inputs | {"cu_seqlens": inputs["cu_seqlens"][:1], "max_seqlen": 0, "labels": inputs["labels"] * 0 - 100},
+    ):
+        model.zero_grad()
+        torch.full((1 << 28,), float("nan"), device="cuda")  # freed at once: uninitialised memory is then not zero
+        model(**documents).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all((p.grad == 0).all() for p in model.parameters())
+    model(**inputs).backward()
+    experts = model.model.layers["1"].mlp.experts
+    assert (experts.gate_up_proj.grad[3] == 0).all() and (experts.down_proj.grad[3] == 0).all()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "varlen", "flex"])
 def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(directory, reference, attention):
     """bf16 routing can flip near ties, so the bound is what the CPU's bf16 reference itself is off by, doubled."""

@@ -132,13 +132,16 @@ def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Pa
     v_dim = v_THd.shape[-1]
     v_THd = F.pad(v_THd, (0, q_THd.shape[-1] - v_dim))
     # split, not slices: the backward pass of N slices writes N full-size gradients.
-    *documents, (_, _, padding) = zip(*(x.split(packing.lengths) for x in (q_THd, k_THd, v_THd)), strict=True)
+    *documents, padding = zip(*(x.split(packing.lengths) for x in (q_THd, k_THd, v_THd)), strict=True)
     outputs = []
     for parts in documents:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         outputs.append(out.squeeze(0).transpose(0, 1)[..., :v_dim])
-    return torch.cat([*outputs, torch.zeros_like(padding[..., :v_dim])])
+    # Zero, but connected to q, k and v: in a microbatch without documents too every parameter must get a gradient, or
+    # FSDP's ranks would reduce different sets of them (gloo aborts, NCCL would hang).
+    outputs.append(sum(x[..., :v_dim] for x in padding).mul(0))
+    return torch.cat(outputs)
 
 
 class LatentAttention(nn.Module):
