@@ -18,10 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchsft.config import Checkpoint, Config, Data, Eval, Model, Optim, Parallel, Train, parse, to_dict
+from torchsft.config import Checkpoint, Config, Data, Eval, Optim, Parallel, Train, parse, to_dict
 from torchsft.data.synthetic import write_debug_data, write_debug_model
 from torchsft.parallel.world import World
-from torchsft.trainer import Trainer, guarded
+from torchsft.trainer import Trainer, guarded, resolve
 
 
 def debug() -> Config:
@@ -29,7 +29,6 @@ def debug() -> Config:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rows = -(-4 // ranks) * ranks  # about 4 a step, equally many on each rank
     return Config(
-        model=Model(random_init=True),
         data=Data(seq_len=512),
         train=Train(steps=400, global_batch_size=rows, micro_batch_size=rows // ranks),
         parallel=Parallel(ep=math.gcd(ranks, 8)),  # the model has 8 experts
@@ -55,7 +54,7 @@ def choose_preset(argv: Sequence[str]) -> str:
 
 
 def with_generated_inputs(config: Config, world: World) -> Config:
-    """Without --model.path: the debug model's config and tokenizer, and its data unless given, under OUTPUT/generated."""
+    """What the debug preset lacks: its model's config and tokenizer, and its data unless given, in OUTPUT/generated."""
     where = Path(config.output) / "generated"
     if world.is_main:
         write_debug_model(where)
@@ -65,18 +64,19 @@ def with_generated_inputs(config: Config, world: World) -> Config:
     if not data.train:
         held_out = data.eval or (str(where / "eval.jsonl"),)
         data = dataclasses.replace(data, train=(str(where / "train.jsonl"),), eval=held_out)
-    return dataclasses.replace(config, model=model, data=data)
+    answers = config.eval.answers if data.eval else 0
+    return dataclasses.replace(config, model=model, data=data, eval=dataclasses.replace(config.eval, answers=answers))
 
 
 def main() -> None:
     """Read the command line, take this rank's place in the world, train."""
-    _, config = parse(PRESETS, choose_preset, sys.argv[1:], __doc__ or "")
+    preset, config = parse(PRESETS, choose_preset, sys.argv[1:], __doc__ or "")
     if config.print_config:
         if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(to_dict(config), indent=2))
+            print(json.dumps(to_dict(resolve(config)), indent=2))
         return
     with World(config.parallel, config.train.seed) as world:
-        if config.model.path is None:
+        if preset == "debug" and config.model.path is None:
             config = with_generated_inputs(config, world)
         Trainer(config, world).run()
 

@@ -99,7 +99,6 @@ def test_three_steps_equal_a_transformers_loop(inputs, tmp_path):
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(inputs, tmp_path):
     config = trainer_for(inputs, tmp_path)
-    config.train.max_nonfinite_steps = 2
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
         trainer.train_step(next(trainer.loader))
@@ -112,18 +111,27 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(inputs, tm
             assert torch.equal(tensor, before[name]), name
         for now, then in zip(trainer.optimizer.state.values(), moments, strict=True):
             assert all(torch.equal(now[k], then[k]) for k in then)
-        with pytest.raises(InputError, match="not finite in 2 steps in a row"):
-            trainer.train_step(next(trainer.loader))
-        assert (trainer.step, trainer.updates) == (3, 1)
         poison.remove()
         record, _ = trainer.train_step(next(trainer.loader))
-        assert math.isfinite(record["grad_norm"]) and trainer.updates == 2
+        assert math.isfinite(record["grad_norm"])
+        assert (trainer.step, trainer.updates, trainer.skipped, trainer.skipped_in_a_row) == (3, 2, 1, 0)
+
+
+def test_a_run_ends_after_some_skipped_steps_in_a_row_and_all_are_in_the_metrics(inputs, tmp_path):
+    config = trainer_for(inputs, tmp_path)
+    config.train.max_nonfinite_steps = 2
+    with World(config.parallel, 0) as world:
+        trainer = Trainer(config, world)
+        trainer.model.model.norm.weight.register_hook(lambda g: torch.full_like(g, math.inf))
+        with pytest.raises(InputError, match=r"2 steps in a row changed nothing, the last with norm (inf|nan) at step 2"):
+            trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] is None for line in lines)
 
 
 def test_automatic_options_are_resolved_in_the_saved_configuration(inputs, tmp_path):
     config = trainer_for(inputs, tmp_path)
-    with World(config.parallel, 0) as world:
-        resolved = resolve(config, world)
+    resolved = resolve(config)
     assert resolved.parallel.dp_shard == 1
     assert resolved.precision.compute == ("bf16" if torch.cuda.is_available() else "fp32")
 
@@ -152,8 +160,9 @@ def bad_model(inputs, tmp_path, change):
     ("change", "sentence"),
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
-        ({"moe_intermediate_size": 24}, r"experts.*(24|shape)"),
-        ({"num_hidden_layers": 4}, "model.layers.3"),
+        ({"moe_intermediate_size": 24}, r"of another shape: .*experts.0.gate_proj.weight \(\(16, 32\) instead of \(24, 32\)\)"),
+        ({"num_hidden_layers": 4}, r"missing: model\.layers\.3\."),
+        ({"hidden_size": "32"}, "hidden_size = '32', but numbers are needed"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, change, sentence):
@@ -167,9 +176,12 @@ def test_a_model_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, cha
     [
         (["--model.path", "/absent"], "/absent"),
         (["--parallel.ep", "3"], "ep is 3"),
-        (["--data.seq-len", "8"], r"(?s)no supervised|longer|8"),
-        (["--train.global-batch-size", "3", "--train.micro-batch-size", "2"], r"3.*2"),
-        (["--optim.warmup-steps", "100", "--train.steps", "10"], r"100.*10"),
+        (["--data.seq-len", "8"], "no supervised token"),
+        (["--train.global-batch-size", "3", "--train.micro-batch-size", "2"], r"size \(3\) must divide by .* \(2\)"),
+        (["--optim.warmup-steps", "100", "--train.steps", "10"], "warmup-steps is 100, but the run has only 10 steps"),
+        (["--eval.answers", "3"], "eval.answers is 3, but there is no --data.eval"),
+        (["--checkpoint.resume", "/absent"], "/absent does not exist"),
+        (["--model.attention", "varlen", "--precision.compute", "fp32"], "varlen needs bf16 on a CUDA device"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(inputs, tmp_path, monkeypatch, options, sentence):
@@ -186,7 +198,52 @@ def test_an_output_directory_of_another_run_is_refused(inputs, tmp_path, monkeyp
         run_recipe(monkeypatch, *options, "--optim.lr", 0.5)
     with pytest.raises(InputError, match="already holds checkpoints"):
         run_recipe(monkeypatch, *options, "--checkpoint.resume", "never")
+    with pytest.raises(InputError, match=r"checkpoint .*step-00000002 is of another run, which differs in train.seed: 0 -> 1"):
+        where = tmp_path / "run" / "checkpoints" / "step-00000002"
+        others = ["--train.seed", 1, "--checkpoint.resume", where, "--output", tmp_path / "elsewhere"]
+        run_recipe(monkeypatch, *options, *others)
     run_recipe(monkeypatch, *options)  # the same run again: nothing left to train, exported anew
+    (tmp_path / "run" / "config.json").write_text("")
+    with pytest.raises(InputError, match=r"config.json cannot be read as JSON"):
+        run_recipe(monkeypatch, *options)
+
+
+def test_an_output_that_is_a_file_is_refused(inputs, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file is a file; choose another --output"):
+        run_recipe(
+            monkeypatch, "--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--output", tmp_path / "file"
+        )
+
+
+def test_only_the_debug_preset_generates_a_model(inputs, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"--model\.path and --data.train must both be given"):
+        run_recipe(monkeypatch, "finetune", "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run")
+
+
+def test_the_debug_preset_loads_the_weights_of_a_given_model(inputs, tmp_path, monkeypatch, capsys):
+    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    options += ["--train.steps", 1, "--optim.warmup-steps", 0, "--eval.answers", 0, "--checkpoint.export", "none"]
+    run_recipe(monkeypatch, "debug", *options, "--output", tmp_path / "run")
+    assert f"loading weights from {inputs / 'model'}" in capsys.readouterr().out
+
+
+def test_weights_of_one_microbatch_count_as_they_would_in_one_big_batch(inputs, tmp_path):
+    """Loss weights scaled for some samples: the same loss and norm whether they share a microbatch with others or not."""
+    results = []
+    for micro_batch_size in (8, 1):
+        config = trainer_for(inputs, tmp_path)
+        config.train.micro_batch_size = micro_batch_size
+        with World(config.parallel, 0) as world:
+            trainer = Trainer(config, world)
+            for sample in trainer.loader.samples[::3]:
+                sample.weights[:] *= 0.3
+            record, _ = trainer.train_step(next(trainer.loader))
+            results.append((record["loss"], record["grad_norm"], record["supervised_tokens"]))
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+    with World(config.parallel, 0) as world:
+        trainer = Trainer(config, world)
+        assert trainer.train_step(next(trainer.loader))[0]["loss"] != pytest.approx(results[0][0], rel=1e-3)
 
 
 def test_print_config_prints_the_resolved_options_and_trains_nothing(tmp_path, monkeypatch, capsys):

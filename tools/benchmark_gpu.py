@@ -6,6 +6,7 @@ Qwen3-30B-A3B (2048 wide, 128 experts of 768, top-8) with MLA. The vocabulary is
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import time
@@ -240,6 +241,7 @@ def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:
             result = measure_step(config, world, row=ROW, repeats=repeats, compute=torch.bfloat16)
             result["share_of_matmul_peak"] = result["tflops"] / peak
             report[case.name] = result
+            gc.collect()  # an FSDP model is in reference cycles
             torch.cuda.empty_cache()
             print(f"{case.name}: {json.dumps(result, indent=2)}", flush=True)
             if json_path:

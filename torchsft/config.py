@@ -36,9 +36,11 @@ class Model:
     random_init: bool = False
     """Initialise weights from the seed instead of loading them (config.json and tokenizer still come from path)."""
     attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
-    """auto: varlen on CUDA, sdpa (one call per document, the reference) elsewhere."""
+    """auto: varlen on CUDA below fp32, sdpa (one call per document, the reference) elsewhere."""
     experts: Literal["grouped_mm", "loop"] = "grouped_mm"
     """loop is the plain reference: one matrix product per expert."""
+    ops: Literal["fast", "plain"] = "fast"
+    """plain computes norms, SwiGLU, rotation, token permutation and the loss with ordinary PyTorch: slow, for comparing."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at the same time in the vocabulary loss."""
 
@@ -243,8 +245,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 # What may differ between a run and its continuation: it changes neither the steps' mathematics nor their data.
 FREE_TO_CHANGE = (
-    *("output", "print_config", "metrics", "eval", "checkpoint", "parallel"),
-    *("train.micro_batch_size", "train.max_nonfinite_steps", "model.loss_chunk", "model.attention", "model.experts"),
+    *("output", "print_config", "metrics", "eval", "data.eval", "checkpoint", "parallel"),
+    *(
+        "train.micro_batch_size",
+        "train.max_nonfinite_steps",
+        "model.loss_chunk",
+        "model.attention",
+        "model.experts",
+        "model.ops",
+    ),
 )
 
 

@@ -20,16 +20,8 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Batch], world: World) -> d
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in batches:
-        batch = batch.to(world.device)
-        total[0] += model(
-            batch.tokens,
-            positions=batch.positions,
-            cu_seqlens=batch.cu_seqlens,
-            labels=batch.labels,
-            loss_weights=batch.loss_weights,
-            max_seqlen=batch.max_seqlen,
-        )
-        total[1] += batch.loss_weights.sum()
+        total[0] += model(**batch.to(world.device).model_inputs())
+        total[1] += batch.loss_weights.double().sum().item()  # known on the host
     model.train()
     loss_sum, weight = world.sum(total).tolist()
     loss = loss_sum / weight

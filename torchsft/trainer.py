@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
+from torchsft import ops
 from torchsft.checkpoint import huggingface, state
+from torchsft.checkpoint.publish import write_text
+from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, differences, to_dict
 from torchsft.data.stream import Step, TrainLoader, eval_batches
 from torchsft.data.template import Sample, answer_prompts, load_tokenizer, prepare
@@ -25,23 +28,29 @@ from torchsft.models.attention import choose_implementation
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
-from torchsft.parallel.world import World
+from torchsft.parallel.world import World, mesh_sizes
 from torchsft.precision.adamw import build_optimizer, learning_rate
 
+COUNTERS = ("step", "updates", "skipped", "skipped_in_a_row", "first_loss", "last_loss")  # saved in checkpoints
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def resolve(config: Config, world: World) -> Config:
-    """Replace what is automatic by what this world makes of it, so that the saved configuration says what ran."""
+def resolve(config: Config) -> Config:
+    """Replace what is automatic by what this machine and number of ranks make of it: what runs, and what is saved.
+
+    Raises:
+        InputError: the mesh sizes do not fit the number of ranks.
+    """
+    dense, _ = mesh_sizes(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     compute = config.precision.compute
     if compute == "auto":
-        compute = "bf16" if world.device.type == "cuda" else "fp32"
+        compute = "bf16" if torch.cuda.is_available() else "fp32"
     epochs = config.train.epochs
     if config.train.steps is None and epochs is None:
         epochs = 1
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, dp_shard=world.dense["dp_shard"].size()),
+        parallel=dataclasses.replace(config.parallel, dp_shard=dense["dp_shard"]),
         precision=dataclasses.replace(config.precision, compute=compute),
         train=dataclasses.replace(config.train, epochs=epochs),
     )
@@ -60,49 +69,63 @@ class Trainer:
 
     def __init__(self, config: Config, world: World) -> None:
         self.world = world
-        self.config = config = resolve(config, world)
+        self.config = config = resolve(config)
         self.output = Path(config.output)
         if config.model.path is None or not config.data.train:
             raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
         self.source = Path(config.model.path)
-        self.check_output()
+        self.checkpoint = self.check_output()
 
         hf_config = huggingface.read_config(self.source)
         self.model_config = DeepseekV3Config.from_hf(hf_config)
-        choose_implementation(config.model.attention, world.device)  # refuses what this device cannot do
+        choose_implementation(config.model.attention, world.device, DTYPES[config.precision.compute])  # may refuse
         self.load_data()
-        self.build_model()
-        self.optimizer = build_optimizer(self.model, config.optim)
-
         self.step = 0  # steps taken, skipped ones included
         self.updates = 0  # steps that changed the weights: what the learning-rate schedule counts
-        self.skipped = 0  # steps that were skipped since their gradient was not finite
+        self.skipped = 0  # steps that changed nothing, since their gradient was not finite or nothing was supervised
         self.skipped_in_a_row = 0
         self.first_loss = self.last_loss = math.nan
-        self.resume()
+        self.build_model()
         self.log = self.open_output() if world.is_main else None
 
     # ---------------------------------------------------------------- build
 
-    def check_output(self) -> None:
-        """Refuse an output directory that holds another run; every rank looks before rank 0 writes."""
-        path = self.output / "config.json"
-        if path.exists():
-            found = differences(json.loads(path.read_text()), to_dict(self.config))
-            if found:
-                raise InputError(
-                    f"{self.output} holds another run, which differs in {'; '.join(found)}; "
-                    "choose another --output or delete it"
-                )
-        if self.config.checkpoint.resume == "never" and state.find_latest(self.output / "checkpoints"):
+    def check_output(self) -> Path | None:
+        """Refuse an output directory or checkpoint of another run; every rank looks before rank 0 writes.
+
+        Returns:
+            The checkpoint to continue from, if there is one.
+        """
+        config = to_dict(self.config)
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"--output {self.output} is a file; choose another --output")
+        saved = self.output / "config.json"
+        if saved.exists() and (found := differences(read_json_object(saved), config)):
             raise InputError(
-                f"{self.output} already holds checkpoints, but --checkpoint.resume is never; choose another --output, or "
-                "--checkpoint.resume auto to continue that run"
+                f"{self.output} holds another run, which differs in {'; '.join(found)}; choose another --output or delete it"
             )
+        where, latest = self.config.checkpoint.resume, state.find_latest(self.output / "checkpoints")
+        if where == "auto":
+            return latest
+        if where == "never":
+            if latest:
+                raise InputError(
+                    f"{self.output} already holds checkpoints, but --checkpoint.resume is never; choose another --output, "
+                    "or --checkpoint.resume auto to continue that run"
+                )
+            return None
+        if found := differences(state.saved_config(where), config):
+            raise InputError(
+                f"checkpoint {where} is of another run, which differs in {'; '.join(found)}; give the options of that run, "
+                "or train from its exported weights with --model.path"
+            )
+        return Path(where)
 
     def load_data(self) -> None:
         """Tokenizer, training loader, evaluation batches, number of steps."""
         config, world = self.config, self.world
+        if config.eval.answers and not config.data.eval:
+            raise InputError(f"--eval.answers is {config.eval.answers}, but there is no --data.eval to take questions from")
         self.tokenizer = load_tokenizer(self.source)
         show = world.is_main and config.metrics.progress
         vocab_size = self.model_config.vocab_size
@@ -113,7 +136,7 @@ class Trainer:
             "micro_batch_size": config.train.micro_batch_size,
             "data_rank": world.data_rank,
             "data_size": world.data_size,
-            "pad_token_id": self.tokenizer.pad_token_id or 0,  # any id will do: padding is known by its place
+            "pad_token_id": 0,  # any id will do: padding is known by its place
         }
         self.loader = TrainLoader(
             train.samples, global_batch_size=config.train.global_batch_size, seed=config.train.seed, **batch
@@ -135,34 +158,32 @@ class Trainer:
         """Meta device -> sharded -> materialised -> weights: no rank ever holds the whole model."""
         config, world = self.config, self.world
         options = config.model
+        ops.use_plain(options.ops == "plain")
         with torch.device("meta"):
             self.model = DeepseekV3(
                 self.model_config, attention=options.attention, experts=options.experts, loss_chunk=options.loss_chunk
             )
-        if not options.random_init:
-            huggingface.check_weights(self.source, self.model)
+        weights = None if options.random_init else huggingface.check_weights(self.source, self.model)
         parallelize(self.model, world, DTYPES[config.precision.compute])
         self.model.to_empty(device=world.device)
         self.model.init_buffers()
-        if options.random_init:
+        self.optimizer = build_optimizer(self.model, config.optim)
+        if self.checkpoint:  # weights come from there, so the Hugging Face directory's are not read
+            self.resume(self.checkpoint)
+        elif weights is None:
+            self.say(f"random weights from seed {config.train.seed}")
             huggingface.initialise_weights(self.model, config.train.seed, initial_value)
         else:
             self.say(f"loading weights from {self.source}")
-            huggingface.load_weights(self.model, self.source)
+            huggingface.load_weights(self.model, weights)
         self.model.train()
 
-    def resume(self) -> None:
-        """Continue from a checkpoint where the options say so and one is there."""
-        where = self.config.checkpoint.resume
-        path = None
-        if where == "auto":
-            path = state.find_latest(self.output / "checkpoints")
-        elif where != "never":
-            path = Path(where)
-        if path is None:
-            return
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint: weights, moments, counters, data position."""
         extra = state.load(path, self.model, self.optimizer)
-        for name in ("step", "updates", "skipped", "first_loss", "last_loss"):
+        if missing := {*COUNTERS, "data"} - extra.keys():
+            raise InputError(f"checkpoint {path} is damaged: trainer.json lacks {', '.join(sorted(missing))}; use an older one")
+        for name in COUNTERS:
             setattr(self, name, extra[name])
         self.loader.load_state_dict(extra["data"])
         self.say(f"continuing from {path} at step {self.step} of {self.total_steps}")
@@ -171,7 +192,8 @@ class Trainer:
         """Write the resolved configuration and open the metric files (main rank only)."""
         self.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(to_dict(self.config), indent=2)
-        (self.output / "config.json").write_text(text + "\n")
+        write_text(self.output / "config.json.partial", text + "\n")
+        os.replace(self.output / "config.json.partial", self.output / "config.json")  # whole or not there
         return MetricsLogger(
             self.output,
             total_steps=self.total_steps,
@@ -201,6 +223,11 @@ class Trainer:
                 record |= evaluation
             if self.log:
                 self.log.step(self.step, record, scalars)
+            if self.skipped_in_a_row >= config.train.max_nonfinite_steps:
+                raise InputError(
+                    f"{self.skipped_in_a_row} steps in a row changed nothing, the last with norm {record['grad_norm']} "
+                    f"at step {self.step}; lower --optim.lr, look at the data or raise --train.max-nonfinite-steps"
+                )
             if self.due(config.checkpoint.every):
                 self.save()
         if self.eval_batches and not evaluation:  # a finished run was started again
@@ -241,15 +268,7 @@ class Trainer:
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         for batch in batches:
-            batch = batch.to(world.device)
-            loss = self.model(
-                batch.tokens,
-                positions=batch.positions,
-                cu_seqlens=batch.cu_seqlens,
-                labels=batch.labels,
-                loss_weights=batch.loss_weights,
-                max_seqlen=batch.max_seqlen,
-            )
+            loss = self.model(**batch.to(world.device).model_inputs())
             (loss / max(weight, 1e-30)).backward()
             loss_sum += loss.detach()
 
@@ -290,25 +309,21 @@ class Trainer:
         peak = config.metrics.peak_tflops or peak_tflops(world.device)
         if peak:
             scalars["speed/mfu"] = mfu(flops / world.size, seconds, peak)
-        if self.skipped_in_a_row >= config.train.max_nonfinite_steps:
-            raise InputError(
-                f"the gradient norm was not finite in {self.skipped_in_a_row} steps in a row (the last is step {self.step}), "
-                "which --train.max-nonfinite-steps makes the limit; lower --optim.lr or look at the data"
-            )
         return record, scalars
 
     def collect(self, loss_sum: torch.Tensor, weight: float) -> tuple[float, dict[str, float]]:
         """Mean loss and expert load (busiest expert over the mean, per MoE layer) over all ranks; counters start anew."""
-        loads = {
-            name: layer.mlp.expert_load for name, layer in self.model.model.layers.items() if hasattr(layer.mlp, "expert_load")
-        }
-        total = self.world.sum(torch.cat([loss_sum[None], *(load.double() for load in loads.values())]))
+        layers = {name: layer.mlp for name, layer in self.model.model.layers.items() if hasattr(layer.mlp, "expert_load")}
+        loads = [mlp.expert_load for mlp in layers.values()]
+        total = self.world.sum(torch.cat([loss_sum[None], *(load.double() for load in loads)])).tolist()  # waits, once
         scalars = {}
-        values = total[1:].split([load.numel() for load in loads.values()])
-        for (name, load), counts in zip(loads.items(), values, strict=True):
-            scalars[f"expert_load/layer_{name}_max_over_mean"] = (counts.max() / counts.mean().clamp(min=1e-30)).item()
+        start = 1
+        for name, load in zip(layers, loads, strict=True):
+            counts = total[start : start + load.numel()]
+            start += load.numel()
+            scalars[f"expert_load/layer_{name}_max_over_mean"] = max(counts) * len(counts) / max(sum(counts), 1.0)
             load.zero_()
-        return total[0].item() / max(weight, 1e-30), scalars
+        return total[0] / max(weight, 1e-30), scalars
 
     # ---------------------------------------------------------------- evaluate, save, tell
 
@@ -320,8 +335,6 @@ class Trainer:
         """
         config = self.config
         prompts = [(s.id, *turn) for s in self.eval_samples[: config.eval.answers] for turn in answer_prompts(s)]
-        if not prompts:
-            raise InputError(f"--eval.answers is {config.eval.answers}, but --data.eval gives no answers to compare with")
         answers = greedy_answers(
             self.model,
             prompts,
@@ -351,7 +364,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         began = time.perf_counter()
-        extra = {name: getattr(self, name) for name in ("step", "updates", "skipped", "first_loss", "last_loss")}
+        extra = {name: getattr(self, name) for name in COUNTERS}
         path = state.save(
             self.output / "checkpoints",
             self.step,
@@ -386,8 +399,10 @@ class Trainer:
             lines.append(f"exact answers    {matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)")
         if tokens:
             lines.append(f"tokens/s         {tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)")
-        lines.append(f"outputs          {self.output}: config.json, metrics.jsonl, tensorboard/, checkpoints/, hf/")
-        lines.append(f"TensorBoard      tensorboard --logdir {self.output / 'tensorboard'}")
+        names = ["config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf"]
+        lines.append(f"outputs          {self.output}: {', '.join(n for n in names if (self.output / n).exists())}")
+        if self.config.metrics.tensorboard:
+            lines.append(f"TensorBoard      tensorboard --logdir {self.output / 'tensorboard'}")
         return "\n".join(lines)
 
     def say(self, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ LAYOUTS = (1, 2, 4)  # sizes of ep
 
 def build(source, world, ep):
     """A materialised model whose memory is garbage."""
-    world.expert = world._mesh({"pp": 1, "dp_replicate": 1, "edp": RANKS // ep, "ep": ep})
+    world.expert = world._mesh({"pp": 1, "dp_replicate": 1, "edp": RANKS // ep, "ep": ep}, timedelta(seconds=60))
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(huggingface.read_config(source)))
     parallelize(model, world, torch.float32)
@@ -108,7 +109,7 @@ def every_layout(source, work):
         reference = torchsft.load_model(source).state_dict()
         for ep in LAYOUTS:
             model, seen = build(source, world, ep), results[ep]
-            seen["read"] = huggingface.load_weights(model, source)
+            seen["read"] = huggingface.load_weights(model, huggingface.check_weights(source, model))
             tensors = model.state_dict()
             seen["wrong"] = differing(tensors, reference)
             seen["empty"] = sum(t.to_local().numel() == 0 for t in tensors.values() if isinstance(t, DTensor))
@@ -120,7 +121,7 @@ def every_layout(source, work):
             seen["wrong_initial"] = differing(model.state_dict(), initial)
 
         model = build(source, world, ep=2)
-        huggingface.load_weights(model, source)
+        huggingface.load_weights(model, huggingface.check_weights(source, model))
         optimizer = optimizer_for(model)
         update(model, optimizer, 2)
         torch.manual_seed(100 + world.rank)

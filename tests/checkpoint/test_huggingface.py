@@ -37,6 +37,7 @@ VARIANTS = {
         "tie_word_embeddings": True,
         "q_lora_rank": None,
     },
+    "fp16": {"dtype": torch.float16, "sharded": False, "mtp": False},
     "bf16-tied-sharded": {"dtype": torch.bfloat16, "sharded": True, "mtp": False, "tie_word_embeddings": True},
     "fp32-mtp-without-q-lora": {"dtype": torch.float32, "sharded": False, "mtp": True, "q_lora_rank": None},
 }
@@ -255,16 +256,6 @@ def test_a_long_list_is_cut_with_its_count(source, tmp_path):
     change_tensors(bad, dict.fromkeys(experts))
     text = refusal(bad)
     assert "24 missing" in text and "and 4 more" in text and text.count(".experts.") == 20
-
-
-def test_nothing_is_loaded_from_weights_that_do_not_fit(source, tmp_path):
-    bad = copy(source, tmp_path / "bad")
-    change_tensors(bad, {"model.layers.2.mlp.gate.weight": None})
-    model = torchsft.load_model(source)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.gate\.weight"):
-        torchsft.checkpoint.huggingface.load_weights(model, bad)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_tied_head_on_disk_must_equal_the_embedding(tmp_path):

@@ -1,5 +1,6 @@
 """The order of training: independent of ranks, exact on resume, every sample once an epoch."""
 
+import json
 from collections import Counter
 from itertools import islice
 
@@ -85,17 +86,28 @@ def test_resume_from_any_step_continues_the_stream_on_any_number_of_ranks(before
 
 def test_the_state_is_plain_numbers_and_begins_an_epoch_at_its_first_row():
     stream = loader()
-    assert stream.state_dict() == {"epoch": 0, "position": 0}
+
+    def place(stream):
+        state = stream.state_dict()
+        assert json.loads(json.dumps(state)) == state
+        return state["epoch"], state["position"]
+
+    assert place(stream) == (0, 0)
     next(stream)
-    assert stream.state_dict() == {"epoch": 0, "position": 8}
+    assert place(stream) == (0, 8)
     for _ in range(stream.steps_in_epoch(0) - 1):
         next(stream)
-    assert stream.state_dict() == {"epoch": 1, "position": 0}
+    assert place(stream) == (1, 0)
 
 
 def test_a_state_of_other_data_is_refused():
     with pytest.raises(InputError, match="continues at row 800 of epoch 1, but that epoch has"):
-        loader().load_state_dict({"epoch": 1, "position": 800})
+        loader().load_state_dict(loader().state_dict() | {"epoch": 1, "position": 800})
+    fewer = TrainLoader(
+        SAMPLES[:-1], seq_len=64, global_batch_size=8, micro_batch_size=2, data_rank=0, data_size=1, seed=0, pad_token_id=0
+    )
+    with pytest.raises(InputError, match=rf"data changed since the checkpoint: {len(SAMPLES) - 1} samples .* {len(SAMPLES)} "):
+        loader().load_state_dict(fewer.state_dict())
 
 
 def test_the_seed_decides_the_order():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import write_tiny_model
@@ -75,7 +76,15 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
     assert all(expected <= line.keys() and math.isfinite(line["loss"]) for line in lines)
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
     assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-00000003", "step-00000006"}
-    assert list((output / "tensorboard").glob("events.*"))
+    board = EventAccumulator(str(output / "tensorboard"))
+    board.Reload()
+    wanted = {"train/loss", "eval/loss", "optim/lr", "optim/grad_norm", "speed/tokens_per_second", "speed/step_seconds"}
+    wanted |= {"speed/supervised_tokens_per_second", "expert_load/layer_1_max_over_mean", "expert_load/layer_2_max_over_mean"}
+    wanted |= {"memory/peak_resident_gib"} if not torch.cuda.is_available() else {"memory/peak_allocated_gib", "speed/mfu"}
+    assert wanted <= set(board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
+    assert all(1 <= event.value <= 8 for event in board.Scalars("expert_load/layer_1_max_over_mean"))
+    assert any("config" in tag for tag in board.Tags()["tensors"])
     for config in (output / "config.json", output / "checkpoints" / "step-00000006" / "config.json"):
         assert json.loads(config.read_text())["parallel"]["ep"] == 2
 
@@ -115,7 +124,8 @@ def test_gsm8k_from_a_transformers_model_on_2_and_4_ranks(tmp_path):
             *("--data.eval", tmp_path / "eval.jsonl", "--data.seq-len", 1024, "--train.steps", 6),
             *("--optim.lr", 3e-3, "--parallel.ep", ep, "--checkpoint.export", "fp32", "--output", output),
         )
-        losses[ranks] = [(line["loss"], line["grad_norm"]) for line in records(output)]
+        losses[ranks] = [(line["loss"], line["grad_norm"], line.get("eval_loss", 0.0)) for line in records(output)]
+    assert losses[2][-1][2] > 0
     for two, four in zip(losses[2], losses[4], strict=True):
         assert four == pytest.approx(two, rel=1e-5)
     assert losses[2][-1][0] < losses[2][0][0] - 0.3
@@ -140,7 +150,7 @@ def test_gsm8k_from_a_transformers_model_on_2_and_4_ranks(tmp_path):
     ("options", "sentence"),
     [
         (["--data.train", "{tmp}/absent.jsonl"], "absent.jsonl"),
-        (["--train.global-batch-size", "3"], "3"),
+        (["--train.global-batch-size", "3"], "--train.global-batch-size (3) must divide by"),
     ],
 )
 def test_bad_input_ends_all_ranks_with_one_sentence(tmp_path, options, sentence):

@@ -63,9 +63,12 @@ def test_varlen_bounds_cover_every_token_with_documents_no_longer_than_the_longe
 
 
 def test_auto_is_varlen_on_cuda_and_sdpa_elsewhere():
-    assert choose_implementation("auto", torch.device("cpu")) == "sdpa"
-    assert choose_implementation("auto", torch.device("cuda")) == "varlen"
-    with pytest.raises(InputError, match=r"--model.attention varlen needs a CUDA device, not cpu"):
-        choose_implementation("varlen", torch.device("cpu"))
+    assert choose_implementation("auto", torch.device("cpu"), torch.bfloat16) == "sdpa"
+    assert choose_implementation("auto", torch.device("cuda"), torch.bfloat16) == "varlen"
+    assert choose_implementation("auto", torch.device("cuda"), torch.float32) == "sdpa"  # flash attention has no fp32
+    with pytest.raises(InputError, match=r"--model.attention varlen needs bf16 on a CUDA device, not bfloat16 on cpu"):
+        choose_implementation("varlen", torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(InputError, match="not float32 on cuda"):
+        choose_implementation("varlen", torch.device("cuda"), torch.float32)
     with pytest.raises(InputError, match=r"--model.attention flex has no backward pass on CPU"):
-        choose_implementation("flex", torch.device("cpu"))
+        choose_implementation("flex", torch.device("cpu"), torch.float32)

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.oracle import VOCABULARY, hf_logits, hf_loss, hf_model, logits_of, our_model, packed
+from torchsft import ops
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -83,6 +84,22 @@ def test_every_implementation_computes_the_same(options):
     with torch.no_grad():
         expected, got = our_model(reference)(**inputs), our_model(reference, **options)(**inputs)
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"experts": "loop"}])
+def test_the_plain_twins_compute_the_same_loss_and_gradients(options):
+    """`--model.ops plain` (and `--model.experts loop`): fp32 sums in another order, 1e-5 of each largest gradient."""
+    reference = hf_model()
+    inputs = packed([9, 1, 40], padding=6)
+    fast, slow = our_model(reference), our_model(reference, **options)
+    fast(**inputs).backward()
+    ops.use_plain(True)
+    try:
+        slow(**inputs).backward()
+    finally:
+        ops.use_plain(False)
+    for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * b.grad.abs().max(), name
 
 
 def test_padding_changes_nothing():

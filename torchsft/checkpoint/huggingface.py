@@ -150,20 +150,17 @@ def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
 
 
 @torch.no_grad()
-def load_weights(model: DeepseekV3, hf_dir: str | Path) -> int:
+def load_weights(model: DeepseekV3, index: WeightIndex) -> int:
     """Fill all parameters and persistent buffers from a directory; each rank reads only the slices that it holds.
 
     Args:
         model: materialised; parameters are plain tensors or DTensors (Shard and Replicate on any mesh). Values are
             converted to each parameter's dtype.
+        index: from `check_weights` of the same model.
 
     Returns:
         Bytes that this rank read.
-
-    Raises:
-        InputError: see `check_weights`; nothing has been changed then.
     """
-    index = check_weights(hf_dir, model)
     tensors, pieces = _tensors_and_pieces(model)
     read = 0
     for name, tensor in tensors.items():
@@ -187,6 +184,8 @@ def initialise_weights(
 ) -> None:
     """Random weights that do not depend on the layout: each rank keeps its box of the full value of each tensor.
 
+    Every rank draws every full tensor, which suits small models (a layer's stacked experts of V3 are 30 GB).
+
     Args:
         model: materialised, as in `load_weights`.
         initial_value: (name, global shape, model.config, seed) -> full value, fp32 on the CPU.
@@ -208,10 +207,10 @@ def load_model(hf_dir: str | Path, dtype: torch.dtype = torch.float32, device: t
     """
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(read_config(hf_dir))).to(dtype)  # fp32 buffers stay fp32
-    check_weights(hf_dir, model)
+    index = check_weights(hf_dir, model)
     model.to_empty(device=device)
     model.init_buffers()
-    load_weights(model, hf_dir)
+    load_weights(model, index)
     return model.eval()
 
 

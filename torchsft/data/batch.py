@@ -41,9 +41,19 @@ class Batch:
     max_seqlen: int
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; does not wait for the copies."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+        """The same batch on `device`; copies to a GPU go through pinned memory and are not waited for."""
+        pin = torch.device(device).type == "cuda"
+
+        def move(value: Tensor | int) -> Tensor | int:
+            if not isinstance(value, Tensor):
+                return value
+            return (value.pin_memory() if pin else value).to(device, non_blocking=pin)
+
+        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+    def model_inputs(self) -> dict[str, Tensor | int]:
+        """Keyword arguments of a model that is to return the loss sum."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -> Batch:

@@ -8,6 +8,7 @@ consumed).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,6 +76,8 @@ class TrainLoader:
             )
         self.samples = samples
         self.lengths = [len(sample.tokens) for sample in samples]
+        named = "".join(f"{sample.id}:{length};" for sample, length in zip(samples, self.lengths, strict=True))
+        self.digest = hashlib.sha256(named.encode()).hexdigest()[:16]
         self.seq_len = seq_len
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -120,16 +123,24 @@ class TrainLoader:
             self.position = 0
         return step
 
-    def state_dict(self) -> dict[str, int]:
-        """{"epoch", "position": rows consumed in it}; means the same on every rank and for any number of ranks."""
-        return {"epoch": self.epoch, "position": self.position}
+    def state_dict(self) -> dict[str, int | str]:
+        """{"epoch", "position": rows consumed in it, "samples", "digest" of their ids and lengths}.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        Means the same on every rank and for any number of ranks.
+        """
+        return {"epoch": self.epoch, "position": self.position, "samples": len(self.samples), "digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Continue after the step at which `state` was taken.
 
         Raises:
-            InputError: the epoch has no such row, so the data or seq_len differ from those of the checkpoint.
+            InputError: the samples are not those that the state belongs to, or the epoch has no such row.
         """
+        if (state["samples"], state["digest"]) != (len(self.samples), self.digest):
+            raise InputError(
+                f"the training data changed since the checkpoint: {state['samples']} samples (digest {state['digest']}) then, "
+                f"{len(self.samples)} ({self.digest}) now; restore the files of --data.train or start a new run"
+            )
         epoch, position = int(state["epoch"]), int(state["position"])
         rows = self._rows_of(epoch)
         if not 0 <= position < len(rows):

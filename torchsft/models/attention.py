@@ -4,7 +4,8 @@ Three interchangeable implementations of the attention itself; each sees a docum
 
     sdpa      one F.scaled_dot_product_attention per document: CPU path and reference
     varlen    torch.nn.attention.varlen (flash attention), CUDA only, no host synchronisation
-    flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA
+    flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA; the mask is made
+              from a T x T comparison per microbatch, so this one is for comparing, not for long rows
 
 Shape suffixes: T tokens, D width, H heads, N documents, P rope pairs. Head dims: `nope` entries without and `rope` with
 position make a query or key; values have their own dim, smaller than that.
@@ -29,12 +30,17 @@ from torchsft.models.rope import Rope, rotate, softmax_scale
 Implementation = Literal["sdpa", "varlen", "flex"]
 
 
-def choose_implementation(name: Literal["auto", "sdpa", "varlen", "flex"], device: torch.device) -> Implementation:
-    """Resolve `auto` (varlen on CUDA, sdpa elsewhere); InputError for what the device cannot compute."""
+def choose_implementation(
+    name: Literal["auto", "sdpa", "varlen", "flex"], device: torch.device, dtype: torch.dtype
+) -> Implementation:
+    """Resolve `auto` (varlen on CUDA below fp32, sdpa elsewhere); InputError for what cannot be computed there."""
+    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        return "varlen" if device.type == "cuda" else "sdpa"
-    if name == "varlen" and device.type != "cuda":
-        raise InputError(f"--model.attention varlen needs a CUDA device, not {device.type}; use sdpa or auto")
+        return "varlen" if flash else "sdpa"
+    if name == "varlen" and not flash:
+        raise InputError(
+            f"--model.attention varlen needs bf16 on a CUDA device, not {str(dtype)[6:]} on {device.type}; use sdpa or auto"
+        )
     if name == "flex" and device.type == "cpu" and torch.is_grad_enabled():
         raise InputError("--model.attention flex has no backward pass on CPU; use sdpa or auto")
     return name
@@ -140,7 +146,8 @@ def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Pa
         outputs.append(out.squeeze(0).transpose(0, 1)[..., :v_dim])
     # Zero, but connected to q, k and v: in a microbatch without documents too every parameter must get a gradient, or
     # FSDP's ranks would reduce different sets of them (gloo aborts, NCCL would hang).
-    outputs.append(sum(x[..., :v_dim] for x in padding).mul(0))
+    connected = sum(x[..., :v_dim] for x in padding)
+    outputs.append(torch.where(torch.zeros_like(connected, dtype=torch.bool), connected, 0))
     return torch.cat(outputs)
 
 

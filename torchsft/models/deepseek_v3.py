@@ -103,6 +103,12 @@ class DeepseekV3Config:
         missing = [key for key in _REQUIRED if config.get(key) is None]
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}, without which the model has no shape")
+        odd = [f"{key} = {config[key]!r}" for key in _REQUIRED if not isinstance(config[key], int)]
+        odd += [
+            f"{key} = {config.get(key)!r}" for key in _OPTIONAL if not isinstance(config.get(key), (int, float, type(None)))
+        ]
+        if odd:
+            raise InputError(f"config.json has {', '.join(odd)}, but numbers are needed there")
         for key, value in _FIXED.items():
             if config.get(key) is not None and config[key] != value:
                 raise InputError(f"config.json has {key} = {config[key]!r}, but only {value!r} is supported")
@@ -329,7 +335,7 @@ class DeepseekV3(nn.Module):
         Returns:
             logits [T, V] or [n, V] in the model's dtype, or sum_t loss_weights[t] * nll[t], an fp32 scalar.
         """
-        implementation = choose_implementation(self.attention, tokens.device)
+        implementation = choose_implementation(self.attention, tokens.device, self.model.embed_tokens.weight.dtype)
         cos_TP, sin_TP = self.model.rotary_emb(positions)
         hidden_TD = self.model(tokens, packing(implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen))
         weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchsft.ops import plain
+
 IGNORE = -100
 """Label of a position that predicts nothing."""
 
@@ -33,6 +35,8 @@ def vocabulary_loss(
     Returns:
         fp32 scalar. Its graph can be traversed once: the backward pass scales the kept gradients in place.
     """
+    if plain():
+        return vocabulary_loss_reference(hidden_TD, weight_VD, labels_T, loss_weights_T)
     weights_T = _effective_weights(labels_T, loss_weights_T)
     gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _VocabularyLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients)
@@ -68,13 +72,15 @@ class _VocabularyLoss(torch.autograd.Function):
                 continue  # free to know on CPU; on CUDA it would stop the host
             targets_C1 = labels_T[rows].clamp(min=0).unsqueeze(-1)
             log_probs_CV = torch.log_softmax(F.linear(hidden_CD, weight_VD), dim=-1, dtype=wide)
-            total -= (log_probs_CV.gather(1, targets_C1).squeeze(-1) * weights_C).sum()
+            weighs_C = weights_C != 0  # selected, not only multiplied: 0 times inf is nan
+            total -= torch.where(weighs_C, log_probs_CV.gather(1, targets_C1).squeeze(-1) * weights_C, 0).sum()
             if not gradients:
                 continue
             # d nll / d logits = softmax - one_hot
             grad_CV = log_probs_CV.exp_()
             grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=wide))
-            grad_CV = grad_CV.mul_(weights_C.unsqueeze(-1)).to(weight_VD.dtype)
+            grad_CV.mul_(weights_C.unsqueeze(-1)).masked_fill_(~weighs_C.unsqueeze(-1), 0)
+            grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
             if grad_weight is not None and grad_weight.dtype == grad_CV.dtype:

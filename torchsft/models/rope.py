@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchsft.models.decoder import Float32Buffers
+from torchsft.ops import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Shape and dtype of x. Nothing of size x is saved for the backward pass, which rotates by the opposite angle.
     """
+    if plain():
+        return rotate_reference(x, cos, sin)
     shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
     return _Rotate.apply(x, cos.view(shape), sin.view(shape))
 

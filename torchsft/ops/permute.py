@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchsft.ops import plain
+
 
 def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
     """Copy every token once per chosen expert, in the order of the rows.
@@ -30,6 +32,8 @@ def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
     Returns:
         x_RD in the dtype of x_TD.
     """
+    if plain():
+        return permute_reference(x_TD, order_R, row_TK)
     return _Permute.apply(x_TD, order_R, row_TK)
 
 
@@ -49,6 +53,8 @@ def combine(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor) -
     Returns:
         y_TD with y_TD[t] = sum_k weights_TK[t, k] * y_RD[row_TK[t, k]].
     """
+    if plain():
+        return combine_reference(y_RD, weights_TK, order_R, row_TK)
     return _Combine.apply(y_RD, weights_TK, order_R, row_TK)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchsft.ops import plain
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in fp32 (float64 stays float64).
@@ -24,8 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         Shape and dtype of x.
     """
-    if x.is_cuda:
-        return F.rms_norm(x, weight.shape, weight, eps)
+    if x.is_cuda or plain():
+        return rms_norm_reference(x, weight, eps)
     return _RmsNorm.apply(x, weight, eps)
 
 

@@ -15,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchsft.ops import plain
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element-wise; both of one shape and floating dtype, which the result has too."""
+    if plain():
+        return swiglu_reference(gate, up)
     return _Swiglu.apply(gate, up)
 
 
@@ -38,6 +42,8 @@ def grouped_swiglu(x_RD: Tensor, gate_up: Tensor, down: Tensor, offs_E: Tensor) 
     Returns:
         y_RD in the dtype of x_RD.
     """
+    if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
+        return x_RD + 0 * (gate_up.sum() + down.sum())
     return _GroupedSwiglu.apply(x_RD, gate_up, down, offs_E)
 
 
@@ -93,4 +99,10 @@ class _GroupedSwiglu(torch.autograd.Function):
         del grad_activated, grad_up, grad_hidden
         grad_x_RD = F.grouped_mm(both, gate_up, offs=offs_E) if need_x else None
         grad_gate_up = F.grouped_mm(both.mT, x_RD, offs=offs_E) if need_gate_up else None
+        # An expert without rows has no terms to add up; some kernels leave its gradient as it was in memory
+        # (pytorch issue 172439).
+        empty_E11 = (offs_E.diff(prepend=offs_E.new_zeros(1)) == 0).view(-1, 1, 1)
+        for gradient in (grad_gate_up, grad_down):
+            if gradient is not None:
+                gradient.masked_fill_(empty_E11, 0)
         return grad_x_RD, grad_gate_up, grad_down, None

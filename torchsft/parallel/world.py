@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchsft.config import InputError, Parallel
 
@@ -91,16 +92,21 @@ class World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-        self.dense = self._mesh(dense)
-        self.expert = self._mesh(expert)
+        self.dense = self._mesh(dense, timeout)
+        self.expert = self._mesh(expert, timeout)
         self.data_size = dense["dp_replicate"] * dense["dp_shard"]
         self.data_rank = self.dense.get_local_rank("dp_replicate") * dense["dp_shard"] + self.dense.get_local_rank("dp_shard")
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def _mesh(self, sizes: dict[str, int]) -> DeviceMesh:
-        return init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    def _mesh(self, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
+        mesh = init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        # A mesh makes groups with torch's default timeout of 10 to 30 minutes, whatever the world's is; only this private
+        # function changes it.
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(timeout, group)
+        return mesh
 
     @property
     def is_main(self) -> bool:
