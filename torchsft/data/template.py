@@ -441,7 +441,7 @@ def prepare(
             raise InputError(f"{path} is given twice; name each data file once")
         counts = report.files[str(path)] = FileReport()
         conversations = read_jsonl(path, path.name if names.count(path.name) == 1 else str(path))
-        bar = tqdm(conversations, desc=f"tokenising {path.name}", unit=" conversations", disable=not progress)
+        bar = tqdm(conversations, desc=f"tokenising {path.name}", unit=" conversations", disable=None if progress else True)
         for batch in _batched(bar, CONVERSATIONS_AT_ONCE):
             for sample in chat.samples(batch, data.mask):
                 if vocab_size is not None and sample.tokens.max() >= vocab_size:
