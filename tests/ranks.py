@@ -1,13 +1,16 @@
 """A pool of processes that play the ranks of a run: started once, since each start costs 10 s of imports.
 
 A job is a module-level function; it is run on n ranks with the environment that torchrun would set, so that `World` works as it
-does for a user. A rank that raises makes the job fail with that rank's traceback.
+does for a user. Each job runs in a fork of its rank's process, so no job sees what another left behind (DTensor keeps caches
+that name the process groups of destroyed meshes). A rank that raises makes the job fail with that rank's traceback.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -16,24 +19,29 @@ from typing import Any
 
 
 def _serve(pipe: Connection) -> None:
+    os.setsid()  # a group of its own: the pool ends this process and its fork together
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    while True:
-        job = pipe.recv()
-        if job is None:
-            return
-        function, arguments, environment = job
-        os.environ.update(environment)
-        try:
-            pipe.send((True, function(**arguments)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    while (job := pipe.recv()) is not None:
+        child = os.fork()
+        if child == 0:
+            _work(pipe, *job)
+        _, status = os.waitpid(child, 0)
+        if status:
+            pipe.send((False, f"the process ended with status {os.waitstatus_to_exitcode(status)}"))
+
+
+def _work(pipe: Connection, function: Callable[..., Any], arguments: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    try:
+        # pickle's own bytes: multiprocessing would share a tensor's memory, which ends with this process
+        answer = (True, pickle.dumps(function(**arguments)))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send(answer)
+    os._exit(0)
 
 
 class RankPool:
@@ -72,7 +80,11 @@ class RankPool:
         results: list[Any] = [None] * n
         waiting = {self.ranks[rank][1]: rank for rank in range(n)}
         while waiting:
-            for pipe in wait(list(waiting), timeout=300) or self._lost(waiting):
+            ready = wait(list(waiting), timeout=300)
+            if not ready:
+                self.close(kill=True)
+                raise AssertionError(f"ranks {sorted(waiting.values())} gave no answer in 300 s")
+            for pipe in ready:
                 rank = waiting.pop(pipe)
                 try:
                     good, results[rank] = pipe.recv()
@@ -81,18 +93,14 @@ class RankPool:
                 if not good:  # the others may wait for it in a collective: end them all, the next job starts anew
                     self.close(kill=True)
                     raise AssertionError(f"rank {rank} of {n} failed:\n{results[rank]}")
+                results[rank] = pickle.loads(results[rank])
         return results
-
-    def _lost(self, waiting: dict[Connection, int]) -> list[Connection]:
-        ranks = sorted(waiting.values())
-        self.close(kill=True)
-        raise AssertionError(f"ranks {ranks} gave no answer in 300 s")
 
     def close(self, kill: bool = False) -> None:
         """End all processes of the pool."""
         for process, pipe in self.ranks:
             if kill:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             elif process.is_alive():
                 pipe.send(None)
             process.join()

@@ -111,8 +111,11 @@ def test_a_bad_line_and_a_refusing_template_name_file_and_line(tmp_path):
         prepare([path], TOKENIZER, Data())
 
 
-def test_progress_is_shown_only_when_asked_for(tmp_path, capfd):
+def test_progress_is_shown_on_a_terminal_only_when_asked_for(tmp_path, capfd, monkeypatch):
     path = write(tmp_path / "a.jsonl", talk(2))
+    prepare([path], TOKENIZER, Data(), progress=True)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     prepare([path], TOKENIZER, Data())
     assert capfd.readouterr().err == ""
     prepare([path], TOKENIZER, Data(), progress=True)
