@@ -15,9 +15,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torchsft.checkpoint.publish import claimed
 from torchsft.config import Checkpoint, Config, Data, Eval, Optim, Parallel, Train, parse, to_dict
 from torchsft.data.synthetic import write_debug_data, write_debug_model
 from torchsft.parallel.world import World
@@ -53,19 +54,25 @@ def choose_preset(argv: Sequence[str]) -> str:
     return "finetune" if given else "debug"
 
 
-def with_generated_inputs(config: Config, world: World) -> Config:
-    """What the debug preset lacks: its model's config and tokenizer, and its data unless given, in OUTPUT/generated."""
+def with_generated_inputs(config: Config) -> tuple[Config, Callable[[], None]]:
+    """What the debug preset lacks: its model's config and tokenizer, and its data unless given, in OUTPUT/generated.
+
+    Returns:
+        The configuration that names them, and the function that writes them.
+    """
     where = Path(config.output) / "generated"
-    if world.is_main:
+
+    def generate() -> None:
         write_debug_model(where)
         write_debug_data(where)
-    world.barrier()
+
     model, data = dataclasses.replace(config.model, path=str(where), random_init=True), config.data
     if not data.train:
         held_out = data.eval or (str(where / "eval.jsonl"),)
         data = dataclasses.replace(data, train=(str(where / "train.jsonl"),), eval=held_out)
     answers = config.eval.answers if data.eval else 0
-    return dataclasses.replace(config, model=model, data=data, eval=dataclasses.replace(config.eval, answers=answers))
+    complete = dataclasses.replace(config, model=model, data=data, eval=dataclasses.replace(config.eval, answers=answers))
+    return complete, generate
 
 
 def main() -> None:
@@ -75,10 +82,11 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(to_dict(resolve(config)), indent=2))
         return
-    with World(config.parallel, config.train.seed) as world:
-        if preset == "debug" and config.model.path is None:
-            config = with_generated_inputs(config, world)
-        Trainer(config, world).run()
+    generate = None
+    if preset == "debug" and config.model.path is None:
+        config, generate = with_generated_inputs(config)
+    with World(config.parallel, config.train.seed) as world, claimed(Path(config.output), world.is_main):
+        Trainer(config, world, generate).run()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 from recipes import deepseek_v3_sft
 from tests.distributed.test_layouts import config_for
 from tests.tiny import write_conversations, write_tiny_model
+from torchsft.checkpoint.publish import claimed
 from torchsft.config import InputError, Optim, Precision
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer, resolve
@@ -204,7 +205,7 @@ def test_an_output_directory_of_another_run_is_refused(inputs, tmp_path, monkeyp
         run_recipe(monkeypatch, *options, *others)
     run_recipe(monkeypatch, *options)  # the same run again: nothing left to train, exported anew
     (tmp_path / "run" / "config.json").write_text("")
-    with pytest.raises(InputError, match=r"config.json cannot be read as JSON"):
+    with pytest.raises(InputError, match=r"config.json is damaged; delete it"):
         run_recipe(monkeypatch, *options)
 
 
@@ -281,3 +282,41 @@ def test_loss_weights_stay_fp32_in_bf16_compute(inputs, tmp_path):
         ones = (batch.labels != -100).float()
         whole, part = (trainer.model(batch.tokens, **forward, loss_weights=w * ones).item() for w in (1.0, 0.3))
     assert part == pytest.approx(0.3 * whole, rel=1e-5)
+
+
+def test_two_runs_in_one_output_are_refused(inputs, tmp_path, monkeypatch):
+    with (
+        claimed(tmp_path / "run", main=True),
+        pytest.raises(InputError, match=r"another run is writing to .*run; wait for it or choose another"),
+    ):
+        run_recipe(
+            monkeypatch, "--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run"
+        )
+
+
+def test_an_older_checkpoint_is_not_continued_under_later_ones(inputs, tmp_path, monkeypatch):
+    """It would leave a hole in metrics.jsonl, and the next `auto` would jump over it."""
+    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    options += ["--train.steps", 4, "--checkpoint.every", 2, "--checkpoint.export", "none", "--output", tmp_path / "run"]
+    run_recipe(monkeypatch, *options)
+    older = tmp_path / "run" / "checkpoints" / "step-00000002"
+    with pytest.raises(InputError, match=r"holds a later checkpoint \(step-00000004\) than .*step-00000002"):
+        run_recipe(monkeypatch, *options, "--checkpoint.resume", older)
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / ".metadata").unlink()
+    with pytest.raises(InputError, match=r"step-00000004 is damaged: it has no .metadata; delete it"):
+        run_recipe(monkeypatch, *options)
+
+
+def test_a_refused_debug_run_leaves_the_directory_of_another_run_alone(inputs, tmp_path, monkeypatch):
+    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    run_recipe(monkeypatch, *options, "--train.steps", 1, "--checkpoint.export", "none", "--output", tmp_path / "run")
+    with pytest.raises(InputError, match="holds another run"):
+        run_recipe(monkeypatch, "debug", "--output", tmp_path / "run")
+    assert not (tmp_path / "run" / "generated").exists()
+
+
+def test_conversations_beyond_the_models_context_are_named(inputs, tmp_path, monkeypatch, capsys):
+    directory = bad_model(inputs, tmp_path, {"max_position_embeddings": 64})
+    options = ["--model.path", directory, "--data.train", inputs / "train.jsonl", "--data.seq-len", 192, "--train.steps", 1]
+    run_recipe(monkeypatch, *options, "--checkpoint.export", "none", "--output", tmp_path / "run")
+    assert "but the model's max_position_embeddings is 64" in capsys.readouterr().out

@@ -237,6 +237,10 @@ class Config:
     print_config: bool = False
     """Print the resolved configuration as JSON and exit."""
 
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise InputError("--output is empty; name a directory")
+
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The whole configuration as JSON-able nested dictionaries."""

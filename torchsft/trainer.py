@@ -62,12 +62,13 @@ class Trainer:
     Args:
         config: as the command line gave it, with `model.path` and `data.train` set.
         world: this rank among the others.
+        generate: writes inputs that `config` names, on the main rank, once nothing speaks against the output directory.
 
     Raises:
         InputError: options, data, weights and output directory do not fit together; before any weight is loaded where possible.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, generate: Callable[[], None] | None = None) -> None:
         self.world = world
         self.config = config = resolve(config)
         self.output = Path(config.output)
@@ -75,6 +76,10 @@ class Trainer:
             raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
         self.source = Path(config.model.path)
         self.checkpoint = self.check_output()
+        if generate:
+            if world.is_main:
+                generate()
+            world.barrier()
 
         hf_config = huggingface.read_config(self.source)
         self.model_config = DeepseekV3Config.from_hf(hf_config)
@@ -97,10 +102,14 @@ class Trainer:
             The checkpoint to continue from, if there is one.
         """
         config = to_dict(self.config)
-        if self.output.exists() and not self.output.is_dir():
-            raise InputError(f"--output {self.output} is a file; choose another --output")
         saved = self.output / "config.json"
-        if saved.exists() and (found := differences(read_json_object(saved), config)):
+        try:
+            found = differences(read_json_object(saved), config) if saved.exists() else []
+        except InputError as error:
+            raise InputError(
+                f"{saved} is damaged; delete it (each checkpoint has a copy) or choose another --output"
+            ) from error
+        if found:
             raise InputError(
                 f"{self.output} holds another run, which differs in {'; '.join(found)}; choose another --output or delete it"
             )
@@ -119,6 +128,10 @@ class Trainer:
                 f"checkpoint {where} is of another run, which differs in {'; '.join(found)}; give the options of that run, "
                 "or train from its exported weights with --model.path"
             )
+        if latest and state.saved_step(latest) > state.saved_step(where):
+            raise InputError(
+                f"{self.output} holds a later checkpoint ({latest.name}) than {where}; choose another --output or delete it"
+            )
         return Path(where)
 
     def load_data(self) -> None:
@@ -131,6 +144,11 @@ class Trainer:
         vocab_size = self.model_config.vocab_size
         train = prepare(config.data.train, self.tokenizer, config.data, vocab_size=vocab_size, progress=show)
         self.say(str(train.report))
+        longest, known = max(len(s.tokens) for s in train.samples), self.model_config.max_position_embeddings
+        if longest > known:
+            self.say(
+                f"warning: the longest conversation has {longest} tokens, but the model's max_position_embeddings is {known}"
+            )
         batch = {
             "seq_len": config.data.seq_len,
             "micro_batch_size": config.train.micro_batch_size,
@@ -235,7 +253,13 @@ class Trainer:
         matches = self.answer("after") if config.eval.answers else None
         if config.checkpoint.export != "none":
             self.say(f"exporting {config.checkpoint.export} weights to {self.output / 'hf'}")
-            huggingface.export(self.model, self.output / "hf", DTYPES[config.checkpoint.export], self.source)
+            try:
+                huggingface.export(self.model, self.output / "hf", DTYPES[config.checkpoint.export], self.source)
+            except OSError as error:
+                raise OSError(
+                    f"the export to {self.output / 'hf'} could not be written ({error}); the last checkpoint is complete: mend "
+                    "that and run the same command again"
+                ) from error
         if self.log:
             self.log.close()
             self.say(self.summary(evaluation, tokens, seconds, matches))
@@ -420,10 +444,15 @@ def guarded(main: Callable[[], None]) -> None:
 
     Where all ranks meet the same fault, torchrun ends the others as soon as rank 0 has left, so that it is told once.
     """
+    not_first = os.environ.get("RANK", "0") != "0"
     try:
         main()
+    except SystemExit as end:  # the command line was not understood, which rank 0 tells
+        if end.code and not_first:
+            time.sleep(3)
+        raise
     except (InputError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not_first:
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # peers may wait in a collective: do not wait for them

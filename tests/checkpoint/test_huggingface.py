@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -337,3 +338,15 @@ def test_configurations_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(InputError, match="a JSON list, not an object"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
+def test_weights_that_are_not_finite_are_refused(source, tmp_path, key):
+    """A nan in an unused embedding row or in the routing bias would not show in the loss."""
+    bad = copy(source, tmp_path / "bad")
+    tensor = read_tensors(bad)[key].clone()
+    tensor.view(-1)[-1] = float("nan")
+    change_tensors(bad, {key: None})
+    change_tensors(bad, {key: tensor})
+    with pytest.raises(InputError, match=f"{re.escape(key)} holds nan or inf"):
+        torchsft.load_model(bad)

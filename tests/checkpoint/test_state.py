@@ -141,9 +141,13 @@ def test_the_newest_complete_checkpoints_stay(tmp_path):
         assert save(tmp_path, step, model, optimizer) == tmp_path / f"step-{step:08d}"
     torn = tmp_path / "step-00000300"  # a name alone does not make it complete
     torn.mkdir()
-    assert state.find_latest(tmp_path).name == "step-00000200"
+    with pytest.raises(
+        InputError, match=r"step-00000300 is damaged: it has no .metadata, trainer.json, config.json; delete it"
+    ):
+        state.find_latest(tmp_path)
     save(tmp_path, 201, model, optimizer, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000200", "step-00000201", "step-00000300"]
+    torn.rmdir()
     save(tmp_path, 50, model, optimizer, keep=1)  # resumed from an older one: what was just written always stays
     assert state.find_latest(tmp_path).name == "step-00000201" and (tmp_path / "step-00000050").is_dir()
 

@@ -160,6 +160,9 @@ def load_weights(model: DeepseekV3, index: WeightIndex) -> int:
 
     Returns:
         Bytes that this rank read.
+
+    Raises:
+        InputError: a tensor holds nan or inf.
     """
     tensors, pieces = _tensors_and_pieces(model)
     read = 0
@@ -170,6 +173,8 @@ def load_weights(model: DeepseekV3, index: WeightIndex) -> int:
             if part is None:
                 continue
             values = index.read(piece.key, part.within(piece.start)[-len(piece.hf_shape) :])
+            if not values.isfinite().all():
+                raise InputError(f"{index.directory}: {piece.key} holds nan or inf; download or convert it again")
             local[part.within(box.start)].copy_(values)  # leading dims of size 1 broadcast
             filled += values.numel()
             read += values.nbytes

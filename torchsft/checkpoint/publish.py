@@ -1,7 +1,8 @@
-"""Directories that appear only when they are complete: written aside by all ranks, renamed by rank 0."""
+"""Directories with one writer, and directories that appear only when they are complete."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+
+from torchsft.config import InputError
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -37,6 +40,35 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(output: Path, main: bool) -> Iterator[None]:
+    """Make a run's directory and keep other runs out of it until this one leaves or its main process ends, however it does.
+
+    Args:
+        output: made if it is not there.
+        main: whether this is the rank that claims it; the others do nothing.
+
+    Raises:
+        InputError: another process has claimed it, or it cannot be written.
+    """
+    if not main:
+        yield
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = open(output / ".lock", "w")  # noqa: SIM115 (held open as long as the claim)
+    except FileExistsError as error:
+        raise InputError(f"--output {output} is a file; choose another --output") from error
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({error}); choose another --output") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is writing to {output}; wait for it or choose another --output") from error
+        yield
 
 
 @contextmanager

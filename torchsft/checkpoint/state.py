@@ -81,7 +81,8 @@ def save(
             for name, text in texts.items():
                 write_text(staging / name, text)
     if rank == 0 and keep:
-        for old in _complete(Path(directory))[:-keep]:
+        complete = [path for path in _by_step(Path(directory)) if not _absent(path)]
+        for old in complete[:-keep]:
             if old != target:
                 shutil.rmtree(old)
     barrier()
@@ -89,9 +90,29 @@ def save(
 
 
 def find_latest(directory: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step in `directory`; None where there is none."""
-    complete = _complete(Path(directory))
-    return complete[-1] if complete else None
+    """The checkpoint of the highest step in `directory`; None where there is none.
+
+    Raises:
+        InputError: that checkpoint lacks a file. It was complete when it got its name, so it has been damaged since.
+    """
+    named = _by_step(Path(directory))
+    if not named:
+        return None
+    if absent := _absent(named[-1]):
+        raise InputError(
+            f"checkpoint {named[-1]} is damaged: it has no {', '.join(absent)}; delete it to continue from the one before, or "
+            "name another with --checkpoint.resume"
+        )
+    return named[-1]
+
+
+def saved_step(path: str | Path) -> int:
+    """The step after which this checkpoint was written.
+
+    Raises:
+        InputError: not a complete checkpoint.
+    """
+    return _read_json(Path(path), "trainer.json")["step"]
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:
@@ -182,19 +203,23 @@ def _set_random_states(rank: int, states: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states[f"rng.{rank}.cuda"])
 
 
-def _complete(directory: Path) -> list[Path]:
-    """Complete checkpoints by rising step."""
+def _by_step(directory: Path) -> list[Path]:
+    """Directories named as checkpoints, by rising step."""
     if not directory.is_dir():
         return []
     steps = {int(match[1]): path for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps) if all((steps[step] / name).is_file() for name in _FILES)]
+    return [steps[step] for step in sorted(steps)]
+
+
+def _absent(path: Path) -> list[str]:
+    """The files that a checkpoint lacks."""
+    return [name for name in _FILES if not (path / name).is_file()]
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError(f"checkpoint {path} does not exist; give a directory such as CHECKPOINTS/step-00000100")
-    absent = [file for file in _FILES if not (path / file).is_file()]
-    if absent:
+    if absent := _absent(path):
         raise InputError(f"{path} is not a complete checkpoint: it has no {', '.join(absent)}; use another one")
     try:
         return json.loads((path / name).read_text(encoding="utf-8"))
@@ -205,4 +230,4 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 def _cause(error: CheckpointException) -> str:
     """The failing rank with the lowest number and what happened there, in one line."""
     rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"rank {rank}: {type(failure).__name__}: {failure}".splitlines()[0]
+    return f"rank {rank}: {type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -318,7 +317,7 @@ class ChatTokenizer:
                 add_generation_prompt=generation_prompt,
                 **self.special_tokens,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # the template is a program of the model's author: it can fail in any way
             raise InputError(
                 f"{name}: the chat template refuses the conversation ({error}); change the data or the chat template"
             ) from None

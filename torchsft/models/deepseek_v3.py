@@ -197,8 +197,13 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any]) -> Rope:
     """Rotary parameters: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (official)."""
-    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = values.get("rope_type") or values.get("type") or "default"
+    both = [dict(config[key]) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    kinds = [values.get("rope_type") or values.get("type") or "default" for values in both]
+    if len(set(kinds)) > 1:
+        raise InputError(
+            f"config.json has rope_parameters of type {kinds[0]!r} and rope_scaling of type {kinds[1]!r}; keep one"
+        )
+    values, kind = (both[0], kinds[0]) if both else ({}, "default")
     theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if values.get("partial_rotary_factor", 1) != 1:
         raise InputError(f"config.json has partial_rotary_factor = {values['partial_rotary_factor']}, only 1 is supported")

@@ -64,7 +64,7 @@ def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:
             if parameter.shape[0] % mesh.size():
                 raise InputError(
                     f"{name} has {parameter.shape[0]} experts, which do not divide over --parallel.ep {mesh.size()} ranks; "
-                    "choose an ep that divides them"
+                    "choose an ep that divides them, or start another number of ranks"
                 )
             sharded = nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)]), requires_grad=parameter.requires_grad)
             module.experts.register_parameter(key, sharded)

@@ -36,7 +36,8 @@ def apply_fsdp(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh
                 if parameter.shape[1] % edp.size():
                     raise InputError(
                         f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which does not divide over the "
-                        f"{edp.size()} ranks that share an expert (dp_shard * cp * tp / ep); raise --parallel.ep"
+                        f"{edp.size()} ranks that share an expert (dp_shard * cp * tp / ep); raise --parallel.ep or start "
+                        "another number of ranks"
                     )
             fully_shard(mlp.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
             if compute != torch.float32:
