@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from recipes import deepseek_v3_sft
-from tests.distributed.test_layouts import config_for
+from tests.distributed.test_layouts import SilentTrainer, config_for
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint.publish import claimed
-from torchsft.config import InputError, Optim, Precision
+from torchsft.config import InputError, Optim, Precision, Train
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer, resolve
 
@@ -253,23 +253,22 @@ def test_print_config_prints_the_resolved_options_and_trains_nothing(tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_bf16_compute_with_fp32_masters_stays_close_to_fp32(inputs, tmp_path):
-    """bf16 has 8 bits: loss within 2 % of fp32, masters and moments fp32, routing bias untouched."""
+def test_bf16_compute_with_fp32_masters_follows_fp32_for_200_steps(inputs, tmp_path):
+    """Loss within 1 % at every step (bf16 keeps 8 bits, 0.4 %), masters and moments fp32, routing bias untouched."""
     losses = {}
     for compute in ("fp32", "bf16"):
-        config = trainer_for(inputs, tmp_path, precision=Precision(compute=compute), optim=Optim(lr=1e-2))
+        config = trainer_for(inputs, tmp_path, precision=Precision(compute=compute), optim=Optim(lr=1e-3))
+        config.train = Train(steps=200, global_batch_size=2, micro_batch_size=2)
         with World(config.parallel, 0) as world:
-            trainer = Trainer(config, world)
+            trainer = SilentTrainer(config, world)
             bias = {k: v.clone() for k, v in trainer.model.state_dict().items() if "bias" in k}
-            losses[compute] = [trainer.train_step(next(trainer.loader))[0]["loss"] for _ in range(3)]
+            losses[compute] = [trainer.train_step(next(trainer.loader))[0]["loss"] for _ in range(200)]
             assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
             assert all(s["exp_avg_sq"].dtype == torch.float32 for s in trainer.optimizer.state.values())
             now = trainer.model.state_dict()
             assert bias and all(torch.equal(now[k], v) and v.dtype == torch.float32 for k, v in bias.items())
-        for path in (tmp_path / "run").glob("*"):
-            path.unlink()
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+    assert losses["bf16"] != losses["fp32"] and losses["fp32"][-1] < 0.5 * losses["fp32"][0]
 
 
 def test_loss_weights_stay_fp32_in_bf16_compute(inputs, tmp_path):
