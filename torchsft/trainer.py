@@ -231,6 +231,8 @@ class Trainer:
         self.world.barrier()  # every rank has looked at the output directory, and it is open
         if config.eval.answers and self.step == 0:
             self.answer("before")
+        if self.step == self.total_steps:
+            self.say("this run is complete: it is evaluated and exported again; to train anew, choose another --output")
         tokens = seconds = 0.0
         while self.step < self.total_steps:
             record, scalars = self.train_step(next(self.loader))

@@ -1,5 +1,8 @@
 """Attention implementations and how documents are described to them."""
 
+import inspect
+import itertools
+
 import pytest
 import torch
 
@@ -72,3 +75,32 @@ def test_auto_is_varlen_on_cuda_and_sdpa_elsewhere():
         choose_implementation("varlen", torch.device("cuda"), torch.float32)
     with pytest.raises(InputError, match=r"--model.attention flex has no backward pass on CPU"):
         choose_implementation("flex", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("lengths", "padding"), [([5, 1, 30], 0), ([7, 20], 9), ([], 6)])
+def test_varlen_calls_its_kernel_as_torch_defines_it(monkeypatch, lengths, padding):
+    """The kernel is CUDA's; here an emulation that takes exactly its arguments and leaves rows of no document as nan."""
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(module.varlen_attn)
+
+    def emulation(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        a = given.arguments
+        assert a["window_size"] == (-1, 0) and a["cu_seq_q"].dtype == torch.int32
+        q, k, v = a["query"], a["key"], a["value"]
+        assert q.shape == k.shape == v.shape  # flash attention wants one head width
+        bounds = a["cu_seq_q"].tolist()
+        assert max(e - s for s, e in itertools.pairwise(bounds)) <= a["max_q"] and a["max_q"] == a["max_k"]
+        out = torch.full_like(v, float("nan"))
+        for start, end in itertools.pairwise(bounds):
+            rows = slice(start, end)
+            out[rows] = dense_attention(q[rows], k[rows], v[rows], a["scale"], [end - start], 0)
+        return out
+
+    monkeypatch.setattr(module, "varlen_attn", emulation)
+    torch.manual_seed(0)
+    total = sum(lengths) + padding
+    q, k, v = torch.randn(total, H, QK), torch.randn(total, H, QK), torch.randn(total, H, V)
+    got = attend(q, k, v, 0.3, pack("varlen", lengths, padding, max(lengths, default=0)))
+    torch.testing.assert_close(got, dense_attention(q, k, v, 0.3, lengths, padding))
