@@ -72,10 +72,11 @@ def packing(
     Args:
         implementation: which attention will read it.
         cos_TP, sin_TP: fp32 rotary factors of every token.
-        cu_seqlens: int32 [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding.
+        cu_seqlens: integers [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding.
         max_seqlen: longest document; None reads it from cu_seqlens (varlen: stops the host).
     """
     tokens, device = cos_TP.shape[0], cos_TP.device
+    cu_seqlens = cu_seqlens.to(torch.int32)
     valid_T = torch.arange(tokens, device=device) < cu_seqlens[-1]
     if implementation == "sdpa":
         ends = [*cu_seqlens.tolist(), tokens]
