@@ -4,6 +4,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from torchsft.data.formats import Conversation
+from torchsft.data.template import ChatTokenizer, Sample
 
 SPECIAL = [
     *("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"),
@@ -141,3 +142,8 @@ def conversation(*contents: str, system: str | None = None, name: str = "chat.js
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     return Conversation(name, messages)
+
+
+def tokenize(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, mask: str) -> Sample:
+    """The sample of one conversation."""
+    return ChatTokenizer(tokenizer).samples([conversation], mask)[0]

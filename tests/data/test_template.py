@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.data import chat
-from tests.data.chat import byte_tokenizer, conversation, word_tokenizer
+from tests.data.chat import byte_tokenizer, conversation, tokenize, word_tokenizer
 from torchsft.config import InputError
-from torchsft.data.template import ChatTokenizer, Sample, answer_prompts, load_tokenizer, tokenize
+from torchsft.data.template import ChatTokenizer, Sample, answer_prompts, load_tokenizer
 
 # The text that each template must produce, written by hand; what is trained of it stands between [[ and ]].
 CHATML_TEXT = (

@@ -360,11 +360,6 @@ def _straddled(offsets: np.ndarray, start: int) -> bool:
     return bool(((offsets[:, 0] < start) & (offsets[:, 1] > start)).any())
 
 
-def tokenize(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, mask: Mask) -> Sample:
-    """The sample of one conversation. For many, keep a `ChatTokenizer`, whose arguments and errors these are."""
-    return ChatTokenizer(tokenizer).samples([conversation], mask)[0]
-
-
 # ---------------------------------------------------------------- files to samples
 
 
