@@ -70,6 +70,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, generate: Callable[[], None] | None = None) -> None:
         self.world = world
+        self.log: MetricsLogger | None = None  # on the main rank, once everything is built
         self.config = config = resolve(config)
         self.output = Path(config.output)
         if config.model.path is None or not config.data.train:
@@ -91,7 +92,8 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.first_loss = self.last_loss = math.nan
         self.build_model()
-        self.log = self.open_output() if world.is_main else None
+        if world.is_main:
+            self.log = self.open_output()
 
     # ---------------------------------------------------------------- build
 
@@ -435,7 +437,7 @@ class Trainer:
         """Print on the main rank, without breaking the progress bar."""
         if not self.world.is_main:
             return
-        if getattr(self, "log", None):
+        if self.log:
             self.log.message(text)
         else:
             print(text, flush=True)

@@ -55,7 +55,7 @@ def test_boxes_of_all_ranks_cover_a_tensor_once():
 def test_placements_that_are_no_box_are_refused():
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    with pytest.raises(NotImplementedError, match="not one box per rank"):
+    with pytest.raises(TypeError, match="not one box per rank"):
         shard_box((8, 4), (2,), (_StridedShard(0, split_factor=2),), (0,))
 
 

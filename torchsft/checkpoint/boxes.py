@@ -38,6 +38,9 @@ def shard_box(
 
     DTensor's rule: axis by axis, the part that the axes before left is cut as by `torch.chunk`: equal parts, rounded
     up, the last ones smaller or empty.
+
+    Raises:
+        TypeError: a placement other than Shard and Replicate, such as what tensor parallelism under FSDP makes.
     """
     start, extent = [0] * len(shape), list(shape)
     for size, placement, index in zip(mesh_shape, placements, coordinate, strict=True):
@@ -48,7 +51,7 @@ def shard_box(
             start[dim] += offset
             extent[dim] = min(part, extent[dim] - offset)
         elif not isinstance(placement, Replicate):
-            raise NotImplementedError(f"a parameter placed as {placement} is not one box per rank; use Shard or Replicate")
+            raise TypeError(f"a parameter placed as {placement} is not one box per rank; place it as Shard or Replicate")
     return Box(tuple(start), tuple(extent))
 
 

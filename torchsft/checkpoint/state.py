@@ -45,7 +45,7 @@ def save(
     config: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `directory/step-XXXXXXXX`; collective, each rank writes its share. A checkpoint of the same step is
+    """Write `directory/step-00000100` (for step 100); collective, each rank writes its share. A checkpoint of the same step is
     replaced.
 
     The optimizer's options (learning rate, betas, ...) are not saved: they follow from the configuration and the step.

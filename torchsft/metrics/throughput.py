@@ -10,6 +10,7 @@ import torch
 
 # Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets (where those give the figure with
 # 2:4 sparsity, half of it). The first row whose words all occur in the device's name counts: variants before families.
+# A100, A10, A40, H100, H200, H800, B200, GB200, L40S and L4 were compared with published tables; the others were not.
 _PEAK_BF16_TFLOPS = (
     (("gb300",), 2500.0),  # GB300 NVL72
     (("gb200",), 2500.0),  # GB200 NVL72: 5 PFLOP/s sparse per GPU
