@@ -81,6 +81,8 @@ class Train:
     """Rows per forward and backward pass of one rank."""
     seed: int = 0
     """Seed of weights (where random) and of the data order."""
+    aux_loss: float = 0.0
+    """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with 1e-4); 0: none."""
     max_nonfinite_steps: int = 3
     """Steps in a row whose gradient norm may be inf or nan (each is skipped whole) before the run stops."""
 
@@ -96,6 +98,7 @@ class Train:
         _at_least("--train.global-batch-size", self.global_batch_size, 1)
         _at_least("--train.micro-batch-size", self.micro_batch_size, 1)
         _at_least("--train.seed", self.seed, 0)
+        _at_least("--train.aux-loss", self.aux_loss, 0)
         _at_least("--train.max-nonfinite-steps", self.max_nonfinite_steps, 1)
 
 
@@ -104,29 +107,33 @@ class Parallel:
     """Mesh sizes: pp x dp_replicate x dp_shard x cp x tp ranks; experts see pp x dp_replicate x edp x ep."""
 
     pp: int = 1
-    """Pipeline stages (this version: 1)."""
+    """Pipeline ranks: each holds some of the layers."""
+    pp_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"] = (
+        "Interleaved1F1B"
+    )
+    """How the microbatches of a step pass through the stages. GPipe and 1F1B have one stage a rank, the others two or more."""
+    pp_layers: tuple[int, ...] = ()
+    """Layers of each stage, first to last; as many as there are stages. Empty: balanced by cost."""
     dp_replicate: int = 1
-    """Replicas of the sharded model (this version: 1)."""
+    """Replicas of the sharded model (HSDP)."""
     dp_shard: int = -1
     """Ranks that share one copy of the parameters (FSDP2); -1 takes what the other axes leave."""
     cp: int = 1
-    """Context parallel ranks (this version: 1)."""
+    """Context parallel ranks: they share the tokens of a row."""
     tp: int = 1
-    """Tensor parallel ranks (this version: 1)."""
+    """Tensor parallel ranks: they share matrices, and between these the tokens (sequence parallelism)."""
     ep: int = 1
     """Ranks over which the experts of a layer are spread; divides dp_shard * cp * tp."""
     timeout_seconds: float = 600.0
     """A collective that waits longer than this ends the job."""
 
     def __post_init__(self) -> None:
-        for name in ("pp", "dp_replicate", "cp", "tp"):
-            size = getattr(self, name)
-            if size != 1:
-                option = "--parallel." + name.replace("_", "-")
-                raise InputError(f"{option} is {size}, but this version supports only 1; use dp_shard and ep")
+        for name in ("pp", "dp_replicate", "cp", "tp", "ep"):
+            _at_least("--parallel." + name.replace("_", "-"), getattr(self, name), 1)
         if self.dp_shard != -1:
             _at_least("--parallel.dp-shard", self.dp_shard, 1)
-        _at_least("--parallel.ep", self.ep, 1)
+        if self.pp_layers and min(self.pp_layers) < 0:
+            raise InputError(f"--parallel.pp-layers is {self.pp_layers}, but a stage cannot have fewer than 0 layers")
         if not self.timeout_seconds > 0:
             raise InputError(f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torchsft.models.attention import packing
 from torchsft.models.decoder import SwigluMLP
 from torchsft.models.moe import Experts, MoE, Router
 
@@ -24,7 +25,7 @@ def test_choice_and_weights_equal_a_loop_over_tokens(mean, groups):
     """The definition (DeepSeek-V3 report, 2.1.2), one token at a time: groups by their two best, then experts."""
     gate = router(mean, groups=groups[0], top_groups=groups[1])
     x = torch.randn(T, D)
-    weights_TK, experts_TK = gate(x)
+    weights_TK, experts_TK, _ = gate(x)
     scores = (x @ gate.weight.T).sigmoid().tolist()
     bias, size = gate.e_score_correction_bias.tolist(), E // groups[0]
     for token in range(T):
@@ -43,8 +44,8 @@ def test_scores_are_fp32_for_bf16_tokens():
     """bf16 has 8 bits: two experts whose scores differ by 2^-12 would tie and the choice would be the index."""
     gate = router(0.0)
     x = torch.randn(T, D).bfloat16()
-    weights, experts = gate(x)
-    expected_weights, expected_experts = gate(x.float())
+    weights, experts, _ = gate(x)
+    expected_weights, expected_experts, _ = gate(x.float())
     assert weights.dtype == torch.float32
     assert torch.equal(weights, expected_weights) and torch.equal(experts, expected_experts)
     small = router(0.0).to(torch.bfloat16)
@@ -69,14 +70,73 @@ def test_padding_gets_the_shared_experts_alone_and_goes_round_the_experts():
         torch.nn.init.normal_(parameter)
     seen = []
 
-    def exchange(x_RD, counts_E, experts):
+    def exchange(x_RD, counts_E, experts, meanwhile):
         seen.append(counts_E)
-        return torch.ones_like(x_RD)
+        return torch.ones_like(x_RD), meanwhile()
 
     layer.exchange = exchange
-    x, valid = torch.randn(T, 16), torch.arange(T) < 10
-    routed = layer(x, valid) - layer.shared_experts(x)
+    x, factors = torch.randn(T, 16), torch.ones(T, 4)
+    routed = layer(x, packing("sdpa", factors, factors, torch.tensor([0, 10]), None)) - layer.shared_experts(x)
     torch.testing.assert_close(routed[:10], torch.full((10, 16), 2.5), rtol=1e-4, atol=1e-3)  # weights sum to the scale
     assert routed[10:].abs().max() < 1e-4
     padding_rows = seen[0] - layer.expert_load
     assert padding_rows.sum() == 40 * 3 and padding_rows.max() - padding_rows.min() <= 1
+
+
+def documents_loss(scores: list[list[float]], chosen: list[set[int]], lengths: list[int], top_k: int) -> float:
+    """The balance loss by its definition, document by document: sum over documents of L * sum_e f_e P_e."""
+    total, begin = 0.0, 0
+    for length in lengths:
+        mine = range(begin, begin + length)
+        for expert in range(E):
+            frequency = E / (top_k * length) * sum(expert in chosen[t] for t in mine)
+            probability = sum(scores[t][expert] / sum(scores[t]) for t in mine) / length
+            total += length * frequency * probability
+        begin += length
+    return total
+
+
+def test_the_balance_loss_is_that_of_each_document_and_reaches_the_router_whatever_the_loss_is():
+    """Against the definition in plain Python, and its gradient against finite differences of it (float64)."""
+    torch.manual_seed(0)
+    gate = Router(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
+    layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, factors, lengths = torch.randn(T, 16), torch.ones(T, 4), [7, 1, 30]
+    documents = packing("sdpa", factors, factors, torch.tensor([0, 7, 8, 38]), None)
+    _, experts_TK, _ = gate(x)
+    chosen = [set(row) for row in experts_TK.tolist()]
+
+    def definition(weight: torch.Tensor) -> float:
+        return documents_loss((x.double() @ weight.T).sigmoid().tolist(), chosen, lengths, 3)
+
+    def router_gradient(scale: float) -> torch.Tensor:
+        layer.balance_scale = scale
+        layer.init_buffers()
+        (gradient,) = torch.autograd.grad(7 * layer(x, documents).sum(), gate.weight)
+        return gradient
+
+    added = router_gradient(2.0) - router_gradient(0.0)
+    assert layer.balance_loss == 0
+    router_gradient(2.0)
+    assert layer.balance_loss.item() == pytest.approx(definition(gate.weight.double()), rel=1e-5)
+    with torch.no_grad():
+        for row, column in [(0, 0), (3, 5), (7, 15)]:
+            step = torch.zeros(E, 16, dtype=torch.float64)
+            step[row, column] = 1e-4
+            slope = (definition(gate.weight.double() + step) - definition(gate.weight.double() - step)) / 2e-4
+            assert added[row, column].item() == pytest.approx(2 * slope, rel=1e-3, abs=1e-3)
+    layer.eval()
+    assert torch.equal(router_gradient(2.0), router_gradient(0.0))  # evaluation has no balance loss
+
+
+def test_experts_used_alike_have_a_balance_loss_of_one_per_token():
+    gate = Router(16, E, top_k=2, groups=1, top_groups=1, normalise=True, scale=1.0)
+    layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
+    torch.nn.init.zeros_(gate.weight)  # all scores are equal
+    documents = packing("sdpa", torch.ones(12, 4), torch.ones(12, 4), torch.tensor([0, 8]), None)
+    chosen = torch.arange(24).view(12, 2) % E  # 16 choices of 8 experts: each twice
+    layer.balance_scale = 1.0
+    layer.add_balance_loss(torch.ones(12, 2), chosen, torch.full((12, E), 0.5), documents)
+    assert layer.balance_loss.item() == pytest.approx(8)

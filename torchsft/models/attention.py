@@ -7,7 +7,8 @@ Three interchangeable implementations of the attention itself; each sees a docum
     flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA; the mask is made
               from a T x T comparison per microbatch, so this one is for comparing, not for long rows
 
-Shape suffixes: T tokens, D width, H heads, N documents, P rope pairs. Head dims: `nope` entries without and `rope` with
+Shape suffixes: T tokens, of which S are on this rank outside of the attention (C: models/decoder.py), D width, H heads (of this
+rank), N documents, P rope pairs. Head dims: `nope` entries without and `rope` with
 position make a query or key; values have their own dim, smaller than that.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from torchsft.config import InputError
-from torchsft.models.decoder import RMSNorm
+from torchsft.models.decoder import Layout, Linear, RMSNorm
 from torchsft.models.rope import Rope, rotate, softmax_scale
 
 Implementation = Literal["sdpa", "varlen", "flex"]
@@ -58,6 +59,10 @@ class Packing:
     cos_TP: Tensor  # fp32
     sin_TP: Tensor  # fp32
     valid_T: Tensor  # bool, False for padding
+    layout: Layout  # which of the tokens are here, outside of the attention
+    valid_S: Tensor  # bool
+    document_S: Tensor  # int64, number of the token's document; N for padding
+    length_N1: Tensor  # int32, tokens of each document, then of the padding
     lengths: tuple[int, ...] | None = None  # sdpa: tokens of each document, then of the padding
     cu_seqlens: Tensor | None = None  # varlen: int32, padding cut into documents of its own
     max_seqlen: int = 0  # varlen: longest of these
@@ -65,7 +70,12 @@ class Packing:
 
 
 def packing(
-    implementation: Implementation, cos_TP: Tensor, sin_TP: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+    implementation: Implementation,
+    cos_TP: Tensor,
+    sin_TP: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    layout: Layout | None = None,
 ) -> Packing:
     """Prepare `Packing`.
 
@@ -74,14 +84,27 @@ def packing(
         cos_TP, sin_TP: fp32 rotary factors of every token.
         cu_seqlens: integers [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding.
         max_seqlen: longest document; None reads it from cu_seqlens (varlen: stops the host).
+        layout: of the T tokens; None: all are here.
     """
+    layout = layout or Layout()
     tokens, device = cos_TP.shape[0], cos_TP.device
     cu_seqlens = cu_seqlens.to(torch.int32)
-    valid_T = torch.arange(tokens, device=device) < cu_seqlens[-1]
+    place_T = torch.arange(tokens, device=device, dtype=torch.int32)
+    valid_T = place_T < cu_seqlens[-1]
+    document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), place_T, right=True)
+    common = {
+        "cos_TP": cos_TP,
+        "sin_TP": sin_TP,
+        "valid_T": valid_T,
+        "layout": layout,
+        "valid_S": layout.tokens(valid_T),
+        "document_S": layout.tokens(document_T),
+        "length_N1": F.pad(cu_seqlens, (0, 1), value=tokens).diff(),
+    }
     if implementation == "sdpa":
         ends = [*cu_seqlens.tolist(), tokens]
         lengths = tuple(end - start for start, end in itertools.pairwise(ends))
-        return Packing(implementation, cos_TP, sin_TP, valid_T, lengths=lengths)
+        return Packing(implementation, **common, lengths=lengths)
     if implementation == "varlen":
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
@@ -90,14 +113,13 @@ def packing(
         longest = max_seqlen or tokens
         cuts = torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32) * longest
         covering = torch.cat([cu_seqlens, (cu_seqlens[-1] + cuts).clamp(max=tokens)])
-        return Packing(implementation, cos_TP, sin_TP, valid_T, cu_seqlens=covering, max_seqlen=longest)
-    document_T = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=device, dtype=torch.int32), right=True)
+        return Packing(implementation, **common, cu_seqlens=covering, max_seqlen=longest)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_T[query] == document_T[key])
 
     mask = create_block_mask(visible, None, None, tokens, tokens, device=str(device))
-    return Packing(implementation, cos_TP, sin_TP, valid_T, block_mask=mask)
+    return Packing(implementation, **common, block_mask=mask)
 
 
 def attend(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
@@ -153,7 +175,11 @@ def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Pa
 
 
 class LatentAttention(nn.Module):
-    """MLA: queries (through a low-rank latent, or directly) and keys/values from one latent shared by all heads."""
+    """MLA: queries (through a low-rank latent, or directly) and keys/values from one latent shared by all heads.
+
+    Between ranks travel the latents, not keys and values: each rank then computes its heads for all tokens, so that causal and
+    packed work is balanced whatever the documents.
+    """
 
     def __init__(
         self,
@@ -182,34 +208,32 @@ class LatentAttention(nn.Module):
         """
         super().__init__()
         self.heads, self.kv_rank, self.nope_dim, self.v_dim, self.rope_dim = heads, kv_rank, nope_dim, v_dim, rope.dim
-        qk_dim = nope_dim + rope.dim
+        self.qk_dim = qk_dim = nope_dim + rope.dim
         self.scale = softmax_scale(rope, qk_dim)
         self.q_rank = q_rank
         if q_rank is None:
-            self.q_proj = nn.Linear(width, heads * qk_dim, bias=False)
+            self.q_proj = Linear(width, heads * qk_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(width, q_rank, bias=bias)
+            self.q_a_proj = Linear(width, q_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(q_rank, latent_eps)
-            self.q_b_proj = nn.Linear(q_rank, heads * qk_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, kv_rank + rope.dim, bias=bias)
+            self.q_b_proj = Linear(q_rank, heads * qk_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(width, kv_rank + rope.dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_rank, latent_eps)
-        self.kv_b_proj = nn.Linear(kv_rank, heads * (nope_dim + v_dim), bias=False)
-        self.o_proj = nn.Linear(heads * v_dim, width, bias=bias)
+        self.kv_b_proj = Linear(kv_rank, heads * (nope_dim + v_dim), bias=False)
+        self.o_proj = Linear(heads * v_dim, width, bias=bias)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        """x_TD (normed) to the attention block's output, both [T, D]; with bias, padding gets the bias alone."""
-        tokens = x_TD.shape[0]
-        if self.q_rank is None:
-            q = self.q_proj(x_TD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        q_THd = rotate(q.view(tokens, self.heads, -1), packing.cos_TP, packing.sin_TP)
+    def forward(self, x_SD: Tensor, packing: Packing) -> Tensor:
+        """x_SD (normed) to the attention block's output, both [S, D]; with bias, padding gets the bias alone."""
+        q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
+        latent, k_rope = self.kv_a_proj_with_mqa(x_SD).split([self.kv_rank, self.rope_dim], dim=-1)
+        q, latent, k_rope = packing.layout.gather(q, self.kv_a_layernorm(latent), k_rope)
 
-        latent, k_rope = self.kv_a_proj_with_mqa(x_TD).split([self.kv_rank, self.rope_dim], dim=-1)
+        q = self.q_proj(q) if self.q_rank is None else self.q_b_proj(q)
+        q_THd = rotate(q.unflatten(-1, (-1, self.qk_dim)), packing.cos_TP, packing.sin_TP)
         k_rope = rotate(k_rope, packing.cos_TP, packing.sin_TP)
-        kv_THd = self.kv_b_proj(self.kv_a_layernorm(latent)).view(tokens, self.heads, -1)
+        kv_THd = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))
         k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
-        k_THd = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1)], dim=-1)
+        k_THd = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, k_nope.shape[1], -1)], dim=-1)
 
         out_THd = attend(q_THd, k_THd, v_THd, self.scale, packing)
-        return self.o_proj(out_THd.reshape(tokens, -1))
+        return self.o_proj(packing.layout.heads_to_tokens(out_THd).flatten(1))

@@ -1,6 +1,8 @@
-"""Parts that decoder families share: norm, feed-forward network, checkpoint pieces, initial values.
+"""Parts that decoder families share: linear, embedding, norm, feed-forward network, checkpoint pieces, initial values; and the
+few places where a parallel layout reaches into a model.
 
-Shape suffixes: T tokens, D width.
+Shape suffixes: T tokens of the microbatch, S of them on this rank between blocks, C on the ranks of its tensor group together
+(without parallelism T = C = S), D width, H heads, N documents, E experts.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from torchsft.ops.rms_norm import rms_norm
 from torchsft.ops.swiglu import swiglu
@@ -26,6 +30,107 @@ class Piece:
     key: str
     hf_shape: tuple[int, ...]
     start: tuple[int, ...]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, as a plain tensor whose gradient finds its way back.
+
+    What a rank adds to the gradient of a parameter that is replicated over ranks is one summand, since each rank sees other
+    tokens; of a sharded parameter it is this rank's part, whole. The placements say so, and their owner sums.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements])
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The tokens whose logits this rank computes: ids from `first`, as many as it has rows of the output embedding."""
+
+    first: int
+    max: Callable[[Tensor], Tensor]
+    """Elementwise maximum over the ranks that hold the other parts (no gradient)."""
+    sum: Callable[[Tensor], Tensor]
+    """Elementwise sum over them (no gradient)."""
+
+
+class Layout:
+    """Where the tokens of a microbatch and the vocabulary lie; here: all on this rank. Parallel layouts replace it."""
+
+    vocabulary: VocabularyPart | None = None
+
+    def context(self, x: Tensor) -> Tensor:
+        """[T, ...], equal on all ranks, to the part [C, ...] of this rank's tensor group."""
+        return x
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[T, ...], equal on all ranks, to this rank's part [S, ...]."""
+        return x
+
+    def gather_tensor(self, x_SD: Tensor) -> Tensor:
+        """[S, D] of every rank of the tensor group to [C, D] on each; differentiable."""
+        return x_SD
+
+    def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Each [S, width] of every rank to [T, width] on each; differentiable."""
+        return parts
+
+    def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
+        """This rank's heads of all T tokens to its tensor group's heads of its C tokens; differentiable."""
+        return x_THd
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over all ranks that share the microbatch's tokens (no gradient)."""
+        return x
+
+    def logits(self, x_nV: Tensor) -> Tensor:
+        """Columns of this rank's vocabulary part to all columns (no gradient)."""
+        return x_nV
+
+
+class Linear(nn.Linear):
+    """A linear map whose weight may be a DTensor.
+
+    Attributes:
+        rows: the outputs that this rank computes, of those whose weights it holds; None: all.
+        reduce: sums over ranks a product whose inner dim is sharded, before the bias is added; None: it is whole.
+    """
+
+    rows: slice | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        weight = local(self.weight)
+        if self.rows is not None:
+            weight = weight[self.rows]
+        bias = None if self.bias is None else local(self.bias)
+        if self.reduce is None:
+            return F.linear(x, weight, bias)
+        y = self.reduce(F.linear(x, weight))
+        return y if bias is None else y + bias
+
+
+class Embedding(nn.Embedding):
+    """A lookup table whose rows may be spread over ranks.
+
+    Attributes:
+        first: token id of this rank's first row.
+        reduce: sums the ranks' lookups, of which all but one are zero; None: all rows are here.
+    """
+
+    first: int = 0
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [C] to [S, D]."""
+        weight = local(self.weight)
+        if self.reduce is None:
+            return F.embedding(tokens, weight)
+        rows = tokens - self.first
+        here = (rows >= 0) & (rows < weight.shape[0])
+        found = F.embedding(rows.clamp(0, weight.shape[0] - 1), weight)
+        return self.reduce(torch.where(here.unsqueeze(-1), found, 0))
 
 
 class Float32Buffers(nn.Module):
@@ -51,7 +156,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, local(self.weight), self.eps)
 
 
 class SwigluMLP(nn.Module):
@@ -59,13 +164,15 @@ class SwigluMLP(nn.Module):
 
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner_width, bias=False)
-        self.up_proj = nn.Linear(width, inner_width, bias=False)
-        self.down_proj = nn.Linear(inner_width, width, bias=False)
+        self.gate_proj = Linear(width, inner_width, bias=False)
+        self.up_proj = Linear(width, inner_width, bias=False)
+        self.down_proj = Linear(inner_width, width, bias=False)
+        self.gather: Callable[[Tensor], Tensor] | None = None  # tensor parallelism: the tokens of all its ranks
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] to [T, D]."""
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+    def forward(self, x_SD: Tensor) -> Tensor:
+        """[S, D] to [S, D]."""
+        x = x_SD if self.gather is None else self.gather(x_SD)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

@@ -3,12 +3,13 @@
 MLA attention, leading dense layers, then mixture-of-experts layers with shared experts; see the technical report,
 arXiv:2412.19437, section 2.1. Parameter names are the keys of the Hugging Face checkpoint, experts stacked.
 
-Shape suffixes: T tokens (all rows of the microbatch folded), D width, V vocabulary, N documents, P rope pairs.
+Shape suffixes: T tokens (all rows of the microbatch folded), S of them on this rank between blocks (models/decoder.py),
+D width, V vocabulary, N documents, P rope pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from torchsft.config import InputError
 from torchsft.models.attention import LatentAttention, Packing, choose_implementation, packing
-from torchsft.models.decoder import Piece, RMSNorm, SwigluMLP, seeded_normal
+from torchsft.models.decoder import Embedding, Layout, Linear, Piece, RMSNorm, SwigluMLP, local, seeded_normal
 from torchsft.models.loss import vocabulary_loss
 from torchsft.models.moe import Experts, MoE, Router
 from torchsft.models.rope import Rope, RotaryEmbedding, Yarn
@@ -260,35 +261,37 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        """Residual stream [T, D] to [T, D]."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing)
-        normed_TD = self.post_attention_layernorm(x_TD)
-        return x_TD + (self.mlp(normed_TD, packing.valid_T) if isinstance(self.mlp, MoE) else self.mlp(normed_TD))
+    def forward(self, x_SD: Tensor, packing: Packing) -> Tensor:
+        """Residual stream [S, D] to [S, D]."""
+        x_SD = x_SD + self.self_attn(self.input_layernorm(x_SD), packing)
+        normed_SD = self.post_attention_layernorm(x_SD)
+        return x_SD + (self.mlp(normed_SD, packing) if isinstance(self.mlp, MoE) else self.mlp(normed_SD))
 
 
 class DecoderStack(nn.Module):
-    """Embedding, layers and last norm: what the checkpoint calls `model`."""
+    """Embedding, layers and last norm, as far as they belong to the part: what the checkpoint calls `model`."""
 
-    def __init__(self, config: DeepseekV3Config, experts: Literal["grouped_mm", "loop"]) -> None:
+    def __init__(
+        self, config: DeepseekV3Config, experts: Literal["grouped_mm", "loop"], layers: Sequence[int], first: bool, last: bool
+    ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if first:
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config.rope)
-        self.layers = nn.ModuleDict(
-            {str(layer): DecoderLayer(config, layer, experts) for layer in range(config.num_hidden_layers)}
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, tokens_T: Tensor, packing: Packing) -> Tensor:
-        """Token ids [T] to normed hidden states [T, D]."""
-        x_TD = self.embed_tokens(tokens_T)
-        for layer in self.layers.values():
-            x_TD = layer(x_TD, packing)
-        return self.norm(x_TD)
+        self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, layer, experts) for layer in layers})
+        if last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DeepseekV3(nn.Module):
-    """The language model. Its weights are whatever memory held until they are loaded or set to `initial_value`."""
+    """The language model, or the part of it that a pipeline stage or a rank holds.
+
+    Its weights are whatever memory held until they are loaded or set to `initial_value`.
+
+    Attributes:
+        first, last: whether it begins with token ids and the embedding, and ends with the norm and the head.
+        layout: where the tokens of a microbatch and the vocabulary lie; tensor and context parallelism replace it.
+    """
 
     def __init__(
         self,
@@ -296,13 +299,19 @@ class DeepseekV3(nn.Module):
         attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto",
         experts: Literal["grouped_mm", "loop"] = "grouped_mm",
         loss_chunk: int = 1024,
+        layers: Sequence[int] | None = None,
+        first: bool = True,
+        last: bool = True,
     ) -> None:
         """
         Args:
-            config: sizes.
+            config: sizes, of the whole model.
             attention: implementation (models/attention.py); auto picks by the device of the tokens.
             experts: grouped_mm, or loop, its plain twin.
             loss_chunk: tokens whose logits exist at the same time when labels are given.
+            layers: the layers of this part, by number in the whole model; None: all.
+            first: whether the embedding belongs to it.
+            last: whether the last norm, the head and the loss belong to it.
 
         Raises:
             InputError: widths that grouped_mm cannot work with.
@@ -311,9 +320,31 @@ class DeepseekV3(nn.Module):
         self.config = config
         self.attention = attention
         self.loss_chunk = loss_chunk
-        self.model = DecoderStack(config, experts)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.layout = Layout()
+        self.first, self.last = first, last
+        self.model = DecoderStack(config, experts, range(config.num_hidden_layers) if layers is None else layers, first, last)
+        if last and not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def part(self, layers: Sequence[int], first: bool, last: bool) -> DeepseekV3:
+        """Some of this model's layers as a model of their own, which shares its modules and so its parameters.
+
+        Args:
+            layers: numbers of layers that are here.
+            first, last: whether the part has the embedding, and the last norm and the head.
+        """
+        part = DeepseekV3(self.config, self.attention, loss_chunk=self.loss_chunk, layers=(), first=False, last=False)
+        part.layout, part.first, part.last = self.layout, first, last
+        part.model.rotary_emb = self.model.rotary_emb
+        for layer in layers:
+            part.model.layers[str(layer)] = self.model.layers[str(layer)]
+        if first:
+            part.model.embed_tokens = self.model.embed_tokens
+        if last:
+            part.model.norm = self.model.norm
+            if not self.config.tie_word_embeddings:
+                part.lm_head = self.lm_head
+        return part
 
     def forward(
         self,
@@ -326,10 +357,10 @@ class DeepseekV3(nn.Module):
         max_seqlen: int | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits, or with labels the loss sum.
+        """Logits, or with labels the loss sum; from a part that is not the last, its hidden states.
 
         Args:
-            tokens: int64 [T].
+            tokens: int64 [T], all of the microbatch; for a part that is not the first, hidden states [S, D].
             positions: int64 [T], from 0 in each document.
             cu_seqlens: int32 [N + 1], bounds of the documents, which lie together from token 0; the rest is padding.
             labels: int64 [T], the target predicted at each position; -100 for none.
@@ -338,21 +369,36 @@ class DeepseekV3(nn.Module):
             logits_at: int64 [n], the only tokens whose logits are wanted (generation); None means all.
 
         Returns:
-            logits [T, V] or [n, V] in the model's dtype, or sum_t loss_weights[t] * nll[t], an fp32 scalar.
+            logits [T, V] or [n, V] in the model's dtype, or sum_t loss_weights[t] * nll[t] over this rank's C tokens, an fp32
+            scalar; or hidden states [S, D].
         """
-        implementation = choose_implementation(self.attention, tokens.device, self.model.embed_tokens.weight.dtype)
+        layout = self.layout
+        x_SD = self.model.embed_tokens(layout.context(tokens)) if self.first else tokens
+        implementation = choose_implementation(self.attention, x_SD.device, x_SD.dtype)
         cos_TP, sin_TP = self.model.rotary_emb(positions)
-        hidden_TD = self.model(tokens, packing(implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen))
-        weight_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        documents = packing(implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout)
+        for layer in self.model.layers.values():
+            x_SD = layer(x_SD, documents)
+        if not self.last:
+            return x_SD
+        hidden_SD = self.model.norm(x_SD)
+        weight_VD = local(self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
         if labels is None:
-            return F.linear(hidden_TD if logits_at is None else hidden_TD[logits_at], weight_VD)
-        return vocabulary_loss(hidden_TD, weight_VD, labels, loss_weights, self.loss_chunk)
+            (hidden_TD,) = layout.gather(hidden_SD)
+            return layout.logits(F.linear(hidden_TD if logits_at is None else hidden_TD[logits_at], weight_VD))
+        labels, loss_weights = (None if x is None else layout.context(x) for x in (labels, loss_weights))
+        hidden_CD = layout.gather_tensor(hidden_SD)
+        return vocabulary_loss(hidden_CD, weight_VD, labels, loss_weights, self.loss_chunk, layout.vocabulary)
 
     def init_buffers(self) -> None:
         """Recompute the buffers that no checkpoint holds (rotary frequencies, expert load), e.g. after `to_empty`."""
         for module in self.modules():
             if isinstance(module, RotaryEmbedding | MoE):
                 module.init_buffers()
+
+    def moe_layers(self) -> dict[str, MoE]:
+        """The mixture-of-experts blocks that are here, by the number of their layer."""
+        return {name: layer.mlp for name, layer in self.model.layers.items() if isinstance(layer.mlp, MoE)}
 
     def checkpoint_pieces(self) -> dict[str, list[Piece]]:
         """Which Hugging Face tensors make up each parameter and persistent buffer, by its name here."""

@@ -3,7 +3,7 @@
 Full logits ([T, V]: 15.8 GiB in fp32 for one row of 32k tokens at V = 129,280) never exist: the gradients with respect
 to the hidden states and the weight are computed in the forward pass, chunk by chunk, and only scaled in the backward.
 
-Shape suffixes: T tokens, D width, V vocabulary, C tokens of a chunk.
+Shape suffixes: T tokens, D width, V vocabulary (this rank's part of it), C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchsft.models.decoder import VocabularyPart
 from torchsft.ops import plain
 
 IGNORE = -100
@@ -21,7 +22,12 @@ IGNORE = -100
 
 
 def vocabulary_loss(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None, chunk: int
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    loss_weights_T: Tensor | None,
+    chunk: int,
+    vocabulary: VocabularyPart | None = None,
 ) -> Tensor:
     """Sum over tokens of loss weight times negative log-likelihood.
 
@@ -31,15 +37,17 @@ def vocabulary_loss(
         labels_T: int64 target ids, IGNORE where there is none.
         loss_weights_T: fp32; None means 1 everywhere. Tokens of weight 0 contribute exactly nothing.
         chunk: tokens whose logits exist at the same time.
+        vocabulary: which part of the vocabulary the rows of `weight_VD` are; None: all of it. With a part, every rank returns
+            the loss over the whole vocabulary, and its part of the sum that is the gradient of `hidden_TD`.
 
     Returns:
         fp32 scalar. Its graph can be traversed once: the backward pass scales the kept gradients in place.
     """
-    if plain():
+    if plain() and vocabulary is None:
         return vocabulary_loss_reference(hidden_TD, weight_VD, labels_T, loss_weights_T)
     weights_T = _effective_weights(labels_T, loss_weights_T)
     gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _VocabularyLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients)
+    return _VocabularyLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients, vocabulary)
 
 
 def vocabulary_loss_reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None) -> Tensor:
@@ -58,7 +66,14 @@ def _effective_weights(labels_T: Tensor, loss_weights_T: Tensor | None) -> Tenso
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, chunk: int, gradients: bool
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        chunk: int,
+        gradients: bool,
+        vocabulary: VocabularyPart | None,
     ) -> Tensor:
         grad_hidden = torch.zeros_like(hidden_TD) if gradients and hidden_TD.requires_grad else None
         # fp32 also for a bf16 weight: chunks add up in it.
@@ -71,14 +86,21 @@ class _VocabularyLoss(torch.autograd.Function):
             if weights_C.device.type == "cpu" and not weights_C.any():
                 continue  # free to know on CPU; on CUDA it would stop the host
             targets_C1 = labels_T[rows].clamp(min=0).unsqueeze(-1)
-            log_probs_CV = torch.log_softmax(F.linear(hidden_CD, weight_VD), dim=-1, dtype=wide)
+            logits_CV = F.linear(hidden_CD, weight_VD)
+            if vocabulary is None:
+                log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=wide)
+                here_C1 = None
+                target_C1 = log_probs_CV.gather(1, targets_C1)
+            else:
+                log_probs_CV, targets_C1, here_C1, target_C1 = _partial_log_softmax(logits_CV.to(wide), targets_C1, vocabulary)
             weighs_C = weights_C != 0  # selected, not only multiplied: 0 times inf is nan
-            total -= torch.where(weighs_C, log_probs_CV.gather(1, targets_C1).squeeze(-1) * weights_C, 0).sum()
+            total -= torch.where(weighs_C, target_C1.squeeze(-1) * weights_C, 0).sum()
             if not gradients:
                 continue
             # d nll / d logits = softmax - one_hot
             grad_CV = log_probs_CV.exp_()
-            grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=wide))
+            minus_C1 = torch.full_like(targets_C1, -1, dtype=wide)
+            grad_CV.scatter_add_(1, targets_C1, minus_C1 if here_C1 is None else minus_C1 * here_C1)
             grad_CV.mul_(weights_C.unsqueeze(-1)).masked_fill_(~weighs_C.unsqueeze(-1), 0)
             grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden is not None:
@@ -98,4 +120,17 @@ class _VocabularyLoss(torch.autograd.Function):
             raise RuntimeError("the vocabulary loss was traversed backward twice; it keeps its gradients for once only")
         grad_hidden, grad_weight = (None if kept is None else kept.mul_(grad) for kept in ctx.gradients)
         ctx.gradients = None
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _partial_log_softmax(logits_CV: Tensor, targets_C1: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of this part's tokens, the targets' columns in it (0 for others), whether they are in it, and the
+    targets' log-probabilities wherever they are. Two collectives."""
+    columns_C1 = targets_C1 - part.first
+    here_C1 = (columns_C1 >= 0) & (columns_C1 < logits_CV.shape[1])
+    columns_C1 = torch.where(here_C1, columns_C1, 0)
+    logits_CV = logits_CV - part.max(logits_CV.amax(-1, keepdim=True))
+    target_C1 = torch.where(here_C1, logits_CV.gather(1, columns_C1), 0)
+    sums_C2 = part.sum(torch.cat([logits_CV.exp().sum(-1, keepdim=True), target_C1], dim=-1))
+    log_sum_C1, target_C1 = sums_C2[:, :1].log(), sums_C2[:, 1:]
+    return logits_CV.sub_(log_sum_C1), columns_C1, here_C1, target_C1 - log_sum_C1

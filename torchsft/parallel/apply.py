@@ -1,24 +1,37 @@
-"""The one place that orders what is done to a model: expert parallelism, then FSDP2."""
+"""The one place that orders what is done to a model: tensor, expert, context parallelism, then FSDP2."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
 
+import torch
+
+from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.expert import apply_expert_parallel
 from torchsft.parallel.fsdp import apply_fsdp
+from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
 
 
-def parallelize(model: nn.Module, world: World, compute: torch.dtype) -> None:
-    """Distribute a model that was built on the meta device over `world`, in place; no memory is allocated.
+def parallelize(stages: Sequence[DeepseekV3], world: World, compute: torch.dtype, reshard_after_forward: bool = True) -> None:
+    """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no memory is allocated.
+
+    On one rank in fp32 there is nothing to shard and nothing to cast, so the model is left as it is.
 
     Args:
-        model: with `model.layers`, and in MoE layers `mlp.experts`, `mlp.gate` and `mlp.exchange`.
+        stages: the pipeline stages that this rank holds; without a pipeline, the model.
         compute: dtype of the forward and backward pass; parameters stay fp32.
+        reshard_after_forward: see `apply_fsdp`.
 
     Raises:
-        InputError: the experts do not divide over the mesh.
+        InputError: something does not divide over the mesh.
     """
-    apply_expert_parallel(model, world.expert)
-    apply_fsdp(model, world.dense, world.expert, compute)
+    for stage in stages:
+        if world.dense["tp"].size() > 1:
+            apply_tensor_parallel(stage, world)
+        apply_expert_parallel(stage, world.expert)
+        if world.dense["cp"].size() > 1:
+            apply_context_parallel(stage, world)
+        if world.dense.size() > 1 or compute != torch.float32:
+            apply_fsdp(stage, world.parameter, world.expert, compute, reshard_after_forward)

@@ -6,6 +6,8 @@ local experts. Rows arrive sorted by global expert, so the part for rank i is co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,8 +29,11 @@ class ExpertExchange:
         self.group = group
         self.size = dist.get_world_size(group)
 
-    def __call__(self, x_RD: Tensor, counts_E: Tensor, experts: nn.Module) -> Tensor:
-        """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in the same order."""
+    def __call__(
+        self, x_RD: Tensor, counts_E: Tensor, experts: nn.Module, meanwhile: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in the same order, and the result
+        of `meanwhile`, which is computed while rows travel to their experts."""
         with torch.no_grad():
             received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))  # [sender, local expert]
             splits = torch.stack([counts_E.view(self.size, -1).sum(1), received_E.view(self.size, -1).sum(1)])
@@ -42,10 +47,12 @@ class ExpertExchange:
             inverse_S[order_S] = torch.arange(order_S.numel(), device=x_RD.device)
             offs_e = local_e.sum(0).cumsum(0).to(torch.int32)
         # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero gradients under compile).
-        z_SD = wait_tensor(all_to_all_single_autograd(x_RD, received, sent, self.group))
+        z_SD = all_to_all_single_autograd(x_RD, received, sent, self.group)
+        result = meanwhile()
+        z_SD = wait_tensor(z_SD)
         y_SD = experts(permute(z_SD, order_S, inverse_S.unsqueeze(1)), offs_e)
         y_SD = permute(y_SD, inverse_S, order_S.unsqueeze(1))
-        return wait_tensor(all_to_all_single_autograd(y_SD, sent, received, self.group))
+        return wait_tensor(all_to_all_single_autograd(y_SD, sent, received, self.group)), result
 
 
 def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:

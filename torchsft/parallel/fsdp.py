@@ -1,6 +1,8 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the dense mesh, experts over the expert mesh."""
+"""FSDP2: parameters, gradients and optimizer state sharded over `fsdp`, experts over `edp`; replicas over `dp_replicate`."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import nn
@@ -11,39 +13,58 @@ from torch.distributed.tensor import Shard
 from torchsft.config import InputError
 
 
-def apply_fsdp(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, compute: torch.dtype) -> None:
+def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    """Sharding over `axis`, with replicas where there are any."""
+    return mesh["dp_replicate", axis] if mesh["dp_replicate"].size() > 1 else mesh[axis]
+
+
+def apply_fsdp(
+    model: nn.Module, parameter_mesh: DeviceMesh, expert_mesh: DeviceMesh, compute: torch.dtype, reshard_after_forward: bool
+) -> None:
     """Shard `model` in place; forward and backward run in `compute`, gradients are summed in fp32.
 
     Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below fp32, the router, which
-    stays fp32; the rest (embedding, last norm, head) is the root. On one rank in fp32 there is nothing to shard and nothing to
-    cast, so the model is left as it is.
+    stays fp32; the rest (embedding, last norm, head) is the root. While a layer computes, the next one is gathered;
+    its experts are named, since FSDP2 by itself looks one unit ahead, which would be this layer's own experts.
+
+    Args:
+        model: all of the model, or the part that one pipeline stage holds.
+        parameter_mesh, expert_mesh: `World.parameter` and `World.expert`.
+        compute: dtype of the forward and backward pass.
+        reshard_after_forward: free the gathered parameters between forward and backward. A pipeline runs many microbatches
+            through the same parameters, and zero-bubble schedules compute wrong gradients if they are freed.
 
     Raises:
         InputError: an expert dim does not divide over `edp` (FSDP2 shards dims other than 0 evenly).
     """
-    shard, edp = dense_mesh["dp_shard"], expert_mesh["edp"]
-    if dense_mesh.size() == 1 and compute == torch.float32:
-        return
+    dense, edp = _mesh(parameter_mesh, "fsdp"), _mesh(expert_mesh, "edp")
+    shards = expert_mesh["edp"].size()
     # Inputs are not cast: they are in `compute` already, except loss weights, which must stay fp32.
     policy, router_policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for dtype in (compute, torch.float32)
     )
+    units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
     for name, layer in model.model.layers.items():
-        mlp = layer.mlp
-        if hasattr(mlp, "experts"):
-            for key, parameter in mlp.experts.named_parameters():
-                if parameter.shape[1] % edp.size():
+        parts = []
+        if hasattr(layer.mlp, "experts"):
+            gate, experts = layer.mlp.gate, layer.mlp.experts
+            for key, parameter in experts.named_parameters():
+                if parameter.shape[1] % shards:
                     raise InputError(
                         f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which does not divide over the "
-                        f"{edp.size()} ranks that share an expert (dp_shard * cp * tp / ep); raise --parallel.ep or start "
+                        f"{shards} ranks that share an expert (dp_shard * cp * tp / ep); raise --parallel.ep or start "
                         "another number of ranks"
                     )
-            fully_shard(mlp.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
+            options = {"reshard_after_forward": reshard_after_forward}
             if compute != torch.float32:
-                fully_shard(mlp.gate, mesh=shard, mp_policy=router_policy)
-        fully_shard(layer, mesh=shard, mp_policy=policy)
-    fully_shard(model, mesh=shard, mp_policy=policy)
+                parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
+            parts.append(fully_shard(experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda _: Shard(1), **options))
+        units.append([fully_shard(layer, mesh=dense, mp_policy=policy, reshard_after_forward=reshard_after_forward), *parts])
+    fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for this, following in itertools.pairwise(units):
+        this[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(this[:1] + this[:0:-1])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The one normaliser is the global batch's loss weight: FSDP only sums. gloo has no PREMUL_SUM, so force SUM.

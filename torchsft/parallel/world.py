@@ -1,7 +1,11 @@
-"""The processes of a run: process group, device, seeds, and the dense and the expert view of the same ranks.
+"""The processes of a run: process group, device, seeds, and several views of the same ranks.
 
-Rank r stands at (pp, dp_replicate, dp_shard, cp, tp) in the dense mesh and at (pp, dp_replicate, edp, ep) in the expert mesh,
-both row-major over the same ranks, so that `ep` peers are neighbours (on one node, where the all-to-all is cheapest).
+    dense       pp, dp_replicate, dp_shard, cp, tp      what the options say
+    parameter   pp, dp_replicate, fsdp, tp              fsdp = dp_shard * cp: ranks that hold shards of one parameter
+    expert      pp, dp_replicate, edp, ep               ep * edp = dp_shard * cp * tp: of an expert's parameter
+    sequence    data, sequence                          sequence = cp * tp: ranks that share the tokens of a microbatch
+
+All are row-major over the same ranks, so that tp, cp and ep peers are neighbours (on one node, where talk is cheapest).
 """
 
 from __future__ import annotations
@@ -68,8 +72,9 @@ class World:
     Attributes:
         rank, local_rank, size: ints.
         device: where this rank computes.
-        dense, expert: the two meshes, see `mesh_sizes`.
+        dense, parameter, expert, sequence: the meshes, see above.
         data_rank, data_size: which share of the rows this rank reads, and of how many.
+        is_reader: True on one rank of those that read the same rows, so that what they read is counted once.
     """
 
     def __init__(self, parallel: Parallel, seed: int) -> None:
@@ -94,7 +99,13 @@ class World:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         self.dense = self._mesh(dense, timeout)
         self.expert = self._mesh(expert, timeout)
+        sequence = dense["cp"] * dense["tp"]
+        self.sequence = self._mesh({"data": self.size // sequence, "sequence": sequence}, timeout)
+        fsdp = {"fsdp": dense["dp_shard"] * dense["cp"]}
+        parameter = {"pp": dense["pp"], "dp_replicate": dense["dp_replicate"], **fsdp, "tp": dense["tp"]}
+        self.parameter = self._mesh(parameter, timeout)
         self.data_size = dense["dp_replicate"] * dense["dp_shard"]
+        self.is_reader = all(self.dense.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
         self.data_rank = self.dense.get_local_rank("dp_replicate") * dense["dp_shard"] + self.dense.get_local_rank("dp_shard")
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -114,7 +125,9 @@ class World:
         return self.rank == 0
 
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
-        """float64 sums over all ranks (in this version all are data ranks) of a short vector; [n] -> [n]. One collective.
+        """float64 sums over all ranks of a short vector; [n] -> [n]. One collective.
+
+        Ranks that know the same thing must not all say it: see `is_reader`.
 
         Numbers that the host knows stay on the host and go through gloo, so that no GPU is waited for.
         """
