@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(n, function, **arguments)` runs `function(**arguments)` on n ranks and returns their results."""
-    pool = RankPool(4)
+    pool = RankPool()
     yield pool.run
     pool.close()
 

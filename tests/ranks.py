@@ -45,15 +45,14 @@ def _work(pipe: Connection, function: Callable[..., Any], arguments: dict[str, A
 
 
 class RankPool:
-    """Up to `size` ranks on this machine."""
+    """Ranks on this machine, started when a job first needs them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self.ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
-    def _start(self) -> None:
+    def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(self.size):
+        for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
@@ -62,8 +61,7 @@ class RankPool:
 
     def run(self, n: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """Results of `function(**arguments)` on ranks 0 to n - 1; arguments and results must pickle."""
-        if not self.ranks:
-            self._start()
+        self._start(n - len(self.ranks))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
