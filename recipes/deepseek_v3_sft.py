@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 recipes/deepseek_v3_sft.py finetune \\
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8        # your model, your data
 
-Supports: bf16 and fp32 safetensors, FSDP2 (dp_shard) with expert parallelism (ep), packed rows, fp32 or bf16 compute.
-Refuses: fp8 weights, pp / tp / cp / dp_replicate above 1 (not in this version).
+Supports: bf16 and fp32 safetensors, packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded
+(dp_shard) data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides.
+Refuses: fp8 weights (not in this version), tied embeddings with pp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def debug() -> Config:
     return Config(
         data=Data(seq_len=512),
         train=Train(steps=400, global_batch_size=rows, micro_batch_size=rows // ranks),
-        parallel=Parallel(ep=math.gcd(ranks, 8)),  # the model has 8 experts
+        parallel=Parallel(ep=math.gcd(ranks, 8), pp_schedule="1F1B"),  # the model has 8 experts and 3 layers
         optim=Optim(lr=3e-3, warmup_steps=20),
         checkpoint=Checkpoint(every=200, export="fp32"),
         eval=Eval(every=100, answers=32, max_new_tokens=16),
@@ -45,7 +46,54 @@ def finetune() -> Config:
     return Config(optim=Optim(lr=1e-5), output="outputs/deepseek_v3_sft")
 
 
-PRESETS = {"debug": debug, "finetune": finetune}
+def v3_256() -> Config:
+    """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8): 8 pipeline ranks, 8 experts of each layer on a GPU.
+
+    Weights, gradients and moments in fp32: 42 GB a GPU. A pipeline rank has about 8 layers in two stages; its 32 GPUs, on 4
+    nodes, read other rows and exchange tokens by expert. 16 microbatches fill the pipeline.
+    """
+    return Config(
+        data=Data(seq_len=4096),
+        train=Train(epochs=1, global_batch_size=512, activation_checkpointing="full"),
+        parallel=Parallel(pp=8, pp_schedule="Interleaved1F1B", dp_shard=32, ep=32, timeout_seconds=1800.0),
+        optim=Optim(lr=5e-6, warmup_steps=20),
+        output="outputs/deepseek_v3",
+    )
+
+
+def v3_128() -> Config:
+    """DeepSeek-V3 on 128 GPUs: as v3_256, with half the data ranks. 84 GB a GPU: H200, or H100 once moments can be smaller."""
+    config = v3_256()
+    parallel = dataclasses.replace(config.parallel, dp_shard=16, ep=16)
+    return dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=256))
+
+
+def v3_64() -> Config:
+    """DeepSeek-V3 on 64 GPUs: as v3_256, with a quarter of its data ranks. 168 GB a GPU: once optimizers can be offloaded."""
+    config = v3_256()
+    parallel = dataclasses.replace(config.parallel, dp_shard=8, ep=8)
+    return dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=128))
+
+
+def moonlight() -> Config:
+    """Moonlight-16B-A3B on 8 H100-80GB (one node): FSDP2 over all of them, 8 of 64 experts on each; 32 GB a GPU."""
+    return Config(
+        data=Data(seq_len=8192),
+        train=Train(epochs=1, global_batch_size=32, activation_checkpointing="full"),
+        parallel=Parallel(dp_shard=8, ep=8),
+        optim=Optim(lr=1e-5, warmup_steps=20),
+        output="outputs/moonlight",
+    )
+
+
+PRESETS = {
+    "debug": debug,
+    "finetune": finetune,
+    "v3_256": v3_256,
+    "v3_128": v3_128,
+    "v3_64": v3_64,
+    "moonlight": moonlight,
+}
 
 
 def choose_preset(argv: Sequence[str]) -> str:

@@ -159,7 +159,7 @@ def measure_step(config: dict[str, Any], world: World, *, row: int, repeats: int
     """Time, memory and longest kernels of forward + backward + clip + AdamW on one packed row."""
     device = world.device
     model = build(config)
-    parallelize(model, world, compute)
+    parallelize([model], world, compute)
     model.to_empty(device=device)
     model.init_buffers()
     with torch.no_grad():

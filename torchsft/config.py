@@ -83,6 +83,8 @@ class Train:
     """Seed of weights (where random) and of the data order."""
     aux_loss: float = 0.0
     """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with 1e-4); 0: none."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full keeps only each layer's input and computes the layer again in the backward pass: less memory, a third more time."""
     max_nonfinite_steps: int = 3
     """Steps in a row whose gradient norm may be inf or nan (each is skipped whole) before the run stops."""
 
@@ -259,6 +261,7 @@ FREE_TO_CHANGE = (
     *("output", "print_config", "metrics", "eval", "data.eval", "checkpoint", "parallel"),
     *(
         "train.micro_batch_size",
+        "train.activation_checkpointing",
         "train.max_nonfinite_steps",
         "model.loss_chunk",
         "model.attention",

@@ -8,22 +8,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from torchsft.data.batch import Batch
+from torchsft.parallel.pipeline import OneStage, Pipeline
 from torchsft.parallel.world import World
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, batches: Sequence[Batch], world: World) -> dict[str, float]:
+def evaluate_loss(pipeline: Pipeline | OneStage, batches: Sequence[Batch], world: World) -> dict[str, float]:
     """Token-weighted mean loss (nats) and perplexity over all batches of all ranks; each rank has as many batches."""
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in batches:
-        total[0] += model(**batch.to(world.device).model_inputs())
-        total[1] += batch.loss_weights.double().sum().item()  # known on the host
-    model.train()
-    loss_sum, weight = world.sum(total).tolist()
+    loss_sum = pipeline.evaluate(batches)
+    if world.dense.get_local_rank("tp") > 0:  # its first rank has told the loss of all of the group's tokens
+        loss_sum = torch.zeros_like(loss_sum)
+    read = sum(batch.loss_weights.double().sum().item() for batch in batches) if world.is_reader else 0.0
+    loss_sum, weight = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(read)])).tolist()
     loss = loss_sum / weight
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
@@ -45,23 +43,27 @@ class Answer:
 
 @torch.no_grad()
 def greedy_answers(
-    model: nn.Module, prompts: Sequence[tuple[str, list[int], list[int]]], world: World, *, max_new_tokens: int, max_tokens: int
+    pipeline: Pipeline | OneStage,
+    prompts: Sequence[tuple[str, list[int], list[int]]],
+    world: World,
+    *,
+    max_new_tokens: int,
+    max_tokens: int,
 ) -> list[Answer]:
     """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn).
 
-    The prompts are spread over the ranks; all ranks must call this with the same arguments, and all get all answers.
+    The prompts are spread over the data ranks; all ranks must call this with the same arguments, and all get all answers.
     There is no key/value cache: each new token is a forward pass over packed prompts, meant for a held-out sample.
 
     Args:
         max_new_tokens: longest answer.
-        max_tokens: tokens of one forward pass (more only where a single sequence is longer).
+        max_tokens: tokens of one forward pass; also where an answer ends that has not ended by then. References must fit.
     """
-    model.eval()
-    mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.rank :: world.size]]
+    mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.data_rank :: world.data_size]]
     groups: list[list[Answer]] = [[]]
     filled = 0
     for answer in mine:
-        length = len(answer.prompt) + max_new_tokens
+        length = min(len(answer.prompt) + max_new_tokens, max_tokens)
         if groups[-1] and filled + length > max_tokens:
             groups.append([])
             filled = 0
@@ -71,17 +73,20 @@ def greedy_answers(
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     groups += [[]] * (int(count) - len(groups))
     for group in groups:
-        _generate(model, group, world.device, max_new_tokens)
-    model.train()
-    gathered: list[list[Answer]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(gathered, mine)
-    return [gathered[i % world.size][i // world.size] for i in range(len(prompts))]
+        _generate(pipeline, group, world, max_new_tokens, max_tokens)
+    gathered: list[tuple[int, list[Answer]]] = [(0, []) for _ in range(world.size)]
+    dist.all_gather_object(gathered, (world.data_rank, mine))
+    of_rank = dict(gathered)  # ranks that read the same rows have the same answers
+    return [of_rank[i % world.data_size][i // world.data_size] for i in range(len(prompts))]
 
 
-def _generate(model: nn.Module, answers: list[Answer], device: torch.device, max_new_tokens: int) -> None:
+def _generate(pipeline: Pipeline | OneStage, answers: list[Answer], world: World, max_new_tokens: int, max_tokens: int) -> None:
     """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate."""
+    device, together = world.device, world.sequence["sequence"].size()
     for _ in range(max_new_tokens):
-        unfinished = [a for a in answers if a.generated[-1:] != a.reference[-1:]]
+        unfinished = [
+            a for a in answers if a.generated[-1:] != a.reference[-1:] and len(a.prompt) + len(a.generated) < max_tokens
+        ]
         open_anywhere = torch.tensor(len(unfinished), device=device)
         dist.all_reduce(open_anywhere)
         if not int(open_anywhere):
@@ -89,9 +94,12 @@ def _generate(model: nn.Module, answers: list[Answer], device: torch.device, max
         sequences = [a.prompt + a.generated for a in unfinished]
         lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
         ends = lengths.cumsum(0)
-        tokens = [t for s in sequences for t in s] or [0]  # a rank without open answers takes part with one padding token
-        positions = [p for s in sequences for p in range(len(s))] or [0]
-        logits = model(
+        tokens = [t for s in sequences for t in s]
+        positions = [p for s in sequences for p in range(len(s))]
+        # Padding, so that the tokens divide over cp x tp ranks, and a rank without open answers can take part.
+        padding = [0] * (-len(tokens) % together or (0 if tokens else together))
+        tokens, positions = tokens + padding, positions + padding
+        logits = pipeline.logits(
             torch.tensor(tokens, device=device),
             positions=torch.tensor(positions, device=device),
             cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32).to(device),

@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.publish import write_text
 from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, differences, to_dict
-from torchsft.data.stream import Step, TrainLoader, eval_batches
+from torchsft.data.stream import Step, TrainLoader, eval_batches, microbatches_per_step
 from torchsft.data.template import Sample, answer_prompts, load_tokenizer, prepare
 from torchsft.evaluation import Answer, evaluate_loss, greedy_answers
 from torchsft.metrics.logger import MetricsLogger
-from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
+from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
 from torchsft.models.attention import choose_implementation
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
+from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split
 from torchsft.parallel.world import World, mesh_sizes
 from torchsft.precision.adamw import build_optimizer, learning_rate
 
@@ -41,7 +43,7 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: the mesh sizes do not fit the number of ranks.
     """
-    dense, _ = mesh_sizes(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    dense = mesh_sizes(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))["dense"]
     compute = config.precision.compute
     if compute == "auto":
         compute = "bf16" if torch.cuda.is_available() else "fp32"
@@ -84,7 +86,7 @@ class Trainer:
 
         hf_config = huggingface.read_config(self.source)
         self.model_config = DeepseekV3Config.from_hf(hf_config)
-        choose_implementation(config.model.attention, world.device, DTYPES[config.precision.compute])  # may refuse
+        self.lay_out()
         self.load_data()
         self.step = 0  # steps taken, skipped ones included
         self.updates = 0  # steps that changed the weights: what the learning-rate schedule counts
@@ -136,6 +138,56 @@ class Trainer:
             )
         return Path(where)
 
+    def lay_out(self) -> None:
+        """Meta device -> this rank's part of the model -> sharded: no memory yet, but all that can be refused is."""
+        config, world, options = self.config, self.world, self.config.model
+        parallel, dtype = config.parallel, DTYPES[config.precision.compute]
+        choose_implementation(options.attention, world.device, dtype)
+        train = config.train
+        microbatches = microbatches_per_step(train.global_batch_size, train.micro_batch_size, world.data_size)
+        tokens = train.micro_batch_size * config.data.seq_len
+        if tokens % (parallel.cp * parallel.tp):
+            ranks = parallel.cp * parallel.tp
+            raise InputError(
+                f"the {tokens} tokens of a microbatch do not divide over cp {parallel.cp} x tp {parallel.tp} ranks; set "
+                f"--data.seq-len to {-(-config.data.seq_len // ranks) * ranks}"
+            )
+        if options.ops == "plain" and parallel.tp > 1:
+            raise InputError(
+                f"--model.ops plain has no loss over a split vocabulary; set --parallel.tp to 1, not {parallel.tp}"
+            )
+        ops.use_plain(options.ops == "plain")
+        self.plan = plan_stages(parallel, self.model_config, microbatches)
+        kinds = {"attention": options.attention, "experts": options.experts, "loss_chunk": options.loss_chunk}
+        self.weights = None
+        pp_rank = world.dense.get_local_rank("pp")
+        with torch.device("meta"):
+            if self.checkpoint is None and not options.random_init:  # else the Hugging Face directory's weights are not read
+                self.weights = huggingface.check_weights(self.source, DeepseekV3(self.model_config, **kinds))
+            self.model = DeepseekV3(self.model_config, **kinds, **self.plan.model_part(pp_rank))
+            self.stages = split(self.model, self.plan, pp_rank)
+        parallelize(
+            self.stages,
+            world,
+            dtype,
+            activation_checkpointing=train.activation_checkpointing == "full",
+            reshard_after_forward=reshard_after_forward(parallel),
+        )
+        self.check_memory()
+        self.pipeline = build_pipeline(
+            self.stages, self.plan, parallel, world, microbatches=microbatches, tokens=tokens, dtype=dtype
+        )
+
+    def check_memory(self) -> None:
+        """Refuse what cannot fit before anything is loaded: weight, gradient and two moments of each parameter, in fp32."""
+        share = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.model.parameters())
+        memory = device_bytes(self.world.device)
+        if memory is not None and 16 * share > memory:
+            raise InputError(
+                f"rank {self.world.rank} would hold {16 * share / 1e9:.0f} GB of weights, gradients and moments, but its "
+                f"device has {memory / 1e9:.0f} GB; start at least {math.ceil(self.world.size * 16 * share / memory)} ranks"
+            )
+
     def load_data(self) -> None:
         """Tokenizer, training loader, evaluation batches, number of steps."""
         config, world = self.config, self.world
@@ -175,27 +227,20 @@ class Trainer:
         learning_rate(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
 
     def build_model(self) -> None:
-        """Meta device -> sharded -> materialised -> weights: no rank ever holds the whole model."""
+        """Memory and weights: no rank ever holds more than its share of the model."""
         config, world = self.config, self.world
-        options = config.model
-        ops.use_plain(options.ops == "plain")
-        with torch.device("meta"):
-            self.model = DeepseekV3(
-                self.model_config, attention=options.attention, experts=options.experts, loss_chunk=options.loss_chunk
-            )
-        weights = None if options.random_init else huggingface.check_weights(self.source, self.model)
-        parallelize(self.model, world, DTYPES[config.precision.compute])
-        self.model.to_empty(device=world.device)
+        for stage in self.stages:
+            stage.to_empty(device=world.device)
         self.model.init_buffers()
         self.optimizer = build_optimizer(self.model, config.optim)
-        if self.checkpoint:  # weights come from there, so the Hugging Face directory's are not read
+        if self.checkpoint:
             self.resume(self.checkpoint)
-        elif weights is None:
+        elif self.weights is None:
             self.say(f"random weights from seed {config.train.seed}")
             huggingface.initialise_weights(self.model, config.train.seed, initial_value)
         else:
             self.say(f"loading weights from {self.source}")
-            huggingface.load_weights(self.model, weights)
+            huggingface.load_weights(self.model, self.weights)
         self.model.train()
 
     def resume(self, path: Path) -> None:
@@ -241,7 +286,7 @@ class Trainer:
             tokens += record["tokens"]
             seconds += record["step_seconds"]
             if self.eval_batches and self.due(config.eval.every):
-                evaluation = evaluate_loss(self.model, self.eval_batches, self.world)
+                evaluation = evaluate_loss(self.pipeline, self.eval_batches, self.world)
                 record |= evaluation
             if self.log:
                 self.log.step(self.step, record, scalars)
@@ -253,7 +298,7 @@ class Trainer:
             if self.due(config.checkpoint.every):
                 self.save()
         if self.eval_batches and not evaluation:  # a finished run was started again
-            evaluation = evaluate_loss(self.model, self.eval_batches, self.world)
+            evaluation = evaluate_loss(self.pipeline, self.eval_batches, self.world)
         matches = self.answer("after") if config.eval.answers else None
         if config.checkpoint.export != "none":
             self.say(f"exporting {config.checkpoint.export} weights to {self.output / 'hf'}")
@@ -285,20 +330,16 @@ class Trainer:
         began = time.perf_counter()
         batches = step.microbatches
         lengths = [b.cu_seqlens.diff().tolist() for b in batches]
-        weight, supervised, tokens, flops = world.sum(
-            [
-                float(sum(b.loss_weights.double().sum() for b in batches)),
-                float(sum((b.loss_weights != 0).sum() for b in batches)),
-                sum(map(sum, lengths)),
-                sum(self.model_config.flops(documents) for documents in lengths),
-            ]
-        ).tolist()
-
-        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        for batch in batches:
-            loss = self.model(**batch.to(world.device).model_inputs())
-            (loss / max(weight, 1e-30)).backward()
-            loss_sum += loss.detach()
+        counts = [
+            float(sum(b.loss_weights.double().sum() for b in batches)),
+            float(sum((b.loss_weights != 0).sum() for b in batches)),
+            float(sum(map(sum, lengths))),
+            sum(self.model_config.flops(documents) for documents in lengths),
+        ]
+        weight, supervised, tokens, flops = world.sum(counts if world.is_reader else [0.0] * len(counts)).tolist()
+        for moe in self.model.moe_layers().values():
+            moe.balance_scale = config.train.aux_loss / max(tokens, 1)
+        loss_sum = self.pipeline.step(batches, max(weight, 1e-30))
 
         norm_tensor = global_norm(self.model.parameters())
         norm = norm_tensor.item()
@@ -317,7 +358,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
 
-        loss, load = self.collect(loss_sum, weight)
+        loss, aux_loss, load = self.collect(loss_sum, weight, tokens)
         seconds = time.perf_counter() - began
         if math.isnan(self.first_loss):
             self.first_loss = loss
@@ -332,6 +373,8 @@ class Trainer:
             "step_seconds": seconds,
             "epoch": step.epoch,
         }
+        if config.train.aux_loss:
+            record["aux_loss"] = aux_loss
         scalars = {"speed/supervised_tokens_per_second": supervised / seconds, "optim/skipped_steps": self.skipped}
         scalars |= memory_gib(world.device) | load
         peak = config.metrics.peak_tflops or peak_tflops(world.device)
@@ -339,19 +382,28 @@ class Trainer:
             scalars["speed/mfu"] = mfu(flops / world.size, seconds, peak)
         return record, scalars
 
-    def collect(self, loss_sum: torch.Tensor, weight: float) -> tuple[float, dict[str, float]]:
-        """Mean loss and expert load (busiest expert over the mean, per MoE layer) over all ranks; counters start anew."""
-        layers = {name: layer.mlp for name, layer in self.model.model.layers.items() if hasattr(layer.mlp, "expert_load")}
-        loads = [mlp.expert_load for mlp in layers.values()]
-        total = self.world.sum(torch.cat([loss_sum[None], *(load.double() for load in loads)])).tolist()  # waits, once
-        scalars = {}
-        start = 1
-        for name, load in zip(layers, loads, strict=True):
-            counts = total[start : start + load.numel()]
-            start += load.numel()
-            scalars[f"expert_load/layer_{name}_max_over_mean"] = max(counts) * len(counts) / max(sum(counts), 1.0)
-            load.zero_()
-        return total[0] / max(weight, 1e-30), scalars
+    def collect(self, loss_sum: torch.Tensor, weight: float, tokens: float) -> tuple[float, float, dict[str, float]]:
+        """Over all ranks: mean loss, balance loss (as it is minimised) and expert load; counters start anew.
+
+        The load is the busiest expert's over the mean, per MoE layer. One collective, for which the host waits.
+        """
+        layers, experts = self.model_config.num_hidden_layers, self.model_config.n_routed_experts
+        # Every rank has the same places for all layers and fills in its own.
+        counts = torch.zeros(layers, 1 + experts, dtype=torch.float64, device=self.world.device)
+        for name, moe in self.model.moe_layers().items():
+            counts[int(name), 0] = moe.balance_loss
+            counts[int(name), 1:] = moe.expert_load
+            moe.init_buffers()
+        # The ranks of a tensor group each have the loss of all of its tokens.
+        mine = loss_sum if self.world.dense.get_local_rank("tp") == 0 else torch.zeros_like(loss_sum)
+        total, *counts = self.world.sum(torch.cat([mine[None], counts.flatten()])).tolist()
+        scalars, balance = {}, 0.0
+        for layer in range(layers):
+            if self.model_config.is_moe(layer):
+                layer_balance, *load = counts[layer * (1 + experts) : (layer + 1) * (1 + experts)]
+                balance += layer_balance
+                scalars[f"expert_load/layer_{layer}_max_over_mean"] = max(load) * experts / max(sum(load), 1.0)
+        return total / max(weight, 1e-30), self.config.train.aux_loss * balance / max(tokens, 1), scalars
 
     # ---------------------------------------------------------------- evaluate, save, tell
 
@@ -364,7 +416,7 @@ class Trainer:
         config = self.config
         prompts = [(s.id, *turn) for s in self.eval_samples[: config.eval.answers] for turn in answer_prompts(s)]
         answers = greedy_answers(
-            self.model,
+            self.pipeline,
             prompts,
             self.world,
             max_new_tokens=config.eval.max_new_tokens,
@@ -407,10 +459,18 @@ class Trainer:
     def describe(self) -> str:
         """What is about to be trained, and how."""
         config, world = self.config, self.world
-        parameters = sum(p.numel() for p in self.model.parameters())  # DTensor.numel() is the global number
+        # DTensor.numel() is the global number: each pipeline rank's part is counted once.
+        counts_it = all(world.dense.get_local_rank(axis) == 0 for axis in ("dp_replicate", "dp_shard", "cp", "tp"))
+        (parameters,) = world.sum([sum(p.numel() for p in self.model.parameters()) if counts_it else 0.0]).tolist()
+        axes = {axis: world.dense[axis].size() for axis in world.dense.mesh_dim_names}
+        axes |= {axis: world.expert[axis].size() for axis in ("ep", "edp")}
+        shown = [f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "dp_shard"]
+        if config.parallel.pp > 1:
+            per_stage = "+".join(str(len(layers)) for layers in self.plan.layers)
+            shown.append(f"{config.parallel.pp_schedule} over stages of {per_stage} layers")
         return (
             f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute, on {world.size} x {world.device.type}: "
-            f"dp_shard {world.dense['dp_shard'].size()}, ep {world.expert['ep'].size()}, edp {world.expert['edp'].size()}; "
+            f"{', '.join(shown)}; "
             f"steps {self.step} -> {self.total_steps} of {config.train.global_batch_size} rows of {config.data.seq_len} tokens"
         )
 

@@ -27,7 +27,7 @@ def build(source, world, ep):
     world.expert = world._mesh({"pp": 1, "dp_replicate": 1, "edp": RANKS // ep, "ep": ep}, timedelta(seconds=60))
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(huggingface.read_config(source)))
-    parallelize(model, world, torch.float32)
+    parallelize([model], world, torch.float32)
     model.to_empty(device="cpu")
     model.init_buffers()
     with torch.no_grad():
@@ -82,12 +82,13 @@ def optimizer_for(model):
 
 
 def watched_export(*arguments, **options):
-    """Export, and say with which ranks this one exchanged parts of experts (the only 3-d ones), and what it wrote."""
-    peers, written = set(), []
+    """Export, and say with which ranks this one exchanged parts of experts (the only 3-d ones) and of anything, and what it
+    wrote."""
+    peers, written = [], []
     communicate, finish = dist.batch_isend_irecv, SafetensorsWriter.__exit__
 
     def watch_transfers(transfers):
-        peers.update(transfer.peer for transfer in transfers if transfer.tensor.ndim == 3)
+        peers.extend((transfer.tensor.ndim, transfer.peer) for transfer in transfers)
         return communicate(transfers)
 
     def watch_writer(writer, *error):
@@ -99,7 +100,11 @@ def watched_export(*arguments, **options):
         huggingface.export(*arguments, **options)
     finally:
         dist.batch_isend_irecv, SafetensorsWriter.__exit__ = communicate, finish
-    return sorted(peers), sum(written)
+    return {
+        "expert_peers": sorted({peer for dims, peer in peers if dims == 3}),
+        "peers": sorted({peer for _, peer in peers}),
+        "written": sum(written),
+    }
 
 
 def every_layout(source, work):
@@ -113,9 +118,7 @@ def every_layout(source, work):
             tensors = model.state_dict()
             seen["wrong"] = differing(tensors, reference)
             seen["empty"] = sum(t.to_local().numel() == 0 for t in tensors.values() if isinstance(t, DTensor))
-            seen["expert_peers"], seen["written"] = watched_export(
-                model, f"{work}/hf-{ep}", torch.bfloat16, source, max_shard_bytes=30_000
-            )
+            seen |= watched_export(model, f"{work}/hf-{ep}", torch.bfloat16, source, max_shard_bytes=30_000)
             huggingface.initialise_weights(model, 7, initial_value)
             initial = {name: initial_value(name, tuple(t.shape), model.config, 7) for name, t in reference.items()}
             seen["wrong_initial"] = differing(model.state_dict(), initial)

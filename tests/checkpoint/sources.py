@@ -65,11 +65,12 @@ def write_source(directory: Path, dtype: torch.dtype, *, sharded: bool, mtp: boo
     new = {k: 5 + 0.01 * torch.randn(v.shape) for k, v in tensors.items() if k.endswith("e_score_correction_bias")}
     assert all(not torch.equal(bias, bias.bfloat16().float()) for bias in new.values())
     if mtp:
+        layers = changes.get("num_hidden_layers", 3)
         for key, tensor in tensors.items():
-            if key.startswith("model.layers.2."):
-                new[key.replace(".2.", ".3.", 1)] = torch.randn(tensor.shape).to(tensor.dtype)
-        new["model.layers.3.eh_proj.weight"] = torch.randn(32, 64).to(dtype)
-        new["model.layers.3.mlp.gate.e_score_correction_bias"] = 5 + torch.randn(8)
+            if key.startswith(f"model.layers.{layers - 1}."):
+                new[key.replace(f".{layers - 1}.", f".{layers}.", 1)] = torch.randn(tensor.shape).to(tensor.dtype)
+        new[f"model.layers.{layers}.eh_proj.weight"] = torch.randn(32, 64).to(dtype)
+        new[f"model.layers.{layers}.mlp.gate.e_score_correction_bias"] = 5 + torch.randn(8)
         change_config(directory, num_nextn_predict_layers=1)
     change_tensors(directory, new)
     (directory / "configuration_deepseek.py").write_text("raise RuntimeError('remote code is copied, never run')\n")
@@ -82,4 +83,6 @@ def copy(directory: Path, target: Path) -> Path:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
+    )

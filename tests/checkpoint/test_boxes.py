@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchsft.checkpoint.boxes import Box, local_box, piece_box, shard_box
@@ -52,11 +57,58 @@ def test_boxes_of_all_ranks_cover_a_tensor_once():
     assert torch.equal(full, torch.ones(7, 5))
 
 
-def test_placements_that_are_no_box_are_refused():
-    from torch.distributed.tensor.placement_types import _StridedShard
+# Sizes of (dp_replicate, fsdp, tp), a shape, and how tensor parallelism places it.
+FULLY_SHARDED = [
+    ((1, 2, 2), (8, 6), Shard(0)),
+    ((1, 2, 2), (10, 3), Shard(0)),  # 5 rows on each tp rank: 3 and 2
+    ((1, 3, 2), (14, 3), Shard(0)),  # 7: 3, 3 and 1
+    ((1, 4, 2), (10, 3), Shard(0)),  # 5: 2, 2, 1 and none
+    ((1, 2, 4), (12,), Shard(0)),
+    ((2, 2, 2), (6,), Shard(0)),
+    ((1, 3, 2), (7, 6), Shard(1)),
+    ((2, 2, 2), (7, 6), Replicate()),
+]
 
-    with pytest.raises(TypeError, match="not one box per rank"):
-        shard_box((8, 4), (2,), (_StridedShard(0, split_factor=2),), (0,))
+
+def check_fsdp(rank):
+    """On rank `rank` of a world of each layout: `local_box` against what FSDP2 keeps, and against torch's checkpoints."""
+    checked = 0
+    for sizes, shape, tensor_parallel in FULLY_SHARDED:
+        if rank >= math.prod(sizes):
+            continue
+        dist.init_process_group("fake", rank=rank, world_size=math.prod(sizes), store=FakeStore())
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+        full = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+        module = nn.Module()
+        module.weight = nn.Parameter(distribute_tensor(full, mesh["tp"], [tensor_parallel], src_data_rank=None))
+        fully_shard(module, mesh=mesh["dp_replicate", "fsdp"] if sizes[0] > 1 else mesh["fsdp"])
+        weight = module.weight
+        strided = any(isinstance(placement, _StridedShard) for placement in weight.placements)
+        assert strided == (tensor_parallel == Shard(0)), weight.placements
+        box = local_box(weight)
+        assert torch.equal(full[box.within((0,) * full.ndim)], weight.to_local()), (sizes, shape)
+        extent, start = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+        assert extent == box.shape and (start == box.start or 0 in extent), (sizes, shape)
+        checked += 1
+        dist.destroy_process_group()
+    return checked
+
+
+def test_the_box_is_what_fsdp_keeps_of_a_tensor_parallel_parameter(ranks):
+    """One process per rank, as torch remembers meshes with their ranks."""
+    checked = sum(ranks(1, check_fsdp, rank=rank)[0] for rank in range(8))
+    assert checked == sum(math.prod(sizes) for sizes, _, _ in FULLY_SHARDED)
+
+
+def test_placements_that_are_no_box_are_refused():
+    for shape, sizes, placements in [
+        ((8, 4), (2,), (_StridedShard(0, split_factor=2),)),
+        ((8, 4), (2, 2), (_StridedShard(0, split_factor=4), Shard(0))),
+        ((9, 4), (4, 2), (_StridedShard(0, split_factor=2), Shard(0))),  # FSDP2 and DTensor would cut 9 rows differently
+        ((8, 4), (2,), (Partial(),)),
+    ]:
+        with pytest.raises(TypeError, match="not one box per rank"):
+            shard_box(shape, sizes, placements, (0,) * len(sizes))
 
 
 def test_intersection_and_indexing():

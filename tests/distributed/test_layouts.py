@@ -1,7 +1,7 @@
-"""Every layout of ranks computes the training step of one process.
+"""The invariance matrix: every layout of ranks computes the training step of one process.
 
 Through the real `Trainer`: same weights, same rows, fp32. Compared with one process on one rank: loss, norm, every element of
-every gradient and, after three optimizer steps, every parameter.
+every gradient, where every token is routed and, after three optimizer steps, every parameter; with and without balance loss.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
 STEPS = 3
+ROWS = 8  # of a step; an epoch fills about 6, so every step has microbatches without any document
+AUX_LOSS = 0.05
+SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
 
 
 class SilentTrainer(Trainer):
@@ -34,122 +37,270 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def config_for(directory: str, ep: int, micro_batch_size: int = 1, model: str = "model", **changes: Any) -> Config:
-    """8 rows a step; the last rows of the third step are padding, so that some microbatch has no document at all."""
+def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
+    """`changes`: fields of Parallel, and micro_batch_size, global_batch_size, compute and output."""
     base = Path(directory)
+    train = {"micro_batch_size": 1, "global_batch_size": ROWS}
+    train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
+    compute, output = changes.pop("compute", "fp32"), changes.pop("output", str(base / "unused-output"))
     return Config(
         model=Model(path=str(base / model)),
         data=Data(train=(str(base / "train.jsonl"),), seq_len=192),
-        train=Train(steps=STEPS, global_batch_size=changes.pop("global_batch_size", 8), micro_batch_size=micro_batch_size),
-        parallel=Parallel(ep=ep, timeout_seconds=60),
+        train=Train(steps=STEPS, **train),
+        parallel=Parallel(**({"timeout_seconds": 60} | changes)),
         # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of elements without a gradient.
         optim=Optim(lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear"),
+        precision=Precision(compute=compute),
         checkpoint=Checkpoint(export="none"),
         metrics=Metrics(tensorboard=False, progress=False),
-        output=changes.pop("output", str(base / "unused-output")),
-        **changes,
+        output=output,
     )
 
 
-def train(directory: str, ep: int, compute: str = "fp32", **options: Any) -> dict[str, Any]:
-    """A few steps on the calling ranks; the gradients are those of the first step, after clipping."""
-    config = config_for(directory, ep, precision=Precision(compute=compute), **options)
+def run(config: Config, world: World) -> list[dict[str, Any]]:
+    """A step with the balance loss that changes nothing, then three without that do.
+
+    Returns:
+        [without, with] the balance loss: losses, norms, where tokens were routed and gradients (after clipping) of the first
+        step, the latter and the final weights as far as this rank has the layers.
+    """
+    trainer = SilentTrainer(config, world)
+    routing: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.model.moe_layers()}
+    hooks = [
+        moe.gate.register_forward_hook(lambda _, __, out, name=name: routing[name].append(out[1].sort().values))
+        for name, moe in trainer.model.moe_layers().items()
+    ]
+    gradients: list[dict[str, torch.Tensor]] = []
+    update = trainer.optimizer.step
+
+    def keep_gradients() -> None:
+        gradients.append({name: full(p.grad) for name, p in trainer.model.named_parameters()})
+
+    def keep_gradients_once_and_update() -> None:
+        if len(gradients) == 1:
+            keep_gradients()
+        update()
+
+    place = {axis: world.dense.get_local_rank(axis) for axis in world.dense.mesh_dim_names}
+    common = {"place": place, "data_rank": world.data_rank}
+    trainer.optimizer.step = keep_gradients
+    first = next(trainer.loader)
+    config.train.aux_loss = AUX_LOSS
+    balanced = common | reported([first], [trainer.train_step(first)[0]])
+    balanced["routing"] = {name: torch.stack(seen) for name, seen in routing.items()}
+    config.train.aux_loss = 0.0
+    for hook in hooks:
+        hook.remove()
+    trainer.optimizer.step = keep_gradients_once_and_update
+    steps = [next(trainer.loader) for _ in range(STEPS)]
+    without = common | reported(steps, [trainer.train_step(step)[0] for step in steps])
+    state = {name: full(t) for name, t in trainer.model.state_dict().items()}
+    if all(index == 0 for axis, index in place.items() if axis != "pp"):
+        balanced["gradients"] = gradients[0]
+        without |= {"gradients": gradients[1], "state": state}
+    return [without, balanced]
+
+
+def reported(steps: list[Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What this rank read, and what it says of the steps."""
+    keys = {"losses": "loss", "norms": "grad_norm", "tokens": "tokens", "aux": "aux_loss"}
+    ids = [step.sample_ids for step in steps]
+    empty = sum(int(b.cu_seqlens[-1]) == 0 for step in steps for b in step.microbatches)
+    return {name: [r.get(key) for r in records] for name, key in keys.items()} | {"ids": ids, "empty": empty}
+
+
+def train(directory: str, **options: Any) -> list[dict[str, Any]]:
+    """`run` on the calling ranks."""
+    config = config_for(directory, **options)
     with World(config.parallel, 0) as world:
-        trainer = SilentTrainer(config, world)
-        gradients: dict[str, torch.Tensor] = {}
-        update = trainer.optimizer.step
+        return run(config, world)
 
-        def keep_gradients_and_update() -> None:
-            if not gradients:
-                gradients.update((name, full(p.grad)) for name, p in trainer.model.named_parameters())
-            update()
 
-        trainer.optimizer.step = keep_gradients_and_update
-        records, empty, ids = [], 0, []
-        for _ in range(STEPS):
-            step = next(trainer.loader)
-            empty += sum(int(b.cu_seqlens[-1]) == 0 for b in step.microbatches)
-            ids.append(step.sample_ids)
-            records.append(trainer.train_step(step)[0])
-        state = {name: full(t) for name, t in trainer.model.state_dict().items()}
-    result = {"ids": ids, "empty": empty, "losses": [r["loss"] for r in records], "norms": [r["grad_norm"] for r in records]}
-    if world.rank == 0:
-        result |= {"gradients": gradients, "state": state, "tokens": [r["tokens"] for r in records]}
-    return result
+def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks say, put together: every rank the same numbers, and each pipeline rank its layers."""
+    assert len({str((r["losses"], r["norms"], r["tokens"], r["aux"])) for r in results}) == 1  # all ranks report the same
+    whole = {key: results[0][key] for key in ("losses", "norms", "tokens", "aux")}
+    for key in ("gradients", "state"):
+        if not any(key in r for r in results):
+            continue
+        parts = [r[key] for r in results if key in r]
+        whole[key] = {name: tensor for part in parts for name, tensor in part.items()}
+        assert len(whole[key]) == sum(map(len, parts))  # no tensor on two pipeline ranks
+    # Rows in the global order: data rank, microbatch, then the slices of a row.
+    ordered = sorted(results, key=lambda r: (r["data_rank"], r["place"]["cp"], r["place"]["tp"]))
+    readers = {rank: [r for r in ordered if r["data_rank"] == rank] for rank in {r["data_rank"] for r in results}}
+    whole["routing"] = {}
+    for name in sorted({name for r in results for name in r.get("routing", {})}):
+        rows = [torch.cat([r["routing"][name] for r in part if name in r["routing"]], dim=1) for part in readers.values()]
+        whole["routing"][name] = torch.cat(rows)
+    # Peers of a pipeline, tensor or context group read the same rows, data ranks one part each.
+    assert all(len({str(r["ids"]) for r in part}) == 1 for part in readers.values())
+    whole["ids"] = [[i for part in readers.values() for i in part[0]["ids"][step]] for step in range(len(results[0]["ids"]))]
+    whole["empty"] = sum(part[0]["empty"] for part in readers.values())
+    return whole
+
+
+def on_ranks(ranks, n: int, **options: Any) -> list[dict[str, Any]]:
+    """[without, with] the balance loss."""
+    return [merged(list(results)) for results in zip(*ranks(n, train, **options), strict=True)]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("layouts")
-    write_tiny_model(directory / "model")
+    write_tiny_model(directory / "model", num_hidden_layers=8, first_k_dense_replace=2)
     other = {"tie_word_embeddings": True, "q_lora_rank": None, "attention_bias": True, "n_group": 1, "topk_group": 1}
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
     write_tiny_model(directory / "other", rope_parameters=yarn, **other)
-    write_conversations(directory / "train.jsonl", 36)
+    write_conversations(directory / "train.jsonl", 10)
     return str(directory)
 
 
 @pytest.fixture(scope="module")
 def one_process(inputs, ranks):
-    return ranks(1, train, directory=inputs, ep=1, micro_batch_size=8)[0]
+    return on_ranks(ranks, 1, directory=inputs)
 
 
-def compare(result: dict[str, Any], reference: dict[str, Any]) -> None:
+def compare(result: dict[str, Any], reference: dict[str, Any], label: str = "") -> None:
     """fp32 sums in another order: 1e-6 of the loss and norm, 1e-5 of each tensor's largest gradient."""
     assert result["losses"] == pytest.approx(reference["losses"], rel=1e-6)
     assert result["norms"] == pytest.approx(reference["norms"], rel=1e-6)
-    assert result["tokens"] == reference["tokens"]
-    wrong = []
+    if reference["aux"][0] is not None:
+        assert result["aux"] == pytest.approx(reference["aux"], rel=1e-6)
+    assert (result["tokens"], result["ids"]) == (reference["tokens"], reference["ids"])
+    wrong, worst = [], 0.0
+    assert result["gradients"].keys() == reference["gradients"].keys()
     for name, expected in reference["gradients"].items():
         got = result["gradients"][name]
-        error = (got - expected).abs().max() / expected.abs().max()
+        error = ((got - expected).abs().max() / expected.abs().max()).item()
+        worst = max(worst, error)
         if not error <= 1e-5:
             factor = (got * expected).sum() / expected.square().sum()
             wrong.append(f"{name}: error {error:.1e}, scaled by {factor:.4f}")
+    print(f"{label}: worst gradient element {worst:.1e}")
     assert not wrong, "gradients differ:\n" + "\n".join(wrong)
-    for name, expected in reference["state"].items():
-        torch.testing.assert_close(result["state"][name], expected, rtol=0, atol=1e-5, msg=name)
+    assert result.keys() == reference.keys()
+    for name, expected in reference.get("state", {}).items():
+        torch.testing.assert_close(result["state"][name], expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize(("world_size", "ep"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
-def test_step_does_not_depend_on_the_layout(ranks, inputs, one_process, world_size, ep):
-    results = ranks(world_size, train, directory=inputs, ep=ep)
-    compare(results[0], one_process)
-    assert len({tuple(r["losses"] + r["norms"]) for r in results}) == 1  # all ranks report the same
-    for step, expected in enumerate(one_process["ids"]):  # the ranks read disjoint parts of the same global batch
-        assert [i for r in results for i in r["ids"][step]] == expected
+def layout(**sizes: Any) -> Any:
+    """One row of the matrix; dp_shard 1 where it is not named. `n` ranks follow."""
+    sizes = {"dp_shard": 1} | sizes
+    n = math.prod(sizes.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+    name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    return pytest.param(n, sizes, id=name)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_step_does_not_depend_on_accumulation(ranks, inputs, one_process, micro_batch_size):
-    compare(ranks(1, train, directory=inputs, ep=1, micro_batch_size=micro_batch_size)[0], one_process)
+MATRIX = [
+    # one axis alone
+    *(layout(pp=pp, pp_schedule=schedule) for pp in (2, 4) for schedule in SCHEDULES),
+    layout(dp_replicate=2),
+    layout(dp_shard=2),
+    layout(dp_shard=4),
+    layout(cp=2),
+    layout(cp=4),
+    layout(tp=2),
+    layout(tp=4),
+    # pairs
+    layout(pp=2, dp_replicate=2, pp_schedule="1F1B"),
+    layout(pp=2, dp_shard=2),
+    layout(pp=2, cp=2),
+    layout(pp=2, tp=2),
+    layout(dp_replicate=2, dp_shard=2),
+    layout(dp_replicate=2, cp=2),
+    layout(dp_replicate=2, tp=2),
+    layout(dp_shard=2, cp=2),
+    layout(dp_shard=2, tp=2),
+    layout(cp=2, tp=2),
+    layout(dp_shard=2, ep=2),
+    layout(dp_shard=4, ep=2),
+    layout(dp_shard=4, ep=4),
+    layout(dp_shard=8, ep=4),
+    layout(cp=2, ep=2),
+    layout(tp=2, ep=2),
+    # three and more
+    *(layout(pp=2, dp_shard=2, ep=2, pp_schedule=schedule) for schedule in SCHEDULES),
+    layout(pp=4, dp_shard=2, ep=2, pp_schedule="Interleaved1F1B"),
+    layout(pp=4, dp_shard=2, ep=2, pp_schedule="ZBVZeroBubble"),
+    layout(tp=2, dp_shard=2, ep=2),
+    layout(tp=2, dp_shard=2, ep=4),
+    layout(cp=2, dp_shard=2, ep=2),
+    layout(cp=2, dp_shard=2, ep=4),
+    layout(dp_replicate=2, dp_shard=2, ep=2),
+    layout(dp_replicate=2, dp_shard=2, tp=2, ep=4),
+    layout(pp=2, dp_replicate=2, dp_shard=2, ep=2),
+    layout(pp=2, tp=2, ep=2),
+    layout(pp=2, tp=2, ep=2, pp_schedule="ZBVZeroBubble"),
+    layout(pp=2, tp=2, dp_shard=2, ep=2),
+    layout(pp=2, tp=2, dp_shard=2, ep=4, pp_schedule="DualPipeV"),
+    layout(pp=2, cp=2, tp=2, ep=4),
+    layout(pp=2, cp=2, dp_shard=2, ep=2, pp_schedule="InterleavedZeroBubble"),
+    # microbatches
+    layout(micro_batch_size=2),
+    layout(micro_batch_size=4),
+    layout(micro_batch_size=8),
+    layout(dp_shard=2, micro_batch_size=4, ep=2),
+    layout(pp=2, micro_batch_size=2, pp_schedule="1F1B"),
+    layout(tp=2, cp=2, micro_batch_size=4, ep=2),
+    # layers by hand
+    layout(pp=2, pp_layers=(5, 3), pp_schedule="GPipe"),
+    layout(pp=2, pp_layers=(1, 2, 1, 1, 2, 1), pp_schedule="Interleaved1F1B"),
+]
 
 
-def test_the_batches_were_hard(one_process, ranks, inputs):
-    """Some microbatch has no document, gradients exist everywhere and the clip was active."""
-    assert max(one_process["norms"]) > 0.05
-    assert all(g.abs().max() > 0 for g in one_process["gradients"].values())
-    assert ranks(1, train, directory=inputs, ep=1, micro_batch_size=1)[0]["empty"] > 0
+@pytest.mark.parametrize(("n", "sizes"), MATRIX)
+def test_step_does_not_depend_on_the_layout(ranks, inputs, one_process, n, sizes):
+    results = on_ranks(ranks, n, directory=inputs, **sizes)
+    for result, reference, label in zip(results, one_process, ("without", "with balance loss"), strict=True):
+        compare(result, reference, label)
+        if sizes.get("micro_batch_size", 1) > 1:
+            continue  # the documents of several rows lie together: other places, same tokens
+        assert result["routing"].keys() == reference["routing"].keys()
+        for name, expected in reference["routing"].items():
+            assert torch.equal(result["routing"][name], expected), f"layer {name} routes otherwise"
 
 
-def test_a_tied_model_with_yarn_and_without_q_lora_does_not_depend_on_the_layout_either(ranks, inputs):
+def test_the_batches_were_hard(one_process):
+    """Microbatches without a document, gradients everywhere, an active clip, and a balance loss that matters."""
+    without, balanced = one_process
+    assert without["empty"] >= STEPS
+    assert max(without["norms"]) > 0.05
+    for result in one_process:
+        assert all(g.abs().max() > 0 for g in result["gradients"].values())
+    assert balanced["norms"][0] > 1.001 * without["norms"][0] or balanced["norms"][0] < 0.999 * without["norms"][0]
+    assert balanced["losses"][0] == without["losses"][0]  # reported apart
+
+
+@pytest.mark.parametrize(("n", "sizes"), [layout(dp_shard=4, ep=2), layout(dp_shard=2, tp=2, ep=2), layout(cp=2, tp=2, ep=4)])
+def test_a_tied_model_with_yarn_and_biases_and_without_q_lora_does_not_depend_on_the_layout_either(ranks, inputs, n, sizes):
     options = {"directory": inputs, "model": "other"}
-    compare(ranks(4, train, ep=2, **options)[0], ranks(1, train, ep=1, **options)[0])
+    for result, reference in zip(on_ranks(ranks, n, **sizes, **options), on_ranks(ranks, 1, **options), strict=True):
+        compare(result, reference)
 
 
-def test_bf16_compute_stays_close_to_fp32_on_several_ranks(ranks, inputs, one_process):
+@pytest.mark.parametrize(
+    ("n", "sizes"),
+    [
+        layout(dp_shard=4, ep=2),
+        layout(pp=2, dp_shard=2, ep=2, pp_schedule="Interleaved1F1B"),
+        layout(pp=2, tp=2, pp_schedule="ZBVZeroBubble"),
+        layout(cp=2, tp=2, ep=2),
+    ],
+)
+def test_bf16_compute_stays_close_to_fp32_on_several_ranks(ranks, inputs, one_process, n, sizes):
     """bf16 keeps 8 bits: 2 % of the loss; gradients of the right size, which a wrong factor of 2 or ep would not be."""
-    result = ranks(4, train, directory=inputs, ep=2, compute="bf16")[0]
-    assert result["losses"] == pytest.approx(one_process["losses"], rel=0.02)
-    assert result["losses"] != one_process["losses"]
-    for name, expected in one_process["gradients"].items():
+    result, expected_result = on_ranks(ranks, n, directory=inputs, compute="bf16", **sizes)[0], one_process[0]
+    assert result["losses"] == pytest.approx(expected_result["losses"], rel=0.02)
+    assert result["losses"] != expected_result["losses"]
+    for name, expected in expected_result["gradients"].items():
         got = result["gradients"][name]
         assert got.dtype == torch.float32
         assert (got * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.1), name
     for name, tensor in result["state"].items():
         assert tensor.dtype == torch.float32
         if name.endswith("e_score_correction_bias"):
-            assert torch.equal(tensor, one_process["state"][name])
+            assert torch.equal(tensor, expected_result["state"][name])
 
 
 def poison_one_rank(directory: str) -> dict[str, Any]:
@@ -158,7 +309,7 @@ def poison_one_rank(directory: str) -> dict[str, Any]:
     with World(config.parallel, 0) as world:
         trainer = SilentTrainer(config, world)
         before = {name: full(t) for name, t in trainer.model.state_dict().items()}
-        weight = trainer.model.model.layers["1"].mlp.experts.down_proj
+        weight = trainer.model.model.layers["2"].mlp.experts.down_proj
         if world.rank == world.size - 1:
             weight.register_post_accumulate_grad_hook(lambda p: p.grad.to_local().view(-1)[:1].fill_(float("nan")))
         record, _ = trainer.train_step(next(trainer.loader))
@@ -178,7 +329,7 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(ranks, inputs):
 
 
 def refused(directory: str, ep: int) -> str:
-    config = config_for(directory, ep, global_batch_size=6)
+    config = config_for(directory, ep=ep, global_batch_size=6)
     with World(config.parallel, 0) as world:
         try:
             SilentTrainer(config, world)
@@ -190,8 +341,8 @@ def refused(directory: str, ep: int) -> str:
 @pytest.mark.parametrize(
     ("ep", "sentence"),
     [
-        (3, "model.layers.1.mlp has 8 experts, which do not divide over --parallel.ep 3 ranks"),
-        (1, "dim 1 of layer 1's experts.gate_up_proj is 32, which does not divide over the 3 ranks"),
+        (3, "model.layers.2.mlp has 8 experts, which do not divide over --parallel.ep 3 ranks"),
+        (1, "dim 1 of layer 2's experts.gate_up_proj is 32, which does not divide over the 3 ranks"),
     ],
 )
 def test_experts_that_do_not_divide_are_refused_on_every_rank(ranks, inputs, ep, sentence):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,70 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
             pad_token_id=tokenizer.pad_token_id,
         )
         assert full[0, prompt.shape[1] :].tolist() == answer["generated"]
+
+
+def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what_one_rank_prints(tmp_path):
+    """Same seed, data and global batch, fp32: losses and norms to 1e-5, the same held-out answers and exported weights."""
+    shared = (
+        "--train.steps 5 --optim.warmup-steps 1 --train.global-batch-size 8 --train.micro-batch-size 1 --train.aux-loss 0.01"
+    )
+    shared = f"{shared} --eval.answers 6 --eval.every 4".split()
+    layouts = {"one": (1, []), "eight": (8, ["--parallel.pp", 2, "--parallel.tp", 2, "--parallel.ep", 2])}
+    for name, (ranks, options) in layouts.items():
+        succeed(ranks, *shared, *options, "--output", tmp_path / name)
+    one, eight = (records(tmp_path / name) for name in layouts)
+    assert len(one) == len(eight) == 5
+    for a, b in zip(one, eight, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"tokens_per_second", "step_seconds"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-5), key
+    answers = [(tmp_path / name / "answers-after.jsonl").read_text() for name in layouts]
+    assert answers[0] == answers[1]
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "hf", dtype=torch.float32).state_dict() for name in layouts
+    ]
+    for name, expected in models[0].items():
+        torch.testing.assert_close(models[1][name], expected, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path):
+    """SIGKILL in the middle of a pipeline's training: torchrun ends the other ranks at once and names the one that died."""
+    options = [
+        "--parallel.pp",
+        "2",
+        "--parallel.ep",
+        "1",
+        "--parallel.timeout-seconds",
+        "30",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+        while not metrics.exists() or metrics.read_text().count("\n") < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        rank_of = {int(child): environ_of(child).get("RANK") for child in children}
+        victim = next(pid for pid, rank in rank_of.items() if rank == "1")
+        os.kill(victim, signal.SIGKILL)
+        _, err = process.communicate(timeout=90)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in err
+
+
+def environ_of(pid: str) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K conversations lie beside the repository, not in it")

@@ -18,17 +18,17 @@ def shard_v3(rank):
     from torchsft.parallel.world import mesh_sizes
 
     dist.init_process_group("fake", rank=rank, world_size=256, store=FakeStore())
-    dense, expert = (
-        init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        for sizes in mesh_sizes(Parallel(ep=64), 256)
-    )
+    meshes = {
+        name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        for name, axes in mesh_sizes(Parallel(ep=64), 256).items()
+    }
     config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=58) | {
         "num_hidden_layers": 61,
         "first_k_dense_replace": 3,
     }
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(config))
-    parallelize(model, SimpleNamespace(dense=dense, expert=expert), torch.bfloat16)
+    parallelize([model], SimpleNamespace(**meshes), torch.bfloat16)
     parameters = dict(model.named_parameters())
     experts = parameters["model.layers.3.mlp.experts.gate_up_proj"]
     return {

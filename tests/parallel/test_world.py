@@ -1,5 +1,7 @@
 """Mesh sizes, refusals, and the world of one rank."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,18 +11,33 @@ from torchsft.parallel.world import World, mesh_sizes
 
 @pytest.mark.parametrize(
     ("world_size", "parallel", "dp_shard", "edp"),
-    [(1, {}, 1, 1), (8, {}, 8, 8), (8, {"ep": 4}, 8, 2), (8, {"ep": 8}, 8, 1), (4, {"dp_shard": 4, "ep": 2}, 4, 2)],
+    [
+        (1, {}, 1, 1),
+        (8, {}, 8, 8),
+        (8, {"ep": 4}, 8, 2),
+        (8, {"ep": 8}, 8, 1),
+        (4, {"dp_shard": 4, "ep": 2}, 4, 2),
+        (256, {"pp": 4, "dp_replicate": 2, "cp": 2, "tp": 4, "ep": 16}, 4, 2),
+    ],
 )
 def test_mesh_sizes(world_size, parallel, dp_shard, edp):
-    dense, expert = mesh_sizes(Parallel(**parallel), world_size)
-    assert dense == {"pp": 1, "dp_replicate": 1, "dp_shard": dp_shard, "cp": 1, "tp": 1}
-    assert expert == {"pp": 1, "dp_replicate": 1, "edp": edp, "ep": parallel.get("ep", 1)}
+    meshes = mesh_sizes(Parallel(**parallel), world_size)
+    pp, dp_replicate, cp, tp, ep = (parallel.get(axis, 1) for axis in ("pp", "dp_replicate", "cp", "tp", "ep"))
+    assert meshes == {
+        "dense": {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp},
+        "parameter": {"pp": pp, "dp_replicate": dp_replicate, "fsdp": dp_shard * cp, "tp": tp},
+        "expert": {"pp": pp, "dp_replicate": dp_replicate, "edp": edp, "ep": ep},
+        "sequence": {"data": pp * dp_replicate * dp_shard, "sequence": cp * tp},
+    }
+    assert {math.prod(axes.values()) for axes in meshes.values()} == {world_size}
 
 
 @pytest.mark.parametrize(
     ("world_size", "parallel", "sentence"),
     [
-        (4, {"dp_shard": 3}, "multiply to 3, but 4 ranks were started"),
+        (4, {"dp_shard": 3}, "multiply to 3, but 4 ranks were started; set --parallel.dp-shard -1 or 4, or start 3 ranks"),
+        (8, {"pp": 3, "tp": 2}, r"multiply to 6, but 8 ranks were started; start 12 ranks or lower .* \(together 6\)"),
+        (2, {"pp": 4}, "multiply to 4, but 2 ranks were started; start 4 ranks or lower pp"),
         (4, {"ep": 3}, r"ep is 3, but it must divide dp_shard \* cp \* tp = 4; set it to one of 1, 2, 4"),
         (2, {"ep": 4}, r"ep is 4, but it must divide"),
     ],

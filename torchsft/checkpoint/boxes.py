@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard  # private; tests/checkpoint/test_boxes.py holds it to FSDP2
 
 from torchsft.models.decoder import Piece
 
@@ -37,21 +39,36 @@ def shard_box(
     """The box of a DTensor of global `shape` that the rank at mesh `coordinate` holds.
 
     DTensor's rule: axis by axis, the part that the axes before left is cut as by `torch.chunk`: equal parts, rounded
-    up, the last ones smaller or empty.
+    up, the last ones smaller or empty. FSDP2 cuts what tensor parallelism has cut already, although its axis comes first:
+    where both cut the same dim, it says so with a `_StridedShard`, whose turn comes after all axes behind it.
 
     Raises:
-        TypeError: a placement other than Shard and Replicate, such as what tensor parallelism under FSDP makes.
+        TypeError: a placement under which a rank's part is not one box, or of which FSDP2 and DTensor itself have different
+            views: a `_StridedShard` of a dim that the axes behind it do not cut evenly.
     """
     start, extent = [0] * len(shape), list(shape)
-    for size, placement, index in zip(mesh_shape, placements, coordinate, strict=True):
+
+    def cut(dim: int, size: int, index: int) -> None:
+        part = -(-extent[dim] // size)
+        offset = min(part * index, extent[dim])
+        start[dim] += offset
+        extent[dim] = min(part, extent[dim] - offset)
+
+    later: list[tuple[int, int, int]] = []
+    for axis, (size, placement, index) in enumerate(zip(mesh_shape, placements, coordinate, strict=True)):
         if type(placement) is Shard:
+            cut(placement.dim, size, index)
+        elif isinstance(placement, _StridedShard):
             dim = placement.dim
-            part = -(-extent[dim] // size)
-            offset = min(part * index, extent[dim])
-            start[dim] += offset
-            extent[dim] = min(part, extent[dim] - offset)
+            behind = zip(mesh_shape[axis + 1 :], placements[axis + 1 :], strict=True)
+            parts = math.prod(n for n, other in behind if getattr(other, "dim", None) == dim)
+            if placement.split_factor != parts or extent[dim] % parts:
+                raise TypeError(f"{tuple(shape)} placed as {tuple(placements)} on {tuple(mesh_shape)} is not one box per rank")
+            later.append((dim, size, index))
         elif not isinstance(placement, Replicate):
             raise TypeError(f"a parameter placed as {placement} is not one box per rank; place it as Shard or Replicate")
+    for dim, size, index in reversed(later):
+        cut(dim, size, index)
     return Box(tuple(start), tuple(extent))
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from torchsft.checkpoint.boxes import Box, local_box, piece_box, shard_box
-from torchsft.checkpoint.publish import published, rank_and_size, write_text
+from torchsft.checkpoint.boxes import Box, local_box, piece_box
+from torchsft.checkpoint.publish import gather_objects, published, rank_and_size, write_text
 from torchsft.checkpoint.weight_files import (
     DTYPES,
     INDEX,
@@ -154,9 +153,9 @@ def load_weights(model: DeepseekV3, index: WeightIndex) -> int:
     """Fill all parameters and persistent buffers from a directory; each rank reads only the slices that it holds.
 
     Args:
-        model: materialised; parameters are plain tensors or DTensors (Shard and Replicate on any mesh). Values are
-            converted to each parameter's dtype.
-        index: from `check_weights` of the same model.
+        model: materialised, whole or the part that this rank holds; parameters are plain tensors or DTensors on any mesh (see
+            `shard_box`). Values are converted to each parameter's dtype.
+        index: from `check_weights` of the whole model.
 
     Returns:
         Bytes that this rank read.
@@ -261,10 +260,17 @@ def export(
     unchanged (its rotary buffers and a duplicate of tied embeddings are not), as are generation config, tokenizer, chat
     templates and Python files; config.json is the source's with the new dtype. `source_dir` needs no weights.
 
-    Each tensor is sent to the one rank that writes it, from the ranks that hold parts of it, tensor by tensor and
-    straight into its file: a rank never holds more than its share of the model and the tensor in flight. Which rank
-    writes what follows from names and shapes, so that no rank needs to be asked. `out_dir` appears, or is replaced,
-    only when all ranks have finished.
+    The ranks tell each other which box of each parameter they hold (2 KB a rank for V3); what there is to write, and which
+    rank writes it, follows on each rank from that and the configuration. Each tensor is sent to the one rank that writes it,
+    from the ranks that hold parts of it, tensor by tensor and straight into its file: a rank never holds more than its share
+    of the model and the tensor in flight. `out_dir` appears, or is replaced, only when all ranks have finished.
+
+    Args:
+        model: what this rank holds, of a pipeline only some layers; all ranks together hold every tensor.
+        out_dir: the directory to write.
+        dtype: of the parameters in it.
+        source_dir: the Hugging Face directory that the run began with.
+        max_shard_bytes: size of a file, in bytes of tensors.
 
     Raises:
         InputError: `out_dir` is the source or something that is no model directory; see `read_config` and
@@ -279,8 +285,8 @@ def export(
     rank, ranks = rank_and_size()
     has_weights = any(source.glob("*.safetensors"))
     source_index = WeightIndex(source) if has_weights else None
-    tensors, pieces = _tensors_and_pieces(model)
-    plan = _pieces_to_write(tensors, pieces, dtype, ranks)
+    tensors = model.state_dict(keep_vars=True)
+    plan = _pieces_to_write(model.config, tensors, dtype)
     if source_index is not None:
         plan += _carried(source_index, model.config.num_hidden_layers, ranks)
     _choose_owners(plan, ranks)
@@ -298,10 +304,12 @@ def export(
                 if members[0].owner == rank
             }
             for item in plan:
-                if item.piece is not None:
+                values = None
+                if item.piece is None:
+                    if item.owner == rank:
+                        values = source_index.read_whole(item.key)
+                elif item.name in tensors:
                     values = _gather(item, tensors[item.name], rank)
-                else:
-                    values = source_index.read_whole(item.key) if item.owner == rank else None
                 if values is not None:
                     writers[item.file].write(item.key, values)
         if rank == 0:
@@ -314,35 +322,44 @@ def export(
             _copy_side_files(source, staging)
 
 
-def _pieces_to_write(
-    tensors: Mapping[str, Tensor], pieces: Mapping[str, Sequence[Piece]], dtype: torch.dtype, ranks: int
-) -> list[_Written]:
-    """Every piece of every tensor of the model. Buffers keep their dtype: the routing bias is fp32 on every path."""
+def _pieces_to_write(config: DeepseekV3Config, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[_Written]:
+    """Every piece of every tensor of the whole model, in the same order on every rank; collective.
+
+    Buffers keep their dtype: the routing bias is fp32 on every path.
+
+    Args:
+        tensors: what this rank holds.
+    """
+    with torch.device("meta"):
+        whole, pieces = _tensors_and_pieces(DeepseekV3(config))
+    if unknown := tensors.keys() - whole.keys():
+        raise RuntimeError(f"{listing(sorted(unknown))} are no tensors of the model")
     # The layers of a model are alike: V3's 44,544 expert tensors have 768 different boxes.
-    known: dict[tuple[Any, ...], dict[Box, list[int]]] = {}
+    known: dict[tuple[Box | None, ...], dict[Box, dict[Box, list[int]]]] = {}
     plan = []
-    for name, tensor in tensors.items():
+    for (name, tensor), box_of_rank in zip(whole.items(), _boxes_of_ranks(whole, tensors), strict=True):
+        holders: dict[Box, list[int]] = {}
+        for rank, box in enumerate(box_of_rank):
+            if box is not None:
+                holders.setdefault(box, []).append(rank)
+        if sum(math.prod(box.shape) for box in holders) != tensor.numel():
+            raise RuntimeError(f"the ranks do not hold each of the {tensor.numel()} elements of {name} once or in equal boxes")
+        parts = known.setdefault(box_of_rank, {})
         for piece in pieces[name]:
-            layout = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
-            signature = (*layout, tuple(tensor.shape), piece.start, piece.hf_shape)
-            if signature not in known:
-                known[signature] = _parts(tensor, piece_box(piece), ranks)
+            filled = piece_box(piece)
+            if filled not in parts:
+                common = {box & filled: ranks for box, ranks in holders.items()}
+                parts[filled] = {box: ranks for box, ranks in common.items() if box is not None}
             kept = dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
-            plan.append(_Written(piece.key, piece.hf_shape, kept, known[signature], name, piece))
+            plan.append(_Written(piece.key, piece.hf_shape, kept, parts[filled], name, piece))
     return plan
 
 
-def _parts(tensor: Tensor, box: Box, ranks: int) -> dict[Box, list[int]]:
-    """The parts of `box` that ranks hold, and the ranks that hold each."""
-    if not isinstance(tensor, DTensor):
-        return {box: list(range(ranks))}
-    mesh: DeviceMesh = tensor.device_mesh
-    parts: dict[Box, list[int]] = {}
-    for coordinate in itertools.product(*map(range, mesh.shape)):
-        part = box & shard_box(tensor.shape, mesh.shape, tensor.placements, coordinate)
-        if part is not None:
-            parts.setdefault(part, []).append(int(mesh.mesh[coordinate]))
-    return parts
+def _boxes_of_ranks(names: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterable[tuple[Box | None, ...]]:
+    """For each name the box that each rank holds of it, by rank, or None where it holds none; collective."""
+    held = [local_box(tensors[name]) if name in tensors else None for name in names]
+    once = {box: box for box in held}  # of equal boxes one object, which pickle stores once
+    return zip(*gather_objects([once[box] for box in held]), strict=True)
 
 
 def _carried(index: WeightIndex, layers: int, ranks: int) -> list[_Written]:
@@ -394,8 +411,11 @@ def _lay_out(plan: Sequence[_Written], ranks: int, max_shard_bytes: float) -> di
 def _gather(item: _Written, tensor: Tensor, rank: int) -> Tensor | None:
     """Bring the parts of one tensor together on its owner, in the dtype in which it is written.
 
-    Point to point, so that only the ranks that hold a part take part. All ranks go through the tensors in the same
-    order.
+    Point to point, so that only the ranks that hold a part take part; of several copies of the model, the owner's own. All
+    ranks go through the tensors in the same order.
+
+    Args:
+        tensor: this rank's part of the parameter.
 
     Returns:
         The whole box on the owner; None elsewhere.
@@ -403,8 +423,10 @@ def _gather(item: _Written, tensor: Tensor, rank: int) -> Tensor | None:
     local, origin = _local(tensor), local_box(tensor).start
     whole = local.new_empty(piece_box(item.piece).shape, dtype=item.dtype) if rank == item.owner else None
     transfers, arriving = [], []
+    # Each part lies on as many ranks, one of each copy, in the order of the ranks.
+    copy = next(holders.index(item.owner) for holders in item.parts.values() if item.owner in holders)
     for part, holders in item.parts.items():
-        sender = item.owner if item.owner in holders else holders[0]
+        sender = holders[copy]
         if sender == rank:
             values = local[part.within(origin)].to(item.dtype)
             if whole is None:

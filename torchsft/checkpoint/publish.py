@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,6 +24,15 @@ def barrier() -> None:
     """Wait for all ranks; nothing to wait for without a process group."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, by rank, on every rank; collective. They are pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ is DCP's own `.metadata`; tensors are read with `weights_only`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 
 from torchsft.checkpoint.huggingface import mismatches
-from torchsft.checkpoint.publish import barrier, published, rank_and_size, write_text
+from torchsft.checkpoint.publish import barrier, gather_objects, published, rank_and_size, write_text
 from torchsft.config import InputError
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -152,13 +154,7 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
         tensors |= _optimizer_tensors(model, optimizer)
     else:  # saved before the first step
         optimizer.state.clear()
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    shapes = {
-        name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        for name, entry in stored.items()
-        if not name.startswith("rng.")
-    }
-    if problem := mismatches(expected, shapes):
+    if problem := _mismatches(tensors, stored):
         raise InputError(f"checkpoint {path} is of another model: {problem}; use the options that it was made with")
     random_states = {name: state for name, state in _random_states(rank).items() if name in stored}
     try:
@@ -169,6 +165,25 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
         raise InputError(f"checkpoint {path} is damaged: {_cause(error)}; use an older one") from error
     _set_random_states(rank, random_states)
     return extra
+
+
+def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> str:
+    """How the tensors of all ranks together differ from the stored ones, in words, the same on every rank; collective.
+
+    Ranks of a pipeline hold different ones. They exchange a bit for each stored name, not V3's 3,000 names.
+    """
+    shapes = {
+        name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        for name, entry in stored.items()
+        if not name.startswith("rng.")
+    }
+    held = torch.tensor([name in tensors for name in shapes], dtype=torch.uint8)
+    if dist.is_initialized():
+        dist.all_reduce(held, dist.ReduceOp.MAX)  # over gloo: the host has the bits and needs them
+    expected = dict(itertools.compress(shapes.items(), held.tolist()))
+    for odd in gather_objects({name: tuple(t.shape) for name, t in tensors.items() if shapes.get(name) != tuple(t.shape)}):
+        expected |= odd
+    return mismatches(expected, shapes)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

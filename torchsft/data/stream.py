@@ -36,6 +36,22 @@ class Step:
     sample_ids: list[str]
 
 
+def microbatches_per_step(global_batch_size: int, micro_batch_size: int, data_size: int) -> int:
+    """Microbatches of one data rank in a step; arguments as in `TrainLoader`.
+
+    Raises:
+        InputError: the sizes do not divide.
+    """
+    rows_per_round = micro_batch_size * data_size
+    if global_batch_size % rows_per_round:
+        nearest = -(-global_batch_size // rows_per_round) * rows_per_round
+        raise InputError(
+            f"--train.global-batch-size ({global_batch_size}) must divide by --train.micro-batch-size"
+            f" ({micro_batch_size}) times the number of data-parallel ranks ({data_size}); set it to {nearest}"
+        )
+    return global_batch_size // rows_per_round
+
+
 class TrainLoader:
     """Iterator of `Step`s for one data rank, endless over epochs."""
 
@@ -67,13 +83,7 @@ class TrainLoader:
         """
         if not samples:
             raise InputError("--data.train has no samples to train on; check the files and --data.truncation")
-        rows_per_round = micro_batch_size * data_size
-        if global_batch_size % rows_per_round:
-            nearest = -(-global_batch_size // rows_per_round) * rows_per_round
-            raise InputError(
-                f"--train.global-batch-size ({global_batch_size}) must divide by --train.micro-batch-size"
-                f" ({micro_batch_size}) times the number of data-parallel ranks ({data_size}); set it to {nearest}"
-            )
+        microbatches_per_step(global_batch_size, micro_batch_size, data_size)  # may refuse
         self.samples = samples
         self.lengths = [len(sample.tokens) for sample in samples]
         named = "".join(f"{sample.id}:{length};" for sample, length in zip(samples, self.lengths, strict=True))

@@ -17,6 +17,7 @@ from torchsft.config import InputError
 # metrics.jsonl key -> TensorBoard tag; `eval_NAME` becomes `eval/NAME`.
 _TAGS = {
     "loss": "train/loss",
+    "aux_loss": "train/aux_loss",
     "tokens": "train/tokens",
     "supervised_tokens": "train/supervised_tokens",
     "epoch": "train/epoch",

@@ -9,7 +9,7 @@ D width, V vocabulary, N documents, P rope pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,21 @@ _FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
     "attention_dropout": 0,
+}
+
+# What tensor parallelism does to which modules; parallel/tensor.py says what the styles mean. Modules that are not named are
+# replicated: what makes the latents, the norms, the router and the shared experts.
+TENSOR_PARALLEL = {
+    "model.embed_tokens": "vocabulary",
+    "model.layers.*.self_attn.q_proj": "column",
+    "model.layers.*.self_attn.q_b_proj": "column",
+    "model.layers.*.self_attn.kv_b_proj": "column",
+    "model.layers.*.self_attn.o_proj": "row",
+    "model.layers.*.mlp": "gather",  # of dense layers
+    "model.layers.*.mlp.gate_proj": "column",
+    "model.layers.*.mlp.up_proj": "column",
+    "model.layers.*.mlp.down_proj": "row",
+    "lm_head": "vocabulary",
 }
 
 
@@ -158,13 +173,9 @@ class DeepseekV3Config:
         """Whether layer (from 0) has experts."""
         return layer >= self.first_k_dense_replace
 
-    def flops(self, document_lengths: list[int]) -> float:
-        """FLOPs of one training step (forward and backward, 3 x forward) over documents of these lengths.
-
-        2 per multiply-add. Every matrix that a token meets counts once (its K routed experts, the shared ones, the
-        router and the output embedding included, the input embedding not), and attention counts its causal half:
-        L^2 / 2 pairs per head for a document of L tokens, each qk_head_dim + v_head_dim multiply-adds.
-        """
+    def layer_costs(self) -> list[int]:
+        """Multiply-adds per token in the matrices of each layer: attention, and a dense network or router, K routed experts and
+        shared ones."""
         width, heads = self.hidden_size, self.num_attention_heads
         q_out = heads * self.qk_head_dim
         q = width * q_out if self.q_lora_rank is None else self.q_lora_rank * (width + q_out)
@@ -174,10 +185,27 @@ class DeepseekV3Config:
         dense = 3 * width * self.intermediate_size
         used_experts = self.num_experts_per_tok + self.n_shared_experts
         moe = 3 * width * self.moe_intermediate_size * used_experts + width * self.n_routed_experts
-        per_token = self.vocab_size * width + sum(
-            attention + (moe if self.is_moe(layer) else dense) for layer in range(self.num_hidden_layers)
-        )
-        pairs = self.num_hidden_layers * heads * sum(length**2 / 2 for length in document_lengths)
+        return [attention + (moe if self.is_moe(layer) else dense) for layer in range(self.num_hidden_layers)]
+
+    @property
+    def head_cost(self) -> int:
+        """Multiply-adds per token of the output embedding, whose logits are the loss's."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def embedding_cost(self) -> int:
+        """Of the input embedding, which copies a row: next to nothing."""
+        return self.hidden_size
+
+    def flops(self, document_lengths: list[int]) -> float:
+        """FLOPs of one training step (forward and backward, 3 x forward) over documents of these lengths.
+
+        2 per multiply-add. Every matrix that a token meets counts once (`layer_costs` and the output embedding, not the input
+        embedding), and attention counts its causal half: L^2 / 2 pairs per head for a document of L tokens, each
+        qk_head_dim + v_head_dim multiply-adds.
+        """
+        per_token = self.head_cost + sum(self.layer_costs())
+        pairs = self.num_hidden_layers * self.num_attention_heads * sum(length**2 / 2 for length in document_lengths)
         multiply_adds = per_token * sum(document_lengths) + pairs * (self.qk_head_dim + self.v_head_dim)
         return 3 * 2 * float(multiply_adds)
 
@@ -228,7 +256,13 @@ def _rope(config: Mapping[str, Any]) -> Rope:
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then a dense or a mixture-of-experts feed-forward network, each normed before and added after."""
+    """Attention, then a dense or a mixture-of-experts feed-forward network, each normed before and added after.
+
+    Attributes:
+        recompute: `recompute(function, *args)` runs a function so that little is kept for its backward pass; None: all is kept.
+    """
+
+    recompute: Callable[..., Tensor] | None = None
 
     def __init__(self, config: DeepseekV3Config, layer: int, experts: Literal["grouped_mm", "loop"]) -> None:
         super().__init__()
@@ -263,6 +297,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_SD: Tensor, packing: Packing) -> Tensor:
         """Residual stream [S, D] to [S, D]."""
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self.compute, x_SD, packing)
+        return self.compute(x_SD, packing)
+
+    def compute(self, x_SD: Tensor, packing: Packing) -> Tensor:
+        """What `forward` returns."""
         x_SD = x_SD + self.self_attn(self.input_layernorm(x_SD), packing)
         normed_SD = self.post_attention_layernorm(x_SD)
         return x_SD + (self.mlp(normed_SD, packing) if isinstance(self.mlp, MoE) else self.mlp(normed_SD))

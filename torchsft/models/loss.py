@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.models.decoder import VocabularyPart
-from torchsft.ops import plain
+from torchsft.ops import plain, wanted
 
 IGNORE = -100
 """Label of a position that predicts nothing."""
@@ -41,7 +41,7 @@ def vocabulary_loss(
             the loss over the whole vocabulary, and its part of the sum that is the gradient of `hidden_TD`.
 
     Returns:
-        fp32 scalar. Its graph can be traversed once: the backward pass scales the kept gradients in place.
+        fp32 scalar. Its graph can be traversed once for each of the two gradients: the backward pass scales what was kept.
     """
     if plain() and vocabulary is None:
         return vocabulary_loss_reference(hidden_TD, weight_VD, labels_T, loss_weights_T)
@@ -111,16 +111,19 @@ class _VocabularyLoss(torch.autograd.Function):
                 grad_weight += grad_CV.T @ hidden_CD
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
-        ctx.gradients = grad_hidden, grad_weight
+        ctx.gradients = [grad_hidden, grad_weight]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the vocabulary loss was traversed backward twice; it keeps its gradients for once only")
-        grad_hidden, grad_weight = (None if kept is None else kept.mul_(grad) for kept in ctx.gradients)
-        ctx.gradients = None
-        return grad_hidden, grad_weight, None, None, None, None, None
+        gradients: list[Tensor | None] = [None, None]
+        for i, want in enumerate(wanted(ctx)[:2]):
+            if want:
+                kept, ctx.gradients[i] = ctx.gradients[i], None
+                if kept is None:
+                    raise RuntimeError("the vocabulary loss was traversed backward twice; it keeps its gradients for once only")
+                gradients[i] = kept.mul_(grad)
+        return *gradients, None, None, None, None, None
 
 
 def _partial_log_softmax(logits_CV: Tensor, targets_C1: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -113,6 +113,7 @@ class MoE(nn.Module):
             parallelism puts its all-to-all here, and computes `meanwhile` while rows travel.
         balance_scale: what the balance loss is multiplied with in the gradient: its factor over the tokens of the global batch,
             set before each step; 0 leaves it out.
+        counting: False while a forward pass is repeated for the backward pass.
         expert_load: int64 [E], not saved: real tokens routed to each expert in training mode since it was last zeroed.
         balance_loss: fp32 scalar, not saved: sum of the balance loss over real tokens since it was last zeroed.
     """
@@ -127,6 +128,7 @@ class MoE(nn.Module):
         self.shared_experts = shared_experts
         self.exchange: Exchange = local_exchange
         self.balance_scale = 0.0
+        self.counting = True
         count = gate.weight.shape[0]
         self.register_buffer("expert_load", torch.zeros(count, dtype=torch.int64), persistent=False)
         self.register_buffer("balance_loss", torch.zeros((), dtype=torch.float32), persistent=False)
@@ -148,7 +150,7 @@ class MoE(nn.Module):
         chosen_R = experts_SK.flatten()
         # Counted by scatter: bincount asks the device for its largest value.
         counts_E = torch.zeros_like(self.expert_load).scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
-        if self.training:
+        if self.training and self.counting:
             self.expert_load.scatter_add_(0, chosen_R, valid_S1.expand_as(experts_SK).flatten().long())
 
         order_R = chosen_R.argsort(stable=True)
@@ -178,5 +180,6 @@ class MoE(nn.Module):
         share_SE = scores_SE / scores_SE.sum(-1, keepdim=True)
         loss_S = (frequency_NE[packing.document_S] * share_SE).sum(-1)
         loss = torch.where(packing.valid_S, loss_S, 0).sum()
-        self.balance_loss += loss.detach()
+        if self.counting:
+            self.balance_loss += loss.detach()
         return _AddLoss.apply(weights_SK, loss * self.balance_scale)

@@ -3,6 +3,10 @@
 `--model.ops plain` computes a whole run with the plain twins (here, and the rotation and the loss in models/).
 """
 
+from typing import Any
+
+import torch
+
 _plain = False
 
 
@@ -15,3 +19,21 @@ def use_plain(on: bool) -> None:
 def plain() -> bool:
     """Whether the plain twins are to be used."""
     return _plain
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Inside the backward of an autograd Function: whether this pass computes the gradient of each of its tensor arguments.
+
+    Zero-bubble pipeline schedules go through a graph twice, for activations and later for weights, and every Function that has
+    both is called in both passes; `ctx.needs_input_grad` is the same in both.
+    """
+
+    def runs(node: Any) -> bool:
+        if node is None:  # no gradient at all
+            return False
+        try:
+            return torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # what it says of a leaf that `torch.autograd.grad` asks for
+            return True
+
+    return [runs(node) for node, _ in ctx.next_functions]

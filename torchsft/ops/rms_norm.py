@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchsft.ops import plain
+from torchsft.ops import plain, wanted
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,11 +50,15 @@ class _RmsNorm(torch.autograd.Function):
         return (wide * rstd).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
+        want_x, want_weight = wanted(ctx)
         grad, normed = _wide(grad), _wide(x) * rstd
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad_normed = grad * weight
-        along = torch.linalg.vecdot(grad_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(rstd)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        grad_x = grad_weight = None
+        if want_weight:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if want_x:
+            grad_normed = grad * weight
+            along = torch.linalg.vecdot(grad_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
+            grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(rstd).to(x.dtype)
+        return grad_x, grad_weight, None

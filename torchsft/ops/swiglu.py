@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchsft.ops import plain
+from torchsft.ops import plain, wanted
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -77,28 +77,36 @@ class _GroupedSwiglu(torch.autograd.Function):
         gate, up = both.chunk(2, dim=-1)
         y_RD = F.grouped_mm(F.silu(gate).mul_(up), down.mT, offs=offs_E)
         ctx.save_for_backward(x_RD, gate_up, down, offs_E, both)
+        ctx.later = None
         return y_RD
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_RD, gate_up, down, offs_E, both = ctx.saved_tensors
-        need_x, need_gate_up, need_down, _ = ctx.needs_input_grad
-        gate, up = both.chunk(2, dim=-1)
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        want_x, want_gate_up, want_down, _ = wants = wanted(ctx)
         grad_RD = grad_RD.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
-        grad_hidden = F.grouped_mm(grad_RD, down, offs=offs_E)
-        activated = F.silu(gate)
-        grad_activated = grad_hidden * up
-        grad_up = grad_hidden.mul_(activated)
-        hidden = activated.mul_(up)
-        grad_down = F.grouped_mm(grad_RD.mT, hidden, offs=offs_E) if need_down else None
-        del hidden, activated
-        # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a second backward through
-        # the same graph is refused by autograd's version check).
-        torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
-        up.copy_(grad_up)
-        del grad_activated, grad_up, grad_hidden
-        grad_x_RD = F.grouped_mm(both, gate_up, offs=offs_E) if need_x else None
-        grad_gate_up = F.grouped_mm(both.mT, x_RD, offs=offs_E) if need_gate_up else None
+        grad_down = None
+        if ctx.later is None:
+            x_RD, gate_up, down, offs_E, both = ctx.saved_tensors
+            gate, up = both.chunk(2, dim=-1)
+            grad_hidden = F.grouped_mm(grad_RD, down, offs=offs_E)
+            activated = F.silu(gate)
+            grad_activated = grad_hidden * up
+            grad_up = grad_hidden.mul_(activated)
+            hidden = activated.mul_(up)
+            if wants != list(ctx.needs_input_grad):  # a pass of its own will ask for the others
+                ctx.later = x_RD, gate_up, offs_E, hidden, both
+            grad_down = F.grouped_mm(grad_RD.mT, hidden, offs=offs_E) if want_down else None
+            del hidden, activated
+            # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a second backward through
+            # the same graph is refused by autograd's version check).
+            torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
+            up.copy_(grad_up)
+            del grad_activated, grad_up, grad_hidden
+        else:
+            (x_RD, gate_up, offs_E, hidden, both), ctx.later = ctx.later, None
+            grad_down = F.grouped_mm(grad_RD.mT, hidden, offs=offs_E) if want_down else None
+        grad_x_RD = F.grouped_mm(both, gate_up, offs=offs_E) if want_x else None
+        grad_gate_up = F.grouped_mm(both.mT, x_RD, offs=offs_E) if want_gate_up else None
         # An expert without rows has no terms to add up; some kernels leave its gradient as it was in memory
         # (pytorch issue 172439).
         empty_E11 = (offs_E.diff(prepend=offs_E.new_zeros(1)) == 0).view(-1, 1, 1)

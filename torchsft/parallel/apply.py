@@ -1,4 +1,4 @@
-"""The one place that orders what is done to a model: tensor, expert, context parallelism, then FSDP2."""
+"""The one place that orders what is done to a model: tensor, expert, context parallelism, activation checkpointing, FSDP2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.expert import apply_expert_parallel
 from torchsft.parallel.fsdp import apply_fsdp
@@ -14,7 +15,14 @@ from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
 
 
-def parallelize(stages: Sequence[DeepseekV3], world: World, compute: torch.dtype, reshard_after_forward: bool = True) -> None:
+def parallelize(
+    stages: Sequence[DeepseekV3],
+    world: World,
+    compute: torch.dtype,
+    *,
+    activation_checkpointing: bool = False,
+    reshard_after_forward: bool = True,
+) -> None:
     """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no memory is allocated.
 
     On one rank in fp32 there is nothing to shard and nothing to cast, so the model is left as it is.
@@ -22,6 +30,7 @@ def parallelize(stages: Sequence[DeepseekV3], world: World, compute: torch.dtype
     Args:
         stages: the pipeline stages that this rank holds; without a pipeline, the model.
         compute: dtype of the forward and backward pass; parameters stay fp32.
+        activation_checkpointing: compute every layer again in the backward pass.
         reshard_after_forward: see `apply_fsdp`.
 
     Raises:
@@ -33,5 +42,7 @@ def parallelize(stages: Sequence[DeepseekV3], world: World, compute: torch.dtype
         apply_expert_parallel(stage, world.expert)
         if world.dense["cp"].size() > 1:
             apply_context_parallel(stage, world)
+        if activation_checkpointing:
+            apply_activation_checkpointing(stage)
         if world.dense.size() > 1 or compute != torch.float32:
             apply_fsdp(stage, world.parameter, world.expert, compute, reshard_after_forward)

@@ -24,8 +24,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchsft.config import InputError, Parallel
 
 
-def mesh_sizes(parallel: Parallel, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes of the dense and of the expert mesh for `world_size` ranks.
+def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]:
+    """Axes and sizes of the meshes `dense`, `parameter`, `expert` and `sequence` for `world_size` ranks.
 
     Raises:
         InputError: the sizes do not multiply to the world size, or ep does not divide dp_shard * cp * tp.
@@ -35,10 +35,13 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> tuple[dict[str, int], dic
     if shard == -1:
         shard = max(world_size // others, 1)
     if others * shard != world_size:
+        if world_size % others:
+            remedy = f"start {-(-world_size // others) * others} ranks or lower pp, dp_replicate, cp or tp (together {others})"
+        else:
+            remedy = f"set --parallel.dp-shard -1 or {world_size // others}, or start {others * shard} ranks"
         raise InputError(
             f"the mesh sizes pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard {shard} x cp {parallel.cp} x "
-            f"tp {parallel.tp} multiply to {others * shard}, but {world_size} ranks were started; "
-            f"set --parallel.dp-shard -1 or start {others * shard} ranks"
+            f"tp {parallel.tp} multiply to {others * shard}, but {world_size} ranks were started; {remedy}"
         )
     inner = shard * parallel.cp * parallel.tp
     if inner % parallel.ep:
@@ -47,20 +50,14 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> tuple[dict[str, int], dic
             f"--parallel.ep is {parallel.ep}, but it must divide dp_shard * cp * tp = {inner}; "
             f"set it to one of {', '.join(map(str, divisors))}"
         )
-    dense = {
-        "pp": parallel.pp,
-        "dp_replicate": parallel.dp_replicate,
-        "dp_shard": shard,
-        "cp": parallel.cp,
-        "tp": parallel.tp,
+    outer = {"pp": parallel.pp, "dp_replicate": parallel.dp_replicate}
+    sequence = parallel.cp * parallel.tp
+    return {
+        "dense": {**outer, "dp_shard": shard, "cp": parallel.cp, "tp": parallel.tp},
+        "parameter": {**outer, "fsdp": shard * parallel.cp, "tp": parallel.tp},
+        "expert": {**outer, "edp": inner // parallel.ep, "ep": parallel.ep},
+        "sequence": {"data": world_size // sequence, "sequence": sequence},
     }
-    expert = {
-        "pp": parallel.pp,
-        "dp_replicate": parallel.dp_replicate,
-        "edp": inner // parallel.ep,
-        "ep": parallel.ep,
-    }
-    return dense, expert
 
 
 class World:
@@ -81,7 +78,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        dense, expert = mesh_sizes(parallel, self.size)  # before anything is started
+        sizes = mesh_sizes(parallel, self.size)  # before anything is started
         cuda = torch.cuda.is_available()
         if cuda and self.local_rank >= torch.cuda.device_count():
             raise InputError(
@@ -97,16 +94,11 @@ class World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-        self.dense = self._mesh(dense, timeout)
-        self.expert = self._mesh(expert, timeout)
-        sequence = dense["cp"] * dense["tp"]
-        self.sequence = self._mesh({"data": self.size // sequence, "sequence": sequence}, timeout)
-        fsdp = {"fsdp": dense["dp_shard"] * dense["cp"]}
-        parameter = {"pp": dense["pp"], "dp_replicate": dense["dp_replicate"], **fsdp, "tp": dense["tp"]}
-        self.parameter = self._mesh(parameter, timeout)
-        self.data_size = dense["dp_replicate"] * dense["dp_shard"]
+        self.dense, self.parameter, self.expert, self.sequence = (self._mesh(axes, timeout) for axes in sizes.values())
+        shard = sizes["dense"]["dp_shard"]
+        self.data_size = parallel.dp_replicate * shard
+        self.data_rank = self.dense.get_local_rank("dp_replicate") * shard + self.dense.get_local_rank("dp_shard")
         self.is_reader = all(self.dense.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
-        self.data_rank = self.dense.get_local_rank("dp_replicate") * dense["dp_shard"] + self.dense.get_local_rank("dp_shard")
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

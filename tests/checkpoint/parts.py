@@ -1,0 +1,97 @@
+"""What the ranks do in test_parts.py. Without `transformers`, whose import costs each rank seconds."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from tests.checkpoint.layouts import everything, optimizer_for, update, watched_export, whole
+from torchsft.checkpoint import huggingface, state
+from torchsft.config import InputError, Parallel
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.parallel.apply import parallelize
+from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.world import World
+
+
+def build(source, parallel, world, **changes):
+    """The part of the model that this rank holds, built as the trainer does; its memory is garbage."""
+    config = DeepseekV3Config.from_hf(huggingface.read_config(source) | changes)
+    plan = plan_stages(parallel, config, microbatches=8)
+    pp_rank = world.dense.get_local_rank("pp")
+    with torch.device("meta"):
+        model = DeepseekV3(config, **plan.model_part(pp_rank))
+        stages = split(model, plan, pp_rank)
+    parallelize(stages, world, torch.float32, reshard_after_forward=reshard_after_forward(parallel))
+    for stage in stages:
+        stage.to_empty(device="cpu")
+    model.init_buffers()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(torch.nan)
+    return model
+
+
+def load(source, model):
+    with torch.device("meta"):
+        complete = DeepseekV3(model.config)
+    return huggingface.load_weights(model, huggingface.check_weights(source, complete))
+
+
+def weights(source, work, name, **axes):
+    """Load, export and initialise; the whole tensors of this rank's part each time, bytes read and written, and peers."""
+    parallel = Parallel(**axes, timeout_seconds=60)
+    with World(parallel, 0) as world:
+        model = build(source, parallel, world)
+        seen = {"read": load(source, model), "loaded": whole(model.state_dict())}
+        seen["placements"] = {name: str(tensor.placements) for name, tensor in model.named_parameters()}
+        seen |= watched_export(model, f"{work}/{name}/hf", torch.bfloat16, source, max_shard_bytes=30_000)
+        huggingface.initialise_weights(model, 7, initial_value)
+        seen["initial"] = whole(model.state_dict())
+        return seen
+
+
+def save(source, directory, **axes):
+    """Two updates and a checkpoint; parameters, buffers and moments of this rank's part."""
+    parallel = Parallel(**axes, timeout_seconds=60)
+    with World(parallel, 0) as world:
+        model = build(source, parallel, world)
+        load(source, model)
+        optimizer = optimizer_for(model)
+        update(model, optimizer, 2)
+        torch.manual_seed(100 + world.rank)
+        state.save(directory, 2, model, optimizer, extra={"step": 2}, config={}, keep=1)
+        return whole(everything(model, optimizer)), torch.rand(3)
+
+
+def restore(source, directory, **axes):
+    """What a checkpoint made of this rank's part, another update of it, and a random number."""
+    parallel = Parallel(**axes, timeout_seconds=60)
+    with World(parallel, 0) as world:
+        model = build(source, parallel, world)
+        optimizer = optimizer_for(model)
+        torch.manual_seed(0)
+        assert state.load(state.find_latest(directory), model, optimizer) == {"step": 2}
+        drawn, restored = torch.rand(3), whole(everything(model, optimizer))
+        update(model, optimizer, 1)
+        return restored, whole(everything(model, optimizer)), drawn
+
+
+def refusals(source, directory, models, **axes):
+    """The sentences with which a checkpoint of another model is refused; `models`: what differs in each."""
+    parallel = Parallel(**axes, timeout_seconds=60)
+    sentences = []
+    with World(parallel, 0) as world:
+        for changes in models:
+            model = build(source, parallel, world, **changes)
+            try:
+                state.load(state.find_latest(directory), model, optimizer_for(model))
+            except InputError as error:
+                sentences.append(str(error))
+    return sentences
+
+
+def bytes_of(directory):
+    """Size of a checkpoint's tensors on the disk."""
+    return sum(entry.stat().st_size for entry in os.scandir(state.find_latest(directory)) if entry.name.endswith(".distcp"))
