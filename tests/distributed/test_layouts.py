@@ -38,9 +38,9 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
-    """`changes`: fields of Parallel, and micro_batch_size, global_batch_size, compute and output."""
+    """`changes`: fields of Parallel, some of Train, compute and output."""
     base = Path(directory)
-    train = {"micro_batch_size": 1, "global_batch_size": ROWS}
+    train = {"micro_batch_size": 1, "global_batch_size": ROWS, "activation_checkpointing": "none"}
     train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
     compute, output = changes.pop("compute", "fp32"), changes.pop("output", str(base / "unused-output"))
     return Config(
@@ -65,10 +65,15 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
         step, the latter and the final weights as far as this rank has the layers.
     """
     trainer = SilentTrainer(config, world)
-    routing: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.model.moe_layers()}
+    moes = trainer.model.moe_layers()
+    routing: dict[str, list[torch.Tensor]] = {name: [] for name in moes}
+    again: dict[str, list[torch.Tensor]] = {name: [] for name in moes}  # where activation checkpointing routes them
+
+    def keep_routing(name: str, chosen: torch.Tensor) -> None:
+        (routing if moes[name].counting else again)[name].append(chosen.sort().values)
+
     hooks = [
-        moe.gate.register_forward_hook(lambda _, __, out, name=name: routing[name].append(out[1].sort().values))
-        for name, moe in trainer.model.moe_layers().items()
+        moe.gate.register_forward_hook(lambda _, __, out, name=name: keep_routing(name, out[1])) for name, moe in moes.items()
     ]
     gradients: list[dict[str, torch.Tensor]] = []
     update = trainer.optimizer.step
@@ -85,10 +90,12 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     common = {"place": place, "data_rank": world.data_rank}
     trainer.optimizer.step = keep_gradients
     first = next(trainer.loader)
-    config.train.aux_loss = AUX_LOSS
+    trainer.config.train.aux_loss = AUX_LOSS
     balanced = common | reported([first], [trainer.train_step(first)[0]])
     balanced["routing"] = {name: torch.stack(seen) for name, seen in routing.items()}
-    config.train.aux_loss = 0.0
+    if config.train.activation_checkpointing == "full":
+        assert all(torch.equal(torch.stack(again[name]), seen) for name, seen in balanced["routing"].items())
+    trainer.config.train.aux_loss = 0.0
     for hook in hooks:
         hook.remove()
     trainer.optimizer.step = keep_gradients_once_and_update
@@ -243,6 +250,12 @@ MATRIX = [
     layout(dp_shard=2, micro_batch_size=4, ep=2),
     layout(pp=2, micro_batch_size=2, pp_schedule="1F1B"),
     layout(tp=2, cp=2, micro_batch_size=4, ep=2),
+    # activation checkpointing
+    layout(activation_checkpointing="full"),
+    layout(dp_shard=2, tp=2, ep=4, activation_checkpointing="full"),
+    layout(pp=2, cp=2, ep=2, activation_checkpointing="full", pp_schedule="Interleaved1F1B"),
+    layout(pp=2, dp_shard=2, ep=2, activation_checkpointing="full", pp_schedule="ZBVZeroBubble"),
+    layout(pp=2, activation_checkpointing="full", pp_schedule="InterleavedZeroBubble"),
     # layers by hand
     layout(pp=2, pp_layers=(5, 3), pp_schedule="GPipe"),
     layout(pp=2, pp_layers=(1, 2, 1, 1, 2, 1), pp_schedule="Interleaved1F1B"),

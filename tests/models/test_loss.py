@@ -73,6 +73,18 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_gradients_can_be_taken_in_two_passes(first):
+    """As zero-bubble pipelines do: of the hidden states, and later of the weight."""
+    hidden, weight, labels, loss_weights = inputs()
+    expected = torch.autograd.grad(vocabulary_loss_reference(hidden, weight, labels, loss_weights.double()), (hidden, weight))
+    loss = vocabulary_loss(hidden, weight, labels, loss_weights.double(), 8)
+    for one in (first, 1 - first):
+        torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)[one], retain_graph=True)[0], expected[one])
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(loss, weight)
+
+
 class Largest(TorchDispatchMode):
     """Entries of the largest tensor that any operation returned, and the number of operations."""
 

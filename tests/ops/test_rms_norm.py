@@ -1,7 +1,9 @@
 """RMSNorm against torch's own."""
 
+import pytest
 import torch
 
+from tests.ops.passes import Operations
 from torchsft.ops.rms_norm import rms_norm, rms_norm_reference
 
 
@@ -18,3 +20,16 @@ def test_bf16_is_computed_in_fp32():
     got = rms_norm(x, weight, 1e-6)
     assert got.dtype == torch.bfloat16
     assert ((got - exact).abs() <= exact.abs() * 2**-8).all()  # one rounding to 8 bits
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_gradients_can_be_taken_in_two_passes(first):
+    """As zero-bubble pipelines do; what a pass does not want, it does not compute."""
+    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(7, requires_grad=True)
+    expected = torch.autograd.grad(rms_norm(x, weight, 1e-6).square().sum(), (x, weight))
+    loss = rms_norm(x, weight, 1e-6).square().sum()
+    for one in (first, 1 - first):
+        with Operations() as operations:
+            (gradient,) = torch.autograd.grad(loss, (x, weight)[one], retain_graph=True)
+        assert gradient.equal(expected[one])
+        assert operations.count["aten::linalg_vecdot"] + operations.count["aten::addcmul_"] == (1 - one) * 2

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.ops.passes import Operations
 from torchsft.ops.swiglu import grouped_swiglu, grouped_swiglu_reference, swiglu, swiglu_reference
 
 D, F = 16, 8
@@ -53,3 +54,39 @@ def test_a_second_backward_through_one_graph_is_refused():
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("passes", [[[0], [1, 2]], [[1, 2], [0]], [[0], [1], [2]], [[2], [0, 1]]])
+def test_gradients_can_be_taken_in_several_passes(passes):
+    """As zero-bubble pipelines do: of the rows, and later of the weights; each as in one pass, bit by bit."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(9, D), (3, 2 * F, D), (3, D, F)]]
+    offs, upstream = torch.tensor([2, 2, 9], dtype=torch.int32), torch.randn(9, D)
+    expected = torch.autograd.grad(grouped_swiglu(*inputs, offs), inputs, upstream)
+    y = grouped_swiglu(*inputs, offs)
+    for wanted in passes:
+        gradients = torch.autograd.grad(y, [inputs[i] for i in wanted], upstream, retain_graph=True)
+        for i, gradient in zip(wanted, gradients, strict=True):
+            assert gradient.equal(expected[i])
+
+
+def test_two_passes_cost_what_one_does():
+    """4 grouped products, the two of the forward pass not counted; nothing is computed twice."""
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(9, D), (3, 2 * F, D), (3, D, F)]]
+    offs = torch.tensor([2, 2, 9], dtype=torch.int32)
+    y = grouped_swiglu(*inputs, offs).sum()
+    with Operations() as rows:
+        torch.autograd.grad(y, inputs[0], retain_graph=True)
+    with Operations() as weights:
+        torch.autograd.grad(y, inputs[1:], retain_graph=True)
+    assert rows.count["aten::_grouped_mm"] == weights.count["aten::_grouped_mm"] == 2
+    assert weights.count["aten::silu"] == weights.count["aten::silu_backward"] == 0
+
+
+def test_rows_in_two_passes_cannot_be_asked_for_twice():
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]]
+    y = grouped_swiglu(*inputs, torch.tensor([1, 4], dtype=torch.int32)).sum()
+    for wanted in (inputs[:1], inputs[1:]):
+        torch.autograd.grad(y, wanted, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, inputs[0])

@@ -129,16 +129,16 @@ class Runner:
         return results[0]
 
     def _undisturbed(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
-        """`_forward` in evaluation mode. The parameters that FSDP gathered, and would keep for a backward pass, are freed: they
-        would be stale after an update."""
+        """`_forward` in evaluation mode.
+
+        No parameters stay gathered, to be stale after an update: without a pipeline FSDP frees them behind every forward pass
+        (`reshard_after_forward`), with one the schedule does so at its end.
+        """
         for module in self.modules:
             module.eval()
         results = self._forward(inputs)
         for module in self.modules:
             module.train()
-            for part in module.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()
         return results
 
 

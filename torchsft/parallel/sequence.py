@@ -46,7 +46,7 @@ def check_sizes(config: DeepseekV3Config, world: World) -> None:
     found = problem(tp, cp)
     if found is None:
         return
-    sizes = range(1, shard * cp * tp + 1)
+    sizes = range(1, tp * cp + 1)
     good = [(t, c) for t in sizes for c in sizes if shard * cp * tp % (t * c) == 0 and t * c <= tp * cp and not problem(t, c)]
     # the nearest: one option changed rather than both, then as many ranks as possible
     t, c = max(good, key=lambda pair: ((pair[0] == tp) + (pair[1] == cp), pair[0] * pair[1], pair[0]))
