@@ -1,4 +1,4 @@
-"""What `torchsft.ops.wanted` says inside a backward pass. It rests on private functions of torch: these tests say if they change."""
+"""What `torchsft.ops.wanted` says inside a backward pass: it rests on a private function of torch."""
 
 import pytest
 import torch

@@ -1,46 +1,125 @@
-"""DeepSeek-V3 itself, 671B on 256 ranks: built and sharded on the meta device of one process, under a fake process group."""
+"""The presets for real models: built and sharded on the meta device of one process, under a fake process group."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from recipes.deepseek_v3_sft import PRESETS
 from tools.benchmark_gpu import V3, hf_config
+from torchsft.config import InputError, Parallel
+from torchsft.data.stream import microbatches_per_step
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.parallel.apply import parallelize
+from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.world import mesh_sizes
+
+V3_PARAMETERS = 671_026_404_352  # technical report: 671B; without MTP
+# Published sizes (config.json of moonshotai/Moonlight-16B-A3B).
+MOONLIGHT = dict(
+    hidden_size=2048,
+    intermediate_size=11264,
+    moe_intermediate_size=1408,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    q_lora_rank=None,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    num_experts_per_tok=6,
+    n_group=1,
+    topk_group=1,
+    vocab_size=163840,
+    routed_scaling_factor=2.446,
+)
 
 
-def shard_v3(rank):
+def model_config(name):
+    if name == "moonlight":
+        return DeepseekV3Config.from_hf(hf_config(MOONLIGHT, experts=64, moe_layers=26) | {"n_shared_experts": 2})
+    config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=58)
+    return DeepseekV3Config.from_hf(config | {"num_hidden_layers": 61, "first_k_dense_replace": 3})
+
+
+def plan_of(name, parallel):
+    """The preset's stages; what does not fit is refused."""
+    train = PRESETS[name]().train
+    microbatches = microbatches_per_step(train.global_batch_size, train.micro_batch_size, parallel.dp_shard)
+    return plan_stages(parallel, model_config(name), microbatches)
+
+
+def share_of_a_rank(name, rank, changes):
+    """A rank's part of a preset's model, as `Trainer` builds it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from torchsft.config import Parallel
-    from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
-    from torchsft.parallel.apply import parallelize
-    from torchsft.parallel.world import mesh_sizes
-
-    dist.init_process_group("fake", rank=rank, world_size=256, store=FakeStore())
+    parallel = Parallel(**changes) if changes else PRESETS[name]().parallel
+    size = parallel.pp * parallel.dp_shard * parallel.tp * parallel.cp
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     meshes = {
-        name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
-        for name, axes in mesh_sizes(Parallel(ep=64), 256).items()
+        mesh: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        for mesh, axes in mesh_sizes(parallel, size).items()
     }
-    config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=58) | {
-        "num_hidden_layers": 61,
-        "first_k_dense_replace": 3,
-    }
+    plan, pp_rank = plan_of(name, parallel), meshes["dense"].get_local_rank("pp")
     with torch.device("meta"):
-        model = DeepseekV3(DeepseekV3Config.from_hf(config))
-    parallelize([model], SimpleNamespace(**meshes), torch.bfloat16)
+        model = DeepseekV3(model_config(name), **plan.model_part(pp_rank))
+        stages = split(model, plan, pp_rank)
+    parallelize(stages, SimpleNamespace(**meshes), torch.bfloat16, reshard_after_forward=reshard_after_forward(parallel))
     parameters = dict(model.named_parameters())
-    experts = parameters["model.layers.3.mlp.experts.gate_up_proj"]
+    experts = next(p for fqn, p in parameters.items() if fqn.endswith("experts.gate_up_proj"))
     return {
-        "total": sum(p.numel() for p in parameters.values()),
+        "stages": len(stages),
+        "whole": sum(p.numel() for p in parameters.values()),
         "share": sum(p.to_local().numel() for p in parameters.values()),
         "experts": (tuple(experts.shape), tuple(experts.to_local().shape)),
     }
 
 
-def test_v3_spreads_evenly_over_256_ranks(ranks):
-    """671,026,404,352 parameters without MTP (technical report: 671B), a 256th of them on a rank."""
-    (result,) = ranks(1, shard_v3, rank=5)
-    assert result["total"] == 671_026_404_352
-    assert 1 <= result["share"] / (result["total"] / 256) < 1.001
-    assert result["experts"] == ((256, 4096, 7168), (4, 1024, 7168))
+@pytest.mark.parametrize(
+    ("name", "changes", "rank", "experts"),
+    [
+        ("v3_256", {}, 0, (8, 4096, 7168)),
+        ("v3_256", {}, 255, (8, 4096, 7168)),
+        ("v3_128", {}, 40, (16, 4096, 7168)),
+        ("moonlight", {}, 5, (8, 2816, 2048)),
+        ("v3_256", {"pp": 1, "dp_shard": 256, "ep": 64}, 5, (4, 1024, 7168)),
+        ("v3_256", {"pp": 8, "dp_shard": 8, "tp": 4, "ep": 32, "pp_schedule": "DualPipeV"}, 77, (8, 4096, 7168)),
+    ],
+)
+def test_a_rank_holds_its_share_and_no_more(ranks, name, changes, rank, experts):
+    """1 / (ranks of its stage) of the stage, within 1 % for what tp replicates and what does not divide."""
+    parallel = Parallel(**changes) if changes else PRESETS[name]().parallel
+    (result,) = ranks(1, share_of_a_rank, name=name, changes=changes, rank=rank)
+    replicated = 1.06 if parallel.tp > 1 else 1.01
+    assert 1 <= result["share"] / (result["whole"] / (parallel.dp_shard * parallel.tp)) < replicated
+    assert result["experts"][1] == experts
+    assert result["stages"] == (1 if parallel.pp == 1 else 2)
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("v3_256", 42), ("v3_128", 84), ("v3_64", 168), ("moonlight", 32)])
+def test_the_presets_need_the_memory_that_they_name(name, gigabytes):
+    """Weight, gradient and two moments in fp32: 16 bytes a parameter; the fullest pipeline rank holds at most 12 % more."""
+    parallel = PRESETS[name]().parallel
+    plan = plan_of(name, parallel)
+    with torch.device("meta"):
+        held = [
+            sum(p.numel() for p in DeepseekV3(model_config(name), **plan.model_part(rank)).parameters())
+            for rank in range(parallel.pp)
+        ]
+    if name != "moonlight":
+        assert sum(held) == V3_PARAMETERS
+    ranks = parallel.pp * parallel.dp_shard
+    assert round(16 * sum(held) / ranks / 1e9) == gigabytes and f"{gigabytes} GB" in PRESETS[name].__doc__
+    assert max(held) / (sum(held) / len(held)) < 1.12
+
+
+def test_more_ranks_than_experts_are_refused(ranks):
+    with pytest.raises(AssertionError, match=r"has 64 experts, which do not divide over --parallel\.ep 128 ranks"):
+        ranks(1, share_of_a_rank, name="moonlight", changes={"dp_shard": 32, "tp": 4, "ep": 128}, rank=0)
+
+
+def test_layouts_that_v3_cannot_have_are_refused_with_numbers():
+    with pytest.raises(InputError, match=r"has 128 stages, the model 61 layers; set --parallel\.pp to at most 30"):
+        plan_of("v3_256", Parallel(pp=64, dp_shard=4))

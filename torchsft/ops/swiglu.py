@@ -77,15 +77,15 @@ class _GroupedSwiglu(torch.autograd.Function):
         gate, up = both.chunk(2, dim=-1)
         y_RD = F.grouped_mm(F.silu(gate).mul_(up), down.mT, offs=offs_E)
         ctx.save_for_backward(x_RD, gate_up, down, offs_E, both)
-        ctx.later = None
+        ctx.due, ctx.kept = ctx.needs_input_grad, None
         return y_RD
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         want_x, want_gate_up, want_down, _ = wants = wanted(ctx)
+        ctx.due = [due and not want for due, want in zip(ctx.due, wants, strict=True)]  # what later passes will ask for
         grad_RD = grad_RD.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
-        grad_down = None
-        if ctx.later is None:
+        if ctx.kept is None:
             x_RD, gate_up, down, offs_E, both = ctx.saved_tensors
             gate, up = both.chunk(2, dim=-1)
             grad_hidden = F.grouped_mm(grad_RD, down, offs=offs_E)
@@ -93,8 +93,8 @@ class _GroupedSwiglu(torch.autograd.Function):
             grad_activated = grad_hidden * up
             grad_up = grad_hidden.mul_(activated)
             hidden = activated.mul_(up)
-            if wants != list(ctx.needs_input_grad):  # a pass of its own will ask for the others
-                ctx.later = x_RD, gate_up, offs_E, hidden, both
+            if any(ctx.due):
+                ctx.kept = x_RD, gate_up, offs_E, hidden, both
             grad_down = F.grouped_mm(grad_RD.mT, hidden, offs=offs_E) if want_down else None
             del hidden, activated
             # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a second backward through
@@ -103,7 +103,9 @@ class _GroupedSwiglu(torch.autograd.Function):
             up.copy_(grad_up)
             del grad_activated, grad_up, grad_hidden
         else:
-            (x_RD, gate_up, offs_E, hidden, both), ctx.later = ctx.later, None
+            x_RD, gate_up, offs_E, hidden, both = ctx.kept
+            if not any(ctx.due):
+                ctx.kept = None
             grad_down = F.grouped_mm(grad_RD.mT, hidden, offs=offs_E) if want_down else None
         grad_x_RD = F.grouped_mm(both, gate_up, offs=offs_E) if want_x else None
         grad_gate_up = F.grouped_mm(both.mT, x_RD, offs=offs_E) if want_gate_up else None

@@ -1,0 +1,341 @@
+"""`tools/benchmark.py layouts`: step time and bytes sent by a rank under each parallel layout, against one process.
+
+The step is the real `Trainer.train_step` of a small DeepSeek-V3 in fp32 over gloo, the same global batch in every layout. Bytes
+are counted at the collectives themselves (`SentBytes`), as what a rank has to send:
+
+    all-gather        the output less the rank's own input       reduce-scatter   the input less the rank's own output
+    all-reduce        2 (n - 1) / n of the tensor                all-to-all       the rows for other ranks
+    point-to-point    the tensors sent
+
+Beside them stands what the layout has to send (`expected_bytes`); where both differ by more than 1 %, the table shows both.
+Means over ranks; all-to-alls of experts depend on the routing, and are expected as if it were even.
+
+Ranks share this machine's cores, so no layout can be faster than 1 / min(ranks, cores) of one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tools.benchmark_pipeline import on_ranks
+from torchsft.config import Checkpoint, Config, Data, Metrics, Model, Optim, Parallel, Precision, Train
+from torchsft.data.stream import microbatches_per_step
+from torchsft.data.synthetic import write_debug_data, write_debug_model
+from torchsft.models.deepseek_v3 import TENSOR_PARALLEL, DeepseekV3, DeepseekV3Config
+from torchsft.parallel.stages import plan_stages
+from torchsft.parallel.world import World, mesh_sizes
+from torchsft.trainer import Trainer
+
+ROWS, ROW = 8, 256
+# The debug preset's model with more layers, and a vocabulary that divides.
+SIZES = {"num_hidden_layers": 8, "first_k_dense_replace": 2, "vocab_size": 1024}
+FP32 = 4
+
+
+def layout(**sizes: Any) -> dict[str, Any]:
+    """Fields of Parallel and Train; dp_shard is 1 where it is not named."""
+    return {"dp_shard": 1} | sizes
+
+
+LAYOUTS = [
+    layout(),
+    # one axis alone
+    layout(dp_replicate=2),
+    layout(dp_shard=2),
+    layout(dp_shard=4),
+    layout(cp=2),
+    layout(cp=4),
+    layout(tp=2),
+    layout(tp=4),
+    layout(pp=2, pp_schedule="1F1B"),
+    layout(pp=2, pp_schedule="Interleaved1F1B"),
+    layout(pp=2, pp_schedule="ZBVZeroBubble"),
+    layout(pp=4, pp_schedule="1F1B"),
+    layout(pp=4, pp_schedule="DualPipeV"),
+    # pairs
+    layout(dp_shard=2, ep=2),
+    layout(dp_shard=4, ep=2),
+    layout(dp_shard=4, ep=4),
+    layout(cp=2, ep=2),
+    layout(tp=2, ep=2),
+    layout(dp_replicate=2, dp_shard=2),
+    layout(dp_shard=2, cp=2),
+    layout(dp_shard=2, tp=2),
+    layout(cp=2, tp=2),
+    layout(pp=2, dp_shard=2),
+    layout(pp=2, cp=2),
+    layout(pp=2, tp=2),
+    # three and more
+    layout(pp=2, dp_shard=2, ep=2),
+    layout(dp_shard=2, tp=2, ep=4),
+    layout(dp_shard=2, cp=2, ep=4),
+    layout(dp_replicate=2, dp_shard=2, tp=2, ep=4),
+    layout(pp=2, dp_shard=2, tp=2, ep=4, pp_schedule="DualPipeV"),
+    layout(pp=2, cp=2, tp=2, ep=4),
+    # larger microbatches, activation checkpointing
+    layout(dp_shard=2, micro_batch_size=4),
+    layout(activation_checkpointing="full"),
+    layout(dp_shard=2, tp=2, ep=4, activation_checkpointing="full"),
+    layout(pp=2, cp=2, ep=2, activation_checkpointing="full"),
+]
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts the bytes that this rank sends to others, and the calls, by kind; refuses collectives that it does not know.
+
+    Attributes:
+        sent, calls: Counters by kind. A collective of one rank counts as nothing.
+    """
+
+    IGNORED = ("wait_tensor", "recv_", "_wrap_tensor_autograd")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and count what it sends."""
+        result = function(*args, **(kwargs or {}))
+        namespace, _, name = function._schema.name.partition("::")
+        if namespace in ("c10d", "_c10d_functional") and name not in self.IGNORED:
+            given = {argument.name: value for argument, value in zip(function._schema.arguments, args, strict=False)}
+            kind, sent = self.measured(name, given, result)
+            if sent:
+                self.sent[kind] += sent
+                self.calls[kind] += 1
+        return result
+
+    def measured(self, name: str, given: Mapping[str, Any], result: Any) -> tuple[str, float]:
+        """Kind and bytes of an operation with the arguments `given`."""
+        if name == "_allgather_base_":
+            return "all-gather", given["output_tensor"].nbytes - given["input_tensor"].nbytes
+        if name == "_reduce_scatter_base_":
+            return "reduce-scatter", given["input_tensor"].nbytes - given["output_tensor"].nbytes
+        if name == "all_gather_into_tensor":
+            return "all-gather", result.nbytes - given["input"].nbytes
+        if name == "reduce_scatter_tensor":
+            return "reduce-scatter", given["input"].nbytes - result.nbytes
+        if name == "allreduce_":
+            ranks = dist.ProcessGroup.unbox(given["process_group"]).size()
+            return "all-reduce", 2 * (ranks - 1) / ranks * sum(x.nbytes for x in given["tensors"])
+        if name in ("all_reduce", "all_reduce_"):
+            ranks = _group(given["group_name"]).size()
+            return "all-reduce", 2 * (ranks - 1) / ranks * given["input"].nbytes
+        if name == "all_to_all_single":
+            x, rows = given["input"], given["input_split_sizes"]
+            own = rows[_group(given["group_name"]).rank()]
+            return "all-to-all", x[: len(x) - own].nbytes
+        if name == "send":
+            return "point-to-point", sum(x.nbytes for x in given["tensors"])
+        raise AssertionError(f"{name} is not counted")
+
+
+def _group(name: Any) -> dist.ProcessGroup:
+    """A functional collective's argument: a group, or (before torch 2.13) its name."""
+    return name if isinstance(name, dist.ProcessGroup) else dist.distributed_c10d._resolve_process_group(name)
+
+
+def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, row: int, world_size: int) -> dict[str, float]:
+    """What a rank has to send in a training step, by kind; fp32, mean over ranks, tokens spread evenly over experts.
+
+    With q (k - 1) / k of a tensor for k ranks written as its share:
+
+        parameters    gathered for the forward pass of each microbatch and again for its backward pass, where FSDP frees them in
+                      between (without a pipeline); the embedding, last norm and head, of which nothing would be saved, once.
+                      Gradients are summed over shards for each microbatch (no rank holds whole gradients), over replicas once.
+                      With a pipeline: gathered once, summed once. Replicated over tp: summed over tp whenever over shards.
+        attention     latents gathered over cp x tp, outputs back: parallel/context.py
+        tp            a sum scattered behind the output projection, the dense layers and the embedding, a gather before the
+                      dense layers and the head; three numbers a token for the loss
+        ep            rows to their experts and back
+        pp            hidden states between stages on different ranks
+        step          counts, norm, loss and expert loads: float64
+
+    Backward passes send what forward passes did, the other way; activation checkpointing repeats the forward pass.
+    """
+    sizes = mesh_sizes(parallel, world_size)
+    pp, replicas, shard, cp, tp = sizes["dense"].values()
+    edp, ep = sizes["expert"]["edp"], sizes["expert"]["ep"]
+    parallel = dataclasses.replace(parallel, dp_shard=shard)
+    microbatches = microbatches_per_step(train.global_batch_size, train.micro_batch_size, replicas * shard)
+    tokens = train.micro_batch_size * row
+    width, heads = config.hidden_size, config.num_attention_heads
+    forwards = 2 if train.activation_checkpointing == "full" else 1
+    sent: Counter[str] = Counter()
+
+    def share(ranks: int) -> float:
+        return (ranks - 1) / ranks
+
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    for name, parameter in model.named_parameters():
+        split = any(
+            fnmatchcase(name.rpartition(".")[0], pattern) and style != "gather" for pattern, style in TENSOR_PARALLEL.items()
+        )
+        expert = ".experts." in name
+        size = parameter.numel() * FP32 / (ep if expert else tp if split else 1)
+        shards = edp if expert else shard * cp
+        gathers = 1 if pp > 1 else 2 * microbatches if ".layers." in name else microbatches
+        sums = 1 if pp > 1 else microbatches
+        sent["all-gather"] += gathers * size * share(shards)
+        sent["reduce-scatter"] += sums * size * share(shards)
+        sent["all-reduce"] += 2 * share(replicas) * size / shards
+        if not expert and not split:
+            sent["all-reduce"] += sums * 2 * share(tp) * size
+
+    here = tokens // cp  # of a tensor group
+    moved: Counter[str] = Counter()  # values of a microbatch
+    for layer in range(config.num_hidden_layers):
+        latents = (config.q_lora_rank or width) + config.kv_lora_rank + config.qk_rope_head_dim
+        gathered = tokens * latents * share(cp * tp)
+        summed = here * width * share(tp)
+        if not config.is_moe(layer):
+            gathered += summed
+            summed *= 2
+        moved["all-gather"] += forwards * gathered + summed
+        moved["reduce-scatter"] += forwards * summed + gathered
+        moved["all-to-all"] += (forwards + 1) * tokens * heads * config.v_head_dim / (cp * tp) * share(cp)
+        if config.is_moe(layer):
+            rows = here // tp * config.num_experts_per_tok
+            moved["all-to-all"] += (forwards + 1) * 2 * rows * width * share(ep)
+            moved["all-to-all"] += forwards * 2 * config.n_routed_experts * share(ep)  # int64
+    ends = 2 * here * width * share(tp)  # embedding and head, there and back
+    moved["all-gather"] += ends
+    moved["reduce-scatter"] += ends
+    moved["all-reduce"] += 2 * share(tp) * 3 * here
+    stages = plan_stages(parallel, config, microbatches).ranks
+    borders = sum(a != b for a, b in itertools.pairwise(stages))
+    moved["point-to-point"] += 2 * borders * here // tp * width
+    for kind, values in moved.items():
+        sent[kind] += microbatches * values * FP32
+    total = {kind: count / pp for kind, count in sent.items()}
+
+    numbers = 4 + 1 + 1 + config.num_hidden_layers * (1 + config.n_routed_experts)
+    total["all-reduce"] += 2 * share(world_size) * numbers * 8
+    return total
+
+
+class QuietTrainer(Trainer):
+    """Writes and prints nothing."""
+
+    def open_output(self) -> None:
+        """No metric files."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
+def config_for(directory: Path, row: int, **sizes: Any) -> Config:
+    """`sizes`: fields of Parallel and of Train."""
+    names = {field.name for field in dataclasses.fields(Train)}
+    train = {name: sizes.pop(name) for name in names & sizes.keys()}
+    return Config(
+        model=Model(path=str(directory), random_init=True),
+        data=Data(train=(str(directory / "train.jsonl"),), seq_len=row),
+        train=Train(steps=1_000_000, global_batch_size=ROWS, **train),
+        parallel=Parallel(timeout_seconds=120, **sizes),
+        optim=Optim(lr=1e-4),
+        precision=Precision(compute="fp32"),
+        checkpoint=Checkpoint(export="none"),
+        metrics=Metrics(tensorboard=False, progress=False),
+        output=str(directory / "output"),
+    )
+
+
+def train_steps(config: Config, repeats: int) -> dict[str, Any]:
+    """On each rank: seconds of some steps (after one that is not timed), then what one more sends."""
+    with World(config.parallel, 0) as world:
+        trainer = QuietTrainer(config, world)
+        steps = [trainer.train_step(next(trainer.loader))[0] for _ in range(repeats + 1)]
+        with SentBytes() as counted:
+            trainer.train_step(next(trainer.loader))
+    return {"seconds": [s["step_seconds"] for s in steps[1:]], "sent": dict(counted.sent), "calls": dict(counted.calls)}
+
+
+def write_inputs(directory: Path, **sizes: Any) -> DeepseekV3Config:
+    """Configuration, tokenizer and data; `sizes` change those of the debug preset's model."""
+    write_debug_model(directory)
+    write_debug_data(directory, train=200, held_out=1)
+    file = directory / "config.json"
+    config = json.loads(file.read_text()) | SIZES | sizes
+    file.write_text(json.dumps(config))
+    return DeepseekV3Config.from_hf(config)
+
+
+def measure(directory: Path, model: DeepseekV3Config, row: int, repeats: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    axes = {axis: sizes.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    n = math.prod(axes.values())
+    config = config_for(directory, row, **sizes)
+    ranks = on_ranks(n, train_steps, config=config, repeats=repeats)
+    kinds = sorted({kind for rank in ranks for kind in rank["sent"]})
+    expected = expected_bytes(model, config.parallel, config.train, row, n)
+    return {
+        "layout": " ".join(f"{name}={value}" for name, value in sizes.items() if value != 1) or "one process",
+        "ranks": n,
+        "step_seconds": statistics.median(ranks[0]["seconds"]),  # ranks end a step together
+        "sent": {kind: statistics.mean(rank["sent"].get(kind, 0) for rank in ranks) for kind in kinds},
+        "most_sent": max(sum(rank["sent"].values()) for rank in ranks),
+        "calls": {kind: statistics.mean(rank["calls"].get(kind, 0) for rank in ranks) for kind in kinds},
+        "expected": {kind: count for kind, count in expected.items() if count},
+    }
+
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "point-to-point")
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown; MiB."""
+    head = ["layout", "ranks", "step", "of one process", *KINDS, "all", "calls"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+
+    def both(sent: float, expected: float) -> str:
+        shown = f"{sent / 2**20:.2f}" if sent else ""
+        if math.isclose(sent, expected, rel_tol=0.01, abs_tol=2**10):
+            return shown
+        return f"**{shown or 0}** ({expected / 2**20:.2f})"
+
+    for r in results:
+        cells = [r["layout"], str(r["ranks"]), f"{1000 * r['step_seconds']:.0f} ms"]
+        cells.append(f"{r['step_seconds'] / results[0]['step_seconds']:.2f}")
+        cells += [both(r["sent"].get(kind, 0), r["expected"].get(kind, 0)) for kind in KINDS]
+        cells.append(both(sum(r["sent"].values()), sum(r["expected"].values())))
+        cells.append(f"{sum(r['calls'].values()):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def run(
+    json_path: Path | None, repeats: int, layouts: Sequence[dict[str, Any]] = LAYOUTS, row: int = ROW, **sizes: Any
+) -> dict[str, Any]:
+    """Measure layouts, the first of them on one process; print the table, and write it as JSON."""
+    report: dict[str, Any] = {"torch": torch.__version__, "cores": os.cpu_count(), "load_before": os.getloadavg()}
+    with tempfile.TemporaryDirectory() as directory:
+        model = write_inputs(Path(directory), **sizes)
+        report["results"] = []
+        for one in layouts:
+            report["results"].append(measure(Path(directory), model, row, repeats, one))
+            print(table(report["results"][:1] + report["results"][-1:]).splitlines()[-1], flush=True)
+    report["load_after"] = os.getloadavg()
+    print("\n" + table(report["results"]))
+    if json_path:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    return report
