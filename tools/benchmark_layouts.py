@@ -10,7 +10,8 @@ are counted at the collectives themselves (`SentBytes`), as what a rank has to s
 Beside them stands what the layout has to send (`expected_bytes`); where both differ by more than 1 %, the table shows both.
 Means over ranks; all-to-alls of experts depend on the routing, and are expected as if it were even.
 
-Ranks share this machine's cores, so no layout can be faster than 1 / min(ranks, cores) of one process.
+Ranks share this machine's cores, so no layout can be faster than 1 / min(ranks, cores) of one process. The processor time of all
+ranks together, which depends less on what else runs, says what a layout computes, copies and manages besides.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -261,13 +263,16 @@ def config_for(directory: Path, row: int, **sizes: Any) -> Config:
 
 
 def train_steps(config: Config, repeats: int) -> dict[str, Any]:
-    """On each rank: seconds of some steps (after one that is not timed), then what one more sends."""
+    """On each rank: time of some steps (after one that is not timed), then what one more sends."""
     with World(config.parallel, 0) as world:
         trainer = QuietTrainer(config, world)
-        steps = [trainer.train_step(next(trainer.loader))[0] for _ in range(repeats + 1)]
+        trainer.train_step(next(trainer.loader))
+        began = time.process_time()
+        seconds = [trainer.train_step(next(trainer.loader))[0]["step_seconds"] for _ in range(repeats)]
+        cpu_seconds = (time.process_time() - began) / repeats
         with SentBytes() as counted:
             trainer.train_step(next(trainer.loader))
-    return {"seconds": [s["step_seconds"] for s in steps[1:]], "sent": dict(counted.sent), "calls": dict(counted.calls)}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "sent": dict(counted.sent), "calls": dict(counted.calls)}
 
 
 def write_inputs(directory: Path, **sizes: Any) -> DeepseekV3Config:
@@ -292,6 +297,7 @@ def measure(directory: Path, model: DeepseekV3Config, row: int, repeats: int, si
         "layout": " ".join(f"{name}={value}" for name, value in sizes.items() if value != 1) or "one process",
         "ranks": n,
         "step_seconds": statistics.median(ranks[0]["seconds"]),  # ranks end a step together
+        "cpu_seconds": sum(rank["cpu_seconds"] for rank in ranks),
         "sent": {kind: statistics.mean(rank["sent"].get(kind, 0) for rank in ranks) for kind in kinds},
         "most_sent": max(sum(rank["sent"].values()) for rank in ranks),
         "calls": {kind: statistics.mean(rank["calls"].get(kind, 0) for rank in ranks) for kind in kinds},
@@ -304,7 +310,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "point-to-p
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown; MiB."""
-    head = ["layout", "ranks", "step", "of one process", *KINDS, "all", "calls"]
+    head = ["layout", "ranks", "step", "x", "processor time", "x", *KINDS, "all", "calls"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
 
     def both(sent: float, expected: float) -> str:
@@ -314,8 +320,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         return f"**{shown or 0}** ({expected / 2**20:.2f})"
 
     for r in results:
-        cells = [r["layout"], str(r["ranks"]), f"{1000 * r['step_seconds']:.0f} ms"]
-        cells.append(f"{r['step_seconds'] / results[0]['step_seconds']:.2f}")
+        cells = [r["layout"], str(r["ranks"])]
+        for time_of in ("step_seconds", "cpu_seconds"):
+            cells += [f"{r[time_of]:.2f} s", f"{r[time_of] / results[0][time_of]:.2f}"]
         cells += [both(r["sent"].get(kind, 0), r["expected"].get(kind, 0)) for kind in KINDS]
         cells.append(both(sum(r["sent"].values()), sum(r["expected"].values())))
         cells.append(f"{sum(r['calls'].values()):.0f}")

@@ -7,6 +7,7 @@ every gradient, where every token is routed and, after three optimizer steps, ev
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
     compute, output = changes.pop("compute", "fp32"), changes.pop("output", str(base / "unused-output"))
     return Config(
         model=Model(path=str(base / model)),
-        data=Data(train=(str(base / "train.jsonl"),), seq_len=192),
+        data=Data(train=(str(base / "train.jsonl"),), seq_len=changes.pop("seq_len", 192)),
         train=Train(steps=STEPS, **train),
         parallel=Parallel(**({"timeout_seconds": 60} | changes)),
         # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of elements without a gradient.
@@ -159,6 +160,7 @@ def inputs(tmp_path_factory):
     other = {"tie_word_embeddings": True, "q_lora_rank": None, "attention_bias": True, "n_group": 1, "topk_group": 1}
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
     write_tiny_model(directory / "other", rope_parameters=yarn, **other)
+    write_tiny_model(directory / "shallow")
     write_conversations(directory / "train.jsonl", 10)
     return str(directory)
 
@@ -341,25 +343,76 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(ranks, inputs):
         assert result["unchanged"] and result["counters"] == (1, 0, 1) and result["moments"] == 0
 
 
-def refused(directory: str, ep: int) -> str:
-    config = config_for(directory, ep=ep, global_batch_size=6)
-    with World(config.parallel, 0) as world:
-        try:
+def refused(directory: str, model: str = "model", **sizes: Any) -> str:
+    try:
+        config = config_for(directory, model=model, **sizes)
+        with World(config.parallel, 0) as world:
             SilentTrainer(config, world)
-        except InputError as error:
-            return str(error)
+    except InputError as error:
+        return str(error)
     return ""
 
 
 @pytest.mark.parametrize(
-    ("ep", "sentence"),
+    ("n", "options", "sentence"),
     [
-        (3, "model.layers.2.mlp has 8 experts, which do not divide over --parallel.ep 3 ranks"),
-        (1, "dim 1 of layer 2's experts.gate_up_proj is 32, which does not divide over the 3 ranks"),
+        (
+            3,
+            {"ep": 3, "global_batch_size": 6},
+            "model.layers.2.mlp has 8 experts, which do not divide over --parallel.ep 3 ranks",
+        ),
+        (3, {"global_batch_size": 6}, "dim 1 of layer 2's experts.gate_up_proj is 32, which does not divide over the 3 ranks"),
+        (
+            4,
+            {"pp": 3},
+            "multiply to 3, but 4 ranks were started; start 6 ranks or lower pp, dp_replicate, cp or tp (together 3)",
+        ),
+        (4, {"tp": 2, "ep": 3}, "--parallel.ep is 3, but it must divide dp_shard * cp * tp = 4; set it to one of 1, 2, 4"),
+        (3, {"tp": 3}, "num_attention_heads = 4, which --parallel.tp 3 x --parallel.cp 1 = 3 ranks do not divide; set"),
+        (3, {"cp": 3, "global_batch_size": 6}, "num_attention_heads = 4, which --parallel.tp 1 x --parallel.cp 3 = 3 ranks"),
+        (
+            2,
+            {"pp": 2, "pp_schedule": "1F1B", "micro_batch_size": 8},
+            "1F1B with 2 stages on --parallel.pp 2 cannot do 1 microbatch",
+        ),
+        (2, {"pp": 2, "pp_layers": (1, 2, 3)}, "--parallel.pp-layers"),
+        (
+            2,
+            {"pp": 2, "pp_layers": (4, 5), "pp_schedule": "GPipe"},
+            "--parallel.pp-layers is 4 5, together 9, but it must place 8",
+        ),
+        (2, {"pp": 2, "model": "other"}, "tie_word_embeddings"),
+        (2, {"pp": 2, "model": "shallow"}, "has 4 stages, the model 3 layers; set --parallel.pp to at most 1"),
+        (4, {"cp": 2, "dp_shard": 2, "seq_len": 191}, "the 191 tokens of a microbatch do not divide over cp 2 x tp 1 ranks"),
     ],
 )
-def test_experts_that_do_not_divide_are_refused_on_every_rank(ranks, inputs, ep, sentence):
-    assert all(sentence in told for told in ranks(3, refused, directory=inputs, ep=ep))
+def test_impossible_layouts_are_refused_on_every_rank_with_numbers_and_a_neighbour(ranks, inputs, n, options, sentence):
+    told = ranks(n, refused, directory=inputs, **options)
+    assert all(sentence in words for words in told), told[0]
+    assert all(words.count(". ") == 0 for words in told)  # one sentence
+
+
+def silent_peer(directory: str) -> tuple[str, float]:
+    """Rank 1 stops answering in the second step; what the other rank meets, and after how many seconds."""
+    config = config_for(directory, pp=2, pp_schedule="1F1B", timeout_seconds=5)
+    world = World(config.parallel, 0)
+    trainer = SilentTrainer(config, world)
+    trainer.train_step(next(trainer.loader))
+    began = time.monotonic()
+    if world.rank == 1:
+        time.sleep(12)
+        return "", 0.0
+    try:
+        trainer.train_step(next(trainer.loader))
+    except RuntimeError as error:
+        return str(error), time.monotonic() - began
+    return "no error", 0.0
+
+
+def test_a_peer_that_stops_answering_ends_the_step_within_the_timeout(ranks, inputs):
+    error, seconds = ranks(2, silent_peer, directory=inputs)[0]
+    assert "imed out" in error or "imeout" in error, error
+    assert 4 < seconds < 12  # before the peer is back
 
 
 def group_timeouts(directory: str) -> set[float]:

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from torchsft.ops import wanted
+from torchsft.parallel.pipeline import weight_pass_possible
 
 
 class Product(torch.autograd.Function):
@@ -42,6 +43,7 @@ def test_each_pass_of_two_wants_its_own(leaves):
     assert Product.asked == [[True, False], [False, True], [True, True], [True, True], [False, True]]
 
 
+@pytest.mark.skipif(not weight_pass_possible(), reason="torch 2.11 cannot start a pass at an autograd Function")
 def test_from_the_edges_of_a_pipeline_too():
     """torch's weight pass starts at a node inside the graph and ends at the weight's accumulator."""
     x, w = (torch.randn(3, requires_grad=True) for _ in range(2))

@@ -31,6 +31,7 @@ from torch.distributed.pipelining.schedules import (
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.ops.swiglu import swiglu
 from torchsft.parallel.stages import StagePlan, plan_stages, schedule_class
 from torchsft.parallel.world import World
 
@@ -167,6 +168,17 @@ class OneStage(Runner):
         return [self.model(**one) for one in inputs]
 
 
+@torch.enable_grad()
+def weight_pass_possible() -> bool:
+    """Whether a backward pass can start inside a graph at an autograd Function of ours. Not with torch 2.11: there zero-bubble
+    schedules do whole backward passes, with the bubble that these schedules fill."""
+    node = swiglu(*torch.zeros(2, 1, requires_grad=True)).grad_fn
+    try:
+        return node._input_metadata is not None
+    except RuntimeError:
+        return False
+
+
 class Stage(PipelineStage):
     """A stage of torch's schedules whose module also gets what belongs to the microbatch.
 
@@ -186,8 +198,8 @@ class Stage(PipelineStage):
         tokens_T = torch.empty(tokens, dtype=torch.int64, device="meta")
         scalar = torch.empty((), dtype=torch.float32, device="meta", requires_grad=training)
         # The weight pass of zero-bubble schedules goes through the graph once for each parameter, and would compute a layer
-        # again each time (14 times, measured). A whole backward pass in the input pass's place does it once.
-        whole = any(layer.recompute is not None for layer in module.model.layers.values())
+        # again each time (14 times, measured). A whole backward pass in the input pass's place does it once, and is right.
+        recomputes = any(layer.recompute is not None for layer in module.model.layers.values())
         super().__init__(
             module,
             index,
@@ -196,7 +208,7 @@ class Stage(PipelineStage):
             input_args=tokens_T if index == 0 else hidden_SD,
             output_args=scalar if index == count - 1 else hidden_SD,
             group=world.dense.get_group("pp"),
-            dw_builder=(lambda: lambda: None) if whole else None,
+            dw_builder=(lambda: lambda: None) if recomputes or not weight_pass_possible() else None,
         )
         self.has_backward = self.training = training
         self.inputs_of: list[dict[str, Any]] = []
@@ -224,6 +236,10 @@ class Stage(PipelineStage):
             for parameter in group.fsdp_params if group else ():
                 parameter.accumulate_unsharded_grad_if_needed()
                 parameter.to_accumulated_grad_if_needed()
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """torch 2.11 would let a rank greet itself where neighbours in a V are both its own, which gloo refuses."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def _post_metadata_inference_cleanup(self) -> None:
         """torch frees gradients here after a trial run; there was none."""

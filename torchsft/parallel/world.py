@@ -102,6 +102,7 @@ class World:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
+        self.barrier()  # a rank that refuses its input and leaves does not disturb others that still build groups
 
     def _mesh(self, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
         mesh = init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
