@@ -7,6 +7,7 @@ import pytest
 
 from recipes.deepseek_v3_sft import PRESETS, choose_preset
 from torchsft.config import Config, InputError, Optim, Parallel, Train, differences, parse, to_dict
+from torchsft.trainer import resolve
 
 # Documentation and tools rely on these names (DESIGN.md).
 CONTRACT = """
@@ -99,3 +100,11 @@ def test_differences_name_what_changes_the_training_and_nothing_else():
     )
     assert differences(to_dict(old), to_dict(new)) == ["optim.lr: 1e-05 -> 0.5", "train.seed: 0 -> 3"]
     assert differences(to_dict(old), to_dict(old)) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_looked_at_without_its_ranks(name, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    config = dataclasses.replace(PRESETS[name](), print_config=True)
+    parallel = resolve(config).parallel
+    assert parallel == dataclasses.replace(config.parallel, dp_shard=max(config.parallel.dp_shard, 1))

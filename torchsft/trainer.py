@@ -43,7 +43,10 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: the mesh sizes do not fit the number of ranks.
     """
-    dense = mesh_sizes(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))["dense"]
+    parallel, ranks = config.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    if config.print_config and "WORLD_SIZE" not in os.environ:  # a look at a layout, without its ranks
+        ranks = parallel.pp * parallel.dp_replicate * max(parallel.dp_shard, 1) * parallel.cp * parallel.tp
+    dense = mesh_sizes(parallel, ranks)["dense"]
     compute = config.precision.compute
     if compute == "auto":
         compute = "bf16" if torch.cuda.is_available() else "fp32"
@@ -52,7 +55,7 @@ def resolve(config: Config) -> Config:
         epochs = 1
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, dp_shard=dense["dp_shard"]),
+        parallel=dataclasses.replace(parallel, dp_shard=dense["dp_shard"]),
         precision=dataclasses.replace(config.precision, compute=compute),
         train=dataclasses.replace(config.train, epochs=epochs),
     )
