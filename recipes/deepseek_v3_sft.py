@@ -49,8 +49,8 @@ def finetune() -> Config:
 def v3_256() -> Config:
     """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8): 8 pipeline ranks, 8 experts of each layer on a GPU.
 
-    Weights, gradients and moments in fp32: 42 GB a GPU. A pipeline rank has about 8 layers in two stages; its 32 GPUs, on 4
-    nodes, read other rows and exchange tokens by expert. 16 microbatches fill the pipeline.
+    Weights, gradients and moments take up to 63 GB a GPU, activations the rest. A pipeline rank has about 8 layers in two
+    stages; its 32 GPUs, on 4 nodes, read other rows and exchange tokens by expert. 16 microbatches fill the pipeline.
     """
     return Config(
         data=Data(seq_len=4096),
@@ -62,14 +62,14 @@ def v3_256() -> Config:
 
 
 def v3_128() -> Config:
-    """DeepSeek-V3 on 128 GPUs: as v3_256, with half the data ranks. 84 GB a GPU: H200, or H100 once moments can be smaller."""
+    """DeepSeek-V3 on 128 GPUs of 141 GB (H200): as v3_256, with half its data ranks; up to 114 GB a GPU."""
     config = v3_256()
     parallel = dataclasses.replace(config.parallel, dp_shard=16, ep=16)
     return dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=256))
 
 
 def v3_64() -> Config:
-    """DeepSeek-V3 on 64 GPUs: as v3_256, with a quarter of its data ranks. 168 GB a GPU: once optimizers can be offloaded."""
+    """DeepSeek-V3 on 64 GPUs: as v3_256, a quarter of its data ranks; up to 217 GB a GPU until optimizers can be offloaded."""
     config = v3_256()
     parallel = dataclasses.replace(config.parallel, dp_shard=8, ep=8)
     return dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=128))

@@ -108,3 +108,9 @@ def test_every_preset_can_be_looked_at_without_its_ranks(name, monkeypatch):
     config = dataclasses.replace(PRESETS[name](), print_config=True)
     parallel = resolve(config).parallel
     assert parallel == dataclasses.replace(config.parallel, dp_shard=max(config.parallel.dp_shard, 1))
+
+
+def test_a_layout_that_fills_up_can_be_looked_at_too(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    _, config = options("finetune", "--parallel.ep", "8", "--parallel.tp", "2", "--print-config")
+    assert resolve(config).parallel.dp_shard == 4

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
@@ -28,8 +27,10 @@ from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflo
 from torchsft.models.attention import choose_implementation
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
 from torchsft.parallel.apply import parallelize
+from torchsft.parallel.fsdp import held_bytes
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split
+from torchsft.parallel.stages import ZERO_BUBBLE
 from torchsft.parallel.world import World, mesh_sizes
 from torchsft.precision.adamw import build_optimizer, learning_rate
 
@@ -45,7 +46,9 @@ def resolve(config: Config) -> Config:
     """
     parallel, ranks = config.parallel, int(os.environ.get("WORLD_SIZE", "1"))
     if config.print_config and "WORLD_SIZE" not in os.environ:  # a look at a layout, without its ranks
-        ranks = parallel.pp * parallel.dp_replicate * max(parallel.dp_shard, 1) * parallel.cp * parallel.tp
+        sequence = parallel.cp * parallel.tp
+        shard = parallel.ep // math.gcd(parallel.ep, sequence) if parallel.dp_shard == -1 else parallel.dp_shard
+        ranks = parallel.pp * parallel.dp_replicate * shard * sequence
     dense = mesh_sizes(parallel, ranks)["dense"]
     compute = config.precision.compute
     if compute == "auto":
@@ -182,13 +185,13 @@ class Trainer:
         )
 
     def check_memory(self) -> None:
-        """Refuse what cannot fit before anything is loaded: weight, gradient and two moments of each parameter, in fp32."""
-        share = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.model.parameters())
-        memory = device_bytes(self.world.device)
-        if memory is not None and 16 * share > memory:
+        """Refuse what cannot fit before anything is loaded (activations are not counted)."""
+        config, memory = self.config, device_bytes(self.world.device)
+        held = held_bytes(self.model, DTYPES[config.precision.compute], reshard_after_forward(config.parallel))
+        if memory is not None and held > memory:
             raise InputError(
-                f"rank {self.world.rank} would hold {16 * share / 1e9:.0f} GB of weights, gradients and moments, but its "
-                f"device has {memory / 1e9:.0f} GB; start at least {math.ceil(self.world.size * 16 * share / memory)} ranks"
+                f"rank {self.world.rank} would hold {held / 1e9:.1f} GB of weights, gradients and moments, but its device has "
+                f"{memory / 1e9:.1f} GB; start at least {math.ceil(self.world.size * held / memory)} ranks"
             )
 
     def load_data(self) -> None:
@@ -471,6 +474,9 @@ class Trainer:
         if config.parallel.pp > 1:
             per_stage = "+".join(str(len(layers)) for layers in self.plan.layers)
             shown.append(f"{config.parallel.pp_schedule} over stages of {per_stage} layers")
+            reason = self.pipeline.stages[0].whole_backward
+            if reason and config.parallel.pp_schedule in ZERO_BUBBLE:
+                shown.append(f"with whole backward passes ({reason}) and the bubbles that this schedule else fills")
         return (
             f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute, on {world.size} x {world.device.type}: "
             f"{', '.join(shown)}; "

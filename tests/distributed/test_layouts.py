@@ -417,9 +417,9 @@ def test_a_peer_that_stops_answering_ends_the_step_within_the_timeout(ranks, inp
 
 
 def group_timeouts(directory: str) -> set[float]:
-    """Seconds that a collective may take in each group of both meshes; reads torch-private options."""
+    """Seconds that a collective may take in each group of all meshes; reads torch-private options."""
     with World(config_for(directory, ep=2).parallel, 0) as world:
-        groups = [*world.dense.get_all_groups(), *world.expert.get_all_groups()]
+        groups = [g for mesh in (world.dense, world.parameter, world.expert, world.sequence) for g in mesh.get_all_groups()]
         return {g._get_backend(world.device).options._timeout.total_seconds() for g in groups}
 
 

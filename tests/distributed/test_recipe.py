@@ -130,8 +130,30 @@ def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what
         torch.testing.assert_close(models[1][name], expected, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path):
-    """SIGKILL in the middle of a pipeline's training: torchrun ends the other ranks at once and names the one that died."""
+# The recipe, but rank 1 fails in its third step.
+FAULTY = """
+import os, sys
+sys.path.insert(0, {root!r})
+from recipes import deepseek_v3_sft
+from torchsft.parallel.pipeline import Pipeline
+step, steps = Pipeline.step, []
+def faulty(self, *arguments):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == 3:
+        raise ArithmeticError("the third step of rank 1 broke")
+    return step(self, *arguments)
+Pipeline.step = faulty
+deepseek_v3_sft.guarded(deepseek_v3_sft.main)
+"""
+
+
+@pytest.mark.parametrize("fault", ["killed", "raises"])
+def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path, fault):
+    """In the middle of a pipeline's training: torchrun ends the other rank at once, and the one that died is named."""
+    script = ROOT / "recipes" / "deepseek_v3_sft.py"
+    if fault == "raises":
+        script = tmp_path / "faulty.py"
+        script.write_text(FAULTY.format(root=str(ROOT)))
     options = [
         "--parallel.pp",
         "2",
@@ -142,27 +164,28 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path):
         "--output",
         str(tmp_path / "run"),
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     try:
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
-        while not metrics.exists() or metrics.read_text().count("\n") < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        rank_of = {int(child): environ_of(child).get("RANK") for child in children}
-        victim = next(pid for pid, rank in rank_of.items() if rank == "1")
-        os.kill(victim, signal.SIGKILL)
-        _, err = process.communicate(timeout=90)
+        told = "the third step of rank 1 broke"
+        if fault == "killed":
+            metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+            while not metrics.exists() or metrics.read_text().count("\n") < 2:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            victim = next(pid for pid in children if environ_of(pid).get("RANK") == "1")
+            os.kill(int(victim), signal.SIGKILL)
+            told = f"Signal 9 (SIGKILL) received by PID {victim}"
+        _, err = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
-    assert f"Signal 9 (SIGKILL) received by PID {victim}" in err
+    assert told in err
 
 
 def environ_of(pid: str) -> dict[str, str]:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import write_tiny_model
+from tests.distributed import test_layouts
+from tests.ranks import RankPool
+from tests.tiny import write_conversations, write_tiny_model
 from torchsft import load_model
 
 pytestmark = pytest.mark.gpu
@@ -151,3 +153,25 @@ def test_debug_preset_trains_over_nccl_on_one_rank(tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     answers = [json.loads(line) for line in (tmp_path / "run" / "answers-after.jsonl").read_text().splitlines()]
     assert sum(a["correct"] for a in answers) >= 0.9 * len(answers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs 4 GPUs")
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"pp": 2, "tp": 2, "dp_shard": 1, "ep": 2, "pp_schedule": "1F1B"},
+        {"pp": 2, "cp": 2, "dp_shard": 1, "ep": 2, "pp_schedule": "ZBVZeroBubble"},
+        {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
+    ],
+)
+def test_layouts_over_nccl_equal_one_gpu(tmp_path, sizes):
+    """The invariance matrix on real ranks; fp32 without TF32, where only the order of sums differs. Never run so far."""
+    write_tiny_model(tmp_path / "model", num_hidden_layers=8, first_k_dense_replace=2)
+    write_conversations(tmp_path / "train.jsonl", 10)
+    pool = RankPool()
+    try:
+        one, four = (test_layouts.on_ranks(pool.run, n, directory=str(tmp_path), **part) for n, part in ((1, {}), (4, sizes)))
+    finally:
+        pool.close()
+    for got, expected in zip(four, one, strict=True):
+        test_layouts.compare(got, expected)

@@ -222,6 +222,12 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(kv_rank, heads * (nope_dim + v_dim), bias=False)
         self.o_proj = Linear(heads * v_dim, width, bias=bias)
 
+    def use_heads(self, first: int, count: int) -> None:
+        """Compute some of the heads only, of those whose weights are here; what they return is put together elsewhere."""
+        queries = self.q_proj if self.q_rank is None else self.q_b_proj
+        for linear, width in ((queries, self.qk_dim), (self.kv_b_proj, self.nope_dim + self.v_dim)):
+            linear.rows = slice(first * width, (first + count) * width)
+
     def forward(self, x_SD: Tensor, packing: Packing) -> Tensor:
         """x_SD (normed) to the attention block's output, both [S, D]; with bias, padding gets the bias alone."""
         q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))

@@ -3,7 +3,7 @@
 Full logits ([T, V]: 15.8 GiB in fp32 for one row of 32k tokens at V = 129,280) never exist: the gradients with respect
 to the hidden states and the weight are computed in the forward pass, chunk by chunk, and only scaled in the backward.
 
-Shape suffixes: T tokens, D width, V vocabulary (this rank's part of it), C tokens of a chunk.
+Shape suffixes: T tokens (the caller's C), D width, V vocabulary (this rank's part of it), C tokens of a chunk.
 """
 
 from __future__ import annotations

@@ -43,10 +43,7 @@ def apply_context_parallel(model: DeepseekV3, world: World) -> None:
     cp, rank = world.dense["cp"].size(), world.dense["cp"].get_local_rank()
     heads = model.config.num_attention_heads // (cp * world.dense["tp"].size())
     for layer in model.model.layers.values():
-        attention = layer.self_attn
-        queries = attention.q_proj if attention.q_rank is None else attention.q_b_proj
-        for linear, width in ((queries, attention.qk_dim), (attention.kv_b_proj, attention.nope_dim + attention.v_dim)):
-            linear.rows = slice(rank * heads * width, (rank + 1) * heads * width)
+        layer.self_attn.use_heads(rank * heads, heads)
     model.layout = SequenceLayout(world, model.config.vocab_size)
 
 

@@ -1,6 +1,6 @@
 """Expert parallelism: rows travel to the rank that holds their expert, and back.
 
-Shapes: R rows routed on this rank (T tokens x K), S rows received, D width, E experts, n ranks on the `ep` axis, e = E / n
+Shapes: R rows routed on this rank (S tokens x K), M rows received, D width, E experts, n ranks on the `ep` axis, e = E / n
 local experts. Rows arrive sorted by global expert, so the part for rank i is contiguous.
 """
 
@@ -40,19 +40,19 @@ class ExpertExchange:
             sent, received = splits.tolist()
             local_e = received_E.view(self.size, -1)
             # From (sender, local expert) order to (local expert, sender) order.
-            expert_S = torch.arange(local_e.shape[1], device=x_RD.device).repeat(self.size)
-            expert_S = expert_S.repeat_interleave(received_E, output_size=sum(received))
-            order_S = expert_S.argsort(stable=True)
-            inverse_S = torch.empty_like(order_S)
-            inverse_S[order_S] = torch.arange(order_S.numel(), device=x_RD.device)
+            expert_M = torch.arange(local_e.shape[1], device=x_RD.device).repeat(self.size)
+            expert_M = expert_M.repeat_interleave(received_E, output_size=sum(received))
+            order_M = expert_M.argsort(stable=True)
+            inverse_M = torch.empty_like(order_M)
+            inverse_M[order_M] = torch.arange(order_M.numel(), device=x_RD.device)
             offs_e = local_e.sum(0).cumsum(0).to(torch.int32)
         # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero gradients under compile).
-        z_SD = all_to_all_single_autograd(x_RD, received, sent, self.group)
+        z_MD = all_to_all_single_autograd(x_RD, received, sent, self.group)
         result = meanwhile()
-        z_SD = wait_tensor(z_SD)
-        y_SD = experts(permute(z_SD, order_S, inverse_S.unsqueeze(1)), offs_e)
-        y_SD = permute(y_SD, inverse_S, order_S.unsqueeze(1))
-        return wait_tensor(all_to_all_single_autograd(y_SD, sent, received, self.group)), result
+        z_MD = wait_tensor(z_MD)
+        y_MD = experts(permute(z_MD, order_M, inverse_M.unsqueeze(1)), offs_e)
+        y_MD = permute(y_MD, inverse_M, order_M.unsqueeze(1))
+        return wait_tensor(all_to_all_single_autograd(y_MD, sent, received, self.group)), result
 
 
 def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:

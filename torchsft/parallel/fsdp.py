@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from torchsft.config import InputError
 
@@ -22,6 +23,8 @@ def apply_fsdp(
     model: nn.Module, parameter_mesh: DeviceMesh, expert_mesh: DeviceMesh, compute: torch.dtype, reshard_after_forward: bool
 ) -> None:
     """Shard `model` in place; forward and backward run in `compute`, gradients are summed in fp32.
+
+    Except over `tp`: what is partial there FSDP2 sums before, in `compute` for each microbatch (with a pipeline once, in fp32).
 
     Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below fp32, the router, which
     stays fp32; the rest (embedding, last norm, head) is the root. While a layer computes, the next one is gathered;
@@ -61,7 +64,8 @@ def apply_fsdp(
                 parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
             parts.append(fully_shard(experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda _: Shard(1), **options))
         units.append([fully_shard(layer, mesh=dense, mp_policy=policy, reshard_after_forward=reshard_after_forward), *parts])
-    fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
+    fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=None if reshard_after_forward else False)
     for this, following in itertools.pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(this[:1] + this[:0:-1])
@@ -70,3 +74,26 @@ def apply_fsdp(
             # The one normaliser is the global batch's loss weight: FSDP only sums. gloo has no PREMUL_SUM, so force SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def held_bytes(model: nn.Module, compute: torch.dtype, reshard_after_forward: bool) -> int:
+    """Device memory that this rank needs for its share of the parameters through a step; activations and buffers come on top.
+
+    Weight, gradient and two moments of its shards in fp32. Where gathered parameters are kept for a whole step, also these, in
+    `compute`, and their fp32 gradients, which are scattered behind the last microbatch.
+
+    Args:
+        model: this rank's part, sharded; on any device.
+    """
+    held = 0
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            held += 16 * parameter.numel()
+            continue
+        share, mesh = parameter.to_local().numel(), parameter.device_mesh
+        held += 16 * share
+        if not reshard_after_forward:
+            axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+            gathered = parameter.numel() // math.prod(n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard())
+            held += compute.itemsize * gathered + 4 * (gathered - share)
+    return held

@@ -1,6 +1,7 @@
 """Pipeline parallelism: how the microbatches of a step pass through the stages.
 
-The schedules are torch's (`torch.distributed.pipelining`); this is the only file that touches private names of that package.
+The schedules are torch's (`torch.distributed.pipelining`); this is the only file that touches private names of that package,
+and of FSDP2's gradients.
 What a microbatch needs besides hidden states (positions, documents, labels, weights) every rank of a pipeline reads itself and
 gives to its own stages: only hidden states and their gradients travel, and no logits.
 
@@ -158,7 +159,9 @@ class OneStage(Runner):
             The loss sum of this rank's microbatches, float64 scalar.
         """
         total = self.zero.clone()
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if isinstance(self.model, FSDPModule):  # replicas (HSDP) sum once, what each has summed over its microbatches
+                self.model.set_requires_all_reduce(i == len(batches) - 1)
             loss = self.model(**batch.to(self.world.device).model_inputs())
             (loss / weight).backward()
             total += loss.detach()
@@ -186,6 +189,7 @@ class Stage(PipelineStage):
     nothing is computed twice to learn shapes, these are told: hidden states [S, D], and a scalar from the last stage.
 
     Attributes:
+        whole_backward: why the backward pass is not split into one for inputs and one for weights; empty where it can be.
         inputs_of: keyword arguments for the module, of each microbatch.
         results: of a stage that only evaluates, what the last stage's module returned for each microbatch.
     """
@@ -200,6 +204,9 @@ class Stage(PipelineStage):
         # The weight pass of zero-bubble schedules goes through the graph once for each parameter, and would compute a layer
         # again each time (14 times, measured). A whole backward pass in the input pass's place does it once, and is right.
         recomputes = any(layer.recompute is not None for layer in module.model.layers.values())
+        self.whole_backward = "activation checkpointing" if recomputes else ""
+        if not weight_pass_possible():
+            self.whole_backward = f"torch {torch.__version__}"
         super().__init__(
             module,
             index,
@@ -208,7 +215,7 @@ class Stage(PipelineStage):
             input_args=tokens_T if index == 0 else hidden_SD,
             output_args=scalar if index == count - 1 else hidden_SD,
             group=world.dense.get_group("pp"),
-            dw_builder=(lambda: lambda: None) if recomputes or not weight_pass_possible() else None,
+            dw_builder=(lambda: lambda: None) if self.whole_backward else None,
         )
         self.has_backward = self.training = training
         self.inputs_of: list[dict[str, Any]] = []
@@ -265,6 +272,8 @@ class Pipeline(Runner):
         self.group = world.dense.get_group("pp")
         self.weight, self.total = 1.0, self.zero
         self.stages = self._stages(training=True)
+        # NCCL sets up a group's communicator in its first call, which all of its ranks must join; two neighbours do not.
+        dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
         kind = schedule_class(schedule)
         stages = self.stages if issubclass(kind, PipelineScheduleMulti) else self.stages[0]
         self.schedule = kind(stages, n_microbatches=microbatches, loss_fn=self._loss, scale_grads=False)

@@ -21,6 +21,7 @@ from torchsft.models.deepseek_v3 import DeepseekV3Config
 
 ONE_STAGE = ("GPipe", "1F1B")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+ZERO_BUBBLE = ("InterleavedZeroBubble", *V_SHAPED)
 
 
 @dataclass(frozen=True)
