@@ -29,7 +29,7 @@ from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_va
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.fsdp import held_bytes
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
-from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split
+from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split, weight_pass_possible
 from torchsft.parallel.stages import ZERO_BUBBLE
 from torchsft.parallel.world import World, mesh_sizes
 from torchsft.precision.adamw import build_optimizer, learning_rate
@@ -187,11 +187,14 @@ class Trainer:
     def check_memory(self) -> None:
         """Refuse what cannot fit before anything is loaded (activations are not counted)."""
         config, memory = self.config, device_bytes(self.world.device)
-        held = held_bytes(self.model, DTYPES[config.precision.compute], reshard_after_forward(config.parallel))
-        if memory is not None and held > memory:
+        sharded, gathered = held_bytes(self.model, DTYPES[config.precision.compute], reshard_after_forward(config.parallel))
+        if memory is not None and sharded + gathered > memory:
+            remedy = "raise --parallel.pp, --parallel.ep or --parallel.tp"
+            if gathered < memory:
+                remedy = f"start at least {math.ceil(self.world.size * sharded / (memory - gathered))} ranks"
             raise InputError(
-                f"rank {self.world.rank} would hold {held / 1e9:.1f} GB of weights, gradients and moments, but its device has "
-                f"{memory / 1e9:.1f} GB; start at least {math.ceil(self.world.size * held / memory)} ranks"
+                f"rank {self.world.rank} would hold {(sharded + gathered) / 1e9:.1f} GB of weights, gradients and moments, but "
+                f"its device has {memory / 1e9:.1f} GB; {remedy}"
             )
 
     def load_data(self) -> None:
@@ -474,8 +477,9 @@ class Trainer:
         if config.parallel.pp > 1:
             per_stage = "+".join(str(len(layers)) for layers in self.plan.layers)
             shown.append(f"{config.parallel.pp_schedule} over stages of {per_stage} layers")
-            reason = self.pipeline.stages[0].whole_backward
-            if reason and config.parallel.pp_schedule in ZERO_BUBBLE:
+            full = config.train.activation_checkpointing == "full"
+            if config.parallel.pp_schedule in ZERO_BUBBLE and (full or not weight_pass_possible()):
+                reason = "activation checkpointing" if full else f"torch {torch.__version__}"
                 shown.append(f"with whole backward passes ({reason}) and the bubbles that this schedule else fills")
         return (
             f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute, on {world.size} x {world.device.type}: "

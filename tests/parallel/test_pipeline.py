@@ -332,8 +332,16 @@ def test_every_layer_of_v3_is_on_one_rank(schedule, pp):
 
 
 REFUSED = [
-    (parallel_of("1F1B", 4), 3, "cannot do 3 microbatches a step, but 4; set --train.global-batch-size 4 "),
-    (parallel_of("DualPipeV", 2, dp_shard=2, dp_replicate=3), 3, "but 4; set --train.global-batch-size 24 and --train.micro"),
+    (
+        parallel_of("1F1B", 4),
+        3,
+        "cannot do 3 microbatches a step, but 4; set --train.global-batch-size to 4 times --train.micro-batch-size",
+    ),
+    (
+        parallel_of("DualPipeV", 2, dp_shard=2, dp_replicate=3),
+        3,
+        "but 4; set --train.global-batch-size to 24 times --train.micro",
+    ),
     (parallel_of("Interleaved1F1B", 2), 5, "cannot do 5 microbatches a step, but 6;"),
     (parallel_of("InterleavedZeroBubble", 4), 9, "cannot do 9 microbatches a step, but 10;"),
     (
@@ -342,15 +350,16 @@ REFUSED = [
         "has 16 stages, the model 8 layers; set --parallel.pp to at most 4 or --par",
     ),
     (parallel_of("GPipe", 16), 16, "has 16 stages, the model 8 layers; set --parallel.pp to at most 8$"),
-    (parallel_of("1F1B", 2, pp_layers=(4, 3)), 4, "is 4 3, together 7, but it must place 8 layers .* set it to 4 4, for"),
-    (parallel_of("Interleaved1F1B", 2, pp_layers=(4, 0, 0, 4)), 4, "none of the middle stages empty; set it to 2 2 2 2,"),
-    (parallel_of("ZBVZeroBubble", 2, pp_layers=(4, 4)), 4, "has 2 numbers, .* has 4 stages; give 4 numbers, such as 2 2 2 2"),
+    (parallel_of("1F1B", 2, pp_layers=(4, 3)), 4, "is 4 3, together 7, but it must place 8 layers .* give 2, such as 4 4$"),
+    (parallel_of("Interleaved1F1B", 2, pp_layers=(4, 0, 0, 4)), 4, "none of the middle stages empty; give 4, such as 2 2 2 2$"),
+    (parallel_of("ZBVZeroBubble", 2, pp_layers=(4, 4)), 4, "has 2 number.s., .* has 4 stage.s.; give 4, such as 2 2 2 2$"),
     (
         parallel_of("Interleaved1F1B", 2, pp_layers=(2, 2, 2, 1, 1)),
         4,
-        "has 5 numbers, .* has 4 stages; give 4 numbers, such as",
+        "has 5 number.s., .* has 4 stage.s.; give 4, such as",
     ),
-    (Parallel(dp_shard=1, pp_layers=(4, 4)), 4, "has 2 numbers, .* has 1 stages; give 1 numbers, such as 8"),
+    (Parallel(dp_shard=1, pp_layers=(4, 4)), 4, "has 2 number.s., .* has 1 stage.s.; give 1, such as 8$"),
+    (parallel_of("Interleaved1F1B", 8, pp_layers=(1,) * 16), 16, "together 16, but it must place 8 layers .*; leave it out$"),
 ]
 
 

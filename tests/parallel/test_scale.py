@@ -74,7 +74,7 @@ def share_of_a_rank(name, rank, changes):
         "stages": len(stages),
         "whole": sum(p.numel() for p in parameters.values()),
         "share": sum(p.to_local().numel() for p in parameters.values()),
-        "held": held_bytes(model, torch.bfloat16, reshard_after_forward(parallel)),
+        "held": sum(held_bytes(model, torch.bfloat16, reshard_after_forward(parallel))),
         "experts": (tuple(experts.shape), tuple(experts.to_local().shape)),
     }
 

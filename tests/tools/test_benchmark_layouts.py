@@ -13,6 +13,15 @@ from torchsft.config import Parallel
 from torchsft.parallel.world import World
 
 
+def test_multiply_adds_are_those_of_every_kind_of_product():
+    x, y = torch.ones(6, 16), torch.ones(2, 16, 8)
+    with SentBytes() as count:
+        x @ y[0]
+        torch.addmm(torch.ones(8), x, y[0])
+        torch.nn.functional.grouped_mm(x, y, offs=torch.tensor([4, 6], dtype=torch.int32))
+    assert count.multiply_adds == 3 * 6 * 16 * 8
+
+
 def counted(call):
     with SentBytes() as bytes_of:
         call()
@@ -87,6 +96,9 @@ def test_layouts_send_what_they_have_to(tmp_path):
     assert [r["ranks"] for r in report["results"]] == [1, 2, 2, 4]
     assert all(r["step_seconds"] > 0 and r["cpu_seconds"] > 0 for r in report["results"])
     assert one["sent"] == one["calls"] == {}
+
+    # Nothing is computed twice.
+    assert {r["multiply_adds"] for r in report["results"]} == {one["multiply_adds"]}
 
     # By hand. Parameters: query, key/value, output and norms; experts; embedding, head, dense layer, routers, shared experts.
     attention = 128 * 64 + 64 * 4 * 32 + 128 * 80 + 64 * 4 * 48 + 4 * 32 * 128 + (64 + 64 + 2 * 128)

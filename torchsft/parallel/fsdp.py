@@ -76,24 +76,28 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def held_bytes(model: nn.Module, compute: torch.dtype, reshard_after_forward: bool) -> int:
+def held_bytes(model: nn.Module, compute: torch.dtype, reshard_after_forward: bool) -> tuple[int, int]:
     """Device memory that this rank needs for its share of the parameters through a step; activations and buffers come on top.
-
-    Weight, gradient and two moments of its shards in fp32. Where gathered parameters are kept for a whole step, also these, in
-    `compute`, and their fp32 gradients, which are scattered behind the last microbatch.
 
     Args:
         model: this rank's part, sharded; on any device.
+
+    Returns:
+        Bytes that more data ranks would share: weight, gradient and two moments in fp32. And bytes that they would not: where
+        gathered parameters are kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
+        behind the last microbatch (so that they stand in for the sharded ones).
     """
-    held = 0
+    sharded = kept = 0
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
-            held += 16 * parameter.numel()
+            sharded += 16 * parameter.numel()
             continue
         share, mesh = parameter.to_local().numel(), parameter.device_mesh
-        held += 16 * share
-        if not reshard_after_forward:
-            axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
-            gathered = parameter.numel() // math.prod(n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard())
-            held += compute.itemsize * gathered + 4 * (gathered - share)
-    return held
+        if reshard_after_forward:
+            sharded += 16 * share
+            continue
+        axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+        gathered = parameter.numel() // math.prod(n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard())
+        sharded += 12 * share
+        kept += (compute.itemsize + 4) * gathered
+    return sharded, kept

@@ -10,6 +10,7 @@ Shape suffixes: T tokens of a microbatch, S of them on this rank between blocks,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,11 @@ from torch.distributed.pipelining.schedules import (
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.deepseek_v3 import DeepseekV3
-from torchsft.ops.swiglu import swiglu
 from torchsft.parallel.stages import StagePlan, plan_stages, schedule_class
 from torchsft.parallel.world import World
+
+# It logs the whole schedule, a line for each of its steps, on every rank behind every error.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 __all__ = ["OneStage", "Pipeline", "build_pipeline", "plan_stages", "reshard_after_forward", "split"]
 
@@ -131,11 +134,7 @@ class Runner:
         return results[0]
 
     def _undisturbed(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
-        """`_forward` in evaluation mode.
-
-        No parameters stay gathered, to be stale after an update: without a pipeline FSDP frees them behind every forward pass
-        (`reshard_after_forward`), with one the schedule does so at its end.
-        """
+        """`_forward` in evaluation mode."""
         for module in self.modules:
             module.eval()
         results = self._forward(inputs)
@@ -168,14 +167,23 @@ class OneStage(Runner):
         return total
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
-        return [self.model(**one) for one in inputs]
+        results = [self.model(**one) for one in inputs]
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # the root stays gathered for a backward pass, and would be stale after an update
+        return results
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
 
 
 @torch.enable_grad()
 def weight_pass_possible() -> bool:
     """Whether a backward pass can start inside a graph at an autograd Function of ours. Not with torch 2.11: there zero-bubble
     schedules do whole backward passes, with the bubble that these schedules fill."""
-    node = swiglu(*torch.zeros(2, 1, requires_grad=True)).grad_fn
+    node = _Probe.apply(torch.zeros((), requires_grad=True)).grad_fn
     try:
         return node._input_metadata is not None
     except RuntimeError:
@@ -189,7 +197,6 @@ class Stage(PipelineStage):
     nothing is computed twice to learn shapes, these are told: hidden states [S, D], and a scalar from the last stage.
 
     Attributes:
-        whole_backward: why the backward pass is not split into one for inputs and one for weights; empty where it can be.
         inputs_of: keyword arguments for the module, of each microbatch.
         results: of a stage that only evaluates, what the last stage's module returned for each microbatch.
     """
@@ -204,9 +211,6 @@ class Stage(PipelineStage):
         # The weight pass of zero-bubble schedules goes through the graph once for each parameter, and would compute a layer
         # again each time (14 times, measured). A whole backward pass in the input pass's place does it once, and is right.
         recomputes = any(layer.recompute is not None for layer in module.model.layers.values())
-        self.whole_backward = "activation checkpointing" if recomputes else ""
-        if not weight_pass_possible():
-            self.whole_backward = f"torch {torch.__version__}"
         super().__init__(
             module,
             index,
@@ -215,7 +219,7 @@ class Stage(PipelineStage):
             input_args=tokens_T if index == 0 else hidden_SD,
             output_args=scalar if index == count - 1 else hidden_SD,
             group=world.dense.get_group("pp"),
-            dw_builder=(lambda: lambda: None) if self.whole_backward else None,
+            dw_builder=(lambda: lambda: None) if recomputes or not weight_pass_possible() else None,
         )
         self.has_backward = self.training = training
         self.inputs_of: list[dict[str, Any]] = []
@@ -310,8 +314,12 @@ class Pipeline(Runner):
             stage.clear_runtime_states()
             stage.inputs_of = [{name: x for name, x in one.items() if name != "tokens"} for one in inputs]
         tokens = [(one["tokens"],) for one in inputs]
-        # The targets are among the inputs; torch asks for one of each.
-        schedule._step_microbatches(tokens, target_mbs=[None] * len(inputs), return_outputs=False)
+        try:  # the targets are among the inputs; torch asks for one of each
+            schedule._step_microbatches(tokens, target_mbs=[None] * len(inputs), return_outputs=False)
+        except RuntimeError as error:  # torch wraps what a stage's forward pass raises
+            if error.__cause__ is None:
+                raise
+            raise error.__cause__ from None
         for stage in stages:
             stage.clear_runtime_states()
             stage.inputs_of = []

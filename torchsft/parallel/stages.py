@@ -70,24 +70,27 @@ def plan_stages(parallel: Parallel, model_config: DeepseekV3Config, microbatches
                 f"--parallel.pp is {parallel.pp}, but this model's output embedding is its input embedding "
                 "(tie_word_embeddings), which cannot be on two ranks; set --parallel.pp 1"
             )
-    if stages > layers:
+    if stages > layers and not parallel.pp_layers:
         raise InputError(
             f"--parallel.pp-schedule {parallel.pp_schedule} over --parallel.pp {parallel.pp} has {stages} stages, the model "
             f"{layers} layers; set --parallel.pp to at most {max(layers * parallel.pp // stages, 1)}"
             + (" or --parallel.pp-schedule to 1F1B" if parallel.pp <= layers else "")
         )
-    balanced = balance(model_config.layer_costs(), stages, model_config.embedding_cost, model_config.head_cost)
+    if stages <= layers:
+        balanced = balance(model_config.layer_costs(), stages, model_config.embedding_cost, model_config.head_cost)
+        remedy = f"give {stages}, such as {' '.join(map(str, balanced))}"
+    else:
+        balanced, remedy = (), "leave it out"
     counts = parallel.pp_layers or balanced
-    example = " ".join(map(str, balanced))
     if len(counts) != stages:
         raise InputError(
-            f"--parallel.pp-layers has {len(counts)} numbers, but {parallel.pp_schedule} over --parallel.pp {parallel.pp} has "
-            f"{stages} stages; give {stages} numbers, such as {example}"
+            f"--parallel.pp-layers has {len(counts)} number(s), but {parallel.pp_schedule} over --parallel.pp {parallel.pp} "
+            f"has {stages} stage(s); {remedy}"
         )
     if sum(counts) != layers or 0 in counts[1:-1]:
         raise InputError(
             f"--parallel.pp-layers is {' '.join(map(str, counts))}, together {sum(counts)}, but it must place {layers} layers "
-            f"and leave none of the middle stages empty; set it to {example}, for instance"
+            f"and leave none of the middle stages empty; {remedy}"
         )
     if parallel.pp > 1:
         _check_microbatches(parallel, stages, microbatches)
@@ -168,6 +171,6 @@ def _check_microbatches(parallel: Parallel, stages: int, microbatches: int) -> N
     data = parallel.dp_replicate * parallel.dp_shard
     raise InputError(
         f"--parallel.pp-schedule {schedule} with {stages} stages on --parallel.pp {pp} cannot do {microbatches} microbatches a "
-        f"step, but {up}; set --train.global-batch-size {up * data} and --train.micro-batch-size 1, or others of this quotient "
-        f"({up} microbatches on each of {data} data ranks)"
+        f"step, but {up}; set --train.global-batch-size to {up * data} times --train.micro-batch-size ({up} on each "
+        f"of {data} data ranks)"
     )
