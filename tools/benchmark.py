@@ -2,6 +2,8 @@
 
 python tools/benchmark.py step            a small model on CPU against a plain transformers + AdamW loop
 python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU
+python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside its formula
+python tools/benchmark.py layouts         step time and bytes sent under each parallel layout, against one process
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import benchmark_gpu, benchmark_step
+from tools import benchmark_gpu, benchmark_layouts, benchmark_pipeline, benchmark_step
 
 
 def main() -> None:
@@ -25,13 +27,18 @@ def main() -> None:
     step.add_argument("--profile", action="store_true", help="also print where the time goes, by operator")
     gpu = commands.add_parser("gpu", help="real widths, one NVIDIA GPU")
     gpu.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
-    for command in (step, gpu):
+    pipeline = commands.add_parser("pipeline", help="bubbles of the pipeline schedules, without arithmetic")
+    pipeline.add_argument("--repeats", type=int, default=3, help="recorded steps (default: %(default)s)")
+    layouts = commands.add_parser("layouts", help="small model on up to 8 ranks of this machine")
+    layouts.add_argument("--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)")
+    for command in (step, gpu, pipeline, layouts):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     options = parser.parse_args()
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
     else:
-        benchmark_gpu.run(options.json, options.repeats)
+        tool = {"gpu": benchmark_gpu, "pipeline": benchmark_pipeline, "layouts": benchmark_layouts}[options.command]
+        tool.run(options.json, options.repeats)
 
 
 if __name__ == "__main__":

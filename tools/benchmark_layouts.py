@@ -7,11 +7,12 @@ are counted at the collectives themselves (`SentBytes`), as what a rank has to s
     all-reduce        2 (n - 1) / n of the tensor                all-to-all       the rows for other ranks
     point-to-point    the tensors sent
 
-Beside them stands what the layout has to send (`expected_bytes`); where both differ by more than 1 %, the table shows both.
-Means over ranks; all-to-alls of experts depend on the routing, and are expected as if it were even.
+Beside them stands what the layout has to send (`expected_bytes`); where it sends something else, the table shows both (1 %; 5 %
+for all-to-alls, since these depend on the routing and are expected as if it were even). All are means over ranks.
 
-Ranks share this machine's cores, so no layout can be faster than 1 / min(ranks, cores) of one process. The processor time of all
-ranks together, which depends less on what else runs, says what a layout computes, copies and manages besides.
+Ranks share this machine's cores, so no layout can be faster than 1 / min(ranks, cores) of one process. The processor time of
+all ranks together depends less on what else runs; it says what a layout copies and manages besides. "products" are the
+multiply-adds of matrix products of all ranks together: more than 1 is computed more than once. In brackets: one process is 1.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.benchmark_pipeline import on_ranks
@@ -102,6 +104,7 @@ class SentBytes(TorchDispatchMode):
 
     Attributes:
         sent, calls: Counters by kind. A collective of one rank counts as nothing.
+        multiply_adds: of matrix products, those over groups of rows too.
     """
 
     IGNORED = ("wait_tensor", "recv_", "_wrap_tensor_autograd")
@@ -110,11 +113,14 @@ class SentBytes(TorchDispatchMode):
         super().__init__()
         self.sent: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.multiply_adds = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operation and count what it sends."""
+        """Run the operation and count what it sends or multiplies."""
+        if DTensor in types:
+            return NotImplemented  # it comes again, as operations on the parts and collectives between them
         result = function(*args, **(kwargs or {}))
         namespace, _, name = function._schema.name.partition("::")
         if namespace in ("c10d", "_c10d_functional") and name not in self.IGNORED:
@@ -123,6 +129,9 @@ class SentBytes(TorchDispatchMode):
             if sent:
                 self.sent[kind] += sent
                 self.calls[kind] += 1
+        elif name in ("mm", "addmm", "addmm_", "_grouped_mm"):
+            x, y = args[1:3] if name.startswith("add") else args[:2]
+            self.multiply_adds += x.numel() * y.shape[-1]
         return result
 
     def measured(self, name: str, given: Mapping[str, Any], result: Any) -> tuple[str, float]:
@@ -157,8 +166,6 @@ def _group(name: Any) -> dist.ProcessGroup:
 
 def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, row: int, world_size: int) -> dict[str, float]:
     """What a rank has to send in a training step, by kind; fp32, mean over ranks, tokens spread evenly over experts.
-
-    With q (k - 1) / k of a tensor for k ranks written as its share:
 
         parameters    gathered for the forward pass of each microbatch and again for its backward pass, where FSDP frees them in
                       between (without a pipeline); the embedding, last norm and head, of which nothing would be saved, once.
@@ -263,7 +270,7 @@ def config_for(directory: Path, row: int, **sizes: Any) -> Config:
 
 
 def train_steps(config: Config, repeats: int) -> dict[str, Any]:
-    """On each rank: time of some steps (after one that is not timed), then what one more sends."""
+    """On each rank: time of some steps (after one that is not timed), then what one more sends and multiplies."""
     with World(config.parallel, 0) as world:
         trainer = QuietTrainer(config, world)
         trainer.train_step(next(trainer.loader))
@@ -272,7 +279,8 @@ def train_steps(config: Config, repeats: int) -> dict[str, Any]:
         cpu_seconds = (time.process_time() - began) / repeats
         with SentBytes() as counted:
             trainer.train_step(next(trainer.loader))
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "sent": dict(counted.sent), "calls": dict(counted.calls)}
+    counts = {"sent": dict(counted.sent), "calls": dict(counted.calls), "multiply_adds": counted.multiply_adds}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds} | counts
 
 
 def write_inputs(directory: Path, **sizes: Any) -> DeepseekV3Config:
@@ -298,6 +306,8 @@ def measure(directory: Path, model: DeepseekV3Config, row: int, repeats: int, si
         "ranks": n,
         "step_seconds": statistics.median(ranks[0]["seconds"]),  # ranks end a step together
         "cpu_seconds": sum(rank["cpu_seconds"] for rank in ranks),
+        "multiply_adds": sum(rank["multiply_adds"] for rank in ranks),
+        "load": os.getloadavg()[0],
         "sent": {kind: statistics.mean(rank["sent"].get(kind, 0) for rank in ranks) for kind in kinds},
         "most_sent": max(sum(rank["sent"].values()) for rank in ranks),
         "calls": {kind: statistics.mean(rank["calls"].get(kind, 0) for rank in ranks) for kind in kinds},
@@ -305,26 +315,26 @@ def measure(directory: Path, model: DeepseekV3Config, row: int, repeats: int, si
     }
 
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "point-to-point")
+KINDS = {"all-gather": 0.01, "reduce-scatter": 0.01, "all-reduce": 0.01, "all-to-all": 0.05, "point-to-point": 0.01}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown; MiB."""
-    head = ["layout", "ranks", "step", "x", "processor time", "x", *KINDS, "all", "calls"]
+    """Markdown; bytes in MiB."""
+    head = ["layout", "ranks", "step", "processor time", "products", *KINDS, "sent", "calls"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
 
-    def both(sent: float, expected: float) -> str:
+    def both(sent: float, expected: float, tolerance: float) -> str:
         shown = f"{sent / 2**20:.2f}" if sent else ""
-        if math.isclose(sent, expected, rel_tol=0.01, abs_tol=2**10):
+        if math.isclose(sent, expected, rel_tol=tolerance, abs_tol=2**10):
             return shown
         return f"**{shown or 0}** ({expected / 2**20:.2f})"
 
     for r in results:
         cells = [r["layout"], str(r["ranks"])]
-        for time_of in ("step_seconds", "cpu_seconds"):
-            cells += [f"{r[time_of]:.2f} s", f"{r[time_of] / results[0][time_of]:.2f}"]
-        cells += [both(r["sent"].get(kind, 0), r["expected"].get(kind, 0)) for kind in KINDS]
-        cells.append(both(sum(r["sent"].values()), sum(r["expected"].values())))
+        cells += [f"{r[key]:.2f} s ({r[key] / results[0][key]:.2f})" for key in ("step_seconds", "cpu_seconds")]
+        cells.append(f"{r['multiply_adds'] / results[0]['multiply_adds']:.2f}")
+        cells += [both(r["sent"].get(kind, 0), r["expected"].get(kind, 0), KINDS[kind]) for kind in KINDS]
+        cells.append(f"{sum(r['sent'].values()) / 2**20:.2f}")
         cells.append(f"{sum(r['calls'].values()):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -338,11 +348,11 @@ def run(
     with tempfile.TemporaryDirectory() as directory:
         model = write_inputs(Path(directory), **sizes)
         report["results"] = []
+        print(table([]))
         for one in layouts:
             report["results"].append(measure(Path(directory), model, row, repeats, one))
-            print(table(report["results"][:1] + report["results"][-1:]).splitlines()[-1], flush=True)
+            print(table(report["results"]).splitlines()[-1], flush=True)
     report["load_after"] = os.getloadavg()
-    print("\n" + table(report["results"]))
     if json_path:
         json_path.write_text(json.dumps(report, indent=2) + "\n")
     return report
