@@ -35,6 +35,9 @@ def _serve(pipe: Connection) -> None:
 
 def _work(pipe: Connection, function: Callable[..., Any], arguments: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)  # torch 2.11 often crashes in a fork whose first thread begins elsewhere
     try:
         # pickle's own bytes: multiprocessing would share a tensor's memory, which ends with this process
         answer = (True, pickle.dumps(function(**arguments)))

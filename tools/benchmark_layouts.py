@@ -178,7 +178,7 @@ def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, r
         pp            hidden states between stages on different ranks
         step          counts, norm, loss and expert loads: float64
 
-    Backward passes send what forward passes did, the other way; activation checkpointing repeats the forward pass.
+    Backward passes send what forward passes did, the other way; activation checkpointing repeats forward passes.
     """
     sizes = mesh_sizes(parallel, world_size)
     pp, replicas, shard, cp, tp = sizes["dense"].values()
@@ -216,11 +216,9 @@ def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, r
         latents = (config.q_lora_rank or width) + config.kv_lora_rank + config.qk_rope_head_dim
         gathered = tokens * latents * share(cp * tp)
         summed = here * width * share(tp)
-        if not config.is_moe(layer):
-            gathered += summed
-            summed *= 2
-        moved["all-gather"] += forwards * gathered + summed
-        moved["reduce-scatter"] += forwards * summed + gathered
+        dense = 0 if config.is_moe(layer) else summed
+        moved["all-gather"] += forwards * (gathered + dense) + summed + dense
+        moved["reduce-scatter"] += forwards * summed + dense + gathered + dense  # a repetition ends before its last sum
         moved["all-to-all"] += (forwards + 1) * tokens * heads * config.v_head_dim / (cp * tp) * share(cp)
         if config.is_moe(layer):
             rows = here // tp * config.num_experts_per_tok

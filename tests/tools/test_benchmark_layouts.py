@@ -104,9 +104,9 @@ def test_layouts_send_what_they_have_to(tmp_path):
     attention = 128 * 64 + 64 * 4 * 32 + 128 * 80 + 64 * 4 * 48 + 4 * 32 * 128 + (64 + 64 + 2 * 128)
     experts = 3 * 8 * 3 * 128 * 64
     others = 2 * 1024 * 128 + 128 + 4 * attention + 3 * 128 * 256 + 3 * (8 * 128 + 3 * 128 * 64)
-    # 4 microbatches, half of 4 bytes; gathered at most twice.
+    # 4 microbatches, half of 4 bytes; gathered twice, but for what is outside of layers.
     assert sharded["sent"]["reduce-scatter"] == 4 * (others + experts) * 2
-    assert 4 * (others + experts) * 2 < sharded["sent"]["all-gather"] <= 2 * sharded["sent"]["reduce-scatter"]
+    assert sharded["sent"]["all-gather"] == 4 * (2 * (others + experts) - 2 * 1024 * 128 - 128) * 2
     assert expert["sent"]["reduce-scatter"] == 4 * others * 2
     # Of 3 layers half of the rows, there and back, twice (about: routing), and 8 counts.
     assert expert["sent"]["all-to-all"] == pytest.approx(4 * 3 * (4 * 128 * 2 * 128 * 4 + 8 * 8) / 2, rel=0.2)
@@ -114,6 +114,5 @@ def test_layouts_send_what_they_have_to(tmp_path):
     assert both["sent"]["point-to-point"] == 8 * 64 * 128 * 4
 
     for r in (sharded, expert, both):
-        for kind in ("reduce-scatter", "all-reduce", "point-to-point"):
+        for kind in ("all-gather", "reduce-scatter", "all-reduce", "point-to-point"):
             assert r["sent"].get(kind, 0) == pytest.approx(r["expected"].get(kind, 0), rel=1e-3), (r["layout"], kind)
-    assert both["sent"]["all-gather"] == pytest.approx(both["expected"]["all-gather"], rel=1e-3)
