@@ -319,3 +319,18 @@ def test_conversations_beyond_the_models_context_are_named(inputs, tmp_path, mon
     options = ["--model.path", directory, "--data.train", inputs / "train.jsonl", "--data.seq-len", 192, "--train.steps", 1]
     run_recipe(monkeypatch, *options, "--checkpoint.export", "none", "--output", tmp_path / "run")
     assert "but the model's max_position_embeddings is 64" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_fit_a_device_is_refused_before_weights_are_loaded(inputs, tmp_path, monkeypatch):
+    """16 bytes for each parameter (fp32 weight, gradient, two moments), activations not counted."""
+    config = trainer_for(inputs, tmp_path)
+    model = DeepseekV3ForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
+    needed = 16 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("torchsft.trainer.device_bytes", lambda device: needed)
+    with World(config.parallel, 0) as world:
+        Trainer(config, world)
+    monkeypatch.setattr("torchsft.trainer.device_bytes", lambda device: needed // 2 - 1)
+    monkeypatch.setattr("torchsft.checkpoint.huggingface.load_weights", lambda *_: pytest.fail("weights were loaded"))
+    config = trainer_for(inputs, tmp_path / "other")
+    with World(config.parallel, 0) as world, pytest.raises(InputError, match=r"but its device has .* start at least 3 ranks"):
+        Trainer(config, world)
