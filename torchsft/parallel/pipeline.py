@@ -11,6 +11,7 @@ Shape suffixes: T tokens of a microbatch, S of them on this rank between blocks,
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def build_pipeline(
     return Pipeline(stages, world, tokens, plan, parallel.pp_schedule, microbatches, dtype)
 
 
-class Runner:
+class Runner(ABC):
     """What runs microbatches through this rank's modules; the part of it that needs no gradients.
 
     Attributes:
@@ -96,9 +97,9 @@ class Runner:
         self.modules, self.world, self.tokens = modules, world, tokens
         self.zero = torch.zeros((), dtype=torch.float64, device=world.device)
 
+    @abstractmethod
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
         """What the model returns for each microbatch; nothing on ranks without the last stage."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
