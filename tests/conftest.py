@@ -11,14 +11,21 @@ import torch
 from tests.ranks import RankPool
 
 torch.set_num_threads(1)
+POOL = RankPool()
 
 
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(n, function, **arguments)` runs `function(**arguments)` on n ranks and returns their results."""
-    pool = RankPool()
-    yield pool.run
-    pool.close()
+    yield POOL.run
+    POOL.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A crash that did not make a test fail is told nevertheless."""
+    for crash in POOL.crashes:
+        terminalreporter.section("a rank crashed in native code and its job was run again")
+        terminalreporter.write_line(crash)
 
 
 def pytest_collection_modifyitems(items):

@@ -113,7 +113,8 @@ class DeepseekV3Config:
             config: the parsed JSON object.
 
         Raises:
-            InputError: another architecture, fp8 weights, a missing size, or values that this code does not compute.
+            InputError: another architecture, weights quantised otherwise than DeepSeek's fp8, a missing size, or values
+                that this code does not compute.
         """
         _check_architecture(config)
         missing = [key for key in _REQUIRED if config.get(key) is None]
@@ -217,11 +218,17 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
         raise InputError(f"config.json describes {found}, but only {ARCHITECTURE} is supported")
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise InputError(
-            f"config.json has a quantization_config ({method}), but this version does not yet support fp8 and other"
-            " quantised weights; give a bf16 or fp32 checkpoint"
-        )
+        known = quantization if isinstance(quantization, Mapping) else {}
+        method, block = known.get("quant_method", quantization), known.get("weight_block_size")
+        if method != "fp8" or known.get("fmt", "e4m3") != "e4m3" or not _is_block(block):
+            raise InputError(
+                f"config.json has a quantization_config ({method}, blocks of {block}), but only DeepSeek's fp8 (e4m3,"
+                " blocks such as [128, 128]) is supported; give such a checkpoint, or a bf16 or fp32 one"
+            )
+
+
+def _is_block(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
 
 
 def _rope(config: Mapping[str, Any]) -> Rope:
