@@ -1,10 +1,15 @@
-"""Safetensors files: what a Hugging Face directory holds, slices of it, and writing a file tensor by tensor."""
+"""Safetensors files: what a Hugging Face directory holds, slices of it, and writing a file tensor by tensor.
+
+The format: header length (8 bytes, little-endian), JSON header with the byte range of each tensor, data without gaps.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,31 +17,35 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
+from torchsft.precision.blockwise import SCALE_SUFFIX, dequantise, scale_key, scale_shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 # The header's words.
-WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-DTYPES = WEIGHT_DTYPES | {
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FP8 = "F8_E4M3"
+WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}
+DTYPES = WEIGHT_DTYPES | {"F64": torch.float64, "BOOL": torch.bool}
+DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
+DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a file: key -> dtype, shape
 
 
 def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     """Bytes of a dense tensor."""
     return math.prod(shape) * dtype.itemsize
+
+
+def size_of(contents: Contents) -> int:
+    """Bytes of a file's tensors."""
+    return sum(tensor_bytes(*entry) for entry in contents.values())
 
 
 def listing(names: Sequence[str], most: int = 20) -> str:
@@ -46,14 +55,10 @@ def listing(names: Sequence[str], most: int = 20) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        InputError: unreadable, or not a JSON object.
-    """
+    """The JSON object in a file; an InputError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object; download it again")
@@ -62,50 +67,80 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a safetensors header says of one tensor. `dtype` is the header's word, such as "BF16"."""
+    """What a header says of one tensor. `dtype` is its word for it, such as "BF16"; `start` is the first byte in the file."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    start: int = 0
+
+
+def has_weights(directory: str | Path) -> bool:
+    """Whether there are safetensors files."""
+    return any(Path(directory).glob("*.safetensors"))
+
+
+def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of an fp8 block by a config.json; None where it does not describe block-scaled e4m3 weights."""
+    fp8 = config.get("quantization_config")
+    block = fp8.get("weight_block_size") if isinstance(fp8, dict) else None
+    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
+        return None
+    return tuple(block) if fp8.get("quant_method") == "fp8" and fp8.get("fmt", "e4m3") == "e4m3" else None
+
+
+def fp8_block(directory: str | Path) -> tuple[int, int]:
+    """Rows and columns of a block of a directory's fp8 weights; an InputError where config.json does not describe such."""
+    config = read_json_object(Path(directory) / "config.json")
+    block, found = described_block(config), config.get("quantization_config")
+    if block is not None:
+        return block
+    raise InputError(
+        f"{directory} holds fp8 weights, but its config.json has quantization_config = {json.dumps(found)}, where "
+        '{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} or the like is needed; download it again'
+    )
 
 
 class WeightIndex:
-    """The tensors of a Hugging Face directory by key, known from the headers alone; slices are read on demand
-    (memory-mapped).
+    """The tensors of a Hugging Face directory by key, known from the headers alone; of slices, only their bytes are read.
+
+    A weight in fp8 (e4m3) has its scales beside it (precision/blockwise.py).
 
     Attributes:
-        tensors: key -> `StoredTensor`.
+        tensors: key -> `StoredTensor`, scales included.
+        fp8: keys of the weights that have scales.
+        bytes_read: so far, headers not counted.
 
     Raises:
-        InputError: no safetensors weights, files that the index names are absent or unreadable (truncated), keys that
-            the index places in a file that lacks them, a key in two files, fp8 weights.
+        InputError: no safetensors weights, files absent or damaged, an index that does not fit them, a key twice, fp8 weights
+            without scales or config.json's description, scales without weight or of another shape or dtype.
     """
 
     def __init__(self, hf_dir: str | Path) -> None:
         self.directory = Path(hf_dir)
         self.tensors: dict[str, StoredTensor] = {}
-        self._files: dict[str, safe_open] = {}
+        self.bytes_read = 0
+        self._descriptors: dict[str, int] = {}
         weight_map = self._weight_map()
         files = sorted(set(weight_map.values())) or [SINGLE]
-        absent = [name for name in files if not (self.directory / name).is_file()]
-        if absent:
-            raise InputError(
-                f"{self.directory}: {INDEX} names {len(absent)} absent files ({listing(absent)}); download them again"
-            )
+        if absent := [name for name in files if not (self.directory / name).is_file()]:
+            self._refuse(f"{INDEX} names {len(absent)} absent files ({listing(absent)}); download them again")
         for name in files:
-            self._open(name)
+            for key, stored in _read_header(self.directory / name).items():
+                if key in self.tensors:
+                    self._refuse(f"{key} is both in {self.tensors[key].file} and in {name}; remove one of the files")
+                self.tensors[key] = stored
         strayed = [key for key, name in weight_map.items() if key not in self.tensors or self.tensors[key].file != name]
         if strayed:
-            raise InputError(
-                f"{self.directory}: {INDEX} places {listing(strayed)} in files that do not hold them; "
-                "index and files are of different checkpoints, download both again"
+            self._refuse(
+                f"{INDEX} places {listing(strayed)} in files that do not hold them; index and files are of different "
+                "checkpoints, download both again"
             )
-        fp8 = [key for key, t in self.tensors.items() if t.dtype.startswith("F8") or key.endswith("weight_scale_inv")]
-        if fp8:
-            raise InputError(
-                f"{self.directory} holds fp8 weights ({listing(fp8, most=2)}), which this version does not read; "
-                "convert the directory to bf16 first"
-            )
+        self.fp8 = frozenset(key for key, stored in self.tensors.items() if stored.dtype == FP8)
+        self._block = self._check_scales()
+
+    def _refuse(self, fault: str) -> None:
+        raise InputError(f"{self.directory}: {fault}")
 
     def _weight_map(self) -> dict[str, str]:
         """key -> file from the index; empty for a single file."""
@@ -114,8 +149,10 @@ class WeightIndex:
         path = self.directory / INDEX
         if path.is_file():
             weight_map = read_json_object(path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{path} has no weight_map; download it again")
+            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+                self._refuse(f"{INDEX} has no weight_map of keys to file names; download it again")
+            if outside := sorted({name for name in weight_map.values() if Path(name).name != name}):
+                self._refuse(f"{INDEX} names files outside its directory ({listing(outside, most=2)}); download it again")
             return weight_map
         if not self.directory.is_dir():
             raise InputError(f"model directory {self.directory} does not exist; give a Hugging Face directory")
@@ -126,72 +163,182 @@ class WeightIndex:
             f"{self.directory} has neither {SINGLE} nor {INDEX} ({found}); give a directory with safetensors weights"
         )
 
-    def _open(self, name: str) -> None:
-        """Read one file's header."""
-        try:
-            file = safe_open(self.directory / name, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{self.directory / name} cannot be read as safetensors ({error}); "
-                "it is incomplete or damaged, download it again"
-            ) from error
-        self._files[name] = file
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            if key in self.tensors:
-                first = self.tensors[key].file
-                raise InputError(f"{self.directory}: {key} is both in {first} and in {name}; remove one of the files")
-            header = file.get_slice(key)
-            self.tensors[key] = StoredTensor(name, tuple(header.get_shape()), header.get_dtype())
+    def _check_scales(self) -> tuple[int, int]:
+        """Compare fp8 weights and scales; the size of a block, or 1 x 1 where there are none."""
+        scales = {key for key in self.tensors if key.endswith(SCALE_SUFFIX)}
+        needed = {scale_key(key): key for key in self.fp8}
+        if lonely := sorted(scales - needed.keys()):
+            self._refuse(f"scales without their fp8 weights ({listing(lonely)}); download it again")
+        if bare := sorted(key for scale, key in needed.items() if scale not in scales):
+            self._refuse(f"fp8 weights without their scales ({listing(bare)}); download it again")
+        if not self.fp8:
+            return 1, 1
+        block, odd = fp8_block(self.directory), []
+        for name, key in needed.items():
+            shape, scale = self.tensors[key].shape, self.tensors[name]
+            if len(shape) != 2 or scale.shape != scale_shape(shape, block) or scale.dtype != "F32":
+                odd.append(f"{name} ({scale.dtype} {scale.shape} for a weight {shape})")
+        if odd:
+            self._refuse(
+                f"scales must be F32, one for each block of {block[0]} x {block[1]}, but {listing(odd)} are not; weights and "
+                "config.json are of different checkpoints, download both again"
+            )
+        return block
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice of a tensor, on the CPU, in its stored dtype. Only its bytes are read."""
-        return self._files[self.tensors[key].file].get_slice(key)[index]
+        """One slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU, in its stored dtype.
+
+        Raises:
+            InputError: a dtype that torch lacks, or the file has become shorter.
+        """
+        stored = self.tensors[key]
+        if stored.dtype not in DTYPES:
+            self._refuse(f"{key} has dtype {stored.dtype}, which cannot be read; remove it")
+        dtype = DTYPES[stored.dtype]
+        bounds = _bounds(index, stored.shape)
+        values = torch.empty([end - start for start, end in bounds], dtype=dtype)
+        if not values.numel():
+            return values
+        # A run of bytes: the last dims that are taken whole, and the part of the dim before them.
+        strides = [tensor_bytes(dtype, stored.shape[dim + 1 :]) for dim in range(len(bounds))]
+        outer = len(bounds)
+        while outer and (outer == len(bounds) or bounds[outer] == (0, stored.shape[outer])):
+            outer -= 1
+        first = stored.start + sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+        target = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        length = target.nbytes // math.prod(values.shape[:outer])
+        steps = [range(0, n * stride, stride) for n, stride in zip(values.shape[:outer], strides[:outer], strict=True)]
+        for i, step in enumerate(itertools.product(*steps)):
+            self._fill(target[i * length : (i + 1) * length], first + sum(step), stored.file)
+        self.bytes_read += target.nbytes
+        return values
+
+    def _fill(self, target: memoryview, offset: int, name: str) -> None:
+        """Read as many bytes as `target` has; the kernel gives at most 2 GiB at once."""
+        if name not in self._descriptors:
+            self._descriptors[name] = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptors[name])
+        while target.nbytes:
+            count = os.preadv(self._descriptors[name], [target], offset)
+            if not count:
+                self._refuse(f"{name} has become shorter since it was opened; download it again")
+            target, offset = target[count:], offset + count
 
     def read_whole(self, key: str) -> Tensor:
-        """A whole tensor, on the CPU, in its stored dtype."""
-        return self._files[self.tensors[key].file].get_tensor(key)
+        """A whole tensor, on the CPU, in its stored dtype; see `read`."""
+        return self.read(key, ())
+
+    def values(self, key: str, index: tuple[slice, ...]) -> Tensor:
+        """One slice of a tensor's values on the CPU: fp32 of an fp8 weight, else as stored; see `read`."""
+        stored, raw = self.tensors[key], self.read(key, index)
+        if stored.dtype != FP8:
+            return raw
+        bounds = _bounds(index, stored.shape)
+        blocks = tuple(slice(start // n, -(-end // n)) for (start, end), n in zip(bounds, self._block, strict=True))
+        return dequantise(raw, self.read(scale_key(key), blocks), self._block, tuple(start for start, _ in bounds))
+
+    def scales(self, key: str) -> Tensor | None:
+        """All scales of an fp8 weight, fp32; None for other tensors."""
+        return self.read_whole(scale_key(key)) if key in self.fp8 else None
+
+
+def _bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Where a slice begins and ends in each dim."""
+    return [part.indices(size)[:2] for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None))]
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, which must have the size that its header describes."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 + length:
+                raise ValueError(f"its header should have {length} bytes, but the file has {size}")
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
+        data, end, tensors = 8 + length, 0, {}
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, dtype, (start, stop) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+            if start != end:
+                raise ValueError(f"{key} begins at byte {start} of the data, where {end} bytes lie before it")
+            numbers = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            if not numbers or (dtype in DTYPES and stop - start != tensor_bytes(DTYPES[dtype], shape)):
+                raise ValueError(f"{key} ({dtype}, {shape}) has {stop - start} bytes")
+            end = stop
+            tensors[key] = StoredTensor(path.name, shape, dtype, data + start)
+        if size != data + end:
+            raise ValueError(f"it should have {data + end} bytes, but has {size}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = error if isinstance(error, OSError | ValueError) else "its header is no table of tensors"
+        raise InputError(
+            f"{path} cannot be read as safetensors ({reason}); it is incomplete or damaged, download it again"
+        ) from error
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose names must differ."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {listing([name for name in found if names.count(name) > 1], most=2)} twice")
+    return found
+
+
+def file_order(contents: Contents) -> list[str]:
+    """Keys in an order in which every tensor is aligned to its elements and scales follow their fp8 weight.
+
+    Raises:
+        InputError: an fp8 weight after which fp32 scales would not be aligned.
+    """
+    scales = {name: key for key in contents if (name := scale_key(key)) in contents}
+    if odd := sorted(key for key in scales.values() if tensor_bytes(*contents[key]) % 4):
+        raise InputError(f"{listing(odd)} cannot be written in fp8: the elements of each must be a multiple of 4; choose bf16")
+    width = {key: dtype.itemsize for key, (dtype, _) in contents.items()} | dict.fromkeys(scales.values(), 4)
+    ordered = sorted((key for key in contents if key not in scales), key=lambda key: -width[key])
+    return [name for key in ordered for name in (key, scale_key(key)) if name in contents]
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file of known content, tensor by tensor in any order, without holding any of them.
+    """Writes one safetensors file of known content from start to end, without holding any tensor.
 
-    The format: header length (8 bytes, little-endian), JSON header with byte ranges, data. A context manager: leaving
-    it flushes the file to the disk.
+    A context manager: leaving it completes the file and flushes it to the disk.
 
     Args:
-        path: the file, which is created.
-        contents: key -> (dtype, shape) of every tensor that will be written.
+        contents: in the order in which they will be written (see `file_order`).
     """
 
-    def __init__(self, path: Path, contents: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._starts: dict[str, int] = {}
-        self._contents = dict(contents)
-        end = 0
-        for key in sorted(contents, key=lambda key: -contents[key][0].itemsize):  # wide elements first: all are aligned
-            dtype, shape = contents[key]
-            start, end = end, end + tensor_bytes(dtype, shape)
-            header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            self._starts[key] = start
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = open(path, "wb")  # noqa: SIM115 (closed on leaving)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._data_start = self._file.tell()
+    def __init__(self, folder: Folder, name: str, contents: Contents) -> None:
+        self._file, self._contents = folder.writer(name), contents
+        self._left = {key: tensor_bytes(*entry) for key, entry in contents.items()}
 
     def write(self, key: str, values: Tensor) -> None:
-        """Write a tensor's values at its place: any shape of as many elements, any device, the dtype in `contents`."""
-        dtype, shape = self._contents.pop(key)
-        assert values.dtype == dtype and values.numel() == math.prod(shape), key
-        self._file.seek(self._data_start + self._starts[key])
-        self._file.write(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        """Append a tensor or the next part of it: any shape of as many elements, any device, the dtype in `contents`."""
+        expected = next(iter(self._left)), self._contents[key][0]
+        assert (key, values.dtype) == expected and values.nbytes <= self._left[key], (key, expected)
+        self._output.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._left[key] -= values.nbytes
+        if not self._left[key]:
+            del self._left[key]
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, header included."""
+        return self._output.size
 
     def __enter__(self) -> SafetensorsWriter:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key, (dtype, shape) in self._contents.items():
+            start, end = end, end + tensor_bytes(dtype, shape)
+            header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._output = self._file.__enter__()
+        self._output.write(len(text).to_bytes(8, "little") + text)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._file:
-            if kind is None:
-                assert not self._contents, f"never written: {listing(list(self._contents))}"
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        self._file.__exit__(kind, error, trace)
+        assert kind is not None or not self._left, f"never written: {listing(list(self._left))}"

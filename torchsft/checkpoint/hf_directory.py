@@ -1,0 +1,131 @@
+"""What a Hugging Face directory holds beside the model's own weights, and what an export of a model holds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchsft.checkpoint.converted import ConvertedWeights, is_dcp
+from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.weight_files import DTYPES, FP8, WeightIndex, described_block, has_weights, listing, read_json_object
+from torchsft.config import InputError
+from torchsft.models.decoder import Piece
+from torchsft.precision.blockwise import BLOCK, is_quantised
+
+# What an export takes over from its source besides config.json. Python files belong to the configuration's `auto_map`
+# (other tools may need them); they are copied, never run.
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "additional_chat_templates/*.jinja")
+_OTHERS = {"config.json", "checkpoint.json", "trainer.json"}  # written anew, or of a DCP directory
+
+ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote
+
+Weights = WeightIndex | ConvertedWeights
+
+
+def read_config(hf_dir: str | Path) -> dict[str, Any]:
+    """The directory's config.json; an InputError where there is none."""
+    path = Path(hf_dir) / "config.json"
+    if not path.parent.is_dir():
+        raise InputError(f"model directory {path.parent} does not exist; give a Hugging Face directory")
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no config.json; give a Hugging Face model directory")
+    return read_json_object(path)
+
+
+def open_weights(directory: str | Path, pieces: Mapping[str, Sequence[Piece]], optional: bool = False) -> Weights | None:
+    """The weights of a Hugging Face or converted directory; None where there are none and they are `optional`.
+
+    Raises:
+        InputError: see `WeightIndex` and `ConvertedWeights`, which gets `pieces`.
+    """
+    if is_dcp(directory):
+        return ConvertedWeights(directory, pieces)
+    return None if optional and not has_weights(directory) else WeightIndex(directory)
+
+
+def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...] | None]) -> str:
+    """What is missing, unexpected and of another shape, in words; empty where the two agree."""
+    groups = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key} ({found[key]} instead of {shape})" for key, shape in expected.items() if found.get(key, shape) != shape
+        ],
+    }
+    return "; ".join(f"{len(keys)} {word}: {listing(keys)}" for word, keys in groups.items() if keys)
+
+
+def is_mtp(key: str, layers: int) -> bool:
+    """Whether a key belongs to a multi-token-prediction layer, which follows the model's `layers` layers."""
+    match = re.match(r"model\.layers\.(\d+)\.", key)
+    return match is not None and int(match[1]) >= layers
+
+
+def is_model_key(key: str, layers: int) -> bool:
+    """Whether a key is named as the weights of a model of `layers` layers are, so that the model must have a place for it."""
+    named = re.match(r"(model\.layers\.\d+|model\.embed_tokens|model\.norm|lm_head)\.", key) is not None
+    return named and not is_mtp(key, layers) and not key.endswith(ROTARY)
+
+
+def is_carried(key: str, layers: int) -> bool:
+    """Whether an export takes a tensor over from its source: MTP layers and what is unknown, but no rotary buffers."""
+    return not is_model_key(key, layers) and not key.endswith(ROTARY)
+
+
+def copy_side_files(source: Path, target: Folder) -> None:
+    """Copy everything that is not weights or config.json: see SIDE_FILES."""
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in _OTHERS and not path.name.endswith(".index.json"):
+                folder = target if path.parent == source else target.child(path.parent.name)
+                folder.make()
+                with open(path, "rb") as file, folder.writer(path.name) as copy:
+                    shutil.copyfileobj(file, copy)
+
+
+def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The source's config.json with the exported dtype, under the name(s) that it uses.
+
+    `quantization_config` is there in fp8 alone (what is not fp8 is bf16 then): the source's, where that describes DeepSeek's
+    fp8, else DeepSeek-V3's.
+    """
+    exported = {key: value for key, value in config.items() if key != "quantization_config"}
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    if dtype == torch.float8_e4m3fn:
+        fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
+        exported["quantization_config"] = config["quantization_config"] if described_block(config) else fp8
+        dtype = torch.bfloat16
+    return exported | dict.fromkeys(names, str(dtype).removeprefix("torch."))
+
+
+def fp8_format(exported: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
+    """Of an fp8 export's config.json: rows and columns of a block, and whether scales are powers of two."""
+    return described_block(exported), exported["quantization_config"].get("scale_fmt") == "ue8m0"
+
+
+def exported_dtype(key: str, dtype: torch.dtype, source: Weights | None) -> torch.dtype:
+    """In which dtype an export in `dtype` has a parameter: in fp8 as an fp8 source has it, else by DeepSeek's rule or bf16."""
+    if dtype != torch.float8_e4m3fn:
+        return dtype
+    if source is not None and source.fp8 and key in source.tensors:
+        return torch.float8_e4m3fn if key in source.fp8 else DTYPES[source.tensors[key].dtype]
+    return torch.float8_e4m3fn if is_quantised(key) else torch.bfloat16
+
+
+def carried_dtype(key: str, dtype: torch.dtype, source: Weights) -> torch.dtype:
+    """In which dtype an export in `dtype` has a tensor that it takes over from the source.
+
+    As it is, except that loaders expect like weights in one format: fp8 becomes `dtype`, and in an export in fp8, what DeepSeek
+    quantises is quantised. A dtype that torch lacks is an InputError.
+    """
+    stored = source.tensors[key].dtype
+    if stored not in DTYPES:
+        raise InputError(f"{source.directory}: {key} has dtype {stored}, which cannot be exported; remove it")
+    floating = DTYPES[stored] in (torch.float32, torch.float16, torch.bfloat16)
+    quantised = dtype == torch.float8_e4m3fn and not source.fp8 and floating and is_quantised(key)
+    return dtype if quantised or stored == FP8 else DTYPES[stored]
