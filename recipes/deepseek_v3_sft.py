@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 8 recipes/deepseek_v3_sft.py finetune \\
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8        # your model, your data
 
-Supports: bf16 and fp32 safetensors, packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded
-(dp_shard) data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides.
-Refuses: fp8 weights (not in this version), tied embeddings with pp.
+Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them), packed rows, fp32 or bf16
+compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard) data, context (cp), tensor (tp) and expert (ep)
+parallelism in any combination that divides. Continues where it was interrupted; SIGTERM and SIGUSR1 make it save and end.
+Refuses: fp8 compute (not in this version), tied embeddings with pp.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from pathlib import Path
 from torchsft.checkpoint.publish import claimed
 from torchsft.config import Checkpoint, Config, Data, Eval, Optim, Parallel, Train, parse, to_dict
 from torchsft.data.synthetic import write_debug_data, write_debug_model
+from torchsft.interruption import guarded
 from torchsft.parallel.world import World
-from torchsft.trainer import Trainer, guarded, resolve
+from torchsft.trainer import Trainer, resolve
 
 
 def debug() -> Config:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from recipes.deepseek_v3_sft import PRESETS, choose_preset
-from torchsft.config import Config, InputError, Optim, Parallel, Train, differences, parse, to_dict
+from torchsft.config import Checkpoint, Config, InputError, Optim, Parallel, Train, differences, parse, to_dict
 from torchsft.trainer import resolve
 
 # Documentation and tools rely on these names (DESIGN.md).
@@ -16,6 +16,7 @@ train.micro-batch-size train.seed parallel.pp parallel.dp-replicate parallel.dp-
 parallel.pp-schedule
 optim.lr optim.schedule optim.warmup-steps optim.clip-norm precision.compute checkpoint.every checkpoint.resume
 checkpoint.keep checkpoint.export eval.every output print-config
+checkpoint.mode checkpoint.if-busy checkpoint.keep-every checkpoint.keep-best checkpoint.on-error checkpoint.remote
 """.split()
 
 
@@ -60,6 +61,7 @@ def test_options_override_the_preset():
         (["--parallel.pp", "0"], "--parallel.pp is 0"),
         (["--parallel.pp-schedule", "1F2B"], "1F2B"),
         (["--data.mask", "everything"], "everything"),
+        (["--checkpoint.on-error", "ignore"], "ignore"),
     ],
 )
 def test_what_is_not_understood_ends_the_program_with_a_word_about_it(argv, message, capsys):
@@ -86,6 +88,9 @@ def test_what_is_not_understood_ends_the_program_with_a_word_about_it(argv, mess
         (lambda: Train(aux_loss=-1.0), "--train.aux-loss is -1.0"),
         (lambda: Parallel(dp_shard=0), "--parallel.dp-shard is 0"),
         (lambda: Parallel(timeout_seconds=0.0), "--parallel.timeout-seconds is 0.0"),
+        (lambda: Checkpoint(keep_every=-1), "--checkpoint.keep-every is -1, but it must be at least 0"),
+        (lambda: Checkpoint(keep_best=-1), "--checkpoint.keep-best is -1"),
+        (lambda: Checkpoint(remote="bucket/run"), "--checkpoint.remote is 'bucket/run', but it must be a URL such as s3://"),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_the_option_and_the_number(build, message):

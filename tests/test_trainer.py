@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from recipes import deepseek_v3_sft
 from tests.distributed.test_layouts import SilentTrainer, config_for
 from tests.tiny import write_conversations, write_tiny_model
+from torchsft.checkpoint import state
 from torchsft.checkpoint.publish import claimed
 from torchsft.config import InputError, Optim, Precision, Train
 from torchsft.parallel.world import World
@@ -181,6 +185,8 @@ def test_a_model_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, cha
         (["--train.global-batch-size", "3", "--train.micro-batch-size", "2"], r"size \(3\) must divide by .* \(2\)"),
         (["--optim.warmup-steps", "100", "--train.steps", "10"], "warmup-steps is 100, but the run has only 10 steps"),
         (["--eval.answers", "3"], "eval.answers is 3, but there is no --data.eval"),
+        (["--checkpoint.keep-best", "2"], "keep-best is 2, but without --data.eval no checkpoint has an eval loss"),
+        (["--checkpoint.remote", "nosuch://bucket"], "nosuch://bucket/checkpoints cannot be reached"),
         (["--checkpoint.resume", "/absent"], "/absent does not exist"),
         (["--model.attention", "varlen", "--precision.compute", "fp32"], "varlen needs bf16 on a CUDA device"),
     ],
@@ -302,8 +308,68 @@ def test_an_older_checkpoint_is_not_continued_under_later_ones(inputs, tmp_path,
     with pytest.raises(InputError, match=r"holds a later checkpoint \(step-00000004\) than .*step-00000002"):
         run_recipe(monkeypatch, *options, "--checkpoint.resume", older)
     (tmp_path / "run" / "checkpoints" / "step-00000004" / ".metadata").unlink()
-    with pytest.raises(InputError, match=r"step-00000004 is damaged: it has no .metadata; delete it"):
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json").unlink()
+    with pytest.raises(InputError, match=r"step-00000004 is damaged: .*\.metadata.*delete it"):
         run_recipe(monkeypatch, *options)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud_and_written_again(inputs, tmp_path, monkeypatch, capsys):
+    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    options += ["--train.steps", 4, "--checkpoint.every", 2, "--checkpoint.export", "fp32"]
+    for name in ("whole", "run"):
+        run_recipe(monkeypatch, *options, "--output", tmp_path / name)
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000004"
+    with open(damaged / "__0_0.distcp", "r+b") as file:
+        file.truncate(1000)
+    capsys.readouterr()
+    run_recipe(monkeypatch, *options, "--output", tmp_path / "run")
+    told = capsys.readouterr()
+    assert told.err.count("warning: checkpoint") == 1 and "step-00000004 is damaged: __0_0.distcp has 1000 " in told.err
+    assert "step-00000002 at step 2 of 4" in told.out
+    assert state.find_latest(tmp_path / "run" / "checkpoints") == (str(damaged), [])
+    whole, run = (load_file(next((tmp_path / name / "hf").glob("*.safetensors"))) for name in ("whole", "run"))
+    assert whole.keys() == run.keys() and all(torch.equal(run[key], whole[key]) for key in whole)
+
+
+def test_checkpoints_are_kept_by_age_step_and_eval_loss(inputs, tmp_path, monkeypatch):
+    """The last one, every fourth, and of the evaluated ones (every third step, and the last) the best."""
+    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    options += ["--data.eval", inputs / "train.jsonl", "--train.steps", 10, "--eval.every", 3]
+    options += ["--checkpoint.every", 1, "--checkpoint.keep", 1, "--checkpoint.keep-every", 4, "--checkpoint.keep-best", 1]
+    losses = iter([2.0, 1.0, 4.0, 3.0])
+    monkeypatch.setattr("torchsft.trainer.evaluate_loss", lambda *_: {"eval_loss": next(losses), "eval_perplexity": 1.0})
+    run_recipe(monkeypatch, *options, "--checkpoint.export", "none", "--output", tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 9, 10]
+    assert sorted(state.saved_step(path) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [4, 6, 8, 10]
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    for name in ("checkpoint/stall_seconds", "checkpoint/write_seconds"):
+        assert [event.step for event in board.Scalars(name)] == list(range(1, 11))
+
+
+def test_a_checkpoint_that_is_due_too_soon_is_left_out_if_asked(inputs, tmp_path, monkeypatch, capsys):
+    """The first one is written for as long as training goes on; the last one is written all the same."""
+    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    options += ["--train.steps", 4, "--checkpoint.every", 1, "--checkpoint.if-busy", "skip", "--checkpoint.export", "none"]
+    ended = threading.Event()
+    write, trainer_save = state.Checkpointer._write, Trainer.save
+
+    def slow(self, *arguments):
+        ended.wait(60)
+        return write(self, *arguments)
+
+    def save(self, *arguments):
+        if self.step == self.total_steps:
+            ended.set()
+        return trainer_save(self, *arguments)
+
+    monkeypatch.setattr(state.Checkpointer, "_write", slow)
+    monkeypatch.setattr(Trainer, "save", save)
+    run_recipe(monkeypatch, *options, "--output", tmp_path / "run")
+    saved = sorted(state.saved_step(path) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [1, 4]
+    assert capsys.readouterr().out.count("is still being written") == 2
 
 
 def test_a_refused_debug_run_leaves_the_directory_of_another_run_alone(inputs, tmp_path, monkeypatch):

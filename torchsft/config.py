@@ -189,15 +189,32 @@ class Checkpoint:
     every: int = 500
     """Steps between checkpoints; one more is written at the end. 0: only at the end."""
     resume: str = "auto"
-    """auto: newest complete checkpoint in the output directory; never; or a checkpoint directory."""
+    """auto: newest complete checkpoint of this run; never; or a checkpoint (directory or URL)."""
+    mode: Literal["async", "sync"] = "async"
+    """async: training waits for a copy to host memory only, and the file system is written beside it."""
+    if_busy: Literal["wait", "skip"] = "wait"
+    """When a checkpoint is due while the one before is still being written: wait for that, or leave this one out."""
     keep: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
-    export: Literal["bf16", "fp32", "none"] = "bf16"
-    """dtype of the weights written to OUTPUT/hf at the end."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept beside them (1000: steps 1000, 2000, ...); 0: none."""
+    keep_best: int = 0
+    """So many checkpoints with the lowest eval_loss are kept beside them; one saved without an evaluation has none."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When the output cannot be written (full disk, vanished directory): end with an error, or say so and train on."""
+    remote: str | None = None
+    """URL, such as s3://bucket/run, that receives checkpoints/ and hf/ in place of --output (any fsspec file system)."""
+    export: Literal["bf16", "fp32", "fp8", "none"] = "bf16"
+    """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128, quantised from the fp32 masters."""
 
     def __post_init__(self) -> None:
-        _at_least("--checkpoint.every", self.every, 0)
-        _at_least("--checkpoint.keep", self.keep, 0)
+        for name in ("every", "keep", "keep_every", "keep_best"):
+            _at_least("--checkpoint." + name.replace("_", "-"), getattr(self, name), 0)
+        if self.remote is not None and "://" not in self.remote:
+            raise InputError(
+                f"--checkpoint.remote is {self.remote!r}, but it must be a URL such as s3://bucket/run; a local directory is "
+                "--output's"
+            )
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from torchsft.data.batch import Batch
 from torchsft.parallel.pipeline import OneStage, Pipeline
@@ -39,6 +40,12 @@ class Answer:
     def correct(self) -> bool:
         """True where the generated turn equals the reference, token for token."""
         return self.generated == self.reference
+
+    def shown(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A line of text: the end of its prompt, what was generated, and the reference where it differs."""
+        question = tokenizer.decode(self.prompt)[-60:].replace("\n", " ")
+        line = f"  ...{question!r} -> {tokenizer.decode(self.generated)!r}"
+        return line if self.correct else line + f" (reference {tokenizer.decode(self.reference)!r})"
 
 
 @torch.no_grad()

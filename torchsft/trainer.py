@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.publish import write_text
-from torchsft.checkpoint.weight_files import read_json_object
-from torchsft.config import Config, InputError, differences, to_dict
+from torchsft.checkpoint.resume import checkpoint_to_continue, checkpoints_of
+from torchsft.config import Config, InputError, to_dict
 from torchsft.data.stream import Step, TrainLoader, eval_batches, microbatches_per_step
 from torchsft.data.template import Sample, answer_prompts, load_tokenizer, prepare
-from torchsft.evaluation import Answer, evaluate_loss, greedy_answers
+from torchsft.evaluation import evaluate_loss, greedy_answers
+from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger
 from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
 from torchsft.models.attention import choose_implementation
@@ -35,7 +37,7 @@ from torchsft.parallel.world import World, mesh_sizes
 from torchsft.precision.adamw import build_optimizer, learning_rate
 
 COUNTERS = ("step", "updates", "skipped", "skipped_in_a_row", "first_loss", "last_loss")  # saved in checkpoints
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def resolve(config: Config) -> Config:
@@ -84,7 +86,18 @@ class Trainer:
         if config.model.path is None or not config.data.train:
             raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
         self.source = Path(config.model.path)
-        self.checkpoint = self.check_output()
+        self.checkpoint = checkpoint_to_continue(config, tell=world.is_main)
+        options = config.checkpoint
+        self.checkpointer = state.Checkpointer(
+            checkpoints_of(self.output, options.remote),
+            mode=options.mode,
+            if_busy=options.if_busy,
+            keep=options.keep,
+            keep_every=options.keep_every,
+            keep_best=options.keep_best,
+            group=world.writers,
+        )
+        self.preemption = Preemption(tell=world.is_main)
         if generate:
             if world.is_main:
                 generate()
@@ -99,50 +112,16 @@ class Trainer:
         self.skipped = 0  # steps that changed nothing, since their gradient was not finite or nothing was supervised
         self.skipped_in_a_row = 0
         self.first_loss = self.last_loss = math.nan
+        self.signalled = False  # a rank has been told to end; as all ranks know it
+        self.unwritten = False  # a rank knows of a checkpoint that failed since the last step; as all ranks know it
+        self.ended: list[state.Report] = []  # checkpoints that have ended and have not been told of yet
+        self.failed = ""  # what befell the newest checkpoint, if it failed
+        self.faults = 0  # of the output, where the run goes on nevertheless
         self.build_model()
         if world.is_main:
             self.log = self.open_output()
 
     # ---------------------------------------------------------------- build
-
-    def check_output(self) -> Path | None:
-        """Refuse an output directory or checkpoint of another run; every rank looks before rank 0 writes.
-
-        Returns:
-            The checkpoint to continue from, if there is one.
-        """
-        config = to_dict(self.config)
-        saved = self.output / "config.json"
-        try:
-            found = differences(read_json_object(saved), config) if saved.exists() else []
-        except InputError as error:
-            raise InputError(
-                f"{saved} is damaged; delete it (each checkpoint has a copy) or choose another --output"
-            ) from error
-        if found:
-            raise InputError(
-                f"{self.output} holds another run, which differs in {'; '.join(found)}; choose another --output or delete it"
-            )
-        where, latest = self.config.checkpoint.resume, state.find_latest(self.output / "checkpoints")
-        if where == "auto":
-            return latest
-        if where == "never":
-            if latest:
-                raise InputError(
-                    f"{self.output} already holds checkpoints, but --checkpoint.resume is never; choose another --output, "
-                    "or --checkpoint.resume auto to continue that run"
-                )
-            return None
-        if found := differences(state.saved_config(where), config):
-            raise InputError(
-                f"checkpoint {where} is of another run, which differs in {'; '.join(found)}; give the options of that run, "
-                "or train from its exported weights with --model.path"
-            )
-        if latest and state.saved_step(latest) > state.saved_step(where):
-            raise InputError(
-                f"{self.output} holds a later checkpoint ({latest.name}) than {where}; choose another --output or delete it"
-            )
-        return Path(where)
 
     def lay_out(self) -> None:
         """Meta device -> this rank's part of the model -> sharded: no memory yet, but all that can be refused is."""
@@ -202,6 +181,11 @@ class Trainer:
         config, world = self.config, self.world
         if config.eval.answers and not config.data.eval:
             raise InputError(f"--eval.answers is {config.eval.answers}, but there is no --data.eval to take questions from")
+        if config.checkpoint.keep_best and not config.data.eval:
+            raise InputError(
+                f"--checkpoint.keep-best is {config.checkpoint.keep_best}, but without --data.eval no checkpoint has an eval "
+                "loss; give held-out data"
+            )
         self.tokenizer = load_tokenizer(self.source)
         show = world.is_main and config.metrics.progress
         vocab_size = self.model_config.vocab_size
@@ -252,7 +236,7 @@ class Trainer:
             huggingface.load_weights(self.model, self.weights)
         self.model.train()
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: str) -> None:
         """Continue from a checkpoint: weights, moments, counters, data position."""
         extra = state.load(path, self.model, self.optimizer)
         if missing := {*COUNTERS, "data"} - extra.keys():
@@ -280,47 +264,75 @@ class Trainer:
     # ---------------------------------------------------------------- train
 
     def run(self) -> None:
-        """Train to the last step, with evaluation, checkpoints, export and a closing summary."""
+        """Train to the last step, with evaluation, checkpoints, export and a closing summary.
+
+        SIGTERM and SIGUSR1 end it early, after a step and its checkpoint, without an error; the same command continues.
+
+        Raises:
+            InputError: too many steps in a row changed nothing.
+            OSError: the output cannot be written and --checkpoint.on-error is stop, or the last checkpoint could not be.
+        """
         config = self.config
-        evaluation = {}
         self.say(self.describe())
         self.world.barrier()  # every rank has looked at the output directory, and it is open
-        if config.eval.answers and self.step == 0:
-            self.answer("before")
         if self.step == self.total_steps:
             self.say("this run is complete: it is evaluated and exported again; to train anew, choose another --output")
+        with self.preemption:
+            evaluation, tokens, seconds = self.train()
+        if self.signalled:
+            done = f"after step {self.step} of {self.total_steps} and its checkpoint" if self.step else "before the first step"
+            self.say(f"ended by {self.preemption}, {done}; the same command continues from there")
+        else:
+            if self.eval_batches and not evaluation:  # a finished run was started again
+                evaluation = evaluate_loss(self.pipeline, self.eval_batches, self.world)
+            matches = self.answer("after") if config.eval.answers else None
+            if config.checkpoint.export != "none":
+                self.export()
+        if self.failed:
+            raise OSError(f"{self.failed}; it was the last one: mend that and run the same command again")
+        if self.log:
+            with self.output_may_fail():
+                self.log.close()
+            if not self.signalled:
+                self.say(self.summary(evaluation, tokens, seconds, matches))
+
+    def train(self) -> tuple[dict[str, float], float, float]:
+        """Steps, evaluations and checkpoints, to the last step or until a signal comes.
+
+        Returns:
+            What the last step's evaluation found, if there was one; tokens and seconds of the steps.
+        """
+        config, evaluation = self.config, {}
+        if config.eval.answers and self.step == 0:
+            self.answer("before")
+            self.agree()
         tokens = seconds = 0.0
-        while self.step < self.total_steps:
+        while self.step < self.total_steps and not self.signalled:
             record, scalars = self.train_step(next(self.loader))
             tokens += record["tokens"]
             seconds += record["step_seconds"]
-            if self.eval_batches and self.due(config.eval.every):
+            evaluation = {}
+            if self.eval_batches and self.due(config.eval.every) and not self.signalled:
                 evaluation = evaluate_loss(self.pipeline, self.eval_batches, self.world)
                 record |= evaluation
-            if self.log:
-                self.log.step(self.step, record, scalars)
+                self.agree()
+            with self.output_may_fail():
+                if self.log:
+                    self.log.step(self.step, record, scalars)
+            self.tell()
             if self.skipped_in_a_row >= config.train.max_nonfinite_steps:
                 raise InputError(
                     f"{self.skipped_in_a_row} steps in a row changed nothing, the last with norm {record['grad_norm']} "
                     f"at step {self.step}; lower --optim.lr, look at the data or raise --train.max-nonfinite-steps"
                 )
-            if self.due(config.checkpoint.every):
-                self.save()
-        if self.eval_batches and not evaluation:  # a finished run was started again
-            evaluation = evaluate_loss(self.pipeline, self.eval_batches, self.world)
-        matches = self.answer("after") if config.eval.answers else None
-        if config.checkpoint.export != "none":
-            self.say(f"exporting {config.checkpoint.export} weights to {self.output / 'hf'}")
-            try:
-                huggingface.export(self.model, self.output / "hf", DTYPES[config.checkpoint.export], self.source)
-            except OSError as error:
-                raise OSError(
-                    f"the export to {self.output / 'hf'} could not be written ({error}); the last checkpoint is complete: mend "
-                    "that and run the same command again"
-                ) from error
-        if self.log:
-            self.log.close()
-            self.say(self.summary(evaluation, tokens, seconds, matches))
+            if self.due(config.checkpoint.every) or self.signalled:
+                self.save(evaluation.get("eval_loss"))
+        self.agree()
+        return evaluation, tokens, seconds
+
+    def agree(self) -> None:
+        """Learn whether a signal has come to any rank; collective, for where no step ends."""
+        self.signalled = bool(self.world.sum([float(self.preemption.received is not None)]))
 
     def due(self, every: int) -> bool:
         """True at every `every`-th step and at the last one."""
@@ -367,6 +379,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
 
+        self.ended += self.checkpointer.reports()
         loss, aux_loss, load = self.collect(loss_sum, weight, tokens)
         seconds = time.perf_counter() - began
         if math.isnan(self.first_loss):
@@ -394,7 +407,8 @@ class Trainer:
     def collect(self, loss_sum: torch.Tensor, weight: float, tokens: float) -> tuple[float, float, dict[str, float]]:
         """Over all ranks: mean loss, balance loss (as it is minimised) and expert load; counters start anew.
 
-        The load is the busiest expert's over the mean, per MoE layer. One collective, for which the host waits.
+        The load is the busiest expert's over the mean, per MoE layer. One collective, for which the host waits; in it the
+        ranks also agree on `signalled` and `unwritten`.
         """
         layers, experts = self.model_config.num_hidden_layers, self.model_config.n_routed_experts
         # Every rank has the same places for all layers and fills in its own.
@@ -405,7 +419,9 @@ class Trainer:
             moe.init_buffers()
         # The ranks of a tensor group each have the loss of all of its tokens.
         mine = loss_sum if self.world.dense.get_local_rank("tp") == 0 else torch.zeros_like(loss_sum)
-        total, *counts = self.world.sum(torch.cat([mine[None], counts.flatten()])).tolist()
+        flags = counts.new_tensor([self.preemption.received is not None, any(report.error for report in self.ended)])
+        total, signalled, unwritten, *counts = self.world.sum(torch.cat([mine[None], flags, counts.flatten()])).tolist()
+        self.signalled, self.unwritten = signalled > 0, unwritten > 0
         scalars, balance = {}, 0.0
         for layer in range(layers):
             if self.model_config.is_moe(layer):
@@ -433,37 +449,83 @@ class Trainer:
         )
         correct = sum(a.correct for a in answers)
         if self.log:
-            with open(self.output / f"answers-{when}.jsonl", "w") as file:
+            with self.output_may_fail(), open(self.output / f"answers-{when}.jsonl", "w") as file:
                 for a in answers:
                     file.write(json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) + "\n")
             share = 100 * correct / len(answers)
             lines = [
                 f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"
             ]
-            lines += [self.show(a) for a in answers[:4]]
+            lines += [a.shown(self.tokenizer) for a in answers[:4]]
             self.log.message("\n".join(lines))
         return correct, len(answers)
 
-    def show(self, answer: Answer) -> str:
-        """One answer as a line: the end of its prompt, what was generated, and the reference where it differs."""
-        question = self.tokenizer.decode(answer.prompt)[-60:].replace("\n", " ")
-        line = f"  ...{question!r} -> {self.tokenizer.decode(answer.generated)!r}"
-        return line if answer.correct else line + f" (reference {self.tokenizer.decode(answer.reference)!r})"
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint of this step; beside training, unless it is the last one.
 
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
-        began = time.perf_counter()
-        extra = {name: getattr(self, name) for name in COUNTERS}
-        path = state.save(
-            self.output / "checkpoints",
-            self.step,
-            self.model,
-            self.optimizer,
-            extra=extra | {"data": self.loader.state_dict()},
-            config=to_dict(self.config),
-            keep=self.config.checkpoint.keep,
-        )
-        self.say(f"checkpoint {path} written in {time.perf_counter() - began:.1f} s")
+        Args:
+            score: eval loss at this step, if known.
+        """
+        last = self.signalled or self.step == self.total_steps
+        if last:
+            self.checkpointer.wait()  # it must not be left out since another is being written
+        extra = {name: getattr(self, name) for name in COUNTERS} | {"data": self.loader.state_dict()}
+        config = to_dict(self.config)
+        if not self.checkpointer.save(self.step, self.model, self.optimizer, extra=extra, config=config, score=score, now=last):
+            self.say(f"no checkpoint of step {self.step}: the one before is still being written")
+        if last or self.config.checkpoint.mode == "sync":  # all ranks know how it went
+            self.ended += self.checkpointer.reports()
+            self.unwritten = any(report.error for report in self.ended)
+            self.tell()
+
+    def tell(self) -> None:
+        """Say how checkpoints went that have ended.
+
+        Raises:
+            OSError: one failed, on whichever rank, and --checkpoint.on-error is stop. On all ranks at the same step.
+        """
+        if self.unwritten and not any(report.error for report in self.ended):
+            self.checkpointer.wait()  # another rank heard of it first
+            self.ended += self.checkpointer.reports()
+        ended, self.ended, self.unwritten = self.ended, [], False
+        for report in ended:
+            self.failed = report.error or ""
+            with self.output_may_fail():
+                if self.failed:
+                    raise OSError(self.failed)
+                if self.log:
+                    times = {"stall_seconds": report.stall_seconds, "write_seconds": report.write_seconds}
+                    self.log.scalars(report.step, {f"checkpoint/{name}": value for name, value in times.items()})
+            if not self.failed:
+                self.say(
+                    f"checkpoint {report.path}: {report.bytes / 1e6:,.1f} MB written in {report.write_seconds:.2f} s, training "
+                    f"waited {report.stall_seconds:.2f} s"
+                )
+
+    @contextmanager
+    def output_may_fail(self) -> Iterator[None]:
+        """An OSError in here ends the run, or is only told: as --checkpoint.on-error says."""
+        try:
+            yield
+        except OSError as error:
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            self.faults += 1
+            if self.world.is_main:
+                print(f"warning: {error}; training goes on (fault {self.faults} of the output)", file=sys.stderr, flush=True)
+
+    def export(self) -> None:
+        """Write the weights and all that belongs to them as a Hugging Face directory."""
+        options = self.config.checkpoint
+        place = f"{options.remote.rstrip('/')}/hf" if options.remote else self.output / "hf"
+        self.say(f"exporting {options.export} weights to {place}")
+        try:
+            huggingface.export(self.model, place, DTYPES[options.export], self.source)
+        except OSError as error:
+            raise OSError(
+                f"the export to {place} could not be written ({error}); {self.failed or 'the last checkpoint is complete'}: "
+                "mend that and run the same command again"
+            ) from error
 
     def describe(self) -> str:
         """What is about to be trained, and how."""
@@ -498,6 +560,8 @@ class Trainer:
             lines.append(f"eval loss        {evaluation['eval_loss']:.4f} (perplexity {evaluation['eval_perplexity']:.3f})")
         if matches:
             lines.append(f"exact answers    {matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)")
+        if self.faults:
+            lines.append(f"output faults    {self.faults}: see the warnings above")
         if tokens:
             lines.append(f"tokens/s         {tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)")
         names = ["config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf"]
@@ -514,22 +578,3 @@ class Trainer:
             self.log.message(text)
         else:
             print(text, flush=True)
-
-
-def guarded(main: Callable[[], None]) -> None:
-    """Run `main`; an InputError, or an OSError (a full disk, say), becomes one sentence on stderr and exit code 1.
-
-    Where all ranks meet the same fault, torchrun ends the others as soon as rank 0 has left, so that it is told once.
-    """
-    not_first = os.environ.get("RANK", "0") != "0"
-    try:
-        main()
-    except SystemExit as end:  # the command line was not understood, which rank 0 tells
-        if end.code and not_first:
-            time.sleep(3)
-        raise
-    except (InputError, OSError) as error:
-        if not_first:
-            time.sleep(3)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # peers may wait in a collective: do not wait for them

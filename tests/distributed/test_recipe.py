@@ -80,6 +80,7 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
     board = EventAccumulator(str(output / "tensorboard"))
     board.Reload()
     wanted = {"train/loss", "eval/loss", "optim/lr", "optim/grad_norm", "speed/tokens_per_second", "speed/step_seconds"}
+    wanted |= {"checkpoint/stall_seconds", "checkpoint/write_seconds"}
     wanted |= {"speed/supervised_tokens_per_second", "expert_load/layer_1_max_over_mean", "expert_load/layer_2_max_over_mean"}
     wanted |= {"memory/peak_resident_gib"} if not torch.cuda.is_available() else {"memory/peak_allocated_gib", "speed/mfu"}
     assert wanted <= set(board.Tags()["scalars"])

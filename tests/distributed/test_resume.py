@@ -1,4 +1,4 @@
-"""A run that stopped and continued is the run that did not stop."""
+"""A run that stopped and continued, on whatever ranks, is the run that did not stop."""
 
 from __future__ import annotations
 
@@ -14,28 +14,51 @@ from tests.tiny import write_conversations, write_tiny_model
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
+STEPS = 6
 
-def train(directory: str, output: str, start: int, stop: int, **sizes: Any) -> dict[str, Any]:
-    """Steps `start` + 1 to `stop` of 6 through the public pieces, with a checkpoint at `stop`."""
+
+def train(directory: str, output: str, start: int, stop: int, mode: str = "sync", **sizes: Any) -> dict[str, Any]:
+    """Steps `start` + 1 to `stop` of 6 through the public pieces, with a checkpoint at `stop`.
+
+    Where that is written beside training, a further step is trained meanwhile, as in a run that is killed there.
+    """
     config = config_for(directory, output=output, **sizes)
-    config.train.steps = 6
+    config.train.steps, config.checkpoint.mode = STEPS, mode
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
         world.barrier()
         assert trainer.step == start
         records, ids = [], []
-        while trainer.step < stop:
+
+        def take_step() -> None:
             step = next(trainer.loader)
-            ids += step.sample_ids if world.is_reader else []
+            ids.append(step.sample_ids)
             record, scalars = trainer.train_step(step)
             records.append(record)
             if trainer.log:
                 trainer.log.step(trainer.step, record, scalars)
+
+        while trainer.step < stop:
+            take_step()
         trainer.save()
+        if mode == "async" and stop < STEPS:
+            take_step()
+        trainer.checkpointer.wait()
         if trainer.log:
             trainer.log.close()
         state = {name: full(t) for name, t in trainer.model.state_dict().items()}
-    return {"losses": [r["loss"] for r in records], "norms": [r["grad_norm"] for r in records], "ids": ids, "state": state}
+        place = (world.data_rank, world.is_reader)
+    numbers = [(r["loss"], r["grad_norm"], r["lr"]) for r in records[: stop - start]]
+    return {"place": place, "numbers": numbers, "ids": ids[: stop - start], "state": state}
+
+
+def stream(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The samples of each global batch, in order; peers that share rows read the same ones."""
+    by_data_rank = {}
+    for result in results:
+        assert by_data_rank.setdefault(result["place"][0], result["ids"]) == result["ids"]
+    parts = [by_data_rank[rank] for rank in sorted(by_data_rank)]
+    return [[i for part in step for i in part] for step in zip(*parts, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -49,44 +72,61 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs, ranks):
-    return ranks(4, train, directory=str(inputs), output=str(inputs / "whole"), ep=2, start=0, stop=6)
+    return ranks(4, train, directory=str(inputs), output=str(inputs / "whole"), ep=2, start=0, stop=STEPS)
 
 
 # (ranks, layout)
-FSDP = (4, {"ep": 2})
-PIPELINE = (4, {"pp": 2, "ep": 2, "pp_schedule": "1F1B"})
+ONE = (1, {})
+DP2 = (2, {})
+DP4 = (4, {})
+DP4_EP2 = (4, {"ep": 2})
+DP2_EP2 = (2, {"ep": 2})
+DP4_EP4 = (4, {"ep": 4})
+PP2_EP2 = (4, {"pp": 2, "ep": 2, "pp_schedule": "1F1B"})
+PP2_TP2 = (4, {"pp": 2, "tp": 2, "pp_layers": (2, 1), "pp_schedule": "GPipe"})
+HSDP_CP2 = (4, {"dp_replicate": 2, "cp": 2, "ep": 2})
+TP2_EP4 = (4, {"tp": 2, "ep": 4})
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "exact"),
+    "legs",
     [
-        (FSDP, FSDP, True),
-        (FSDP, (2, {"ep": 1}), False),
-        ((1, {}), (4, {"ep": 4}), False),
-        (PIPELINE, FSDP, False),
-        ((4, {"tp": 2, "ep": 4}), PIPELINE, False),
-        (
-            (4, {"dp_replicate": 2, "cp": 2, "ep": 2}),
-            (4, {"pp": 2, "tp": 2, "pp_layers": (2, 1), "pp_schedule": "GPipe"}),
-            False,
-        ),
+        # Each leg: the step at which it stops, its layout, its way of saving. An epoch ends at steps 3 and 6.
+        [(2, DP4_EP2, "async"), (STEPS, DP4_EP2, "sync")],
+        [(3, DP4_EP2, "sync"), (4, DP4_EP2, "async"), (STEPS, DP4_EP2, "async")],
+        [(2, DP4, "async"), (STEPS, DP2, "async")],
+        [(2, PP2_EP2, "async"), (STEPS, DP4_EP4, "sync")],
+        [(3, DP2_EP2, "async"), (5, TP2_EP4, "async"), (STEPS, PP2_EP2, "sync")],
+        [(1, ONE, "async"), (4, HSDP_CP2, "sync"), (STEPS, PP2_TP2, "async")],
+        [(4, PP2_TP2, "async"), (STEPS, ONE, "sync")],
     ],
+    ids=lambda legs: " -> ".join(f"{stop}:{layout[0]}{layout[1]}" for stop, layout, _ in legs).replace("'", ""),
 )
-def test_resume_continues_the_same_curve(inputs, ranks, undisturbed, tmp_path, before, after, exact):
-    """Bit-identical on the same layout; on another one equal up to the order of fp32 sums."""
+def test_a_run_in_legs_is_the_run_in_one(inputs, ranks, undisturbed, tmp_path, legs):
+    """The same samples in the same order; numbers and weights bit-identical on one layout, else to the order of fp32 sums."""
     run = {"directory": str(inputs), "output": str(tmp_path / "run")}
-    first = ranks(before[0], train, **run, **before[1], start=0, stop=2)
-    second = ranks(after[0], train, **run, **after[1], start=2, stop=6)
-    losses = first[0]["losses"] + second[0]["losses"]
-    norms = first[0]["norms"] + second[0]["norms"]
-    if exact:
-        assert losses == undisturbed[0]["losses"] and norms == undisturbed[0]["norms"]
-    else:
-        assert losses == pytest.approx(undisturbed[0]["losses"], rel=1e-5)
-        assert norms == pytest.approx(undisturbed[0]["norms"], rel=1e-5)
-    state = {name: tensor for r in second for name, tensor in r["state"].items()}
+    start, numbers, ids = 0, [], []
+    for stop, (size, layout), mode in legs:
+        results = ranks(size, train, **run, **layout, start=start, stop=stop, mode=mode)
+        numbers += results[0]["numbers"]
+        ids += stream(results)
+        start = stop
+    assert ids == stream(undisturbed)
+    exact = all(layout == DP4_EP2 for _, layout, _ in legs)
+    expected = undisturbed[0]["numbers"]
+    assert numbers == (expected if exact else [pytest.approx(step, rel=1e-5) for step in expected])
+    state = {name: tensor for result in results for name, tensor in result["state"].items()}
+    assert state.keys() == undisturbed[0]["state"].keys()
     for name, expected in undisturbed[0]["state"].items():
         torch.testing.assert_close(state[name], expected, rtol=0, atol=0 if exact else 2e-5, msg=name)
-    assert sorted(i for r in first + second for i in r["ids"]) == sorted(i for r in undisturbed for i in r["ids"])
     lines = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_an_epoch_is_every_sample_once_whatever_happens(undisturbed):
+    """What the streams above are compared with: 3 steps hold each of the 40 conversations once."""
+    steps = stream(undisturbed)
+    for epoch in (steps[:3], steps[3:]):
+        ids = [i for step in epoch for i in step]
+        assert len(ids) == len(set(ids)) == 40
+    assert steps[:3] != steps[3:]

@@ -2,7 +2,10 @@
 
 import json
 import math
+import resource
 import sys
+import threading
+from contextlib import contextmanager
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -179,3 +182,51 @@ def test_without_progress_only_messages_are_printed(tmp_path, capsys):
     log.message("a message")
     log.close()
     assert capsys.readouterr() == ("a message\n", "")
+
+
+@contextmanager
+def files_end_at(size):
+    """Writing beyond this many bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_a_full_disk_cut_short_is_written_whole_as_soon_as_there_is_room(tmp_path):
+    log = logger(tmp_path)
+    log.step(1, record(1), {})
+    with files_end_at((tmp_path / "metrics.jsonl").stat().st_size + 20):
+        for step in (2, 3):
+            with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written or has vanished \(File too large\)"):
+                log.step(step, record(step), {})
+    log.step(4, record(4), {})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, **record(step)} for step in range(1, 5)]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_vanished_file_is_told_at_the_next_step(tmp_path, replaced):
+    """Writing to a file without a name would succeed and tell nobody."""
+    log = logger(tmp_path / "run")
+    log.step(1, record(1), {})
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    if replaced:
+        write(tmp_path / "run", [1])
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written or has vanished"):
+        log.step(2, record(2), {})
+
+
+def test_a_run_goes_on_without_tensorboard_where_its_file_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # its thread says what went wrong, too
+    log = logger(tmp_path, tensorboard=True)
+    log.step(1, record(1), {})
+    with files_end_at(1000), pytest.raises(OSError, match=r"TensorBoard's file in .* cannot be written"):
+        for _ in range(10_000):  # its thread writes when its buffer is full
+            log.scalars(2, {"a/b": 1.0})
+    log.step(2, record(2), {"a/b": 1.0})
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

@@ -1,12 +1,15 @@
 """Mesh sizes, refusals, and the world of one rank."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from torchsft.config import InputError, Parallel
-from torchsft.parallel.world import World, mesh_sizes
+from torchsft.parallel.world import World, fresh_store, mesh_sizes
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,26 @@ def test_a_world_of_one_rank_needs_no_torchrun(monkeypatch):
         assert world.sum([1.0, 2.5]).tolist() == [1.0, 2.5]
     with World(Parallel(), seed=7):
         assert torch.equal(first, torch.rand(2))
+
+
+def test_restarted_ranks_find_nothing_of_those_before():
+    """torchrun's store outlives the ranks, and what dead ranks wrote in it. Some attempts end before all ranks have come."""
+    store, size, seen = dist.HashStore(), 4, []
+
+    def start(rank, timeout=20.0):
+        return fresh_store(store, rank, size, timedelta(seconds=timeout))
+
+    with ThreadPoolExecutor(size) as threads:
+        for attempt, ranks in enumerate([range(4), (1, 2, 3), range(4), (0, 2), (2,), range(4)]):
+            complete = len(ranks) == size
+            starts = [threads.submit(start, rank, 20.0 if complete else 0.3) for rank in reversed(ranks)]
+            if not complete:
+                failures = [s.exception() for s in starts]
+                assert any(isinstance(f, TimeoutError) and "look at their logs" in str(f) for f in failures)
+                continue
+            stores = [s.result() for s in starts]
+            assert not any(s.check(["address"]) for s in stores)
+            stores[0].set("address", str(attempt))
+            assert {s.get("address") for s in stores} == {str(attempt).encode()}
+            seen.append(attempt)
+    assert seen == [0, 2, 5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -57,10 +58,12 @@ class MetricsLogger:
         config_text: str,
     ) -> None:
         output.mkdir(parents=True, exist_ok=True)
-        path = output / "metrics.jsonl"
+        self._path = path = output / "metrics.jsonl"
         if path.exists():
             _cut(path, start_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._end = path.stat().st_size  # of what is whole
+        self._pending = b""  # lines that could not be written yet
         self._board = None
         if tensorboard:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
@@ -79,22 +82,48 @@ class MetricsLogger:
             record: the step's line in metrics.jsonl, also shown on TensorBoard. A number that is not finite becomes
                 null, is spelt out under the key "nonfinite" of the same line, and is told on the console.
             scalars: TensorBoard tag -> value, for TensorBoard only.
+
+        Raises:
+            OSError: a file cannot be written or has vanished. Another step can follow, which then also writes this line;
+                TensorBoard's file ends at its first fault.
         """
         nonfinite = {key: str(value) for key, value in record.items() if not math.isfinite(value)}
         line = {"step": step, **{key: None if key in nonfinite else value for key, value in record.items()}}
         if nonfinite:
             line["nonfinite"] = nonfinite
             self.message(f"step {step}: " + ", ".join(f"{key} is {value}" for key, value in nonfinite.items()))
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board:
-            for key, value in record.items():
-                tag = key.replace("_", "/", 1) if key.startswith("eval_") else _TAGS[key]
-                self._board.add_scalar(tag, value, step)
-            for tag, value in scalars.items():
-                self._board.add_scalar(tag, value, step)
         if self._progress:
             self._show(step, record)
+        self._pending += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._write_pending()
+        tags = {key: key.replace("_", "/", 1) if key.startswith("eval_") else _TAGS[key] for key in record}
+        self.scalars(step, {tags[key]: value for key, value in record.items()} | dict(scalars))
+
+    def _write_pending(self) -> None:
+        try:
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                raise FileNotFoundError("another file has taken its place")
+            self._file.truncate(self._end)  # a full disk may have cut a line short
+            rest = self._pending
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written or has vanished ({error.strerror or error})") from error
+        self._end += len(self._pending)
+        self._pending = b""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Show TensorBoard tag -> value of a step; nothing without TensorBoard.
+
+        Raises:
+            OSError: its file cannot be written.
+        """
+        try:
+            for tag, value in values.items() if self._board else ():
+                self._board.add_scalar(tag, value, step)
+        except OSError as error:
+            self._board = None  # its writing thread has ended
+            raise OSError(f"TensorBoard's file in {self._path.parent} cannot be written ({error})") from error
 
     def _show(self, step: int, record: Mapping[str, float | int]) -> None:
         """Progress on the console; the clock starts at the end of the first step, which is slower than the others."""
@@ -139,7 +168,11 @@ class MetricsLogger:
             self._bar = None
         if self._board:
             self._board.close()
-        self._file.close()
+        try:
+            if self._pending:
+                self._write_pending()
+        finally:
+            self._file.close()
 
 
 def _cut(path: Path, last_step: int) -> None:

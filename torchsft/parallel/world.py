@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import random
+import time
+import uuid
 from datetime import timedelta
 from types import TracebackType
 
@@ -22,6 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchsft.config import InputError, Parallel
+
+WRITERS_TIMEOUT = timedelta(days=1)
 
 
 def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]:
@@ -60,6 +64,40 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
     }
 
 
+def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """A part of `store` that only the ranks of this start have; every rank calls it.
+
+    `torchrun --max-restarts` gives restarted ranks the store of those before, where they would find the addresses of dead ones
+    (torch 2.13: gloo then waits for ever). A rank's greeting is new each time, and so is the name that rank 0 answers with.
+
+    Raises:
+        TimeoutError: other ranks did not come.
+    """
+    mine, deadline = uuid.uuid4().hex.encode(), time.monotonic() + timeout.total_seconds()
+
+    def found(key: str) -> bytes:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"rank {rank} of {size} waited {timeout.total_seconds():.0f} s for others to start; look at their logs"
+            )
+        return store.get(key) if store.check([key]) else b""
+
+    if rank:
+        store.set(f"torchsft/greeting/{rank}", mine)
+        while not (answer := found(f"torchsft/answer/{rank}")).startswith(mine):
+            time.sleep(0.01)
+        mine = answer.removeprefix(mine)
+        store.set(f"torchsft/heard/{rank}", mine)
+    else:
+        left = set(range(1, size))
+        while left:
+            for peer in left:
+                store.set(f"torchsft/answer/{peer}", found(f"torchsft/greeting/{peer}") + mine)
+            time.sleep(0.01)
+            left = {peer for peer in left if found(f"torchsft/heard/{peer}") != mine}
+    return dist.PrefixStore(mine.decode(), store)
+
+
 class World:
     """This process among the ranks of a run. A context manager: leaving it destroys the process group.
 
@@ -71,6 +109,7 @@ class World:
         device: where this rank computes.
         dense, parameter, expert, sequence: the meshes, see above.
         data_rank, data_size: which share of the rows this rank reads, and of how many.
+        writers: a gloo group of all ranks for the thread that writes checkpoints; None on a world of one.
         is_reader: True on one rank of those that read the same rows, so that what they read is counted once.
     """
 
@@ -91,11 +130,15 @@ class World:
         timeout = timedelta(seconds=parallel.timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = fresh_store(store, rank, size, timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            store, rank, size = dist.HashStore(), 0, 1
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         self.dense, self.parameter, self.expert, self.sequence = (self._mesh(axes, timeout) for axes in sizes.values())
         shard = sizes["dense"]["dp_shard"]
+        # The writing thread's talk must not mix with the step's, and waits for the slowest rank's file system.
+        self.writers = dist.new_group(backend="gloo", timeout=WRITERS_TIMEOUT) if self.size > 1 else None
         self.data_size = parallel.dp_replicate * shard
         self.data_rank = self.dense.get_local_rank("dp_replicate") * shard + self.dense.get_local_rank("dp_shard")
         self.is_reader = all(self.dense.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))

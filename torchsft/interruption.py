@@ -1,0 +1,95 @@
+"""What ends a run early: the signal of a scheduler that wants the machine back, or a fault."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from torchsft.config import InputError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ECHO_SECONDS = (
+    2.0  # Slurm signals torchrun and the ranks, and torchrun passes it on: the same signal so soon is the same notice
+)
+
+
+class Preemption:
+    """Within its context the first SIGTERM or SIGUSR1 is only noted; a second one ends the process at once (exit code 128 + n).
+
+    Outside of it signals do what they did before. Only the main thread can enter.
+
+    A thread reads the signals from a pipe that Python's C-level handler writes to: the main thread may be in a collective that
+    never ends, where no Python handler runs.
+
+    Args:
+        tell: whether to say on stderr that the signal has been heard.
+
+    Attributes:
+        received: the signal, once there was one.
+        since: seconds of `time.monotonic()` when it came.
+    """
+
+    def __init__(self, tell: bool) -> None:
+        self.tell = tell
+        self.received: signal.Signals | None = None
+        self.since = 0.0
+
+    def __str__(self) -> str:
+        if self.received is None:
+            return "a signal to another rank"
+        return f"{self.received.name} {time.monotonic() - self.since:.1f} s ago"
+
+    def __enter__(self) -> Preemption:
+        self._pipe, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False), writer
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="preemption", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        before, writer = self._wakeup
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # the thread reads to the end and leaves
+        self._thread.join()
+        os.close(self._pipe)
+
+    def _listen(self) -> None:
+        while number := os.read(self._pipe, 1):
+            if number[0] not in SIGNALS:
+                continue
+            now, name = time.monotonic(), signal.Signals(number[0])
+            if self.received is None:
+                self.since, self.received = now, name
+                if self.tell:
+                    print(f"{name.name}: this step is finished and saved, then the run ends", file=sys.stderr, flush=True)
+            elif name != self.received or now - self.since > ECHO_SECONDS:
+                print(f"{name.name} after {self.received.name}: ended at once", file=sys.stderr, flush=True)
+                os._exit(128 + name)
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run `main`; an InputError, or an OSError (a full disk, say), becomes one sentence on stderr and exit code 1.
+
+    Where all ranks meet the same fault, torchrun ends the others as soon as rank 0 has left, so that it is told once.
+    """
+    not_first = os.environ.get("RANK", "0") != "0"
+    try:
+        main()
+    except SystemExit as end:  # the command line was not understood, which rank 0 tells
+        if end.code and not_first:
+            time.sleep(3)
+        raise
+    except (InputError, OSError) as error:
+        if not_first:
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # peers may wait in a collective: do not wait for them
