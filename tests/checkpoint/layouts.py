@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 
 import torch
@@ -81,6 +80,16 @@ def optimizer_for(model):
     return build_optimizer(model, Optim(lr=1e-2))
 
 
+def checkpoint(directory, world, model, optimizer):
+    """Write one of step 2; its path."""
+    checkpointer = state.Checkpointer(directory, mode="async", if_busy="wait", keep=1, group=world.writers)
+    assert checkpointer.save(2, model, optimizer, extra={"step": 2}, config={})
+    checkpointer.wait()
+    (report,) = checkpointer.reports()
+    assert report.error is None, report.error
+    return report.path
+
+
 def watched_export(*arguments, **options):
     """Export, and say with which ranks this one exchanged parts of experts (the only 3-d ones) and of anything, and what it
     wrote."""
@@ -93,7 +102,7 @@ def watched_export(*arguments, **options):
 
     def watch_writer(writer, *error):
         finish(writer, *error)
-        written.append(os.path.getsize(writer._file.name))
+        written.append(writer.size)
 
     dist.batch_isend_irecv, SafetensorsWriter.__exit__ = watch_transfers, watch_writer
     try:
@@ -129,7 +138,7 @@ def every_layout(source, work):
         update(model, optimizer, 2)
         torch.manual_seed(100 + world.rank)
         saved = whole(everything(model, optimizer))
-        path = state.save(f"{work}/checkpoints", 2, model, optimizer, extra={"step": 2}, config={}, keep=1)
+        path = checkpoint(f"{work}/checkpoints", world, model, optimizer)
         drawn = torch.rand(3)
         update(model, optimizer, 1)
         continued = whole(everything(model, optimizer))

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from tests.checkpoint.layouts import everything, optimizer_for, update, watched_export, whole
+from tests.checkpoint.layouts import checkpoint, everything, optimizer_for, update, watched_export, whole
 from torchsft.checkpoint import huggingface, state
 from torchsft.config import InputError, Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
@@ -33,20 +33,24 @@ def build(source, parallel, world, **changes):
     return model
 
 
-def load(source, model):
+def meta_model(source):
+    """The whole model that a directory describes, without memory."""
     with torch.device("meta"):
-        complete = DeepseekV3(model.config)
-    return huggingface.load_weights(model, huggingface.check_weights(source, complete))
+        return DeepseekV3(DeepseekV3Config.from_hf(huggingface.read_config(source)))
 
 
-def weights(source, work, name, **axes):
+def load(source, model):
+    return huggingface.load_weights(model, huggingface.check_weights(source, meta_model(source)))
+
+
+def weights(source, work, name, dtype=torch.bfloat16, **axes):
     """Load, export and initialise; the whole tensors of this rank's part each time, bytes read and written, and peers."""
     parallel = Parallel(**axes, timeout_seconds=60)
     with World(parallel, 0) as world:
         model = build(source, parallel, world)
         seen = {"read": load(source, model), "loaded": whole(model.state_dict())}
         seen["placements"] = {name: str(tensor.placements) for name, tensor in model.named_parameters()}
-        seen |= watched_export(model, f"{work}/{name}/hf", torch.bfloat16, source, max_shard_bytes=30_000)
+        seen |= watched_export(model, f"{work}/{name}/hf", dtype, source, max_shard_bytes=30_000)
         huggingface.initialise_weights(model, 7, initial_value)
         seen["initial"] = whole(model.state_dict())
         return seen
@@ -61,7 +65,7 @@ def save(source, directory, **axes):
         optimizer = optimizer_for(model)
         update(model, optimizer, 2)
         torch.manual_seed(100 + world.rank)
-        state.save(directory, 2, model, optimizer, extra={"step": 2}, config={}, keep=1)
+        checkpoint(directory, world, model, optimizer)
         return whole(everything(model, optimizer)), torch.rand(3)
 
 
@@ -72,7 +76,7 @@ def restore(source, directory, **axes):
         model = build(source, parallel, world)
         optimizer = optimizer_for(model)
         torch.manual_seed(0)
-        assert state.load(state.find_latest(directory), model, optimizer) == {"step": 2}
+        assert state.load(state.find_latest(directory)[0], model, optimizer) == {"step": 2}
         drawn, restored = torch.rand(3), whole(everything(model, optimizer))
         update(model, optimizer, 1)
         return restored, whole(everything(model, optimizer)), drawn
@@ -86,7 +90,7 @@ def refusals(source, directory, models, **axes):
         for changes in models:
             model = build(source, parallel, world, **changes)
             try:
-                state.load(state.find_latest(directory), model, optimizer_for(model))
+                state.load(state.find_latest(directory)[0], model, optimizer_for(model))
             except InputError as error:
                 sentences.append(str(error))
     return sentences
@@ -94,4 +98,4 @@ def refusals(source, directory, models, **axes):
 
 def bytes_of(directory):
     """Size of a checkpoint's tensors on the disk."""
-    return sum(entry.stat().st_size for entry in os.scandir(state.find_latest(directory)) if entry.name.endswith(".distcp"))
+    return sum(entry.stat().st_size for entry in os.scandir(state.find_latest(directory)[0]) if entry.name.endswith(".distcp"))

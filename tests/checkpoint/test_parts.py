@@ -190,7 +190,7 @@ def test_a_checkpoint_of_parts_restores_on_one_rank(checkpoints, source, name):
     directory, saved = checkpoints[name]
     model = torchsft.load_model(source)
     optimizer = optimizer_for(model)
-    state.load(state.find_latest(directory), model, optimizer)
+    state.load(state.find_latest(directory)[0], model, optimizer)
     assert_same(everything(model, optimizer), merged(tensors for tensors, _ in saved))
 
 
@@ -201,5 +201,5 @@ def test_a_part_alone_is_not_exported_and_not_restored(checkpoints, source, tmp_
     with pytest.raises(RuntimeError, match=r"do not hold .* elements of model\.layers\.2\."):
         huggingface.export(part, tmp_path / "hf", torch.bfloat16, source)
     with pytest.raises(InputError, match=r"130 unexpected: model\.model\.layers\.3\."):
-        state.load(state.find_latest(checkpoints["pp2-ep2"][0]), part, optimizer_for(part))
+        state.load(state.find_latest(checkpoints["pp2-ep2"][0])[0], part, optimizer_for(part))
     assert not (tmp_path / "hf").exists()

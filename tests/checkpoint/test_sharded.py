@@ -101,7 +101,7 @@ def test_a_checkpoint_of_four_ranks_restores_on_one(results, source, work):
     saved, continued = torch.load(work / "snapshots.pt")
     model = torchsft.load_model(source)
     optimizer = optimizer_for(model)
-    state.load(state.find_latest(work / "checkpoints"), model, optimizer)
+    state.load(state.find_latest(work / "checkpoints")[0], model, optimizer)
     assert differing(everything(model, optimizer), saved) == []
     update(model, optimizer, 1)
     assert differing_after_a_step(everything(model, optimizer), continued) == []

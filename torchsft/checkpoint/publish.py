@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from torchsft.checkpoint.dcp_files import MANIFEST
+from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
 
 
@@ -20,27 +23,28 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def barrier() -> None:
+def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Wait for all ranks; nothing to wait for without a process group."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, by rank, on every rank; collective. They are pickled."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks, by rank, on every rank; collective. They are pickled.
+
+    Args:
+        group: of all ranks; None: the default one.
+    """
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole UTF-8 file and flush it to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    Folder(path.parent).write_text(path.name, text)
 
 
 def sync_directory(path: Path) -> None:
@@ -82,27 +86,109 @@ def claimed(output: Path, main: bool) -> Iterator[None]:
 
 
 @contextmanager
-def published(target: Path) -> Iterator[Path]:
-    """Collective: yields an empty hidden directory beside `target` that takes `target`'s place when all ranks are done.
+def reading(folder: Folder) -> Iterator[None]:
+    """Keep a training checkpoint from being removed by its run while it is read. Of a remote one nothing is known.
 
-    Every rank flushes the files that it writes. If any rank fails, `target` stays as it was, and the hidden directory
-    is left for the next attempt to remove. All ranks must see the same file system.
+    Raises:
+        InputError: it was removed or replaced, before or meanwhile.
+    """
+    path = None if folder.remote else folder.path / "trainer.json"
+    if path is None or not path.is_file():
+        yield
+        return
+    with open(path) as file:
+
+        def check() -> None:
+            if not (path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                raise InputError(f"checkpoint {folder} has just been removed or replaced; use a newer one")
+
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        check()
+        yield
+        check()
+
+
+def discard(folder: Folder) -> None:
+    """Remove a folder, first what makes it complete: at no time does it look like a damaged checkpoint."""
+    folder.remove(MANIFEST)
+    folder.remove()
+
+
+def remove_unread(folder: Folder) -> None:
+    """Remove a training checkpoint, unless it is being read; never half of it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if folder.remote:
+        discard(folder)
+        return
+    with open(folder.path / "trainer.json") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # a file system without locks
+        hidden = _hidden(folder.path, "removed")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def staging_of(target: Folder) -> Folder:
+    """The folder in which what becomes `target` is written: a hidden one beside it; remote ones know no rename."""
+    return target if target.remote else Folder(_hidden(target.path, "incomplete"))
+
+
+def publish(staging: Folder, target: Folder) -> None:
+    """Let a complete staging folder take `target`'s place, on the disk too. Nothing is left to do for a remote one.
+
+    A `target` that is there already is exchanged in one step on Linux; elsewhere it is away for a moment.
+    """
+    if target.remote:
+        return
+    sync_directory(staging.path)
+    old = staging.path  # where the old one is after an exchange
+    if not (target.path.exists() and _exchange(staging.path, target.path)):
+        if target.path.exists():
+            old = _hidden(target.path, "removed")
+            shutil.rmtree(old, ignore_errors=True)
+            target.path.rename(old)
+        staging.path.rename(target.path)
+    sync_directory(target.path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories' names in one step; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+@contextmanager
+def published(place: str | Path | Folder) -> Iterator[Folder]:
+    """Collective: yields an empty folder that takes the place of `place` when all ranks are done.
+
+    Every rank flushes the files that it writes. If any rank fails, `place` stays as it was, and the hidden directory
+    is left for the next attempt to remove. All ranks must see the same file system. A remote `place` is emptied first and
+    written in place: write last what makes it complete.
     """
     rank, _ = rank_and_size()
-    staging = target.with_name(f".{target.name}.incomplete")
+    target = place if isinstance(place, Folder) else Folder(place)
+    staging = staging_of(target)
     if rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        staging.remove()
+        staging.make()
     barrier()
     yield staging
     barrier()
     if rank == 0:
-        sync_directory(staging)
-        replaced = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            target.rename(replaced)
-        staging.rename(target)
-        sync_directory(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        publish(staging, target)
     barrier()

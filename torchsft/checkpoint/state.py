@@ -1,134 +1,393 @@
-"""Training checkpoints with DCP: fp32 master weights, optimizer state, counters and random states, for any layout.
+"""Training checkpoints: fp32 master weights, optimizer state, counters and random states, for any layout.
 
     CHECKPOINTS/step-00000100/
-        .metadata, __0_0.distcp, ...    DCP: `model.FQN`, `optimizer.state.FQN.NAME`, `rng.RANK.DEVICE`, tensors only
-        trainer.json                    {"step", "extra"}: counters and the data position
+        .metadata, __0_0.distcp, ...    DCP's format: `model.FQN`, `optimizer.state.FQN.NAME`, `rng.RANK.DEVICE`, tensors only
+        trainer.json                    {"step", "extra", "score"}: counters and the data position
         config.json                     the run's resolved configuration
+        checkpoint.json                 size and checksum of each file; written last
 
-A directory with such a name is complete: it is written aside and renamed when all ranks have finished. The only pickle
-is DCP's own `.metadata`; tensors are read with `weights_only`.
+A local directory with such a name is complete: it is written aside and renamed when all ranks have finished. A remote one is
+written in place and complete when it has its checkpoint.json.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-import shutil
+import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from torchsft.checkpoint.boxes import Box, local_box
+from torchsft.checkpoint.dcp_files import (
+    MANIFEST,
+    METADATA,
+    ChunkReader,
+    ChunkWriter,
+    Stored,
+    incomplete,
+    write_manifest,
+    write_metadata,
+)
 from torchsft.checkpoint.huggingface import mismatches
-from torchsft.checkpoint.publish import barrier, gather_objects, published, rank_and_size, write_text
+from torchsft.checkpoint.publish import discard, gather_objects, publish, rank_and_size, reading, remove_unread, staging_of
+from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
 
 _NAME = re.compile(r"step-(\d{8,})")
-_FILES = (".metadata", "trainer.json", "config.json")
+_LEFT = re.compile(r"\.step-\d+\.(incomplete|removed)")
 
 
-def save(
-    directory: str | Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    *,
-    extra: Mapping[str, Any],
-    config: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write `directory/step-00000100` (for step 100); collective, each rank writes its share. A checkpoint of the same step is
-    replaced.
+Held = Mapping[str, tuple[tuple[int, ...], Box, Tensor]]  # name -> global shape, box that this rank holds, its values
 
-    The optimizer's options (learning rate, betas, ...) are not saved: they follow from the configuration and the step.
+
+@dataclass(frozen=True)
+class Report:
+    """How a save ended; the same on every rank."""
+
+    step: int
+    path: str
+    stall_seconds: float  # how long training stood still on the slowest rank
+    write_seconds: float  # from the copy to the end, beside training or not
+    bytes: int  # of all files of all ranks
+    error: str | None  # a sentence, if it could not be written; older checkpoints are untouched then
+
+
+@dataclass(frozen=True)
+class _Job:
+    step: int
+    tensors: Held  # what this rank writes
+    texts: Mapping[str, str]  # by file name
+    began: float
+    stall: float | None  # seconds that training stood still; None: until the job is done
+    error: str | None  # of the copy on this rank
+
+
+class Checkpointer:
+    """Writes the checkpoints of a run; every rank has one, and writes its share.
 
     Args:
-        extra: JSON-able counters and data position, equal on all ranks; `load` returns it.
-        config: JSON-able resolved configuration.
-        keep: how many of the newest checkpoints stay (this one always does); 0 keeps all.
+        directory: of the checkpoints, a path or URL; made if it is not there.
+        mode: "async": a thread writes what `save` has copied to host memory, which is allocated once (pinned if there is
+            CUDA); "sync": `save` returns when it is written, without a copy.
+        if_busy: what `save` does while an older one is being written: wait for it, or do nothing.
+        keep: how many of the newest checkpoints stay; 0: all.
+        keep_every: checkpoints whose step it divides stay too; 0: none.
+        keep_best: so many checkpoints with the lowest scores stay too.
+        group: a gloo group of all ranks that nothing else uses; None: one process.
+
+    Raises:
+        OSError: the directory cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        mode: Literal["async", "sync"] = "async",
+        if_busy: Literal["wait", "skip"] = "wait",
+        keep: int = 0,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.folder = Folder(directory)
+        self._mode, self._if_busy = mode, if_busy
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._group = group
+        self._rank, self._size = rank_and_size()
+        assert group is not None or self._size == 1, "several ranks need a group for the writing thread"
+        if self._rank == 0:
+            self.folder.make()
+        self._thread: threading.Thread | None = None
+        self._ended: deque[Report] = deque()
+        self._held: dict[str, Box] = {}  # what `_owned` was computed for
+        self._owned: set[str] = set()
+        self._host: dict[str, Tensor] = {}
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        extra: Mapping[str, Any],
+        config: Mapping[str, Any],
+        score: float | None = None,
+        now: bool = False,
+    ) -> bool:
+        """Begin to write `directory/step-00000100` (for step 100); collective. A checkpoint of the same step is replaced.
+
+        How it ended, `reports` says. The optimizer's options (learning rate, betas, ...) are not saved: they follow from
+        the configuration and the step.
+
+        Args:
+            extra: JSON-able counters and data position, equal on all ranks; `load` returns it.
+            config: JSON-able resolved configuration.
+            score: for `keep_best`, the lower the better.
+            now: wait for an older save and write before returning, whatever the mode.
+
+        Returns:
+            False if it was skipped, on every rank.
+        """
+        began = time.perf_counter()
+        score = None if score is None or math.isnan(score) else score
+        trainer = {"step": step, "extra": dict(extra), "score": score}
+        texts = {"trainer.json": json.dumps(trainer, indent=2), "config.json": json.dumps(dict(config), indent=2)}
+        # An optimizer that has not stepped yet has nothing to save; asking for its state would create one that has
+        # stepped once.
+        tensors = _model_tensors(model) | (_optimizer_tensors(model, optimizer) if optimizer.state else {})
+        tensors |= _random_states(self._rank)
+        held = {name: local_box(tensor) for name, tensor in tensors.items()}
+        busy, changed = self._any([self._thread is not None and self._thread.is_alive(), held != self._held])
+        if busy and self._if_busy == "skip" and not now:
+            return False
+        self.wait()
+        if changed:
+            self._owned, self._held = _choose_owned(held, tensors, self._rank), held
+        mine = {name: (tuple(tensors[name].shape), held[name], _local(tensors[name])) for name in held if name in self._owned}
+        if now or self._mode == "sync":
+            self._ended.append(self._write(_Job(step, mine, texts, began, None, None)))
+            return True
+        error = None
+        try:
+            mine = self._copied(mine)
+        except (RuntimeError, MemoryError) as failure:  # no host memory; the others learn it when all write
+            mine, error = {}, _told(failure)
+        job = _Job(step, mine, texts, began, time.perf_counter() - began, error)
+        self._thread = threading.Thread(target=lambda: self._ended.append(self._write(job)), daemon=True)
+        self._thread.start()
+        return True
+
+    def reports(self) -> list[Report]:
+        """Of the saves that have ended on this rank since the last call. On other ranks it may be a moment sooner or later."""
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _any(self, flags: list[bool]) -> list[bool]:
+        """Each: whether it is true on any rank; collective."""
+        if self._size == 1:
+            return flags
+        total = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(total, dist.ReduceOp.MAX)  # over gloo: the host has them and needs them
+        return total.bool().tolist()
+
+    def _copied(self, tensors: Held) -> Held:
+        """The same with values in host memory, which is reused from save to save."""
+        host = {}
+        for name, (_, _, values) in tensors.items():
+            old = self._host.get(name)
+            if old is None or (old.shape, old.dtype) != (values.shape, values.dtype):
+                old = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            host[name] = old.copy_(values.detach(), non_blocking=True)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        self._host = host
+        return {name: (shape, box, host[name]) for name, (shape, box, _) in tensors.items()}
+
+    def _write(self, job: _Job) -> Report:
+        """All ranks together: every rank its file, then rank 0 the rest. A failure on one rank is learned by all of them."""
+        target = self.folder.child(f"step-{job.step:08d}")
+        try:
+            staging = staging_of(target)
+            problem, written, size, crc32 = job.error, [], 0, 0
+            if self._rank == 0 and not problem:
+                problem = _attempt(lambda: self._prepare(staging))
+            if not any(self._gather(problem)):
+                try:
+                    with ChunkWriter(staging, f"__{self._rank}_0.distcp") as writer:
+                        for name, (shape, box, values) in job.tensors.items():
+                            writer.write(name, shape, box, values)
+                    written, size, crc32 = writer.written, writer.size, writer.crc32
+                except Exception as failure:
+                    problem = _told(failure)
+            records = [(problem, written, size, crc32, job.stall)]
+            if self._size > 1:
+                record, records = records[0], [None] * self._size if self._rank == 0 else None
+                dist.gather_object(record, records, 0, group=self._group)
+            return self._gather(self._finish(job, staging, target, records) if self._rank == 0 else None)[0]
+        except Exception as failure:  # a rank has died: the collectives cannot go on
+            error = f"checkpoint {target} could not be written ({_told(failure)})"
+            return Report(job.step, str(target), job.stall or 0.0, time.perf_counter() - job.began, 0, error)
+
+    def _gather(self, value: Any) -> list[Any]:
+        return [value] if self._size == 1 else gather_objects(value, self._group)
+
+    def _prepare(self, staging: Folder) -> None:
+        """An empty staging folder, in a directory that must still be there; what killed runs left is removed."""
+        discard(staging)
+        if staging.remote:
+            staging.make()
+            return
+        for name in self.folder.names():
+            if _LEFT.fullmatch(name):
+                self.folder.child(name).remove()
+        staging.path.mkdir()
+
+    def _finish(self, job: _Job, staging: Folder, target: Folder, records: list[Any]) -> Report:
+        """On rank 0: the metadata, the publication and the removal of old checkpoints, or the end of a failed attempt."""
+        error, total = next((f"rank {rank}: {record[0]}" for rank, record in enumerate(records) if record[0]), None), 0
+        if error is None:
+            try:
+                total = self._complete(job, staging, records)
+                publish(staging, target)
+            except Exception as failure:
+                error = f"rank 0: {_told(failure)}"
+        if error is None:
+            self._remove_old(target)
+        else:
+            _attempt(lambda: discard(staging))
+            error = f"checkpoint {target} could not be written ({error}); older ones are untouched"
+        seconds = time.perf_counter() - job.began
+        stall = seconds if job.stall is None else max(record[-1] for record in records)
+        return Report(job.step, str(target), stall, seconds - (job.stall or 0.0), total, error)
+
+    def _complete(self, job: _Job, staging: Folder, records: list[Any]) -> int:
+        """Write the files besides the ranks' own; returns the bytes of all."""
+        written = [entry for record in records for entry in record[1]]
+        elements = Counter()
+        for name, _, _, chunk in written:
+            elements[name] += math.prod(chunk.box.shape)
+        for name, shape, _, _ in written:
+            if elements[name] != math.prod(shape):
+                raise RuntimeError(f"the ranks hold {elements[name]} of the {math.prod(shape)} elements of {name}")
+        files = {f"__{rank}_0.distcp": (size, crc32) for rank, (_, _, size, crc32, _) in enumerate(records)}
+        outputs = {METADATA: write_metadata(staging, written)}
+        outputs |= {name: staging.write_text(name, text) for name, text in job.texts.items()}
+        files |= {name: (out.size, out.crc32) for name, out in outputs.items()}
+        write_manifest(staging, files)
+        return sum(size for size, _ in files.values())
+
+    def _remove_old(self, newest: Folder) -> None:
+        """Remove the complete checkpoints that no rule keeps; not `newest`, and none that is being read."""
+        if not self._keep:
+            return
+        try:
+            complete = {step: folder for step, folder in _by_step(self.folder).items() if not incomplete(folder)}
+            kept = set(list(complete)[-self._keep :])
+            if self._keep_every:
+                kept |= {step for step in complete if step % self._keep_every == 0}
+            if self._keep_best:
+                scores = {step: json.loads(folder.read("trainer.json")).get("score") for step, folder in complete.items()}
+                scored = sorted((score, -step) for step, score in scores.items() if score is not None)
+                kept |= {-step for _, step in scored[: self._keep_best]}
+            for step, folder in complete.items():
+                if step not in kept and str(folder) != str(newest):
+                    remove_unread(folder)
+        except Exception as error:  # of whatever kind: the other ranks wait for this one
+            warnings.warn(f"an old checkpoint in {self.folder} could not be removed ({error}); look at it", stacklevel=2)
+
+
+def _attempt(action: Callable[[], Any]) -> str | None:
+    """What went wrong, if anything did."""
+    try:
+        action()
+    except Exception as failure:
+        return _told(failure)
+    return None
+
+
+def _told(failure: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")
+
+
+def _choose_owned(held: Mapping[str, Box], tensors: Mapping[str, Tensor], rank: int) -> set[str]:
+    """The tensors of which this rank writes its box; collective.
+
+    Of the ranks that hold the same box it is the one with the fewest bytes so far, so that replicas share the work.
+    """
+    sizes = {name: (box, math.prod(box.shape) * tensors[name].dtype.itemsize) for name, box in held.items()}
+    once = {value: value for value in sizes.values()}  # of equal values one object, which pickle stores once
+    holders: dict[tuple[str, Box], tuple[int, list[int]]] = {}
+    for holder, entries in enumerate(gather_objects({name: once[value] for name, value in sizes.items()})):
+        for name, (box, size) in entries.items():
+            holders.setdefault((name, box), (size, []))[1].append(holder)
+    load = [0] * rank_and_size()[1]
+    owned = set()
+    # What one rank has comes first, then large ones.
+    for (name, box), (size, ranks) in sorted(holders.items(), key=lambda item: (len(item[1][1]), -item[1][0], item[0][0])):
+        owner = min(ranks, key=lambda holder: (load[holder], holder))
+        load[owner] += size
+        if owner == rank and held.get(name) == box:
+            owned.add(name)
+    return owned
+
+
+# -------------------------------------------------------------------------------------------------------------- restoring
+
+
+def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
+    """The newest complete checkpoint in a directory or URL, and a sentence for each newer one that is not.
+
+    Names and sizes of files are looked at, not their content.
 
     Returns:
-        The checkpoint's directory.
+        None where there is none.
 
     Raises:
-        OSError: it could not be written; older checkpoints are untouched.
+        InputError: there are only damaged ones. (Remote ones that were never completed do not count.)
     """
-    target = Path(directory) / f"step-{step:08d}"
-    texts = {
-        "trainer.json": json.dumps({"step": step, "extra": dict(extra)}, indent=2),
-        "config.json": json.dumps(dict(config), indent=2),
-    }
-    # An optimizer that has not stepped yet has nothing to save; asking for its state would create one that has stepped
-    # once.
-    tensors = _model_tensors(model) | (_optimizer_tensors(model, optimizer) if optimizer.state else {})
-    rank, _ = rank_and_size()
-    with published(target) as staging:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, no group: fine
-                dcp.save(tensors | _random_states(rank), storage_writer=dcp.FileSystemWriter(staging))
-        except CheckpointException as error:
-            raise OSError(f"checkpoint {target} could not be written: {_cause(error)}") from error
-        if rank == 0:
-            for name, text in texts.items():
-                write_text(staging / name, text)
-    if rank == 0 and keep:
-        complete = [path for path in _by_step(Path(directory)) if not _absent(path)]
-        for old in complete[:-keep]:
-            if old != target:
-                shutil.rmtree(old)
-    barrier()
-    return target
-
-
-def find_latest(directory: str | Path) -> Path | None:
-    """The checkpoint of the highest step in `directory`; None where there is none.
-
-    Raises:
-        InputError: that checkpoint lacks a file. It was complete when it got its name, so it has been damaged since.
-    """
-    named = _by_step(Path(directory))
-    if not named:
-        return None
-    if absent := _absent(named[-1]):
-        raise InputError(
-            f"checkpoint {named[-1]} is damaged: it has no {', '.join(absent)}; delete it to continue from the one before, or "
-            "name another with --checkpoint.resume"
+    passed = []
+    damaged = False
+    for folder in reversed(_by_step(Folder(directory)).values()):
+        problems = incomplete(folder)
+        if not problems:
+            return str(folder), passed
+        never_completed = folder.remote and not folder.has(MANIFEST)
+        damaged = damaged or not never_completed
+        passed.append(
+            f"checkpoint {folder} {'was never completed' if never_completed else 'is damaged'}: {'; '.join(problems[:5])}"
         )
-    return named[-1]
+    if damaged:
+        raise InputError(
+            f"{passed[0]}; there is no complete one before it: delete it to start anew, or name another with "
+            "--checkpoint.resume"
+        )
+    return None, passed
 
 
-def saved_step(path: str | Path) -> int:
+def saved_step(place: str | Path) -> int:
     """The step after which this checkpoint was written.
 
     Raises:
         InputError: not a complete checkpoint.
     """
-    return _read_json(Path(path), "trainer.json")["step"]
+    return _read_json(Folder(place), "trainer.json")["step"]
 
 
-def saved_config(path: str | Path) -> dict[str, Any]:
+def saved_config(place: str | Path) -> dict[str, Any]:
     """The resolved configuration of the run that wrote this checkpoint.
 
     Raises:
         InputError: not a complete checkpoint.
     """
-    return _read_json(Path(path), "config.json")
+    return _read_json(Folder(place), "config.json")
 
 
-def load(path: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Restore `model`, `optimizer` and this rank's random states in place; collective. The sharding may differ from the
-    saved.
+    saved. Each rank reads only the bytes of its shards.
 
     Gradients are discarded. The optimizer keeps its options (learning rate, ...). A rank that the saving run did not
     have keeps its random states.
@@ -137,46 +396,51 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
         `extra` as given to `save`.
 
     Raises:
-        InputError: no complete checkpoint at `path`, a damaged one, or one of another model or optimizer (what differs
-        is named).
+        InputError: no complete checkpoint at `place`, a damaged one, or one of another model or optimizer (what differs
+            is named); the same on every rank.
     """
-    path = Path(path)
-    extra = _read_json(path, "trainer.json")["extra"]
-    rank, _ = rank_and_size()
-    try:
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:  # unpickling a damaged file can raise anything
-        raise InputError(f"checkpoint {path} is damaged: unreadable .metadata ({error!r}); use an older one") from error
-    optimizer.zero_grad(set_to_none=True)
-    tensors = _model_tensors(model)
-    if any(name.startswith("optimizer.") for name in stored):
-        # Creates zero state where there is none, by a step with zero gradients and learning rate.
-        tensors |= _optimizer_tensors(model, optimizer)
-    else:  # saved before the first step
-        optimizer.state.clear()
-    if problem := _mismatches(tensors, stored):
-        raise InputError(f"checkpoint {path} is of another model: {problem}; use the options that it was made with")
-    random_states = {name: state for name, state in _random_states(rank).items() if name in stored}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors | random_states, storage_reader=dcp.FileSystemReader(path))  # in place
-    except CheckpointException as error:
-        raise InputError(f"checkpoint {path} is damaged: {_cause(error)}; use an older one") from error
-    _set_random_states(rank, random_states)
+    folder = Folder(place)
+    with ExitStack() as stack:
+        with _agreed():
+            stack.enter_context(reading(folder))
+            extra = _read_json(folder, "trainer.json")["extra"]
+            reader = ChunkReader(folder)
+        optimizer.zero_grad(set_to_none=True)
+        tensors = _model_tensors(model)
+        if any(name.startswith("optimizer.") for name in reader.tensors):
+            # Creates zero state where there is none, by a step with zero gradients and learning rate.
+            tensors |= _optimizer_tensors(model, optimizer)
+        else:  # saved before the first step
+            optimizer.state.clear()
+        if problem := _mismatches(tensors, reader.tensors):
+            raise InputError(f"checkpoint {folder} is of another model: {problem}; use the options that it was made with")
+        random_states = {name: s for name, s in _random_states(rank_and_size()[0]).items() if name in reader.tensors}
+        with _agreed(), torch.no_grad():
+            for name, tensor in (tensors | random_states).items():
+                _local(tensor).copy_(reader.read(name, local_box(tensor)))
+    for name, values in random_states.items():
+        (torch.cuda if name.endswith("cuda") else torch).set_rng_state(values)
     return extra
 
 
-def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> str:
+@contextmanager
+def _agreed() -> Iterator[None]:
+    """An InputError in here on one rank is raised on all of them; collective."""
+    problem = None
+    try:
+        yield
+    except InputError as error:
+        problem = str(error)
+    if problem := next(filter(None, gather_objects(problem)), None):
+        raise InputError(problem)
+
+
+def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> str:
     """How the tensors of all ranks together differ from the stored ones, in words, the same on every rank; collective.
 
     Ranks of a pipeline hold different ones. They exchange a bit for each stored name, not V3's 3,000 names.
     """
-    shapes = {
-        name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        for name, entry in stored.items()
-        if not name.startswith("rng.")
-    }
+    shapes = {name: entry.shape for name, entry in stored.items() if not name.startswith("rng.")}
     held = torch.tensor([name in tensors for name in shapes], dtype=torch.uint8)
     if dist.is_initialized():
         dist.all_reduce(held, dist.ReduceOp.MAX)  # over gloo: the host has the bits and needs them
@@ -199,50 +463,34 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     tensors = {f"optimizer.{name}": value for name, value in flat.items() if name.startswith("state.")}
     for name, value in tensors.items():
-        assert isinstance(value, Tensor), f"{name} is a {type(value).__name__}; DCP would pickle it"
+        assert isinstance(value, Tensor), f"{name} is a {type(value).__name__}, which is not saved"
     return tensors
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _random_states(rank: int) -> dict[str, Tensor]:
-    """This rank's generator states, uint8; names differ per rank, so that DCP keeps each."""
+    """This rank's generator states, uint8; names differ per rank, so that each is kept."""
     states = {f"rng.{rank}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _set_random_states(rank: int, states: Mapping[str, Tensor]) -> None:
-    if f"rng.{rank}.cpu" in states:
-        torch.set_rng_state(states[f"rng.{rank}.cpu"])
-    if f"rng.{rank}.cuda" in states:
-        torch.cuda.set_rng_state(states[f"rng.{rank}.cuda"])
+def _by_step(directory: Folder) -> dict[int, Folder]:
+    """Folders named as checkpoints, by rising step."""
+    found = {int(match[1]): directory.child(name) for name in directory.names() if (match := _NAME.fullmatch(name))}
+    return dict(sorted(found.items()))
 
 
-def _by_step(directory: Path) -> list[Path]:
-    """Directories named as checkpoints, by rising step."""
-    if not directory.is_dir():
-        return []
-    steps = {int(match[1]): path for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps)]
-
-
-def _absent(path: Path) -> list[str]:
-    """The files that a checkpoint lacks."""
-    return [name for name in _FILES if not (path / name).is_file()]
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    if not path.is_dir():
-        raise InputError(f"checkpoint {path} does not exist; give a directory such as CHECKPOINTS/step-00000100")
-    if absent := _absent(path):
-        raise InputError(f"{path} is not a complete checkpoint: it has no {', '.join(absent)}; use another one")
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    if not folder.names():
+        raise InputError(f"checkpoint {folder} does not exist; give a directory such as CHECKPOINTS/step-00000100")
+    if problems := incomplete(folder):
+        raise InputError(f"{folder} is not a complete checkpoint: {'; '.join(problems[:5])}; use another one")
     try:
-        return json.loads((path / name).read_text(encoding="utf-8"))
+        return json.loads(folder.read(name))
     except ValueError as error:
-        raise InputError(f"checkpoint {path} is damaged: {name} is not JSON ({error}); use an older one") from error
-
-
-def _cause(error: CheckpointException) -> str:
-    """The failing rank with the lowest number and what happened there, in one line."""
-    rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"rank {rank}: {type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")
+        raise InputError(f"checkpoint {folder} is damaged: {name} is not JSON ({error}); use an older one") from error

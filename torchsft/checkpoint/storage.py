@@ -1,0 +1,163 @@
+"""Folders by path or URL: local ones, and through fsspec remote ones (s3://, gs://, memory://, ...)."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from torchsft.config import InputError
+
+
+class Output:
+    """A file being written from start to end, which knows its `size` in bytes and its `crc32`, so far."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.crc32 = 0
+
+    def write(self, data: Any) -> int:
+        """Append bytes (anything with the buffer interface)."""
+        rest = memoryview(data).cast("B")
+        size = rest.nbytes
+        self.crc32 = zlib.crc32(rest, self.crc32)
+        self.size += size
+        while rest.nbytes:
+            rest = rest[self._file.write(rest) :]
+        return size
+
+    def flush(self) -> None:
+        """Nothing: leaving `Folder.writer` flushes."""
+
+
+class Folder:
+    """A directory, or the objects of a remote file system whose names begin alike.
+
+    Local files are flushed to the disk when they are closed. Remote file systems know no rename and no flush: an object is
+    there when it is closed.
+
+    Args:
+        place: a path, or a URL of any file system that fsspec knows.
+
+    Attributes:
+        place: as given, for messages.
+        remote: True for a URL.
+
+    Raises:
+        InputError: fsspec lacks what the URL needs, or takes it for a pattern.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self.place = self._root = str(place).rstrip("/") or "/"
+        self.remote = "://" in self.place
+        if not self.remote:
+            return
+        if any(sign in self.place for sign in "*?["):
+            raise InputError(f"{self.place} has one of the signs * ? [, which mean several places; choose another URL")
+        try:
+            self._system, self._root = fsspec.core.url_to_fs(self.place)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{self.place} cannot be reached ({error}); install what it needs or use a local path") from error
+
+    def __str__(self) -> str:
+        return self.place
+
+    @property
+    def path(self) -> Path:
+        """The directory; only of a local folder."""
+        assert not self.remote
+        return Path(self._root)
+
+    def _of(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def child(self, name: str) -> Folder:
+        """The folder of this name in it."""
+        child = copy.copy(self)  # with its connection: fsspec makes one for each thread
+        child.place, child._root = f"{self.place}/{name}", self._of(name)
+        return child
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in it, sorted; none where it does not exist."""
+        if not self.remote:
+            return sorted(os.listdir(self._root)) if os.path.isdir(self._root) else []
+        self._system.invalidate_cache()
+        if not self._system.isdir(self._root):
+            return []
+        entries = self._system.ls(self._root, detail=False)
+        return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""})
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return self._system.isfile(self._of(name)) if self.remote else os.path.isfile(self._of(name))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._system.size(self._of(name)) if self.remote else os.path.getsize(self._of(name))
+
+    def make(self) -> None:
+        """Make it and its parents where they are not there."""
+        if self.remote:
+            self._system.makedirs(self._root, exist_ok=True)
+        else:
+            os.makedirs(self._root, exist_ok=True)
+
+    def remove(self, name: str = "") -> None:
+        """Remove it with all that is in it, or one file; nothing where that does not exist."""
+        if self.remote:
+            self._system.invalidate_cache()  # other ranks write too
+            if self._system.exists(self._of(name)):
+                self._system.rm(self._of(name), recursive=not name)
+        elif name:
+            Path(self._of(name)).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self._root, ignore_errors=True)
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file."""
+        if self.remote:
+            return self._system.cat_file(self._of(name), start=start, end=end)
+        with open(self._of(name), "rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
+
+    def read_into(self, name: str, start: int, target: memoryview) -> None:
+        """Fill `target` (bytes) with what stands at `start` of a file.
+
+        Raises:
+            OSError: the file cannot be read or ends before.
+        """
+        done = 0
+        if self.remote:
+            data = self.read(name, start, start + target.nbytes)
+            done = len(data)
+            target[:done] = data
+        else:
+            with open(self._of(name), "rb", buffering=0) as file:
+                file.seek(start)
+                while done < target.nbytes and (count := file.readinto(target[done:])):
+                    done += count
+        if done < target.nbytes:
+            raise OSError(f"{self}/{name} ends {target.nbytes - done} bytes too early")
+
+    @contextmanager
+    def writer(self, name: str) -> Iterator[Output]:
+        """A new file, written from start to end; complete, and on a local disk, when the context is left."""
+        with self._system.open(self._of(name), "wb") if self.remote else open(self._of(name), "wb", buffering=0) as file:
+            yield Output(file)
+            if not self.remote:
+                os.fsync(file.fileno())
+
+    def write_text(self, name: str, text: str) -> Output:
+        """A whole UTF-8 file."""
+        with self.writer(name) as out:
+            out.write(text.encode())
+        return out
