@@ -4,6 +4,7 @@ python tools/benchmark.py step            a small model on CPU against a plain t
 python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU
 python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside its formula
 python tools/benchmark.py layouts         step time and bytes sent under each parallel layout, against one process
+python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the obvious script
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import benchmark_gpu, benchmark_layouts, benchmark_pipeline, benchmark_step
+from tools import benchmark_checkpoint, benchmark_gpu, benchmark_layouts, benchmark_pipeline, benchmark_step
 
 
 def main() -> None:
@@ -31,14 +32,21 @@ def main() -> None:
     pipeline.add_argument("--repeats", type=int, default=3, help="recorded steps (default: %(default)s)")
     layouts = commands.add_parser("layouts", help="small model on up to 8 ranks of this machine")
     layouts.add_argument("--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)")
-    for command in (step, gpu, pipeline, layouts):
+    checkpoint = commands.add_parser("checkpoint", help="8.5 GB of V3's shapes; needs 45 GB of disk and 20 GB of memory")
+    checkpoint.add_argument("--repeats", type=int, default=3, help="saves of each kind (default: %(default)s)")
+    for command in (step, gpu, pipeline, layouts, checkpoint):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     options = parser.parse_args()
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
     else:
-        tool = {"gpu": benchmark_gpu, "pipeline": benchmark_pipeline, "layouts": benchmark_layouts}[options.command]
-        tool.run(options.json, options.repeats)
+        tools = {
+            "gpu": benchmark_gpu,
+            "pipeline": benchmark_pipeline,
+            "layouts": benchmark_layouts,
+            "checkpoint": benchmark_checkpoint,
+        }
+        tools[options.command].run(options.json, options.repeats)
 
 
 if __name__ == "__main__":

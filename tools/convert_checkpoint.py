@@ -1,0 +1,156 @@
+"""Convert, compare and describe checkpoints of any size, without a GPU.
+
+python tools/convert_checkpoint.py to-dcp HF DCP              Hugging Face weights as a DCP directory, for training
+python tools/convert_checkpoint.py to-hf DCP HF --dtype bf16  such a directory, or a training checkpoint, back as Hugging Face
+python tools/convert_checkpoint.py verify A [B]               check files; compare two directories of any kind
+python tools/convert_checkpoint.py info DIR                   what a directory holds
+
+A conversion that was interrupted continues with the same command; its output appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing.forkserver
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from torchsft.checkpoint.verify import Findings
+
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+MOST_LINES = 50
+
+
+def size(text: str) -> float:
+    """Bytes of "5GB", "500MB", "4GiB" and the like."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.upper())
+    if not match or not float(match[1]) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 5GB or 500MB")
+    return float(match[1]) * UNITS[match[2] or ""]
+
+
+def place(text: str) -> Path:
+    """A local path."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; this tool works on local directories, so copy it first")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0, such as 1e-2")
+    return value
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_dcp = commands.add_parser("to-dcp", help="Hugging Face directory to DCP directory")
+    to_dcp.add_argument("source", type=place, metavar="HF", help="directory with config.json and safetensors weights")
+    to_dcp.add_argument("out", type=place, metavar="DCP", help="new directory; --model.path of a training run takes it")
+    to_hf = commands.add_parser("to-hf", help="DCP directory or training checkpoint to Hugging Face directory")
+    to_hf.add_argument("source", type=place, metavar="DCP", help="what to-dcp wrote, or RUN/checkpoints/step-00000100")
+    to_hf.add_argument("out", type=place, metavar="HF", help="new directory")
+    to_hf.add_argument("--dtype", choices=("bf16", "fp32", "fp8"), default="bf16", help="of the weights (default: %(default)s)")
+    to_hf.add_argument(
+        "--base",
+        type=place,
+        metavar="DIR",
+        help="where configuration, tokenizer, MTP layers and unknown tensors come from (default: DCP itself, of a training "
+        "checkpoint the model that its run began with)",
+    )
+    to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of a weight file (default: %(default)s)")
+    verify = commands.add_parser("verify", help="check one directory, or compare two; exit code 1 where something is wrong")
+    verify.add_argument("a", type=place, metavar="A", help="Hugging Face or DCP directory, or training checkpoint")
+    verify.add_argument("b", type=place, metavar="B", nargs="?", help="another one, of any kind")
+    verify.add_argument(
+        "--tolerance",
+        type=share,
+        default=0.0,
+        metavar="X",
+        help="values may differ by this share of their tensor's largest value, and dtypes may differ (default: equal bits)",
+    )
+    for command in (to_dcp, to_hf, verify):
+        command.add_argument("--workers", type=positive, default=2, metavar="N", help="processes (default: %(default)s)")
+    info = commands.add_parser("info", help="say what a directory holds")
+    info.add_argument("directory", type=place, metavar="DIR")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the command line says; the exit code."""
+    import torch
+
+    from torchsft.checkpoint import convert, verify
+
+    torch.set_num_threads(1)
+    if options.command == "to-dcp":
+        lines = convert.to_dcp(options.source, options.out, workers=options.workers)
+    elif options.command == "to-hf":
+        lines = convert.to_hf(
+            options.source,
+            options.out,
+            dtype=options.dtype,
+            base=options.base,
+            workers=options.workers,
+            max_shard_bytes=options.max_shard_size,
+        )
+    elif options.command == "verify":
+        return report(verify.verify(options.a, options.b, tolerance=options.tolerance, workers=options.workers))
+    else:
+        lines = verify.info(options.directory)
+    print("\n".join(lines))
+    return 0
+
+
+def report(findings: Findings) -> int:
+    """Print what a comparison found; the exit code."""
+    for line in findings.notes:
+        print(f"note: {line}")
+    for line in findings.differences[:MOST_LINES]:
+        print(line)
+    if len(findings.differences) > MOST_LINES:
+        print(f"and {len(findings.differences) - MOST_LINES} more differences")
+    print("not the same, or damaged" if findings.differences else "no differences")
+    return 1 if findings.differences else 0
+
+
+def main() -> int:
+    """Parse and run; what can be mended is told in one sentence."""
+    options = parse(sys.argv[1:])
+    if getattr(options, "workers", 1) > 1:  # its imports take seconds as those here do, and go on beside them
+        multiprocessing.forkserver.set_forkserver_preload(["torchsft.checkpoint.verify", "torch._dynamo"])
+        multiprocessing.forkserver.ensure_running()
+    from torchsft.config import InputError
+
+    try:
+        return run(options)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
