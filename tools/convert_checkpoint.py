@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from torchsft.checkpoint.verify import Findings
+    from tools.conversion.verify import Findings
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 MOST_LINES = 50
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
     """Do what the command line says; the exit code."""
     import torch
 
-    from torchsft.checkpoint import convert, verify
+    from tools.conversion import convert, verify
 
     torch.set_num_threads(1)
     if options.command == "to-dcp":
@@ -138,7 +138,7 @@ def main() -> int:
     """Parse and run; what can be mended is told in one sentence."""
     options = parse(sys.argv[1:])
     if getattr(options, "workers", 1) > 1:  # its imports take seconds as those here do, and go on beside them
-        multiprocessing.forkserver.set_forkserver_preload(["torchsft.checkpoint.verify", "torch._dynamo"])
+        multiprocessing.forkserver.set_forkserver_preload(["tools.conversion.verify", "torch._dynamo"])
         multiprocessing.forkserver.ensure_running()
     from torchsft.config import InputError
 

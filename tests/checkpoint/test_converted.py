@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import torchsft
 from tests.checkpoint.deepseek_format import is_fp8, plain, write_deepseek
 from tests.checkpoint.sources import change_config, copy, read_tensors, same_bits, write_source
-from torchsft.checkpoint import convert
+from tools.conversion import convert
 from torchsft.checkpoint.converted import ConvertedWeights, is_dcp, is_training, slices
 from torchsft.checkpoint.huggingface import check_weights, read_config
 from torchsft.checkpoint.state import Checkpointer

@@ -23,6 +23,7 @@ from tests.checkpoint.sources import (
     write_source,
 )
 from torchsft.checkpoint.huggingface import check_weights, export
+from torchsft.checkpoint.weight_files import WeightIndex
 from torchsft.config import InputError
 
 FP8 = torch.float8_e4m3fn
@@ -197,6 +198,26 @@ def test_a_bf16_source_is_exported_in_fp8(tmp_path):
     assert same_bits(again["lm_head.weight"], expected["lm_head.weight"].float())
     export(torchsft.load_model(tmp_path / "hf"), tmp_path / "hf2", FP8, tmp_path / "hf")
     assert different(read_tensors(tmp_path / "hf2"), expected) == []
+
+
+def test_a_stale_description_does_not_name_the_fp8_that_is_written(tmp_path):
+    """Of a source whose weights are bf16: the export's config.json describes what the export holds."""
+    source = write_source(tmp_path / "source", torch.bfloat16, sharded=False, mtp=False)
+    model = torchsft.load_model(source)
+    export(model, tmp_path / "expected", FP8, source)
+    for stale in ({"quant_method": "fp8"}, {"quant_method": "gptq", "bits": 4}, "fp8"):
+        change_config(source, quantization_config=stale)
+        export(model, tmp_path / "hf", FP8, source)
+        assert different(read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "expected")) == []
+        assert (tmp_path / "hf" / "config.json").read_bytes() == (tmp_path / "expected" / "config.json").read_bytes()
+
+
+def test_carried_fp8_is_copied_without_being_decoded(v3, tmp_path, monkeypatch):
+    model, decoded = torchsft.load_model(v3), []
+    values = WeightIndex.values
+    monkeypatch.setattr(WeightIndex, "values", lambda index, key, part: decoded.append(key) or values(index, key, part))
+    export(model, tmp_path / "hf", FP8, v3)
+    assert decoded and not any(map(is_fp8, decoded))
 
 
 def test_a_source_without_weights_serves_an_fp8_export(v3, tmp_path):

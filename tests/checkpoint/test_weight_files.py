@@ -184,6 +184,10 @@ TWICE = b'{"a": ' + json.dumps(entry(0, 8)).encode() + b', "a": ' + json.dumps(e
         (header({"a": 3}, bytes(8)), "no table of tensors"),
         (header(TWICE, bytes(16)), "it has a twice"),
         (header({"a": entry(0, 8, ("2",))}, bytes(8)), "a (F32, ('2',)) has 8 bytes"),
+        (header({"a": entry(0, 8, (2.0,))}, bytes(8)), "a (F32, (2.0,)) has 8 bytes"),
+        (header({"a": entry(0, 8, (-2, -1))}, bytes(8)), "a (F32, (-2, -1)) has 8 bytes"),
+        (header({"a": entry(0, 8.0)}, bytes(8)), "a (F32, (2,)) has 8.0 bytes"),
+        (header(b"[" * 200_000, bytes(8)), "no table of tensors"),
     ],
 )
 def test_damaged_files(tmp_path, content, reason):

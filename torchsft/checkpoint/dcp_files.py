@@ -1,9 +1,7 @@
 """DCP's files, written and read without DCP: any slice of a tensor by its bytes, and no trust in a pickle.
 
-.metadata       a pickle: which box of which tensor lies where. Only the classes that DCP's own metadata needs are
-                known to the reader, as records without behaviour.
-*.distcp        chunks behind each other, each what `torch.save` makes of one tensor: a zip archive that holds the
-                values uncompressed
+.metadata       a pickle: which box of which tensor lies where; read with records without behaviour for DCP's classes
+*.distcp        chunks behind each other, each what `torch.save` makes of one tensor: a zip archive of uncompressed values
 checkpoint.json the manifest: size and checksum of every other file, written last
 """
 
@@ -25,20 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint.metadata as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # private, but part of the format
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.utils.serialization import config as serialization
 
 from torchsft.checkpoint.boxes import Box
-from torchsft.checkpoint.storage import Folder, Output
+from torchsft.checkpoint.storage import Folder, Output, told
 from torchsft.config import InputError
 
 METADATA = ".metadata"
@@ -62,7 +53,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a checkpoint."""
+    """A tensor of a checkpoint; `nbytes` of values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -70,14 +61,10 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 Written = tuple[str, tuple[int, ...], torch.dtype, Chunk]  # name, shape of the whole tensor, dtype, where a box of it lies
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
 
 _without_crc = threading.Lock()
 
@@ -91,7 +78,7 @@ class ChunkWriter:
 
     Attributes:
         written: one (name, shape, dtype, Chunk) for each chunk, for `write_metadata`.
-        size, crc32: of the file so far.
+        size, crc32: of the complete file.
     """
 
     def __init__(self, folder: Folder, file: str) -> None:
@@ -99,28 +86,18 @@ class ChunkWriter:
         self.written: list[Written] = []
         self._context = folder.writer(file)
 
-    @property
-    def size(self) -> int:
-        return self._out.size
-
-    @property
-    def crc32(self) -> int:
-        return self._out.crc32
-
     def __enter__(self) -> ChunkWriter:
         self._out = self._context.__enter__()
         return self
 
     def __exit__(self, *failure: Any) -> None:
         self._context.__exit__(*failure)
+        self.size, self.crc32 = self._out.size, self._out.crc32
 
     def write(self, name: str, shape: Iterable[int], box: Box, values: Tensor) -> None:
         """Append a box of the tensor `name` of global `shape`, in chunks of at most `CHUNK_BYTES`.
 
-        An empty box of a tensor that has elements is left out.
-
-        Args:
-            values: the box's values on any device, of any dtype and strides.
+        An empty box of a tensor that has elements is left out. `values` may be on any device, of any dtype and strides.
 
         Raises:
             OSError: they cannot be written.
@@ -155,31 +132,22 @@ def _bytes_of(values: Tensor) -> memoryview:
 
 
 def write_metadata(folder: Folder, written: Iterable[Written]) -> Output:
-    """Write `.metadata`, by which DCP finds what the files hold; its size and checksum.
-
-    Args:
-        written: what the writers of all files say.
-    """
-    tensors: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    """Write `.metadata`, by which DCP finds what the files hold, from what the writers of all files say."""
+    tensors: dict[str, dcp.TensorStorageMetadata] = {}
+    places: dict[dcp.MetadataIndex, _StorageInfo] = {}
     for name, shape, dtype, chunk in written:
         size = torch.Size(shape)
-        entry = tensors.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
+        entry = tensors.setdefault(name, dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=dtype), size, []))
         assert (entry.size, entry.properties.dtype) == (size, dtype), name
-        index = MetadataIndex(name, chunk.box.start, len(entry.chunks))
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.box.start), torch.Size(chunk.box.shape)))
+        index = dcp.MetadataIndex(name, chunk.box.start, len(entry.chunks))
+        entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(chunk.box.start), torch.Size(chunk.box.shape)))
         assert index not in places, f"{name} is written twice at {chunk.box.start}"
         places[index] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
-    metadata = Metadata(
-        tensors, planner_data={name: (name,) for name in tensors}, storage_data=places, storage_meta=StorageMeta()
-    )
+    metadata = dcp.Metadata(tensors, {name: (name,) for name in tensors}, places, dcp.StorageMeta())
     metadata.version = "1.0.0"  # of DCP's format
     with folder.writer(METADATA) as out:
         out.write(pickle.dumps(metadata))
     return out
-
-
-# -------------------------------------------------------------------------------------------------------------- metadata
 
 
 class _Refused(Exception):
@@ -265,8 +233,7 @@ def _tensors(metadata: Any) -> dict[str, Stored]:
         chunks = []
         for chunk in entry["chunks"]:
             box = Box(_ints(chunk.state["offsets"]), _ints(chunk.state["sizes"]))
-            inside = len(box.start) == len(box.shape) == len(shape)
-            inside = inside and all(s + n <= whole for s, n, whole in zip(box.start, box.shape, shape, strict=True))
+            inside = all(s + n <= whole for s, n, whole in zip(box.start, box.shape, shape, strict=True))
             _expect(inside, f"{name} has a chunk {box} outside of its shape {shape}")
             chunks.append(Chunk(box, *places[name][box.start]))
         tensors[name] = Stored(shape, dtype, tuple(chunks))
@@ -288,18 +255,12 @@ def _expect(condition: Any, text: str) -> None:
         raise ValueError(text)
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
 class ChunkReader:
     """The tensors of a DCP checkpoint; any box of one by reading only its bytes.
 
     Attributes:
         tensors: name -> `Stored`.
         bytes_read: so far, headers included, `.metadata` not.
-
-    Raises:
-        InputError: see `read_metadata`.
     """
 
     def __init__(self, folder: Folder | str | Path) -> None:
@@ -310,8 +271,6 @@ class ChunkReader:
 
     def read(self, name: str, box: Box) -> Tensor:
         """A box of a tensor on the CPU, in its stored dtype.
-
-        Runs of bytes that lie close together are read with what lies between them.
 
         Raises:
             InputError: the checkpoint lacks a part of the box, or a file is absent, too short or damaged.
@@ -330,8 +289,7 @@ class ChunkReader:
                 self._read(chunk, common, values[common.within(box.start)])
             except Exception as error:  # what damaged bytes or a file system make of it
                 raise InputError(
-                    f"{self.folder} is damaged: {name} cannot be read from {chunk.file} ({type(error).__name__}: {error}); use "
-                    "another checkpoint"
+                    f"{self.folder} is damaged: {name} cannot be read from {chunk.file} ({told(error)}); use another checkpoint"
                 ) from error
         return values
 
@@ -343,7 +301,10 @@ class ChunkReader:
             self._read_runs(chunk, start, part, into)
             return
         data = io.BytesIO(self._bytes(chunk, 0, chunk.length))
-        values = torch.load(data, map_location="cpu", weights_only=True)
+        try:
+            values = torch.load(data, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError("it holds something else than values") from None  # torch advises to trust it
         _expect(isinstance(values, Tensor) and tuple(values.shape) == chunk.box.shape, "not a tensor of the stated shape")
         _expect(values.dtype == into.dtype, f"dtype {values.dtype} instead of {into.dtype}")
         into.copy_(values.detach()[part.within(chunk.box.start)])
@@ -353,7 +314,7 @@ class ChunkReader:
         if chunk.length <= SMALL_BYTES:
             return None
         head, tail = self._bytes(chunk, 0, HEAD_BYTES), self._bytes(chunk, chunk.length - TAIL_BYTES, chunk.length)
-        if sys.byteorder.encode() not in head:  # torch would swap bytes that are not there
+        if {"little": b"big", "big": b"little"}[sys.byteorder] in head + tail:  # torch would swap bytes that are not there
             return None
         try:
             with mmap.mmap(-1, chunk.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as archive:  # mostly a hole
@@ -398,25 +359,14 @@ class ChunkReader:
         self.bytes_read += target.nbytes
 
 
-# -------------------------------------------------------------------------------------------------------------- manifest
-
-
 def write_manifest(folder: Folder, files: Mapping[str, tuple[int, int]]) -> None:
-    """Write `checkpoint.json`, which makes a checkpoint complete.
-
-    Args:
-        files: name -> (bytes, crc32) of every file.
-    """
+    """Write `checkpoint.json`, which makes a checkpoint complete, from (bytes, crc32) of every other file by name."""
     entries = {name: {"bytes": size, "crc32": f"{crc32:08x}"} for name, (size, crc32) in sorted(files.items())}
     folder.write_text(MANIFEST, json.dumps({"files": entries}, indent=1) + "\n")
 
 
 def read_manifest(folder: Folder) -> dict[str, tuple[int, int]]:
-    """name -> (bytes, crc32) of every file.
-
-    Raises:
-        InputError: no manifest, or a damaged one.
-    """
+    """(bytes, crc32) of every file by name. Raises InputError where there is no manifest, or a damaged one."""
     if not folder.has(MANIFEST):
         raise InputError(f"{folder} has no {MANIFEST}: it is no checkpoint, or was never completed; use another one")
     try:
@@ -445,13 +395,8 @@ def incomplete(folder: Folder) -> list[str]:
 
 
 def damaged(folder: Folder, progress: Callable[[int], None] | None = None) -> list[str]:
-    """As `incomplete`, and the checksums of all files: every byte is read.
-
-    Args:
-        progress: told of each number of bytes read.
-    """
-    problems = incomplete(folder)
-    if problems:
+    """As `incomplete`, and the checksums of all files: every byte is read, and `progress` told of how many."""
+    if problems := incomplete(folder):
         return problems
     for name, (size, expected) in read_manifest(folder).items():
         found = 0

@@ -21,7 +21,6 @@ from torchsft.precision.blockwise import BLOCK, is_quantised
 # (other tools may need them); they are copied, never run.
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "additional_chat_templates/*.jinja")
 _OTHERS = {"config.json", "checkpoint.json", "trainer.json"}  # written anew, or of a DCP directory
-
 ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote
 
 Weights = WeightIndex | ConvertedWeights
@@ -30,19 +29,15 @@ Weights = WeightIndex | ConvertedWeights
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
     """The directory's config.json; an InputError where there is none."""
     path = Path(hf_dir) / "config.json"
-    if not path.parent.is_dir():
-        raise InputError(f"model directory {path.parent} does not exist; give a Hugging Face directory")
     if not path.is_file():
-        raise InputError(f"{path.parent} has no config.json; give a Hugging Face model directory")
+        fault = "has no config.json" if path.parent.is_dir() else "does not exist"
+        raise InputError(f"model directory {path.parent} {fault}; give a Hugging Face model directory")
     return read_json_object(path)
 
 
 def open_weights(directory: str | Path, pieces: Mapping[str, Sequence[Piece]], optional: bool = False) -> Weights | None:
-    """The weights of a Hugging Face or converted directory; None where there are none and they are `optional`.
-
-    Raises:
-        InputError: see `WeightIndex` and `ConvertedWeights`, which gets `pieces`.
-    """
+    """The weights of a Hugging Face directory, or of a converted one of a model of these `pieces`; None where there are none
+    and they are `optional`."""
     if is_dcp(directory):
         return ConvertedWeights(directory, pieces)
     return None if optional and not has_weights(directory) else WeightIndex(directory)

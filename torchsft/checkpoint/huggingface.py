@@ -1,8 +1,7 @@
 """Hugging Face directories: safetensors weights into a (sharded) model and back; each rank reads and writes only its part.
 
-A model says where each Hugging Face tensor lies in its parameters (`model.checkpoint_pieces()`): a `Piece` fills a box
-of one parameter. A rank holds a box of each parameter too. Everything here is intersections of these two kinds of
-boxes, in the parameter's coordinates.
+A model says where each Hugging Face tensor lies in its parameters (`model.checkpoint_pieces()`): a `Piece` fills a box of one
+parameter. A rank holds a box of each too. Everything here is intersections of these boxes, in the parameter's coordinates.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchsft.checkpoint import hf_directory
 from torchsft.checkpoint.boxes import Box, local_box, piece_box
@@ -27,15 +25,11 @@ from torchsft.checkpoint.publish import barrier, gather_objects, published, rank
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import INDEX, WEIGHT_DTYPES, Contents, SafetensorsWriter, file_order, listing, size_of
 from torchsft.config import InputError
-from torchsft.models.decoder import Piece
+from torchsft.models.decoder import Piece, local
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.precision.blockwise import BLOCK, SCALE_SUFFIX, quantise, scale_key, scale_shape
 
 FP8 = torch.float8_e4m3fn
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_weights(hf_dir: str | Path, model: DeepseekV3) -> Weights:
@@ -87,18 +81,17 @@ def load_weights(model: DeepseekV3, index: Weights) -> int:
     pieces, before = model.checkpoint_pieces(), index.bytes_read
     # Not `named_parameters`: the hooks of `state_dict` put FSDP's parameters back into their shards.
     for name, tensor in model.state_dict(keep_vars=True).items():
-        box, local, filled = local_box(tensor), _local(tensor), 0
+        box, mine, filled = local_box(tensor), local(tensor), 0
         for piece in pieces[name]:
-            part = box & piece_box(piece)
-            if part is None:
+            if (part := box & piece_box(piece)) is None:
                 continue
             values = index.values(piece.key, part.within(piece.start)[-len(piece.hf_shape) :])
             if not all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):  # nan is both; isfinite is 10 times slower
                 raise InputError(f"{index.directory}: {piece.key} holds nan or inf; download or convert it again")
-            local[part.within(box.start)].copy_(values)  # leading dims of size 1 broadcast
+            mine[part.within(box.start)].copy_(values)  # leading dims of size 1 broadcast
             filled += values.numel()
-        if filled != local.numel():
-            raise RuntimeError(f"{filled} of the {local.numel()} local elements of {name} were loaded")
+        if filled != mine.numel():
+            raise RuntimeError(f"{filled} of the {mine.numel()} local elements of {name} were loaded")
     return index.bytes_read - before
 
 
@@ -113,15 +106,12 @@ def initialise_weights(
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
         full = initial_value(name, tuple(tensor.shape), model.config, seed)
-        _local(tensor).copy_(full[local_box(tensor).within((0,) * tensor.ndim)])
+        local(tensor).copy_(full[local_box(tensor).within((0,) * tensor.ndim)])
 
 
 def load_model(hf_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DeepseekV3:
     """Load a DeepSeek-V3-architecture model from a directory on this process alone, in eval mode; the routing bias stays fp32.
-
-    Raises:
-        InputError: see `read_config` and `check_weights`.
-    """
+    What cannot be used is an InputError (see `read_config` and `check_weights`)."""
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(read_config(hf_dir))).to(dtype)  # fp32 buffers stay fp32
     index = check_weights(hf_dir, model)
@@ -139,7 +129,7 @@ class _Written:
         contents: what it is in the file, in fp8 its scales too.
         parts: which ranks hold which part of it (parameter coordinates); a part can lie on several ranks.
         name, piece: the parameter that it is a piece of; None for a tensor that is carried through from the source.
-        owner: the rank that writes it, into `file`.
+        owner, file: the rank that writes it, and the number of the file.
     """
 
     key: str
@@ -148,24 +138,19 @@ class _Written:
     name: str | None = None
     piece: Piece | None = None
     owner: int = -1
-    file: str = ""
+    file: int = -1
 
 
 @torch.no_grad()
 def export(
-    model: DeepseekV3,
-    out_dir: str | Path,
-    dtype: torch.dtype,
-    source_dir: str | Path,
-    max_shard_bytes: float = 5e9,
+    model: DeepseekV3, out_dir: str | Path, dtype: torch.dtype, source_dir: str | Path, max_shard_bytes: float = 5e9
 ) -> None:
     """Write the model as a Hugging Face directory; collective over all ranks, or one process without a group.
 
-    In fp8 (torch.float8_e4m3fn) a block that still has its source's values gets its source's bytes. MTP layers, unknown tensors
-    and other files come from the source. Each tensor is sent to the one rank that writes it, straight into its file: a rank
-    never holds more than its share of the model and the tensor in flight. `out_dir` appears, or is replaced, when all ranks have
-    finished; a remote one is written in place, config.json last. A rank that fails raises at once and leaves the others
-    waiting until the process group or the launcher ends them.
+    MTP layers, unknown tensors and other files come from the source, and in fp8 (torch.float8_e4m3fn) the bytes of a block that
+    still has its source's values. Each tensor is sent to the one rank that writes it, straight into its file: a rank holds its
+    share of the model and the tensor in flight. `out_dir` appears, or is replaced, when all ranks have finished; a remote one
+    is written in place, config.json last. A rank that fails raises at once; the others wait until they are ended.
 
     Args:
         model: what this rank holds; all ranks together hold every tensor.
@@ -178,10 +163,9 @@ def export(
         InputError: `out_dir` is the source or no model directory; a source that cannot be used; what fp8 cannot hold.
     """
     source, target = Path(source_dir), Folder(out_dir)
-    config = read_config(source)
+    exported = exported_config(read_config(source), dtype)
     _check_target(source, target)
     rank, ranks = rank_and_size()
-    exported = exported_config(config, dtype)
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
     with torch.device("meta"):
         whole = DeepseekV3(model.config)
@@ -197,12 +181,13 @@ def export(
     items, contents = {item.key: item for item in plan}, _merged(plan)
     plan = [items[key] for key in file_order(contents) if key in items]
     files = _assign(plan, ranks, max_shard_bytes)
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     with published(target) as folder:
         if dist.is_initialized():
             # NCCL sets up its communicator in the first collective: all ranks must join that, while transfers need few.
-            dist.all_reduce(next(map(_local, tensors.values())).new_zeros(1))
+            dist.all_reduce(next(map(local, tensors.values())).new_zeros(1))
         with ExitStack() as stack:
-            writing = ""
+            writing = -1
             for item in plan:
                 values = _gather(item, tensors[item.name], rank) if item.name in tensors else None
                 if item.owner != rank:
@@ -210,12 +195,12 @@ def export(
                 if item.file != writing:  # a rank's files come one after another
                     stack.close()
                     writing = item.file
-                    writer = stack.enter_context(SafetensorsWriter(folder, writing, _merged(files[writing])))
+                    writer = stack.enter_context(SafetensorsWriter(folder, names[writing], _merged(files[writing])))
                 for key, part in _encoded(item, values, block, power_of_two, weights).items():
                     writer.write(key, part)
         barrier()
         if rank == 0:
-            weight_map = {key: item.file for item in plan for key in item.contents}
+            weight_map = {key: names[item.file] for item in plan for key in item.contents}
             index = {"metadata": {"total_size": size_of(contents)}, "weight_map": dict(sorted(weight_map.items()))}
             copy_side_files(source, folder)
             folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
@@ -277,11 +262,9 @@ def _carried(weights: Weights, layers: int) -> list[str]:
     return keys
 
 
-def _assign(plan: Sequence[_Written], ranks: int, max_shard_bytes: float) -> dict[str, list[_Written]]:
-    """Set `owner` and `file` of each tensor; file name -> its tensors.
-
-    The owner is the rank with the fewest bytes so far among those that hold a part. Tensors that few ranks hold come first,
-    then large ones; so an expert is gathered only over the ranks that share it.
+def _assign(plan: Sequence[_Written], ranks: int, max_shard_bytes: float) -> list[list[_Written]]:
+    """Set `owner` and `file` of each tensor; the tensors of each file. The owner is the rank with the fewest bytes so far among
+    those that hold a part. Tensors that few ranks hold come first (so an expert is gathered only over them), then large ones.
     """
     sizes = {item.key: size_of(item.contents) for item in plan}
     holders = {item.key: sorted(set(itertools.chain.from_iterable(item.parts.values()))) for item in plan}
@@ -289,18 +272,15 @@ def _assign(plan: Sequence[_Written], ranks: int, max_shard_bytes: float) -> dic
     for item in sorted(plan, key=lambda item: (len(holders[item.key]), -sizes[item.key])):
         item.owner = min(holders[item.key], key=written.__getitem__)
         written[item.owner] += sizes[item.key]
-    groups: list[list[_Written]] = []
+    files: list[list[_Written]] = []
     owner, size = -1, 0
     for item in sorted(plan, key=lambda item: item.owner):
         if item.owner != owner or size + sizes[item.key] > max_shard_bytes:
-            groups.append([])
+            files.append([])
             owner, size = item.owner, 0
-        groups[-1].append(item)
+        files[-1].append(item)
+        item.file = len(files) - 1
         size += sizes[item.key]
-    files = {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
-    for name, group in files.items():
-        for item in group:
-            item.file = name
     return files
 
 
@@ -309,10 +289,9 @@ def _gather(item: _Written, tensor: Tensor, rank: int) -> Tensor | None:
 
     Point to point between the ranks that hold a part (`tensor`); of several copies of the model, in the owner's own.
     """
-    local, origin = _local(tensor), local_box(tensor).start
-    dtype, _ = item.contents[item.key]
+    mine, origin, dtype = local(tensor), local_box(tensor).start, item.contents[item.key][0]
     dtype = torch.float32 if dtype == FP8 else dtype
-    whole = local.new_empty(piece_box(item.piece).shape, dtype=dtype) if rank == item.owner else None
+    whole = mine.new_empty(piece_box(item.piece).shape, dtype=dtype) if rank == item.owner else None
     transfers, arriving = [], []
     # Each part lies on as many ranks, one of each copy, in the order of the ranks.
     copy = next(holders.index(item.owner) for holders in item.parts.values() if item.owner in holders)
@@ -320,7 +299,7 @@ def _gather(item: _Written, tensor: Tensor, rank: int) -> Tensor | None:
         sender = holders[copy]
         place = None if whole is None else whole[part.within(item.piece.start)]
         if sender == rank:
-            values = local[part.within(origin)].to(dtype)
+            values = mine[part.within(origin)].to(dtype)
             if place is None:
                 transfers.append(dist.P2POp(dist.isend, values.contiguous(), item.owner))
             else:
@@ -349,7 +328,7 @@ def _encoded(
         values = weights.values(item.key, ())
     if dtype != FP8:
         return {item.key: values.to(dtype)}
-    if known is not None:  # unless the model is not the source's
-        known = known.to(values.device) if known.shape == scale_shape(shape, block) else None
+    same_model = known is not None and known.shape == scale_shape(shape, block)
+    known = known.to(values.device) if same_model else None
     q, scale = quantise(values.float().reshape(shape), block, power_of_two, known, item.key)
     return {item.key: q, scale_key(item.key): scale}

@@ -23,22 +23,17 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def barrier(group: dist.ProcessGroup | None = None) -> None:
-    """Wait for all ranks; nothing to wait for without a process group."""
+def barrier() -> None:
+    """Wait for all ranks."""
     if dist.is_initialized():
-        dist.barrier(group)
+        dist.barrier()
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The values of all ranks, by rank, on every rank; collective. They are pickled.
-
-    Args:
-        group: of all ranks; None: the default one.
-    """
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group)
+    """The values of all ranks, by rank, on every rank; collective over a group of all ranks (None: the default one)."""
+    values = [value] * rank_and_size()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group)
     return values
 
 
@@ -58,11 +53,7 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def claimed(output: Path, main: bool) -> Iterator[None]:
-    """Make a run's directory and keep other runs out of it until this one leaves or its main process ends, however it does.
-
-    Args:
-        output: made if it is not there.
-        main: whether this is the rank that claims it; the others do nothing.
+    """On the `main` rank: make a run's directory and keep other runs out until this one leaves or its process ends.
 
     Raises:
         InputError: another process has claimed it, or it cannot be written.
@@ -92,8 +83,7 @@ def reading(folder: Folder) -> Iterator[None]:
     Raises:
         InputError: it was removed or replaced, before or meanwhile.
     """
-    path = None if folder.remote else folder.path / "trainer.json"
-    if path is None or not path.is_file():
+    if folder.remote or not (path := folder.path / "trainer.json").is_file():
         yield
         return
     with open(path) as file:
@@ -116,15 +106,11 @@ def discard(folder: Folder) -> None:
 
 
 def remove_unread(folder: Folder) -> None:
-    """Remove a training checkpoint, unless it is being read; never half of it.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
+    """Remove a training checkpoint, unless it is being read; never half of it. Raises OSError where it cannot be removed."""
     if folder.remote:
         discard(folder)
         return
-    with open(folder.path / "trainer.json") as file:
+    with open(folder.path / "trainer.json", "r+") as file:  # NFS locks exclusively only what may be written
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,21 +160,20 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def published(place: str | Path | Folder) -> Iterator[Folder]:
-    """Collective: yields an empty folder that takes the place of `place` when all ranks are done.
+    """Collective: yields an empty folder that takes the place of `place` when all ranks are done, and have flushed their files.
 
-    Every rank flushes the files that it writes. If any rank fails, `place` stays as it was, and the hidden directory
-    is left for the next attempt to remove. All ranks must see the same file system. A remote `place` is emptied first and
-    written in place: write last what makes it complete.
+    If any rank fails, `place` stays as it was, and the next attempt removes the hidden directory. A remote `place` is emptied
+    first and written in place: write last what makes it complete.
     """
-    rank, _ = rank_and_size()
+    main = rank_and_size()[0] == 0
     target = place if isinstance(place, Folder) else Folder(place)
     staging = staging_of(target)
-    if rank == 0:
+    if main:
         staging.remove()
         staging.make()
     barrier()
     yield staging
     barrier()
-    if rank == 0:
+    if main:
         publish(staging, target)
     barrier()

@@ -20,8 +20,8 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,25 +34,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchsft.checkpoint.boxes import Box, local_box
-from torchsft.checkpoint.dcp_files import (
-    MANIFEST,
-    METADATA,
-    ChunkReader,
-    ChunkWriter,
-    Stored,
-    incomplete,
-    write_manifest,
-    write_metadata,
-)
+from torchsft.checkpoint.dcp_files import MANIFEST, ChunkReader, ChunkWriter, Stored, incomplete, write_manifest, write_metadata
 from torchsft.checkpoint.huggingface import mismatches
 from torchsft.checkpoint.publish import discard, gather_objects, publish, rank_and_size, reading, remove_unread, staging_of
-from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.storage import Folder, told
 from torchsft.config import InputError
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFT = re.compile(r"\.step-\d+\.(incomplete|removed)")
-
-
 Held = Mapping[str, tuple[tuple[int, ...], Box, Tensor]]  # name -> global shape, box that this rank holds, its values
 
 
@@ -86,9 +75,8 @@ class Checkpointer:
         mode: "async": a thread writes what `save` has copied to host memory, which is allocated once (pinned if there is
             CUDA); "sync": `save` returns when it is written, without a copy.
         if_busy: what `save` does while an older one is being written: wait for it, or do nothing.
-        keep: how many of the newest checkpoints stay; 0: all.
-        keep_every: checkpoints whose step it divides stay too; 0: none.
-        keep_best: so many checkpoints with the lowest scores stay too.
+        keep: how many of the newest checkpoints stay (0: all), beside those whose step `keep_every` divides and the
+            `keep_best` ones with the lowest scores.
         group: a gloo group of all ranks that nothing else uses; None: one process.
 
     Raises:
@@ -133,8 +121,8 @@ class Checkpointer:
     ) -> bool:
         """Begin to write `directory/step-00000100` (for step 100); collective. A checkpoint of the same step is replaced.
 
-        How it ended, `reports` says. The optimizer's options (learning rate, betas, ...) are not saved: they follow from
-        the configuration and the step.
+        How it ended, `reports` says. The optimizer's options (learning rate, ...) are not saved: they follow from the
+        configuration and the step.
 
         Args:
             extra: JSON-able counters and data position, equal on all ranks; `load` returns it.
@@ -149,12 +137,12 @@ class Checkpointer:
         score = None if score is None or math.isnan(score) else score
         trainer = {"step": step, "extra": dict(extra), "score": score}
         texts = {"trainer.json": json.dumps(trainer, indent=2), "config.json": json.dumps(dict(config), indent=2)}
-        # An optimizer that has not stepped yet has nothing to save; asking for its state would create one that has
-        # stepped once.
+        # An optimizer that has not stepped has nothing to save; asking for its state would create one that has stepped.
         tensors = _model_tensors(model) | (_optimizer_tensors(model, optimizer) if optimizer.state else {})
         tensors |= _random_states(self._rank)
         held = {name: local_box(tensor) for name, tensor in tensors.items()}
-        busy, changed = self._any([self._thread is not None and self._thread.is_alive(), held != self._held])
+        mine = self._thread is not None and self._thread.is_alive(), held != self._held
+        busy, changed = map(any, zip(*gather_objects(mine), strict=True))
         if busy and self._if_busy == "skip" and not now:
             return False
         self.wait()
@@ -168,7 +156,7 @@ class Checkpointer:
         try:
             mine = self._copied(mine)
         except (RuntimeError, MemoryError) as failure:  # no host memory; the others learn it when all write
-            mine, error = {}, _told(failure)
+            mine, error = {}, told(failure)
         job = _Job(step, mine, texts, began, time.perf_counter() - began, error)
         self._thread = threading.Thread(target=lambda: self._ended.append(self._write(job)), daemon=True)
         self._thread.start()
@@ -183,14 +171,6 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    def _any(self, flags: list[bool]) -> list[bool]:
-        """Each: whether it is true on any rank; collective."""
-        if self._size == 1:
-            return flags
-        total = torch.tensor(flags, dtype=torch.int64)
-        dist.all_reduce(total, dist.ReduceOp.MAX)  # over gloo: the host has them and needs them
-        return total.bool().tolist()
 
     def _copied(self, tensors: Held) -> Held:
         """The same with values in host memory, which is reused from save to save."""
@@ -208,30 +188,29 @@ class Checkpointer:
     def _write(self, job: _Job) -> Report:
         """All ranks together: every rank its file, then rank 0 the rest. A failure on one rank is learned by all of them."""
         target = self.folder.child(f"step-{job.step:08d}")
+        staging, problem, written, size, crc32 = staging_of(target), job.error, [], 0, 0
         try:
-            staging = staging_of(target)
-            problem, written, size, crc32 = job.error, [], 0, 0
-            if self._rank == 0 and not problem:
-                problem = _attempt(lambda: self._prepare(staging))
-            if not any(self._gather(problem)):
+            try:
+                if self._rank == 0 and not problem:
+                    self._prepare(staging)
+            except Exception as failure:
+                problem = told(failure)
+            if not any(gather_objects(problem, self._group)):
                 try:
                     with ChunkWriter(staging, f"__{self._rank}_0.distcp") as writer:
                         for name, (shape, box, values) in job.tensors.items():
                             writer.write(name, shape, box, values)
                     written, size, crc32 = writer.written, writer.size, writer.crc32
                 except Exception as failure:
-                    problem = _told(failure)
-            records = [(problem, written, size, crc32, job.stall)]
+                    problem = told(failure)
+            record = problem, written, size, crc32, job.stall
+            records = [record] * self._size if self._rank == 0 else None
             if self._size > 1:
-                record, records = records[0], [None] * self._size if self._rank == 0 else None
                 dist.gather_object(record, records, 0, group=self._group)
-            return self._gather(self._finish(job, staging, target, records) if self._rank == 0 else None)[0]
+            return gather_objects(records and self._finish(job, staging, target, records), self._group)[0]
         except Exception as failure:  # a rank has died: the collectives cannot go on
-            error = f"checkpoint {target} could not be written ({_told(failure)})"
+            error = f"checkpoint {target} could not be written ({told(failure)})"
             return Report(job.step, str(target), job.stall or 0.0, time.perf_counter() - job.began, 0, error)
-
-    def _gather(self, value: Any) -> list[Any]:
-        return [value] if self._size == 1 else gather_objects(value, self._group)
 
     def _prepare(self, staging: Folder) -> None:
         """An empty staging folder, in a directory that must still be there; what killed runs left is removed."""
@@ -245,38 +224,35 @@ class Checkpointer:
         staging.path.mkdir()
 
     def _finish(self, job: _Job, staging: Folder, target: Folder, records: list[Any]) -> Report:
-        """On rank 0: the metadata, the publication and the removal of old checkpoints, or the end of a failed attempt."""
-        error, total = next((f"rank {rank}: {record[0]}" for rank, record in enumerate(records) if record[0]), None), 0
+        """On rank 0: the other files, the publication and the removal of old checkpoints, or the end of a failed attempt."""
+        error = next((f"rank {rank}: {record[0]}" for rank, record in enumerate(records) if record[0]), None)
+        files = {f"__{rank}_0.distcp": (size, crc32) for rank, (_, _, size, crc32, _) in enumerate(records)}
         if error is None:
             try:
-                total = self._complete(job, staging, records)
+                written = [entry for record in records for entry in record[1]]
+                elements = Counter()
+                for name, _, _, chunk in written:
+                    elements[name] += math.prod(chunk.box.shape)
+                for name, shape, _, _ in written:
+                    if elements[name] != math.prod(shape):
+                        raise RuntimeError(f"the ranks hold {elements[name]} of the {math.prod(shape)} elements of {name}")
+                outputs = {name: staging.write_text(name, text) for name, text in job.texts.items()}
+                outputs[".metadata"] = write_metadata(staging, written)
+                files |= {name: (out.size, out.crc32) for name, out in outputs.items()}
+                write_manifest(staging, files)
                 publish(staging, target)
             except Exception as failure:
-                error = f"rank 0: {_told(failure)}"
+                error = f"rank 0: {told(failure)}"
         if error is None:
             self._remove_old(target)
         else:
-            _attempt(lambda: discard(staging))
+            with suppress(Exception):
+                discard(staging)
             error = f"checkpoint {target} could not be written ({error}); older ones are untouched"
         seconds = time.perf_counter() - job.began
         stall = seconds if job.stall is None else max(record[-1] for record in records)
+        total = 0 if error else sum(size for size, _ in files.values())
         return Report(job.step, str(target), stall, seconds - (job.stall or 0.0), total, error)
-
-    def _complete(self, job: _Job, staging: Folder, records: list[Any]) -> int:
-        """Write the files besides the ranks' own; returns the bytes of all."""
-        written = [entry for record in records for entry in record[1]]
-        elements = Counter()
-        for name, _, _, chunk in written:
-            elements[name] += math.prod(chunk.box.shape)
-        for name, shape, _, _ in written:
-            if elements[name] != math.prod(shape):
-                raise RuntimeError(f"the ranks hold {elements[name]} of the {math.prod(shape)} elements of {name}")
-        files = {f"__{rank}_0.distcp": (size, crc32) for rank, (_, _, size, crc32, _) in enumerate(records)}
-        outputs = {METADATA: write_metadata(staging, written)}
-        outputs |= {name: staging.write_text(name, text) for name, text in job.texts.items()}
-        files |= {name: (out.size, out.crc32) for name, out in outputs.items()}
-        write_manifest(staging, files)
-        return sum(size for size, _ in files.values())
 
     def _remove_old(self, newest: Folder) -> None:
         """Remove the complete checkpoints that no rule keeps; not `newest`, and none that is being read."""
@@ -296,20 +272,6 @@ class Checkpointer:
                     remove_unread(folder)
         except Exception as error:  # of whatever kind: the other ranks wait for this one
             warnings.warn(f"an old checkpoint in {self.folder} could not be removed ({error}); look at it", stacklevel=2)
-
-
-def _attempt(action: Callable[[], Any]) -> str | None:
-    """What went wrong, if anything did."""
-    try:
-        action()
-    except Exception as failure:
-        return _told(failure)
-    return None
-
-
-def _told(failure: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")
 
 
 def _choose_owned(held: Mapping[str, Box], tensors: Mapping[str, Tensor], rank: int) -> set[str]:
@@ -334,70 +296,51 @@ def _choose_owned(held: Mapping[str, Box], tensors: Mapping[str, Tensor], rank: 
     return owned
 
 
-# -------------------------------------------------------------------------------------------------------------- restoring
-
-
 def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
-    """The newest complete checkpoint in a directory or URL, and a sentence for each newer one that is not.
+    """The newest complete checkpoint in a directory or URL, if any, and a sentence for each newer one that is not.
 
     Names and sizes of files are looked at, not their content.
-
-    Returns:
-        None where there is none.
 
     Raises:
         InputError: there are only damaged ones. (Remote ones that were never completed do not count.)
     """
-    passed = []
-    damaged = False
+    passed, damaged = [], False
     for folder in reversed(_by_step(Folder(directory)).values()):
         problems = incomplete(folder)
         if not problems:
             return str(folder), passed
         never_completed = folder.remote and not folder.has(MANIFEST)
-        damaged = damaged or not never_completed
-        passed.append(
-            f"checkpoint {folder} {'was never completed' if never_completed else 'is damaged'}: {'; '.join(problems[:5])}"
-        )
+        damaged |= not never_completed
+        fault = "was never completed" if never_completed else "is damaged"
+        passed.append(f"checkpoint {folder} {fault}: {'; '.join(problems[:5])}")
     if damaged:
-        raise InputError(
-            f"{passed[0]}; there is no complete one before it: delete it to start anew, or name another with "
-            "--checkpoint.resume"
-        )
+        remedy = "delete it to start anew, or name another with --checkpoint.resume"
+        raise InputError(f"{passed[0]}; there is no complete one before it: {remedy}")
     return None, passed
 
 
 def saved_step(place: str | Path) -> int:
-    """The step after which this checkpoint was written.
-
-    Raises:
-        InputError: not a complete checkpoint.
-    """
+    """The step after which this checkpoint was written. Raises InputError where it is not complete."""
     return _read_json(Folder(place), "trainer.json")["step"]
 
 
 def saved_config(place: str | Path) -> dict[str, Any]:
-    """The resolved configuration of the run that wrote this checkpoint.
-
-    Raises:
-        InputError: not a complete checkpoint.
-    """
+    """The resolved configuration of the run that wrote this checkpoint. Raises InputError where it is not complete."""
     return _read_json(Folder(place), "config.json")
 
 
 def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Restore `model`, `optimizer` and this rank's random states in place; collective. The sharding may differ from the
-    saved. Each rank reads only the bytes of its shards.
+    saved; each rank reads only the bytes of its shards.
 
-    Gradients are discarded. The optimizer keeps its options (learning rate, ...). A rank that the saving run did not
-    have keeps its random states.
+    Gradients are discarded. The optimizer keeps its options (learning rate, ...), and a rank that the saving run did not have
+    its random states.
 
     Returns:
         `extra` as given to `save`.
 
     Raises:
-        InputError: no complete checkpoint at `place`, a damaged one, or one of another model or optimizer (what differs
-            is named); the same on every rank.
+        InputError: not complete, damaged, or of another model or optimizer (what differs is named); the same on every rank.
     """
     folder = Folder(place)
     with ExitStack() as stack:
@@ -438,15 +381,13 @@ def _agreed() -> Iterator[None]:
 def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> str:
     """How the tensors of all ranks together differ from the stored ones, in words, the same on every rank; collective.
 
-    Ranks of a pipeline hold different ones. They exchange a bit for each stored name, not V3's 3,000 names.
+    Ranks of a pipeline hold different ones. They exchange a byte for each stored name, not V3's 3,000 names.
     """
     shapes = {name: entry.shape for name, entry in stored.items() if not name.startswith("rng.")}
-    held = torch.tensor([name in tensors for name in shapes], dtype=torch.uint8)
-    if dist.is_initialized():
-        dist.all_reduce(held, dist.ReduceOp.MAX)  # over gloo: the host has the bits and needs them
-    expected = dict(itertools.compress(shapes.items(), held.tolist()))
-    for odd in gather_objects({name: tuple(t.shape) for name, t in tensors.items() if shapes.get(name) != tuple(t.shape)}):
-        expected |= odd
+    odd = {name: tuple(tensor.shape) for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
+    expected = {}
+    for held, more in gather_objects((bytes(name in tensors for name in shapes), odd)):
+        expected |= dict(itertools.compress(shapes.items(), held)) | more
     return mismatches(expected, shapes)
 
 
@@ -462,8 +403,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     """
     flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     tensors = {f"optimizer.{name}": value for name, value in flat.items() if name.startswith("state.")}
-    for name, value in tensors.items():
-        assert isinstance(value, Tensor), f"{name} is a {type(value).__name__}, which is not saved"
+    assert all(isinstance(value, Tensor) for value in tensors.values()), "an optimizer whose state is not all tensors"
     return tensors
 
 

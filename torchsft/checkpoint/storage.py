@@ -16,6 +16,11 @@ import fsspec
 from torchsft.config import InputError
 
 
+def told(failure: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")
+
+
 class Output:
     """A file being written from start to end, which knows its `size` in bytes and its `crc32`, so far."""
 
@@ -39,17 +44,13 @@ class Output:
 
 
 class Folder:
-    """A directory, or the objects of a remote file system whose names begin alike.
+    """A directory, or the objects of a remote file system whose names begin alike; `remote` says which.
 
     Local files are flushed to the disk when they are closed. Remote file systems know no rename and no flush: an object is
-    there when it is closed.
+    there when it is closed. Files are meant by their names in it; what cannot be read or written raises an OSError.
 
     Args:
         place: a path, or a URL of any file system that fsspec knows.
-
-    Attributes:
-        place: as given, for messages.
-        remote: True for a URL.
 
     Raises:
         InputError: fsspec lacks what the URL needs, or takes it for a pattern.
@@ -105,10 +106,7 @@ class Folder:
 
     def make(self) -> None:
         """Make it and its parents where they are not there."""
-        if self.remote:
-            self._system.makedirs(self._root, exist_ok=True)
-        else:
-            os.makedirs(self._root, exist_ok=True)
+        (self._system if self.remote else os).makedirs(self._root, exist_ok=True)
 
     def remove(self, name: str = "") -> None:
         """Remove it with all that is in it, or one file; nothing where that does not exist."""
@@ -130,15 +128,10 @@ class Folder:
             return file.read(-1 if end is None else end - start)
 
     def read_into(self, name: str, start: int, target: memoryview) -> None:
-        """Fill `target` (bytes) with what stands at `start` of a file.
-
-        Raises:
-            OSError: the file cannot be read or ends before.
-        """
+        """Fill `target` (bytes) with what stands at `start` of a file; an OSError says how much it lacks."""
         done = 0
         if self.remote:
-            data = self.read(name, start, start + target.nbytes)
-            done = len(data)
+            done = len(data := self.read(name, start, start + target.nbytes))
             target[:done] = data
         else:
             with open(self._of(name), "rb", buffering=0) as file:

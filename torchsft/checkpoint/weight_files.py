@@ -13,8 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,8 +30,7 @@ FP8 = "F8_E4M3"
 WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}
 DTYPES = WEIGHT_DTYPES | {"F64": torch.float64, "BOOL": torch.bool}
 DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
-DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
-DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for kind in ("int", "uint") for n in (8, 16, 32, 64)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a file: key -> dtype, shape
@@ -104,11 +102,9 @@ def fp8_block(directory: str | Path) -> tuple[int, int]:
 class WeightIndex:
     """The tensors of a Hugging Face directory by key, known from the headers alone; of slices, only their bytes are read.
 
-    A weight in fp8 (e4m3) has its scales beside it (precision/blockwise.py).
-
     Attributes:
         tensors: key -> `StoredTensor`, scales included.
-        fp8: keys of the weights that have scales.
+        fp8: keys of the weights that have scales (precision/blockwise.py).
         bytes_read: so far, headers not counted.
 
     Raises:
@@ -132,14 +128,11 @@ class WeightIndex:
                 self.tensors[key] = stored
         strayed = [key for key, name in weight_map.items() if key not in self.tensors or self.tensors[key].file != name]
         if strayed:
-            self._refuse(
-                f"{INDEX} places {listing(strayed)} in files that do not hold them; index and files are of different "
-                "checkpoints, download both again"
-            )
+            self._refuse(f"{INDEX} places {listing(strayed)} in files that do not hold them; download index and files again")
         self.fp8 = frozenset(key for key, stored in self.tensors.items() if stored.dtype == FP8)
         self._block = self._check_scales()
 
-    def _refuse(self, fault: str) -> None:
+    def _refuse(self, fault: str) -> NoReturn:
         raise InputError(f"{self.directory}: {fault}")
 
     def _weight_map(self) -> dict[str, str]:
@@ -159,9 +152,7 @@ class WeightIndex:
         formats = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
         others = sorted(p.name for p in self.directory.iterdir() if p.suffix in formats)
         found = f"it has only {listing(others, most=3)}" if others else "it has no weights"
-        raise InputError(
-            f"{self.directory} has neither {SINGLE} nor {INDEX} ({found}); give a directory with safetensors weights"
-        )
+        self._refuse(f"there is neither {SINGLE} nor {INDEX} ({found}); give a directory with safetensors weights")
 
     def _check_scales(self) -> tuple[int, int]:
         """Compare fp8 weights and scales; the size of a block, or 1 x 1 where there are none."""
@@ -186,11 +177,8 @@ class WeightIndex:
         return block
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU, in its stored dtype.
-
-        Raises:
-            InputError: a dtype that torch lacks, or the file has become shorter.
-        """
+        """One slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU, in its stored dtype. An InputError
+        where torch lacks that or the file has become shorter."""
         stored = self.tensors[key]
         if stored.dtype not in DTYPES:
             self._refuse(f"{key} has dtype {stored.dtype}, which cannot be read; remove it")
@@ -287,11 +275,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def file_order(contents: Contents) -> list[str]:
-    """Keys in an order in which every tensor is aligned to its elements and scales follow their fp8 weight.
-
-    Raises:
-        InputError: an fp8 weight after which fp32 scales would not be aligned.
-    """
+    """Keys in an order in which every tensor is aligned to its elements and scales follow their fp8 weight; an InputError where
+    the scales would not be aligned."""
     scales = {name: key for key in contents if (name := scale_key(key)) in contents}
     if odd := sorted(key for key in scales.values() if tensor_bytes(*contents[key]) % 4):
         raise InputError(f"{listing(odd)} cannot be written in fp8: the elements of each must be a multiple of 4; choose bf16")
@@ -301,13 +286,8 @@ def file_order(contents: Contents) -> list[str]:
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file of known content from start to end, without holding any tensor.
-
-    A context manager: leaving it completes the file and flushes it to the disk.
-
-    Args:
-        contents: in the order in which they will be written (see `file_order`).
-    """
+    """Writes one safetensors file of known content from start to end, without holding any tensor. A context manager: leaving it
+    completes the file. `contents` is in the order in which it will be written (see `file_order`)."""
 
     def __init__(self, folder: Folder, name: str, contents: Contents) -> None:
         self._file, self._contents = folder.writer(name), contents
@@ -339,6 +319,6 @@ class SafetensorsWriter:
         self._output.write(len(text).to_bytes(8, "little") + text)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.__exit__(kind, error, trace)
-        assert kind is not None or not self._left, f"never written: {listing(list(self._left))}"
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+        assert error[0] is not None or not self._left, f"never written: {listing(list(self._left))}"

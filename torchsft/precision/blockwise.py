@@ -1,7 +1,6 @@
 """DeepSeek's block-scaled fp8: weights in e4m3 with one fp32 scale per block (128 x 128, the last ones ragged).
 
-On disk a weight `KEY` [m, n] has beside it `KEY_scale_inv` [ceil(m / 128), ceil(n / 128)], and its value is
-fp32(weight) * scale. Despite the name the scale is not inverted.
+On disk a weight `KEY` [m, n] has beside it `KEY_scale_inv` [ceil(m / 128), ceil(n / 128)]; its value is fp32(weight) * scale.
 """
 
 from __future__ import annotations
@@ -45,10 +44,8 @@ def dequantise(q: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, origin:
     """Values, fp32 [m, n], of a part of a weight.
 
     Args:
-        q: e4m3 [m, n].
-        scale: fp32, of the blocks that the part meets, and no others.
-        block: rows and columns of a block.
-        origin: row and column of the whole weight at which the part begins.
+        q: e4m3 [m, n], the part that begins at row and column `origin` of the weight.
+        scale: fp32, of the blocks (of `block` rows and columns) that the part meets, and no others.
     """
     values = torch.empty_like(q, dtype=torch.float32)
     column_blocks = (torch.arange(q.shape[1], device=q.device) + origin[1] % block[1]) // block[1]
@@ -62,11 +59,8 @@ def dequantise(q: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, origin:
 
 
 def _decode(q: Tensor) -> Tensor:
-    """e4m3 values / 256, exact, in fp16: three times as fast on a CPU as torch's own conversion to fp32.
-
-    Both formats have the sign first, and e4m3's exponent and mantissa are the last bits of fp16's exponent and the first of its
-    mantissa; the biases of the exponents differ by 8.
-    """
+    """e4m3 values / 256, exact, in fp16: three times as fast on a CPU as torch's own conversion to fp32. Behind the sign,
+    e4m3's bits are the last of fp16's exponent and the first of its mantissa; the biases of the exponents differ by 8."""
     signed = q.view(torch.int8)
     if signed.numel() and (signed.max() == 127 or q.view(torch.uint8).max() == 255):  # nan, which fp16 writes otherwise
         return q.float() / 256
@@ -91,10 +85,7 @@ def quantise(
         power_of_two: round scales up to powers of two ("scale_fmt": "ue8m0").
         known_scale: fp32, the scales with which the weight was stored before training. A block whose every value they give in
             every bit keeps its scale, and hence its very bytes: what training did not change comes back as it was.
-        name: of the weight, for messages.
-
-    Raises:
-        InputError: nan or inf.
+        name: of the weight, for the InputError that nan or inf is.
     """
     q, scale = torch.empty_like(w, dtype=torch.float8_e4m3fn), w.new_empty(scale_shape(tuple(w.shape), block))
     width = w.shape[1]
@@ -108,13 +99,12 @@ def quantise(
         if power_of_two:
             mantissa, exponent = torch.frexp(scale[i])  # in [0.5, 1)
             scale[i] = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
-        same = None
         if known_scale is not None:
             encoded = _encode(blocks, known_scale[i])
             given = _decode(encoded) * (256 * known_scale[i][:, None])
             same = (given.view(torch.int32) == blocks.view(torch.int32)).all(2).all(0)
             scale[i] = torch.where(same, known_scale[i], scale[i])
-        if same is None or not same.all():
+        if known_scale is None or not same.all():
             encoded = _encode(blocks, scale[i])
         q[i * block[0] : i * block[0] + len(rows)] = encoded.flatten(1)[:, :width]
     return q, scale

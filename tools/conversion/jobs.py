@@ -178,7 +178,7 @@ def run(
 
 
 # What processes need, and what building a model on the meta device imports (a second of work).
-IMPORTS = ["torchsft.checkpoint.verify", "torch._dynamo"]
+IMPORTS = ["tools.conversion.verify", "torch._dynamo"]
 
 
 _make: Callable[[], Any]

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tools.conversion.jobs import Bar, Journal, Progress, run, shares
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp, is_training, slices
 from torchsft.checkpoint.dcp_files import METADATA, Chunk, ChunkWriter, write_manifest, write_metadata
@@ -38,7 +39,6 @@ from torchsft.checkpoint.hf_directory import (
     read_config,
 )
 from torchsft.checkpoint.huggingface import check_weights
-from torchsft.checkpoint.jobs import Bar, Journal, Progress, run, shares
 from torchsft.checkpoint.publish import publish, reading, staging_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import (

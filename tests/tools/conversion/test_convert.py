@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import warnings
@@ -32,7 +31,7 @@ from tests.checkpoint.sources import (
     write_source,
 )
 from tests.checkpoint.training import checkpoint_and_export
-from torchsft.checkpoint import convert
+from tools.conversion import convert
 from torchsft.checkpoint.dcp_files import ChunkReader
 from torchsft.checkpoint.state import Checkpointer
 from torchsft.config import InputError, Optim
@@ -294,7 +293,7 @@ def test_a_converted_directory_can_be_trained_and_exported_from(fp8, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from torchsft.checkpoint import convert
+from tools.conversion import convert
 
 class ToDcp(convert.ToDcp):
     def work(self, task, progress):
@@ -323,7 +322,7 @@ def test_a_killed_conversion_continues(bf16, tmp_path, victim, workers):
     script, staging = tmp_path / "script.py", tmp_path / ".dcp.incomplete"
     script.write_text(KILLED)
     command = [sys.executable, script, bf16, tmp_path, tmp_path / "pid", victim, str(workers)]
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root})
     if victim == "worker":
         assert ended.returncode == 1 and re.fullmatch(r"error: a worker process was killed.*\n", ended.stderr), ended.stderr
@@ -422,73 +421,6 @@ def test_one_output_has_one_writer(bf16, tmp_path):
         fcntl.flock(journal, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is writing"):
             to_dcp(bf16, tmp_path / "dcp")
-
-
-# -------------------------------------------------------------------------------------------------------------------- memory
-
-MEASURED = """
-import json, sys
-from pathlib import Path
-import torch
-from torchsft.checkpoint import convert, verify
-
-torch.set_num_threads(1)
-work, options = Path(sys.argv[1]), {"workers": 1, "part_elements": 1 << 18, "progress": False}
-
-def peak():
-    # Not ru_maxrss: a new process takes that over from the one that started it.
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-def everything(name):
-    convert.to_dcp(work / name, work / f"{name}-dcp", **options)
-    peaks = [peak()]
-    for dtype in ("bf16", "fp8"):
-        convert.to_hf(work / f"{name}-dcp", work / f"{name}-{dtype}", dtype=dtype, **options)
-        peaks.append(peak())
-    assert not verify.verify(work / name, work / f"{name}-bf16", tolerance=1e-2, **options).differences
-    return [*peaks, peak()]
-
-before = everything("small")[-1]
-grown = [after - before for after in everything("large")]
-options["part_elements"] = 1 << 26
-convert.to_dcp(work / "large", work / "at-once", **options)
-print(json.dumps([*grown, peak() - before]))
-"""
-
-
-def sparse_source(directory, source, rows, cols):
-    """A directory whose embedding is rows x cols, in zeros that take no room on the disk."""
-    directory.mkdir()
-    config = json.loads((source / "config.json").read_text()) | {"vocab_size": rows, "hidden_size": cols}
-    config |= {"tie_word_embeddings": True, "num_hidden_layers": 1, "intermediate_size": 1024}
-    (directory / "config.json").write_text(json.dumps(config))
-    header, end = {}, 0
-    for pieces in convert.meta_model(config).checkpoint_pieces().values():
-        for piece in pieces:
-            size = 4 * torch.Size(piece.hf_shape).numel()
-            header[piece.key] = {"dtype": "F32", "shape": piece.hf_shape, "data_offsets": [end, end + size]}
-            end += size
-    text = json.dumps(header).encode()
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return end
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory the way Linux does")
-def test_memory_is_bounded_by_the_part_and_not_by_the_tensor(bf16, tmp_path):
-    sparse_source(tmp_path / "small", bf16, 512, 256)
-    assert sparse_source(tmp_path / "large", bf16, 131072, 256) > 134e6  # one tensor of 134 MB
-    (tmp_path / "script.py").write_text(MEASURED)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run(
-        [sys.executable, tmp_path / "script.py", tmp_path], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert ended.returncode == 0, ended.stderr
-    *grown, at_once = json.loads(ended.stdout)
-    assert len(grown) == 4 and max(grown) < 15e6, grown  # a part is 1 MB
-    assert at_once > 100e6  # the largest tensor, so that the measure is one
 
 
 # ----------------------------------------------------------------------------------------------------------------- bad input
@@ -600,7 +532,7 @@ def test_outputs_that_cannot_be_written(bf16, tmp_path, monkeypatch):
     source = copy(bf16, tmp_path / "source")
     assert "lies in" in refusal(to_dcp, source, source / "dcp")
     usage = SimpleNamespace(free=100_000)
-    monkeypatch.setattr("torchsft.checkpoint.convert.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("tools.conversion.convert.shutil.disk_usage", lambda _: usage)
     assert "0.0 GB free" in refusal(to_dcp, bf16, tmp_path / "dcp")
     needed = sum(stored.nbytes for stored in read_tensors(bf16).values())
     usage.free = needed

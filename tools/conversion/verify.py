@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.conversion.convert import PART_ELEMENTS, meta_model
+from tools.conversion.jobs import Bar, Progress, run, shares
 from torchsft.checkpoint.boxes import Box
-from torchsft.checkpoint.convert import PART_ELEMENTS, meta_model
 from torchsft.checkpoint.converted import CARRIED, MODEL, TRAINER, is_dcp, is_training, slices
 from torchsft.checkpoint.dcp_files import ChunkReader, damaged, incomplete, read_manifest
 from torchsft.checkpoint.hf_directory import Weights, is_model_key, is_mtp, read_config
 from torchsft.checkpoint.huggingface import check_weights, open_weights
-from torchsft.checkpoint.jobs import Bar, Progress, run, shares
 from torchsft.checkpoint.publish import reading
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import DTYPE_NAMES, DTYPES, FP8, StoredTensor, WeightIndex, fp8_block, tensor_bytes

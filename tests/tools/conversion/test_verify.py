@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 import torchsft
 from tests.checkpoint.deepseek_format import write_deepseek
 from tests.checkpoint.sources import change_config, change_tensors, copy, read_tensors, weight_files, write_source
-from torchsft.checkpoint import convert
+from tools.conversion import convert
+from tools.conversion.verify import info, verify
 from torchsft.checkpoint.state import Checkpointer
-from torchsft.checkpoint.verify import info, verify
 from torchsft.config import InputError, Optim
 from torchsft.precision.adamw import build_optimizer
 
