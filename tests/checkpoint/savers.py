@@ -190,16 +190,24 @@ def saves(directory):
         save(failing, 6)
         seen[f"{mode} vanished"] = end(failing), os.path.exists(f"{directory}/{mode}")
 
-    # A part of the saved bytes cannot be read on one rank: all say so.
-    if rank == 1:
-        state.ChunkReader = Unreadable
-    try:
-        restored("changed", 1)
-    except InputError as error:
-        seen["refused"] = str(error)
+    # A part of the saved bytes cannot be read on one rank, or nothing on another: all say so.
+    seen["refused"] = []
+    for faulty, name, fault in ((1, "ChunkReader", Unreadable), (2, "reading", gone)):
+        good = getattr(state, name)
+        if rank == faulty:
+            setattr(state, name, fault)
+        try:
+            restored("changed", 1)
+        except InputError as error:
+            seen["refused"].append(str(error))
+        setattr(state, name, good)
     dist.barrier()
     dist.destroy_process_group()
     return seen
+
+
+def gone(folder):
+    raise InputError("removed for rank 2")
 
 
 class Unreadable(ChunkReader):

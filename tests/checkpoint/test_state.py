@@ -299,7 +299,7 @@ def test_a_vanished_directory_is_said_and_not_made_again(saved, mode):
 
 
 def test_all_ranks_refuse_what_one_cannot_read(saved):
-    assert same([seen["refused"] for seen in saved]) == "rank 1 cannot read it"
+    assert same([seen["refused"] for seen in saved]) == ["rank 1 cannot read it", "removed for rank 2"]
 
 
 def test_the_death_of_a_rank_ends_a_save_and_leaves_the_older_one(ranks, tmp_path):
@@ -522,6 +522,25 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch
     with pytest.warns(UserWarning, match=r"an old checkpoint in .* could not be removed \(\[Errno 13\] Permission denied\)"):
         save(tmp_path, 2, model, optimizer, options={"keep": 1})
     assert steps_in(tmp_path) == [1, 2]
+
+
+def test_an_old_checkpoint_with_a_wrong_score_is_no_failure(tmp_path):
+    trainer = Path(save(tmp_path, 1, *build(0), score=1.5)) / "trainer.json"
+    trainer.write_text(trainer.read_text().replace("1.5", '"5"'))  # of the same size
+    with pytest.warns(UserWarning, match=r"an old checkpoint in .* could not be removed \('<' not supported"):
+        save(tmp_path, 2, *build(0), score=2.0, options={"keep": 1, "keep_best": 1})
+    assert steps_in(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("place", ["memory"], indirect=True)
+def test_the_manifest_of_a_failed_remote_save_goes_first(place, monkeypatch):
+    removed = []  # else what is left, if the removal fails too, looks like a damaged checkpoint, at which `auto` stops
+    monkeypatch.setattr(state, "publish", lambda *_: (_ for _ in ()).throw(OSError("lost")))
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "rm", lambda _, path, **__: removed.append(path))
+    checkpointer = begin(place)
+    checkpointer.save(1, *build(0), extra={}, config={})
+    assert "rank 0: OSError: lost" in checkpointer.reports()[0].error
+    assert [Path(path).name for path in removed] == ["checkpoint.json", "step-00000001"]
 
 
 def test_what_cannot_be_json_is_refused_before_anything_is_written(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 import zlib
 
@@ -10,7 +11,7 @@ import fsspec
 import pytest
 import torch
 
-from torchsft.checkpoint.publish import published
+from torchsft.checkpoint.publish import published, reading
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
 
@@ -104,6 +105,33 @@ def test_an_exchange_is_one_step(tmp_path, monkeypatch):
     with published(tmp_path / "folder") as staging:
         new = os.stat(staging.path).st_ino
     assert os.stat(tmp_path / "folder").st_ino == new != before
+
+
+def test_what_is_replaced_while_it_is_read_is_not_taken_for_one_checkpoint(tmp_path):
+    """Its files may have been those of both."""
+    for what in ("replaced", "removed"):
+        with published(tmp_path / what) as staging:
+            staging.write_text("trainer.json", "{}")
+    folder = Folder(tmp_path / "replaced")
+    with pytest.raises(InputError, match="has just been removed or replaced"), reading(folder), published(folder) as staging:
+        staging.write_text("trainer.json", "{}")
+    with pytest.raises(InputError, match="removed has just been removed"), reading(Folder(tmp_path / "removed")):
+        Folder(tmp_path / "removed").remove()
+
+
+def test_a_url_that_means_several_places_is_refused():
+    """fsspec removes what fits the pattern: another run's files."""
+    with pytest.raises(InputError, match=r"memory://bucket/run\[1\] has one of the signs"):
+        Folder("memory://bucket/run[1]")
+
+
+def test_threads_share_the_connection_of_their_folder():
+    """fsspec makes and keeps one for each thread that asks, and each save has a thread."""
+    folder, systems = Folder("memory://bucket"), []
+    thread = threading.Thread(target=lambda: systems.append(folder.child("x")._system))
+    thread.start()
+    thread.join()
+    assert systems[0] is folder._system
 
 
 def test_full_and_absent_places_say_so(tmp_path):

@@ -70,15 +70,11 @@ _without_crc = threading.Lock()
 
 
 class ChunkWriter:
-    """Writes one `.distcp` file from start to end, chunk by chunk. A context manager; leaving it completes the file.
-
-    Args:
-        folder: where to.
-        file: name of the file, such as `__0_0.distcp`.
+    """Writes one file (such as `__0_0.distcp`) from start to end, chunk by chunk. A context manager.
 
     Attributes:
         written: one (name, shape, dtype, Chunk) for each chunk, for `write_metadata`.
-        size, crc32: of the complete file.
+        size, crc32: of the complete file, when the context is left.
     """
 
     def __init__(self, folder: Folder, file: str) -> None:
@@ -98,9 +94,7 @@ class ChunkWriter:
         """Append a box of the tensor `name` of global `shape`, in chunks of at most `CHUNK_BYTES`.
 
         An empty box of a tensor that has elements is left out. `values` may be on any device, of any dtype and strides.
-
-        Raises:
-            OSError: they cannot be written.
+        Raises OSError where they cannot be written.
         """
         shape, values = tuple(shape), values.detach().cpu().contiguous()
         assert tuple(values.shape) == box.shape, f"{name}: {tuple(values.shape)} values for the box {box}"
@@ -189,9 +183,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Folder) -> dict[str, Stored]:
-    """The tensors of a DCP checkpoint by name. No code that a `.metadata` names is run.
-
-    Entries that are no tensors (a pickle each, where DCP saved such) are left out.
+    """The tensors of a DCP checkpoint by name, without what else DCP saved. No code that a `.metadata` names is run.
 
     Raises:
         InputError: no `.metadata`, a damaged one, or one that names something that DCP's metadata does not need.
@@ -258,9 +250,7 @@ def _expect(condition: Any, text: str) -> None:
 class ChunkReader:
     """The tensors of a DCP checkpoint; any box of one by reading only its bytes.
 
-    Attributes:
-        tensors: name -> `Stored`.
-        bytes_read: so far, headers included, `.metadata` not.
+    `tensors` has each by name; `bytes_read` counts so far, headers included, `.metadata` not.
     """
 
     def __init__(self, folder: Folder | str | Path) -> None:

@@ -78,10 +78,8 @@ def claimed(output: Path, main: bool) -> Iterator[None]:
 
 @contextmanager
 def reading(folder: Folder) -> Iterator[None]:
-    """Keep a training checkpoint from being removed by its run while it is read. Of a remote one nothing is known.
-
-    Raises:
-        InputError: it was removed or replaced, before or meanwhile.
+    """Keep a training checkpoint from being removed by its run while it is read. Raises InputError where it was removed or
+    replaced all the same, before or meanwhile. Of a remote one nothing is known.
     """
     if folder.remote or not (path := folder.path / "trainer.json").is_file():
         yield

@@ -78,9 +78,6 @@ class Checkpointer:
         keep: how many of the newest checkpoints stay (0: all), beside those whose step `keep_every` divides and the
             `keep_best` ones with the lowest scores.
         group: a gloo group of all ranks that nothing else uses; None: one process.
-
-    Raises:
-        OSError: the directory cannot be made.
     """
 
     def __init__(
@@ -218,9 +215,8 @@ class Checkpointer:
         if staging.remote:
             staging.make()
             return
-        for name in self.folder.names():
-            if _LEFT.fullmatch(name):
-                self.folder.child(name).remove()
+        for name in filter(_LEFT.fullmatch, self.folder.names()):
+            self.folder.child(name).remove()
         staging.path.mkdir()
 
     def _finish(self, job: _Job, staging: Folder, target: Folder, records: list[Any]) -> Report:
@@ -231,11 +227,11 @@ class Checkpointer:
             try:
                 written = [entry for record in records for entry in record[1]]
                 elements = Counter()
-                for name, _, _, chunk in written:
-                    elements[name] += math.prod(chunk.box.shape)
-                for name, shape, _, _ in written:
-                    if elements[name] != math.prod(shape):
-                        raise RuntimeError(f"the ranks hold {elements[name]} of the {math.prod(shape)} elements of {name}")
+                for name, shape, _, chunk in written:
+                    elements[name, shape] += math.prod(chunk.box.shape)
+                for (name, shape), held in elements.items():
+                    if held != math.prod(shape):
+                        raise RuntimeError(f"the ranks hold {held} of the {math.prod(shape)} elements of {name}")
                 outputs = {name: staging.write_text(name, text) for name, text in job.texts.items()}
                 outputs[".metadata"] = write_metadata(staging, written)
                 files |= {name: (out.size, out.crc32) for name, out in outputs.items()}
@@ -297,9 +293,8 @@ def _choose_owned(held: Mapping[str, Box], tensors: Mapping[str, Tensor], rank: 
 
 
 def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
-    """The newest complete checkpoint in a directory or URL, if any, and a sentence for each newer one that is not.
-
-    Names and sizes of files are looked at, not their content.
+    """The newest complete checkpoint in a directory or URL, by names and sizes of files, and a sentence for each newer one that
+    is not complete.
 
     Raises:
         InputError: there are only damaged ones. (Remote ones that were never completed do not count.)
@@ -334,10 +329,7 @@ def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str,
     saved; each rank reads only the bytes of its shards.
 
     Gradients are discarded. The optimizer keeps its options (learning rate, ...), and a rank that the saving run did not have
-    its random states.
-
-    Returns:
-        `extra` as given to `save`.
+    its random states. Returns `extra` as given to `save`.
 
     Raises:
         InputError: not complete, damaged, or of another model or optimizer (what differs is named); the same on every rank.
