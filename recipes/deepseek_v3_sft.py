@@ -20,9 +20,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from debug_task import write_debug_data, write_debug_model
 from torchsft.checkpoint.publish import claimed
 from torchsft.config import Checkpoint, Config, Data, Eval, Optim, Parallel, Train, parse, to_dict
-from torchsft.data.synthetic import write_debug_data, write_debug_model
 from torchsft.interruption import guarded
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer, resolve

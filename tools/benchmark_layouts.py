@@ -36,10 +36,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes.debug_task import write_debug_data, write_debug_model
 from tools.benchmark_pipeline import on_ranks
 from torchsft.config import Checkpoint, Config, Data, Metrics, Model, Optim, Parallel, Precision, Train
 from torchsft.data.stream import microbatches_per_step
-from torchsft.data.synthetic import write_debug_data, write_debug_model
 from torchsft.models.deepseek_v3 import TENSOR_PARALLEL, DeepseekV3, DeepseekV3Config
 from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World, mesh_sizes
@@ -235,7 +235,8 @@ def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, r
         sent[kind] += microbatches * values * FP32
     total = {kind: count / pp for kind, count in sent.items()}
 
-    numbers = 4 + 1 + 1 + config.num_hidden_layers * (1 + config.n_routed_experts)
+    # counts; norm; loss, what the ranks agree on, and loads
+    numbers = 4 + 1 + 3 + config.num_hidden_layers * (1 + config.n_routed_experts)
     total["all-reduce"] += 2 * share(world_size) * numbers * 8
     return total
 

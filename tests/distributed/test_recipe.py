@@ -134,7 +134,7 @@ def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what
 # The recipe, but rank 1 fails in its third step.
 FAULTY = """
 import os, sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/recipes"]
 from recipes import deepseek_v3_sft
 from torchsft.parallel.pipeline import Pipeline
 step, steps = Pipeline.step, []

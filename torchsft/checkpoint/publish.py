@@ -131,19 +131,19 @@ def staging_of(target: Folder) -> Folder:
 
 
 def publish(staging: Folder, target: Folder) -> None:
-    """Let a complete staging folder take `target`'s place, on the disk too. Nothing is left to do for a remote one.
-
-    A `target` that is there already is exchanged in one step on Linux; elsewhere it is away for a moment.
+    """Let a complete staging folder take `target`'s place, on the disk too; there is nothing left to do for a remote one. A
+    `target` that is there already is exchanged in one step on Linux; elsewhere it is away for a moment.
     """
     if target.remote:
         return
     sync_directory(staging.path)
     old = staging.path  # where the old one is after an exchange
-    if not (target.path.exists() and _exchange(staging.path, target.path)):
-        if target.path.exists():
-            old = _hidden(target.path, "removed")
-            shutil.rmtree(old, ignore_errors=True)
-            target.path.rename(old)
+    if not target.path.exists():
+        staging.path.rename(target.path)
+    elif not _exchange(staging.path, target.path):
+        old = _hidden(target.path, "removed")
+        shutil.rmtree(old, ignore_errors=True)
+        target.path.rename(old)
         staging.path.rename(target.path)
     sync_directory(target.path.parent)
     shutil.rmtree(old, ignore_errors=True)

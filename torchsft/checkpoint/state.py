@@ -116,10 +116,8 @@ class Checkpointer:
         score: float | None = None,
         now: bool = False,
     ) -> bool:
-        """Begin to write `directory/step-00000100` (for step 100); collective. A checkpoint of the same step is replaced.
-
-        How it ended, `reports` says. The optimizer's options (learning rate, ...) are not saved: they follow from the
-        configuration and the step.
+        """Begin to write `directory/step-00000100` (for step 100), which is replaced; collective. `reports` says how it ended.
+        The optimizer's options (learning rate, ...) are not saved: they follow from the configuration and the step.
 
         Args:
             extra: JSON-able counters and data position, equal on all ranks; `load` returns it.
@@ -138,8 +136,8 @@ class Checkpointer:
         tensors = _model_tensors(model) | (_optimizer_tensors(model, optimizer) if optimizer.state else {})
         tensors |= _random_states(self._rank)
         held = {name: local_box(tensor) for name, tensor in tensors.items()}
-        mine = self._thread is not None and self._thread.is_alive(), held != self._held
-        busy, changed = map(any, zip(*gather_objects(mine), strict=True))
+        flags = self._thread is not None and self._thread.is_alive(), held != self._held
+        busy, changed = map(any, zip(*gather_objects(flags), strict=True))
         if busy and self._if_busy == "skip" and not now:
             return False
         self.wait()
@@ -271,9 +269,8 @@ class Checkpointer:
 
 
 def _choose_owned(held: Mapping[str, Box], tensors: Mapping[str, Tensor], rank: int) -> set[str]:
-    """The tensors of which this rank writes its box; collective.
-
-    Of the ranks that hold the same box it is the one with the fewest bytes so far, so that replicas share the work.
+    """The tensors of which this rank writes its box; collective. Of the ranks that hold the same box it is the one with the
+    fewest bytes so far, so that replicas share the work.
     """
     sizes = {name: (box, math.prod(box.shape) * tensors[name].dtype.itemsize) for name, box in held.items()}
     once = {value: value for value in sizes.values()}  # of equal values one object, which pickle stores once
@@ -371,9 +368,8 @@ def _agreed() -> Iterator[None]:
 
 
 def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> str:
-    """How the tensors of all ranks together differ from the stored ones, in words, the same on every rank; collective.
-
-    Ranks of a pipeline hold different ones. They exchange a byte for each stored name, not V3's 3,000 names.
+    """How the tensors of all ranks together differ from the stored ones, in words, the same on every rank; collective. Ranks of
+    a pipeline hold different ones: they exchange a byte for each stored name, not V3's 3,000 names.
     """
     shapes = {name: entry.shape for name, entry in stored.items() if not name.startswith("rng.")}
     odd = {name: tuple(tensor.shape) for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
@@ -389,9 +385,8 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """State per parameter name, as the tensors that the optimizer holds (no copies).
-
-    They are loaded in place: `load_state_dict` would convert moments of another dtype to the parameter's.
+    """State per parameter name, as the tensors that the optimizer holds (no copies), to be loaded in place:
+    `load_state_dict` would convert moments of another dtype to the parameter's.
     """
     flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     tensors = {f"optimizer.{name}": value for name, value in flat.items() if name.startswith("state.")}

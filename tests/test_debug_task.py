@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from torchsft.data.synthetic import DICTIONARY, LANGUAGES, write_debug_data, write_debug_model
+from recipes.debug_task import DICTIONARY, LANGUAGES, write_debug_data, write_debug_model
 
 
 @pytest.fixture(scope="module")
