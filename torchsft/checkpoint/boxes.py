@@ -22,6 +22,9 @@ class Box:
 
     def __and__(self, other: Box) -> Box | None:
         """The common part; None where there is none."""
+        for a, n, b, m in zip(self.start[:1], self.shape, other.start, other.shape, strict=False):
+            if a >= b + m or b >= a + n:  # most of a stack's boxes, told apart without more ado
+                return None
         start = tuple(map(max, self.start, other.start))
         shape = tuple(
             min(a + n, b + m) - s for a, n, b, m, s in zip(self.start, self.shape, other.start, other.shape, start, strict=True)

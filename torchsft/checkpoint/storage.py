@@ -22,10 +22,10 @@ def told(failure: Exception) -> str:
 
 
 class Output:
-    """A file being written from start to end, which knows its `size` in bytes and its `crc32`, so far."""
+    """A file being written from start to end, which knows its `size` in bytes and, if asked for, its `crc32`, so far."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, checksum: bool) -> None:
+        self._file, self._checksum = file, checksum
         self.size = 0
         self.crc32 = 0
 
@@ -33,7 +33,8 @@ class Output:
         """Append bytes (anything with the buffer interface)."""
         rest = memoryview(data).cast("B")
         size = rest.nbytes
-        self.crc32 = zlib.crc32(rest, self.crc32)
+        if self._checksum:
+            self.crc32 = zlib.crc32(rest, self.crc32)
         self.size += size
         while rest.nbytes:
             rest = rest[self._file.write(rest) :]
@@ -142,10 +143,10 @@ class Folder:
             raise OSError(f"{self}/{name} ends {target.nbytes - done} bytes too early")
 
     @contextmanager
-    def writer(self, name: str) -> Iterator[Output]:
+    def writer(self, name: str, checksum: bool = True) -> Iterator[Output]:
         """A new file, written from start to end; complete, and on a local disk, when the context is left."""
         with self._system.open(self._of(name), "wb") if self.remote else open(self._of(name), "wb", buffering=0) as file:
-            yield Output(file)
+            yield Output(file, checksum)
             if not self.remote:
                 os.fsync(file.fileno())
 

@@ -290,7 +290,7 @@ class SafetensorsWriter:
     completes the file. `contents` is in the order in which it will be written (see `file_order`)."""
 
     def __init__(self, folder: Folder, name: str, contents: Contents) -> None:
-        self._file, self._contents = folder.writer(name), contents
+        self._file, self._contents = folder.writer(name, checksum=False), contents
         self._left = {key: tensor_bytes(*entry) for key, entry in contents.items()}
 
     def write(self, key: str, values: Tensor) -> None:
