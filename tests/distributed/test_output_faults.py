@@ -63,7 +63,8 @@ def test_stop_ends_the_run_within_a_step_and_keeps_the_last_checkpoint(inputs, r
     step = state.saved_step(latest)
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert errors and told.format(step=step + 2) in errors[0]
-    assert passed_over == [] and step % 2 == 0 and steps_in(output) <= step + 4
+    # The next save waits for the one that fails, and the step after it tells.
+    assert passed_over == [] and step % 2 == 0 and steps_in(output) <= step + 5
     assert not [path.name for path in (output / "checkpoints").iterdir() if not path.name.startswith("step-")]
     ((codes, _),) = ranks(1, attend, **run)  # mended
     assert codes == [0, 0], log.read_text()[-3000:]
