@@ -218,6 +218,8 @@ def test_an_index_and_its_files(tmp_path):
     for odd in ({}, [1], {"a": 3}):
         assert "has no weight_map of keys to file names" in with_map(odd)
     assert "names files outside its directory (../x)" in with_map({"a": "../x"})
+    (directory / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}')
+    assert "it has a twice" in refusal(directory)
     (directory / INDEX).write_text("{")
     assert f"{INDEX} cannot be read as JSON" in refusal(directory)
 

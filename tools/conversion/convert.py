@@ -29,6 +29,7 @@ from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_d
 from torchsft.checkpoint.dcp_files import METADATA, Chunk, ChunkWriter, write_manifest, write_metadata
 from torchsft.checkpoint.hf_directory import (
     Weights,
+    buffer_dtype,
     carried_dtype,
     copy_side_files,
     exported_config,
@@ -166,7 +167,7 @@ class ToDcp:
         unknown, left_out = [], []
         for key, tensor in sorted(stored.items(), key=lambda item: (item[1].file, item[1].start)):
             if tensor.dtype not in DTYPES:
-                raise InputError(f"{self.source}: {key} has dtype {tensor.dtype}, which torch lacks; remove it")
+                raise InputError(f"{self.source}: {key} has dtype {tensor.dtype}, which is not supported; remove it")
             dtype = DTYPES[tensor.dtype]
             name, shape, start, target = places.get(key, (CARRIED + key, tensor.shape, (0,) * len(tensor.shape), dtype))
             if key not in places and not key.endswith(SCALE_SUFFIX) and not is_mtp(key, layers):
@@ -271,7 +272,8 @@ class ToHf:
         items = []
         for name, pieces in self.model.checkpoint_pieces().items():
             for piece in pieces:
-                dtype = buffers[name].dtype if name in buffers else exported_dtype(piece.key, self.dtype, base)
+                fixed = name in buffers
+                dtype = buffer_dtype(piece.key, base) if fixed else exported_dtype(piece.key, self.dtype, base)
                 items.append(self._item(piece.key, dtype, carried=False))
         candidates = [] if base is None else base.tensors
         keys = [key for key in candidates if is_carried(key, layers) and not key.endswith(SCALE_SUFFIX)]
@@ -425,6 +427,8 @@ def _convert(
             if not journal.records:
                 staging.remove()
             raise
+        except OSError as error:
+            raise OSError(f"{out} could not be written ({error}); mend that and give the same command again") from error
         conversion.finish({task.file: journal.records[task.file] for task in tasks})
         (staging.path / Journal.NAME).unlink()
         publish(staging, target)

@@ -26,6 +26,7 @@ from torchsft.checkpoint.huggingface import check_weights, open_weights
 from torchsft.checkpoint.publish import reading
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import DTYPE_NAMES, DTYPES, FP8, StoredTensor, WeightIndex, fp8_block, tensor_bytes
+from torchsft.config import differences
 from torchsft.precision.blockwise import SCALE_SUFFIX
 
 TASK_BYTES = 1e9
@@ -140,6 +141,9 @@ def _compare_configs(a: Path, b: Path, tolerance: float, findings: Findings) -> 
     if is_training(a) != is_training(b):
         return
     one, other = read_config(a), read_config(b)
+    if is_training(a):
+        findings.notes += [f"of another run: {difference}" for difference in differences(one, other)]
+        return
     for key in sorted(one.keys() | other.keys()):
         if one.get(key) != other.get(key):
             values = [json.dumps(config[key]) if key in config else "absent" for config in (one, other)]
@@ -161,11 +165,11 @@ def _compare(
     for here, there, side, absent_from in ((keys[0], keys[1], a, b), (keys[1], keys[0], b, a)):
         only = sorted(here - there)
         config = side[1]
-        if config is not None:
-            spare = {key for key in only if _is_spare(key, config, is_training(absent_from[0]))}
-            if spare:
-                findings.notes.append(f"{absent_from[0]} has none of {_some(sorted(spare))}, and need not")
-            only = [key for key in only if key not in spare]
+        training = is_training(absent_from[0])
+        spare = {key for key in only if (key.startswith("rng.") if config is None else _is_spare(key, config, training))}
+        if spare:
+            findings.notes.append(f"{absent_from[0]} has none of {_some(sorted(spare))}, and need not")
+        only = [key for key in only if key not in spare]
         if only:
             findings.differences.append(f"only {side[0]} has {_some(only)}")
     common = [key for key in one.tensors if key in keys[0] & keys[1]]

@@ -112,6 +112,11 @@ def exported_dtype(key: str, dtype: torch.dtype, source: Weights | None) -> torc
     return torch.float8_e4m3fn if is_quantised(key) else torch.bfloat16
 
 
+def buffer_dtype(key: str, source: Weights | None) -> torch.dtype:
+    """In which dtype an export has the routing bias, whose values training does not change: the source's, else fp32."""
+    return DTYPES[source.tensors[key].dtype] if source is not None and key in source.tensors else torch.float32
+
+
 def carried_dtype(key: str, dtype: torch.dtype, source: Weights) -> torch.dtype:
     """In which dtype an export in `dtype` has a tensor that it takes over from the source.
 

@@ -51,6 +51,13 @@ def check_weights(hf_dir: str | Path, model: DeepseekV3) -> Weights:
             found[key] = stored.shape
     if problem := mismatches(expected, found):
         raise InputError(f"{hf_dir}: weights do not fit config.json: {problem}; use the two that belong together")
+    layers, most = model.config.num_hidden_layers, read_config(hf_dir).get("num_nextn_predict_layers")
+    more = {key.split(".")[2] for key in index.tensors if hf_directory.is_mtp(key, layers)}
+    if isinstance(most, int) and len(more) > most:
+        raise InputError(
+            f"{hf_dir} holds {layers + len(more)} layers, but its config.json has {layers} num_hidden_layers and {most} "
+            "num_nextn_predict_layers; use the two that belong together"
+        )
     odd = [f"{key} ({index.tensors[key].dtype})" for key in expected if index.tensors[key].dtype not in WEIGHT_DTYPES]
     if odd:
         raise InputError(f"{hf_dir}: {listing(odd)} must be bf16, fp16, fp32 or fp8 (e4m3); convert the directory first")
@@ -155,7 +162,7 @@ def export(
     Args:
         model: what this rank holds; all ranks together hold every tensor.
         out_dir: the directory to write, or the URL of a folder.
-        dtype: of the parameters (see `exported_dtype`); the routing bias is fp32 always.
+        dtype: of the parameters (see `exported_dtype`); the routing bias keeps the source's, fp32 in published ones.
         source_dir: the Hugging Face or converted directory that the run began with; its weights may be absent.
         max_shard_bytes: size of a file, in bytes of tensors.
 
@@ -169,11 +176,18 @@ def export(
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
     with torch.device("meta"):
         whole = DeepseekV3(model.config)
-    tensors, buffers, pieces = model.state_dict(keep_vars=True), dict(whole.named_buffers()), whole.checkpoint_pieces()
+    tensors, buffers, pieces = (
+        model.state_dict(keep_vars=True),
+        {name for name, _ in whole.named_buffers()},
+        whole.checkpoint_pieces(),
+    )
     weights = open_weights(source, pieces, optional=True)
     plan = []
     for name, piece, parts in _pieces_and_holders(whole, tensors):
-        kept = buffers[name].dtype if name in buffers else hf_directory.exported_dtype(piece.key, dtype, weights)
+        fixed = name in buffers
+        kept = (
+            hf_directory.buffer_dtype(piece.key, weights) if fixed else hf_directory.exported_dtype(piece.key, dtype, weights)
+        )
         plan.append(_Written(piece.key, _contents(piece.key, kept, piece.hf_shape, block), parts, name, piece))
     for key in _carried(weights, model.config.num_hidden_layers) if weights is not None else ():
         contents = _contents(key, hf_directory.carried_dtype(key, dtype, weights), weights.tensors[key].shape, block)

@@ -55,7 +55,7 @@ def listing(names: Sequence[str], most: int = 20) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an InputError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from error
     if not isinstance(content, dict):

@@ -31,6 +31,7 @@ from tests.checkpoint.sources import (
     write_source,
 )
 from tests.checkpoint.training import checkpoint_and_export
+from tests.tiny import write_tiny_model
 from tools.conversion import convert
 from torchsft.checkpoint.dcp_files import ChunkReader
 from torchsft.checkpoint.state import Checkpointer
@@ -47,6 +48,7 @@ VARIANTS = {
     "bf16": lambda path: write_source(path, torch.bfloat16, sharded=True, mtp=True),
     "bf16 with unknown tensors": lambda path: _with_unknown(write_source(path, torch.bfloat16, sharded=True, mtp=False)),
     "bf16 tied": lambda path: write_source(path, torch.bfloat16, sharded=True, mtp=False, tie_word_embeddings=True),
+    "bf16 throughout": lambda path: write_tiny_model(path, dtype=torch.bfloat16, num_hidden_layers=9),  # the routing bias too
     "fp32": lambda path: write_source(path, torch.float32, sharded=False, mtp=True, q_lora_rank=None),
     "fp8": write_deepseek,
     "fp8 with powers of two": lambda path: write_deepseek(path, power_of_two=True, files=3),
@@ -478,6 +480,10 @@ def lacks_weight(directory):
         (other_shape, r"model.norm.weight \(\(31,\) instead of \(32,\)\)"),
         (other_dtype, r"model.norm.weight \(I32\)"),
         (lacks_weight, "1 missing: model.norm.weight"),
+        (
+            lambda path: change_config(path, num_hidden_layers=2),
+            "holds 4 layers, .* 2 num_hidden_layers and 1 num_nextn_predict",
+        ),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (lambda path: change_config(path, architectures=["LlamaForCausalLM"]), "only DeepseekV3ForCausalLM is supported"),
     ],
