@@ -13,9 +13,8 @@ from types import TracebackType
 from torchsft.config import InputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ECHO_SECONDS = (
-    2.0  # Slurm signals torchrun and the ranks, and torchrun passes it on: the same signal so soon is the same notice
-)
+# Slurm signals torchrun and the ranks, and torchrun passes it on: the same signal so soon is the same notice.
+ECHO_SECONDS = 2.0
 
 
 class Preemption:

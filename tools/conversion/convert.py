@@ -29,8 +29,8 @@ from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_d
 from torchsft.checkpoint.dcp_files import METADATA, Chunk, ChunkWriter, write_manifest, write_metadata
 from torchsft.checkpoint.hf_directory import (
     Weights,
-    buffer_dtype,
     carried_dtype,
+    contents_of,
     copy_side_files,
     exported_config,
     exported_dtype,
@@ -49,6 +49,7 @@ from torchsft.checkpoint.weight_files import (
     file_order,
     has_weights,
     listing,
+    size_of,
     tensor_bytes,
 )
 from torchsft.config import InputError
@@ -261,9 +262,7 @@ class ToHf:
 
     def _item(self, key: str, dtype: torch.dtype, carried: bool) -> Item:
         stored = (self.base_weights if carried else self.weights).tensors[key]
-        contents = {key: (dtype, stored.shape)}
-        if dtype == torch.float8_e4m3fn:
-            contents[scale_key(key)] = (torch.float32, scale_shape(stored.shape, self.block))
+        contents = contents_of(key, dtype, stored.shape, self.block)
         return Item(key, dtype, stored.shape, tensor_bytes(DTYPES[stored.dtype], stored.shape), carried, contents)
 
     def plan(self) -> list[Task]:
@@ -272,8 +271,7 @@ class ToHf:
         items = []
         for name, pieces in self.model.checkpoint_pieces().items():
             for piece in pieces:
-                fixed = name in buffers
-                dtype = buffer_dtype(piece.key, base) if fixed else exported_dtype(piece.key, self.dtype, base)
+                dtype = exported_dtype(piece.key, self.dtype, base, name in buffers)
                 items.append(self._item(piece.key, dtype, carried=False))
         candidates = [] if base is None else base.tensors
         keys = [key for key in candidates if is_carried(key, layers) and not key.endswith(SCALE_SUFFIX)]
@@ -282,7 +280,7 @@ class ToHf:
             self.notes.append(_note(unknown))
         by_key = {item.key: item for item in items}
         file_order({key: entry for item in items for key, entry in item.contents.items()})  # refuses odd fp8 weights at once
-        sizes = [sum(tensor_bytes(*entry) for entry in item.contents.values()) for item in items]
+        sizes = [size_of(item.contents) for item in items]
         groups = shares(list(zip(items, sizes, strict=True)), sizes, self.file_bytes)
         tasks = []
         for i, group in enumerate(groups, start=1):

@@ -12,10 +12,11 @@ import torch
 
 from torchsft.checkpoint.converted import ConvertedWeights, is_dcp
 from torchsft.checkpoint.storage import Folder
-from torchsft.checkpoint.weight_files import DTYPES, FP8, WeightIndex, described_block, has_weights, listing, read_json_object
+from torchsft.checkpoint.weight_files import DTYPES, FP8, Contents, WeightIndex, has_weights, listing, read_json_object
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
-from torchsft.precision.blockwise import BLOCK, is_quantised
+from torchsft.models.deepseek_v3 import described_block
+from torchsft.precision.blockwise import BLOCK, is_quantised, scale_key, scale_shape
 
 # What an export takes over from its source besides config.json. Python files belong to the configuration's `auto_map`
 # (other tools may need them); they are copied, never run.
@@ -103,18 +104,22 @@ def fp8_format(exported: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
     return described_block(exported), exported["quantization_config"].get("scale_fmt") == "ue8m0"
 
 
-def exported_dtype(key: str, dtype: torch.dtype, source: Weights | None) -> torch.dtype:
-    """In which dtype an export in `dtype` has a parameter: in fp8 as an fp8 source has it, else by DeepSeek's rule or bf16."""
+def contents_of(key: str, dtype: torch.dtype, shape: tuple[int, ...], block: tuple[int, int]) -> Contents:
+    """What an export has in `dtype` for a tensor: itself, and in fp8 the fp32 scales of its blocks."""
+    scales = {scale_key(key): (torch.float32, scale_shape(shape, block))} if dtype == torch.float8_e4m3fn else {}
+    return {key: (dtype, shape)} | scales
+
+
+def exported_dtype(key: str, dtype: torch.dtype, source: Weights | None, buffer: bool) -> torch.dtype:
+    """In which dtype an export in `dtype` has a tensor of the model: in fp8 as an fp8 source has it, else by DeepSeek's rule or
+    bf16. A `buffer` (the routing bias, whose values training does not change) keeps the source's, and is fp32 without one."""
+    if buffer:
+        return DTYPES[source.tensors[key].dtype] if source is not None and key in source.tensors else torch.float32
     if dtype != torch.float8_e4m3fn:
         return dtype
     if source is not None and source.fp8 and key in source.tensors:
         return torch.float8_e4m3fn if key in source.fp8 else DTYPES[source.tensors[key].dtype]
     return torch.float8_e4m3fn if is_quantised(key) else torch.bfloat16
-
-
-def buffer_dtype(key: str, source: Weights | None) -> torch.dtype:
-    """In which dtype an export has the routing bias, whose values training does not change: the source's, else fp32."""
-    return DTYPES[source.tensors[key].dtype] if source is not None and key in source.tensors else torch.float32
 
 
 def carried_dtype(key: str, dtype: torch.dtype, source: Weights) -> torch.dtype:

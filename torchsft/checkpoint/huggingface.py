@@ -20,7 +20,15 @@ from torch import Tensor
 
 from torchsft.checkpoint import hf_directory
 from torchsft.checkpoint.boxes import Box, local_box, piece_box
-from torchsft.checkpoint.hf_directory import Weights, copy_side_files, exported_config, mismatches, open_weights, read_config
+from torchsft.checkpoint.hf_directory import (
+    Weights,
+    contents_of,
+    copy_side_files,
+    exported_config,
+    mismatches,
+    open_weights,
+    read_config,
+)
 from torchsft.checkpoint.publish import barrier, gather_objects, published, rank_and_size
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import INDEX, WEIGHT_DTYPES, Contents, SafetensorsWriter, file_order, listing, size_of
@@ -176,21 +184,14 @@ def export(
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
     with torch.device("meta"):
         whole = DeepseekV3(model.config)
-    tensors, buffers, pieces = (
-        model.state_dict(keep_vars=True),
-        {name for name, _ in whole.named_buffers()},
-        whole.checkpoint_pieces(),
-    )
-    weights = open_weights(source, pieces, optional=True)
+    tensors, buffers = model.state_dict(keep_vars=True), dict(whole.named_buffers())
+    weights = open_weights(source, whole.checkpoint_pieces(), optional=True)
     plan = []
     for name, piece, parts in _pieces_and_holders(whole, tensors):
-        fixed = name in buffers
-        kept = (
-            hf_directory.buffer_dtype(piece.key, weights) if fixed else hf_directory.exported_dtype(piece.key, dtype, weights)
-        )
-        plan.append(_Written(piece.key, _contents(piece.key, kept, piece.hf_shape, block), parts, name, piece))
+        kept = hf_directory.exported_dtype(piece.key, dtype, weights, name in buffers)
+        plan.append(_Written(piece.key, contents_of(piece.key, kept, piece.hf_shape, block), parts, name, piece))
     for key in _carried(weights, model.config.num_hidden_layers) if weights is not None else ():
-        contents = _contents(key, hf_directory.carried_dtype(key, dtype, weights), weights.tensors[key].shape, block)
+        contents = contents_of(key, hf_directory.carried_dtype(key, dtype, weights), weights.tensors[key].shape, block)
         plan.append(_Written(key, contents, {Box((), ()): range(ranks)}))  # any rank can write it
     items, contents = {item.key: item for item in plan}, _merged(plan)
     plan = [items[key] for key in file_order(contents) if key in items]
@@ -230,11 +231,6 @@ def _check_target(source: Path, target: Folder) -> None:
     unfinished = target.remote and any(name.endswith(".safetensors") for name in names)
     if names and "config.json" not in names and not unfinished:
         raise InputError(f"{target} is not empty and holds no exported model; choose another directory for the export")
-
-
-def _contents(key: str, dtype: torch.dtype, shape: tuple[int, ...], block: tuple[int, int]) -> Contents:
-    scales = {scale_key(key): (torch.float32, scale_shape(shape, block))} if dtype == FP8 else {}
-    return {key: (dtype, shape)} | scales
 
 
 def _merged(items: Iterable[_Written]) -> Contents:

@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchsft.checkpoint.boxes import Box, local_box
@@ -39,6 +38,7 @@ from torchsft.checkpoint.huggingface import mismatches
 from torchsft.checkpoint.publish import discard, gather_objects, publish, rank_and_size, reading, remove_unread, staging_of
 from torchsft.checkpoint.storage import Folder, told
 from torchsft.config import InputError
+from torchsft.models.decoder import local
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFT = re.compile(r"\.step-\d+\.(incomplete|removed)")
@@ -116,7 +116,7 @@ class Checkpointer:
         score: float | None = None,
         now: bool = False,
     ) -> bool:
-        """Begin to write `directory/step-00000100` (for step 100), which is replaced; collective. `reports` says how it ended.
+        """Begin to write `directory/step-00000100` (for step 100; replaces an older one); collective. `reports` tells the end.
         The optimizer's options (learning rate, ...) are not saved: they follow from the configuration and the step.
 
         Args:
@@ -143,7 +143,7 @@ class Checkpointer:
         self.wait()
         if changed:
             self._owned, self._held = _choose_owned(held, tensors, self._rank), held
-        mine = {name: (tuple(tensors[name].shape), held[name], _local(tensors[name])) for name in held if name in self._owned}
+        mine = {name: (tuple(tensors[name].shape), held[name], local(tensors[name])) for name in held if name in self._owned}
         if now or self._mode == "sync":
             self._ended.append(self._write(_Job(step, mine, texts, began, None, None)))
             return True
@@ -349,7 +349,7 @@ def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str,
         random_states = {name: s for name, s in _random_states(rank_and_size()[0]).items() if name in reader.tensors}
         with _agreed(), torch.no_grad():
             for name, tensor in (tensors | random_states).items():
-                _local(tensor).copy_(reader.read(name, local_box(tensor)))
+                local(tensor).copy_(reader.read(name, local_box(tensor)))
     for name, values in random_states.items():
         (torch.cuda if name.endswith("cuda") else torch).set_rng_state(values)
     return extra
@@ -392,10 +392,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     tensors = {f"optimizer.{name}": value for name, value in flat.items() if name.startswith("state.")}
     assert all(isinstance(value, Tensor) for value in tensors.values()), "an optimizer whose state is not all tensors"
     return tensors
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _random_states(rank: int) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
+from torchsft.models.deepseek_v3 import described_block
 from torchsft.precision.blockwise import SCALE_SUFFIX, dequantise, scale_key, scale_shape
 
 INDEX = "model.safetensors.index.json"
@@ -76,15 +77,6 @@ class StoredTensor:
 def has_weights(directory: str | Path) -> bool:
     """Whether there are safetensors files."""
     return any(Path(directory).glob("*.safetensors"))
-
-
-def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of an fp8 block by a config.json; None where it does not describe block-scaled e4m3 weights."""
-    fp8 = config.get("quantization_config")
-    block = fp8.get("weight_block_size") if isinstance(fp8, dict) else None
-    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
-        return None
-    return tuple(block) if fp8.get("quant_method") == "fp8" and fp8.get("fmt", "e4m3") == "e4m3" else None
 
 
 def fp8_block(directory: str | Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ D width, V vocabulary, N documents, P rope pairs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -217,18 +218,20 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
         found = ", ".join(architectures) if architectures else f"no architectures and model_type {model_type!r}"
         raise InputError(f"config.json describes {found}, but only {ARCHITECTURE} is supported")
     quantization = config.get("quantization_config")
-    if quantization:
-        known = quantization if isinstance(quantization, Mapping) else {}
-        method, block = known.get("quant_method", quantization), known.get("weight_block_size")
-        if method != "fp8" or known.get("fmt", "e4m3") != "e4m3" or not _is_block(block):
-            raise InputError(
-                f"config.json has a quantization_config ({method}, blocks of {block}), but only DeepSeek's fp8 (e4m3,"
-                " blocks such as [128, 128]) is supported; give such a checkpoint, or a bf16 or fp32 one"
-            )
+    if quantization and described_block(config) is None:
+        raise InputError(
+            f"config.json has quantization_config = {json.dumps(quantization)}, but only DeepSeek's fp8 (e4m3, blocks such as"
+            " [128, 128]) is supported; give such a checkpoint, or a bf16 or fp32 one"
+        )
 
 
-def _is_block(size: Any) -> bool:
-    return isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of an fp8 block by a config.json; None where it does not describe block-scaled e4m3 weights."""
+    fp8 = config.get("quantization_config")
+    block = fp8.get("weight_block_size") if isinstance(fp8, Mapping) else None
+    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
+        return None
+    return tuple(block) if fp8.get("quant_method") == "fp8" and fp8.get("fmt", "e4m3") == "e4m3" else None
 
 
 def _rope(config: Mapping[str, Any]) -> Rope:
