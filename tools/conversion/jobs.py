@@ -154,8 +154,9 @@ def run(
         try:
             while tasks_of:
                 done, _ = wait(tasks_of, timeout=0.2, return_when=FIRST_COMPLETED)
-                progress(count.value - shown)
-                shown = count.value
+                now = count.value  # read once: the workers go on adding
+                progress(now - shown)
+                shown = now
                 for future in done:
                     task = tasks_of.pop(future)
                     if future.cancelled():
