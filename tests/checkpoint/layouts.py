@@ -102,7 +102,7 @@ def watched_export(*arguments, **options):
 
     def watch_writer(writer, *error):
         finish(writer, *error)
-        written.append(writer.size)
+        written.append(writer._output.size)
 
     dist.batch_isend_irecv, SafetensorsWriter.__exit__ = watch_transfers, watch_writer
     try:

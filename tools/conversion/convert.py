@@ -25,7 +25,7 @@ import torch
 
 from tools.conversion.jobs import Bar, Journal, Progress, run, shares
 from torchsft.checkpoint.boxes import Box, piece_box
-from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp, is_training, slices
+from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.dcp_files import METADATA, Chunk, ChunkWriter, write_manifest, write_metadata
 from torchsft.checkpoint.hf_directory import (
     Weights,
@@ -59,7 +59,25 @@ from torchsft.precision.blockwise import SCALE_SUFFIX, quantise, scale_key, scal
 PART_ELEMENTS = 1 << 24  # of a tensor; a worker holds them as read, as written and perhaps in fp32
 DCP_FILE_BYTES = 1e9
 SHARD_BYTES = 5e9
+TRAINER = "trainer.json"
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+
+
+def is_training(directory: str | Path) -> bool:
+    """Whether a directory is a training checkpoint."""
+    return is_dcp(directory) and (Path(directory) / TRAINER).is_file()
+
+
+def slices(shape: Sequence[int], elements: int, multiple: int = 1) -> Iterator[tuple[slice, ...]]:
+    """Indices of consecutive parts of a tensor of this shape, cut along its first dim; `elements`: most of a part, where a row
+    has not more. The number of rows of each part but the last is a `multiple`."""
+    if not shape:
+        yield ()
+        return
+    width = max(1, torch.Size(shape[1:]).numel())
+    rows = max(1, elements // width // multiple) * multiple
+    for start in range(0, max(shape[0], 1), rows):
+        yield (slice(start, min(start + rows, shape[0])), *(slice(0, size) for size in shape[1:]))
 
 
 def meta_model(config: Mapping[str, Any]) -> DeepseekV3:
@@ -297,7 +315,7 @@ class ToHf:
             for item in task.content:
                 self._write(writer, item, progress)
         keys = {key: tensor_bytes(*entry) for key, entry in contents.items()}
-        return {"file": task.file, "bytes": writer.size, "keys": keys}
+        return {"file": task.file, "bytes": self.folder.size(task.file), "keys": keys}
 
     def _write(self, writer: SafetensorsWriter, item: Item, progress: Progress) -> None:
         """A tensor, part by part, and its scales."""

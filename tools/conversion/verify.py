@@ -6,8 +6,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.conversion.convert import PART_ELEMENTS, meta_model
+from tools.conversion.convert import PART_ELEMENTS, TRAINER, is_training, meta_model, slices
 from tools.conversion.jobs import Bar, Progress, run, shares
 from torchsft.checkpoint.boxes import Box
-from torchsft.checkpoint.converted import CARRIED, MODEL, TRAINER, is_dcp, is_training, slices
-from torchsft.checkpoint.dcp_files import ChunkReader, damaged, incomplete, read_manifest
+from torchsft.checkpoint.converted import CARRIED, MODEL, is_dcp
+from torchsft.checkpoint.dcp_files import SLAB_BYTES, ChunkReader, incomplete, read_manifest
 from torchsft.checkpoint.hf_directory import Weights, is_model_key, is_mtp, read_config
 from torchsft.checkpoint.huggingface import check_weights, open_weights
 from torchsft.checkpoint.publish import reading
@@ -128,6 +129,22 @@ def _check(side: Path, findings: Findings, progress: bool) -> None:
         held = sum(math.prod(chunk.box.shape) for chunk in stored.chunks)
         if held != math.prod(stored.shape):
             findings.differences.append(f"{side}: {name} has {held} of its {math.prod(stored.shape)} elements")
+
+
+def damaged(folder: Folder, progress: Callable[[int], None] | None = None) -> list[str]:
+    """As `incomplete`, and the checksums of all files: every byte is read, and `progress` told of how many."""
+    if problems := incomplete(folder):
+        return problems
+    for name, (size, expected) in read_manifest(folder).items():
+        found = 0
+        for start in range(0, size, SLAB_BYTES):
+            data = folder.read(name, start, min(start + SLAB_BYTES, size))
+            found = zlib.crc32(data, found)
+            if progress:
+                progress(len(data))
+        if found != expected:
+            problems.append(f"{name} has the checksum {found:08x} instead of {expected:08x}")
+    return problems
 
 
 def _configs(a: Path, b: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

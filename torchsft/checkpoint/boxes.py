@@ -1,10 +1,10 @@
-"""Boxes: rectangular parts of a tensor, and which box of a parameter a rank holds."""
-
-from __future__ import annotations
+"""Boxes: rectangular parts of a tensor, which box of a parameter a rank holds, and which rank writes it."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -20,15 +20,14 @@ class Box:
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
-    def __and__(self, other: Box) -> Box | None:
+    def __and__(self, other: "Box") -> "Box | None":
         """The common part; None where there is none."""
         for a, n, b, m in zip(self.start[:1], self.shape, other.start, other.shape, strict=False):
             if a >= b + m or b >= a + n:  # most of a stack's boxes, told apart without more ado
                 return None
         start = tuple(map(max, self.start, other.start))
-        shape = tuple(
-            min(a + n, b + m) - s for a, n, b, m, s in zip(self.start, self.shape, other.start, other.shape, start, strict=True)
-        )
+        dims = zip(self.start, self.shape, other.start, other.shape, start, strict=True)
+        shape = tuple(min(a + n, b + m) - s for a, n, b, m, s in dims)
         return Box(start, shape) if min(shape, default=1) > 0 else None
 
     def within(self, origin: Sequence[int]) -> tuple[slice, ...]:
@@ -39,16 +38,11 @@ class Box:
 def shard_box(
     shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement], coordinate: Sequence[int]
 ) -> Box:
-    """The box of a DTensor of global `shape` that the rank at mesh `coordinate` holds.
-
-    DTensor's rule: axis by axis, the part that the axes before left is cut as by `torch.chunk`: equal parts, rounded
-    up, the last ones smaller or empty. FSDP2 cuts what tensor parallelism has cut already, although its axis comes first:
-    where both cut the same dim, it says so with a `_StridedShard`, whose turn comes after all axes behind it.
-
-    Raises:
-        TypeError: a placement under which a rank's part is not one box, or of which FSDP2 and DTensor itself have different
-            views: a `_StridedShard` of a dim that the axes behind it do not cut evenly.
-    """
+    """The box of a DTensor of global `shape` that the rank at mesh `coordinate` holds. DTensor's rule: axis by axis, the part
+    that the axes before left is cut as by `torch.chunk`: equal parts, rounded up, the last ones smaller or empty. FSDP2 cuts
+    what tensor parallelism has cut already, although its axis comes first: where both cut the same dim, it says so with a
+    `_StridedShard`, whose turn comes after all axes behind it. A TypeError where a rank's part is not one box, or where FSDP2
+    and DTensor itself differ: a `_StridedShard` of a dim that the axes behind it do not cut evenly."""
     start, extent = [0] * len(shape), list(shape)
 
     def cut(dim: int, size: int, index: int) -> None:
@@ -62,16 +56,15 @@ def shard_box(
         if type(placement) is Shard:
             cut(placement.dim, size, index)
         elif isinstance(placement, _StridedShard):
-            dim = placement.dim
             behind = zip(mesh_shape[axis + 1 :], placements[axis + 1 :], strict=True)
-            parts = math.prod(n for n, other in behind if getattr(other, "dim", None) == dim)
-            if placement.split_factor != parts or extent[dim] % parts:
+            parts = math.prod(n for n, other in behind if getattr(other, "dim", None) == placement.dim)
+            if placement.split_factor != parts or extent[placement.dim] % parts:
                 raise TypeError(f"{tuple(shape)} placed as {tuple(placements)} on {tuple(mesh_shape)} is not one box per rank")
-            later.append((dim, size, index))
+            later.append((placement.dim, size, index))
         elif not isinstance(placement, Replicate):
             raise TypeError(f"a parameter placed as {placement} is not one box per rank; place it as Shard or Replicate")
-    for dim, size, index in reversed(later):
-        cut(dim, size, index)
+    for last in reversed(later):
+        cut(*last)
     return Box(tuple(start), tuple(extent))
 
 
@@ -86,3 +79,13 @@ def local_box(tensor: Tensor) -> Box:
 def piece_box(piece: Piece) -> Box:
     """The box of its parameter that a Hugging Face tensor fills."""
     return Box(piece.start, (1,) * (len(piece.start) - len(piece.hf_shape)) + piece.hf_shape)
+
+
+def share_out(items: Mapping[Any, tuple[int, Collection[int]]]) -> dict[Any, int]:
+    """Which rank writes each item of (bytes, ranks that hold it): the one of these with the fewest bytes so far. Items that few
+    ranks hold come first (so an expert is gathered only over them), then large ones."""
+    load, owners = Counter(), {}
+    for key, (size, ranks) in sorted(items.items(), key=lambda item: (len(item[1][1]), -item[1][0])):
+        owners[key] = min(ranks, key=lambda rank: (load[rank], rank))
+        load[owners[key]] += size
+    return owners

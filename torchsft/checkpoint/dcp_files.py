@@ -5,8 +5,6 @@
 checkpoint.json the manifest: size and checksum of every other file, written last
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import json
@@ -16,8 +14,7 @@ import pickle
 import re
 import sys
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,36 +50,27 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a checkpoint; `nbytes` of values."""
+    """A tensor of a checkpoint."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 Written = tuple[str, tuple[int, ...], torch.dtype, Chunk]  # name, shape of the whole tensor, dtype, where a box of it lies
-
 _without_crc = threading.Lock()
 
 
 class ChunkWriter:
-    """Writes one file (such as `__0_0.distcp`) from start to end, chunk by chunk. A context manager.
-
-    Attributes:
-        written: one (name, shape, dtype, Chunk) for each chunk, for `write_metadata`.
-        size, crc32: of the complete file, when the context is left.
-    """
+    """Writes one file (such as `__0_0.distcp`) from start to end, chunk by chunk. A context manager: `size` and `crc32` of the
+    complete file are there when it is left. `written` has (name, shape, dtype, Chunk) of each chunk, for `write_metadata`."""
 
     def __init__(self, folder: Folder, file: str) -> None:
         self.file = file
         self.written: list[Written] = []
         self._context = folder.writer(file)
 
-    def __enter__(self) -> ChunkWriter:
+    def __enter__(self) -> "ChunkWriter":
         self._out = self._context.__enter__()
         return self
 
@@ -91,11 +79,8 @@ class ChunkWriter:
         self.size, self.crc32 = self._out.size, self._out.crc32
 
     def write(self, name: str, shape: Iterable[int], box: Box, values: Tensor) -> None:
-        """Append a box of the tensor `name` of global `shape`, in chunks of at most `CHUNK_BYTES`.
-
-        An empty box of a tensor that has elements is left out. `values` may be on any device, of any dtype and strides.
-        Raises OSError where they cannot be written.
-        """
+        """Append a box of the tensor `name` of global `shape`, in chunks of at most `CHUNK_BYTES`; an empty box of a tensor
+        that has elements is left out. `values`: any device, dtype and strides. An OSError where they cannot be written."""
         shape, values = tuple(shape), values.detach().cpu().contiguous()
         assert tuple(values.shape) == box.shape, f"{name}: {tuple(values.shape)} values for the box {box}"
         if not values.numel() and math.prod(shape):
@@ -144,10 +129,6 @@ def write_metadata(folder: Folder, written: Iterable[Written]) -> Output:
     return out
 
 
-class _Refused(Exception):
-    """A pickle names what it has no use for."""
-
-
 class _Record:
     """What stands in for a class of DCP: keeps what the pickle says, and does nothing."""
 
@@ -178,26 +159,21 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         if (module, name) not in _KNOWN:
-            raise _Refused(f"{module}.{name}")
+            raise InputError(f"names {module}.{name}, which DCP's metadata has no use for")
         return _KNOWN[module, name]
 
 
 def read_metadata(folder: Folder) -> dict[str, Stored]:
-    """The tensors of a DCP checkpoint by name, without what else DCP saved. No code that a `.metadata` names is run.
-
-    Raises:
-        InputError: no `.metadata`, a damaged one, or one that names something that DCP's metadata does not need.
-    """
+    """The tensors of a DCP checkpoint by name, without what else DCP saved. No code that a `.metadata` names is run. An
+    InputError: no `.metadata`, a damaged one, or one that names something that DCP's metadata does not need."""
     try:
         data = folder.read(METADATA)
     except OSError as error:
         raise InputError(f"{folder} is no DCP checkpoint: its {METADATA} cannot be read ({error}); give another one") from error
     try:
         return _tensors(_MetadataUnpickler(io.BytesIO(data)).load())
-    except _Refused as error:
-        raise InputError(
-            f"{folder}/{METADATA} names {error}, which DCP's metadata has no use for; it was not run: do not trust this file"
-        ) from error
+    except InputError as error:
+        raise InputError(f"{folder}/{METADATA} {error}; it was not run: do not trust this file") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(f"{folder} is damaged: unreadable {METADATA} ({error!r}); use another checkpoint") from error
 
@@ -248,10 +224,8 @@ def _expect(condition: Any, text: str) -> None:
 
 
 class ChunkReader:
-    """The tensors of a DCP checkpoint; any box of one by reading only its bytes.
-
-    `tensors` has each by name; `bytes_read` counts so far, headers included, `.metadata` not.
-    """
+    """The tensors of a DCP checkpoint; any box of one by reading only its bytes. `tensors` has each by name; `bytes_read`
+    counts so far, headers included, `.metadata` not."""
 
     def __init__(self, folder: Folder | str | Path) -> None:
         self.folder = folder if isinstance(folder, Folder) else Folder(folder)
@@ -260,27 +234,20 @@ class ChunkReader:
         self._offsets: dict[Chunk, int | None] = {}
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A box of a tensor on the CPU, in its stored dtype.
-
-        Raises:
-            InputError: the checkpoint lacks a part of the box, or a file is absent, too short or damaged.
-        """
+        """A box of a tensor on the CPU, in its stored dtype. An InputError: a part is lacking, a file absent or damaged."""
         stored = self.tensors[name]
         values = torch.empty(box.shape, dtype=stored.dtype)
         parts = {chunk.box: (chunk, common) for chunk in stored.chunks if (common := chunk.box & box)}
         covered = sum(math.prod(common.shape) for _, common in parts.values())
         if covered != values.numel():
-            raise InputError(
-                f"{self.folder} is damaged: it holds {covered} of the {values.numel()} elements of {name} at {box.start}; use "
-                "another checkpoint"
-            )
+            fault = f"it holds {covered} of the {values.numel()} elements of {name} at {box.start}"
+            raise InputError(f"{self.folder} is damaged: {fault}; use another checkpoint")
         for chunk, common in parts.values():
             try:
                 self._read(chunk, common, values[common.within(box.start)])
             except Exception as error:  # what damaged bytes or a file system make of it
-                raise InputError(
-                    f"{self.folder} is damaged: {name} cannot be read from {chunk.file} ({told(error)}); use another checkpoint"
-                ) from error
+                fault = f"{name} cannot be read from {chunk.file} ({told(error)})"
+                raise InputError(f"{self.folder} is damaged: {fault}; use another checkpoint") from error
         return values
 
     def _read(self, chunk: Chunk, part: Box, into: Tensor) -> None:
@@ -290,7 +257,7 @@ class ChunkReader:
         if (start := self._offsets[chunk]) is not None:
             self._read_runs(chunk, start, part, into)
             return
-        data = io.BytesIO(self._bytes(chunk, 0, chunk.length))
+        data = io.BytesIO(self._fill(chunk, 0, bytearray(chunk.length)))
         try:
             values = torch.load(data, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
@@ -303,7 +270,8 @@ class ChunkReader:
         """Where in a chunk its values stand, in order; None where they do not, or where it does not pay to find out."""
         if chunk.length <= SMALL_BYTES:
             return None
-        head, tail = self._bytes(chunk, 0, HEAD_BYTES), self._bytes(chunk, chunk.length - TAIL_BYTES, chunk.length)
+        head = self._fill(chunk, 0, bytearray(HEAD_BYTES))
+        tail = self._fill(chunk, chunk.length - TAIL_BYTES, bytearray(TAIL_BYTES))
         if {"little": b"big", "big": b"little"}[sys.byteorder] in head + tail:  # torch would swap bytes that are not there
             return None
         try:
@@ -337,16 +305,12 @@ class ChunkReader:
                 self._fill(chunk, at, _bytes_of(aside))
                 target.copy_(aside[(slice(None), *behind)])
 
-    def _bytes(self, chunk: Chunk, start: int, end: int) -> bytearray:
-        data = bytearray(end - start)
-        self._fill(chunk, start, memoryview(data))
-        return data
-
-    def _fill(self, chunk: Chunk, start: int, target: memoryview) -> None:
-        end = start + target.nbytes
+    def _fill(self, chunk: Chunk, start: int, target: bytearray | memoryview) -> bytearray | memoryview:
+        end = start + len(target)
         _expect(0 <= start <= end <= chunk.length, f"bytes {start} to {end} of a chunk of {chunk.length}")
-        self.folder.read_into(chunk.file, chunk.offset + start, target)
-        self.bytes_read += target.nbytes
+        self.folder.read_into(chunk.file, chunk.offset + start, memoryview(target))
+        self.bytes_read += len(target)
+        return target
 
 
 def write_manifest(folder: Folder, files: Mapping[str, tuple[int, int]]) -> None:
@@ -381,20 +345,4 @@ def incomplete(folder: Folder) -> list[str]:
                 problems.append(f"{name} has {found} bytes instead of {size}")
         except FileNotFoundError:
             problems.append(f"it has no {name}")
-    return problems
-
-
-def damaged(folder: Folder, progress: Callable[[int], None] | None = None) -> list[str]:
-    """As `incomplete`, and the checksums of all files: every byte is read, and `progress` told of how many."""
-    if problems := incomplete(folder):
-        return problems
-    for name, (size, expected) in read_manifest(folder).items():
-        found = 0
-        for start in range(0, size, SLAB_BYTES):
-            data = folder.read(name, start, min(start + SLAB_BYTES, size))
-            found = zlib.crc32(data, found)
-            if progress:
-                progress(len(data))
-        if found != expected:
-            problems.append(f"{name} has the checksum {found:08x} instead of {expected:08x}")
     return problems

@@ -1,7 +1,5 @@
 """What a Hugging Face directory holds beside the model's own weights, and what an export of a model holds."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,7 @@ import torch
 
 from torchsft.checkpoint.converted import ConvertedWeights, is_dcp
 from torchsft.checkpoint.storage import Folder
-from torchsft.checkpoint.weight_files import DTYPES, FP8, Contents, WeightIndex, has_weights, listing, read_json_object
+from torchsft.checkpoint.weight_files import DTYPES, FP8, Contents, WeightIndex, Weights, has_weights, listing, read_json_object
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
 from torchsft.models.deepseek_v3 import described_block
@@ -23,8 +21,6 @@ from torchsft.precision.blockwise import BLOCK, is_quantised, scale_key, scale_s
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "additional_chat_templates/*.jinja")
 _OTHERS = {"config.json", "checkpoint.json", "trainer.json"}  # written anew, or of a DCP directory
 ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote
-
-Weights = WeightIndex | ConvertedWeights
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -46,13 +42,9 @@ def open_weights(directory: str | Path, pieces: Mapping[str, Sequence[Piece]], o
 
 def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...] | None]) -> str:
     """What is missing, unexpected and of another shape, in words; empty where the two agree."""
-    groups = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "of another shape": [
-            f"{key} ({found[key]} instead of {shape})" for key, shape in expected.items() if found.get(key, shape) != shape
-        ],
-    }
+    missing, unexpected = [key for key in expected if key not in found], [key for key in found if key not in expected]
+    odd = [f"{key} ({found[key]} instead of {shape})" for key, shape in expected.items() if found.get(key, shape) != shape]
+    groups = {"missing": missing, "unexpected": unexpected, "of another shape": odd}
     return "; ".join(f"{len(keys)} {word}: {listing(keys)}" for word, keys in groups.items() if keys)
 
 
@@ -85,11 +77,8 @@ def copy_side_files(source: Path, target: Folder) -> None:
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config.json with the exported dtype, under the name(s) that it uses.
-
-    `quantization_config` is there in fp8 alone (what is not fp8 is bf16 then): the source's, where that describes DeepSeek's
-    fp8, else DeepSeek-V3's.
-    """
+    """The source's config.json with the exported dtype, under the name(s) that it uses. `quantization_config` is there in fp8
+    alone (what is not fp8 is bf16 then): the source's, where that describes DeepSeek's fp8, else DeepSeek-V3's."""
     exported = {key: value for key, value in config.items() if key != "quantization_config"}
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     if dtype == torch.float8_e4m3fn:
@@ -123,11 +112,8 @@ def exported_dtype(key: str, dtype: torch.dtype, source: Weights | None, buffer:
 
 
 def carried_dtype(key: str, dtype: torch.dtype, source: Weights) -> torch.dtype:
-    """In which dtype an export in `dtype` has a tensor that it takes over from the source.
-
-    As it is, except that loaders expect like weights in one format: fp8 becomes `dtype`, and in an export in fp8, what DeepSeek
-    quantises is quantised. A dtype that torch lacks is an InputError.
-    """
+    """In which dtype an export in `dtype` has a tensor of the source. As it is, except that loaders expect like weights in one
+    format: fp8 becomes `dtype`, and in fp8, what DeepSeek quantises is quantised. A dtype that torch lacks is an InputError."""
     stored = source.tensors[key].dtype
     if stored not in DTYPES:
         raise InputError(f"{source.directory}: {key} has dtype {stored}, which cannot be exported; remove it")

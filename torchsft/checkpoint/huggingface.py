@@ -4,8 +4,6 @@ A model says where each Hugging Face tensor lies in its parameters (`model.check
 parameter. A rank holds a box of each too. Everything here is intersections of these boxes, in the parameter's coordinates.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -19,16 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchsft.checkpoint import hf_directory
-from torchsft.checkpoint.boxes import Box, local_box, piece_box
-from torchsft.checkpoint.hf_directory import (
-    Weights,
-    contents_of,
-    copy_side_files,
-    exported_config,
-    mismatches,
-    open_weights,
-    read_config,
-)
+from torchsft.checkpoint.boxes import Box, local_box, piece_box, share_out
+from torchsft.checkpoint.hf_directory import Weights, contents_of, copy_side_files, open_weights, read_config
 from torchsft.checkpoint.publish import barrier, gather_objects, published, rank_and_size
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import INDEX, WEIGHT_DTYPES, Contents, SafetensorsWriter, file_order, listing, size_of
@@ -42,32 +32,25 @@ FP8 = torch.float8_e4m3fn
 
 def check_weights(hf_dir: str | Path, model: DeepseekV3) -> Weights:
     """Compare keys, shapes and dtypes of a Hugging Face or converted directory with what the model needs, from headers alone.
-
     Allowed although the model has no use for them: MTP layers and keys that no weight of the model could have (`export` carries
     both through), rotary `inv_freq` buffers, and an `lm_head.weight` that equals tied embeddings. `model`: whole, meta will do.
-
-    Raises:
-        InputError: keys that are missing, unexpected or of another shape, all named; dtypes but bf16, fp16, fp32 and fp8.
-    """
-    pieces = model.checkpoint_pieces()
+    An InputError: keys that are missing, unexpected or of another shape, all named; dtypes but bf16, fp16, fp32 and fp8."""
+    pieces, layers = model.checkpoint_pieces(), model.config.num_hidden_layers
     index, found = open_weights(hf_dir, pieces), {}
     expected = {piece.key: piece.hf_shape for piece in itertools.chain.from_iterable(pieces.values())}
     for key, stored in index.tensors.items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             _check_tied(index)
-        elif hf_directory.is_model_key(key, model.config.num_hidden_layers) and not key.endswith(SCALE_SUFFIX):
+        elif hf_directory.is_model_key(key, layers) and not key.endswith(SCALE_SUFFIX):
             found[key] = stored.shape
-    if problem := mismatches(expected, found):
+    if problem := hf_directory.mismatches(expected, found):
         raise InputError(f"{hf_dir}: weights do not fit config.json: {problem}; use the two that belong together")
-    layers, most = model.config.num_hidden_layers, read_config(hf_dir).get("num_nextn_predict_layers")
+    most = read_config(hf_dir).get("num_nextn_predict_layers")
     more = {key.split(".")[2] for key in index.tensors if hf_directory.is_mtp(key, layers)}
     if isinstance(most, int) and len(more) > most:
-        raise InputError(
-            f"{hf_dir} holds {layers + len(more)} layers, but its config.json has {layers} num_hidden_layers and {most} "
-            "num_nextn_predict_layers; use the two that belong together"
-        )
-    odd = [f"{key} ({index.tensors[key].dtype})" for key in expected if index.tensors[key].dtype not in WEIGHT_DTYPES]
-    if odd:
+        said = f"{layers} num_hidden_layers and {most} num_nextn_predict_layers; use the two that belong together"
+        raise InputError(f"{hf_dir} holds {layers + len(more)} layers, but its config.json has {said}")
+    if odd := [f"{key} ({index.tensors[key].dtype})" for key in expected if index.tensors[key].dtype not in WEIGHT_DTYPES]:
         raise InputError(f"{hf_dir}: {listing(odd)} must be bf16, fp16, fp32 or fp8 (e4m3); convert the directory first")
     return index
 
@@ -79,20 +62,15 @@ def _check_tied(index: Weights, rows: int = 4096) -> None:
     same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     parts = [(slice(i, i + rows),) for i in range(0, head.shape[0], rows)]
     if not same or not all(torch.equal(*(index.values(key, part) for key in keys)) for part in parts):
-        raise InputError(
-            f"{index.directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them; "
-            "set tie_word_embeddings to false there or remove lm_head.weight"
-        )
+        fault = "lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
+        raise InputError(f"{index.directory}: {fault}; set tie_word_embeddings to false there or remove lm_head.weight")
 
 
 @torch.no_grad()
 def load_weights(model: DeepseekV3, index: Weights) -> int:
     """Fill all parameters and persistent buffers, in their dtypes; each rank reads only what it holds. Returns bytes read.
-
-    Args:
-        model: materialised, whole or the part that this rank holds; of plain tensors or DTensors (see `shard_box`).
-        index: from `check_weights` of the whole model. A tensor that holds nan or inf is an InputError.
-    """
+    `model`: materialised, whole or the part that this rank holds; of plain tensors or DTensors (see `shard_box`). `index`: from
+    `check_weights` of the whole model. A tensor that holds nan or inf is an InputError."""
     pieces, before = model.checkpoint_pieces(), index.bytes_read
     # Not `named_parameters`: the hooks of `state_dict` put FSDP's parameters back into their shards.
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -114,11 +92,9 @@ def load_weights(model: DeepseekV3, index: Weights) -> int:
 def initialise_weights(
     model: DeepseekV3, seed: int, initial_value: Callable[[str, tuple[int, ...], DeepseekV3Config, int], Tensor]
 ) -> None:
-    """Random weights that do not depend on the layout: each rank keeps its box of the full value of each tensor.
-
-    Every rank draws every full tensor, which suits small models (a layer's stacked experts of V3 are 30 GB).
-    `initial_value`: (name, global shape, model.config, seed) -> full value, fp32 on the CPU.
-    """
+    """Random weights that do not depend on the layout: each rank keeps its box of the full value of each tensor. Every rank
+    draws every full tensor, which suits small models (a layer's stacked experts of V3 are 30 GB). `initial_value`: (name,
+    global shape, model.config, seed) -> full value, fp32 on the CPU."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         full = initial_value(name, tuple(tensor.shape), model.config, seed)
         local(tensor).copy_(full[local_box(tensor).within((0,) * tensor.ndim)])
@@ -138,47 +114,34 @@ def load_model(hf_dir: str | Path, dtype: torch.dtype = torch.float32, device: t
 
 @dataclass
 class _Written:
-    """One tensor of an export.
-
-    Attributes:
-        contents: what it is in the file, in fp8 its scales too.
-        parts: which ranks hold which part of it (parameter coordinates); a part can lie on several ranks.
-        name, piece: the parameter that it is a piece of; None for a tensor that is carried through from the source.
-        owner, file: the rank that writes it, and the number of the file.
-    """
+    """One tensor of an export."""
 
     key: str
-    contents: Contents
-    parts: Mapping[Box, Sequence[int]]
-    name: str | None = None
+    contents: Contents  # what it is in the file, in fp8 its scales too
+    parts: Mapping[Box, Sequence[int]]  # which ranks hold which part of it (parameter coordinates): one rank or several
+    name: str | None = None  # the parameter that it is a piece of; None for a tensor that is carried through from the source
     piece: Piece | None = None
-    owner: int = -1
-    file: int = -1
+    owner: int = -1  # the rank that writes it
+    file: int = -1  # the number of the file
 
 
 @torch.no_grad()
 def export(
-    model: DeepseekV3, out_dir: str | Path, dtype: torch.dtype, source_dir: str | Path, max_shard_bytes: float = 5e9
+    model: DeepseekV3,  # what this rank holds; all ranks together hold every tensor
+    out_dir: str | Path,  # the directory to write, or the URL of a folder
+    dtype: torch.dtype,  # of the parameters (see `exported_dtype`); the routing bias keeps the source's, fp32 in published ones
+    source_dir: str | Path,  # the Hugging Face or converted directory that the run began with; its weights may be absent
+    max_shard_bytes: float = 5e9,  # size of a file, in bytes of tensors
 ) -> None:
     """Write the model as a Hugging Face directory; collective over all ranks, or one process without a group.
 
     MTP layers, unknown tensors and other files come from the source, and in fp8 (torch.float8_e4m3fn) the bytes of a block that
     still has its source's values. Each tensor is sent to the one rank that writes it, straight into its file: a rank holds its
     share of the model and the tensor in flight. `out_dir` appears, or is replaced, when all ranks have finished; a remote one
-    is written in place, config.json last. A rank that fails raises at once; the others wait until they are ended.
-
-    Args:
-        model: what this rank holds; all ranks together hold every tensor.
-        out_dir: the directory to write, or the URL of a folder.
-        dtype: of the parameters (see `exported_dtype`); the routing bias keeps the source's, fp32 in published ones.
-        source_dir: the Hugging Face or converted directory that the run began with; its weights may be absent.
-        max_shard_bytes: size of a file, in bytes of tensors.
-
-    Raises:
-        InputError: `out_dir` is the source or no model directory; a source that cannot be used; what fp8 cannot hold.
-    """
+    is written in place, config.json last. A rank that fails raises at once; the others wait until they are ended. An
+    InputError: `out_dir` is the source or no model directory; a source that cannot be used; what fp8 cannot hold."""
     source, target = Path(source_dir), Folder(out_dir)
-    exported = exported_config(read_config(source), dtype)
+    exported = hf_directory.exported_config(read_config(source), dtype)
     _check_target(source, target)
     rank, ranks = rank_and_size()
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
@@ -195,7 +158,7 @@ def export(
         plan.append(_Written(key, contents, {Box((), ()): range(ranks)}))  # any rank can write it
     items, contents = {item.key: item for item in plan}, _merged(plan)
     plan = [items[key] for key in file_order(contents) if key in items]
-    files = _assign(plan, ranks, max_shard_bytes)
+    files = _assign(plan, max_shard_bytes)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     with published(target) as folder:
         if dist.is_initialized():
@@ -272,19 +235,15 @@ def _carried(weights: Weights, layers: int) -> list[str]:
     return keys
 
 
-def _assign(plan: Sequence[_Written], ranks: int, max_shard_bytes: float) -> list[list[_Written]]:
-    """Set `owner` and `file` of each tensor; the tensors of each file. The owner is the rank with the fewest bytes so far among
-    those that hold a part. Tensors that few ranks hold come first (so an expert is gathered only over them), then large ones.
-    """
+def _assign(plan: Sequence[_Written], max_shard_bytes: float) -> list[list[_Written]]:
+    """Set `owner` and `file` of each tensor; the tensors of each file."""
     sizes = {item.key: size_of(item.contents) for item in plan}
-    holders = {item.key: sorted(set(itertools.chain.from_iterable(item.parts.values()))) for item in plan}
-    written = [0] * ranks
-    for item in sorted(plan, key=lambda item: (len(holders[item.key]), -sizes[item.key])):
-        item.owner = min(holders[item.key], key=written.__getitem__)
-        written[item.owner] += sizes[item.key]
+    holders = {item.key: set(itertools.chain.from_iterable(item.parts.values())) for item in plan}
+    owners = share_out({key: (size, holders[key]) for key, size in sizes.items()})
     files: list[list[_Written]] = []
     owner, size = -1, 0
-    for item in sorted(plan, key=lambda item: item.owner):
+    for item in sorted(plan, key=lambda item: owners[item.key]):
+        item.owner = owners[item.key]
         if item.owner != owner or size + sizes[item.key] > max_shard_bytes:
             files.append([])
             owner, size = item.owner, 0
@@ -296,9 +255,7 @@ def _assign(plan: Sequence[_Written], ranks: int, max_shard_bytes: float) -> lis
 
 def _gather(item: _Written, tensor: Tensor, rank: int) -> Tensor | None:
     """The whole of one tensor on its owner, in the dtype in which it is written, for fp8 in fp32; None on the other ranks.
-
-    Point to point between the ranks that hold a part (`tensor`); of several copies of the model, in the owner's own.
-    """
+    Point to point between the ranks that hold a part (`tensor`); of several copies of the model, in the owner's own."""
     mine, origin, dtype = local(tensor), local_box(tensor).start, item.contents[item.key][0]
     dtype = torch.float32 if dtype == FP8 else dtype
     whole = mine.new_empty(piece_box(item.piece).shape, dtype=dtype) if rank == item.owner else None

@@ -1,7 +1,5 @@
 """Directories with one writer, and directories that appear only when they are complete."""
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import os
@@ -37,11 +35,6 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return values
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file and flush it to the disk."""
-    Folder(path.parent).write_text(path.name, text)
-
-
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries (names, not contents) to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -53,21 +46,17 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def claimed(output: Path, main: bool) -> Iterator[None]:
-    """On the `main` rank: make a run's directory and keep other runs out until this one leaves or its process ends.
-
-    Raises:
-        InputError: another process has claimed it, or it cannot be written.
-    """
+    """On the `main` rank: make a run's directory and keep other runs out until this one leaves or its process ends. An
+    InputError: another process has claimed it, or it cannot be written."""
     if not main:
         yield
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")  # noqa: SIM115 (held open as long as the claim)
-    except FileExistsError as error:
-        raise InputError(f"--output {output} is a file; choose another --output") from error
     except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error}); choose another --output") from error
+        fault = "is a file" if isinstance(error, FileExistsError) else f"cannot be written ({error})"
+        raise InputError(f"--output {output} {fault}; choose another --output") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,8 +68,7 @@ def claimed(output: Path, main: bool) -> Iterator[None]:
 @contextmanager
 def reading(folder: Folder) -> Iterator[None]:
     """Keep a training checkpoint from being removed by its run while it is read. Raises InputError where it was removed or
-    replaced all the same, before or meanwhile. Of a remote one nothing is known.
-    """
+    replaced all the same, before or meanwhile. Of a remote one nothing is known."""
     if folder.remote or not (path := folder.path / "trainer.json").is_file():
         yield
         return
@@ -115,25 +103,25 @@ def remove_unread(folder: Folder) -> None:
             return
         except OSError:
             pass  # a file system without locks
-        hidden = _hidden(folder.path, "removed")
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.path.rename(hidden)
+        hidden = _hide(folder.path)
     shutil.rmtree(hidden)
 
 
-def _hidden(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{suffix}")
+def _hide(path: Path) -> Path:
+    """Rename a directory that is to be removed; its new path."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return path.rename(hidden)
 
 
 def staging_of(target: Folder) -> Folder:
     """The folder in which what becomes `target` is written: a hidden one beside it; remote ones know no rename."""
-    return target if target.remote else Folder(_hidden(target.path, "incomplete"))
+    return target if target.remote else Folder(target.path.with_name(f".{target.path.name}.incomplete"))
 
 
 def publish(staging: Folder, target: Folder) -> None:
     """Let a complete staging folder take `target`'s place, on the disk too; there is nothing left to do for a remote one. A
-    `target` that is there already is exchanged in one step on Linux; elsewhere it is away for a moment.
-    """
+    `target` that is there already is exchanged in one step on Linux; elsewhere it is away for a moment."""
     if target.remote:
         return
     sync_directory(staging.path)
@@ -141,9 +129,7 @@ def publish(staging: Folder, target: Folder) -> None:
     if not target.path.exists():
         staging.path.rename(target.path)
     elif not _exchange(staging.path, target.path):
-        old = _hidden(target.path, "removed")
-        shutil.rmtree(old, ignore_errors=True)
-        target.path.rename(old)
+        old = _hide(target.path)
         staging.path.rename(target.path)
     sync_directory(target.path.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -159,10 +145,8 @@ def _exchange(one: Path, other: Path) -> bool:
 @contextmanager
 def published(place: str | Path | Folder) -> Iterator[Folder]:
     """Collective: yields an empty folder that takes the place of `place` when all ranks are done, and have flushed their files.
-
     If any rank fails, `place` stays as it was, and the next attempt removes the hidden directory. A remote `place` is emptied
-    first and written in place: write last what makes it complete.
-    """
+    first and written in place: write last what makes it complete."""
     main = rank_and_size()[0] == 0
     target = place if isinstance(place, Folder) else Folder(place)
     staging = staging_of(target)

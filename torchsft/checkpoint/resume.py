@@ -1,7 +1,5 @@
 """Which checkpoint a run continues from, and whether its output directory and that checkpoint are its own."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -16,18 +14,9 @@ def checkpoints_of(output: str | Path, remote: str | None) -> str:
 
 
 def checkpoint_to_continue(config: Config, tell: bool) -> str | None:
-    """Refuse an output directory or checkpoint of another run; to be called by every rank before one writes there.
-
-    Args:
-        config: resolved, as it is compared with the configurations found.
-        tell: whether to print (on stderr) that a checkpoint is passed over.
-
-    Returns:
-        The checkpoint to continue from, if there is one.
-
-    Raises:
-        InputError: what is found is damaged, of another run, or later than what shall be continued.
-    """
+    """The checkpoint to continue from, if there is one; to be called by every rank before one writes to the output directory.
+    `config`: resolved, as it is compared with the configurations found; `tell`: whether to print (on stderr) that a checkpoint
+    is passed over. An InputError: what is found is damaged, of another run, or later than what shall be continued."""
     output, options, asked = Path(config.output), config.checkpoint, to_dict(config)
     saved = output / "config.json"
     try:
@@ -35,41 +24,28 @@ def checkpoint_to_continue(config: Config, tell: bool) -> str | None:
     except InputError as error:
         raise InputError(f"{saved} is damaged; delete it (each checkpoint has a copy) or choose another --output") from error
     if different := differences(found, asked):
-        raise InputError(
-            f"{output} holds another run, which differs in {'; '.join(different)}; choose another --output or delete it"
-        )
+        fault = f"{output} holds another run, which differs in {'; '.join(different)}"
+        raise InputError(f"{fault}; choose another --output or delete it")
     where = checkpoints_of(output, options.remote)
     latest, passed_over = state.find_latest(where)
     for sentence in passed_over if tell else ():
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
     if options.resume == "auto":
-        if latest is None:
-            _refuse_to_forget(checkpoints_of(output, found["checkpoint"].get("remote")), where)
+        if latest is None:  # a run must not begin anew, unasked, since --checkpoint.remote changed
+            before = checkpoints_of(output, found["checkpoint"].get("remote"))
+            if before != where and (elsewhere := state.find_latest(before)[0]):
+                fault = f"this run has checkpoints in {before}, but none in {where}, where --checkpoint.remote puts them now"
+                raise InputError(f"{fault}; continue with --checkpoint.resume {elsewhere}, or choose another --output")
         return latest
     if options.resume == "never":
-        if latest:
-            raise InputError(
-                f"{where} already holds checkpoints, but --checkpoint.resume is never; choose another --output, or "
-                "--checkpoint.resume auto to continue that run"
-            )
-        return None
+        if latest is None:
+            return None
+        remedy = "choose another --output, or --checkpoint.resume auto to continue that run"
+        raise InputError(f"{where} already holds checkpoints, but --checkpoint.resume is never; {remedy}")
     if different := differences(state.saved_config(options.resume), asked):
-        raise InputError(
-            f"checkpoint {options.resume} is of another run, which differs in {'; '.join(different)}; give the options of that "
-            "run, or train from its exported weights with --model.path"
-        )
+        fault = f"checkpoint {options.resume} is of another run, which differs in {'; '.join(different)}"
+        raise InputError(f"{fault}; give the options of that run, or train from its exported weights with --model.path")
     if latest and state.saved_step(latest) > state.saved_step(options.resume):
-        raise InputError(
-            f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than {options.resume}; choose another --output or "
-            "delete it"
-        )
+        fault = f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than {options.resume}"
+        raise InputError(f"{fault}; choose another --output or delete it")
     return options.resume
-
-
-def _refuse_to_forget(before: str, now: str) -> None:
-    """A run whose checkpoints were kept elsewhere must not begin anew, unasked, since --checkpoint.remote changed."""
-    if before != now and (elsewhere := state.find_latest(before)[0]):
-        raise InputError(
-            f"this run has checkpoints in {before}, but none in {now}, where --checkpoint.remote puts them now; continue with "
-            f"--checkpoint.resume {elsewhere}, or choose another --output"
-        )

@@ -10,8 +10,6 @@ A local directory with such a name is complete: it is written aside and renamed 
 written in place and complete when it has its checkpoint.json.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -32,9 +30,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from torchsft.checkpoint.boxes import Box, local_box
+from torchsft.checkpoint.boxes import Box, local_box, share_out
 from torchsft.checkpoint.dcp_files import MANIFEST, ChunkReader, ChunkWriter, Stored, incomplete, write_manifest, write_metadata
-from torchsft.checkpoint.huggingface import mismatches
+from torchsft.checkpoint.hf_directory import mismatches
 from torchsft.checkpoint.publish import discard, gather_objects, publish, rank_and_size, reading, remove_unread, staging_of
 from torchsft.checkpoint.storage import Folder, told
 from torchsft.config import InputError
@@ -68,28 +66,20 @@ class _Job:
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run; every rank has one, and writes its share.
-
-    Args:
-        directory: of the checkpoints, a path or URL; made if it is not there.
-        mode: "async": a thread writes what `save` has copied to host memory, which is allocated once (pinned if there is
-            CUDA); "sync": `save` returns when it is written, without a copy.
-        if_busy: what `save` does while an older one is being written: wait for it, or do nothing.
-        keep: how many of the newest checkpoints stay (0: all), beside those whose step `keep_every` divides and the
-            `keep_best` ones with the lowest scores.
-        group: a gloo group of all ranks that nothing else uses; None: one process.
-    """
+    """Writes the checkpoints of a run; every rank has one, and writes its share. If `mode` is "async", a thread writes what
+    `save` has copied to host memory, which is allocated once (pinned if there is CUDA); "sync": `save` returns when it is
+    written, without a copy."""
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Path,  # of the checkpoints, a path or URL; made if it is not there
         *,
         mode: Literal["async", "sync"] = "async",
-        if_busy: Literal["wait", "skip"] = "wait",
-        keep: int = 0,
-        keep_every: int = 0,
-        keep_best: int = 0,
-        group: dist.ProcessGroup | None = None,
+        if_busy: Literal["wait", "skip"] = "wait",  # what `save` does while an older one is being written; skip: nothing
+        keep: int = 0,  # how many of the newest checkpoints stay (0: all)
+        keep_every: int = 0,  # those whose step this divides stay too
+        keep_best: int = 0,  # as do so many with the lowest scores
+        group: dist.ProcessGroup | None = None,  # gloo, of all ranks, that nothing else uses; None: one process
     ) -> None:
         self.folder = Folder(directory)
         self._mode, self._if_busy = mode, if_busy
@@ -111,30 +101,20 @@ class Checkpointer:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        extra: Mapping[str, Any],
-        config: Mapping[str, Any],
-        score: float | None = None,
-        now: bool = False,
+        extra: Mapping[str, Any],  # JSON-able counters and data position, equal on all ranks; `load` returns it
+        config: Mapping[str, Any],  # JSON-able resolved configuration
+        score: float | None = None,  # for `keep_best`, the lower the better
+        now: bool = False,  # wait for an older save and write before returning, whatever the mode
     ) -> bool:
         """Begin to write `directory/step-00000100` (for step 100; replaces an older one); collective. `reports` tells the end.
-        The optimizer's options (learning rate, ...) are not saved: they follow from the configuration and the step.
-
-        Args:
-            extra: JSON-able counters and data position, equal on all ranks; `load` returns it.
-            config: JSON-able resolved configuration.
-            score: for `keep_best`, the lower the better.
-            now: wait for an older save and write before returning, whatever the mode.
-
-        Returns:
-            False if it was skipped, on every rank.
-        """
+        The optimizer's options (learning rate, ...) are not saved: they follow from the configuration and the step. Returns
+        False if it was skipped, on every rank."""
         began = time.perf_counter()
         score = None if score is None or math.isnan(score) else score
         trainer = {"step": step, "extra": dict(extra), "score": score}
         texts = {"trainer.json": json.dumps(trainer, indent=2), "config.json": json.dumps(dict(config), indent=2)}
         # An optimizer that has not stepped has nothing to save; asking for its state would create one that has stepped.
-        tensors = _model_tensors(model) | (_optimizer_tensors(model, optimizer) if optimizer.state else {})
-        tensors |= _random_states(self._rank)
+        tensors = _tensors(model, optimizer if optimizer.state else None) | _random_states(self._rank)
         held = {name: local_box(tensor) for name, tensor in tensors.items()}
         flags = self._thread is not None and self._thread.is_alive(), held != self._held
         busy, changed = map(any, zip(*gather_objects(flags), strict=True))
@@ -147,9 +127,8 @@ class Checkpointer:
         if now or self._mode == "sync":
             self._ended.append(self._write(_Job(step, mine, texts, began, None, None)))
             return True
-        error = None
         try:
-            mine = self._copied(mine)
+            mine, error = self._copied(mine), None
         except (RuntimeError, MemoryError) as failure:  # no host memory; the others learn it when all write
             mine, error = {}, told(failure)
         job = _Job(step, mine, texts, began, time.perf_counter() - began, error)
@@ -269,37 +248,23 @@ class Checkpointer:
 
 
 def _choose_owned(held: Mapping[str, Box], tensors: Mapping[str, Tensor], rank: int) -> set[str]:
-    """The tensors of which this rank writes its box; collective. Of the ranks that hold the same box it is the one with the
-    fewest bytes so far, so that replicas share the work.
-    """
+    """The tensors of which this rank writes its box; collective. Replicas share the work."""
     sizes = {name: (box, math.prod(box.shape) * tensors[name].dtype.itemsize) for name, box in held.items()}
     once = {value: value for value in sizes.values()}  # of equal values one object, which pickle stores once
     holders: dict[tuple[str, Box], tuple[int, list[int]]] = {}
     for holder, entries in enumerate(gather_objects({name: once[value] for name, value in sizes.items()})):
         for name, (box, size) in entries.items():
             holders.setdefault((name, box), (size, []))[1].append(holder)
-    load = [0] * rank_and_size()[1]
-    owned = set()
-    # What one rank has comes first, then large ones.
-    for (name, box), (size, ranks) in sorted(holders.items(), key=lambda item: (len(item[1][1]), -item[1][0], item[0][0])):
-        owner = min(ranks, key=lambda holder: (load[holder], holder))
-        load[owner] += size
-        if owner == rank and held.get(name) == box:
-            owned.add(name)
-    return owned
+    owners = share_out({key: holders[key] for key in sorted(holders, key=lambda key: key[0])})
+    return {name for (name, box), owner in owners.items() if owner == rank and held.get(name) == box}
 
 
 def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
     """The newest complete checkpoint in a directory or URL, by names and sizes of files, and a sentence for each newer one that
-    is not complete.
-
-    Raises:
-        InputError: there are only damaged ones. (Remote ones that were never completed do not count.)
-    """
+    is not complete. An InputError: there are only damaged ones. (Remote ones that were never completed do not count.)"""
     passed, damaged = [], False
     for folder in reversed(_by_step(Folder(directory)).values()):
-        problems = incomplete(folder)
-        if not problems:
+        if not (problems := incomplete(folder)):
             return str(folder), passed
         never_completed = folder.remote and not folder.has(MANIFEST)
         damaged |= not never_completed
@@ -322,15 +287,10 @@ def saved_config(place: str | Path) -> dict[str, Any]:
 
 
 def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Restore `model`, `optimizer` and this rank's random states in place; collective. The sharding may differ from the
-    saved; each rank reads only the bytes of its shards.
-
-    Gradients are discarded. The optimizer keeps its options (learning rate, ...), and a rank that the saving run did not have
-    its random states. Returns `extra` as given to `save`.
-
-    Raises:
-        InputError: not complete, damaged, or of another model or optimizer (what differs is named); the same on every rank.
-    """
+    """Restore `model`, `optimizer` and this rank's random states in place; collective. The sharding may differ from the saved;
+    each rank reads only the bytes of its shards. Gradients are discarded. The optimizer keeps its options (learning rate, ...),
+    and a rank that the saving run did not have its random states. Returns `extra` as given to `save`. An InputError, the same
+    on every rank: not complete, damaged, or of another model or optimizer (what differs is named)."""
     folder = Folder(place)
     with ExitStack() as stack:
         with _agreed():
@@ -338,12 +298,11 @@ def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str,
             extra = _read_json(folder, "trainer.json")["extra"]
             reader = ChunkReader(folder)
         optimizer.zero_grad(set_to_none=True)
-        tensors = _model_tensors(model)
-        if any(name.startswith("optimizer.") for name in reader.tensors):
-            # Creates zero state where there is none, by a step with zero gradients and learning rate.
-            tensors |= _optimizer_tensors(model, optimizer)
-        else:  # saved before the first step
+        stepped = any(name.startswith("optimizer.") for name in reader.tensors)
+        if not stepped:  # saved before the first step
             optimizer.state.clear()
+        # Creates zero optimizer state where there is none, by a step with zero gradients and learning rate.
+        tensors = _tensors(model, optimizer if stepped else None)
         if problem := _mismatches(tensors, reader.tensors):
             raise InputError(f"checkpoint {folder} is of another model: {problem}; use the options that it was made with")
         random_states = {name: s for name, s in _random_states(rank_and_size()[0]).items() if name in reader.tensors}
@@ -369,8 +328,7 @@ def _agreed() -> Iterator[None]:
 
 def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> str:
     """How the tensors of all ranks together differ from the stored ones, in words, the same on every rank; collective. Ranks of
-    a pipeline hold different ones: they exchange a byte for each stored name, not V3's 3,000 names.
-    """
+    a pipeline hold different ones: they exchange a byte for each stored name, not V3's 3,000 names."""
     shapes = {name: entry.shape for name, entry in stored.items() if not name.startswith("rng.")}
     odd = {name: tuple(tensor.shape) for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
     expected = {}
@@ -379,17 +337,13 @@ def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> 
     return mismatches(expected, shapes)
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, as the tensors that the model holds (no copies)."""
-    return {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """State per parameter name, as the tensors that the optimizer holds (no copies), to be loaded in place:
-    `load_state_dict` would convert moments of another dtype to the parameter's.
-    """
-    flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
-    tensors = {f"optimizer.{name}": value for name, value in flat.items() if name.startswith("state.")}
+def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Parameters, persistent buffers and, per parameter name, the optimizer's state, as the tensors that the two hold (no
+    copies), to be loaded in place: `load_state_dict` would convert moments of another dtype to the parameter's."""
+    tensors = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
+    if optimizer is not None:
+        flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        tensors |= {f"optimizer.{name}": value for name, value in flat.items() if name.startswith("state.")}
     assert all(isinstance(value, Tensor) for value in tensors.values()), "an optimizer whose state is not all tensors"
     return tensors
 

@@ -1,7 +1,5 @@
 """Folders by path or URL: local ones, and through fsspec remote ones (s3://, gs://, memory://, ...)."""
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil
@@ -26,36 +24,27 @@ class Output:
 
     def __init__(self, file: BinaryIO, checksum: bool) -> None:
         self._file, self._checksum = file, checksum
-        self.size = 0
-        self.crc32 = 0
+        self.size = self.crc32 = 0
 
     def write(self, data: Any) -> int:
         """Append bytes (anything with the buffer interface)."""
-        rest = memoryview(data).cast("B")
-        size = rest.nbytes
+        rest = data = memoryview(data).cast("B")
         if self._checksum:
-            self.crc32 = zlib.crc32(rest, self.crc32)
-        self.size += size
+            self.crc32 = zlib.crc32(data, self.crc32)
+        self.size += data.nbytes
         while rest.nbytes:
             rest = rest[self._file.write(rest) :]
-        return size
+        return data.nbytes
 
     def flush(self) -> None:
         """Nothing: leaving `Folder.writer` flushes."""
 
 
 class Folder:
-    """A directory, or the objects of a remote file system whose names begin alike; `remote` says which.
-
-    Local files are flushed to the disk when they are closed. Remote file systems know no rename and no flush: an object is
-    there when it is closed. Files are meant by their names in it; what cannot be read or written raises an OSError.
-
-    Args:
-        place: a path, or a URL of any file system that fsspec knows.
-
-    Raises:
-        InputError: fsspec lacks what the URL needs, or takes it for a pattern.
-    """
+    """A directory, or the objects of a remote file system whose names begin alike; `remote` says which. Local files are flushed
+    to the disk when they are closed. Remote file systems know no rename and no flush: an object is there when it is closed.
+    Files are meant by their names in it; what cannot be read or written raises an OSError. `place` is a path, or a URL of any
+    file system that fsspec knows; an InputError: fsspec lacks what it needs, or takes it for a pattern."""
 
     def __init__(self, place: str | Path) -> None:
         self.place = self._root = str(place).rstrip("/") or "/"
@@ -81,7 +70,7 @@ class Folder:
     def _of(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def child(self, name: str) -> Folder:
+    def child(self, name: str) -> "Folder":
         """The folder of this name in it."""
         child = copy.copy(self)  # with its connection: fsspec makes one for each thread
         child.place, child._root = f"{self.place}/{name}", self._of(name)
@@ -92,9 +81,7 @@ class Folder:
         if not self.remote:
             return sorted(os.listdir(self._root)) if os.path.isdir(self._root) else []
         self._system.invalidate_cache()
-        if not self._system.isdir(self._root):
-            return []
-        entries = self._system.ls(self._root, detail=False)
+        entries = self._system.ls(self._root, detail=False) if self._system.isdir(self._root) else []
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""})
 
     def has(self, name: str) -> bool:

@@ -1,9 +1,5 @@
-"""Safetensors files: what a Hugging Face directory holds, slices of it, and writing a file tensor by tensor.
-
-The format: header length (8 bytes, little-endian), JSON header with the byte range of each tensor, data without gaps.
-"""
-
-from __future__ import annotations
+"""Safetensors files: what a Hugging Face directory holds, slices of it, and writing a file tensor by tensor. The format:
+header length (8 bytes, little-endian), JSON header with the byte range of each tensor, data without gaps."""
 
 import itertools
 import json
@@ -12,6 +8,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +22,6 @@ from torchsft.precision.blockwise import SCALE_SUFFIX, dequantise, scale_key, sc
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
 # The header's words.
 FP8 = "F8_E4M3"
 WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}
@@ -33,7 +29,6 @@ DTYPES = WEIGHT_DTYPES | {"F64": torch.float64, "BOOL": torch.bool}
 DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for kind in ("int", "uint") for n in (8, 16, 32, 64)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a file: key -> dtype, shape
 
 
@@ -82,32 +77,48 @@ def has_weights(directory: str | Path) -> bool:
 def fp8_block(directory: str | Path) -> tuple[int, int]:
     """Rows and columns of a block of a directory's fp8 weights; an InputError where config.json does not describe such."""
     config = read_json_object(Path(directory) / "config.json")
-    block, found = described_block(config), config.get("quantization_config")
-    if block is not None:
-        return block
-    raise InputError(
-        f"{directory} holds fp8 weights, but its config.json has quantization_config = {json.dumps(found)}, where "
-        '{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} or the like is needed; download it again'
-    )
+    if (block := described_block(config)) is None:
+        found = f"quantization_config = {json.dumps(config.get('quantization_config'))}"
+        needed = '{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} or the like is needed'
+        raise InputError(f"{directory} holds fp8 weights, but its config.json has {found}, where {needed}; download it again")
+    return block
 
 
-class WeightIndex:
-    """The tensors of a Hugging Face directory by key, known from the headers alone; of slices, only their bytes are read.
+class Weights:
+    """What a `WeightIndex` and `ConvertedWeights` share: weights by Hugging Face key, known without their values; of slices,
+    only their bytes are read. `tensors`: key -> `StoredTensor`; `fp8`: keys of the weights that have scales
+    (precision/blockwise.py); `bytes_read`: so far, headers not counted."""
 
-    Attributes:
-        tensors: key -> `StoredTensor`, scales included.
-        fp8: keys of the weights that have scales (precision/blockwise.py).
-        bytes_read: so far, headers not counted.
+    def read_whole(self, key: str) -> Tensor:
+        """A whole tensor, on the CPU, in its stored dtype; see `read`."""
+        return self.read(key, ())
 
-    Raises:
-        InputError: no safetensors weights, files absent or damaged, an index that does not fit them, a key twice, fp8 weights
-            without scales or config.json's description, scales without weight or of another shape or dtype.
-    """
+    def values(self, key: str, index: tuple[slice, ...]) -> Tensor:
+        """One slice of a tensor's values on the CPU: fp32 of one that is stored in fp8, else as stored; see `read`."""
+        stored, raw = self.tensors[key], self.read(key, index)
+        if stored.dtype != FP8:
+            return raw
+        ranges = bounds(index, stored.shape)
+        blocks = tuple(slice(start // n, -(-end // n)) for (start, end), n in zip(ranges, self._block, strict=True))
+        return dequantise(raw, self.read(scale_key(key), blocks), self._block, tuple(start for start, _ in ranges))
+
+    @cached_property
+    def _block(self) -> tuple[int, int]:
+        return fp8_block(self.directory)
+
+
+def bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Where a slice begins and ends in each dim; dims that it does not name are whole."""
+    return [part.indices(size)[:2] for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None))]
+
+
+class WeightIndex(Weights):
+    """The weights of a Hugging Face directory, known from the files' headers; `tensors` has the scales too. An InputError: no
+    safetensors weights, files absent or damaged, an index that does not fit them, a key twice, fp8 weights without scales or
+    config.json's description, scales without weight or of another shape or dtype."""
 
     def __init__(self, hf_dir: str | Path) -> None:
-        self.directory = Path(hf_dir)
-        self.tensors: dict[str, StoredTensor] = {}
-        self.bytes_read = 0
+        self.directory, self.tensors, self.bytes_read = Path(hf_dir), {}, 0
         self._descriptors: dict[str, int] = {}
         weight_map = self._weight_map()
         files = sorted(set(weight_map.values())) or [SINGLE]
@@ -118,11 +129,10 @@ class WeightIndex:
                 if key in self.tensors:
                     self._refuse(f"{key} is both in {self.tensors[key].file} and in {name}; remove one of the files")
                 self.tensors[key] = stored
-        strayed = [key for key, name in weight_map.items() if key not in self.tensors or self.tensors[key].file != name]
-        if strayed:
+        if strayed := [key for key, name in weight_map.items() if key not in self.tensors or self.tensors[key].file != name]:
             self._refuse(f"{INDEX} places {listing(strayed)} in files that do not hold them; download index and files again")
         self.fp8 = frozenset(key for key, stored in self.tensors.items() if stored.dtype == FP8)
-        self._block = self._check_scales()
+        self._check_scales()
 
     def _refuse(self, fault: str) -> NoReturn:
         raise InputError(f"{self.directory}: {fault}")
@@ -141,32 +151,25 @@ class WeightIndex:
             return weight_map
         if not self.directory.is_dir():
             raise InputError(f"model directory {self.directory} does not exist; give a Hugging Face directory")
-        formats = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        others = sorted(p.name for p in self.directory.iterdir() if p.suffix in formats)
-        found = f"it has only {listing(others, most=3)}" if others else "it has no weights"
+        others = [p.name for p in self.directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")]
+        found = f"it has only {listing(sorted(others), most=3)}" if others else "it has no weights"
         self._refuse(f"there is neither {SINGLE} nor {INDEX} ({found}); give a directory with safetensors weights")
 
-    def _check_scales(self) -> tuple[int, int]:
-        """Compare fp8 weights and scales; the size of a block, or 1 x 1 where there are none."""
+    def _check_scales(self) -> None:
         scales = {key for key in self.tensors if key.endswith(SCALE_SUFFIX)}
         needed = {scale_key(key): key for key in self.fp8}
         if lonely := sorted(scales - needed.keys()):
             self._refuse(f"scales without their fp8 weights ({listing(lonely)}); download it again")
         if bare := sorted(key for scale, key in needed.items() if scale not in scales):
             self._refuse(f"fp8 weights without their scales ({listing(bare)}); download it again")
-        if not self.fp8:
-            return 1, 1
-        block, odd = fp8_block(self.directory), []
+        odd = []
         for name, key in needed.items():
             shape, scale = self.tensors[key].shape, self.tensors[name]
-            if len(shape) != 2 or scale.shape != scale_shape(shape, block) or scale.dtype != "F32":
+            if len(shape) != 2 or scale.shape != scale_shape(shape, self._block) or scale.dtype != "F32":
                 odd.append(f"{name} ({scale.dtype} {scale.shape} for a weight {shape})")
         if odd:
-            self._refuse(
-                f"scales must be F32, one for each block of {block[0]} x {block[1]}, but {listing(odd)} are not; weights and "
-                "config.json are of different checkpoints, download both again"
-            )
-        return block
+            fault = f"scales must be F32, one for each block of {self._block[0]} x {self._block[1]}, but {listing(odd)} are not"
+            self._refuse(f"{fault}; weights and config.json are of different checkpoints, download both again")
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
         """One slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU, in its stored dtype. An InputError
@@ -174,17 +177,16 @@ class WeightIndex:
         stored = self.tensors[key]
         if stored.dtype not in DTYPES:
             self._refuse(f"{key} has dtype {stored.dtype}, which cannot be read; remove it")
-        dtype = DTYPES[stored.dtype]
-        bounds = _bounds(index, stored.shape)
-        values = torch.empty([end - start for start, end in bounds], dtype=dtype)
+        dtype, ranges = DTYPES[stored.dtype], bounds(index, stored.shape)
+        values = torch.empty([end - start for start, end in ranges], dtype=dtype)
         if not values.numel():
             return values
         # A run of bytes: the last dims that are taken whole, and the part of the dim before them.
-        strides = [tensor_bytes(dtype, stored.shape[dim + 1 :]) for dim in range(len(bounds))]
-        outer = len(bounds)
-        while outer and (outer == len(bounds) or bounds[outer] == (0, stored.shape[outer])):
+        strides = [tensor_bytes(dtype, stored.shape[dim + 1 :]) for dim in range(len(ranges))]
+        outer = len(ranges)
+        while outer and (outer == len(ranges) or ranges[outer] == (0, stored.shape[outer])):
             outer -= 1
-        first = stored.start + sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+        first = stored.start + sum(start * stride for (start, _), stride in zip(ranges, strides, strict=True))
         target = memoryview(values.reshape(-1).view(torch.uint8).numpy())
         length = target.nbytes // math.prod(values.shape[:outer])
         steps = [range(0, n * stride, stride) for n, stride in zip(values.shape[:outer], strides[:outer], strict=True)]
@@ -204,27 +206,9 @@ class WeightIndex:
                 self._refuse(f"{name} has become shorter since it was opened; download it again")
             target, offset = target[count:], offset + count
 
-    def read_whole(self, key: str) -> Tensor:
-        """A whole tensor, on the CPU, in its stored dtype; see `read`."""
-        return self.read(key, ())
-
-    def values(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice of a tensor's values on the CPU: fp32 of an fp8 weight, else as stored; see `read`."""
-        stored, raw = self.tensors[key], self.read(key, index)
-        if stored.dtype != FP8:
-            return raw
-        bounds = _bounds(index, stored.shape)
-        blocks = tuple(slice(start // n, -(-end // n)) for (start, end), n in zip(bounds, self._block, strict=True))
-        return dequantise(raw, self.read(scale_key(key), blocks), self._block, tuple(start for start, _ in bounds))
-
     def scales(self, key: str) -> Tensor | None:
         """All scales of an fp8 weight, fp32; None for other tensors."""
         return self.read_whole(scale_key(key)) if key in self.fp8 else None
-
-
-def _bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Where a slice begins and ends in each dim."""
-    return [part.indices(size)[:2] for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None))]
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -251,9 +235,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"it should have {data + end} bytes, but has {size}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = error if isinstance(error, OSError | ValueError) else "its header is no table of tensors"
-        raise InputError(
-            f"{path} cannot be read as safetensors ({reason}); it is incomplete or damaged, download it again"
-        ) from error
+        fault = f"{path} cannot be read as safetensors ({reason})"
+        raise InputError(f"{fault}; it is incomplete or damaged, download it again") from error
     return tensors
 
 
@@ -294,14 +277,8 @@ class SafetensorsWriter:
         if not self._left[key]:
             del self._left[key]
 
-    @property
-    def size(self) -> int:
-        """Bytes written so far, header included."""
-        return self._output.size
-
-    def __enter__(self) -> SafetensorsWriter:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
+    def __enter__(self) -> "SafetensorsWriter":
+        header, end = {"__metadata__": {"format": "pt"}}, 0
         for key, (dtype, shape) in self._contents.items():
             start, end = end, end + tensor_bytes(dtype, shape)
             header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}

@@ -1,7 +1,5 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard and the console. One process (rank 0) writes them."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -16,46 +14,27 @@ from tqdm import tqdm
 from torchsft.config import InputError
 
 # metrics.jsonl key -> TensorBoard tag; `eval_NAME` becomes `eval/NAME`.
-_TAGS = {
-    "loss": "train/loss",
-    "aux_loss": "train/aux_loss",
-    "tokens": "train/tokens",
-    "supervised_tokens": "train/supervised_tokens",
-    "epoch": "train/epoch",
-    "lr": "optim/lr",
-    "grad_norm": "optim/grad_norm",
-    "tokens_per_second": "speed/tokens_per_second",
-    "step_seconds": "speed/step_seconds",
-}
+_TAGS = {key: f"train/{key}" for key in "loss aux_loss tokens supervised_tokens epoch".split()}
+_TAGS |= {key: f"optim/{key}" for key in "lr grad_norm".split()}
+_TAGS |= {key: f"speed/{key}" for key in "tokens_per_second step_seconds data_wait_share".split()}
 
 
 class MetricsLogger:
     """Writes OUTPUT/metrics.jsonl and OUTPUT/tensorboard/, and shows progress.
 
     Steps count from 1: step k is the state after k steps. What an earlier run wrote beyond `start_step` is cut off
-    (metrics.jsonl) or hidden (TensorBoard's purge), so that a resumed run leaves what an uninterrupted one would.
-
-    Args:
-        output: the run's directory, made if it is not there.
-        total_steps: last step of the run.
-        start_step: steps already done (0 for a new run).
-        tensorboard: whether to write OUTPUT/tensorboard/.
-        progress: a progress bar if stderr is a terminal; else about 20 plain lines on stdout (more if steps are long).
-        config_text: the resolved configuration, shown on TensorBoard's text page.
-
-    Raises:
-        InputError: the metrics.jsonl found there is not one of ours.
-    """
+    (metrics.jsonl) or hidden (TensorBoard's purge), so that a resumed run leaves what an uninterrupted one would. InputError
+    where the metrics.jsonl found there is not one of ours."""
 
     def __init__(
         self,
-        output: Path,
+        output: Path,  # the run's directory, made if it is not there
         *,
-        total_steps: int,
-        start_step: int,
-        tensorboard: bool,
-        progress: bool,
-        config_text: str,
+        total_steps: int,  # last step of the run
+        start_step: int,  # steps already done (0 for a new run)
+        tensorboard: bool,  # whether to write OUTPUT/tensorboard/
+        progress: bool,  # a bar if stderr is a terminal; else about 20 plain lines on stdout (more if steps are long)
+        config_text: str,  # the resolved configuration, shown on TensorBoard's text page
     ) -> None:
         output.mkdir(parents=True, exist_ok=True)
         self._path = path = output / "metrics.jsonl"
@@ -68,25 +47,18 @@ class MetricsLogger:
         if tensorboard:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
             self._board.add_text("config", "\n".join("    " + line for line in config_text.splitlines()), start_step)
-        self._total_steps = total_steps
-        self._progress = progress
+        self._total_steps, self._progress = total_steps, progress
         self._bar: tqdm | None = None
         self._first: tuple[int, float] | None = None  # number of the first step of this process, and when it ended
         self._last_line = 0.0
 
     def step(self, step: int, record: Mapping[str, float | int], scalars: Mapping[str, float]) -> None:
-        """Write one step.
+        """Write one step (1 is the first).
 
-        Args:
-            step: its number, 1 for the first.
-            record: the step's line in metrics.jsonl, also shown on TensorBoard. A number that is not finite becomes
-                null, is spelt out under the key "nonfinite" of the same line, and is told on the console.
-            scalars: TensorBoard tag -> value, for TensorBoard only.
-
-        Raises:
-            OSError: a file cannot be written or has vanished. Another step can follow, which then also writes this line;
-                TensorBoard's file ends at its first fault.
-        """
+        `record` is the step's line in metrics.jsonl, also shown on TensorBoard. A number that is not finite becomes null, is
+        spelt out under the key "nonfinite" of the same line, and is told on the console. `scalars` are TensorBoard tags and
+        values, for TensorBoard only. OSError where a file cannot be written or has vanished: another step can follow, which
+        then also writes this line; TensorBoard's file ends at its first fault."""
         nonfinite = {key: str(value) for key, value in record.items() if not math.isfinite(value)}
         line = {"step": step, **{key: None if key in nonfinite else value for key, value in record.items()}}
         if nonfinite:
@@ -113,11 +85,7 @@ class MetricsLogger:
         self._pending = b""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Show TensorBoard tag -> value of a step; nothing without TensorBoard.
-
-        Raises:
-            OSError: its file cannot be written.
-        """
+        """Show TensorBoard tag -> value of a step; nothing without TensorBoard. OSError where its file cannot be written."""
         try:
             for tag, value in values.items() if self._board else ():
                 self._board.add_scalar(tag, value, step)
@@ -143,11 +111,7 @@ class MetricsLogger:
         regular = step % max(1, self._total_steps // 20) == 0 or step == self._total_steps
         if step == first or regular or evaluation or now - self._last_line > 60:
             self._last_line = now
-            parts = [
-                f"step {step}/{self._total_steps}",
-                f"loss {record['loss']:.4f}",
-                f"norm {record['grad_norm']:.2f}",
-            ]
+            parts = [f"step {step}/{self._total_steps}", f"loss {record['loss']:.4f}", f"norm {record['grad_norm']:.2f}"]
             parts += [f"lr {record['lr']:.2e}", speed, *([evaluation] if evaluation else [])]
             if step > first:
                 left = (now - began) / (step - first) * (self._total_steps - step)
@@ -168,11 +132,9 @@ class MetricsLogger:
             self._bar = None
         if self._board:
             self._board.close()
-        try:
+        with self._file:
             if self._pending:
                 self._write_pending()
-        finally:
-            self._file.close()
 
 
 def _cut(path: Path, last_step: int) -> None:
@@ -185,9 +147,8 @@ def _cut(path: Path, last_step: int) -> None:
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{path} line {number} is not a line of metrics ({error!r}); choose another --output or delete it"
-                ) from error
+                fault = f"{path} line {number} is not a line of metrics ({error!r}); choose another --output or delete it"
+                raise InputError(fault) from error
             if step > last_step:
                 break
             end += len(line)

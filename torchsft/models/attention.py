@@ -8,14 +8,11 @@ Three interchangeable implementations of the attention itself; each sees a docum
               from a T x T comparison per microbatch, so this one is for comparing, not for long rows
 
 Shape suffixes: T tokens, of which S are on this rank outside of the attention (C: models/decoder.py), D width, H heads (of this
-rank), N documents, P rope pairs. Head dims: `nope` entries without and `rope` with
-position make a query or key; values have their own dim, smaller than that.
+rank), N documents, P rope pairs. Head dims: `nope` entries without and `rope` with position make a query or key; values have
+their own dim, smaller than that.
 """
 
-from __future__ import annotations
-
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,19 +26,17 @@ from torchsft.models.decoder import Layout, Linear, RMSNorm
 from torchsft.models.rope import Rope, rotate, softmax_scale
 
 Implementation = Literal["sdpa", "varlen", "flex"]
+_compiled_flex = functools.cache(lambda: torch.compile(flex_attention))  # made when it is first called, and once
 
 
-def choose_implementation(
-    name: Literal["auto", "sdpa", "varlen", "flex"], device: torch.device, dtype: torch.dtype
-) -> Implementation:
+def choose_implementation(name: Implementation | Literal["auto"], device: torch.device, dtype: torch.dtype) -> Implementation:
     """Resolve `auto` (varlen on CUDA below fp32, sdpa elsewhere); InputError for what cannot be computed there."""
     flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
         return "varlen" if flash else "sdpa"
     if name == "varlen" and not flash:
-        raise InputError(
-            f"--model.attention varlen needs bf16 on a CUDA device, not {str(dtype)[6:]} on {device.type}; use sdpa or auto"
-        )
+        fault = f"--model.attention varlen needs bf16 on a CUDA device, not {str(dtype)[6:]} on {device.type}; use sdpa or auto"
+        raise InputError(fault)
     if name == "flex" and device.type == "cpu" and torch.is_grad_enabled():
         raise InputError("--model.attention flex has no backward pass on CPU; use sdpa or auto")
     return name
@@ -51,9 +46,8 @@ def choose_implementation(
 class Packing:
     """Where the documents of a microbatch lie, prepared once for all layers.
 
-    Not a pytree on purpose: FSDP's mixed precision casts the floating tensors it finds in a layer's arguments, and cos
-    and sin must stay fp32.
-    """
+    Not a pytree on purpose: FSDP's mixed precision casts the floating tensors it finds in a layer's arguments, and cos and sin
+    must stay fp32."""
 
     implementation: Implementation
     cos_TP: Tensor  # fp32
@@ -71,40 +65,24 @@ class Packing:
 
 def packing(
     implementation: Implementation,
-    cos_TP: Tensor,
+    cos_TP: Tensor,  # rotary factors of every token, fp32
     sin_TP: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int | None,
-    layout: Layout | None = None,
+    cu_seqlens: Tensor,  # integers [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding
+    max_seqlen: int | None,  # longest document; None reads it from cu_seqlens (varlen: stops the host)
+    layout: Layout | None = None,  # of the T tokens; None: all are here
 ) -> Packing:
-    """Prepare `Packing`.
-
-    Args:
-        implementation: which attention will read it.
-        cos_TP, sin_TP: fp32 rotary factors of every token.
-        cu_seqlens: integers [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding.
-        max_seqlen: longest document; None reads it from cu_seqlens (varlen: stops the host).
-        layout: of the T tokens; None: all are here.
-    """
+    """Prepare `Packing` for the implementation that will read it."""
     layout = layout or Layout()
     tokens, device = cos_TP.shape[0], cos_TP.device
     cu_seqlens = cu_seqlens.to(torch.int32)
     place_T = torch.arange(tokens, device=device, dtype=torch.int32)
     valid_T = place_T < cu_seqlens[-1]
     document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), place_T, right=True)
-    common = {
-        "cos_TP": cos_TP,
-        "sin_TP": sin_TP,
-        "valid_T": valid_T,
-        "layout": layout,
-        "valid_S": layout.tokens(valid_T),
-        "document_S": layout.tokens(document_T),
-        "length_N1": F.pad(cu_seqlens, (0, 1), value=tokens).diff(),
-    }
+    valid_S, document_S = layout.tokens(valid_T), layout.tokens(document_T)
+    length_N1 = F.pad(cu_seqlens, (0, 1), value=tokens).diff()
+    packed = functools.partial(Packing, implementation, cos_TP, sin_TP, valid_T, layout, valid_S, document_S, length_N1)
     if implementation == "sdpa":
-        ends = [*cu_seqlens.tolist(), tokens]
-        lengths = tuple(end - start for start, end in itertools.pairwise(ends))
-        return Packing(implementation, **common, lengths=lengths)
+        return packed(lengths=tuple(length_N1.tolist()))
     if implementation == "varlen":
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
@@ -113,27 +91,18 @@ def packing(
         longest = max_seqlen or tokens
         cuts = torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32) * longest
         covering = torch.cat([cu_seqlens, (cu_seqlens[-1] + cuts).clamp(max=tokens)])
-        return Packing(implementation, **common, cu_seqlens=covering, max_seqlen=longest)
+        return packed(cu_seqlens=covering, max_seqlen=longest)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_T[query] == document_T[key])
 
-    mask = create_block_mask(visible, None, None, tokens, tokens, device=str(device))
-    return Packing(implementation, **common, block_mask=mask)
+    return packed(block_mask=create_block_mask(visible, None, None, tokens, tokens, device=str(device)))
 
 
 def attend(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
-    """Causal attention within documents.
+    """Causal attention within the documents of `packing`, by its implementation; `scale` is the factor of the scores.
 
-    Args:
-        q_THd, k_THd: [T, H, nope + rope].
-        v_THd: [T, H, v]; v may be smaller.
-        scale: factor of the scores.
-        packing: documents; its implementation is used.
-
-    Returns:
-        [T, H, v], zero for padding.
-    """
+    q and k are [T, H, nope + rope], v is [T, H, v], where v may be smaller. Returns [T, H, v], zero for padding."""
     if packing.implementation == "sdpa":
         return _sdpa(q_THd, k_THd, v_THd, scale, packing)
     v_dim = v_THd.shape[-1]
@@ -148,11 +117,6 @@ def attend(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: P
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_THd, v_THd))
         out = attention(q, k, v, block_mask=packing.block_mask, scale=scale).squeeze(0).transpose(0, 1)
     return torch.where(packing.valid_T[:, None, None], out[..., :v_dim], 0)
-
-
-@functools.cache
-def _compiled_flex():
-    return torch.compile(flex_attention)
 
 
 def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
@@ -178,45 +142,31 @@ class LatentAttention(nn.Module):
     """MLA: queries (through a low-rank latent, or directly) and keys/values from one latent shared by all heads.
 
     Between ranks travel the latents, not keys and values: each rank then computes its heads for all tokens, so that causal and
-    packed work is balanced whatever the documents.
-    """
+    packed work is balanced whatever the documents."""
 
     def __init__(
         self,
         *,
         width: int,
         heads: int,
-        q_rank: int | None,
-        kv_rank: int,
-        nope_dim: int,
-        v_dim: int,
-        rope: Rope,
-        bias: bool,
-        latent_eps: float = 1e-6,
+        q_rank: int | None,  # width of the query latent; None projects queries directly
+        kv_rank: int,  # width of the key/value latent
+        nope_dim: int,  # entries of a head's query and key without position
+        v_dim: int,  # entries of a head's value; at most nope_dim + rope.dim
+        rope: Rope,  # rotary embedding of the other entries of queries and keys
+        bias: bool,  # whether the projections from and to width D have biases (not a direct query projection)
+        latent_eps: float = 1e-6,  # of the latents' norms (DeepSeek and transformers use 1e-6, whatever rms_norm_eps)
     ) -> None:
-        """
-        Args:
-            width: D.
-            heads: H.
-            q_rank: width of the query latent; None projects queries directly.
-            kv_rank: width of the key/value latent.
-            nope_dim: entries of a head's query and key without position.
-            v_dim: entries of a head's value; at most nope_dim + rope.dim.
-            rope: rotary embedding of the other entries.
-            bias: whether the projections from and to width D have biases (not a direct query projection).
-            latent_eps: epsilon of the latents' norms (DeepSeek and transformers use 1e-6, whatever rms_norm_eps).
-        """
         super().__init__()
-        self.heads, self.kv_rank, self.nope_dim, self.v_dim, self.rope_dim = heads, kv_rank, nope_dim, v_dim, rope.dim
-        self.qk_dim = qk_dim = nope_dim + rope.dim
-        self.scale = softmax_scale(rope, qk_dim)
-        self.q_rank = q_rank
+        self.q_rank, self.kv_rank, self.nope_dim, self.v_dim, self.rope_dim = q_rank, kv_rank, nope_dim, v_dim, rope.dim
+        self.qk_dim = nope_dim + rope.dim
+        self.scale = softmax_scale(rope, self.qk_dim)
         if q_rank is None:
-            self.q_proj = Linear(width, heads * qk_dim, bias=False)
+            self.q_proj = Linear(width, heads * self.qk_dim, bias=False)
         else:
             self.q_a_proj = Linear(width, q_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(q_rank, latent_eps)
-            self.q_b_proj = Linear(q_rank, heads * qk_dim, bias=False)
+            self.q_b_proj = Linear(q_rank, heads * self.qk_dim, bias=False)
         self.kv_a_proj_with_mqa = Linear(width, kv_rank + rope.dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_rank, latent_eps)
         self.kv_b_proj = Linear(kv_rank, heads * (nope_dim + v_dim), bias=False)

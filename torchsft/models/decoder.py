@@ -5,8 +5,6 @@ Shape suffixes: T tokens of the microbatch, S of them on this rank between block
 (without parallelism T = C = S), D width, H heads, N documents, E experts.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +22,7 @@ from torchsft.ops.swiglu import swiglu
 class Piece:
     """A Hugging Face tensor and the box of the parameter that it fills.
 
-    The box begins at `start` and has the shape (1,) * (parameter dims - len(hf_shape)) + hf_shape.
-    """
+    The box begins at `start` and has the shape (1,) * (parameter dims - len(hf_shape)) + hf_shape."""
 
     key: str
     hf_shape: tuple[int, ...]
@@ -36,8 +33,7 @@ def local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, as a plain tensor whose gradient finds its way back.
 
     What a rank adds to the gradient of a parameter that is replicated over ranks is one summand, since each rank sees other
-    tokens; of a sharded parameter it is this rank's part, whole. The placements say so, and their owner sums.
-    """
+    tokens; of a sharded parameter it is this rank's part, whole. The placements say so, and their owner sums."""
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements])
@@ -48,10 +44,8 @@ class VocabularyPart:
     """The tokens whose logits this rank computes: ids from `first`, as many as it has rows of the output embedding."""
 
     first: int
-    max: Callable[[Tensor], Tensor]
-    """Elementwise maximum over the ranks that hold the other parts (no gradient)."""
-    sum: Callable[[Tensor], Tensor]
-    """Elementwise sum over them (no gradient)."""
+    max: Callable[[Tensor], Tensor]  # elementwise maximum over the ranks that hold the other parts (no gradient)
+    sum: Callable[[Tensor], Tensor]  # elementwise sum over them (no gradient)
 
 
 class Layout:
@@ -89,21 +83,15 @@ class Layout:
 
 
 class Linear(nn.Linear):
-    """A linear map whose weight may be a DTensor.
+    """A linear map whose weight may be a DTensor."""
 
-    Attributes:
-        rows: the outputs that this rank computes, of those whose weights it holds; None: all.
-        reduce: sums over ranks a product whose inner dim is sharded, before the bias is added; None: it is whole.
-    """
-
-    rows: slice | None = None
+    rows: slice | None = None  # the outputs that this rank computes, of those whose weights it holds; None: all
+    # Sums over ranks a product whose inner dim is sharded, before the bias is added; None: it is whole.
     reduce: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        weight = local(self.weight)
-        if self.rows is not None:
-            weight = weight[self.rows]
+        weight = local(self.weight) if self.rows is None else local(self.weight)[self.rows]
         bias = None if self.bias is None else local(self.bias)
         if self.reduce is None:
             return F.linear(x, weight, bias)
@@ -112,14 +100,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A lookup table whose rows may be spread over ranks.
+    """A lookup table whose rows may be spread over ranks."""
 
-    Attributes:
-        first: token id of this rank's first row.
-        reduce: sums the ranks' lookups, of which all but one are zero; None: all rows are here.
-    """
-
-    first: int = 0
+    first: int = 0  # token id of this rank's first row
+    # Sums the ranks' lookups, of which all but one are zero; None: all rows are here.
     reduce: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -7,11 +7,9 @@ Shape suffixes: T tokens (all rows of the microbatch folded), S of them on this 
 D width, V vocabulary, N documents, P rope pairs.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchsft.config import InputError
-from torchsft.models.attention import LatentAttention, Packing, choose_implementation, packing
+from torchsft.models.attention import Implementation, LatentAttention, Packing, choose_implementation, packing
 from torchsft.models.decoder import Embedding, Layout, Linear, Piece, RMSNorm, SwigluMLP, local, seeded_normal
 from torchsft.models.loss import vocabulary_loss
 from torchsft.models.moe import Experts, MoE, Router
@@ -27,27 +25,6 @@ from torchsft.models.rope import Rope, RotaryEmbedding, Yarn
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 
-# Sizes without which no parameter has a shape.
-_REQUIRED = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads"
-    " n_routed_experts num_experts_per_tok kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
-).split()
-# What transformers assumes where config.json is silent.
-_OPTIONAL = {
-    "q_lora_rank": 1536,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 3,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "num_nextn_predict_layers": 0,
-}
 # Fields with one supported value; a config.json that says another one describes another computation.
 _FIXED = {
     "hidden_act": "silu",
@@ -78,6 +55,7 @@ TENSOR_PARALLEL = {
 class DeepseekV3Config:
     """Sizes and constants of a model, named as in config.json (rope: both spellings of it, parsed)."""
 
+    # Sizes without which no parameter has a shape.
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -90,81 +68,66 @@ class DeepseekV3Config:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    q_lora_rank: int | None
-    n_shared_experts: int
-    first_k_dense_replace: int
-    n_group: int
-    topk_group: int
-    norm_topk_prob: bool
-    routed_scaling_factor: float
-    max_position_embeddings: int
-    initializer_range: float
-    rms_norm_eps: float
-    attention_bias: bool
-    tie_word_embeddings: bool
-    num_nextn_predict_layers: int
-    """MTP layers that the checkpoint may hold behind the last layer; not computed here."""
+    # The defaults are what transformers assumes where config.json is silent.
+    q_lora_rank: int | None = 1536
+    n_shared_experts: int = 1
+    first_k_dense_replace: int = 3
+    n_group: int = 8
+    topk_group: int = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 0  # MTP layers that the checkpoint may hold behind the last layer; not computed here
     rope: Rope
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> DeepseekV3Config:
-        """Read a config.json (transformers 5's style or the official repositories').
+    def from_hf(cls, config: Mapping[str, Any]) -> "DeepseekV3Config":
+        """Read a config.json's object (transformers 5's style or the official repositories').
 
-        Args:
-            config: the parsed JSON object.
-
-        Raises:
-            InputError: another architecture, weights quantised otherwise than DeepSeek's fp8, a missing size, or values
-                that this code does not compute.
-        """
-        _check_architecture(config)
+        InputError where it describes another architecture, weights quantised otherwise than DeepSeek's fp8, or values that this
+        code does not compute, and where it lacks a size."""
+        architectures, model_type = config.get("architectures"), config.get("model_type")
+        if ARCHITECTURE not in (architectures or []) and (architectures or model_type != "deepseek_v3"):
+            found = ", ".join(architectures) if architectures else f"no architectures and model_type {model_type!r}"
+            raise InputError(f"config.json describes {found}, but only {ARCHITECTURE} is supported")
+        quantization = config.get("quantization_config")
+        if quantization and described_block(config) is None:
+            raise InputError(
+                f"config.json has quantization_config = {json.dumps(quantization)}, but only DeepSeek's fp8 (e4m3, blocks such"
+                " as [128, 128]) is supported; give such a checkpoint, or a bf16 or fp32 one"
+            )
         missing = [key for key in _REQUIRED if config.get(key) is None]
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}, without which the model has no shape")
         odd = [f"{key} = {config[key]!r}" for key in _REQUIRED if not isinstance(config[key], int)]
-        odd += [
-            f"{key} = {config.get(key)!r}" for key in _OPTIONAL if not isinstance(config.get(key), (int, float, type(None)))
-        ]
-        if odd:
-            raise InputError(f"config.json has {', '.join(odd)}, but numbers are needed there")
+        odd += [f"{key} = {config[key]!r}" for key in _OPTIONAL if not isinstance(config.get(key), int | float | None)]
+        _refuse_if(odd, f"{', '.join(odd)}, but numbers are needed there")
         for key, value in _FIXED.items():
-            if config.get(key) is not None and config[key] != value:
-                raise InputError(f"config.json has {key} = {config[key]!r}, but only {value!r} is supported")
-        fields = {key: config[key] for key in _REQUIRED}
-        for key, default in _OPTIONAL.items():
-            value = config.get(key, default)
-            fields[key] = default if value is None and key != "q_lora_rank" else value
+            _refuse_if(config.get(key) not in (None, value), f"{key} = {config.get(key)!r}, but only {value!r} is supported")
         heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
-        if kv_heads not in (None, heads):
-            raise InputError(f"config.json has {kv_heads} num_key_value_heads for {heads} heads; MLA needs them equal")
-        return cls(**fields, rope=_rope(config))
+        _refuse_if(kv_heads not in (None, heads), f"{kv_heads} num_key_value_heads for {heads} heads; MLA needs them equal")
+        # null stands for the default, except where it says that there is no query latent
+        said = [key for key in _REQUIRED + _OPTIONAL if key in config and (config[key] is not None or key == "q_lora_rank")]
+        return cls(**{key: config[key] for key in said}, rope=_rope(config))
 
     def __post_init__(self) -> None:
         for name in (*_REQUIRED, "n_shared_experts", "n_group", "topk_group"):
-            if getattr(self, name) < 1:
-                raise InputError(f"config.json has {name} = {getattr(self, name)}, but it must be at least 1")
-        if self.qk_rope_head_dim % 2:
-            raise InputError(f"config.json has qk_rope_head_dim = {self.qk_rope_head_dim}, but it must be even")
-        if self.v_head_dim > self.qk_head_dim:
-            raise InputError(
-                f"config.json has v_head_dim = {self.v_head_dim} above the {self.qk_head_dim} of queries and keys,"
-                " which the attention does not support"
-            )
-        experts, groups = self.n_routed_experts, self.n_group
-        if experts % groups:
-            raise InputError(f"config.json has {experts} n_routed_experts, which n_group ({groups}) does not divide")
-        if self.topk_group > groups:
-            raise InputError(f"config.json has topk_group = {self.topk_group}, but only {groups} groups (n_group)")
-        if self.topk_group < groups and experts // groups < 2:
-            raise InputError(
-                f"config.json has {experts} n_routed_experts in {groups} groups, but groups compete by their best two"
-            )
-        reachable = experts // groups * self.topk_group
-        if self.num_experts_per_tok > reachable:
-            raise InputError(
-                f"config.json has num_experts_per_tok = {self.num_experts_per_tok}, but the {self.topk_group} groups"
-                f" open to a token (topk_group) hold only {reachable} experts"
-            )
+            _refuse_if(getattr(self, name) < 1, f"{name} = {getattr(self, name)}, but it must be at least 1")
+        _refuse_if(self.qk_rope_head_dim % 2, f"qk_rope_head_dim = {self.qk_rope_head_dim}, but it must be even")
+        dims = f"v_head_dim = {self.v_head_dim} above the {self.qk_head_dim} of queries and keys"
+        _refuse_if(self.v_head_dim > self.qk_head_dim, f"{dims}, which the attention does not support")
+        experts, groups, open_groups = self.n_routed_experts, self.n_group, self.topk_group
+        _refuse_if(experts % groups, f"{experts} n_routed_experts, which n_group ({groups}) does not divide")
+        _refuse_if(open_groups > groups, f"topk_group = {open_groups}, but only {groups} groups (n_group)")
+        each = f"{experts} n_routed_experts in {groups} groups"
+        _refuse_if(open_groups < groups and experts // groups < 2, f"{each}, but groups compete by their best two")
+        wanted, reachable = self.num_experts_per_tok, experts // groups * open_groups
+        few = f"the {open_groups} groups open to a token (topk_group) hold only {reachable} experts"
+        _refuse_if(wanted > reachable, f"num_experts_per_tok = {wanted}, but {few}")
 
     @property
     def qk_head_dim(self) -> int:
@@ -204,25 +167,20 @@ class DeepseekV3Config:
 
         2 per multiply-add. Every matrix that a token meets counts once (`layer_costs` and the output embedding, not the input
         embedding), and attention counts its causal half: L^2 / 2 pairs per head for a document of L tokens, each
-        qk_head_dim + v_head_dim multiply-adds.
-        """
+        qk_head_dim + v_head_dim multiply-adds."""
         per_token = self.head_cost + sum(self.layer_costs())
         pairs = self.num_hidden_layers * self.num_attention_heads * sum(length**2 / 2 for length in document_lengths)
         multiply_adds = per_token * sum(document_lengths) + pairs * (self.qk_head_dim + self.v_head_dim)
         return 3 * 2 * float(multiply_adds)
 
 
-def _check_architecture(config: Mapping[str, Any]) -> None:
-    architectures, model_type = config.get("architectures"), config.get("model_type")
-    if ARCHITECTURE not in (architectures or []) and (architectures or model_type != "deepseek_v3"):
-        found = ", ".join(architectures) if architectures else f"no architectures and model_type {model_type!r}"
-        raise InputError(f"config.json describes {found}, but only {ARCHITECTURE} is supported")
-    quantization = config.get("quantization_config")
-    if quantization and described_block(config) is None:
-        raise InputError(
-            f"config.json has quantization_config = {json.dumps(quantization)}, but only DeepSeek's fp8 (e4m3, blocks such as"
-            " [128, 128]) is supported; give such a checkpoint, or a bf16 or fp32 one"
-        )
+_REQUIRED = [field.name for field in fields(DeepseekV3Config) if field.default is MISSING and field.name != "rope"]
+_OPTIONAL = [field.name for field in fields(DeepseekV3Config) if field.default is not MISSING]
+
+
+def _refuse_if(refused: Any, problem: str) -> None:
+    if refused:
+        raise InputError(f"config.json has {problem}")
 
 
 def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -239,64 +197,40 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     both = [dict(config[key]) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
     kinds = [values.get("rope_type") or values.get("type") or "default" for values in both]
     if len(set(kinds)) > 1:
-        raise InputError(
-            f"config.json has rope_parameters of type {kinds[0]!r} and rope_scaling of type {kinds[1]!r}; keep one"
-        )
+        fault = f"config.json has rope_parameters of type {kinds[0]!r} and rope_scaling of type {kinds[1]!r}; keep one"
+        raise InputError(fault)
     values, kind = (both[0], kinds[0]) if both else ({}, "default")
     theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if values.get("partial_rotary_factor", 1) != 1:
-        raise InputError(f"config.json has partial_rotary_factor = {values['partial_rotary_factor']}, only 1 is supported")
-    if kind not in ("default", "yarn"):
-        raise InputError(f"config.json has rope type {kind!r}, but only 'default' and 'yarn' are supported")
+    turned = values.get("partial_rotary_factor", 1)
+    _refuse_if(turned != 1, f"partial_rotary_factor = {turned}, only 1 is supported")
+    _refuse_if(kind not in ("default", "yarn"), f"rope type {kind!r}, but only 'default' and 'yarn' are supported")
     yarn = None
     if kind == "yarn":
-        longest = config.get("max_position_embeddings") or _OPTIONAL["max_position_embeddings"]
+        longest = config.get("max_position_embeddings") or DeepseekV3Config.max_position_embeddings
         original = values.get("original_max_position_embeddings") or longest
-        yarn = Yarn(
-            factor=float(values.get("factor") or longest / original),
-            original_context=original,
-            beta_fast=values.get("beta_fast") or 32.0,
-            beta_slow=values.get("beta_slow") or 1.0,
-            mscale=values.get("mscale"),
-            mscale_all_dim=values.get("mscale_all_dim"),
-            attention_factor=values.get("attention_factor"),
-            truncate=values.get("truncate", True),
-        )
+        factor = float(values.get("factor") or longest / original)
+        said = {key: values[key] for key in ("beta_fast", "beta_slow") if values.get(key)}
+        said |= {key: values[key] for key in ("mscale", "mscale_all_dim", "attention_factor", "truncate") if key in values}
+        yarn = Yarn(factor=factor, original_context=original, **said)
     return Rope(dim=config["qk_rope_head_dim"], theta=theta, yarn=yarn)
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then a dense or a mixture-of-experts feed-forward network, each normed before and added after.
+    """Attention, then a dense or a mixture-of-experts feed-forward network, each normed before and added after."""
 
-    Attributes:
-        recompute: `recompute(function, *args)` runs a function so that little is kept for its backward pass; None: all is kept.
-    """
-
+    # recompute(function, *args) runs a function so that little is kept for its backward pass; None: all is kept.
     recompute: Callable[..., Tensor] | None = None
 
     def __init__(self, config: DeepseekV3Config, layer: int, experts: Literal["grouped_mm", "loop"]) -> None:
         super().__init__()
         width = config.hidden_size
-        self.self_attn = LatentAttention(
-            width=width,
-            heads=config.num_attention_heads,
-            q_rank=config.q_lora_rank,
-            kv_rank=config.kv_lora_rank,
-            nope_dim=config.qk_nope_head_dim,
-            v_dim=config.v_head_dim,
-            rope=config.rope,
-            bias=config.attention_bias,
-        )
+        latents = dict(q_rank=config.q_lora_rank, kv_rank=config.kv_lora_rank, bias=config.attention_bias)
+        dims = dict(nope_dim=config.qk_nope_head_dim, v_dim=config.v_head_dim, rope=config.rope)
+        self.self_attn = LatentAttention(width=width, heads=config.num_attention_heads, **latents, **dims)
         if config.is_moe(layer):
-            gate = Router(
-                width,
-                config.n_routed_experts,
-                top_k=config.num_experts_per_tok,
-                groups=config.n_group,
-                top_groups=config.topk_group,
-                normalise=config.norm_topk_prob,
-                scale=config.routed_scaling_factor,
-            )
+            choice = dict(top_k=config.num_experts_per_tok, groups=config.n_group, top_groups=config.topk_group)
+            weighing = dict(normalise=config.norm_topk_prob, scale=config.routed_scaling_factor)
+            gate = Router(width, config.n_routed_experts, **choice, **weighing)
             routed = Experts(config.n_routed_experts, width, config.moe_intermediate_size, experts)
             shared = SwigluMLP(width, config.moe_intermediate_size * config.n_shared_experts)
             self.mlp = MoE(gate, routed, shared)
@@ -318,76 +252,44 @@ class DecoderLayer(nn.Module):
         return x_SD + (self.mlp(normed_SD, packing) if isinstance(self.mlp, MoE) else self.mlp(normed_SD))
 
 
-class DecoderStack(nn.Module):
-    """Embedding, layers and last norm, as far as they belong to the part: what the checkpoint calls `model`."""
-
-    def __init__(
-        self, config: DeepseekV3Config, experts: Literal["grouped_mm", "loop"], layers: Sequence[int], first: bool, last: bool
-    ) -> None:
-        super().__init__()
-        if first:
-            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.rotary_emb = RotaryEmbedding(config.rope)
-        self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, layer, experts) for layer in layers})
-        if last:
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class DeepseekV3(nn.Module):
     """The language model, or the part of it that a pipeline stage or a rank holds.
 
-    Its weights are whatever memory held until they are loaded or set to `initial_value`.
-
-    Attributes:
-        first, last: whether it begins with token ids and the embedding, and ends with the norm and the head.
-        layout: where the tokens of a microbatch and the vocabulary lie; tensor and context parallelism replace it.
-    """
+    Its weights are whatever memory held until they are loaded or set to `initial_value`. InputError for widths that grouped_mm
+    cannot work with."""
 
     def __init__(
         self,
-        config: DeepseekV3Config,
-        attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto",
-        experts: Literal["grouped_mm", "loop"] = "grouped_mm",
-        loss_chunk: int = 1024,
-        layers: Sequence[int] | None = None,
-        first: bool = True,
-        last: bool = True,
+        config: DeepseekV3Config,  # of the whole model
+        attention: Implementation | Literal["auto"] = "auto",  # auto picks by the device and dtype of the hidden states
+        experts: Literal["grouped_mm", "loop"] = "grouped_mm",  # loop is the plain twin
+        loss_chunk: int = 1024,  # tokens whose logits exist at the same time when labels are given
+        layers: Sequence[int] | None = None,  # of this part, by number in the whole model; None: all
+        first: bool = True,  # whether it begins with token ids and the embedding
+        last: bool = True,  # whether it ends with the last norm, the head and the loss
     ) -> None:
-        """
-        Args:
-            config: sizes, of the whole model.
-            attention: implementation (models/attention.py); auto picks by the device of the tokens.
-            experts: grouped_mm, or loop, its plain twin.
-            loss_chunk: tokens whose logits exist at the same time when labels are given.
-            layers: the layers of this part, by number in the whole model; None: all.
-            first: whether the embedding belongs to it.
-            last: whether the last norm, the head and the loss belong to it.
-
-        Raises:
-            InputError: widths that grouped_mm cannot work with.
-        """
         super().__init__()
-        self.config = config
-        self.attention = attention
-        self.loss_chunk = loss_chunk
-        self.layout = Layout()
+        self.config, self.attention, self.loss_chunk = config, attention, loss_chunk
         self.first, self.last = first, last
-        self.model = DecoderStack(config, experts, range(config.num_hidden_layers) if layers is None else layers, first, last)
-        if last and not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.layout = Layout()  # where tokens and vocabulary lie; tensor and context parallelism replace it
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self.model = nn.Module()  # what the checkpoint calls so, as far as it belongs to this part
+        if first:
+            self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.model.rotary_emb = RotaryEmbedding(config.rope)
+        self.model.layers = nn.ModuleDict({str(layer): DecoderLayer(config, layer, experts) for layer in layers})
+        if last:
+            self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            if not config.tie_word_embeddings:
+                self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def part(self, layers: Sequence[int], first: bool, last: bool) -> DeepseekV3:
-        """Some of this model's layers as a model of their own, which shares its modules and so its parameters.
-
-        Args:
-            layers: numbers of layers that are here.
-            first, last: whether the part has the embedding, and the last norm and the head.
-        """
+    def part(self, layers: Sequence[int], first: bool, last: bool) -> "DeepseekV3":
+        """Some of the layers that are here, by number, as a model of their own, which shares modules and so parameters; `first`
+        and `last` say whether it has the embedding, and the last norm and the head."""
         part = DeepseekV3(self.config, self.attention, loss_chunk=self.loss_chunk, layers=(), first=False, last=False)
         part.layout, part.first, part.last = self.layout, first, last
         part.model.rotary_emb = self.model.rotary_emb
-        for layer in layers:
-            part.model.layers[str(layer)] = self.model.layers[str(layer)]
+        part.model.layers.update({str(layer): self.model.layers[str(layer)] for layer in layers})
         if first:
             part.model.embed_tokens = self.model.embed_tokens
         if last:
@@ -398,30 +300,17 @@ class DeepseekV3(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor,  # int64 [T], all of the microbatch; for a part that is not the first, hidden states [S, D]
         *,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        labels: Tensor | None = None,
-        loss_weights: Tensor | None = None,
-        max_seqlen: int | None = None,
-        logits_at: Tensor | None = None,
+        positions: Tensor,  # int64 [T], from 0 in each document
+        cu_seqlens: Tensor,  # int32 [N + 1], bounds of the documents, which lie together from token 0; the rest is padding
+        labels: Tensor | None = None,  # int64 [T], the target predicted at each position; -100 for none
+        loss_weights: Tensor | None = None,  # fp32 [T], weight of each target; None means 1
+        max_seqlen: int | None = None,  # longest document; without it the varlen attention stops the host to ask
+        logits_at: Tensor | None = None,  # int64 [n], the only tokens whose logits are wanted (generation); None means all
     ) -> Tensor:
-        """Logits, or with labels the loss sum; from a part that is not the last, its hidden states.
-
-        Args:
-            tokens: int64 [T], all of the microbatch; for a part that is not the first, hidden states [S, D].
-            positions: int64 [T], from 0 in each document.
-            cu_seqlens: int32 [N + 1], bounds of the documents, which lie together from token 0; the rest is padding.
-            labels: int64 [T], the target predicted at each position; -100 for none.
-            loss_weights: fp32 [T], weight of each target; None means 1.
-            max_seqlen: longest document; without it the varlen attention stops the host to ask.
-            logits_at: int64 [n], the only tokens whose logits are wanted (generation); None means all.
-
-        Returns:
-            logits [T, V] or [n, V] in the model's dtype, or sum_t loss_weights[t] * nll[t] over this rank's C tokens, an fp32
-            scalar; or hidden states [S, D].
-        """
+        """Logits [T, V] or [n, V] in the model's dtype, or with labels the loss sum_t loss_weights[t] * nll[t] over this rank's
+        C tokens, an fp32 scalar; from a part that is not the last, hidden states [S, D]."""
         layout = self.layout
         x_SD = self.model.embed_tokens(layout.context(tokens)) if self.first else tokens
         implementation = choose_implementation(self.attention, x_SD.device, x_SD.dtype)
@@ -453,37 +342,29 @@ class DeepseekV3(nn.Module):
     def checkpoint_pieces(self) -> dict[str, list[Piece]]:
         """Which Hugging Face tensors make up each parameter and persistent buffer, by its name here."""
         expert_width, width = self.config.moe_intermediate_size, self.config.hidden_size
+        parts = {  # of an expert's part in a stacked parameter: name, shape, first row
+            "gate_up_proj": [("gate_proj", (expert_width, width), 0), ("up_proj", (expert_width, width), expert_width)],
+            "down_proj": [("down_proj", (width, expert_width), 0)],
+        }
         pieces: dict[str, list[Piece]] = {}
         for name, tensor in self.state_dict().items():
             prefix, _, last = name.rpartition(".")
-            experts = range(tensor.shape[0])
-            if last == "gate_up_proj":
-                pieces[name] = [
-                    Piece(f"{prefix}.{expert}.{part}.weight", (expert_width, width), (expert, row, 0))
-                    for expert in experts
-                    for part, row in (("gate_proj", 0), ("up_proj", expert_width))
-                ]
-            elif last == "down_proj":
-                pieces[name] = [
-                    Piece(f"{prefix}.{expert}.down_proj.weight", (width, expert_width), (expert, 0, 0)) for expert in experts
-                ]
-            else:
+            if last not in parts:
                 pieces[name] = [Piece(name, tuple(tensor.shape), (0,) * tensor.dim())]
+                continue
+            pieces[name] = [
+                Piece(f"{prefix}.{expert}.{part}.weight", shape, (expert, row, 0))
+                for expert in range(tensor.shape[0])
+                for part, shape, row in parts[last]
+            ]
         return pieces
 
 
 def initial_value(fqn: str, shape: tuple[int, ...], config: DeepseekV3Config, seed: int) -> Tensor:
-    """Random initial value of one parameter or persistent buffer.
+    """Random initial value of the parameter or persistent buffer `fqn` of `DeepseekV3`, in its full (unsharded) shape.
 
-    Args:
-        fqn: its name in `DeepseekV3`.
-        shape: its full (unsharded) shape.
-        config: gives the standard deviation, initializer_range.
-        seed: of the run; the value depends on it, the name and the shape alone.
-
-    Returns:
-        fp32 on CPU: 1 for norms, 0 for biases and the correction bias, normal otherwise.
-    """
+    fp32 on CPU: 1 for norms, 0 for biases and the correction bias, otherwise normal with the standard deviation
+    initializer_range; depends on name, shape and seed alone."""
     if "layernorm" in fqn or fqn == "model.norm.weight":
         return torch.ones(shape)
     if fqn.endswith("bias"):

@@ -6,8 +6,6 @@ to the hidden states and the weight are computed in the forward pass, chunk by c
 Shape suffixes: T tokens (the caller's C), D width, V vocabulary (this rank's part of it), C tokens of a chunk.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -17,32 +15,21 @@ from torch import Tensor
 from torchsft.models.decoder import VocabularyPart
 from torchsft.ops import plain, wanted
 
-IGNORE = -100
-"""Label of a position that predicts nothing."""
+IGNORE = -100  # label of a position that predicts nothing
 
 
 def vocabulary_loss(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    loss_weights_T: Tensor | None,
-    chunk: int,
-    vocabulary: VocabularyPart | None = None,
+    hidden_TD: Tensor,  # output of the last norm, model dtype
+    weight_VD: Tensor,  # output (or tied) embedding, model dtype; logits are computed in it, everything after in fp32
+    labels_T: Tensor,  # int64 target ids, IGNORE where there is none
+    loss_weights_T: Tensor | None,  # fp32; None means 1 everywhere
+    chunk: int,  # tokens whose logits exist at the same time
+    vocabulary: VocabularyPart | None = None,  # which part of it the rows of `weight_VD` are; None: all of it
 ) -> Tensor:
-    """Sum over tokens of loss weight times negative log-likelihood.
+    """Sum over tokens of loss weight times negative log-likelihood, fp32 scalar; tokens of weight 0 contribute exactly nothing.
 
-    Args:
-        hidden_TD: output of the last norm, model dtype.
-        weight_VD: output (or tied) embedding, model dtype. Logits are computed in it, everything after in fp32.
-        labels_T: int64 target ids, IGNORE where there is none.
-        loss_weights_T: fp32; None means 1 everywhere. Tokens of weight 0 contribute exactly nothing.
-        chunk: tokens whose logits exist at the same time.
-        vocabulary: which part of the vocabulary the rows of `weight_VD` are; None: all of it. With a part, every rank returns
-            the loss over the whole vocabulary, and its part of the sum that is the gradient of `hidden_TD`.
-
-    Returns:
-        fp32 scalar. Its graph can be traversed once for each of the two gradients: the backward pass scales what was kept.
-    """
+    With a part of the vocabulary every rank returns the loss over all of it, and its part of the sum that is the gradient of
+    `hidden_TD`. The graph can be traversed once for each of the two gradients: the backward pass scales what was kept."""
     if plain() and vocabulary is None:
         return vocabulary_loss_reference(hidden_TD, weight_VD, labels_T, loss_weights_T)
     weights_T = _effective_weights(labels_T, loss_weights_T)
@@ -89,8 +76,7 @@ class _VocabularyLoss(torch.autograd.Function):
             logits_CV = F.linear(hidden_CD, weight_VD)
             if vocabulary is None:
                 log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=wide)
-                here_C1 = None
-                target_C1 = log_probs_CV.gather(1, targets_C1)
+                here_C1, target_C1 = torch.ones_like(targets_C1), log_probs_CV.gather(1, targets_C1)
             else:
                 log_probs_CV, targets_C1, here_C1, target_C1 = _partial_log_softmax(logits_CV.to(wide), targets_C1, vocabulary)
             weighs_C = weights_C != 0  # selected, not only multiplied: 0 times inf is nan
@@ -99,8 +85,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 continue
             # d nll / d logits = softmax - one_hot
             grad_CV = log_probs_CV.exp_()
-            minus_C1 = torch.full_like(targets_C1, -1, dtype=wide)
-            grad_CV.scatter_add_(1, targets_C1, minus_C1 if here_C1 is None else minus_C1 * here_C1)
+            grad_CV.scatter_add_(1, targets_C1, -here_C1.to(wide))
             grad_CV.mul_(weights_C.unsqueeze(-1)).masked_fill_(~weighs_C.unsqueeze(-1), 0)
             grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden is not None:

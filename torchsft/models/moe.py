@@ -5,8 +5,6 @@ Shape suffixes: S tokens on this rank, D width, E experts, G expert groups, K ch
 N documents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,27 +18,22 @@ from torchsft.models.decoder import Float32Buffers, SwigluMLP, local
 from torchsft.ops.permute import combine, permute
 from torchsft.ops.swiglu import grouped_swiglu, grouped_swiglu_reference
 
+# exchange(x_RD, counts_E, experts, meanwhile) -> (y_RD, meanwhile()), rows sorted by global expert; `meanwhile` may be computed
+# while rows travel.
 Exchange = Callable[[Tensor, Tensor, "Experts", Callable[[], Tensor]], tuple[Tensor, Tensor]]
 
 
 class Router(Float32Buffers):
-    """Chooses K of E experts for every token; everything here is fp32 whatever the model computes in."""
+    """Chooses K (`top_k`) of E experts for every token; everything here is fp32 whatever the model computes in.
+
+    Experts are split into G groups of neighbours, and those of `top_groups` groups may be chosen. `normalise` divides a token's
+    K weights by their sum; `scale` is the factor of the weights after that."""
 
     e_score_correction_bias: Tensor
 
     def __init__(
         self, width: int, experts: int, *, top_k: int, groups: int, top_groups: int, normalise: bool, scale: float
     ) -> None:
-        """
-        Args:
-            width: D.
-            experts: E.
-            top_k: K.
-            groups: G; experts are split into G groups of neighbours.
-            top_groups: groups whose experts may be chosen.
-            normalise: divide a token's K weights by their sum.
-            scale: factor of the weights after that.
-        """
         super().__init__()
         self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
         self.normalise, self.scale = normalise, scale
@@ -50,10 +43,9 @@ class Router(Float32Buffers):
     def forward(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Routing weights (fp32 [S, K]), the chosen experts (int64 [S, K]) and all scores (fp32 [S, E]).
 
-        Weights are the sigmoid scores; the correction bias takes part in the choice alone. Groups compete by the sum of
-        their two best biased scores, and experts of the other groups are out (-inf: a fill of 0, as in DeepSeek's first
-        public code, lets them win over negative biased scores; transformers 5 uses -inf too).
-        """
+        Weights are the sigmoid scores; the correction bias takes part in the choice alone. Groups compete by the sum of their
+        two best biased scores, and experts of the other groups are out (-inf: a fill of 0, as in DeepSeek's first public code,
+        lets them win over negative biased scores; transformers 5 uses -inf too)."""
         scores_SE = F.linear(x_SD.float(), local(self.weight).float()).sigmoid()
         choice_SE = scores_SE.detach() + self.e_score_correction_bias
         if self.top_groups < self.groups:
@@ -75,10 +67,8 @@ class Experts(nn.Module):
     def __init__(self, experts: int, width: int, expert_width: int, implementation: Literal["grouped_mm", "loop"]) -> None:
         super().__init__()
         if implementation == "grouped_mm" and (width % 8 or expert_width % 8):
-            raise InputError(
-                f"grouped_mm needs hidden_size ({width}) and moe_intermediate_size ({expert_width}) to be multiples of"
-                " 8 (16 bytes of bf16); use --model.experts loop"
-            )
+            fault = f"grouped_mm needs hidden_size ({width}) and moe_intermediate_size ({expert_width}) to be multiples of"
+            raise InputError(fault + " 8 (16 bytes of bf16); use --model.experts loop")
         self.compute = grouped_swiglu if implementation == "grouped_mm" else grouped_swiglu_reference
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
@@ -106,31 +96,21 @@ class _AddLoss(torch.autograd.Function):
 
 
 class MoE(nn.Module):
-    """Router, routed experts and shared experts.
+    """Router, routed experts and shared experts."""
 
-    Attributes:
-        exchange: `exchange(x_RD, counts_E, experts, meanwhile) -> (y_RD, meanwhile())`, rows sorted by global expert; expert
-            parallelism puts its all-to-all here, and computes `meanwhile` while rows travel.
-        balance_scale: what the balance loss is multiplied with in the gradient: its factor over the tokens of the global batch,
-            set before each step; 0 leaves it out.
-        counting: False while a forward pass is repeated for the backward pass.
-        expert_load: int64 [E], not saved: real tokens routed to each expert in training mode since it was last zeroed.
-        balance_loss: fp32 scalar, not saved: sum of the balance loss over real tokens since it was last zeroed.
-    """
-
-    expert_load: Tensor
-    balance_loss: Tensor
+    # Both since they were last zeroed, over real tokens; not saved.
+    expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
+    balance_loss: Tensor  # fp32 scalar: sum of the balance loss
 
     def __init__(self, gate: Router, experts: Experts, shared_experts: SwigluMLP) -> None:
         super().__init__()
-        self.gate = gate
-        self.experts = experts
-        self.shared_experts = shared_experts
-        self.exchange: Exchange = local_exchange
+        self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
+        self.exchange: Exchange = local_exchange  # expert parallelism puts its all-to-all here
+        # What the balance loss is multiplied with in the gradient: its factor over the tokens of the global batch, set before
+        # each step; 0 leaves it out.
         self.balance_scale = 0.0
-        self.counting = True
-        count = gate.weight.shape[0]
-        self.register_buffer("expert_load", torch.zeros(count, dtype=torch.int64), persistent=False)
+        self.counting = True  # False while a forward pass is repeated for the backward pass
+        self.register_buffer("expert_load", torch.zeros(gate.weight.shape[0], dtype=torch.int64), persistent=False)
         self.register_buffer("balance_loss", torch.zeros((), dtype=torch.float32), persistent=False)
 
     def init_buffers(self) -> None:
@@ -168,13 +148,11 @@ class MoE(nn.Module):
         Of a document of L tokens: sum over experts of f_e * P_e, with f_e = E / (K L) * (times e was chosen) and P_e the mean
         of its scores, normalised per token. A document counts L times, so that the mean over tokens is 1 where all experts
         are used alike, and how documents are packed, split over ranks and accumulated changes nothing. Chosen means routed to
-        (the paper's formula leaves out the correction bias there).
-        """
+        (the paper's formula leaves out the correction bias there)."""
         documents, experts = len(packing.length_N1), scores_SE.shape[1]
         index_R = (packing.document_S.unsqueeze(1) * experts + experts_SK).flatten()
-        counts = torch.zeros(documents * experts, device=scores_SE.device).index_add_(
-            0, index_R, torch.ones_like(index_R).float()
-        )
+        counts = torch.zeros(documents * experts, device=scores_SE.device)
+        counts.index_add_(0, index_R, torch.ones_like(index_R).float())
         counts_NE = packing.layout.sum(counts).view(documents, experts)
         frequency_NE = counts_NE * (experts / experts_SK.shape[1]) / packing.length_N1.clamp(min=1).unsqueeze(1)
         share_SE = scores_SE / scores_SE.sum(-1, keepdim=True)

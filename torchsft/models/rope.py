@@ -3,8 +3,6 @@
 Shape suffixes: T tokens, P = rope dim / 2 pairs. DeepSeek rotates neighbouring entries (x0, x1), (x2, x3), ...
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,28 +18,21 @@ from torchsft.ops import plain
 class Yarn:
     """YaRN context extension (Peng et al. 2023, arXiv:2309.00071), with DeepSeek's mscale fields."""
 
-    factor: float
-    """Extended over original context length."""
-    original_context: int
-    """Positions of the original context."""
-    beta_fast: float = 32.0
-    """Rotations within the original context above which a frequency stays as it is."""
-    beta_slow: float = 1.0
-    """Rotations below which a frequency is divided by factor."""
+    factor: float  # extended over original context length
+    original_context: int  # positions of the original context
+    beta_fast: float = 32.0  # rotations within the original context above which a frequency stays as it is
+    beta_slow: float = 1.0  # rotations below which a frequency is divided by factor
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    """Factor of cos and sin; absent: from factor, mscale and mscale_all_dim."""
-    truncate: bool = True
-    """Round the bounds of the ramp to whole pairs."""
+    attention_factor: float | None = None  # factor of cos and sin; absent: from factor, mscale and mscale_all_dim
+    truncate: bool = True  # round the bounds of the ramp to whole pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary embedding of one model."""
 
-    dim: int
-    """Rotated entries of a head; even."""
+    dim: int  # rotated entries of a head; even
     theta: float
     yarn: Yarn | None = None
 
@@ -73,9 +64,8 @@ def softmax_scale(rope: Rope, head_dim: int) -> float:
 def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
     """Angle per position of each pair, fp32 [P].
 
-    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly in between; the bounds are
-    the pairs that turn beta_fast and beta_slow times within the original context (sections 3.2 and A.2 of the paper).
-    """
+    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly in between; the bounds are the pairs
+    that turn beta_fast and beta_slow times within the original context (sections 3.2 and A.2 of the paper)."""
     inverse = rope.theta ** -(torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim)
     yarn = rope.yarn
     if yarn is None:
@@ -118,32 +108,26 @@ class RotaryEmbedding(Float32Buffers):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the last 2P entries of x, pair by pair of neighbours; the entries before them stay as they are.
 
-    Args:
-        x: [T, ..., N + 2P], any floating dtype; computed in fp32.
-        cos, sin: fp32 [T, P], broadcast over the dims in between.
-
-    Returns:
-        Shape and dtype of x. Nothing of size x is saved for the backward pass, which rotates by the opposite angle.
-    """
-    if plain():
-        return rotate_reference(x, cos, sin)
-    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
-    return _Rotate.apply(x, cos.view(shape), sin.view(shape))
+    x is [T, ..., N + 2P] of any floating dtype, and so is the result; cos and sin are fp32 [T, P], broadcast over the dims in
+    between. Computed in fp32. Nothing of size x is saved for the backward pass, which rotates by the opposite angle."""
+    return rotate_reference(x, cos, sin) if plain() else _Rotate.apply(x, cos, sin)
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` in plain PyTorch."""
-    dim = 2 * cos.shape[-1]
-    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
-    cos, sin = cos.view(shape), sin.view(shape)
+    dim, cos, sin = 2 * cos.shape[-1], _spread(cos, x), _spread(sin, x)
     keep, turn = x[..., :-dim], x[..., -dim:]
     even, odd = turn[..., 0::2], turn[..., 1::2]
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
     return torch.cat([keep, turned.to(x.dtype)], dim=-1)
 
 
+def _spread(table_TP: Tensor, x: Tensor) -> Tensor:
+    return table_TP.view(table_TP.shape[0], *[1] * (x.dim() - 2), table_TP.shape[1])
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dim = 2 * cos.shape[-1]
+    dim, cos, sin = 2 * cos.shape[-1], _spread(cos, x), _spread(sin, x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     out[..., :-dim] = x[..., :-dim]
     even, odd = x[..., -dim::2], x[..., -dim + 1 :: 2]

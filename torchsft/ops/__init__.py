@@ -25,8 +25,7 @@ def wanted(ctx: Any) -> list[bool]:
     """Inside the backward of an autograd Function: whether this pass computes the gradient of each of its tensor arguments.
 
     Zero-bubble pipeline schedules go through a graph twice, for activations and later for weights, and every Function that has
-    both is called in both passes; `ctx.needs_input_grad` is the same in both.
-    """
+    both is called in both passes; `ctx.needs_input_grad` is the same in both."""
 
     def runs(node: Any) -> bool:
         if node is None:  # no gradient at all

@@ -4,13 +4,11 @@
     combine    sum over a token's K rows of weight * row, back in token order
 
 Both are bijections between (token, choice) and row, so the backward pass of each is a gather too: deterministic, no
-scatter-add. Sums over K use `embedding_bag`, which never builds the [T, K, D] intermediate (on CPU seven times faster
-than gather + sum, measured at T = 4096, K = 4, D = 512).
+scatter-add. Sums over K use `embedding_bag`, which never builds the [T, K, D] intermediate (on CPU seven times faster than
+gather + sum, measured at T = 4096, K = 4, D = 512).
 
 Shape suffixes: T tokens, D width, K choices per token, R = T * K routed rows.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -22,19 +20,11 @@ from torchsft.ops import plain
 
 
 def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
-    """Copy every token once per chosen expert, in the order of the rows.
+    """Copy every token (x_TD, any floating dtype) once per chosen expert, in the order of the rows: x_RD, of the same dtype.
 
-    Args:
-        x_TD: tokens, any floating dtype.
-        order_R: int64; order_R[r] = t * K + k is the (token, choice) that row r holds. A permutation of 0..R-1.
-        row_TK: int64, its inverse: row_TK[t, k] is the row of choice k of token t.
-
-    Returns:
-        x_RD in the dtype of x_TD.
-    """
-    if plain():
-        return permute_reference(x_TD, order_R, row_TK)
-    return _Permute.apply(x_TD, order_R, row_TK)
+    order_R is int64: order_R[r] = t * K + k is the (token, choice) that row r holds, a permutation of 0..R-1; row_TK, int64, is
+    its inverse: row_TK[t, k] is the row of choice k of token t."""
+    return permute_reference(x_TD, order_R, row_TK) if plain() else _Permute.apply(x_TD, order_R, row_TK)
 
 
 def permute_reference(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
@@ -43,19 +33,12 @@ def permute_reference(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
-    """Add up the rows of every token, weighted.
+    """Add up the rows of every token, weighted: y_TD[t] = sum_k weights_TK[t, k] * y_RD[row_TK[t, k]].
 
-    Args:
-        y_RD: rows in any floating dtype; sums are accumulated in fp32 and returned in this dtype.
-        weights_TK: routing weights (fp32 in a model); applied in the dtype of y_RD.
-        order_R, row_TK: as for `permute`.
-
-    Returns:
-        y_TD with y_TD[t] = sum_k weights_TK[t, k] * y_RD[row_TK[t, k]].
-    """
-    if plain():
-        return combine_reference(y_RD, weights_TK, order_R, row_TK)
-    return _Combine.apply(y_RD, weights_TK, order_R, row_TK)
+    y_RD has any floating dtype, in which routing weights (fp32 in a model) are applied and sums returned, which are accumulated
+    in fp32; order_R and row_TK are as for `permute`."""
+    implementation = combine_reference if plain() else _Combine.apply
+    return implementation(y_RD, weights_TK, order_R, row_TK)
 
 
 def combine_reference(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
@@ -88,6 +71,5 @@ class _Combine(torch.autograd.Function):
         # In pieces that stay in the cache: a whole [R, D] product is four times slower on CPU and needs its memory.
         pairs = zip(y_RD.chunk(16), grad_RD.chunk(16), strict=True)
         dots_R = torch.cat([(y * grad).sum(-1, dtype=weights_TK.dtype) for y, grad in pairs])
-        grad_weights_TK = dots_R[row_TK].to(weights_TK.dtype)
         grad_RD.mul_(weights_TK.flatten()[order_R].unsqueeze(-1).to(grad_RD.dtype))
-        return grad_RD, grad_weights_TK, None, None
+        return grad_RD, dots_R[row_TK], None, None

@@ -7,8 +7,6 @@
 Shape suffixes: R rows, D width, F expert width, E experts held here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -20,9 +18,7 @@ from torchsft.ops import plain, wanted
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element-wise; both of one shape and floating dtype, which the result has too."""
-    if plain():
-        return swiglu_reference(gate, up)
-    return _Swiglu.apply(gate, up)
+    return swiglu_reference(gate, up) if plain() else _Swiglu.apply(gate, up)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -30,18 +26,13 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def grouped_swiglu(x_RD: Tensor, gate_up: Tensor, down: Tensor, offs_E: Tensor) -> Tensor:
-    """Apply each expert's SwiGLU network to its rows.
-
-    Args:
-        x_RD: rows sorted by expert.
-        gate_up: [E, 2F, D], gate rows first, then up; dtype of x_RD. D and F must be multiples of 16 bytes.
-        down: [E, D, F].
-        offs_E: int32; expert e owns the rows offs_E[e - 1] to offs_E[e]. offs_E[-1] must be R.
-
-    Returns:
-        y_RD in the dtype of x_RD.
-    """
+def grouped_swiglu(
+    x_RD: Tensor,  # rows sorted by expert
+    gate_up: Tensor,  # [E, 2F, D], gate rows first, then up; dtype of x_RD. D and F must be multiples of 16 bytes
+    down: Tensor,  # [E, D, F]
+    offs_E: Tensor,  # int32; expert e owns the rows offs_E[e - 1] to offs_E[e]. offs_E[-1] must be R
+) -> Tensor:
+    """Apply each expert's SwiGLU network to its rows: y_RD, in the dtype of x_RD."""
     if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
         return x_RD + 0 * (gate_up.sum() + down.sum())
     return _GroupedSwiglu.apply(x_RD, gate_up, down, offs_E)
@@ -49,8 +40,7 @@ def grouped_swiglu(x_RD: Tensor, gate_up: Tensor, down: Tensor, offs_E: Tensor) 
 
 def grouped_swiglu_reference(x_RD: Tensor, gate_up: Tensor, down: Tensor, offs_E: Tensor) -> Tensor:
     """`grouped_swiglu` in plain PyTorch, one expert after the other (reads offs_E on the host)."""
-    ends = offs_E.tolist()
-    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    lengths = offs_E.diff(prepend=offs_E.new_zeros(1)).tolist()
     outputs = []
     for rows, expert_gate_up, expert_down in zip(x_RD.split(lengths), gate_up, down, strict=True):
         gate, up = F.linear(rows, expert_gate_up).chunk(2, dim=-1)

@@ -1,10 +1,8 @@
 """Activation checkpointing: keep a layer's input alone, and compute the layer again when its backward pass needs the rest."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -27,19 +25,10 @@ def apply_activation_checkpointing(model: DeepseekV3) -> None:
 
     Memory falls to [S, D] a layer and microbatch in flight, plus one layer; time grows by a forward pass. The layer is computed
     from the same input by the same operations, so it routes tokens as before. Applied before FSDP2, which then gathers a
-    layer's parameters once for both.
-    """
-    moes = model.moe_layers()
-    for name, layer in model.model.layers.items():
-        contexts = functools.partial(_contexts, moes.get(name))
-        layer.recompute = functools.partial(
-            checkpoint,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing here is random
-            context_fn=contexts,
-        )
-
-
-def _contexts(moe: nn.Module | None) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around the forward pass, and around its repetition."""
-    return nullcontext(), nullcontext() if moe is None else _not_counted(moe)
+    layer's parameters once for both."""
+    # The state of random generators is not kept: nothing here is random.
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for layer in model.model.layers.values():
+        layer.recompute = recompute
+    for name, moe in model.moe_layers().items():  # contexts around the forward pass, and around its repetition
+        model.model.layers[name].recompute = partial(recompute, context_fn=lambda moe=moe: (nullcontext(), _not_counted(moe)))

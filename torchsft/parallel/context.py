@@ -19,8 +19,6 @@ Grouped-query attention, for families that have it: `exchange_heads` and, back, 
 Shapes: T tokens of the row, C = T / ranks of one rank, H query heads, G key/value heads, d head dim.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,10 +33,7 @@ def apply_context_parallel(model: DeepseekV3, world: World) -> None:
     """Let each rank of `cp` compute its share of the heads, of those that tensor parallelism left it; in place.
 
     Parameters stay as they are: each rank uses some rows of them, and FSDP, which shards over `cp` too, sums the gradients.
-
-    Raises:
-        InputError: heads do not divide over tp * cp.
-    """
+    InputError where heads do not divide over tp * cp."""
     check_sizes(model.config, world)
     cp, rank = world.dense["cp"].size(), world.dense["cp"].get_local_rank()
     heads = model.config.num_attention_heads // (cp * world.dense["tp"].size())
@@ -50,18 +45,10 @@ def apply_context_parallel(model: DeepseekV3, world: World) -> None:
 def exchange_heads(q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """All heads of this rank's tokens to this rank's heads of all tokens, in one all-to-all; differentiable.
 
-    Args:
-        q_CHd, k_CGd: queries and keys, heads of neighbours sharing a key/value head.
-        v_CGd: values; their head dim may be another.
-        group: the ranks, in the order of their tokens.
-
-    Returns:
-        q [T, H / ranks, d], k and v [T, G / ranks, d]; where there are more ranks than key/value heads, k and v [T, 1, d]: the
-        head that this rank's queries need, which is on several ranks.
-
-    Raises:
-        InputError: the ranks do not divide H, or G is neither a multiple nor a divisor of them.
-    """
+    Neighbouring query heads share a key/value head; the head dim of values may be another. The ranks of `group` are in the
+    order of their tokens. Returns q [T, H / ranks, d], k and v [T, G / ranks, d]; where there are more ranks than key/value
+    heads, k and v [T, 1, d]: the head that this rank's queries need, which is on several ranks. InputError where the ranks do
+    not divide H, or G is neither a multiple nor a divisor of them."""
     ranks, heads, kv_heads = group.size(), q_CHd.shape[1], k_CGd.shape[1]
 
     def divides(n: int) -> bool:
@@ -69,15 +56,12 @@ def exchange_heads(q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, group: dist.Proc
 
     if not divides(ranks):
         good = [str(n) for n in range(1, heads + 1) if divides(n)]
-        raise InputError(
-            f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp {ranks} ranks; "
-            f"set --parallel.cp to one of {', '.join(good)}"
-        )
+        fault = f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp {ranks} ranks; "
+        raise InputError(fault + f"set --parallel.cp to one of {', '.join(good)}")
     if ranks > kv_heads:
         k_CGd, v_CGd = (x.repeat_interleave(ranks // kv_heads, dim=1) for x in (k_CGd, v_CGd))
     parts = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]  # [C, ranks, heads of a rank, d]
     together = torch.cat([part.flatten(2) for part in parts], dim=-1)
     arrived = exchange(together.transpose(0, 1), group).flatten(0, 1)
     split = arrived.split([part.shape[2] * part.shape[3] for part in parts], dim=-1)
-    q, k, v = (x.unflatten(-1, part.shape[2:]) for x, part in zip(split, parts, strict=True))
-    return q, k, v
+    return tuple(x.unflatten(-1, part.shape[2:]) for x, part in zip(split, parts, strict=True))

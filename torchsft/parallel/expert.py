@@ -4,8 +4,6 @@ Shapes: R rows routed on this rank (S tokens x K), M rows received, D width, E e
 local experts. Rows arrive sorted by global expert, so the part for rank i is contiguous.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -22,12 +20,10 @@ from torchsft.ops.permute import permute
 class ExpertExchange:
     """A MoE layer's `exchange` over the `ep` axis: all-to-all, local experts, all-to-all back.
 
-    The split sizes of an uneven all-to-all are host numbers, hence one host synchronisation per layer and pass.
-    """
+    The split sizes of an uneven all-to-all are host numbers, hence one host synchronisation per layer and pass."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.size = dist.get_world_size(group)
+        self.group, self.size = group, dist.get_world_size(group)
 
     def __call__(
         self, x_RD: Tensor, counts_E: Tensor, experts: nn.Module, meanwhile: Callable[[], Tensor]
@@ -35,17 +31,16 @@ class ExpertExchange:
         """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in the same order, and the result
         of `meanwhile`, which is computed while rows travel to their experts."""
         with torch.no_grad():
-            received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))  # [sender, local expert]
-            splits = torch.stack([counts_E.view(self.size, -1).sum(1), received_E.view(self.size, -1).sum(1)])
-            sent, received = splits.tolist()
-            local_e = received_E.view(self.size, -1)
+            received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))
+            local_ne = received_E.view(self.size, -1)
+            sent, received = torch.stack([counts_E.view(self.size, -1).sum(1), local_ne.sum(1)]).tolist()
             # From (sender, local expert) order to (local expert, sender) order.
-            expert_M = torch.arange(local_e.shape[1], device=x_RD.device).repeat(self.size)
+            expert_M = torch.arange(local_ne.shape[1], device=x_RD.device).repeat(self.size)
             expert_M = expert_M.repeat_interleave(received_E, output_size=sum(received))
             order_M = expert_M.argsort(stable=True)
             inverse_M = torch.empty_like(order_M)
             inverse_M[order_M] = torch.arange(order_M.numel(), device=x_RD.device)
-            offs_e = local_e.sum(0).cumsum(0).to(torch.int32)
+            offs_e = local_ne.sum(0).cumsum(0).to(torch.int32)
         # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero gradients under compile).
         z_MD = all_to_all_single_autograd(x_RD, received, sent, self.group)
         result = meanwhile()
@@ -58,9 +53,7 @@ class ExpertExchange:
 def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:
     """Give each rank of the `ep` axis its experts: stacked parameters become DTensors sharded on dim 0.
 
-    Raises:
-        InputError: the number of experts is not a multiple of ep.
-    """
+    InputError where the number of experts is not a multiple of ep."""
     mesh = expert_mesh["ep"]
     if mesh.size() == 1:
         return
@@ -69,10 +62,8 @@ def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:
             continue
         for key, parameter in list(module.experts.named_parameters(recurse=False)):
             if parameter.shape[0] % mesh.size():
-                raise InputError(
-                    f"{name} has {parameter.shape[0]} experts, which do not divide over --parallel.ep {mesh.size()} ranks; "
-                    "choose an ep that divides them, or start another number of ranks"
-                )
+                fault = f"{name} has {parameter.shape[0]} experts, which do not divide over --parallel.ep {mesh.size()} ranks; "
+                raise InputError(fault + "choose an ep that divides them, or start another number of ranks")
             sharded = nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)]), requires_grad=parameter.requires_grad)
             module.experts.register_parameter(key, sharded)
         module.exchange = ExpertExchange(mesh.get_group())

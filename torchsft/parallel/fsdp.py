@@ -1,7 +1,6 @@
 """FSDP2: parameters, gradients and optimizer state sharded over `fsdp`, experts over `edp`; replicas over `dp_replicate`."""
 
-from __future__ import annotations
-
+import dataclasses
 import itertools
 import math
 
@@ -12,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from torchsft.config import InputError
+from torchsft.models.decoder import local
 
 
 def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
@@ -30,23 +30,15 @@ def apply_fsdp(
     stays fp32; the rest (embedding, last norm, head) is the root. While a layer computes, the next one is gathered;
     its experts are named, since FSDP2 by itself looks one unit ahead, which would be this layer's own experts.
 
-    Args:
-        model: all of the model, or the part that one pipeline stage holds.
-        parameter_mesh, expert_mesh: `World.parameter` and `World.expert`.
-        compute: dtype of the forward and backward pass.
-        reshard_after_forward: free the gathered parameters between forward and backward. A pipeline runs many microbatches
-            through the same parameters, and zero-bubble schedules compute wrong gradients if they are freed.
-
-    Raises:
-        InputError: an expert dim does not divide over `edp` (FSDP2 shards dims other than 0 evenly).
-    """
+    `model` is all of it, or the part that one pipeline stage holds; the meshes are `World.parameter` and `World.expert`.
+    `reshard_after_forward` frees the gathered parameters between forward and backward (`pipeline.reshard_after_forward`).
+    InputError where an expert dim does not divide over `edp` (FSDP2 shards dims other than 0 evenly)."""
     dense, edp = _mesh(parameter_mesh, "fsdp"), _mesh(expert_mesh, "edp")
     shards = expert_mesh["edp"].size()
     # Inputs are not cast: they are in `compute` already, except loss weights, which must stay fp32.
-    policy, router_policy = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for dtype in (compute, torch.float32)
-    )
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    router_policy = dataclasses.replace(policy, param_dtype=torch.float32)
+    options = {"reshard_after_forward": reshard_after_forward}
     units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
     for name, layer in model.model.layers.items():
         parts = []
@@ -54,16 +46,13 @@ def apply_fsdp(
             gate, experts = layer.mlp.gate, layer.mlp.experts
             for key, parameter in experts.named_parameters():
                 if parameter.shape[1] % shards:
-                    raise InputError(
-                        f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which does not divide over the "
-                        f"{shards} ranks that share an expert (dp_shard * cp * tp / ep); raise --parallel.ep or start "
-                        "another number of ranks"
-                    )
-            options = {"reshard_after_forward": reshard_after_forward}
+                    fault = f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which does not divide over the "
+                    fault += f"{shards} ranks that share an expert (dp_shard * cp * tp / ep); raise --parallel.ep or start "
+                    raise InputError(fault + "another number of ranks")
             if compute != torch.float32:
                 parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
             parts.append(fully_shard(experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda _: Shard(1), **options))
-        units.append([fully_shard(layer, mesh=dense, mp_policy=policy, reshard_after_forward=reshard_after_forward), *parts])
+        units.append([fully_shard(layer, mesh=dense, mp_policy=policy, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
     fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=None if reshard_after_forward else False)
     for this, following in itertools.pairwise(units):
@@ -79,25 +68,18 @@ def apply_fsdp(
 def held_bytes(model: nn.Module, compute: torch.dtype, reshard_after_forward: bool) -> tuple[int, int]:
     """Device memory that this rank needs for its share of the parameters through a step; activations and buffers come on top.
 
-    Args:
-        model: this rank's part, sharded; on any device.
-
-    Returns:
-        Bytes that more data ranks would share: weight, gradient and two moments in fp32. And bytes that they would not: where
-        gathered parameters are kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
-        behind the last microbatch (so that they stand in for the sharded ones).
-    """
+    `model` is this rank's part, sharded; on any device. Returns bytes that more data ranks would share: weight, gradient and
+    two moments in fp32. And bytes that they would not: where gathered parameters are kept for a whole step, these, in
+    `compute`, and their fp32 gradients, which are scattered behind the last microbatch (so that they stand in for the sharded
+    ones)."""
     sharded = kept = 0
     for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            sharded += 16 * parameter.numel()
+        if reshard_after_forward or not isinstance(parameter, DTensor):
+            sharded += 16 * local(parameter).numel()
             continue
-        share, mesh = parameter.to_local().numel(), parameter.device_mesh
-        if reshard_after_forward:
-            sharded += 16 * share
-            continue
+        mesh = parameter.device_mesh
         axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
         gathered = parameter.numel() // math.prod(n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard())
-        sharded += 12 * share
+        sharded += 12 * local(parameter).numel()
         kept += (compute.itemsize + 4) * gathered
     return sharded, kept

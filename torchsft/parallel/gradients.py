@@ -1,28 +1,23 @@
 """One gradient norm over all parameters of all ranks, and clipping by it."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, int]]:
     """This rank's part of each gradient, and on how many ranks of its mesh the same part lies."""
     parts = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
+    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
         copies = 1
         if isinstance(gradient, DTensor):
-            for axis, placement in enumerate(gradient.placements):
-                assert not isinstance(placement, Partial), "a gradient that is not yet summed has no norm"
-                if isinstance(placement, Replicate):
-                    copies *= gradient.device_mesh.size(axis)
+            assert not any(p.is_partial() for p in gradient.placements), "a gradient that is not yet summed has no norm"
+            axes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+            copies = math.prod(size for size, placement in axes if placement.is_replicate())
             gradient = gradient.to_local()
         parts.append((gradient, copies))
     return parts
@@ -31,13 +26,11 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, in
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """2-norm of all gradients over all ranks, float64 scalar; equal on every rank. One collective.
 
-    Every rank adds the squares of the elements that it holds, an element that lies on n ranks with weight 1 / n.
-    """
+    Every rank adds the squares of the elements that it holds, an element that lies on n ranks with weight 1 / n."""
     parts = local_gradients(parameters)
-    norms = torch._foreach_norm([gradient for gradient, _ in parts])
-    device = parts[0][0].device
-    copies = torch.tensor([n for _, n in parts], dtype=torch.float64, device=device)
-    squares = (torch.stack(norms).double().square() / copies).sum()
+    norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts]))
+    copies = torch.tensor([n for _, n in parts], dtype=torch.float64, device=norms.device)
+    squares = (norms.double().square() / copies).sum()
     if dist.is_initialized():
         dist.all_reduce(squares)
     return squares.sqrt()

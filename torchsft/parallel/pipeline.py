@@ -1,14 +1,11 @@
 """Pipeline parallelism: how the microbatches of a step pass through the stages.
 
 The schedules are torch's (`torch.distributed.pipelining`); this is the only file that touches private names of that package,
-and of FSDP2's gradients.
-What a microbatch needs besides hidden states (positions, documents, labels, weights) every rank of a pipeline reads itself and
-gives to its own stages: only hidden states and their gradients travel, and no logits.
+and of FSDP2's gradients. What a microbatch needs besides hidden states (positions, documents, labels, weights) every rank of a
+pipeline reads itself and gives to its own stages: only hidden states and their gradients travel, and no logits.
 
 Shape suffixes: T tokens of a microbatch, S of them on this rank between blocks, D width, V vocabulary.
 """
-
-from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
@@ -20,16 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleMulti,
-    PipelineScheduleSingle,
-    _Action,
-    _add_send_recv,
-    _add_unshard_reshard,
-    _ComputationType,
-    _PipelineScheduleRuntime,
-)
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
@@ -46,55 +35,42 @@ __all__ = ["OneStage", "Pipeline", "build_pipeline", "plan_stages", "reshard_aft
 def split(model: DeepseekV3, plan: StagePlan, pp_rank: int) -> list[DeepseekV3]:
     """The stages of a pipeline rank whose layers are all in `model`, which keeps them, under their names in the whole model."""
     stages = plan.local(pp_rank)
-    return [model] if len(stages) == 1 else [model.part(**plan.stage_part(stage)) for stage in stages]
+    return [model] if len(stages) == 1 else [model.part(**plan.part([stage])) for stage in stages]
 
 
 def reshard_after_forward(parallel: Parallel) -> bool:
     """Whether FSDP may free gathered parameters between forward and backward.
 
     Not with a pipeline: zero-bubble schedules would compute wrong gradients without a word (the weight pass finds other
-    parameters than the input pass), and the others would gather again for every microbatch.
-    """
+    parameters than the input pass), and the others would gather again for every microbatch."""
     return parallel.pp == 1
 
 
 def build_pipeline(
-    stages: Sequence[DeepseekV3],
+    stages: Sequence[DeepseekV3],  # of this rank (`split`), parallelized; memory and weights may come later
     plan: StagePlan,
     parallel: Parallel,
     world: World,
     *,
-    microbatches: int,
-    tokens: int,
-    dtype: torch.dtype,
-) -> Pipeline | OneStage:
-    """What runs a step's microbatches through the model.
-
-    Args:
-        stages: of this rank (`split`), parallelized; memory and weights may come later.
-        plan: from `plan_stages`.
-        microbatches: of a step.
-        tokens: T.
-        dtype: of hidden states (compute).
-    """
+    microbatches: int,  # of a step
+    tokens: int,  # T
+    dtype: torch.dtype,  # of hidden states (compute)
+) -> "Pipeline | OneStage":
+    """What runs a step's microbatches through the model."""
     if parallel.pp == 1:
         return OneStage(stages, world, tokens)
     return Pipeline(stages, world, tokens, plan, parallel.pp_schedule, microbatches, dtype)
 
 
 class Runner(ABC):
-    """What runs microbatches through this rank's modules; the part of it that needs no gradients.
+    """What runs microbatches through this rank's modules; the part of it that needs no gradients."""
 
-    Attributes:
-        at_once: microbatches that `_forward` takes.
-        fixed: whether every forward pass has T tokens.
-    """
-
-    at_once = 1
-    fixed = True
+    at_once = 1  # microbatches that `_forward` takes
 
     def __init__(self, modules: Sequence[DeepseekV3], world: World, tokens: int) -> None:
         self.modules, self.world, self.tokens = modules, world, tokens
+        # Whether every forward pass has T tokens; else any number of them will do.
+        self.fixed = world.dense["pp"].size() > 1 or world.sequence["sequence"].size() > 1
         self.zero = torch.zeros((), dtype=torch.float64, device=world.device)
 
     @abstractmethod
@@ -105,8 +81,7 @@ class Runner(ABC):
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """The loss sum of any number of batches, float64 scalar, in evaluation mode; 0 on ranks without the last stage.
 
-        All ranks of a pipeline, or that share parameters, give as many batches.
-        """
+        All ranks of a pipeline, or that share parameters, give as many batches."""
         total = self.zero.clone()
         for start in range(0, len(batches), self.at_once):
             inputs = [batch.to(self.world.device).model_inputs() for batch in batches[start : start + self.at_once]]
@@ -118,15 +93,11 @@ class Runner(ABC):
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, logits_at: Tensor) -> Tensor:
         """Logits [n, V] of the n tokens at `logits_at`, on every rank, in evaluation mode.
 
-        Args:
-            tokens: int64, at most T with a pipeline or where ranks share tokens; the others are those of `DeepseekV3.forward`.
-        """
+        With a pipeline, or where ranks share tokens, of at most T tokens. The arguments are those of `DeepseekV3.forward`."""
         if self.fixed:
             if len(tokens) > self.tokens:
-                raise InputError(
-                    f"an answer needs a forward pass over {len(tokens)} tokens, but in this layout one has {self.tokens}; "
-                    "raise --data.seq-len or lower --eval.max-new-tokens"
-                )
+                fault = f"an answer needs a forward pass over {len(tokens)} tokens, but in this layout one has {self.tokens}; "
+                raise InputError(fault + "raise --data.seq-len or lower --eval.max-new-tokens")
             tokens, positions = (F.pad(x, (0, self.tokens - len(x))) for x in (tokens, positions))
         inputs = {"tokens": tokens, "positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         return self._everywhere(self._undisturbed([inputs | {"logits_at": logits_at}]), len(logits_at))
@@ -147,30 +118,24 @@ class Runner(ABC):
 class OneStage(Runner):
     """The whole model on this rank (and those that share it): one microbatch after the other."""
 
-    def __init__(self, modules: Sequence[DeepseekV3], world: World, tokens: int) -> None:
-        super().__init__(modules, world, tokens)
-        (self.model,) = modules
-        self.fixed = world.sequence["sequence"].size() > 1  # else any number of tokens will do
-
     def step(self, batches: Sequence[Batch], weight: float) -> Tensor:
         """Forward and backward pass of a step's microbatches; gradients are those of loss sum / weight.
 
-        Returns:
-            The loss sum of this rank's microbatches, float64 scalar.
-        """
-        total = self.zero.clone()
+        Returns the loss sum of this rank's microbatches, float64 scalar."""
+        model, total = self.modules[0], self.zero.clone()
         for i, batch in enumerate(batches):
-            if isinstance(self.model, FSDPModule):  # replicas (HSDP) sum once, what each has summed over its microbatches
-                self.model.set_requires_all_reduce(i == len(batches) - 1)
-            loss = self.model(**batch.to(self.world.device).model_inputs())
+            if isinstance(model, FSDPModule):  # replicas (HSDP) sum once, what each has summed over its microbatches
+                model.set_requires_all_reduce(i == len(batches) - 1)
+            loss = model(**batch.to(self.world.device).model_inputs())
             (loss / weight).backward()
             total += loss.detach()
         return total
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
-        results = [self.model(**one) for one in inputs]
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # the root stays gathered for a backward pass, and would be stale after an update
+        model = self.modules[0]
+        results = [model(**one) for one in inputs]
+        if isinstance(model, FSDPModule):
+            model.reshard()  # the root stays gathered for a backward pass, and would be stale after an update
         return results
 
 
@@ -195,12 +160,7 @@ class Stage(PipelineStage):
     """A stage of torch's schedules whose module also gets what belongs to the microbatch.
 
     That does not pass through the schedules: they would split ragged documents, and torch 2.11 refuses numbers there. So that
-    nothing is computed twice to learn shapes, these are told: hidden states [S, D], and a scalar from the last stage.
-
-    Attributes:
-        inputs_of: keyword arguments for the module, of each microbatch.
-        results: of a stage that only evaluates, what the last stage's module returned for each microbatch.
-    """
+    nothing is computed twice to learn shapes, these are told: hidden states [S, D], and a scalar from the last stage."""
 
     def __init__(
         self, module: DeepseekV3, index: int, count: int, world: World, tokens: int, dtype: torch.dtype, training: bool
@@ -212,19 +172,13 @@ class Stage(PipelineStage):
         # The weight pass of zero-bubble schedules goes through the graph once for each parameter, and would compute a layer
         # again each time (14 times, measured). A whole backward pass in the input pass's place does it once, and is right.
         recomputes = any(layer.recompute is not None for layer in module.model.layers.values())
-        super().__init__(
-            module,
-            index,
-            count,
-            world.device,
-            input_args=tokens_T if index == 0 else hidden_SD,
-            output_args=scalar if index == count - 1 else hidden_SD,
-            group=world.dense.get_group("pp"),
-            dw_builder=(lambda: lambda: None) if recomputes or not weight_pass_possible() else None,
-        )
+        no_weight_pass = (lambda: lambda: None) if recomputes or not weight_pass_possible() else None
+        ends = dict(input_args=tokens_T if index == 0 else hidden_SD, output_args=scalar if index == count - 1 else hidden_SD)
+        group = world.dense.get_group("pp")
+        super().__init__(module, index, count, world.device, **ends, group=group, dw_builder=no_weight_pass)
         self.has_backward = self.training = training
-        self.inputs_of: list[dict[str, Any]] = []
-        self.results: list[Tensor] = []
+        self.inputs_of: list[dict[str, Any]] = []  # keyword arguments for the module, of each microbatch
+        self.results: list[Tensor] = []  # if it only evaluates: what the last stage's module returned for each microbatch
         self.microbatch = 0
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
@@ -283,16 +237,12 @@ class Pipeline(Runner):
         stages = self.stages if issubclass(kind, PipelineScheduleMulti) else self.stages[0]
         self.schedule = kind(stages, n_microbatches=microbatches, loss_fn=self._loss, scale_grads=False)
         assert self.stages[0].stage_index_to_group_rank == self.places, "torch places stages elsewhere"
-        self.forwards: dict[int, tuple[_PipelineScheduleRuntime, list[Stage]]] = {}  # by number of microbatches
+        self.forwards: dict[int, tuple[PipelineScheduleMulti, list[Stage]]] = {}  # by number of microbatches
 
     def step(self, batches: Sequence[Batch], weight: float) -> Tensor:
-        """Forward and backward pass of a step's microbatches; gradients are those of loss sum / weight.
+        """As `OneStage.step`; the loss sum is 0 where the last stage is not.
 
-        FSDP sums gradients over ranks once, behind the last microbatch.
-
-        Returns:
-            The loss sum of this rank's microbatches, float64 scalar; 0 where the last stage is not.
-        """
+        FSDP sums gradients over ranks once, behind the last microbatch."""
         assert len(batches) == self.microbatches, f"{len(batches)} microbatches, the schedule has {self.microbatches}"
         self.forwards.clear()  # with their receive buffers
         self.weight, self.total = weight, self.zero.clone()
@@ -308,9 +258,7 @@ class Pipeline(Runner):
         self.total += output.detach()
         return output / self.weight
 
-    def _run(
-        self, schedule: PipelineScheduleSingle | PipelineScheduleMulti, stages: list[Stage], inputs: list[dict[str, Any]]
-    ) -> None:
+    def _run(self, schedule: schedules._PipelineSchedule, stages: list[Stage], inputs: list[dict[str, Any]]) -> list[Tensor]:
         for stage in stages:
             stage.clear_runtime_states()
             stage.inputs_of = [{name: x for name, x in one.items() if name != "tokens"} for one in inputs]
@@ -321,19 +269,16 @@ class Pipeline(Runner):
             if error.__cause__ is None:
                 raise
             raise error.__cause__ from None
+        results = [result for stage in stages for result in stage.results]
         for stage in stages:
             stage.clear_runtime_states()
-            stage.inputs_of = []
+            stage.inputs_of, stage.results = [], []
+        return results
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
         if len(inputs) not in self.forwards:
             self.forwards[len(inputs)] = self._forward_schedule(len(inputs))
-        schedule, stages = self.forwards[len(inputs)]
-        self._run(schedule, stages, inputs)
-        results = [result for stage in stages for result in stage.results]
-        for stage in stages:
-            stage.results = []
-        return results
+        return self._run(*self.forwards[len(inputs)], inputs)
 
     def _everywhere(self, results: list[Tensor], n: int) -> Tensor:
         empty = torch.empty(n, self.modules[0].config.vocab_size, dtype=self.dtype, device=self.world.device)
@@ -341,30 +286,23 @@ class Pipeline(Runner):
         dist.broadcast(logits_nV, group=self.group, group_src=self.plan.ranks[-1])
         return logits_nV
 
-    def _forward_schedule(self, microbatches: int) -> tuple[_PipelineScheduleRuntime, list[Stage]]:
+    def _forward_schedule(self, microbatches: int) -> tuple[PipelineScheduleMulti, list[Stage]]:
         """The training schedule's forward passes of some microbatches, over stages of their own on the same modules.
 
         torch's own `schedule.eval()` crashes on V-shaped schedules, and stages that evaluated train wrongly in the next step.
         """
-        forward = _ComputationType.FORWARD
+        forward = schedules._ComputationType.FORWARD
         if isinstance(self.schedule, PipelineScheduleSingle):  # 1F1B's `pipeline_order` is not what it does (torch 2.13)
-            orders = {rank: [_Action(rank, forward, i) for i in range(microbatches)] for rank in self.plan.ranks}
+            orders = {rank: [schedules._Action(rank, forward, i) for i in range(microbatches)] for rank in self.plan.ranks}
         else:
-            orders = {
-                rank: [
-                    one
-                    for action in actions
-                    if action is not None
-                    for one in action.sub_actions or (action,)
-                    if one.computation_type == forward and one.microbatch_index < microbatches
-                ]
-                for rank, actions in self.schedule.pipeline_order.items()
-            }
+            orders = {}
+            for rank, actions in self.schedule.pipeline_order.items():
+                single = [one for action in actions if action is not None for one in action.sub_actions or (action,)]
+                orders[rank] = [x for x in single if x.computation_type == forward and x.microbatch_index < microbatches]
         stages = self._stages(training=False)
-        schedule = _PipelineScheduleRuntime(stages, n_microbatches=microbatches, scale_grads=False)
-        schedule.stage_index_to_group_rank = self.places
-        for stage in stages:
-            stage.stage_index_to_group_rank = self.places
-        orders = {rank: _add_unshard_reshard(actions) for rank, actions in orders.items()}
-        schedule.pipeline_order_with_comms = _add_send_recv(orders, self.places.__getitem__, len(self.places))
+        schedule = schedules._PipelineScheduleRuntime(stages, n_microbatches=microbatches, scale_grads=False)
+        for one in (schedule, *stages):
+            one.stage_index_to_group_rank = self.places
+        orders = {rank: schedules._add_unshard_reshard(actions) for rank, actions in orders.items()}
+        schedule.pipeline_order_with_comms = schedules._add_send_recv(orders, self.places.__getitem__, len(self.places))
         return schedule, stages

@@ -8,7 +8,7 @@ Shapes: T tokens of the microbatch, C of a tensor group, S of a rank, H heads of
 d head dim, V vocabulary, n tokens whose logits are wanted.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,18 +24,12 @@ from torchsft.parallel.world import World
 
 
 def check_sizes(config: DeepseekV3Config, world: World) -> None:
-    """Refuse sizes that do not divide over tp and cp.
-
-    Raises:
-        InputError: names sizes that do, for as many ranks.
-    """
+    """Refuse sizes that do not divide over tp and cp: InputError that names sizes that do, for as many ranks."""
 
     def problem(tp: int, cp: int) -> str | None:
-        if config.num_attention_heads % (tp * cp):
-            return (
-                f"num_attention_heads = {config.num_attention_heads}, which --parallel.tp {tp} x --parallel.cp {cp} = "
-                f"{tp * cp} ranks do not divide"
-            )
+        heads, ranks = config.num_attention_heads, tp * cp
+        if heads % ranks:
+            return f"num_attention_heads = {heads}, which --parallel.tp {tp} x --parallel.cp {cp} = {ranks} ranks do not divide"
         dense = {"intermediate_size": config.intermediate_size} if config.first_k_dense_replace else {}
         for name, size in {"vocab_size": config.vocab_size, **dense}.items():
             if size % tp:
@@ -56,8 +50,7 @@ def check_sizes(config: DeepseekV3Config, world: World) -> None:
 def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """[t, ...] of every rank of a 1-D mesh to all of their tokens on each, in the order of the ranks.
 
-    Ranks use the result differently (for their heads, their columns), so what they send back is summed.
-    """
+    Ranks use the result differently (for their heads, their columns), so what they send back is summed."""
     whole = DTensor.from_local(x, mesh, [Shard(0)]).redistribute(placements=[Replicate()])
     return whole.to_local(grad_placements=[Partial()])
 
@@ -80,47 +73,39 @@ def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x_nChd.transpose(0, 1).flatten(1, 2)
 
 
+def _reduced(x: Tensor, op: str, mesh: DeviceMesh) -> Tensor:
+    return wait_tensor(all_reduce(x, op, mesh.get_group()))
+
+
 class SequenceLayout(Layout):
-    """The layout of a microbatch over the cp * tp ranks of `world.sequence`, and of the vocabulary over tp."""
+    """The layout of a microbatch over the cp * tp ranks of `world.sequence`, and of the vocabulary over tp; see `Layout`."""
 
     def __init__(self, world: World, vocab_size: int) -> None:
         self.cp, self.tp, self.sequence = world.dense["cp"], world.dense["tp"], world.sequence["sequence"]
         if self.tp.size() > 1:
-            self.vocabulary = VocabularyPart(self.tp.get_local_rank() * (vocab_size // self.tp.size()), self._max, self._sum)
-
-    def _max(self, x: Tensor) -> Tensor:
-        return wait_tensor(all_reduce(x, "max", self.tp.get_group()))
-
-    def _sum(self, x: Tensor) -> Tensor:
-        return wait_tensor(all_reduce(x, "sum", self.tp.get_group()))
+            over_ranks = (partial(_reduced, op=op, mesh=self.tp) for op in ("max", "sum"))
+            self.vocabulary = VocabularyPart(self.tp.get_local_rank() * (vocab_size // self.tp.size()), *over_ranks)
 
     def context(self, x: Tensor) -> Tensor:
-        """[T, ...] to the part [C, ...] of this rank's tensor group."""
         return x.unflatten(0, (self.cp.size(), -1))[self.cp.get_local_rank()]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[T, ...] to this rank's part [S, ...]."""
         return x.unflatten(0, (self.sequence.size(), -1))[self.sequence.get_local_rank()]
 
     def gather_tensor(self, x_SD: Tensor) -> Tensor:
-        """[S, D] of every rank of the tensor group to [C, D] on each."""
         return x_SD if self.tp.size() == 1 else gather_tokens(x_SD, self.tp)
 
     def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Each [S, width] of every rank to [T, width] on each; all parts in one all-gather."""
+        # All parts in one all-gather.
         whole = gather_tokens(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.sequence)
         return whole.split([part.shape[-1] for part in parts], dim=-1)
 
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
-        """[T, h, d], this rank's heads of all tokens, to [C, H, d], the heads and tokens of its tensor group."""
         return x_THd if self.cp.size() == 1 else heads_to_tokens(x_THd, self.cp.get_group())
 
     def sum(self, x: Tensor) -> Tensor:
-        """Elementwise sum over all ranks that share the microbatch (no gradient)."""
-        return wait_tensor(all_reduce(x, "sum", self.sequence.get_group()))
+        return _reduced(x, "sum", self.sequence)
 
     def logits(self, x_nV: Tensor) -> Tensor:
-        """Columns of this rank's vocabulary part to all columns (no gradient: on every rank it would be that of all tokens)."""
-        if self.tp.size() == 1:
-            return x_nV.detach()
-        return DTensor.from_local(x_nV.detach(), self.tp, [Shard(1)]).full_tensor()
+        x_nV = x_nV.detach()  # no gradient: on every rank it would be that of all tokens
+        return x_nV if self.tp.size() == 1 else DTensor.from_local(x_nV, self.tp, [Shard(1)]).full_tensor()

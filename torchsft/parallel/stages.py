@@ -4,8 +4,6 @@ A schedule is one of torch's, by its class name. Several stages on a rank lie as
 schedule wants it, as a V (there and back, so that the first and the last stage are neighbours).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import operator
@@ -28,10 +26,8 @@ ZERO_BUBBLE = ("InterleavedZeroBubble", *V_SHAPED)
 class StagePlan:
     """Which layers each stage has and on which pipeline rank each stage is."""
 
-    layers: tuple[tuple[int, ...], ...]
-    """Of each stage, by number in the whole model."""
-    ranks: tuple[int, ...]
-    """Pipeline rank of each stage."""
+    layers: tuple[tuple[int, ...], ...]  # of each stage, by number in the whole model
+    ranks: tuple[int, ...]  # pipeline rank of each stage
 
     def local(self, pp_rank: int) -> list[int]:
         """Stages of a pipeline rank, ascending."""
@@ -39,37 +35,24 @@ class StagePlan:
 
     def model_part(self, pp_rank: int) -> dict[str, Any]:
         """Keyword arguments of `DeepseekV3` for all that a pipeline rank holds."""
-        return self._part(self.local(pp_rank))
+        return self.part(self.local(pp_rank))
 
-    def stage_part(self, stage: int) -> dict[str, Any]:
-        """Arguments of `DeepseekV3.part` for one stage."""
-        return self._part([stage])
-
-    def _part(self, stages: list[int]) -> dict[str, Any]:
+    def part(self, stages: list[int]) -> dict[str, Any]:
+        """Keyword arguments of `DeepseekV3` and `DeepseekV3.part` for some stages."""
         layers = [layer for stage in stages for layer in self.layers[stage]]
         return {"layers": layers, "first": 0 in stages, "last": len(self.layers) - 1 in stages}
 
 
 def plan_stages(parallel: Parallel, model_config: DeepseekV3Config, microbatches: int) -> StagePlan:
-    """Decide which layers go where.
+    """Decide which layers go where; `dp_shard` is resolved, and `microbatches` are those of a step on each data rank.
 
-    Args:
-        parallel: with `dp_shard` resolved.
-        model_config: gives the number of layers and what each costs.
-        microbatches: of a step, on each data rank.
-
-    Raises:
-        InputError: the schedule, the layers and the microbatches do not fit together.
-    """
-    stages = _stage_count(parallel)
-    layers = model_config.num_hidden_layers
+    InputError where the schedule, the layers and the microbatches do not fit together."""
+    stages, layers = _stage_count(parallel), model_config.num_hidden_layers
     if parallel.pp > 1:
         schedule_class(parallel.pp_schedule)
         if model_config.tie_word_embeddings:
-            raise InputError(
-                f"--parallel.pp is {parallel.pp}, but this model's output embedding is its input embedding "
-                "(tie_word_embeddings), which cannot be on two ranks; set --parallel.pp 1"
-            )
+            fault = f"--parallel.pp is {parallel.pp}, but this model's output embedding is its input embedding "
+            raise InputError(fault + "(tie_word_embeddings), which cannot be on two ranks; set --parallel.pp 1")
     if stages > layers and not parallel.pp_layers:
         raise InputError(
             f"--parallel.pp-schedule {parallel.pp_schedule} over --parallel.pp {parallel.pp} has {stages} stages, the model "
@@ -94,8 +77,7 @@ def plan_stages(parallel: Parallel, model_config: DeepseekV3Config, microbatches
         )
     if parallel.pp > 1:
         _check_microbatches(parallel, stages, microbatches)
-    ends = list(itertools.accumulate(counts))
-    placed = tuple(tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True))
+    placed = tuple(tuple(range(end - n, end)) for end, n in zip(itertools.accumulate(counts), counts, strict=True))
     there_and_back = [*range(parallel.pp), *reversed(range(parallel.pp))]
     v = parallel.pp > 1 and parallel.pp_schedule in V_SHAPED
     return StagePlan(placed, tuple(there_and_back if v else (stage % parallel.pp for stage in range(stages))))
@@ -114,11 +96,8 @@ def _stage_count(parallel: Parallel) -> int:
 def balance(layers: Sequence[int], stages: int, first: int, last: int) -> tuple[int, ...]:
     """How many layers each stage gets, at least one, so that the costliest stage costs least, and then all as evenly as can be.
 
-    Args:
-        layers: cost of each layer.
-        stages: at most as many as layers.
-        first, last: what the first and the last stage cost besides their layers.
-    """
+    `layers` are the costs of the layers, of which there are at least as many as stages; `first` and `last` what the first and
+    the last stage cost besides their layers."""
     ends = [0, *itertools.accumulate(layers)]
     extra = [first, *[0] * (stages - 2), last] if stages > 1 else [first + last]
 
@@ -141,33 +120,25 @@ def balance(layers: Sequence[int], stages: int, first: int, last: int) -> tuple[
 
 
 def schedule_class(name: str) -> type[PipelineScheduleSingle] | type[PipelineScheduleMulti]:
-    """torch's schedule of that name.
-
-    Raises:
-        InputError: this torch has none.
-    """
+    """torch's schedule of that name; InputError where this torch has none."""
     try:
         return get_schedule_class(name)
     except ValueError:
-        raise InputError(
-            f"--parallel.pp-schedule {name} does not exist in torch {torch.__version__}; set it to Interleaved1F1B"
-        ) from None
-
-
-def _possible(schedule: str, stages: int, pp: int, microbatches: int) -> bool:
-    """Whether torch's schedule can do so many microbatches."""
-    if schedule in ("1F1B", "DualPipeV"):
-        return microbatches >= stages
-    if schedule.startswith("Interleaved"):  # rounds of equal size
-        return microbatches % max(1, microbatches // pp) == 0
-    return True
+        fault = f"--parallel.pp-schedule {name} does not exist in torch {torch.__version__}; set it to Interleaved1F1B"
+        raise InputError(fault) from None
 
 
 def _check_microbatches(parallel: Parallel, stages: int, microbatches: int) -> None:
     pp, schedule = parallel.pp, parallel.pp_schedule
-    if _possible(schedule, stages, pp, microbatches):
+
+    def possible(n: int) -> bool:
+        if schedule in ("1F1B", "DualPipeV"):
+            return n >= stages
+        return not schedule.startswith("Interleaved") or n % max(1, n // pp) == 0  # rounds of equal size
+
+    if possible(microbatches):
         return
-    up = next(n for n in itertools.count(microbatches) if _possible(schedule, stages, pp, n))
+    up = next(n for n in itertools.count(microbatches) if possible(n))
     data = parallel.dp_replicate * parallel.dp_shard
     raise InputError(
         f"--parallel.pp-schedule {schedule} with {stages} stages on --parallel.pp {pp} cannot do {microbatches} microbatches a "

@@ -12,8 +12,6 @@ belong to the expert mesh and are not split here. All of it is DTensor placement
 the gradients, and FSDP2 sums what is partial.
 """
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -37,11 +35,8 @@ _PLACEMENTS = {
 def apply_tensor_parallel(model: DeepseekV3, world: World) -> None:
     """Split a model or a part of it, on the meta device, over `tp` in place.
 
-    Its parameters become DTensors on `world.parameter["tp"]`, except those of the experts.
-
-    Raises:
-        InputError: heads, vocabulary or the inner width of dense layers do not divide.
-    """
+    Its parameters become DTensors on `world.parameter["tp"]`, except those of the experts. InputError where heads, vocabulary
+    or the inner width of dense layers do not divide."""
     check_sizes(model.config, world)
     mesh = world.parameter["tp"]
     for name, module in list(model.named_modules()):

@@ -8,8 +8,6 @@
 All are row-major over the same ranks, so that tp, cp and ep peers are neighbours (on one node, where talk is cheapest).
 """
 
-from __future__ import annotations
-
 import os
 import random
 import time
@@ -31,13 +29,9 @@ WRITERS_TIMEOUT = timedelta(days=1)
 def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]:
     """Axes and sizes of the meshes `dense`, `parameter`, `expert` and `sequence` for `world_size` ranks.
 
-    Raises:
-        InputError: the sizes do not multiply to the world size, or ep does not divide dp_shard * cp * tp.
-    """
+    InputError where the sizes do not multiply to the world size, or ep does not divide dp_shard * cp * tp."""
     others = parallel.pp * parallel.dp_replicate * parallel.cp * parallel.tp
-    shard = parallel.dp_shard
-    if shard == -1:
-        shard = max(world_size // others, 1)
+    shard = max(world_size // others, 1) if parallel.dp_shard == -1 else parallel.dp_shard
     if others * shard != world_size:
         if world_size % others:
             remedy = f"start {-(-world_size // others) * others} ranks or lower pp, dp_replicate, cp or tp (together {others})"
@@ -49,11 +43,9 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
         )
     inner = shard * parallel.cp * parallel.tp
     if inner % parallel.ep:
-        divisors = [n for n in range(1, inner + 1) if inner % n == 0]
-        raise InputError(
-            f"--parallel.ep is {parallel.ep}, but it must divide dp_shard * cp * tp = {inner}; "
-            f"set it to one of {', '.join(map(str, divisors))}"
-        )
+        divisors = ", ".join(str(n) for n in range(1, inner + 1) if inner % n == 0)
+        fault = f"--parallel.ep is {parallel.ep}, but it must divide dp_shard * cp * tp = {inner}; set it to one of {divisors}"
+        raise InputError(fault)
     outer = {"pp": parallel.pp, "dp_replicate": parallel.dp_replicate}
     sequence = parallel.cp * parallel.tp
     return {
@@ -69,10 +61,7 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> 
 
     `torchrun --max-restarts` gives restarted ranks the store of those before, where they would find the addresses of dead ones
     (torch 2.13: gloo then waits for ever). A rank's greeting is new each time, and so is the name that rank 0 answers with.
-
-    Raises:
-        TimeoutError: other ranks did not come.
-    """
+    TimeoutError where other ranks did not come."""
     mine, deadline = uuid.uuid4().hex.encode(), time.monotonic() + timeout.total_seconds()
 
     def found(key: str) -> bytes:
@@ -102,45 +91,37 @@ class World:
     """This process among the ranks of a run. A context manager: leaving it destroys the process group.
 
     Reads what `torchrun` sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); under plain `python` it is a world of
-    one rank, with the same code path. NCCL and one CUDA device per local rank where CUDA is there, else gloo on the CPU.
-
-    Attributes:
-        rank, local_rank, size: ints.
-        device: where this rank computes.
-        dense, parameter, expert, sequence: the meshes, see above.
-        data_rank, data_size: which share of the rows this rank reads, and of how many.
-        writers: a gloo group of all ranks for the thread that writes checkpoints; None on a world of one.
-        is_reader: True on one rank of those that read the same rows, so that what they read is counted once.
-    """
+    one rank, with the same code path. NCCL and one CUDA device per local rank where CUDA is there, else gloo on the CPU."""
 
     def __init__(self, parallel: Parallel, seed: int) -> None:
         self.rank = int(os.environ.get("RANK", 0))
+        self.is_main = self.rank == 0  # the one rank that prints and writes single files
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         sizes = mesh_sizes(parallel, self.size)  # before anything is started
         cuda = torch.cuda.is_available()
         if cuda and self.local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"local rank {self.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
-                "lower --nproc-per-node"
-            )
+            fault = f"local rank {self.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+            raise InputError(fault + "lower --nproc-per-node")
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         timeout = timedelta(seconds=parallel.timeout_seconds)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             store = fresh_store(store, rank, size, timeout)
         else:
             store, rank, size = dist.HashStore(), 0, 1
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         self.dense, self.parameter, self.expert, self.sequence = (self._mesh(axes, timeout) for axes in sizes.values())
         shard = sizes["dense"]["dp_shard"]
-        # The writing thread's talk must not mix with the step's, and waits for the slowest rank's file system.
+        # A gloo group of all ranks for the thread that writes checkpoints, None on a world of one: this thread's talk must not
+        # mix with the step's, and waits for the slowest rank's file system.
         self.writers = dist.new_group(backend="gloo", timeout=WRITERS_TIMEOUT) if self.size > 1 else None
-        self.data_size = parallel.dp_replicate * shard
+        self.data_size = parallel.dp_replicate * shard  # among how many the rows are shared; `data_rank` is this rank's share
         self.data_rank = self.dense.get_local_rank("dp_replicate") * shard + self.dense.get_local_rank("dp_shard")
+        # True on one rank of those that read the same rows, so that what they read is counted once.
         self.is_reader = all(self.dense.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -155,18 +136,11 @@ class World:
             _set_pg_timeout(timeout, group)
         return mesh
 
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that prints and writes single files."""
-        return self.rank == 0
-
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
         """float64 sums over all ranks of a short vector; [n] -> [n]. One collective.
 
-        Ranks that know the same thing must not all say it: see `is_reader`.
-
-        Numbers that the host knows stay on the host and go through gloo, so that no GPU is waited for.
-        """
+        Ranks that know the same thing must not all say it: see `is_reader`. Numbers that the host knows stay on the host and go
+        through gloo, so that no GPU is waited for."""
         total = torch.as_tensor(values).double()
         dist.all_reduce(total)
         return total
@@ -175,7 +149,7 @@ class World:
         """Wait until every rank has come here."""
         self.sum([0.0])
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

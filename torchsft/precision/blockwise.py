@@ -3,8 +3,6 @@
 On disk a weight `KEY` [m, n] has beside it `KEY_scale_inv` [ceil(m / 128), ceil(n / 128)]; its value is fp32(weight) * scale.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch
@@ -41,12 +39,9 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
 
 
 def dequantise(q: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, origin: tuple[int, int] = (0, 0)) -> Tensor:
-    """Values, fp32 [m, n], of a part of a weight.
+    """Values, fp32 [m, n], of a part of a weight: of `q`, e4m3 [m, n], which begins at row and column `origin` of the weight.
 
-    Args:
-        q: e4m3 [m, n], the part that begins at row and column `origin` of the weight.
-        scale: fp32, of the blocks (of `block` rows and columns) that the part meets, and no others.
-    """
+    `scale`: fp32, of the blocks (of `block` rows and columns) that the part meets, and no others."""
     values = torch.empty_like(q, dtype=torch.float32)
     column_blocks = (torch.arange(q.shape[1], device=q.device) + origin[1] % block[1]) // block[1]
     row = 0
@@ -71,22 +66,16 @@ def _decode(q: Tensor) -> Tensor:
 
 
 def quantise(
-    w: Tensor,
-    block: tuple[int, int] = BLOCK,
-    power_of_two: bool = False,
-    known_scale: Tensor | None = None,
-    name: str = "a weight",
+    w: Tensor,  # fp32 [m, n], a weight or some of its rows, beginning with a block
+    block: tuple[int, int] = BLOCK,  # rows and columns of a block
+    power_of_two: bool = False,  # round scales up to powers of two ("scale_fmt": "ue8m0")
+    known_scale: Tensor | None = None,  # fp32, the scales with which the weight was stored before training
+    name: str = "a weight",  # for the InputError that nan or inf is
 ) -> tuple[Tensor, Tensor]:
     """Weight to e4m3 [m, n] and fp32 scales, the largest value of each block to 448; 1 is the scale of zeros.
 
-    Args:
-        w: fp32 [m, n], a weight or some of its rows, beginning with a block.
-        block: rows and columns of a block.
-        power_of_two: round scales up to powers of two ("scale_fmt": "ue8m0").
-        known_scale: fp32, the scales with which the weight was stored before training. A block whose every value they give in
-            every bit keeps its scale, and hence its very bytes: what training did not change comes back as it was.
-        name: of the weight, for the InputError that nan or inf is.
-    """
+    A block whose every value `known_scale` gives in every bit keeps its scale, and hence its very bytes: what training did not
+    change comes back as it was."""
     q, scale = torch.empty_like(w, dtype=torch.float8_e4m3fn), w.new_empty(scale_shape(tuple(w.shape), block))
     width = w.shape[1]
     for i, rows in enumerate(w.split(block[0])):
