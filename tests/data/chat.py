@@ -3,12 +3,15 @@
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from torchsft.data.formats import Conversation
-from torchsft.data.template import ChatTokenizer, Sample
+from torchsft.data.formats import Conversation, Example
+from torchsft.data.sources import RowError
+from torchsft.data.template import ChatTokenizer, Encoded, Sample
 
 SPECIAL = [
     *("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|User|>", "<|Assistant|>", "<think>", "</think>"),
+    *("<|calls|>", "<|call|>", "<|sep|>", "<|end_call|>", "<|end_calls|>", "<|output|>", "<|end_output|>"),
+    *("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
 ]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -77,6 +80,124 @@ QWEN3_GENERATION = (
     "{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# In the style of Qwen3, with tools: reasoning from its field or the content, kept since the last question only, with an
+# empty block for the last answer; tool calls as JSON, results gathered in user turns.
+QWEN3_TOOLS = """
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+    {{- '# Tools\n' }}
+    {%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(asked=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+    {%- elif m.role == 'assistant' %}
+        {%- set content, reasoning = m.content or '', m.reasoning_content or '' %}
+        {%- if not reasoning and '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > ns.asked and (loop.last or reasoning) %}
+            {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for call in m.tool_calls or [] %}
+            {%- if not loop.first or content %}{{- '\n' }}{%- endif %}
+            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif m.role == 'tool' %}
+        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}"""
+# In the style of DeepSeek-V3.1: the prompt opens or closes a reasoning block, which is closed and empty in every answer; calls
+# go behind it, arguments as a JSON string; answers to tool results have no header at all.
+DEEPSEEK_V31 = """
+{{- bos_token }}
+{%- set ns = namespace(asked=false) %}
+{%- for m in messages %}{%- if m['role'] == 'system' %}{{- m['content'] }}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {%- if m['role'] == 'user' %}
+        {%- set ns.asked = true %}
+        {{- '<|User|>' + m['content'] }}
+    {%- elif m['role'] == 'assistant' %}
+        {%- if ns.asked %}{{- '<|Assistant|></think>' }}{%- endif %}
+        {%- set ns.asked = false %}
+        {%- set content = m['content'] or '' %}
+        {{- content.split('</think>', 1)[1] if '</think>' in content else content }}
+        {%- if m['tool_calls'] is defined and m['tool_calls'] is not none %}
+            {{- '<|calls|>' }}
+            {%- for call in m['tool_calls'] %}
+                {{- '<|call|>' + call['function']['name'] + '<|sep|>' + call['function']['arguments'] + '<|end_call|>' }}
+            {%- endfor %}
+            {{- '<|end_calls|>' }}
+        {%- endif %}
+        {{- eos_token }}
+    {%- elif m['role'] == 'tool' %}
+        {%- set ns.asked = false %}
+        {{- '<|output|>' + m['content'] + '<|end_output|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and ns.asked %}
+    {{- '<|Assistant|>' + ('<think>' if thinking is defined and thinking else '</think>') }}
+{%- endif %}"""
+# In the style of Llama 3.1: one call a turn, arguments as an object, results under a role of their own and as JSON.
+LLAMA31 = """
+{{- bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'tool' %}
+        {{- '<|start_header_id|>ipython<|end_header_id|>\n\n' + m.content | tojson + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in m %}
+        {%- if m.tool_calls | length != 1 %}{{- raise_exception('one call at a time, please') }}{%- endif %}
+        {%- set call = m.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + call.name + '", "parameters": ' }}
+        {{- call.arguments | tojson + '}<|eot_id|>' }}
+    {%- else %}
+        {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
+        {%- if loop.first and tools %}{{- tools | tojson + '\n' }}{%- endif %}
+        {{- m.content | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
+# Arguments in tags, one by one.
+TAGS = """
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\n' + (m.content or '') }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '<function=' + call.function.name + '>' }}
+        {%- for name, value in call.function.arguments.items() %}{{- '<' + name + '>' + value | string }}{%- endfor %}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+# In the style of gpt-oss: reasoning in a channel without tags, kept for the last answer only, which ends with another token.
+CHANNELS = """
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- if loop.last and m.reasoning_content %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.reasoning_content + '<|end|>' }}
+        {%- endif %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}
+    {%- else %}
+        {{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
 # No header at all before an answer, a space on both sides of it.
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -144,6 +265,20 @@ def conversation(*contents: str, system: str | None = None, name: str = "chat.js
     return Conversation(name, messages)
 
 
-def tokenize(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, mask: str) -> Sample:
-    """The sample of one conversation."""
-    return ChatTokenizer(tokenizer).samples([conversation], mask)[0]
+def call(name: str, arguments: dict | str) -> dict:
+    """A tool call in OpenAI's shape."""
+    return {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast, mask: str = "assistant", **options) -> Sample:
+    """The only sample of one example; a fault is raised."""
+    [(tokens, weights)] = encode(example, tokenizer, mask, **options).samples
+    return Sample(example.id, tokens, weights)
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerFast, mask: str = "assistant", **options) -> Encoded:
+    """What becomes of one example; a fault is raised."""
+    [found] = ChatTokenizer(tokenizer, mask=mask, **options).encode([example])
+    if isinstance(found, RowError):
+        raise found
+    return found

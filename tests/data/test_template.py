@@ -1,19 +1,23 @@
-"""What is trained of a conversation: golden masks by hand, properties, and the templates that are refused."""
+"""What is trained of a conversation in one text: masks by hand, tokens across a boundary, BOS, and what is refused.
+
+Conversations with tools, with reasoning, or split by turn: `test_golden.py`, `test_template_properties.py`.
+"""
 
 import json
 import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from recipes.answers import answer_prompts
 from tests.data import chat
-from tests.data.chat import byte_tokenizer, conversation, tokenize, word_tokenizer
+from tests.data.chat import byte_tokenizer, call, conversation, encode, tokenize, word_tokenizer
 from torchsft.config import InputError
-from torchsft.data.template import ChatTokenizer, Sample, answer_prompts, load_tokenizer
+from torchsft.data.formats import Conversation, Text, Tokens
+from torchsft.data.sources import RowError
+from torchsft.data.template import ChatTokenizer, Sample, load_tokenizer
 
 # The text that each template must produce, written by hand; what is trained of it stands between [[ and ]].
 CHATML_TEXT = (
@@ -28,7 +32,6 @@ LLAMA3_TEXT = (
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[Bye.<|eot_id|>]]"
 )
 DEEPSEEK_TEXT = "<bos>Be brief.<|User|>Hi<|Assistant|>[[Hello you.<eos>]]<|User|>And now?<|Assistant|>[[Bye.<eos>]]"
-QWEN3_TEXT = CHATML_TEXT.replace("[[Bye.", "[[<think>\n\n</think>\n\nBye.")
 GOLDEN = {
     "chatml": (chat.CHATML, CHATML_TEXT),
     "chatml, generation block": (chat.CHATML_GENERATION, CHATML_TEXT),
@@ -40,9 +43,6 @@ GOLDEN = {
     "llama 3, generation block": (chat.LLAMA3_GENERATION, LLAMA3_TEXT),
     "deepseek v3": (chat.DEEPSEEK_V3, DEEPSEEK_TEXT),
     "deepseek v3, generation block": (chat.DEEPSEEK_V3_GENERATION, DEEPSEEK_TEXT),
-    "deepseek r1, generation prompt no prefix": (chat.DEEPSEEK_R1, DEEPSEEK_TEXT),
-    "qwen 3": (chat.QWEN3, QWEN3_TEXT),
-    "qwen 3, generation block": (chat.QWEN3_GENERATION, QWEN3_TEXT),
     "mistral": (
         chat.MISTRAL,
         "<bos>[INST] Hi [/INST][[ Hello you. <eos>]][INST] And now? [/INST][[ Bye. <eos>]]",
@@ -120,41 +120,7 @@ def test_generation_blocks_agree_with_the_mask_of_transformers():
 
 # ---------------------------------------------------------------- properties
 
-# Text as people write it: any characters, often with spaces and newlines at the ends.
-texts = st.text(st.one_of(st.sampled_from(" \n\t"), st.characters(exclude_categories=["Cs", "Co"])), max_size=12)
-talks = st.tuples(st.none() | texts, st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
 BYTE_TOKENIZERS = {name: byte_tokenizer(template) for name, template in EVERY_TEMPLATE.items()}
-ENDS = {"chatml": "<|im_end|>", "llama 3": "<|eot_id|>", "deepseek v3": "<eos>", "deepseek r1": "<eos>"}
-
-
-@settings(max_examples=60, deadline=None)
-@given(talk=talks, name=st.sampled_from([n for n in GOLDEN if n.split(",")[0] in ENDS]))
-def test_decoded_targets_are_the_answers_with_their_ends(talk, name):
-    system, turns = talk
-    tokenizer = BYTE_TOKENIZERS[name]
-    talk = conversation(*[text for turn in turns for text in turn], system=system)
-    sample = tokenize(talk, tokenizer, "assistant")
-    trims = name.startswith("llama 3")
-    answers = [answer.strip() if trims else answer for _, answer in turns]
-    end = ENDS[name.split(",")[0]]
-    assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "".join(answer + end for answer in answers)
-    assert tokenizer.decode(sample.tokens) == tokenizer.apply_chat_template(talk.messages, tokenize=False)
-
-
-@settings(max_examples=60, deadline=None)
-@given(talk=talks, name=st.sampled_from([n for n in GOLDEN if "no prefix" not in n and "unknown" not in n]))
-def test_an_answer_follows_the_tokens_of_the_generation_prompt(talk, name):
-    """What stands before a trained answer is, token for token, what inference gives the model."""
-    system, turns = talk
-    tokenizer = BYTE_TOKENIZERS[name]
-    talk = conversation(*[text for turn in turns for text in turn], system=system)
-    [(prompt, answer)] = answer_prompts(tokenize(talk, tokenizer, "last-turn"))
-    rendered = tokenizer.apply_chat_template(talk.messages[:-1], add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(prompt) == rendered
-    # Earlier answers may be split at their beginnings too; with one turn the ids are those of the prompt alone.
-    if len(turns) == 1:
-        assert prompt == tokenizer(rendered, add_special_tokens=False).input_ids
-    assert answer[-1] in [tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|eot_id|>", "<eos>")]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -173,11 +139,26 @@ def test_many_conversations_at_once_equal_one_at_a_time(mask):
         conversation("hello", " \nyou", system="be"),
         conversation("hello", "<think>\nthe\n</think>\n\nanswer"),
         conversation("the", "answer", "is", "you"),
-    ]
-    together = ChatTokenizer(tokenizer).samples(talks, mask)
-    for talk, sample in zip(talks, together, strict=True):
-        alone = tokenize(talk, tokenizer, mask)
-        assert (sample.tokens.tolist(), sample.weights.tolist()) == (alone.tokens.tolist(), alone.weights.tolist())
+        Conversation("a:5", [{"role": "user", "content": "the"}]),
+        Text("a:6", "the", "answer"),
+        conversation("the", None),
+        Tokens("a:8", np.array([1, 2, 3]), np.array([1.0, 0.0, 0.5])),
+        conversation("the", "answer"),
+    ] * 40  # more than are tokenised at once
+    together = ChatTokenizer(tokenizer, mask=mask).encode(talks)
+    assert len(together) == len(talks)
+    chat_tokenizer = ChatTokenizer(tokenizer, mask=mask)
+    for talk, found in zip(talks, together, strict=True):
+        [alone] = chat_tokenizer.encode([talk])
+        assert (str(found) if isinstance(found, RowError) else plain(found)) == (
+            str(alone) if isinstance(alone, RowError) else plain(alone)
+        )
+    faults = [i for i, found in enumerate(together) if isinstance(found, RowError)]
+    assert faults and all(talks[i].id == together[i].where for i in faults)
+
+
+def plain(encoded):
+    return [(ids.tolist(), weights.tolist()) for ids, weights in encoded.samples], encoded.notes
 
 
 def test_answer_prompts_gives_each_answer_with_all_that_precedes_it():
@@ -215,7 +196,7 @@ def test_a_tokenizer_that_changes_the_text_when_split_is_refused():
     tokenizer.add_special_tokens(chat.SPECIAL)
     template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    with pytest.raises(InputError, match=r"chat\.jsonl:7: a token reaches from the header into an assistant turn"):
+    with pytest.raises(InputError, match=r"chat\.jsonl:7: a token reaches from the prompt into an assistant turn"):
         tokenize(conversation("hi", "yes"), chat.wrap(tokenizer, template), "assistant")
 
 
@@ -248,68 +229,315 @@ def test_two_bos_from_the_template_are_refused():
 # ---------------------------------------------------------------- reasoning, and templates that rewrite
 
 
-def test_a_template_that_cuts_reasoning_out_of_a_trained_answer_is_refused():
+def targets(tokenizer, encoded):
+    """The decoded targets of each sample."""
+    return [tokenizer.decode(ids[weights > 0]) for ids, weights in encoded.samples]
+
+
+def fault(example, template, mask="assistant", **options):
+    [found] = ChatTokenizer(byte_tokenizer(template), mask=mask, **options).encode([example])
+    assert isinstance(found, RowError)
+    return found
+
+
+def test_reasoning_that_a_template_cuts_out_with_nothing_to_open_it_is_refused_or_masked():
     talk = conversation("hi", "<think>\nthe\n</think>answer")
-    for template in (chat.DEEPSEEK_R1, chat.DEEPSEEK_R1.replace("<think>\n", "")):
-        with pytest.raises(InputError, match=r"chat\.jsonl:7: .*leaves out or changes text of .*assistant message"):
-            tokenize(talk, byte_tokenizer(template), "assistant")
+    template = chat.DEEPSEEK_R1.replace("<think>\n", "")
+    found = fault(talk, template)
+    assert found.reason == "reasoning-lost"
+    assert str(found).startswith("chat.jsonl:7: message 2: the chat template leaves out or changes its reasoning ('the');")
+    tokenizer = byte_tokenizer(template)
+    assert targets(tokenizer, encode(talk, tokenizer, reasoning="mask")) == ["answer<eos>"]
 
 
 @pytest.mark.parametrize("template", [chat.KEEPS_LAST_REASONING, chat.QWEN3, chat.QWEN3_GENERATION])
-def test_reasoning_cut_out_of_the_history_is_refused_unless_only_the_last_turn_is_trained(template):
+def test_history_without_reasoning_gives_each_answer_a_sample_with_the_context_of_inference(template):
     tokenizer = byte_tokenizer(template)
-    talk = conversation("hi", "<think>\nthe\n</think>answer", "and", "<think>\nme\n</think>you")
-    with pytest.raises(InputError, match=r"chat\.jsonl:7: .*--data\.mask last-turn"):
-        tokenize(talk, tokenizer, "assistant")
-    [(prompt, answer)] = answer_prompts(tokenize(talk, tokenizer, "last-turn"))
-    assert "the" not in tokenizer.decode(prompt)
-    rendered = tokenizer.apply_chat_template(talk.messages[:-1], add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(prompt) == rendered
-    # What the generation prompt already says is not trained: "<think>\n" of the R1-like template.
-    assert rendered.endswith("<think>\n") == (template == chat.KEEPS_LAST_REASONING)
-    end = "<eos>" if template == chat.KEEPS_LAST_REASONING else "<|im_end|>"
-    opening = "" if template == chat.KEEPS_LAST_REASONING else "<think>\n"
-    assert tokenizer.decode(answer) == opening + "me\n</think>you" + end
+    talk = conversation("hi", "<think>\nthe\n</think>answer", "and", "<think>\nme\n</think>\n\nyou")
+    first, second = encode(talk, tokenizer).samples
+    assert tokenize(talk, tokenizer, "last-turn").tokens.tolist() == second[0].tolist()
+    for (ids, weights), answer in zip((first, second), (1, 3), strict=True):
+        [(prompt, target)] = answer_prompts(Sample("a", ids, weights))
+        rendered = tokenizer.apply_chat_template(talk.messages[:answer], add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(prompt) == rendered
+        # What the generation prompt already says is not trained: "<think>\n" of the R1-like template.
+        opened = template == chat.KEEPS_LAST_REASONING
+        assert rendered.endswith("<think>\n") == opened
+        text = talk.messages[answer]["content"].removeprefix("<think>\n" if opened else "")
+        assert tokenizer.decode(target) == text + ("<eos>" if opened else "<|im_end|>")
 
 
 def test_reasoning_that_the_generation_prompt_opens_is_trained_behind_that_opening():
     """The template keeps contents as they are: only the conversation itself shows that the prompt is a prefix."""
-    template = chat.DEEPSEEK_R1.replace(".split('</think>')[-1]", "")
+    tokenizer = byte_tokenizer(chat.DEEPSEEK_R1.replace(".split('</think>')[-1]", ""))
+    found = encode(conversation("hi", "<think>\nme\n</think>you"), tokenizer)
+    assert (targets(tokenizer, found), found.notes) == (["me\n</think>you<eos>"], ())
+
+
+def test_an_answer_without_reasoning_closes_the_block_that_its_prompt_opens():
+    tokenizer = byte_tokenizer(chat.DEEPSEEK_R1)
+    talk = conversation("hi", " the answer", "and", "you")
+    found = encode(talk, tokenizer)
+    assert targets(tokenizer, found) == ["\n</think>\n\n the answer<eos>", "\n</think>\n\nyou<eos>"]
+    assert found.notes == ("split-by-turn", "closed-reasoning")
+    assert targets(tokenizer, encode(talk, tokenizer, reasoning="mask")) == [" the answer<eos>", "you<eos>"]
+
+
+def test_reasoning_that_the_template_writes_in_another_way_than_its_prompt_opens_it_follows_the_prompt():
+    writes = "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m['content']"
+    tokenizer = byte_tokenizer(chat.DEEPSEEK_R1.replace("m['content'].split('</think>')[-1]", writes))
+    messages = conversation("hi", "you").messages
+    messages[1]["reasoning_content"] = "me"
+    found = encode(Conversation("a:1", messages), tokenizer)
+    assert (targets(tokenizer, found), found.notes) == (["me\n</think>\n\nyou<eos>"], ("closed-reasoning",))
+
+
+@pytest.mark.parametrize("block", ["<think></think>", "</think>"])
+def test_reasoning_is_not_written_into_a_content_before_which_the_template_writes_its_own_block(block):
+    template = chat.CHATML.replace("m['content'] +", f"('{block}' if m['role'] == 'assistant' else '') + m['content'] +")
+    assert fault(conversation("hi", "<think>\nme\n</think>\n\nyou"), template).reason == "reasoning-lost"
+
+
+@pytest.mark.parametrize("block", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_reasoning_that_a_block_of_the_template_stands_for_follows_the_prompt_that_opens_it(block):
+    """The rendering begins with the prompt, yet has no reasoning."""
+    template = chat.DEEPSEEK_R1.replace("'<|Assistant|>' + m['content']", f"'<|Assistant|>{block}' + m['content']")
     tokenizer = byte_tokenizer(template)
-    talk = conversation("hi", "<think>\nme\n</think>you", "and", "the answer")
-    sample = tokenize(talk, tokenizer, "assistant")
-    assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "me\n</think>you<eos>the answer<eos>"
+    found = encode(conversation("hi", "<think>\nme\n</think>\n\nyou"), tokenizer)
+    assert (targets(tokenizer, found), found.notes) == (["me\n</think>\n\nyou<eos>"], ("closed-reasoning",))
+
+
+def test_the_refusals_of_a_prompt_and_of_an_end_show_where():
+    template = chat.CHATML.replace("assistant\n' }}{% endif", "assistant:' }}{% endif")
+    assert r"the turn ('\nhello<|im_end|>\n') in another way than its generation prompt (':')" in str(
+        fault(conversation("hi", "hello"), template)
+    )
+    template = chat.CHATML.replace("<|im_end|>", "")
+    assert "such as the token with which the next turn begins" in str(fault(conversation("hi", "hello"), template))
 
 
 def test_a_template_that_trims_trains_the_trimmed_answer_also_with_reasoning():
     tokenizer = byte_tokenizer(chat.QWEN3.replace("m['content'] if m['role']", "m['content'] | trim if m['role']"))
     sample = tokenize(conversation(" hi ", " \n<think>\nme\n</think>you \n"), tokenizer, "assistant")
     assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "<think>\nme\n</think>you<|im_end|>"
+    sample = tokenize(conversation(" hi ", " \n<think>\nme\n</think>you \n"), tokenizer, reasoning="mask")
+    assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "you<|im_end|>"
 
 
-def test_answers_without_reasoning_are_trained_from_their_first_character_on_by_the_r1_template():
-    tokenizer = byte_tokenizer(chat.DEEPSEEK_R1)
-    sample = tokenize(conversation("hi", "the answer", "and", "you"), tokenizer, "assistant")
-    assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "the answer<eos>you<eos>"
+def test_an_end_of_turn_that_only_the_last_answer_has_splits_the_conversation():
+    tokenizer = byte_tokenizer(
+        chat.CHATML.replace("<|im_end|>\n' }}", "' + ('<|im_end|>' if loop.last or m['role'] == 'user' else '\n') }}")
+    )
+    found = encode(conversation("hi", "hello", "and", "you"), tokenizer)
+    assert targets(tokenizer, found) == ["hello<|im_end|>", "you<|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    "template, says",
+    "template, reason",
     [
-        (chat.CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'"), "no special token that ends"),
-        (chat.CHATML.replace("<|im_end|>", "### end"), "no special token that ends"),
-        (chat.CHATML.replace("<|im_end|>\n' }}", "' + ('<|im_end|>' if loop.last else '\n') }}"), "no special token"),
-        (chat.CHATML.replace("m['content']", "m['content'] | upper"), "leaves out or changes text"),
-        (chat.CHATML.replace("m['content']", "''"), "leaves out or changes text"),
+        (chat.CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'"), "no-end-of-turn"),
+        (chat.CHATML.replace("<|im_end|>", "### end"), "no-end-of-turn"),
+        (chat.CHATML.replace("m['content']", "m['content'] | upper"), "text-lost"),
+        (chat.CHATML.replace("m['content']", "''"), "text-lost"),
         (chat.CHATML_GENERATION.replace("{% generation %}", "{% generation %}{% endgeneration %}{% if 1 %}").replace(
-            "'<|im_end|>' }}{% endgeneration %}", "'<|im_end|>' }}{% endif %}"), "blocks do not hold"),
-        ("{{ raise_exception('no system turns, please') }}", "no system turns, please"),
-        ("{% for m in messages %}", "the chat template refuses"),
+            "'<|im_end|>' }}{% endgeneration %}", "'<|im_end|>' }}{% endif %}"), "generation-blocks"),
+        (chat.CHATML_GENERATION.replace("{% generation %}{{ m['content'] +", "{{ m['content'] }}{% generation %}{{"),
+            "generation-blocks"),
+        (chat.CHATML.replace("assistant\n' }}{% endif", "assistant:' }}{% endif"), "not-prefix-stable"),
+        ("{{ raise_exception('no system turns, please') }}", "template"),
+        ("{% for m in messages %}", "template"),
     ],
 )  # fmt: skip
-def test_an_unusable_template_is_refused_and_the_conversation_named(template, says):
-    with pytest.raises(InputError, match=r"^chat\.jsonl:7\b.*" + re.escape(says)):
-        tokenize(conversation("hi", "hello", "and", "you"), byte_tokenizer(template), "assistant")
+def test_an_unusable_template_is_refused_and_the_conversation_named(template, reason):
+    found = fault(conversation("hi", "hello", "and", "you"), template)
+    assert found.reason == reason
+    assert str(found).startswith("chat.jsonl:7: ")
+    assert "\n" not in str(found)
+
+
+# ---------------------------------------------------------------- tool calls
+
+
+@pytest.mark.parametrize(
+    "template, calls, reason",
+    [
+        (chat.CHATML.replace("m['content']", "(m['content'] or '')"), [call("add", {"a": 1})], "text-lost"),  # knows no calls
+        (chat.QWEN3_TOOLS.replace("call.function.arguments | tojson", "'{}'").replace("is string", "is number"),
+            [call("add", {"a": {"b": ["deep"]}})], "text-lost"),
+        (chat.LLAMA31, [call("add", "{not JSON")], "tool-arguments"),
+        (chat.LLAMA31, [call("add", "[1]")], "tool-arguments"),
+        (chat.LLAMA31, [call("add", {}), call("add", {})], "template"),
+    ],
+)  # fmt: skip
+def test_tool_calls_that_do_not_come_out_are_refused(template, calls, reason):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    assert fault(Conversation("a:1", messages), template).reason == reason
+
+
+@pytest.mark.parametrize("template", [chat.QWEN3_TOOLS, chat.LLAMA31, chat.DEEPSEEK_V31])
+@pytest.mark.parametrize("arguments", [{"a": 'é "x"\n', "n": 1.5}, '{"a": "é \\"x\\"\\n", "n": 1.5}'])
+def test_arguments_are_the_same_as_an_object_and_as_json(template, arguments):
+    tokenizer = byte_tokenizer(template)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call("add", arguments)]}]
+    [found] = targets(tokenizer, encode(Conversation("a:1", messages), tokenizer, reasoning="mask"))
+    assert json.loads(found[found.index('{"a"') : found.index("1.5}") + 4]) == {"a": 'é "x"\n', "n": 1.5}
+
+
+def called(arguments, content=None, reasoning=None):
+    """A question and a tool call."""
+    answer = {"role": "assistant", "content": content, "tool_calls": [call("add", arguments)]}
+    answer |= {"reasoning_content": reasoning} if reasoning else {}
+    return Conversation("a:1", [{"role": "user", "content": "hi"}, answer])
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize(
+    "writes",
+    [
+        "m.content | string",  # the word None
+        "(raise_exception('no content') if m.content is none else m.content)",
+        "(raise_exception('content beside calls') if m.tool_calls and m.content is not none else m.content or '')",
+    ],
+)
+def test_no_content_beside_tool_calls_is_given_as_the_template_takes_it(writes, content):
+    tokenizer = byte_tokenizer(chat.TAGS.replace("(m.content or '')", writes))
+    found = encode(called({"a": "x"}, content), tokenizer)
+    assert targets(tokenizer, found) == ["<function=add><a>x<|im_end|>"]
+
+
+def test_reasoning_is_masked_where_the_template_writes_no_content_beside_tool_calls():
+    writes = "((m.reasoning_content or '') + '\n' if m.tool_calls else m.content)"
+    tokenizer = byte_tokenizer(chat.TAGS.replace("(m.content or '')", writes))
+    found = encode(called({"a": "x"}, reasoning="me"), tokenizer, reasoning="mask")
+    assert targets(tokenizer, found) == ["<function=add><a>x<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", ["m.content or ''", "m.content"])  # the second refuses None
+def test_arguments_that_a_template_writes_without_quotes_are_given_as_an_object(content):
+    writes = (
+        "{{- '{' }}{%- for name, value in call.function.arguments.items() %}{{- name + ':' + value }}{%- endfor %}{{- '}' }}"
+    )
+    as_string = "{%- if call.function.arguments is string %}{{- call.function.arguments }}{%- else %}" + writes + "{%- endif %}"
+    start, end = chat.TAGS.index("        {%- for name, value"), chat.TAGS.index("    {%- endfor %}\n    {{- '<|im_end|>")
+    template = (chat.TAGS[:start] + as_string + chat.TAGS[end:]).replace("m.content or ''", content)
+    tokenizer = byte_tokenizer(template)
+    for arguments in ({"a": "x"}, '{"a": "x"}'):
+        assert targets(tokenizer, encode(called(arguments), tokenizer)) == ["<function=add>{a:x}<|im_end|>"]
+
+
+def test_masked_reasoning_that_is_written_behind_the_tool_calls_is_refused():
+    template = chat.TAGS.replace("(m.content or '')", "''").replace(
+        "{{- '<|im_end|>\n' }}", "{{- (m.reasoning_content or '') + (m.content or '') + '<|im_end|>\n' }}"
+    )
+    assert len(encode(called({"a": "x"}, reasoning="me"), byte_tokenizer(template)).samples) == 1
+    found = fault(called({"a": "x"}, reasoning="me"), template, reasoning="mask")
+    assert found.reason == "text-lost"
+    assert "writes its tool call before the end of its reasoning" in str(found)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_message_weights_are_those_of_their_turns():
+    tokenizer = word_tokenizer(chat.CHATML, CHATML_TEXT)
+    talk = conversation(*TURNS, system="Be brief.")
+    ids, golden_weights = golden(tokenizer, CHATML_TEXT)
+    for first, second in ((0.5, 2.0), (0.0, None), (None, 0.25)):
+        weighted = Conversation(talk.id, talk.messages, None, (None, None, first, 0.0, second))
+        sample = tokenize(weighted, tokenizer)
+        values = [1.0 if value is None else value for value in (first, second)]
+        turn = np.cumsum(np.diff([0.0, *golden_weights]) > 0) - 1  # which trained turn a token is of, or follows
+        assert sample.tokens.tolist() == ids
+        assert sample.weights.tolist() == [values[t] if w else 0.0 for t, w in zip(turn, golden_weights, strict=True)]
+
+
+def test_no_weight_at_all_leaves_a_sample_without_targets():
+    talk = conversation("hi", "hello")
+    sample = tokenize(Conversation(talk.id, talk.messages, None, (None, 0.0)), byte_tokenizer(chat.CHATML))
+    assert len(sample.tokens) and not sample.weights.any()
+
+
+def test_a_message_of_weight_0_is_neither_checked_nor_given_a_sample():
+    talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer", "and", "<think>\nme\n</think>\n\nyou")
+    weighted = Conversation(talk.id, talk.messages, None, (None, 0.0, None, None))
+    tokenizer = byte_tokenizer(chat.QWEN3_TOOLS)
+    found = encode(weighted, tokenizer)
+    assert (targets(tokenizer, found), found.notes) == (["<think>\nme\n</think>\n\nyou<|im_end|>"], ())
+    lossy = chat.CHATML.replace("m['content']", "m['content'] | replace('answer', '')")
+    assert fault(talk, lossy).reason == "text-lost"
+    assert len(encode(weighted, byte_tokenizer(lossy)).samples) == 1
+
+
+def test_last_turn_trains_the_tool_rounds_of_the_last_answered_question():
+    tokenizer = byte_tokenizer(chat.DEEPSEEK_V31)
+    messages = [*conversation("hi", "hello", "add").messages, {"role": "assistant", "tool_calls": [call("add", {"a": 1})]}]
+    messages += [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "one"}, {"role": "user", "content": "ok"}]
+    found = encode(Conversation("a:1", messages), tokenizer, "last-turn")
+    assert targets(tokenizer, found) == ['<|calls|><|call|>add<|sep|>{"a": 1}<|end_call|><|end_calls|><eos>one<eos>']
+
+
+@pytest.mark.parametrize("template", [chat.CHATML, chat.PHI3, chat.LLAMA3])
+def test_with_the_mask_all_weights_are_those_of_any_message(template):
+    tokenizer = byte_tokenizer(template)
+    talk = conversation(*TURNS, system="Be brief.")
+    sample = tokenize(Conversation(talk.id, talk.messages, None, (0.0, None, 0.5, None, None)), tokenizer, "all")
+    text = {w: tokenizer.decode(sample.tokens[sample.weights == w]) for w in (0.0, 0.5, 1.0)}
+    assert text[0.5] in ("Hello you.<|im_end|>", "Hello you.<|eot_id|>")
+    assert "Be brief." in text[0.0] and "Hi" not in text[0.0] and "Bye." not in text[0.0]
+    assert all(part in text[1.0] for part in ("Hi", "And now?", "Bye."))
+
+
+@pytest.mark.parametrize("template", [chat.QWEN3_TOOLS, chat.CHATML])
+def test_with_the_mask_all_reasoning_can_be_masked(template):
+    talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer")
+    tokenizer = byte_tokenizer(template)
+    sample = tokenize(talk, tokenizer, "all", reasoning="mask")
+    assert tokenizer.decode(sample.tokens[1:][sample.weights[1:] == 0]) == "<think>\nthe\n</think>\n\n"
+
+
+def test_with_the_mask_all_a_message_that_is_rewritten_later_can_have_no_weight():
+    talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer", "and", "you")
+    weighted = Conversation(talk.id, talk.messages, None, (None, 0.5, None, None))
+    for example, reasoning in ((weighted, "train"), (talk, "mask")):
+        assert fault(example, chat.QWEN3_TOOLS, mask="all", reasoning=reasoning).reason == "not-prefix-stable"
+
+
+def test_with_the_mask_all_nothing_that_an_assistant_says_may_be_lost():
+    talk = conversation("hi", "<think>\nme\n</think>\n\nanswer", "and", "you")
+    found = fault(talk, chat.QWEN3_TOOLS, mask="all")
+    assert found.reason == "reasoning-lost"
+    assert str(found).endswith(
+        "message 2: the chat template leaves out or changes its reasoning ('me'); set --data.mask assistant"
+    )
+    lossy = chat.CHATML.replace("m['content']", "m['content'] | replace('answer', '')")
+    assert fault(conversation("hi", "answer", "and", "you"), lossy, mask="all").reason == "text-lost"
+    silent = chat.TAGS.replace("m.tool_calls or []", "[]")
+    assert fault(called({"a": "x"}, "answer"), silent, mask="all").reason == "text-lost"
+
+
+# ---------------------------------------------------------------- text and tokens
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("completion", [" hello", "\nhello", "hello<eos>", ""])
+def test_text_trains_the_completion_and_the_end(completion, add_bos):
+    tokenizer = byte_tokenizer(chat.CHATML, add_bos=add_bos)
+    sample = tokenize(Text("a:1", "the answer is\n", completion, 0.5), tokenizer)
+    assert tokenizer.decode(sample.tokens[sample.weights > 0]) == completion.removesuffix("<eos>") + "<eos>"
+    assert set(sample.weights.tolist()) == {0.0, 0.5}
+    assert tokenizer.decode(sample.tokens[sample.weights == 0]) == "<bos>" * add_bos + "the answer is\n"
+
+
+def test_text_without_a_prompt_trains_all_but_the_first_token():
+    tokenizer = byte_tokenizer(chat.CHATML)
+    sample = tokenize(Text("a:1", "", "the answer"), tokenizer)
+    assert sample.tokens.tolist() == tokenizer("the answer<eos>").input_ids
+    assert sample.weights.tolist() == [0.0] + [1.0] * (len(sample.tokens) - 1)
+
+
+def test_tokens_stay_as_they_are_and_nothing_predicts_the_first():
+    [(ids, weights)] = encode(Tokens("a:1", [5, 6, 7], [1.0, 0.0, 0.5]), byte_tokenizer(chat.CHATML)).samples
+    assert (ids.tolist(), ids.dtype, weights.tolist(), weights.dtype) == ([5, 6, 7], np.int32, [0.0, 0.0, 0.5], np.float32)
 
 
 # ---------------------------------------------------------------- loading a tokenizer

@@ -1,43 +1,50 @@
-"""From a conversation to tokens and loss weights, by the model's own chat template and tokenizer.
+"""From an example to tokens and loss weights, by the model's own chat template and tokenizer.
 
-Each conversation is rendered to one text and tokenised once; which tokens are trained is decided by characters, never
-by token ids, so a pad token that equals the end-of-turn token changes nothing. What is trained of an assistant turn:
+A conversation is rendered to text and tokenised once; what is trained is decided by characters, never by token ids, so a
+pad token that equals the end-of-turn token changes nothing. Of assistant message i is trained what inference would write:
 
     <|im_start|>assistant\\n The answer. <|im_end|> \\n
     \\___ header, not ___/  \\_____ trained _____/  not
 
-- The span begins where the generation prompt ends, as the model writes everything after it. Where the generation prompt
-  is no prefix of the rendering (DeepSeek-R1's ends in `<think>`, which its template writes for no answer), the span
-  begins with the content. A `{% generation %}` block can only make the span begin later.
-- The span ends with the end-of-turn token: the first special token after the content, which has to belong to this turn.
-- A token is trained if it begins inside a span. No token may begin before a span and reach into it: where the tokenizer
-  would join the end of the header with the beginning of the answer, the text is tokenised in pieces that begin at the
-  spans, which is what inference sees, where the generation prompt is tokenised on its own.
-
-A template that leaves out or changes the text of a trained turn, or that does not end it, is refused.
+- `render(messages[:i], add_generation_prompt=True)` is given, the rest of `render(messages[:i + 1])` is trained, through its
+  end-of-turn token. A `{% generation %}` block can only make it begin later.
+- Where the template rewrites the history (drops earlier reasoning) the conversation is split by turn: a text serves the
+  messages whose own renderings it begins with, so that each answer has the context that it has in inference.
+- Where the generation prompt opens a reasoning block that the rendering lacks (DeepSeek-R1), the text is put together:
+  prompt, reasoning (or none), closing tag, and what the rendering writes from the content on.
+- A token is trained if it begins in a trained span. None may reach into it from before: where the tokenizer joins the end of
+  the prompt with the beginning of the answer, the text is tokenised in pieces, as inference does.
 """
 
-from __future__ import annotations
-
 import itertools
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
-from tqdm import tqdm
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchsft import config
 from torchsft.config import InputError
-from torchsft.data.formats import Conversation, read_jsonl
+from torchsft.data.formats import Conversation, Example, Text, Tokens
+from torchsft.data.sources import RowError
 
 Mask = Literal["assistant", "last-turn", "all"]
-CONVERSATIONS_AT_ONCE = 256  # per call of the tokenizer, which works on them in parallel
+Message = dict[str, Any]
+Span = tuple[int, int, int, float, bool]  # characters: end of the prompt, of masked reasoning, of the turn; weight; closed
+
+REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)  # in a content
+OPENED = re.compile(r"<think>(\s*)\Z")  # at the end of a generation prompt
+EMPTY_BLOCK = re.compile(r"(?:<think>\s*)?(?:</think>\n{0,2})?")  # before an answer without reasoning
+CONTENTS = ("content", "reasoning_content")
+PLAIN = {"role", *CONTENTS}
+PLACEHOLDER = re.compile("\ue002([0-9]+)\ue003")  # of a content
+KNOWN_SHAPES = 1024  # that are remembered
 
 
 @dataclass(slots=True, eq=False)
@@ -60,24 +67,10 @@ class Sample:
         self.weights = np.asarray(self.weights, dtype=np.float32)
 
 
-def answer_prompts(sample: Sample) -> list[tuple[list[int], list[int]]]:
-    """For each contiguous run of supervised tokens: the tokens before it, and the run with its end-of-turn token."""
-    trained = np.concatenate([[False], sample.weights > 0, [False]])
-    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
-    tokens = sample.tokens.tolist()
-    return [(tokens[:start], tokens[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-# ---------------------------------------------------------------- tokenizer
-
-
 def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face directory, with its chat template. Local files only; code in them is never run.
-
-    Raises:
-        InputError: the directory has no tokenizer.json (Kimi-K2 and Moonlight ship tiktoken.model with Python code of
-            their own), it cannot be read, or there is no chat template.
-    """
+    Raises InputError: no tokenizer.json (Kimi-K2 and Moonlight ship tiktoken.model with Python code), an unreadable one, or no
+    chat template."""
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():
         raise InputError(f"{hf_dir} is not a directory; give --model.path a Hugging Face model directory")
@@ -85,10 +78,8 @@ def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerFast:
         # transformers can convert tiktoken.model, but splits words by one pattern for all models, which is not Kimi's.
         other = [name for name in ("tiktoken.model", "tokenizer.model") if (hf_dir / name).is_file()]
         found = f", only {' and '.join(other)}" if other else ""
-        raise InputError(
-            f"{hf_dir} has no tokenizer.json{found}; convert its tokenizer and add it (Python code in a model"
-            " directory is never run)"
-        )
+        remedy = "convert its tokenizer and add it (Python code in a model directory is never run)"
+        raise InputError(f"{hf_dir} has no tokenizer.json{found}; {remedy}")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir, local_files_only=True)
     except Exception as error:  # the Rust parser raises plain Exception, a missing key is a KeyError, ...
@@ -99,387 +90,404 @@ def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-# ---------------------------------------------------------------- spans of characters
+class Encoded(NamedTuple):
+    """Samples of one example (tokens int32 [n], weights float32 [n] as in `Sample`), of any length, and what happened.
+
+    `notes`: split-by-turn (several samples, in the order of their last turns), closed-reasoning (a text put together).
+    """
+
+    samples: list[tuple[np.ndarray, np.ndarray]]
+    notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """Where a trained assistant turn lies in a rendering, in characters."""
+class _Turn(NamedTuple):
+    """Message `index` in a `text` that ends with it; `written`: the rendering that this comes from, itself unless `closed`."""
 
-    content: tuple[int, int]
-    span: tuple[int, int]  # what is trained: from the end of the header to the end of the end-of-turn token
-    has_prompt: bool  # the generation prompt is a prefix of the rendering
+    index: int
+    begin: Any
+    start: Any
+    end: Any
+    closed: bool
+    text: str = ""
+    written: str = ""
 
 
-@dataclass(frozen=True)
-class _Skeleton:
-    """A sequence of roles, rendered with placeholders for the contents."""
+class _Part(NamedTuple):
+    """A text, the turns trained in it, and the rendering of messages[:stop] that it comes from.
 
-    literals: list[str]  # what the template writes before, between and after the contents; one more than messages
-    around: dict[int, tuple[int, int]]  # assistant message: characters of its span before and after the content
+    In a mold, which is made with placeholders, each text and each place (by the text before it) is a `_blank`.
+    """
+
+    text: Any
+    turns: list[_Turn]
+    written: Any
+    stop: int
 
 
 class ChatTokenizer:
-    """Turns conversations into samples. Safe to keep: it works on a copy of the tokenizer's backend."""
+    """Turns examples into tokens and weights. Safe to keep: it works on a copy of the tokenizer's backend.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """
-        Raises:
-            InputError: the tokenizer is not a fast one, which alone knows where in the text a token comes from.
-        """
+    `mask`: assistant: every assistant message; last-turn: those after the last user message that has an answer; all: every
+    token but the first. `reasoning` mask: reasoning, through its closing tag, is context only. `template_kwargs`: further
+    variables of the chat template. Raises InputError: a slow tokenizer, which knows not where in the text a token comes from.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mask: Mask = "assistant",
+        reasoning: str = "train",
+        template_kwargs: Any = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise InputError(f"{type(tokenizer).__name__} is a slow tokenizer; give a directory with a tokenizer.json")
-        self.template = tokenizer.get_chat_template()
-        self.has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
-        self.special_tokens = dict(tokenizer.special_tokens_map)  # the template's bos_token, eos_token, ...
-        added = tokenizer.added_tokens_decoder.values()
-        enders = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self.end_of_turn = re.compile(r"\s*(?:" + ("|".join(map(re.escape, enders)) or "(?!)") + ")")
-        self.bos = tokenizer.bos_token_id
+        self.mask, self.masks_reasoning = mask, reasoning == "mask"
+        template = tokenizer.get_chat_template()
+        self.has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self.variables = {**tokenizer.special_tokens_map, **(template_kwargs or {}), "chat_template": template}
+        self.enders = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token
         self.adds_bos = self.bos is not None and tokenizer("").input_ids[:1] == [self.bos]
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.post_processor = None  # it would take the spaces out of the offsets (ByteLevel's trim_offsets)
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
+        self.molds: dict[tuple, list[_Part]] = {}
+        # What a template without generation prompt writes before an answer; what any writes behind the end of the last turn.
+        before, prompt, answered = self._probe(), self._probe(generation_prompt=True), self._probe({"content": "\ue001"})
+        header, _, rest = answered.removeprefix(before).partition("\ue001")
+        self.header = header if prompt == before and header.strip() else ""
+        enders = "|".join(map(re.escape, sorted(self.enders, key=len, reverse=True)))
+        found = re.match(rf"\s*(?:{enders})", rest)
+        self.tail = rest[found.end() :] if found else ""
 
-    def samples(self, conversations: Sequence[Conversation], mask: Mask) -> list[Sample]:
-        """One sample for each conversation, of whatever length.
+    def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
+        """The samples of each example, or why it cannot be used; an error names the example by its id."""
+        found = [self._texts(example) for example in examples]
+        texts = [text for one in found if isinstance(one, list) for text, _ in one]
+        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        for place, one in enumerate(found):
+            if isinstance(one, list):
+                own = [(*text, next(encodings)) for text in one]
+                closed = any(span[4] for _, spans in one for span in spans)
+                try:
+                    samples = [self._sample(*marked) for marked in own]
+                    found[place] = Encoded(samples, ("split-by-turn",) * (len(one) > 1) + ("closed-reasoning",) * closed)
+                except RowError as error:
+                    found[place] = RowError(examples[place].id, error.reason, error.text)
+        return found
 
-        Args:
-            mask: assistant: every assistant turn; last-turn: the last of them; all: every token but the first.
-
-        Raises:
-            InputError: the template refuses, rewrites or does not end a conversation, or begins it with two BOS tokens;
-                the sentence names its id.
-        """
-        rendered = [self._spans(conversation, mask) for conversation in conversations]
-        encodings = self.backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        samples = []
-        for conversation, (text, spans), encoding in zip(conversations, rendered, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            if any(_straddled(offsets, start) for start, _ in spans):
-                ids, offsets = self._encode_in_pieces(text, [start for start, _ in spans], ids, conversation.id)
-            weights = np.full(len(ids), 1.0 if mask == "all" else 0.0, dtype=np.float32)
-            for start, end in spans:
-                weights[(offsets[:, 0] >= start) & (offsets[:, 0] < end)] = 1.0
-            samples.append(self._sample(conversation.id, ids, weights))
-        return samples
-
-    def _sample(self, name: str, ids: np.ndarray, weights: np.ndarray) -> Sample:
-        """With exactly one BOS, if the template or the tokenizer writes any."""
+    def _sample(self, text: str, spans: list[Span], encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and weights, with exactly one BOS if the template or the tokenizer writes any."""
+        pieces = [(0, 0, encoding)]  # character and token with which it begins
+        tokens = {at: _token_at(pieces, at) for at in {at for span in spans for at in span[:3]}}
+        if self.mask != "all" and any(tokens[span[0]][1] for span in spans):
+            pieces = self._in_pieces(text, [0, *(span[0] for span in spans), len(text)], encoding)
+            tokens = {at: _token_at(pieces, at) for at in tokens}
+        ids = np.array(encoding.ids if len(pieces) == 1 else [i for _, _, e in pieces for i in e.ids], dtype=np.int32)
+        weights = np.full(len(ids), self.mask == "all", dtype=np.float32)
+        for begin, start, end, weight, _ in spans:
+            weights[tokens[begin][0] : tokens[start][0]] = 0.0
+            weights[tokens[start][0] : tokens[end][0]] = weight
         if self.bos is not None:
-            if ids[:2].tolist() == [self.bos, self.bos]:
-                raise InputError(
-                    f"{name}: the text begins with two BOS tokens (id {self.bos}); take one out of the chat template"
-                )
-            if self.adds_bos and ids[:1].tolist() != [self.bos]:
-                ids = np.concatenate([[self.bos], ids])
-                weights = np.concatenate([[0.0], weights])
-        weights[:1] = 0.0
-        return Sample(name, ids, weights)
+            if len(ids) > 1 and ids[0] == ids[1] == self.bos:
+                problem = f"the text begins with two BOS tokens (id {self.bos}); take one out of the chat template"
+                raise RowError("", "double-bos", problem)
+            if self.adds_bos and (not len(ids) or ids[0] != self.bos):
+                ids, weights = np.insert(ids, 0, self.bos), np.insert(weights, 0, 0.0)
+        weights[:1] = 0.0  # nothing comes before it
+        return ids, weights
 
-    def _encode_in_pieces(
-        self, text: str, starts: list[int], whole_ids: np.ndarray, name: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and offsets of the text when no token may reach across one of `starts`; must decode to the same text."""
-        edges = [0, *starts, len(text)]
-        pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
-        encodings = self.backend.encode_batch(pieces, add_special_tokens=False)
+    def _in_pieces(self, text: str, edges: list[int], whole: Encoding) -> list[tuple[int, int, Encoding]]:
+        """The text with no token across an edge; must decode to what the whole does."""
+        encodings = self.backend.encode_batch([text[a:b] for a, b in itertools.pairwise(edges)], add_special_tokens=False)
         ids = [i for encoding in encodings for i in encoding.ids]
-        offsets = [(a + s, a + e) for a, encoding in zip(edges, encodings, strict=False) for s, e in encoding.offsets]
-        if self._decode(ids) != self._decode(whole_ids.tolist()):
-            raise InputError(
-                f"{name}: a token reaches from the header into an assistant turn, and this tokenizer changes the text"
-                " when it is split there; change the whitespace at the beginning of the turn or the chat template"
-            )
-        return np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64)
+        if self.backend.decode(ids, skip_special_tokens=False) != self.backend.decode(whole.ids, skip_special_tokens=False):
+            problem = "a token reaches from the prompt into an assistant turn, and this tokenizer changes the text when it is"
+            raise RowError("", "straddling-token", problem + " split there; change the whitespace there or the chat template")
+        return list(zip(edges, itertools.accumulate(map(len, encodings), initial=0), encodings, strict=False))
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=False)
+    def _texts(self, example: Example) -> list[tuple[str, list[Span]]] | Encoded | RowError:
+        """What to tokenise for an example."""
+        if isinstance(example, Tokens):
+            weights = np.array(example.weights, dtype=np.float32)
+            weights[:1] = 0.0
+            return Encoded([(np.array(example.tokens, dtype=np.int32), weights)])
+        try:
+            if isinstance(example, Text):
+                if not self.eos:
+                    raise RowError("", "no-end-of-turn", "the tokenizer has no eos_token to end the text with; name one")
+                begin, text = len(example.prompt), example.prompt + example.completion
+                text += "" if text.endswith(self.eos) else self.eos
+                return [(text, [(begin, begin, len(text), example.weight, False)])]
+            messages, weights = [self._for_template(message) for message in example.messages], self._weights(example)
+            parts = None if example.tools else self._molded(messages, weights)
+            parts = parts or self._located(messages, example.tools, weights)
+            return [(part.text, [(*t[1:4], weights[t.index], t.closed) for t in part.turns]) for part in parts]
+        except RowError as error:
+            return RowError(example.id, error.reason, error.text)
 
-    def _spans(self, conversation: Conversation, mask: Mask) -> tuple[str, list[tuple[int, int]]]:
-        """The rendering and the trained spans in it (characters, in order); no spans for the mask `all`."""
-        messages, name = conversation.messages, conversation.id
-        if mask == "all":
-            return self._render(messages, name)[0], []
-        trained = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if mask == "last-turn":
-            trained = trained[-1:]
-        skeleton = self._skeleton(tuple(message["role"] for message in messages))
-        if skeleton:
-            text, _ = self._render(messages, name)
-            contents = _walk(text, skeleton.literals, [message["content"] for message in messages])
-            if contents:
-                spans = [(contents[i][0] - skeleton.around[i][0], contents[i][1] + skeleton.around[i][1]) for i in trained]
-                return text, spans
-        text, turns = self._locate(messages, trained, name)
-        return text, [turn.span for turn in turns]
+    def _weights(self, example: Conversation) -> dict[int, float]:
+        """The messages to locate, with their weights: those that are trained; with the mask `all`, those that differ."""
+        given = {i: weight for i, weight in enumerate(example.weights) if weight is not None}
+        roles = [message["role"] for message in example.messages]
+        answers = [i for i, role in enumerate(roles) if role == "assistant"]
+        if self.mask == "all":
+            hidden = {i: 1.0 for i in answers if self.masks_reasoning and _without_reasoning(example.messages[i])[0]}
+            return dict(sorted((hidden | {i: weight for i, weight in given.items() if weight != 1.0}).items()))
+        if self.mask == "last-turn":
+            asked = max((i for i, role in enumerate(roles[: max(answers, default=0)]) if role == "user"), default=-1)
+            answers = [i for i in answers if i > asked]
+        return {i: given.get(i, 1.0) for i in answers if given.get(i) != 0.0}
 
-    def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
-        """What the template writes around the contents of such conversations; None where that depends on the contents.
+    def _molded(self, messages: list[Message], weights: dict[int, float]) -> list[_Part] | None:
+        """By one rendering for each text; None where the template does not just put the contents between its own words.
 
-        Locating the turns takes several renderings for each of them. It is done once for a sequence of roles; a
-        conversation whose rendering is the skeleton with its contents filled in then needs only that one rendering.
+        Locating the turns takes two renderings for each of them. It is done once for a sequence of roles, with placeholders;
+        it holds for every conversation whose rendering is the same with other contents.
         """
-        if roles not in self.skeletons:
-            placeholders = [f"\ue002{i}\ue003" for i in range(len(roles))]
-            messages = [{"role": r, "content": p} for r, p in zip(roles, placeholders, strict=True)]
-            trained = [i for i, role in enumerate(roles) if role == "assistant"]
+        if any(m["content"] is None or "think>" in m["content"] or not m.keys() <= PLAIN for m in messages):
+            return None
+        shape = (*((message["role"], len(message)) for message in messages), *weights)
+        if shape not in self.molds:
+            if len(self.molds) >= KNOWN_SHAPES:
+                self.molds.clear()
+            number = itertools.count()
+            probes = [m | {key: f"\ue002{next(number)}\ue003" for key in CONTENTS if key in m} for m in messages]
             try:
-                text, turns = self._locate(messages, trained, "a conversation")
-            except InputError:  # to be raised for the real conversation, if it is true for that one too
-                self.skeletons[roles] = None
-                return None
-            literals = re.split("\ue002[0-9]+\ue003", text)
-            filled = literals[0] + "".join(p + after for p, after in zip(placeholders, literals[1:], strict=False))
-            usable = filled == text and len(literals) == len(roles) + 1 and all(turn.has_prompt for turn in turns)
-            around = {
-                i: (turn.content[0] - turn.span[0], turn.span[1] - turn.content[1])
-                for i, turn in zip(trained, turns, strict=True)
-            }
-            self.skeletons[roles] = _Skeleton(literals, around) if usable else None
-        return self.skeletons[roles]
+                self.molds[shape] = [_mold(part) for part in self._located(probes, None, weights)]
+            except RowError:  # to be told of the real conversation, if it is true of that one too
+                self.molds[shape] = []
+        molds = self.molds[shape]
+        renderings = [self._render(messages[: mold.stop])[0] for mold in molds]
+        contents = [message[key] for message in messages for key in CONTENTS if key in message]
+        for filled in (contents, [content.strip() for content in contents]):  # the second: as templates that trim write it
+            if all(_fill(mold.written, filled) == text for mold, text in zip(molds, renderings, strict=True)):
+                return [_cast(mold, filled) for mold in molds]
+        return None
 
-    def _locate(self, messages: list[dict[str, str]], trained: list[int], name: str) -> tuple[str, list[_Turn]]:
-        """The rendering, and where in it the assistant messages `trained` lie, for any template.
+    def _located(self, messages: list[Message], tools: list[dict] | None, weights: dict[int, float]) -> list[_Part]:
+        """Texts with the messages of `weights`, each as in its own rendering; in the order of their last turns."""
+        turns = [self._turn(messages, tools, i) for i in weights]
+        text = written = self._render(messages, tools)[0]
+        stop, parts = len(messages), [] if turns else [_Part(text, [], text, len(messages))]
+        while turns:
+            held = [text.startswith(turn.text[: turn.end]) for turn in turns]
+            if self.mask == "all" and not all(held):  # which has one text only
+                problem = "the chat template changes it once others follow, so that it can have no weight or mask of its own"
+                name = f"message {turns[held.index(False)].index + 1}"
+                raise RowError("", "not-prefix-stable", f"{name}: {problem}; set --data.mask assistant")
+            if any(held):
+                parts.append(_Part(text, list(itertools.compress(turns, held)), written, stop))
+                turns = [turn for turn, is_held in zip(turns, held, strict=True) if not is_held]
+            if turns:
+                text, written, stop = turns[-1].text, turns[-1].written, turns[-1].index + 1
+        for i, message in enumerate(messages if self.mask == "all" else ()):
+            if message["role"] == "assistant":
+                self._check(i, message, parts[0].text)
+        return sorted(parts, key=lambda part: part.turns[-1].index if part.turns else 0)
 
-        A second rendering with a mark at the end of each trained content finds the contents: it must be the first one
-        when the marks are taken out again.
-        """
-        text, blocks = self._render(messages, name)
-        for clean in (str, str.rstrip):  # the second for templates that trim
-            marked = [dict(message) for message in messages]
-            for i in trained:
-                marked[i]["content"] = clean(marked[i]["content"]) + _mark(i)
-            pieces = re.split("(\ue000[0-9]+\ue001)", self._render(marked, name)[0])
-            if "".join(pieces[::2]) == text and pieces[1::2] == [_mark(i) for i in trained]:
-                break
-        else:
-            raise InputError(self._rewritten(name, "a trained assistant message"))
-        ends = itertools.accumulate(len(piece) for piece in pieces[::2])
-        return text, [
-            self._locate_turn(messages, marked, i, end, text, blocks, name) for i, end in zip(trained, ends, strict=False)
-        ]
-
-    def _locate_turn(
-        self,
-        messages: list[dict[str, str]],
-        marked: list[dict[str, str]],
-        i: int,
-        end: int,
-        text: str,
-        blocks: list[tuple[int, int]],
-        name: str,
-    ) -> _Turn:
-        """Assistant message i, whose content ends at character `end` of the rendering."""
-        where = f"{name}, message {i + 1}"
-        written = [content for content in _trimmed(messages[i]["content"]) if text.endswith(content, 0, end)]
-        if not written:
-            raise InputError(self._rewritten(name, f"assistant message {i + 1}"))
-        content = (end - len(written[0]), end)
-
-        before, _ = self._render(messages[:i], name)
-        prompt, _ = self._render(messages[:i], name, generation_prompt=True)
-        has_prompt = text.startswith(prompt) and len(prompt) <= end
-        start = content[0]
-        # A template may write no generation prompt because its turns have no header, or because it knows no such thing.
-        if has_prompt and (prompt != before or not text[len(prompt) : start].strip()):
-            start = len(prompt)
-
-        tail = self._render(marked[: i + 1], name)[0].rpartition(_mark(i))[2]
-        end_of_turn = self.end_of_turn.match(tail)
-        if not end_of_turn or not text.startswith(end_of_turn.group(), end):
-            raise InputError(
-                f"{where}: the chat template writes no special token that ends the assistant turn, so the model would"
-                " never learn to stop; add the end-of-turn token to the chat template"
-            )
+    def _turn(self, messages: list[Message], tools: list[dict] | None, i: int) -> _Turn:
+        """Where message i is written; checked against what it says."""
+        name = f"message {i + 1}: the chat template"
+        written, blocks = self._render(messages[: i + 1], tools, blocks=self.has_blocks)
+        if messages[i]["role"] != "assistant":  # a weight 0 with the mask `all`
+            begin = len(self._render(messages[:i], tools)[0].removesuffix(self.tail)) if i else 0
+            return _Turn(i, begin, begin, len(written.removesuffix(self.tail)), False, written, written)
+        prompt = self._render(messages[:i], tools, generation_prompt=True)[0] + self.header
+        reasoning, bare = _without_reasoning(messages[i])
+        opened = OPENED.search(prompt)
+        text, begin = written, len(prompt)
+        header = opened.start() if opened else begin
+        closed = not written.startswith(prompt) or bool(opened and not _is_in(reasoning, written[begin:]))
+        if closed:
+            if opened and reasoning:
+                written, blocks = self._render([*messages[:i], bare], tools, blocks=self.has_blocks)
+            if not opened or not written.startswith(prompt[:header]):
+                at = next((n for n, (a, b) in enumerate(zip(prompt, written, strict=False)) if a != b), len(written))
+                problem = f"writes the turn ({written[at : at + 30]!r}) in another way than its generation prompt"
+                problem += f" ({prompt[at : at + 30]!r}), so that inference would see another text"
+                raise RowError("", "not-prefix-stable", f"{name} {problem}; change it or --data.template-kwargs")
+            closing = "\n</think>\n\n" if "\n" in opened[1] else "</think>"
+            text = prompt + reasoning + closing + EMPTY_BLOCK.sub("", written[header:], count=1)
+        end = len(text.removesuffix(self.tail))
+        end = end if text.endswith(self.enders, begin, end) else len(text.rstrip())
+        if not text.endswith(self.enders, begin, end):
+            problem = "writes no special token that ends the turn; add one, such as the token with which the next turn begins"
+            raise RowError("", "no-end-of-turn", f"{name} {problem}")
+        start, stop = begin, end
         if self.has_blocks:
-            starts = [a for a, b in blocks if a <= end <= b]
-            if not starts:
-                raise InputError(
-                    f"{where}: the chat template's {{% generation %}} blocks do not hold the assistant's text; move"
-                    " the block around it, or remove the blocks from the chat template"
-                )
-            start = max(start, starts[0])
-        return _Turn(content, (start, end + end_of_turn.end()), has_prompt)
+            inside = [(a, b) for a, b in blocks if b > max(a, header if closed else begin)] or [(0, 0)]
+            start = begin if closed else max(begin, inside[0][0])
+            stop = min(end, inside[-1][1] + len(text) - len(written))
+        self._check(i, messages[i], text[begin:end])
+        problem = "has {{% generation %}} blocks that do not hold its {}; move or remove them"
+        self._check(i, messages[i], text[start:stop], "generation-blocks", problem)
+        if self.masks_reasoning and (reasoning or re.compile(r"\s*<think>").match(text, header)):
+            answer = begin + len(reasoning + closing) if closed else self._answer(messages[: i + 1], tools, text, begin, end)
+            start = max(start, answer)
+            problem = "writes its {} before the end of its reasoning, which is masked; set --data.reasoning train"
+            self._check(i, messages[i], text[start:end], "text-lost", problem)
+        return _Turn(i, begin, start, end, closed, text, written)
+
+    def _check(self, i: int, message: Message, text: str, reason: str = "text-lost", problem: str = "") -> None:
+        """That a text has all that assistant message i says."""
+        reasoning, bare = _without_reasoning(message)
+        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in bare.get("tool_calls") or ()]
+        said = {"reasoning": "" if self.masks_reasoning else reasoning, "content": bare["content"] or "", "tool call": calls}
+        for what, source in [(what, leaf) for what, value in said.items() for leaf in _leaves(value)]:
+            if not _is_in(source, text):
+                remedy = "write it as the template does, or use another one"
+                if what == "reasoning" and not problem:
+                    reason, remedy = "reasoning-lost", "see --data.template-kwargs, set --data.reasoning mask, or take it out"
+                    remedy = "set --data.mask assistant" if self.mask == "all" else remedy  # which can split by turn
+                problem = problem.format(what) or f"leaves out or changes its {what} ({source.strip()[:40]!r}); {remedy}"
+                raise RowError("", reason, f"message {i + 1}: the chat template {problem}")
+
+    def _answer(self, messages: list[Message], tools: list[dict] | None, text: str, begin: int, end: int) -> int:
+        """Where content or tool calls of the last message begin in its rendering, behind its reasoning and what closes that."""
+        content = messages[-1]["content"] or ""
+        reasoning = REASONING.fullmatch(content)
+        head, answer = (content[: reasoning.start(2)], reasoning[2]) if reasoning else ("", content)
+        try:
+            marked = self._render([*messages[:-1], messages[-1] | {"content": head + "\ue001" + answer}], tools)[0]
+        except RowError:  # some refuse content beside reasoning and tool calls
+            marked = ""
+        if "\ue001" in marked and marked.replace("\ue001", "").endswith(text[begin:]):
+            return marked.index("\ue001") + len(text) - len(marked) + 1
+        thought = _without_reasoning(messages[-1])[0]
+        at = max(begin, text.find(thought, begin, end) + len(thought))  # no content, or trimmed
+        at = max(at, text.find("</think>", at, end) + len("</think>"))
+        return end - len(text[at:end].lstrip("\n"))
+
+    def _for_template(self, message: Message) -> Message:
+        """The message with its reasoning and tool calls where this template reads them."""
+        content, reasoning = message.get("content"), (message.get("reasoning_content") or "").strip("\n")
+        calls = message.get("tool_calls")
+        found = REASONING.fullmatch(content) if content and "<think>" in content and not reasoning else None
+        if message["role"] != "assistant" or (content is not None and not (reasoning or found or calls)):
+            return message
+        message = {**message, "content": content}  # None, not absent: some templates ask for that
+        if calls:
+            functions = [call["function"] | {"arguments": self._arguments(call["function"])} for call in calls]
+            message["tool_calls"] = [call | {"function": f} for call, f in zip(calls, functions, strict=True)]
+        if reasoning and self._reads_reasoning == "in the content":
+            del message["reasoning_content"]
+            message["content"] = f"<think>\n{reasoning}\n</think>\n\n{content or ''}"
+        elif reasoning:
+            message["reasoning_content"] = reasoning
+        elif found and self._reads_reasoning != "in the content":  # where it is cut out, its blank lines would stay
+            message |= {"reasoning_content": found[1], "content": found[2]}
+        return message | {"content": self._no_content} if calls and not message["content"] else message
+
+    def _arguments(self, function: dict[str, Any]) -> Any:
+        arguments = function.get("arguments") or {}
+        if not self._reads_objects:
+            return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        try:
+            found = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            problem = f"must be a JSON object for this chat template, but they are {str(arguments)[:40]!r}; correct them"
+            raise RowError("", "tool-arguments", f"the arguments of the tool call {function['name']!r} {problem}")
+        return found
+
+    @cached_property
+    def _reads_reasoning(self) -> str:
+        """Where the template takes reasoning from. Nowhere: that is left to the generation prompt, or to its own block."""
+        if "\ue002" in self._probe({"content": "\ue001", "reasoning_content": "\ue002"}):
+            return "in its field"
+        written = self._probe({"content": "<think>\n\ue002\n</think>\n\n\ue001"}).removeprefix(self._probe())
+        return "in the content" if "\ue002" in written and written.count("think>") == 2 else "nowhere"
+
+    @cached_property
+    def _reads_objects(self) -> bool:
+        """Whether the arguments of tool calls are to be given as an object, not as JSON."""
+        written = self._probe_call(None, {"key0": "value0"}) or self._probe_call("", {"key0": "value0"})
+        return "key0" in written and "value0" in written and "'key0'" not in written  # not as Python writes an object
+
+    @cached_property
+    def _no_content(self) -> str | None:
+        """What stands for no content beside tool calls: some templates write the word None, others refuse None or ""."""
+        arguments = self._arguments({"name": "f", "arguments": {"key0": "value0"}})
+        written = {empty: self._probe_call(empty, arguments) for empty in (None, "")}
+        return min(written, key=lambda empty: ("value0" not in written[empty], written[empty].count("None")))
+
+    def _probe_call(self, content: str | None, arguments: Any) -> str:
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        return self._probe({"content": content, "tool_calls": [call]})
+
+    def _probe(self, answer: Message | None = None, generation_prompt: bool = False) -> str:
+        """The rendering of a question, and an answer; "" where the template refuses, as it then does with conversations."""
+        messages = [{"role": "user", "content": "\ue000"}] + ([{"role": "assistant", **answer}] if answer else [])
+        try:
+            return self._render(messages, generation_prompt=generation_prompt)[0]
+        except RowError:
+            return ""
 
     def _render(
-        self, messages: list[dict[str, str]], name: str, generation_prompt: bool = False
+        self, messages: list[Message], tools: list[dict] | None = None, *, generation_prompt: bool = False, blocks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the characters of its generation blocks."""
+        """The text and, where asked for, the characters of its generation blocks."""
+        asked = {"tools": tools, "add_generation_prompt": generation_prompt, "return_assistant_tokens_mask": blocks}
         try:
-            texts, blocks = render_jinja_template(
-                [messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.has_blocks,
-                add_generation_prompt=generation_prompt,
-                **self.special_tokens,
-            )
+            texts, found = render_jinja_template([messages], **self.variables, **asked)
         except Exception as error:  # the template is a program of the model's author: it can fail in any way
-            raise InputError(
-                f"{name}: the chat template refuses the conversation ({error}); change the data or the chat template"
-            ) from None
-        return texts[0], blocks[0] if self.has_blocks else []
-
-    @staticmethod
-    def _rewritten(name: str, what: str) -> str:
-        return (
-            f"{name}: the chat template leaves out or changes text of {what}, so that it cannot be trained as given;"
-            " write it as the template does (reasoning left out), or set --data.mask last-turn"
-        )
+            problem = f"the chat template refuses the conversation ({error}); change the data or the chat template"
+            raise RowError("", "template", problem) from None
+        return texts[0], found[0] if blocks else []
 
 
-def _mark(i: int) -> str:
-    return f"\ue000{i}\ue001"  # private-use characters, which no template treats as space or as anything else
+def _mold(part: _Part) -> _Part:
+    turns = [_Turn(turn.index, *(_blank(part.text[:at]) for at in turn[1:4]), turn.closed) for turn in part.turns]
+    return _Part(_blank(part.text), turns, _blank(part.written), part.stop)
 
 
-def _trimmed(content: str) -> list[str]:
-    """The content as a template may write it, longest first."""
-    return [content, content.rstrip(), content.lstrip(), content.strip()]
+def _cast(mold: _Part, contents: list[str]) -> _Part:
+    turns = [_Turn(turn.index, *(len(_fill(blank, contents)) for blank in turn[1:4]), turn.closed) for turn in mold.turns]
+    return _Part(_fill(mold.text, contents), turns, "", mold.stop)
 
 
-def _walk(text: str, literals: list[str], contents: list[str]) -> list[tuple[int, int]] | None:
-    """Where the contents lie if the text is made of `literals` with the (trimmed) contents between, else None."""
-    if not text.startswith(literals[0]):
-        return None
-    found = []
-    at = len(literals[0])
-    for content, after in zip(contents, literals[1:], strict=True):
-        fitting = [written for written in _trimmed(content) if text.startswith(written + after, at)]
-        if not fitting:
-            return None
-        found.append((at, at + len(fitting[0])))
-        at += len(fitting[0]) + len(after)
-    return found if at == len(text) else None
+def _blank(text: str) -> tuple[str, list[int]]:
+    """A text made with placeholders, as a format and the numbers of its contents."""
+    return PLACEHOLDER.sub("%s", text.replace("%", "%%")), [int(number) for number in PLACEHOLDER.findall(text)]
 
 
-def _straddled(offsets: np.ndarray, start: int) -> bool:
-    """Whether a token begins before character `start` and ends behind it."""
-    return bool(((offsets[:, 0] < start) & (offsets[:, 1] > start)).any())
+def _fill(blank: tuple[str, list[int]], contents: list[str]) -> str:
+    return blank[0] % tuple([contents[number] for number in blank[1]])
 
 
-# ---------------------------------------------------------------- files to samples
+def _without_reasoning(message: Message) -> tuple[str, Message]:
+    """The reasoning of a message, "" if it has none, and the message without it."""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"], {k: v for k, v in message.items() if k != "reasoning_content"}
+    found = REASONING.fullmatch(message.get("content") or "")
+    return (found[1], {**message, "content": found[2]}) if found else ("", message)
 
 
-@dataclass
-class FileReport:
-    """What became of the conversations of one file; tokens are those of the samples that are left."""
-
-    conversations: int = 0
-    samples: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    truncated: int = 0
-    dropped_too_long: int = 0
-    dropped_no_targets: int = 0
+def _leaves(value: Any) -> Iterator[str]:
+    """The strings and numbers in a JSON value."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value if isinstance(value, str) else json.dumps(value)
 
 
-@dataclass
-class Report:
-    """`FileReport` of each file, by its path."""
-
-    files: dict[str, FileReport] = field(default_factory=dict)
-
-    @property
-    def total(self) -> FileReport:
-        """Sums over the files."""
-        return FileReport(**{f.name: sum(getattr(r, f.name) for r in self.files.values()) for f in fields(FileReport)})
-
-    def __str__(self) -> str:
-        total = self.total
-        name = Path(next(iter(self.files))).name if len(self.files) == 1 else f"{len(self.files)} files"
-        supervised = 100 * total.supervised_tokens / max(total.tokens, 1)
-        return (
-            f"{name}: {total.conversations:,} conversations, {total.samples:,} samples, {total.tokens:,} tokens"
-            f" ({supervised:.1f} % supervised); dropped {total.dropped_too_long:,} too long and"
-            f" {total.dropped_no_targets:,} without targets, truncated {total.truncated:,}"
-        )
+def _is_in(source: str, text: str) -> bool:
+    """Whether a text has a source string, trimmed or escaped as in JSON if need be; an empty one always."""
+    source = source.strip()
+    return source in text or any(json.dumps(source, ensure_ascii=a)[1:-1] in text for a in (False, True))
 
 
-@dataclass
-class Prepared:
-    """Samples of at most seq_len tokens, each with at least one supervised token, and what was left out."""
-
-    samples: list[Sample]
-    report: Report
-
-
-def prepare(
-    paths: Sequence[str | Path],
-    tokenizer: PreTrainedTokenizerBase,
-    data: config.Data,
-    *,
-    vocab_size: int | None = None,
-    progress: bool = False,
-) -> Prepared:
-    """Read JSONL files and tokenise them under `data.mask` and `data.truncation`.
-
-    Args:
-        paths: JSONL files; ids name a file by the last part of its path, or by all of it where that occurs twice.
-        vocab_size: the model's; absent: ids are not checked against it.
-        progress: show a progress bar for each file.
-
-    Raises:
-        InputError: an unusable file, line, conversation or template; a file twice; a sample that is too long under the
-            policy `raise`; a token id that the model does not have; no supervised token in all of the files.
-    """
-    paths = [Path(path) for path in paths]
-    chat = ChatTokenizer(tokenizer)
-    names = [path.name for path in paths]
-    report = Report()
-    samples = []
-    for path in paths:
-        if str(path) in report.files:
-            raise InputError(f"{path} is given twice; name each data file once")
-        counts = report.files[str(path)] = FileReport()
-        conversations = read_jsonl(path, path.name if names.count(path.name) == 1 else str(path))
-        bar = tqdm(conversations, desc=f"tokenising {path.name}", unit=" conversations", disable=None if progress else True)
-        for batch in _batched(bar, CONVERSATIONS_AT_ONCE):
-            for sample in chat.samples(batch, data.mask):
-                if vocab_size is not None and sample.tokens.max() >= vocab_size:
-                    raise InputError(
-                        f"{sample.id} has token id {sample.tokens.max()}, but the model's vocabulary has {vocab_size};"
-                        " use the tokenizer that belongs to the model"
-                    )
-                kept = _fit(sample, data, counts)
-                if kept is not None:
-                    samples.append(kept)
-                    counts.samples += 1
-                    counts.tokens += len(kept.tokens)
-                    counts.supervised_tokens += int((kept.weights > 0).sum())
-            counts.conversations += len(batch)
-        if not counts.conversations:
-            raise InputError(f"{path} holds no conversations; remove it or give a file with at least one")
-    if not samples:
-        raise InputError(
-            f"no supervised token is left: {report} (--data.seq-len {data.seq_len}, --data.truncation"
-            f" {data.truncation}, --data.mask {data.mask}); raise --data.seq-len"
-        )
-    return Prepared(samples, report)
-
-
-def _fit(sample: Sample, data: config.Data, counts: FileReport) -> Sample | None:
-    """The sample in at most seq_len tokens, or None where it is dropped; counts what happened."""
-    if len(sample.tokens) > data.seq_len:
-        if data.truncation == "raise":
-            raise InputError(
-                f"{sample.id} has {len(sample.tokens)} tokens, but --data.seq-len is {data.seq_len}; raise it, or set"
-                " --data.truncation to drop or right"
-            )
-        if data.truncation == "drop":
-            counts.dropped_too_long += 1
-            return None
-        counts.truncated += 1
-        sample = Sample(sample.id, sample.tokens[: data.seq_len].copy(), sample.weights[: data.seq_len].copy())
-    if not sample.weights.any():
-        counts.dropped_no_targets += 1
-        return None
-    return sample
-
-
-def _batched(items: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _token_at(pieces: list[tuple[int, int, Encoding]], at: int) -> tuple[int, bool]:
+    """The first token that begins at character `at` or later, and whether the one before it reaches behind `at`."""
+    first, tokens, encoding = pieces[0] if len(pieces) == 1 else next(p for p in reversed(pieces) if p[0] <= at)
+    token = encoding.char_to_token(at - first)
+    if token is None:  # the end of the text, or a character that no token has
+        ended = encoding.char_to_token(at - first - 1) == len(encoding) - 1
+        return tokens + (len(encoding) if ended else sum(start < at - first for start, _ in encoding.offsets)), False
+    before = encoding.token_to_chars(token)[0] < at - first
+    return tokens + token + before, before
