@@ -14,8 +14,14 @@ torch.set_num_threads(1)
 POOL = RankPool()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory):
+    """Tokenised samples go where the session's files go; in the environment, so that processes inherit it."""
+    os.environ["TORCHSFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
-def ranks():
+def ranks(token_cache):
     """`ranks(n, function, **arguments)` runs `function(**arguments)` on n ranks and returns their results."""
     yield POOL.run
     POOL.close()
