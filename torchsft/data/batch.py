@@ -3,8 +3,6 @@
 T = rows * seq_len tokens, N documents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -30,8 +28,7 @@ class Batch:
         positions: int64 [T], from 0 in each document; 0 in padding.
         cu_seqlens: int32 [N + 1], document n is `tokens[cu_seqlens[n] : cu_seqlens[n + 1]]`; the last entry is the
             number of real tokens. `[0]` where there is no document at all.
-        max_seqlen: tokens of the longest document, 0 where there is none; on the host, so that no device is asked.
-    """
+        max_seqlen: tokens of the longest document, 0 where there is none; on the host, so that no device is asked."""
 
     tokens: Tensor
     labels: Tensor
@@ -40,16 +37,16 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
 
-    def to(self, device: torch.device | str) -> Batch:
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies beside its work (once: what is pinned stays)."""
+        return Batch(**{name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.model_inputs().items()})
+
+    def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies to a GPU go through pinned memory and are not waited for."""
         pin = torch.device(device).type == "cuda"
-
-        def move(value: Tensor | int) -> Tensor | int:
-            if not isinstance(value, Tensor):
-                return value
-            return (value.pin_memory() if pin else value).to(device, non_blocking=pin)
-
-        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        values = (self.pin_memory() if pin else self).model_inputs()
+        moved = {name: v.to(device, non_blocking=pin) if isinstance(v, Tensor) else v for name, v in values.items()}
+        return Batch(**moved)
 
     def model_inputs(self) -> dict[str, Tensor | int]:
         """Keyword arguments of a model that is to return the loss sum."""
@@ -57,42 +54,26 @@ class Batch:
 
 
 def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -> Batch:
-    """The microbatch of some rows.
+    """The microbatch of some rows, each of samples of together at most seq_len tokens (else InputError); a row may be empty.
 
-    Args:
-        rows: the samples of each row, together at most seq_len tokens; a row may be empty.
-        seq_len: tokens of a row; the batch has T = len(rows) * seq_len.
-        pad_token_id: what stands in padding; nothing depends on it, it only has to be a token of the model.
-
-    Raises:
-        InputError: a row holds more than seq_len tokens.
-    """
-    size = len(rows) * seq_len
+    `pad_token_id` stands in padding; nothing depends on it, it only has to be a token of the model."""
+    size, ends = len(rows) * seq_len, [0]
     tokens = np.full(size, pad_token_id, dtype=np.int64)
     labels = np.full(size, NO_LABEL, dtype=np.int64)
     loss_weights = np.zeros(size, dtype=np.float32)
     positions = np.zeros(size, dtype=np.int64)
-    ends = [0]
-    longest = 0
     for row in rows:
         filled = sum(len(sample.tokens) for sample in row)
         if filled > seq_len:
             raise InputError(f"a row has {filled} tokens, but --data.seq-len is {seq_len}; pack the samples first")
         for sample in row:
-            start, length = ends[-1], len(sample.tokens)
-            end = start + length
+            start, end = ends[-1], ends[-1] + len(sample.tokens)
             ends.append(end)
-            longest = max(longest, length)
             tokens[start:end] = sample.tokens
-            positions[start:end] = np.arange(length)
+            positions[start:end] = np.arange(end - start)
             weights = sample.weights[1:]  # position t predicts token t + 1; the last position predicts nothing
             loss_weights[start : end - 1] = weights
             labels[start : end - 1] = np.where(weights != 0, sample.tokens[1:], NO_LABEL)
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        loss_weights=torch.from_numpy(loss_weights),
-        positions=torch.from_numpy(positions),
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-        max_seqlen=longest,
-    )
+    longest = max((len(sample.tokens) for row in rows for sample in row), default=0)
+    arrays = map(torch.from_numpy, (tokens, labels, loss_weights, positions))
+    return Batch(*arrays, torch.tensor(ends, dtype=torch.int32), longest)
