@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from answers import answer
 from debug_task import write_debug_data, write_debug_model
 from torchsft.checkpoint.publish import claimed
 from torchsft.config import Checkpoint, Config, Data, Eval, Optim, Parallel, Train, parse, to_dict
@@ -136,7 +137,7 @@ def main() -> None:
     if preset == "debug" and config.model.path is None:
         config, generate = with_generated_inputs(config)
     with World(config.parallel, config.train.seed) as world, claimed(Path(config.output), world.is_main):
-        Trainer(config, world, generate).run()
+        Trainer(config, world, generate, answer).run()
 
 
 if __name__ == "__main__":

@@ -236,21 +236,24 @@ def test_the_debug_preset_loads_the_weights_of_a_given_model(inputs, tmp_path, m
 
 
 def test_weights_of_one_microbatch_count_as_they_would_in_one_big_batch(inputs, tmp_path):
-    """Loss weights scaled for some samples: the same loss and norm whether they share a microbatch with others or not."""
-    results = []
-    for micro_batch_size in (8, 1):
-        config = trainer_for(inputs, tmp_path)
-        config.train.micro_batch_size = micro_batch_size
+    """The answers of every third conversation weigh 0.3: the same loss and norm whether they share a microbatch or not."""
+    rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
+    for message in (message for row in rows[::3] for message in row["messages"] if message["role"] == "assistant"):
+        message["weight"] = 0.3
+    weighted = tmp_path / "train.jsonl"
+    weighted.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def first_step(data, micro_batch_size):
+        config = trainer_for(inputs, tmp_path / data.parent.name)
+        config.train.micro_batch_size, config.data.train = micro_batch_size, (str(data),)
         with World(config.parallel, 0) as world:
             trainer = Trainer(config, world)
-            for sample in trainer.loader.samples[::3]:
-                sample.weights[:] *= 0.3
             record, _ = trainer.train_step(next(trainer.loader))
-            results.append((record["loss"], record["grad_norm"], record["supervised_tokens"]))
-    assert results[1] == pytest.approx(results[0], rel=1e-6)
-    with World(config.parallel, 0) as world:
-        trainer = Trainer(config, world)
-        assert trainer.train_step(next(trainer.loader))[0]["loss"] != pytest.approx(results[0][0], rel=1e-3)
+        return record["loss"], record["grad_norm"], record["supervised_tokens"]
+
+    together = first_step(weighted, 8)
+    assert first_step(weighted, 1) == pytest.approx(together, rel=1e-6)
+    assert first_step(inputs / "train.jsonl", 8)[0] != pytest.approx(together[0], rel=1e-3)
 
 
 def test_print_config_prints_the_resolved_options_and_trains_nothing(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,5 @@
 """torchsft: full-parameter supervised fine-tuning of large Mixture-of-Experts language models on plain PyTorch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 __version__ = "0.1.0"

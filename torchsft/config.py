@@ -5,8 +5,6 @@ written to `OUTPUT/config.json` and into every checkpoint. Each class checks its
 checked in `parallel/world.py`, what needs the model's `config.json` in `models/`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -22,9 +20,13 @@ class InputError(ValueError):
     """Something that the user gave cannot be used: one sentence that names the thing, the numbers and the remedy."""
 
 
-def _at_least(option: str, value: float, least: float) -> None:
-    if not value >= least:  # also catches nan
-        raise InputError(f"{option} is {value}, but it must be at least {least}")
+def _at_least(options: Any, **least: float) -> None:
+    """Refuse a field of `options` that is set and less than `least` says."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:  # also catches nan
+            option = f"--{type(options).__name__.lower()}.{name.replace('_', '-')}"
+            raise InputError(f"{option} is {value}, but it must be at least {bound}")
 
 
 @dataclass(kw_only=True)
@@ -45,7 +47,11 @@ class Model:
     """Tokens whose logits exist at the same time in the vocabulary loss."""
 
     def __post_init__(self) -> None:
-        _at_least("--model.loss-chunk", self.loss_chunk, 1)
+        _at_least(self, loss_chunk=1)
+
+
+# What rendering itself gives to a chat template.
+RESERVED = {"messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"}
 
 
 @dataclass(kw_only=True)
@@ -53,18 +59,48 @@ class Data:
     """What is trained on."""
 
     train: tuple[str, ...] = ()
-    """JSONL files of {"messages": [{"role", "content"}, ...]}."""
+    """JSONL (.gz, .zst), JSON, Parquet, datasets directories or hub names (NAME:SPLIT); PATH:2.0 takes each sample twice."""
     eval: tuple[str, ...] = ()
-    """Held-out JSONL files, evaluated over every row."""
+    """Held-out sources as NAME=PATH (without a name: the file's), each evaluated over every row."""
     seq_len: int = 4096
     """Tokens in a packed row."""
     mask: Literal["assistant", "last-turn", "all"] = "assistant"
     """Which tokens are trained: every assistant turn, the last one, or everything."""
-    truncation: Literal["drop", "right", "raise"] = "drop"
-    """What happens to a sample longer than seq_len: left out (counted), cut at the end (counted), or an error."""
+    reasoning: Literal["train", "mask"] = "train"
+    """Whether reasoning (reasoning_content, <think>) is trained, or only read by the answer behind it."""
+    template_kwargs: str = ""
+    """JSON object of further variables of the chat template, such as {"thinking": true}."""
+    truncation: Literal["drop", "left", "right", "split", "raise"] = "drop"
+    """A sample longer than seq_len is left out, cut at its beginning or end, cut into pieces (all counted), or an error."""
+    packing: Literal["best-fit", "first-fit", "none"] = "best-fit"
+    """How samples share rows: best-fit decreasing, first-fit in the given order, or one sample a row."""
+    packing_buffer: int = 8192
+    """Samples that are packed together."""
+    balance: Literal["none", "attention"] = "none"
+    """attention deals the rows of a step so that ranks do equal work, counting what long documents cost in the attention."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """A row that cannot be used ends the run, or is left out, counted and listed."""
+    streaming: bool = False
+    """Tokenise while training instead of once before it (no cache, order of the file); needs --train.steps."""
+    cache: str | None = None
+    """Directory of tokenised samples; absent: $TORCHSFT_CACHE, else ~/.cache/torchsft."""
+    workers: int = 1
+    """Threads of each rank that prepare the next steps beside training; 0: none, training waits."""
 
     def __post_init__(self) -> None:
-        _at_least("--data.seq-len", self.seq_len, 2)
+        _at_least(self, seq_len=2, packing_buffer=1, workers=0)
+        self.template_variables()
+
+    def template_variables(self) -> dict[str, Any]:
+        """`template_kwargs` as a dictionary."""
+        try:
+            found = json.loads(self.template_kwargs or "{}")
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.keys() & RESERVED:
+            needed = "a JSON object of the template's own variables, such as '{\"thinking\": true}'"
+            raise InputError(f"--data.template-kwargs is {self.template_kwargs!r}, but it must be {needed}")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -90,18 +126,9 @@ class Train:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise InputError(
-                f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set; "
-                "give one of them (the other: None)"
-            )
-        for name in ("steps", "epochs"):
-            if getattr(self, name) is not None:
-                _at_least(f"--train.{name}", getattr(self, name), 1)
-        _at_least("--train.global-batch-size", self.global_batch_size, 1)
-        _at_least("--train.micro-batch-size", self.micro_batch_size, 1)
-        _at_least("--train.seed", self.seed, 0)
-        _at_least("--train.aux-loss", self.aux_loss, 0)
-        _at_least("--train.max-nonfinite-steps", self.max_nonfinite_steps, 1)
+            fault = f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set"
+            raise InputError(f"{fault}; give one of them (the other: None)")
+        _at_least(self, steps=1, epochs=1, global_batch_size=1, micro_batch_size=1, seed=0, aux_loss=0, max_nonfinite_steps=1)
 
 
 @dataclass(kw_only=True)
@@ -130,10 +157,9 @@ class Parallel:
     """A collective that waits longer than this ends the job."""
 
     def __post_init__(self) -> None:
-        for name in ("pp", "dp_replicate", "cp", "tp", "ep"):
-            _at_least("--parallel." + name.replace("_", "-"), getattr(self, name), 1)
+        _at_least(self, pp=1, dp_replicate=1, cp=1, tp=1, ep=1)
         if self.dp_shard != -1:
-            _at_least("--parallel.dp-shard", self.dp_shard, 1)
+            _at_least(self, dp_shard=1)
         if self.pp_layers and min(self.pp_layers) < 0:
             raise InputError(f"--parallel.pp-layers is {self.pp_layers}, but a stage cannot have fewer than 0 layers")
         if not self.timeout_seconds > 0:
@@ -161,8 +187,7 @@ class Optim:
     """Largest global gradient norm; None leaves gradients as they are."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr_ratio", "eps", "weight_decay", "warmup_steps"):
-            _at_least("--optim." + name.replace("_", "-"), getattr(self, name), 0)
+        _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--optim.{name} is {getattr(self, name)}, but it must be in [0, 1)")
@@ -208,13 +233,10 @@ class Checkpoint:
     """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128, quantised from the fp32 masters."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep", "keep_every", "keep_best"):
-            _at_least("--checkpoint." + name.replace("_", "-"), getattr(self, name), 0)
+        _at_least(self, every=0, keep=0, keep_every=0, keep_best=0)
         if self.remote is not None and "://" not in self.remote:
-            raise InputError(
-                f"--checkpoint.remote is {self.remote!r}, but it must be a URL such as s3://bucket/run; a local directory is "
-                "--output's"
-            )
+            fault = f"--checkpoint.remote is {self.remote!r}, but it must be a URL such as s3://bucket/run"
+            raise InputError(f"{fault}; a local directory is --output's")
 
 
 @dataclass(kw_only=True)
@@ -229,9 +251,7 @@ class Eval:
     """Longest generated answer, in tokens."""
 
     def __post_init__(self) -> None:
-        _at_least("--eval.every", self.every, 0)
-        _at_least("--eval.answers", self.answers, 0)
-        _at_least("--eval.max-new-tokens", self.max_new_tokens, 1)
+        _at_least(self, every=0, answers=0, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)
@@ -275,16 +295,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 # What may differ between a run and its continuation: it changes neither the steps' mathematics nor their data.
 FREE_TO_CHANGE = (
-    *("output", "print_config", "metrics", "eval", "data.eval", "checkpoint", "parallel"),
-    *(
-        "train.micro_batch_size",
-        "train.activation_checkpointing",
-        "train.max_nonfinite_steps",
-        "model.loss_chunk",
-        "model.attention",
-        "model.experts",
-        "model.ops",
-    ),
+    *"output print_config metrics eval checkpoint parallel data.eval data.balance data.cache data.workers".split(),
+    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps".split(),
+    *"model.loss_chunk model.attention model.experts model.ops".split(),
 )
 
 
@@ -292,8 +305,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0 -> 1'."""
     found = []
     for key in sorted(old.keys() | new.keys()):
-        name = prefix + key
-        a, b = old.get(key), new.get(key)
+        name, a, b = prefix + key, old.get(key), new.get(key)
         if name in FREE_TO_CHANGE or a == b:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -306,17 +318,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def parse(
     presets: Mapping[str, Callable[[], Config]], choose: Callable[[Sequence[str]], str], argv: Sequence[str], doc: str
 ) -> tuple[str, Config]:
-    """Read `[PRESET] [--option value ...]`.
-
-    Args:
-        presets: preset name -> function that builds its configuration.
-        choose: names the preset for a command line that does not begin with one.
-        argv: the command line without the program's name.
-        doc: text above the options in `--help`.
-
-    Returns:
-        The preset's name and the resolved configuration. Unknown options end the program (exit code 2, with a suggestion).
-    """
+    """Read `[PRESET] [--option value ...]`: the preset's name and the resolved configuration. Unknown options end the program
+    (exit code 2, with a suggestion). `presets`: name -> function that builds its configuration; `choose` names the preset for a
+    command line that does not begin with one; `argv`: without the program's name; `doc`: text above the options in `--help`."""
     named = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if named else choose(argv)
     if name not in presets:

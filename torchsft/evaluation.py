@@ -1,117 +1,35 @@
-"""Held-out loss over every row, and exact match of greedily generated answers."""
-
-from __future__ import annotations
+"""Held-out loss over every row."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from torchsft.data.batch import Batch
+from torchsft.data.stream import EvalSet
 from torchsft.parallel.pipeline import OneStage, Pipeline
 from torchsft.parallel.world import World
 
-
-@torch.no_grad()
-def evaluate_loss(pipeline: Pipeline | OneStage, batches: Sequence[Batch], world: World) -> dict[str, float]:
-    """Token-weighted mean loss (nats) and perplexity over all batches of all ranks; each rank has as many batches."""
-    loss_sum = pipeline.evaluate(batches)
-    if world.dense.get_local_rank("tp") > 0:  # its first rank has told the loss of all of the group's tokens
-        loss_sum = torch.zeros_like(loss_sum)
-    read = sum(batch.loss_weights.double().sum().item() for batch in batches) if world.is_reader else 0.0
-    loss_sum, weight = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(read)])).tolist()
-    loss = loss_sum / weight
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-
-
-@dataclass
-class Answer:
-    """One assistant turn: what precedes it, the reference, and what the model says. Token ids, end-of-turn included."""
-
-    id: str
-    prompt: list[int]
-    reference: list[int]
-    generated: list[int]
-
-    @property
-    def correct(self) -> bool:
-        """True where the generated turn equals the reference, token for token."""
-        return self.generated == self.reference
-
-    def shown(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A line of text: the end of its prompt, what was generated, and the reference where it differs."""
-        question = tokenizer.decode(self.prompt)[-60:].replace("\n", " ")
-        line = f"  ...{question!r} -> {tokenizer.decode(self.generated)!r}"
-        return line if self.correct else line + f" (reference {tokenizer.decode(self.reference)!r})"
+BATCHES_AT_ONCE = 64  # of a set that are in memory; many, so that a pipeline's ranks are busy
 
 
 @torch.no_grad()
-def greedy_answers(
-    pipeline: Pipeline | OneStage,
-    prompts: Sequence[tuple[str, list[int], list[int]]],
-    world: World,
-    *,
-    max_new_tokens: int,
-    max_tokens: int,
-) -> list[Answer]:
-    """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn).
-
-    The prompts are spread over the data ranks; all ranks must call this with the same arguments, and all get all answers.
-    There is no key/value cache: each new token is a forward pass over packed prompts, meant for a held-out sample.
-
-    Args:
-        max_new_tokens: longest answer.
-        max_tokens: tokens of one forward pass; also where an answer ends that has not ended by then. References must fit.
-    """
-    mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.data_rank :: world.data_size]]
-    groups: list[list[Answer]] = [[]]
-    filled = 0
-    for answer in mine:
-        length = min(len(answer.prompt) + max_new_tokens, max_tokens)
-        if groups[-1] and filled + length > max_tokens:
-            groups.append([])
-            filled = 0
-        groups[-1].append(answer)
-        filled += length
-    count = torch.tensor(len(groups), device=world.device)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    groups += [[]] * (int(count) - len(groups))
-    for group in groups:
-        _generate(pipeline, group, world, max_new_tokens, max_tokens)
-    gathered: list[tuple[int, list[Answer]]] = [(0, []) for _ in range(world.size)]
-    dist.all_gather_object(gathered, (world.data_rank, mine))
-    of_rank = dict(gathered)  # ranks that read the same rows have the same answers
-    return [of_rank[i % world.data_size][i // world.data_size] for i in range(len(prompts))]
-
-
-def _generate(pipeline: Pipeline | OneStage, answers: list[Answer], world: World, max_new_tokens: int, max_tokens: int) -> None:
-    """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate."""
-    device, together = world.device, world.sequence["sequence"].size()
-    for _ in range(max_new_tokens):
-        unfinished = [
-            a for a in answers if a.generated[-1:] != a.reference[-1:] and len(a.prompt) + len(a.generated) < max_tokens
-        ]
-        open_anywhere = torch.tensor(len(unfinished), device=device)
-        dist.all_reduce(open_anywhere)
-        if not int(open_anywhere):
-            return
-        sequences = [a.prompt + a.generated for a in unfinished]
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
-        ends = lengths.cumsum(0)
-        tokens = [t for s in sequences for t in s]
-        positions = [p for s in sequences for p in range(len(s))]
-        # Padding, so that the tokens divide over cp x tp ranks, and a rank without open answers can take part.
-        padding = [0] * (-len(tokens) % together or (0 if tokens else together))
-        tokens, positions = tokens + padding, positions + padding
-        logits = pipeline.logits(
-            torch.tensor(tokens, device=device),
-            positions=torch.tensor(positions, device=device),
-            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32).to(device),
-            max_seqlen=int(lengths.max()) if sequences else 0,
-            logits_at=(ends - 1).to(device),
-        )
-        for answer, token in zip(unfinished, logits.argmax(-1).tolist(), strict=True):
-            answer.generated.append(token)
+def evaluate_loss(pipeline: Pipeline | OneStage, sets: Mapping[str, EvalSet], world: World) -> dict[str, float]:
+    """Token-weighted mean loss (nats) and perplexity over every row of all sets together, and of each of several: `eval_loss`,
+    `eval_perplexity`, and for several sets `eval_loss/NAME`, `eval_perplexity/NAME`."""
+    totals = {}
+    for name, batches in sets.items():
+        loss_sum, read = 0.0, 0.0
+        for start in range(0, len(batches), BATCHES_AT_ONCE):
+            group = [batches[i] for i in range(start, min(start + BATCHES_AT_ONCE, len(batches)))]
+            loss_sum = loss_sum + pipeline.evaluate(group)
+            read += sum(batch.loss_weights.double().sum().item() for batch in group)
+        if world.dense.get_local_rank("tp") > 0:  # its first rank has told the loss of all of the group's tokens
+            loss_sum = torch.zeros_like(loss_sum)
+        totals[name] = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(read if world.is_reader else 0.0)]))
+    found = {"": sum(totals.values())} | ({f"/{name}": total for name, total in totals.items()} if len(totals) > 1 else {})
+    results = {}
+    for suffix, total in found.items():
+        loss_sum, weight = total.tolist()
+        results[f"eval_loss{suffix}"] = loss_sum / weight
+        results[f"eval_perplexity{suffix}"] = math.exp(min(loss_sum / weight, 700.0))
+    return results

@@ -1,7 +1,5 @@
 """One run: build -> step -> evaluate -> save, read from top to bottom."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -17,12 +15,13 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
-from torchsft.checkpoint.publish import write_text
 from torchsft.checkpoint.resume import checkpoint_to_continue, checkpoints_of
+from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config, InputError, to_dict
-from torchsft.data.stream import Step, TrainLoader, eval_batches, microbatches_per_step
-from torchsft.data.template import Sample, answer_prompts, load_tokenizer, prepare
-from torchsft.evaluation import evaluate_loss, greedy_answers
+from torchsft.data.prepare import open_streams, prepare, prepare_eval
+from torchsft.data.stream import Background, EvalSet, Step, StreamLoader, TrainLoader, microbatches_per_step
+from torchsft.data.template import Sample, load_tokenizer
+from torchsft.evaluation import evaluate_loss
 from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger
 from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
@@ -41,45 +40,36 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m
 
 
 def resolve(config: Config) -> Config:
-    """Replace what is automatic by what this machine and number of ranks make of it: what runs, and what is saved.
-
-    Raises:
-        InputError: the mesh sizes do not fit the number of ranks.
-    """
+    """Replace what is automatic by what this machine and number of ranks make of it: what runs, and what is saved. An
+    InputError: the mesh sizes do not fit the number of ranks."""
     parallel, ranks = config.parallel, int(os.environ.get("WORLD_SIZE", "1"))
     if config.print_config and "WORLD_SIZE" not in os.environ:  # a look at a layout, without its ranks
         sequence = parallel.cp * parallel.tp
         shard = parallel.ep // math.gcd(parallel.ep, sequence) if parallel.dp_shard == -1 else parallel.dp_shard
         ranks = parallel.pp * parallel.dp_replicate * shard * sequence
-    dense = mesh_sizes(parallel, ranks)["dense"]
-    compute = config.precision.compute
-    if compute == "auto":
-        compute = "bf16" if torch.cuda.is_available() else "fp32"
-    epochs = config.train.epochs
-    if config.train.steps is None and epochs is None:
-        epochs = 1
-    return dataclasses.replace(
-        config,
-        parallel=dataclasses.replace(parallel, dp_shard=dense["dp_shard"]),
-        precision=dataclasses.replace(config.precision, compute=compute),
-        train=dataclasses.replace(config.train, epochs=epochs),
-    )
+    parallel = dataclasses.replace(parallel, dp_shard=mesh_sizes(parallel, ranks)["dense"]["dp_shard"])
+    precision, train = config.precision, config.train
+    if precision.compute == "auto":
+        precision = dataclasses.replace(precision, compute="bf16" if torch.cuda.is_available() else "fp32")
+    if train.steps is None and train.epochs is None:
+        train = dataclasses.replace(train, epochs=1)
+    return dataclasses.replace(config, parallel=parallel, precision=precision, train=train)
 
 
 class Trainer:
-    """Everything that one rank holds of a run; `run()` is the whole of it.
+    """Everything that one rank holds of a run; `run()` is the whole of it. An InputError: options, data, weights and output
+    directory do not fit together; before any weight is loaded where possible."""
 
-    Args:
-        config: as the command line gave it, with `model.path` and `data.train` set.
-        world: this rank among the others.
-        generate: writes inputs that `config` names, on the main rank, once nothing speaks against the output directory.
-
-    Raises:
-        InputError: options, data, weights and output directory do not fit together; before any weight is loaded where possible.
-    """
-
-    def __init__(self, config: Config, world: World, generate: Callable[[], None] | None = None) -> None:
-        self.world = world
+    def __init__(
+        self,
+        config: Config,  # as the command line gave it, with `model.path` and `data.train` set
+        world: World,  # this rank among the others
+        # Writes inputs that `config` names, on the main rank, once nothing speaks against the output directory.
+        generate: Callable[[], None] | None = None,
+        # Generates answers to `eval_samples` "before" or "after" training; how many are right, and how many there are.
+        answer: Callable[["Trainer", str], tuple[int, int]] | None = None,
+    ) -> None:
+        self.world, self.answer = world, answer
         self.log: MetricsLogger | None = None  # on the main rank, once everything is built
         self.config = config = resolve(config)
         self.output = Path(config.output)
@@ -87,30 +77,21 @@ class Trainer:
             raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
         self.source = Path(config.model.path)
         self.checkpoint = checkpoint_to_continue(config, tell=world.is_main)
-        options = config.checkpoint
-        self.checkpointer = state.Checkpointer(
-            checkpoints_of(self.output, options.remote),
-            mode=options.mode,
-            if_busy=options.if_busy,
-            keep=options.keep,
-            keep_every=options.keep_every,
-            keep_best=options.keep_best,
-            group=world.writers,
-        )
+        how = {name: getattr(config.checkpoint, name) for name in ("mode", "if_busy", "keep", "keep_every", "keep_best")}
+        where = checkpoints_of(self.output, config.checkpoint.remote)
+        self.checkpointer = state.Checkpointer(where, **how, group=world.writers)
         self.preemption = Preemption(tell=world.is_main)
         if generate:
             if world.is_main:
                 generate()
             world.barrier()
 
-        hf_config = huggingface.read_config(self.source)
-        self.model_config = DeepseekV3Config.from_hf(hf_config)
+        self.model_config = DeepseekV3Config.from_hf(huggingface.read_config(self.source))
         self.lay_out()
         self.load_data()
         self.step = 0  # steps taken, skipped ones included
         self.updates = 0  # steps that changed the weights: what the learning-rate schedule counts
-        self.skipped = 0  # steps that changed nothing, since their gradient was not finite or nothing was supervised
-        self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = 0  # changed nothing: gradient not finite, or nothing supervised
         self.first_loss = self.last_loss = math.nan
         self.signalled = False  # a rank has been told to end; as all ranks know it
         self.unwritten = False  # a rank knows of a checkpoint that failed since the last step; as all ranks know it
@@ -121,102 +102,81 @@ class Trainer:
         if world.is_main:
             self.log = self.open_output()
 
-    # ---------------------------------------------------------------- build
-
     def lay_out(self) -> None:
         """Meta device -> this rank's part of the model -> sharded: no memory yet, but all that can be refused is."""
-        config, world, options = self.config, self.world, self.config.model
+        config, world, options, train = self.config, self.world, self.config.model, self.config.train
         parallel, dtype = config.parallel, DTYPES[config.precision.compute]
         choose_implementation(options.attention, world.device, dtype)
-        train = config.train
         microbatches = microbatches_per_step(train.global_batch_size, train.micro_batch_size, world.data_size)
-        tokens = train.micro_batch_size * config.data.seq_len
-        if tokens % (parallel.cp * parallel.tp):
-            ranks = parallel.cp * parallel.tp
-            raise InputError(
-                f"the {tokens} tokens of a microbatch do not divide over cp {parallel.cp} x tp {parallel.tp} ranks; set "
-                f"--data.seq-len to {-(-config.data.seq_len // ranks) * ranks}"
-            )
+        tokens, ranks = train.micro_batch_size * config.data.seq_len, parallel.cp * parallel.tp
+        if tokens % ranks:
+            fault = f"the {tokens} tokens of a microbatch do not divide over cp {parallel.cp} x tp {parallel.tp} ranks"
+            raise InputError(f"{fault}; set --data.seq-len to {-(-config.data.seq_len // ranks) * ranks}")
         if options.ops == "plain" and parallel.tp > 1:
-            raise InputError(
-                f"--model.ops plain has no loss over a split vocabulary; set --parallel.tp to 1, not {parallel.tp}"
-            )
+            fault = "--model.ops plain has no loss over a split vocabulary"
+            raise InputError(f"{fault}; set --parallel.tp to 1, not {parallel.tp}")
         ops.use_plain(options.ops == "plain")
         self.plan = plan_stages(parallel, self.model_config, microbatches)
         kinds = {"attention": options.attention, "experts": options.experts, "loss_chunk": options.loss_chunk}
-        self.weights = None
-        pp_rank = world.dense.get_local_rank("pp")
+        self.weights, pp_rank = None, world.dense.get_local_rank("pp")
         with torch.device("meta"):
             if self.checkpoint is None and not options.random_init:  # else the Hugging Face directory's weights are not read
                 self.weights = huggingface.check_weights(self.source, DeepseekV3(self.model_config, **kinds))
             self.model = DeepseekV3(self.model_config, **kinds, **self.plan.model_part(pp_rank))
             self.stages = split(self.model, self.plan, pp_rank)
-        parallelize(
-            self.stages,
-            world,
-            dtype,
-            activation_checkpointing=train.activation_checkpointing == "full",
-            reshard_after_forward=reshard_after_forward(parallel),
-        )
-        self.check_memory()
-        self.pipeline = build_pipeline(
-            self.stages, self.plan, parallel, world, microbatches=microbatches, tokens=tokens, dtype=dtype
-        )
-
-    def check_memory(self) -> None:
-        """Refuse what cannot fit before anything is loaded (activations are not counted)."""
-        config, memory = self.config, device_bytes(self.world.device)
-        sharded, gathered = held_bytes(self.model, DTYPES[config.precision.compute], reshard_after_forward(config.parallel))
+        recompute, reshard = train.activation_checkpointing == "full", reshard_after_forward(parallel)
+        parallelize(self.stages, world, dtype, activation_checkpointing=recompute, reshard_after_forward=reshard)
+        sharded, gathered = held_bytes(self.model, dtype, reshard)  # activations are not counted
+        memory = device_bytes(world.device)
         if memory is not None and sharded + gathered > memory:
             remedy = "raise --parallel.pp, --parallel.ep or --parallel.tp"
             if gathered < memory:
-                remedy = f"start at least {math.ceil(self.world.size * sharded / (memory - gathered))} ranks"
-            raise InputError(
-                f"rank {self.world.rank} would hold {(sharded + gathered) / 1e9:.1f} GB of weights, gradients and moments, but "
-                f"its device has {memory / 1e9:.1f} GB; {remedy}"
-            )
+                remedy = f"start at least {math.ceil(world.size * sharded / (memory - gathered))} ranks"
+            fault = f"rank {world.rank} would hold {(sharded + gathered) / 1e9:.1f} GB of weights, gradients and moments"
+            raise InputError(f"{fault}, but its device has {memory / 1e9:.1f} GB; {remedy}")
+        shape = {"microbatches": microbatches, "tokens": tokens, "dtype": dtype}
+        self.pipeline = build_pipeline(self.stages, self.plan, parallel, world, **shape)
 
     def load_data(self) -> None:
         """Tokenizer, training loader, evaluation batches, number of steps."""
-        config, world = self.config, self.world
-        if config.eval.answers and not config.data.eval:
-            raise InputError(f"--eval.answers is {config.eval.answers}, but there is no --data.eval to take questions from")
-        if config.checkpoint.keep_best and not config.data.eval:
-            raise InputError(
-                f"--checkpoint.keep-best is {config.checkpoint.keep_best}, but without --data.eval no checkpoint has an eval "
-                "loss; give held-out data"
-            )
+        config, world, data, train = self.config, self.world, self.config.data, self.config.train
+        if config.eval.answers and not (data.eval and self.answer):
+            lacks = "this recipe cannot generate any" if data.eval else "there is no --data.eval to take questions from"
+            raise InputError(f"--eval.answers is {config.eval.answers}, but {lacks}")
+        if config.checkpoint.keep_best and not data.eval:
+            lacks = "without --data.eval no checkpoint has an eval loss; give held-out data"
+            raise InputError(f"--checkpoint.keep-best is {config.checkpoint.keep_best}, but {lacks}")
+        if data.streaming and train.steps is None:
+            fault = f"--data.streaming reads an unknown number of samples, but --train.epochs is {train.epochs}"
+            raise InputError(f"{fault}; give --train.steps")
         self.tokenizer = load_tokenizer(self.source)
-        show = world.is_main and config.metrics.progress
-        vocab_size = self.model_config.vocab_size
-        train = prepare(config.data.train, self.tokenizer, config.data, vocab_size=vocab_size, progress=show)
-        self.say(str(train.report))
-        longest, known = max(len(s.tokens) for s in train.samples), self.model_config.max_position_embeddings
-        if longest > known:
-            self.say(
-                f"warning: the longest conversation has {longest} tokens, but the model's max_position_embeddings is {known}"
-            )
-        batch = {
-            "seq_len": config.data.seq_len,
-            "micro_batch_size": config.train.micro_batch_size,
-            "data_rank": world.data_rank,
-            "data_size": world.data_size,
-            "pad_token_id": 0,  # any id will do: padding is known by its place
-        }
-        self.loader = TrainLoader(
-            train.samples, global_batch_size=config.train.global_batch_size, seed=config.train.seed, **batch
-        )
-        self.eval_samples: list[Sample] = []
-        self.eval_batches = []
-        if config.data.eval:
-            held_out = prepare(config.data.eval, self.tokenizer, config.data, vocab_size=vocab_size, progress=show)
-            self.say(str(held_out.report))
-            self.eval_samples = held_out.samples
-            self.eval_batches = eval_batches(held_out.samples, **batch)
-        if config.train.steps is not None:
-            self.total_steps = config.train.steps
+        vocab, known = {"vocab_size": self.model_config.vocab_size}, self.model_config.max_position_embeddings
+        read = vocab | {"progress": config.metrics.progress}
+        batch = {"seq_len": data.seq_len, "micro_batch_size": train.micro_batch_size}
+        batch |= {"data_rank": world.data_rank, "data_size": world.data_size}
+        batch["pad_token_id"] = 0  # any id will do: padding is known by its place
+        order = batch | {"packing": data.packing, "buffer": data.packing_buffer, "seed": train.seed}
+        order["cost"] = self.model_config.flops if data.balance == "attention" else None
+        order["global_batch_size"] = train.global_batch_size
+        if data.streaming:
+            loader = StreamLoader(open_streams(data.train, self.tokenizer, data, **vocab), **order)
         else:
-            self.total_steps = sum(self.loader.steps_in_epoch(epoch) for epoch in range(config.train.epochs))
+            sources = prepare(data.train, self.tokenizer, data, **read)
+            for source in sources:
+                self.say("\n  skipped: ".join([str(source.report), *source.report.faults]))
+            if (longest := max(source.report.longest for source in sources)) > known:
+                most = f"the model's max_position_embeddings is {known}"
+                self.say(f"warning: the longest sample has {longest} tokens, but {most}")
+            loader = TrainLoader(sources, **order)
+        self.eval_samples: list[Sample] = []  # of which answers are generated
+        self.eval_sets: dict[str, EvalSet] = {}
+        for name, sources in prepare_eval(data.eval, self.tokenizer, data, **read).items():
+            for source in sources:
+                self.say("\n  skipped: ".join([f"eval {name}: {source.report}", *source.report.faults]))
+                self.eval_samples += source.samples[: config.eval.answers - len(self.eval_samples)]
+            self.eval_sets[name] = EvalSet(sources, **batch)
+        self.total_steps = train.steps or sum(loader.steps_in_epoch(epoch) for epoch in range(train.epochs))
+        self.loader = Background(loader, data.workers, world.device)
         learning_rate(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
 
     def build_model(self) -> None:
@@ -249,30 +209,16 @@ class Trainer:
     def open_output(self) -> MetricsLogger:
         """Write the resolved configuration and open the metric files (main rank only)."""
         self.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(to_dict(self.config), indent=2)
-        write_text(self.output / "config.json.partial", text + "\n")
+        text, options = json.dumps(to_dict(self.config), indent=2), self.config.metrics
+        Folder(self.output).write_text("config.json.partial", text + "\n")
         os.replace(self.output / "config.json.partial", self.output / "config.json")  # whole or not there
-        return MetricsLogger(
-            self.output,
-            total_steps=self.total_steps,
-            start_step=self.step,
-            tensorboard=self.config.metrics.tensorboard,
-            progress=self.config.metrics.progress,
-            config_text=text,
-        )
-
-    # ---------------------------------------------------------------- train
+        shown = {"tensorboard": options.tensorboard, "progress": options.progress, "config_text": text}
+        return MetricsLogger(self.output, total_steps=self.total_steps, start_step=self.step, **shown)
 
     def run(self) -> None:
-        """Train to the last step, with evaluation, checkpoints, export and a closing summary.
-
-        SIGTERM and SIGUSR1 end it early, after a step and its checkpoint, without an error; the same command continues.
-
-        Raises:
-            InputError: too many steps in a row changed nothing.
-            OSError: the output cannot be written and --checkpoint.on-error is stop, or the last checkpoint could not be.
-        """
-        config = self.config
+        """Train to the last step, with evaluation, checkpoints, export and a closing summary. SIGTERM and SIGUSR1 end it early,
+        after a step and its checkpoint, without an error; the same command continues. An InputError: too many steps in a row
+        changed nothing. An OSError: the output cannot be written and --checkpoint.on-error is stop, or the last save failed."""
         self.say(self.describe())
         self.world.barrier()  # every rank has looked at the output directory, and it is open
         if self.step == self.total_steps:
@@ -283,10 +229,10 @@ class Trainer:
             done = f"after step {self.step} of {self.total_steps} and its checkpoint" if self.step else "before the first step"
             self.say(f"ended by {self.preemption}, {done}; the same command continues from there")
         else:
-            if self.eval_batches and not evaluation:  # a finished run was started again
-                evaluation = evaluate_loss(self.pipeline, self.eval_batches, self.world)
-            matches = self.answer("after") if config.eval.answers else None
-            if config.checkpoint.export != "none":
+            if self.eval_sets and not evaluation:  # a finished run was started again
+                evaluation = evaluate_loss(self.pipeline, self.eval_sets, self.world)
+            matches = self.answer(self, "after") if self.config.eval.answers else None
+            if self.config.checkpoint.export != "none":
                 self.export()
         if self.failed:
             raise OSError(f"{self.failed}; it was the last one: mend that and run the same command again")
@@ -295,16 +241,16 @@ class Trainer:
                 self.log.close()
             if not self.signalled:
                 self.say(self.summary(evaluation, tokens, seconds, matches))
+        if self.config.data.streaming:
+            for source in self.loader.loader.sources:  # what has been read of it, some steps ahead of what was trained
+                self.say("\n  skipped: ".join([f"streamed {source.report}", *source.report.faults]))
 
     def train(self) -> tuple[dict[str, float], float, float]:
-        """Steps, evaluations and checkpoints, to the last step or until a signal comes.
-
-        Returns:
-            What the last step's evaluation found, if there was one; tokens and seconds of the steps.
-        """
+        """Steps, evaluations and checkpoints, to the last step or until a signal comes. Returns what the last step's evaluation
+        found, if there was one; tokens and seconds of the steps."""
         config, evaluation = self.config, {}
         if config.eval.answers and self.step == 0:
-            self.answer("before")
+            self.answer(self, "before")
             self.agree()
         tokens = seconds = 0.0
         while self.step < self.total_steps and not self.signalled:
@@ -312,8 +258,8 @@ class Trainer:
             tokens += record["tokens"]
             seconds += record["step_seconds"]
             evaluation = {}
-            if self.eval_batches and self.due(config.eval.every) and not self.signalled:
-                evaluation = evaluate_loss(self.pipeline, self.eval_batches, self.world)
+            if self.eval_sets and self.due(config.eval.every) and not self.signalled:
+                evaluation = evaluate_loss(self.pipeline, self.eval_sets, self.world)
                 record |= evaluation
                 self.agree()
             with self.output_may_fail():
@@ -321,10 +267,9 @@ class Trainer:
                     self.log.step(self.step, record, scalars)
             self.tell()
             if self.skipped_in_a_row >= config.train.max_nonfinite_steps:
-                raise InputError(
-                    f"{self.skipped_in_a_row} steps in a row changed nothing, the last with norm {record['grad_norm']} "
-                    f"at step {self.step}; lower --optim.lr, look at the data or raise --train.max-nonfinite-steps"
-                )
+                last = f"the last with norm {record['grad_norm']} at step {self.step}"
+                remedy = "lower --optim.lr, look at the data or raise --train.max-nonfinite-steps"
+                raise InputError(f"{self.skipped_in_a_row} steps in a row changed nothing, {last}; {remedy}")
             if self.due(config.checkpoint.every) or self.signalled:
                 self.save(evaluation.get("eval_loss"))
         self.agree()
@@ -339,17 +284,11 @@ class Trainer:
         return self.step == self.total_steps or (every > 0 and self.step % every == 0)
 
     def train_step(self, step: Step) -> tuple[dict[str, Any], dict[str, float]]:
-        """One optimizer step on this rank's microbatches of a global batch.
-
-        Every microbatch gives a *sum* of weighted token losses, which is divided by the loss weight of the whole global batch,
-        known before the first backward pass. So neither accumulation nor the number of ranks can change a gradient.
-
-        Returns:
-            What metrics.jsonl says of the step, and further TensorBoard scalars; the same on every rank.
-        """
-        config, world = self.config, self.world
-        began = time.perf_counter()
-        batches = step.microbatches
+        """One optimizer step on this rank's microbatches of a global batch. Every microbatch gives a *sum* of weighted token
+        losses, which is divided by the loss weight of the whole global batch, known before the first backward pass. So neither
+        accumulation nor the number of ranks can change a gradient. Returns what metrics.jsonl says of the step, and further
+        TensorBoard scalars; the same on every rank."""
+        config, world, batches, began = self.config, self.world, step.microbatches, time.perf_counter()
         lengths = [b.cu_seqlens.diff().tolist() for b in batches]
         counts = [
             float(sum(b.loss_weights.double().sum() for b in batches)),
@@ -385,31 +324,21 @@ class Trainer:
         if math.isnan(self.first_loss):
             self.first_loss = loss
         self.last_loss = loss
-        record = {
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens": int(tokens),
-            "supervised_tokens": int(supervised),
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "epoch": step.epoch,
-        }
+        record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": int(tokens), "supervised_tokens": int(supervised)}
+        record |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "epoch": step.epoch}
+        record["data_wait_share"] = self.loader.waited / (self.loader.waited + seconds)
         if config.train.aux_loss:
             record["aux_loss"] = aux_loss
         scalars = {"speed/supervised_tokens_per_second": supervised / seconds, "optim/skipped_steps": self.skipped}
+        scalars |= {f"data/epochs/{name}": n for name, n in self.loader.loader.source_epochs(step.state).items()}
         scalars |= memory_gib(world.device) | load
-        peak = config.metrics.peak_tflops or peak_tflops(world.device)
-        if peak:
+        if peak := config.metrics.peak_tflops or peak_tflops(world.device):
             scalars["speed/mfu"] = mfu(flops / world.size, seconds, peak)
         return record, scalars
 
     def collect(self, loss_sum: torch.Tensor, weight: float, tokens: float) -> tuple[float, float, dict[str, float]]:
-        """Over all ranks: mean loss, balance loss (as it is minimised) and expert load; counters start anew.
-
-        The load is the busiest expert's over the mean, per MoE layer. One collective, for which the host waits; in it the
-        ranks also agree on `signalled` and `unwritten`.
-        """
+        """Over all ranks: mean loss, balance loss (as it is minimised) and expert load: the busiest expert's over the mean, per
+        MoE layer; counters start anew. One collective, that the host waits for; it also settles `signalled` and `unwritten`."""
         layers, experts = self.model_config.num_hidden_layers, self.model_config.n_routed_experts
         # Every rank has the same places for all layers and fills in its own.
         counts = torch.zeros(layers, 1 + experts, dtype=torch.float64, device=self.world.device)
@@ -430,42 +359,8 @@ class Trainer:
                 scalars[f"expert_load/layer_{layer}_max_over_mean"] = max(load) * experts / max(sum(load), 1.0)
         return total / max(weight, 1e-30), self.config.train.aux_loss * balance / max(tokens, 1), scalars
 
-    # ---------------------------------------------------------------- evaluate, save, tell
-
-    def answer(self, when: str) -> tuple[int, int]:
-        """Greedy answers to held-out conversations: written to OUTPUT/answers-WHEN.jsonl, a few shown.
-
-        Returns:
-            How many equal the reference, and how many there are.
-        """
-        config = self.config
-        prompts = [(s.id, *turn) for s in self.eval_samples[: config.eval.answers] for turn in answer_prompts(s)]
-        answers = greedy_answers(
-            self.pipeline,
-            prompts,
-            self.world,
-            max_new_tokens=config.eval.max_new_tokens,
-            max_tokens=config.data.seq_len * config.train.micro_batch_size,
-        )
-        correct = sum(a.correct for a in answers)
-        if self.log:
-            with self.output_may_fail(), open(self.output / f"answers-{when}.jsonl", "w") as file:
-                for a in answers:
-                    file.write(json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) + "\n")
-            share = 100 * correct / len(answers)
-            lines = [
-                f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"
-            ]
-            lines += [a.shown(self.tokenizer) for a in answers[:4]]
-            self.log.message("\n".join(lines))
-        return correct, len(answers)
-
     def save(self, score: float | None = None) -> None:
-        """Write a checkpoint of this step; beside training, unless it is the last one.
-
-        Args:
-            score: eval loss at this step, if known.
-        """
+        """Write a checkpoint of this step; beside training, unless it is the last one. `score`: its eval loss, if known."""
         last = self.signalled or self.step == self.total_steps
         if last:
             self.checkpointer.wait()  # it must not be left out since another is being written
@@ -479,11 +374,7 @@ class Trainer:
             self.tell()
 
     def tell(self) -> None:
-        """Say how checkpoints went that have ended.
-
-        Raises:
-            OSError: one failed, on whichever rank, and --checkpoint.on-error is stop. On all ranks at the same step.
-        """
+        """Say how saves ended. An OSError, on all ranks at one step: one failed on any, and --checkpoint.on-error is stop."""
         if self.unwritten and not any(report.error for report in self.ended):
             self.checkpointer.wait()  # another rank heard of it first
             self.ended += self.checkpointer.reports()
@@ -497,10 +388,8 @@ class Trainer:
                     times = {"stall_seconds": report.stall_seconds, "write_seconds": report.write_seconds}
                     self.log.scalars(report.step, {f"checkpoint/{name}": value for name, value in times.items()})
             if not self.failed:
-                self.say(
-                    f"checkpoint {report.path}: {report.bytes / 1e6:,.1f} MB written in {report.write_seconds:.2f} s, training "
-                    f"waited {report.stall_seconds:.2f} s"
-                )
+                size, seconds, stall = f"{report.bytes / 1e6:,.1f} MB", report.write_seconds, report.stall_seconds
+                self.say(f"checkpoint {report.path}: {size} written in {seconds:.2f} s, training waited {stall:.2f} s")
 
     @contextmanager
     def output_may_fail(self) -> Iterator[None]:
@@ -522,14 +411,13 @@ class Trainer:
         try:
             huggingface.export(self.model, place, DTYPES[options.export], self.source)
         except OSError as error:
-            raise OSError(
-                f"the export to {place} could not be written ({error}); {self.failed or 'the last checkpoint is complete'}: "
-                "mend that and run the same command again"
-            ) from error
+            known = self.failed or "the last checkpoint is complete"
+            fault = f"the export to {place} could not be written ({error}); {known}"
+            raise OSError(f"{fault}: mend that and run the same command again") from error
 
     def describe(self) -> str:
         """What is about to be trained, and how."""
-        config, world = self.config, self.world
+        config, world, train = self.config, self.world, self.config.train
         # DTensor.numel() is the global number: each pipeline rank's part is counted once.
         counts_it = all(world.dense.get_local_rank(axis) == 0 for axis in ("dp_replicate", "dp_shard", "cp", "tp"))
         (parameters,) = world.sum([sum(p.numel() for p in self.model.parameters()) if counts_it else 0.0]).tolist()
@@ -539,42 +427,34 @@ class Trainer:
         if config.parallel.pp > 1:
             per_stage = "+".join(str(len(layers)) for layers in self.plan.layers)
             shown.append(f"{config.parallel.pp_schedule} over stages of {per_stage} layers")
-            full = config.train.activation_checkpointing == "full"
+            full = train.activation_checkpointing == "full"
             if config.parallel.pp_schedule in ZERO_BUBBLE and (full or not weight_pass_possible()):
                 reason = "activation checkpointing" if full else f"torch {torch.__version__}"
                 shown.append(f"with whole backward passes ({reason}) and the bubbles that this schedule else fills")
-        return (
-            f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute, on {world.size} x {world.device.type}: "
-            f"{', '.join(shown)}; "
-            f"steps {self.step} -> {self.total_steps} of {config.train.global_batch_size} rows of {config.data.seq_len} tokens"
-        )
+        model = f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute"
+        steps = f"steps {self.step} -> {self.total_steps} of {train.global_batch_size} rows of {config.data.seq_len} tokens"
+        return f"{model}, on {world.size} x {world.device.type}: {', '.join(shown)}; {steps}"
 
     def summary(self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int] | None) -> str:
         """What a run ends with."""
-        lines = [
-            "",
-            f"steps            {self.step} ({self.skipped} skipped)",
-            f"loss             {self.first_loss:.4f} -> {self.last_loss:.4f}",
-        ]
+        rows = {"steps": f"{self.step} ({self.skipped} skipped)", "loss": f"{self.first_loss:.4f} -> {self.last_loss:.4f}"}
         if evaluation:
-            lines.append(f"eval loss        {evaluation['eval_loss']:.4f} (perplexity {evaluation['eval_perplexity']:.3f})")
+            rows["eval loss"] = f"{evaluation['eval_loss']:.4f} (perplexity {evaluation['eval_perplexity']:.3f})"
         if matches:
-            lines.append(f"exact answers    {matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)")
+            rows["exact answers"] = f"{matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)"
         if self.faults:
-            lines.append(f"output faults    {self.faults}: see the warnings above")
+            rows["output faults"] = f"{self.faults}: see the warnings above"
         if tokens:
-            lines.append(f"tokens/s         {tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)")
+            rows["tokens/s"] = f"{tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)"
         names = ["config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf"]
-        lines.append(f"outputs          {self.output}: {', '.join(n for n in names if (self.output / n).exists())}")
+        rows["outputs"] = f"{self.output}: {', '.join(n for n in names if (self.output / n).exists())}"
         if self.config.metrics.tensorboard:
-            lines.append(f"TensorBoard      tensorboard --logdir {self.output / 'tensorboard'}")
-        return "\n".join(lines)
+            rows["TensorBoard"] = f"tensorboard --logdir {self.output / 'tensorboard'}"
+        return "".join(f"\n{name:<17}{text}" for name, text in rows.items())
 
     def say(self, text: str) -> None:
         """Print on the main rank, without breaking the progress bar."""
-        if not self.world.is_main:
-            return
         if self.log:
             self.log.message(text)
-        else:
+        elif self.world.is_main:
             print(text, flush=True)

@@ -80,7 +80,7 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
     board = EventAccumulator(str(output / "tensorboard"))
     board.Reload()
     wanted = {"train/loss", "eval/loss", "optim/lr", "optim/grad_norm", "speed/tokens_per_second", "speed/step_seconds"}
-    wanted |= {"checkpoint/stall_seconds", "checkpoint/write_seconds"}
+    wanted |= {"checkpoint/stall_seconds", "checkpoint/write_seconds", "speed/data_wait_share", "data/epochs/train.jsonl"}
     wanted |= {"speed/supervised_tokens_per_second", "expert_load/layer_1_max_over_mean", "expert_load/layer_2_max_over_mean"}
     wanted |= {"memory/peak_resident_gib"} if not torch.cuda.is_available() else {"memory/peak_allocated_gib", "speed/mfu"}
     assert wanted <= set(board.Tags()["scalars"])
@@ -120,7 +120,7 @@ def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what
     assert len(one) == len(eight) == 5
     for a, b in zip(one, eight, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"tokens_per_second", "step_seconds"}:
+        for key in a.keys() - {"tokens_per_second", "step_seconds", "data_wait_share"}:
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
     answers = [(tmp_path / name / "answers-after.jsonl").read_text() for name in layouts]
     assert answers[0] == answers[1]

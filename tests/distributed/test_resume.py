@@ -24,6 +24,7 @@ def train(directory: str, output: str, start: int, stop: int, mode: str = "sync"
     """
     config = config_for(directory, output=output, **sizes)
     config.train.steps, config.checkpoint.mode = STEPS, mode
+    config.data.workers = {"sync": 0, "async": 3}[mode]  # legs of one run prepare their data in different ways
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
         world.barrier()
