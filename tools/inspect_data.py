@@ -1,0 +1,190 @@
+"""Show what is trained, and find what is wrong with it, before a GPU is touched.
+
+python tools/inspect_data.py --model.path HF_DIR --data.train chats.jsonl           numbers, findings, a sample
+python tools/inspect_data.py ... --html inspection.html                             a page to read conversations on
+python tools/inspect_data.py ... --json samples.jsonl --max-samples 100             one JSON object a line and sample
+python tools/inspect_data.py ... --show chats.jsonl:17 3                            sample 17, and three with findings
+
+Options of --model, --data and --train are those of training, and so is the cache that it fills. Exit code 1: errors were
+found (rows that cannot be used, no end-of-turn token trained, ...), or there is nothing to inspect. Warnings leave it at 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.inspection import gather, lint, page, report, terminal
+from tools.inspection.reading import Reader
+from torchsft import config
+from torchsft.config import InputError
+from torchsft.data.sources import parse_spec
+
+PARTIAL = ".partial"  # behind the name of a file that is being written
+STREAMED = 10_000  # samples of a source that is streamed, as it may have no end
+
+
+@dataclass(kw_only=True)
+class Model:
+    """Whose tokenizer, chat template and vocabulary."""
+
+    path: str
+    """Hugging Face directory: tokenizer, and config.json (without it, token ids are not compared with the vocabulary)."""
+
+
+@dataclass(kw_only=True)
+class Train:
+    """For the estimate of steps and epochs."""
+
+    steps: int | None = None
+    """Optimizer steps. Give this or epochs."""
+    epochs: int | None = None
+    """Passes over the training data. Neither given: 1 epoch."""
+    global_batch_size: int = config.Train().global_batch_size
+    """Rows per optimizer step, over all ranks."""
+    seed: int = 0
+    """Seed of the order, on which it depends what shares a row."""
+
+    def __post_init__(self) -> None:
+        config.Train(**vars(self))  # which refuses what cannot be
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The command line."""
+
+    model: Model
+    data: config.Data = field(default_factory=config.Data)
+    train: Train = field(default_factory=Train)
+    html: str | None = None
+    """File for a page that shows samples with their trained tokens, packed rows and findings; it loads nothing."""
+    json: str | None = None
+    """File for one JSON object a line and sample: id, source, tokens, weights, text."""
+    max_samples: int | None = None
+    """Samples of each source that are read, the first ones; absent: all."""
+    show: tuple[str, ...] = ("1",)
+    """Samples to print: ids, or how many (those with findings first); 0: none."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """Trained tokens in colour, or in brackets; auto: colour on a terminal unless NO_COLOR is set."""
+
+    def __post_init__(self) -> None:
+        if self.max_samples is not None and self.max_samples < 1:
+            raise InputError(f"--max-samples is {self.max_samples}, but it must be at least 1")
+
+
+def inspect(options: Options, progress: bool) -> report.Inspection:
+    """Read, tokenise and check everything."""
+    from tqdm import tqdm
+
+    from torchsft.data.template import load_tokenizer
+
+    tokenizer = load_tokenizer(options.model.path)
+    vocabulary = gather.vocabulary(options.model.path)
+    data = options.data
+    most = options.max_samples or (STREAMED if data.streaming else None)
+    sources, findings = gather.gather(tokenizer, data, vocab_size=vocabulary, most=most, progress=progress)
+    reader = Reader(tokenizer, data.template_variables())
+    linter = lint.Linter(reader, mask=data.mask, seq_len=data.seq_len, vocab_size=vocabulary)
+
+    def watch(samples: Any) -> Any:
+        return tqdm(samples, desc="checking", unit=" samples", disable=None if progress else True, leave=False, delay=1)
+
+    findings += report.lint(linter, sources, watch)
+    trained = [source for source in sources if not source.evaluation]
+    streamed = f"--data.streaming reads the first {STREAMED:,} of each source; --max-samples N is another number"
+    left_out = "--max-samples left out the others" if options.max_samples else streamed
+    return report.Inspection(
+        model=options.model.path,
+        data=data,
+        training=dataclasses.asdict(options.train),
+        reader=reader,
+        sources=sources,
+        findings=findings,
+        plan=report.plan(trained, data, **dataclasses.asdict(options.train)),
+        left_out=left_out if most and any(len(source.samples) >= most for source in trained) else "",
+    )
+
+
+def _check_outputs(options: Options) -> None:
+    """Raises InputError: a file to write that is also read, or cannot be written."""
+    specs = [*options.data.train, *(spec for specs in gather.evaluation_sets(options.data.eval).values() for spec in specs)]
+    sources = {os.path.realpath(parse_spec(str(spec)).path) for spec in specs}
+    outputs = {"--json": options.json, "--html": options.html}
+    for option, path in outputs.items():
+        if not path or _is_device(path):
+            continue
+        for place in (Path(os.path.realpath(path)), Path(os.path.realpath(path) + PARTIAL)):
+            if str(place) in sources or (place.exists() and any(str(above) in sources for above in place.parents)):
+                raise InputError(f"{option} {path} would overwrite data that is inspected ({place}); name another file")
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+            raise InputError(f"{option} {path} is a directory, or in none; name a file in a directory that exists")
+    if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
+        raise InputError(f"--json and --html are both {options.html}; name two files")
+
+
+def _is_device(path: str) -> bool:
+    """Whether it is a pipe, a terminal or the like, such as /dev/stdout."""
+    return path.startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+
+
+def _write(path: str, write: Callable[[Path], object]) -> None:
+    """A file that is there in whole or not at all. Raises InputError: it cannot be written."""
+    whole = Path(path if _is_device(path) else os.path.realpath(path))
+    partial = whole if _is_device(path) else Path(f"{whole}{PARTIAL}")
+    try:
+        write(partial)
+        if partial != whole:
+            partial.replace(whole)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if partial != whole:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another file or make room") from None
+
+
+def run(options: Options) -> int:
+    """Inspect, print and write; the exit code."""
+    _check_outputs(options)
+    inspection = inspect(options, progress=sys.stderr.isatty())
+    automatic = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    pen = terminal.Pen(automatic if options.color == "auto" else options.color == "always")
+    if options.json:
+        _write(options.json, lambda file: report.write_json(file, inspection))
+    if options.html:
+        _write(options.html, lambda file: file.write_text(page.render(inspection), encoding="utf-8"))
+    for source, sample in terminal.choose(inspection, options.show):
+        mine = [f for f in inspection.findings if (f.source, f.sample) == (source.name, sample.id)]
+        print(*terminal.sample_lines(sample, inspection.reader, mine, pen), sep="\n")
+    print(*terminal.overview(inspection, pen), sep="\n", flush=True)
+    return 1 if inspection.level("error") else 0
+
+
+def main() -> int:
+    """Parse and run; what can be mended is told in one sentence."""
+    try:
+        return run(tyro.cli(Options, description=__doc__))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

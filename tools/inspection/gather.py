@@ -1,0 +1,133 @@
+"""From the names of sources to their samples, by the code that training uses, and to the rows that gave none."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tools.inspection.lint import Finding
+from tools.inspection.report import Inspected
+from torchsft.config import Data, InputError
+from torchsft.data.cache import Samples, pack_block
+from torchsft.data.prepare import Preparer, Result, evaluation_sets, open_sources, prepare
+from torchsft.data.sources import Source
+
+ROWS_AT_ONCE = 256
+
+
+def vocabulary(model: str) -> int | None:
+    """Rows of the model's embedding, as its config.json says; None where that is not known."""
+    path = Path(model) / "config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore the model's configuration") from None
+    size = found.get("vocab_size", (found.get("text_config") or {}).get("vocab_size")) if isinstance(found, dict) else None
+    return size if isinstance(size, int) else None
+
+
+def gather(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    *,
+    vocab_size: int | None = None,
+    most: int | None = None,
+    progress: bool = False,
+) -> tuple[list[Inspected], list[Finding]]:
+    """Every source of `data.train` and `data.eval`, and a finding for each row that cannot be used.
+
+    Without `most`, training's cache is filled, or read where it is there.
+
+    Args:
+        vocab_size: the model's; None: not known, not checked.
+        most: samples of each source, the first ones; they are kept in memory.
+
+    Raises:
+        InputError: a source that cannot be opened, or holds no rows; nothing is given.
+    """
+    sets = evaluation_sets(data.eval)
+    if not data.train and not sets:
+        raise InputError("there is nothing to inspect; name data with --data.train or --data.eval")
+    opened = [("", *each) for each in zip(data.train, open_sources(data.train, data.streaming), strict=True)]
+    for name, specs in sets.items():
+        opened += [(name, *each) for each in zip(specs, open_sources(specs, data.streaming), strict=True)]
+    data, sources, findings = replace(data, on_error="skip"), [], []
+    for name, spec, source in opened:
+        preparer = Preparer(tokenizer, data, source, vocab_size)
+        inspected, refused = _first(source, preparer, most) if most else _all(spec, source, preparer, progress)
+        inspected.evaluation = bool(name)
+        # Ids tell training and evaluation apart, where both have a file of this name.
+        inspected.name = inspected.samples.name = f"{name}={source.name}" if name else source.name
+        sources.append(inspected)
+        findings += [replace(finding, source=inspected.name) for finding in refused]
+    return sources, findings
+
+
+def _all(spec: str, source: Source, preparer: Preparer, progress: bool) -> tuple[Inspected, list[Finding]]:
+    """Every sample, by way of the cache."""
+    try:
+        options = {"vocab_size": preparer.vocab_size, "progress": progress}
+        [prepared] = prepare([spec], preparer.tokenizer, preparer.data, **options)
+    except InputError as error:
+        found, findings = _first(source, preparer, None)
+        if len(found.samples) or not findings:  # else every row is refused, which is what is to be shown
+            raise error from None
+        return found, findings
+    prepared.samples.name = source.name  # the whole path where several files have one name
+    report = prepared.report
+    found = _inspected(source, report.format, report.rows, prepared.samples, report.counts)
+    found.digest = prepared.digest
+    if not report.counts.get("skipped") and not report.counts.get("no-targets"):
+        return found, []
+    # The report has sentences and numbers; for reasons and places, what gave no sample is prepared once more.
+    usable = set(prepared.samples.rows.tolist())
+    preparer.format = report.format
+    missing = ((number, payload) for number, payload in source.rows() if number not in usable)
+    findings: list[Finding] = []
+    while batch := list(itertools.islice(missing, ROWS_AT_ONCE)):
+        for result in preparer(batch):
+            findings += _finding(source, result)
+    return found, findings
+
+
+def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspected, list[Finding]]:
+    """The first `most` samples, in memory."""
+    samples: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+    findings: list[Finding] = []
+    counts: Counter[str] = Counter()
+    read, rows = 0, source.rows()
+    while (most is None or len(samples) < most) and (batch := list(itertools.islice(rows, ROWS_AT_ONCE))):
+        for result in preparer(batch):
+            if most is not None and len(samples) >= most:
+                break
+            read += 1
+            counts.update([*result.notes, *(["skipped"] if result.fault else [])])
+            findings += _finding(source, result)
+            first = int(len(result.samples) > 1)
+            samples += [(result.number, part, *each) for part, each in enumerate(result.samples, start=first)]
+    if not read:
+        raise InputError(f"{source.spec.path} holds no rows; remove it or give a file with at least one")
+    made = Samples(source.name, pack_block(samples[:most]))
+    return _inspected(source, preparer.format, read, made, dict(counts)), findings
+
+
+def _inspected(source: Source, kind: str | None, rows: int, samples: Samples, counts: dict[str, int]) -> Inspected:
+    return Inspected(source.name, source.spec.path, kind or "", source.spec.weight, False, rows, samples, counts=counts)
+
+
+def _finding(source: Source, result: Result) -> list[Finding]:
+    if result.fault:
+        found = Finding(result.fault.reason, source.name, result.fault.where, result.fault.text)
+        refused = "; training refuses the row unless --data.on-error skip" if found.level == "warning" else ""
+        return [replace(found, text=found.text + refused)]
+    if not result.samples and set(result.notes) == {"no-targets"}:  # else it was cut, which is counted
+        return [Finding("no-targets", source.name, source.where(result.number), "no token has a weight above 0")]
+    return []

@@ -1,0 +1,240 @@
+"""What an inspection found, as data: numbers of each source, findings, and the rows that training will begin with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.inspection.lint import Finding, Linter, runs_of
+from tools.inspection.reading import Reader
+from torchsft.config import Data
+from torchsft.data.cache import Samples
+from torchsft.data.stream import TrainLoader
+from torchsft.data.template import Sample
+
+BINS = 40
+OUTCOMES = {  # of data.prepare's counts, as sentences; numbers stand before them
+    "too-long": "left out: longer than --data.seq-len",
+    "no-targets": "left out: nothing to train",
+    "skipped": "left out: cannot be used",
+    "truncated": "cut to --data.seq-len",
+    "split": "cut into pieces",
+    "split-by-turn": "split by turn: the chat template rewrites history",
+    "closed-reasoning": "reasoning closed as in inference",
+}
+NOTES = {  # what can be told of one sample
+    "one-of-several": "Split into several samples",
+    "full-length": "As long as --data.seq-len",
+}
+
+
+@dataclass
+class Inspected:
+    """One source, which the loader of training takes as it is.
+
+    Attributes:
+        rows: read, usable or not.
+        counts: of data.prepare: what became of rows and samples.
+        supervised_tokens, tokens, longest, histogram: of `samples`; filled in by `count`.
+        histogram: (edges [n + 1], counts [n]); bin i holds lengths of edges[i] to edges[i + 1] - 1.
+    """
+
+    name: str
+    path: str
+    format: str
+    weight: float
+    evaluation: bool
+    rows: int
+    samples: Samples
+    digest: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    histogram: tuple[list[int], list[int]] = ((), ())
+
+    def count(self, checked: Iterator[Sample]) -> Iterator[Sample]:
+        """Pass samples on, and count their supervised tokens on the way."""
+        lengths = self.samples.lengths
+        self.tokens, self.longest = int(lengths.sum()), int(lengths.max(initial=0))
+        self.histogram = histogram(lengths)
+        for sample in checked:
+            self.supervised_tokens += int((sample.weights > 0).sum())
+            yield sample
+
+    def outcomes(self) -> list[str]:
+        """Sentences on what did not become a sample as it was."""
+        known = [f"{n:,} {OUTCOMES.get(what, what)}" for what, n in self.counts.items() if n]
+        return known or ["every row became a sample"]
+
+
+@dataclass
+class Plan:
+    """The first epoch, packed as training packs it, and how long the training is.
+
+    Attributes:
+        rows: of the first epoch, in order: (source, sample) of each document.
+        tokens: in them.
+        steps: of the whole training.
+        epochs: of the whole training.
+    """
+
+    rows: list[list[tuple[int, int]]]
+    tokens: int
+    steps: int
+    epochs: float
+
+    def fill(self, seq_len: int) -> float:
+        """Share of the rows' room that holds tokens."""
+        return self.tokens / max(1, len(self.rows) * seq_len)
+
+
+@dataclass
+class Inspection:
+    """Everything that is shown. `data` and `training` are options; `left_out`: why not every sample was read, as a sentence."""
+
+    model: str
+    data: Data
+    training: dict[str, Any]
+    reader: Reader
+    sources: list[Inspected]
+    findings: list[Finding]
+    plan: Plan
+    left_out: str = ""
+
+    @property
+    def trained(self) -> list[Inspected]:
+        """The sources of --data.train."""
+        return [source for source in self.sources if not source.evaluation]
+
+    def tally(self) -> list[tuple[str, str, int]]:
+        """(level, reason, findings), errors first, then by number."""
+        found = Counter((finding.level, finding.reason) for finding in self.findings)
+        return sorted(((*what, n) for what, n in found.items()), key=lambda each: (each[0], -each[2], each[1]))
+
+    def level(self, name: str) -> int:
+        """Number of errors or warnings."""
+        return sum(finding.level == name for finding in self.findings)
+
+    def plan_text(self) -> str:
+        """Steps in words."""
+        batch = self.training["global_batch_size"]
+        epochs = f"{self.plan.epochs:g} epoch{'s' * (self.plan.epochs != 1)}"
+        return f"{plural(self.plan.steps, 'step')} of {plural(batch, 'row')}, {epochs}"
+
+    def options(self) -> list[tuple[str, str]]:
+        """Those of --data that shape samples, as on the command line."""
+        names = ("seq_len", "mask", "reasoning", "template_kwargs", "truncation", "packing", "packing_buffer")
+        values = [(name.replace("_", "-"), getattr(self.data, name)) for name in names]
+        return [(name, str(value)) for name, value in values if value != ""]
+
+
+def notes(source: Inspected, sample: Sample, seq_len: int) -> list[str]:
+    """What happened to a sample, as far as can be told from it."""
+    found = ["one-of-several"] if "/" in sample.id.removeprefix(source.name) else []
+    cut = source.counts.get("truncated", 0) + source.counts.get("split", 0) > 0
+    return [*found, "full-length"] if cut and len(sample.tokens) == seq_len else found
+
+
+def plural(n: int, word: str) -> str:
+    """A number of things."""
+    return f"{n:,} {word}{'s' * (n != 1)}"
+
+
+def histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
+    """At most BINS bins of equal width that begin at 0 and hold every length."""
+    longest = int(lengths.max(initial=0))
+    width = max(1, -(-(longest + 1) // BINS))
+    counts = np.bincount(lengths // width) if len(lengths) else np.zeros(1, int)
+    return [i * width for i in range(len(counts) + 1)], counts.tolist()
+
+
+def lint(linter: Linter, sources: Sequence[Inspected], watch: Any) -> list[Finding]:
+    """Check every sample of every source, training first, and count on the way.
+
+    Args:
+        watch: passes samples through, such as a progress bar.
+    """
+    found = []
+    for source in sorted(sources, key=lambda source: source.evaluation):
+        checked = source.count(watch(source.samples))
+        found += linter.check(checked, source.name, source.format, source.evaluation)
+    return found
+
+
+def plan(
+    sources: Sequence[Inspected], data: Data, *, global_batch_size: int, seed: int, steps: int | None, epochs: int | None
+) -> Plan:
+    """Rows and steps, from the loader that training uses."""
+    numbers = [i for i, source in enumerate(sources) if len(source.samples)]
+    if not numbers:
+        return Plan([], 0, 0, 0.0)
+    loader = TrainLoader(
+        [sources[i] for i in numbers],
+        seq_len=data.seq_len,
+        global_batch_size=global_batch_size,
+        micro_batch_size=1,
+        data_rank=0,
+        data_size=1,
+        seed=seed,
+        pad_token_id=0,
+        packing=data.packing,
+        buffer=data.packing_buffer,
+    )
+    rows: list[list[tuple[int, int]]] = []
+    while loader.cursor["epoch"] == 0:
+        rows += [[(numbers[s], i) for s, i in row] for row in loader.plan()[0] if row]
+    tokens = sum(int(sources[s].samples.lengths[i]) for row in rows for s, i in row)
+    first = -(-len(rows) // global_batch_size)
+    if steps is not None:
+        return Plan(rows, tokens, steps, round(steps / first, 2))
+    total = first + sum(loader.steps_in_epoch(epoch) for epoch in range(1, epochs or 1))
+    return Plan(rows, tokens, total, epochs or 1)
+
+
+def write_json(path: Path, inspection: Inspection) -> None:
+    """One JSON object a line for each sample: id, source, tokens, weights, text."""
+    with path.open("w", encoding="utf-8") as file:
+        for source in inspection.sources:
+            for sample in source.samples:
+                record = {
+                    "id": sample.id,
+                    "source": source.name,
+                    "tokens": sample.tokens.tolist(),
+                    "weights": [number(weight) for weight in sample.weights.tolist()],
+                    "text": inspection.reader.text(sample.tokens),
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def number(value: float) -> float | str:
+    """A float32 in few digits; one that JSON does not know as a string."""
+    return float(f"{value:.6g}") if np.isfinite(value) else str(value)
+
+
+def weight_runs(weights: np.ndarray) -> list[list[Any]]:
+    """[start, end, weight] of each stretch of one weight above 0."""
+    found = []
+    for start, end in runs_of(weights):
+        edges = [start, *(np.flatnonzero(np.diff(weights[start:end])) + start + 1).tolist(), end]
+        found += [[a, b, number(float(weights[a]))] for a, b in itertools.pairwise(edges)]
+    return found
+
+
+def as_dict(source: Inspected) -> dict[str, Any]:
+    """The numbers of a source, JSON-able."""
+    plain = {each.name: getattr(source, each.name) for each in dataclasses.fields(source) if each.name != "samples"}
+    edges, counts = source.histogram
+    return plain | {
+        "samples": len(source.samples),
+        "histogram": {"edges": edges, "counts": counts},
+        "outcomes": source.outcomes(),
+    }
