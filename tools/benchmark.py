@@ -5,6 +5,7 @@ python tools/benchmark.py gpu --json OUT  a training step at real widths on an N
 python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside its formula
 python tools/benchmark.py layouts         step time and bytes sent under each parallel layout, against one process
 python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the obvious script
+python tools/benchmark.py data            tokenising, packing, starting, against the bare tokenizer and TRL
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import benchmark_checkpoint, benchmark_gpu, benchmark_layouts, benchmark_pipeline, benchmark_step
+from tools import benchmark_checkpoint, benchmark_data, benchmark_gpu, benchmark_layouts, benchmark_pipeline, benchmark_step
 
 
 def main() -> None:
@@ -34,11 +35,16 @@ def main() -> None:
     layouts.add_argument("--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)")
     checkpoint = commands.add_parser("checkpoint", help="8.5 GB of V3's shapes; needs 45 GB of disk and 20 GB of memory")
     checkpoint.add_argument("--repeats", type=int, default=3, help="saves of each kind (default: %(default)s)")
-    for command in (step, gpu, pipeline, layouts, checkpoint):
+    data = commands.add_parser("data", help="200,000 conversations; takes a quarter of an hour, most of it TRL's")
+    data.add_argument("--conversations", type=int, default=200_000, help="how many (default: %(default)s)")
+    data.add_argument("--no-trl", action="store_true", help="without TRL, which need not be installed then")
+    for command in (step, gpu, pipeline, layouts, checkpoint, data):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     options = parser.parse_args()
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
+    elif options.command == "data":
+        benchmark_data.run(options.json, options.conversations, not options.no_trl)
     else:
         tools = {
             "gpu": benchmark_gpu,
