@@ -3,8 +3,8 @@
 The code that made the mask is not asked: headers come from a probe of the chat template, everything else from what a
 model would be trained on. What that code refused (a `RowError`) is a finding too, under the reason that it gave.
 
-errors      no-end-of-turn, header-in-targets, double-bos, no-targets, unknown-token, and every refused row
-warnings    duplicate, in-training-data, near-empty, non-finite-weight, negative-weight, cut-off, after-end-of-turn,
+errors      no-end-of-turn, header-in-targets, double-bos, no-targets, unknown-token, negative-weight, and every refused row
+warnings    duplicate, in-training-data, near-empty, non-finite-weight (also of a refused row), cut-off, after-end-of-turn,
             special-token-in-content
 """
 
@@ -21,7 +21,7 @@ from tools.inspection.reading import Header, Reader
 from torchsft.data.template import Sample
 
 WARNINGS = {
-    *("duplicate", "in-training-data", "near-empty", "non-finite-weight", "negative-weight", "cut-off"),
+    *("duplicate", "in-training-data", "near-empty", "non-finite-weight", "cut-off"),
     *("after-end-of-turn", "special-token-in-content"),
 }
 TITLES = {

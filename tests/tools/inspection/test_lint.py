@@ -120,6 +120,7 @@ def test_ids_and_the_vocabulary():
 def test_nothing_trained():
     assert reasons(ASKED, START, "hello<|im_end|>") == ["no-targets"]
     assert reasons(ASKED, START, ("hello you<|im_end|>", -1.0)) == ["negative-weight", "no-targets"]
+    assert Finding("negative-weight", "a", "a:1", "").level == "error"  # training refuses it
 
 
 @pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf])
