@@ -78,7 +78,9 @@ def test_counts_and_the_line_that_is_shown(tmp_path):
     assert [sample.id for sample in [*a.samples, *b.samples]] == ["first.jsonl:1", "first.jsonl:3", "second.jsonl:1"]
     assert (a.name, a.weight, b.name, b.weight) == ("first.jsonl", 1.0, "second.jsonl", 2.5)
     largest = int(max(a.samples[1].tokens))
-    assert a.report == Report("first.jsonl", first, "messages", 3, 2, (6 + 1) + (6 + 3), 2 + 4, 9, largest, {"too-long": 1})
+    ends = {str(TOKENIZER.eos_token_id): 2}  # of the two turns that are trained
+    numbers = (3, 2, (6 + 1) + (6 + 3), 2 + 4, 9, largest)
+    assert a.report == Report("first.jsonl", first, "messages", *numbers, {"too-long": 1}, ends=ends)
     assert str(a.report) == ("first.jsonl (messages): 3 rows, 2 samples, 16 tokens (37.5 % supervised), longest 9; too-long 1")
     assert a.digest != b.digest
 

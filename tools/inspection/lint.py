@@ -6,6 +6,7 @@ model would be trained on. What that code refused (a `RowError`) is a finding to
 errors      no-end-of-turn, header-in-targets, double-bos, no-targets, unknown-token, negative-weight, and every refused row
 warnings    duplicate, in-training-data, near-empty, non-finite-weight (also of a refused row), cut-off, after-end-of-turn,
             special-token-in-content
+notes       what is as it should be and worth knowing: NOTES below
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ WARNINGS = {
     *("duplicate", "in-training-data", "near-empty", "non-finite-weight", "cut-off"),
     *("after-end-of-turn", "special-token-in-content"),
 }
+NOTES: set[str] = set()
 TITLES = {
     "no-end-of-turn": "End of turn not trained",
     "header-in-targets": "Role header trained",
@@ -66,8 +68,10 @@ class Finding:
     text: str
 
     @property
-    def level(self) -> Literal["error", "warning"]:
-        """Whether it makes the inspection fail."""
+    def level(self) -> Literal["error", "warning", "note"]:
+        """Whether it makes the inspection fail (error), should be looked at (warning), or is only told (note)."""
+        if self.reason in NOTES:
+            return "note"
         return "warning" if self.reason in WARNINGS else "error"
 
 

@@ -4,7 +4,7 @@ What would have to be guessed is refused, as it would be trained without a word.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,18 @@ KEYS |= {"prompt-completion": ("prompt", "completion"), "text": ("text",), "toke
 class Conversation:
     """Messages in OpenAI's shape: `role`, `content` (a string; None only beside `tool_calls`) and, where given, `tool_calls`
     (arguments as in the row, an object or a JSON string of it), `tool_call_id`, `name`, `reasoning_content`; with the
-    tools for the chat template, and a weight for each message (None: what the mask says; empty: None for all)."""
+    tools for the chat template, and a weight for each message (None: what the mask says; empty: None for all).
+
+    `template_kwargs`: further variables of the chat template that this row names; they win over --data.template-kwargs.
+    `documents`: for templates that show documents. `notes`: what is to be told of this row, as codes that are counted."""
 
     id: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     weights: tuple[float | None, ...] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    documents: list[dict[str, Any]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Text:
     prompt: str
     completion: str
     weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +59,7 @@ class Tokens:
     id: str
     tokens: np.ndarray
     weights: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 Example = Conversation | Text | Tokens

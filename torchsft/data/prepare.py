@@ -35,7 +35,25 @@ SERVER = [sys.executable, "-c", "from torchsft.data import prepare; prepare.serv
 
 Row = tuple[int, "bytes | dict[str, Any] | RowError"]  # with its number, as `Source.rows` yields it
 Chunk = tuple[list[Row], int]  # rows that are tokenised at once, and the bytes of the source that are read behind them
-Made = tuple[cache.Block, int, Counter, list[RowError]]  # samples, rows they are of, what happened how often, bad rows
+
+
+@dataclass
+class Tally:
+    """What became of some rows, beside their samples."""
+
+    rows: int = 0
+    """Rows read, usable or not."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What happened how often, as `Report.counts`."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Keys that no format knows, with the number of rows that have them."""
+    ends: Counter[int] = field(default_factory=Counter)
+    """Ids of the tokens that end trained turns, with the number of these turns."""
+    faults: list[RowError] = field(default_factory=list)
+    """Why rows cannot be used."""
+
+
+Made = tuple[cache.Block, Tally]  # samples, and what became of the rows that they are of
 
 
 @dataclass
@@ -43,7 +61,8 @@ class Report:
     """What became of the rows of one source; tokens are those of the samples that are left.
 
     `counts`: what happened how often, to samples (too-long, truncated, split, no-targets) or rows (notes of the template,
-    skipped). `faults`: the first skipped rows."""
+    skipped). `ignored`: keys that no format knows, with the number of rows that have them. `ends`: ids of the tokens that end
+    trained turns (as strings, for JSON), with the number of these turns. `faults`: the first skipped rows."""
 
     name: str
     path: str
@@ -55,18 +74,22 @@ class Report:
     longest: int = 0
     max_id: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def add(self, block: cache.Block, rows: int, counts: Counter, faults: list[RowError]) -> None:
+    def add(self, block: cache.Block, tally: Tally) -> None:
         """Take in further rows."""
-        self.rows += rows
+        self.rows += tally.rows
         self.samples += len(block.index) - 1
         self.tokens += len(block.tokens)
         self.supervised_tokens += int((block.runs["end"] - block.runs["start"]).sum())
         self.longest = max(self.longest, int(block.index["length"].max()))
         self.max_id = max(self.max_id, int(block.tokens.max(initial=0)))
-        self.counts = dict(Counter(self.counts) + counts)
-        self.faults = (self.faults + [str(fault) for fault in faults])[:LISTED_FAULTS]
+        self.counts = dict(Counter(self.counts) + tally.counts)
+        self.ignored = dict(Counter(self.ignored) + tally.ignored)
+        self.ends = dict(Counter(self.ends) + Counter({str(token): n for token, n in tally.ends.items()}))
+        self.faults = (self.faults + [str(fault) for fault in tally.faults])[:LISTED_FAULTS]
 
     def __str__(self) -> str:
         supervised = 100 * self.supervised_tokens / max(self.tokens, 1)
@@ -83,6 +106,8 @@ class Result:
     number: int
     samples: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
     fault: RowError | None = None
 
 
@@ -130,7 +155,9 @@ class Preparer:
                 if self.format not in (None, found):
                     text = f"format {found} where the rows before are {self.format}; give different formats as different files"
                     raise RowError(where, "mixed-format", text)
-                parsed.append((result, parse(row, found, f"{self.name}:{number}", where)))
+                example = parse(row, found, f"{self.name}:{number}", where)
+                parsed.append((result, example))
+                result.notes += example.notes
                 self.format = found
             except RowError as error:
                 result.fault = error
@@ -138,9 +165,10 @@ class Preparer:
             try:
                 if isinstance(found, RowError):
                     raise found
-                result.notes = found.notes
+                result.notes += found.notes
                 for tokens, weights in found.samples:
                     self._fit(result, tokens, weights)
+                result.ends = found.ends if result.samples else ()
             except RowError as error:
                 result.samples, result.fault = [], RowError(f"{self.place}{result.number}", error.reason, error.text)
         return results
@@ -170,9 +198,15 @@ class Preparer:
         """The samples of some rows as the cache keeps them, and what became of the rows."""
         results = self(rows)
         parts = [(r.number, part, *s) for r in results for part, s in enumerate(r.samples, start=int(len(r.samples) > 1))]
-        faults = [result.fault for result in results if result.fault]
-        counts = Counter(note for r in results for note in r.notes) + Counter(skipped=len(faults))
-        return cache.pack_block(parts), len(rows), counts, faults
+        tally = Tally(rows=len(rows))
+        for result in results:
+            tally.counts.update(result.notes)
+            tally.ignored.update(result.ignored)
+            tally.ends.update(result.ends)
+            if result.fault:
+                tally.faults.append(result.fault)
+                tally.counts["skipped"] += 1
+        return cache.pack_block(parts), tally
 
 
 class Stream:
@@ -189,12 +223,12 @@ class Stream:
         while not preparer.format and (row := next(first, None)):  # here too the first good row decides
             preparer([row])
         for rows, _ in _chunks(source, start):
-            block, *told = preparer.block(rows)
-            for fault in told[-1]:
+            block, tally = preparer.block(rows)
+            for fault in tally.faults:
                 if preparer.data.on_error == "raise":
                     raise fault
                 warnings.warn(f"skipped: {fault}", stacklevel=2)
-            self.report.add(block, *told)
+            self.report.add(block, tally)
             self.report.format = preparer.format
             samples = cache.Samples(self.name, block)
             yield from zip(samples.rows.tolist(), samples.parts.tolist(), samples, strict=True)
@@ -258,11 +292,11 @@ def _prepare(preparer: Preparer, progress: bool) -> Prepared:
         report, hidden = Report(name, path), None if progress else True  # None: where standard error is no terminal
         bar = tqdm(total=source.total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden)
         with bar, closing(_blocks(preparer, _chunks(source))) as made:
-            for (block, *told), read in made:
-                if told[-1] and data.on_error == "raise":
-                    raise told[-1][0]
+            for (block, tally), read in made:
+                if tally.faults and data.on_error == "raise":
+                    raise tally.faults[0]
                 add(block)
-                report.add(block, *told)
+                report.add(block, tally)
                 bar.update(read - bar.n)
         report.format = preparer.format
         if not report.rows:

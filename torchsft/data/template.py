@@ -94,10 +94,12 @@ class Encoded(NamedTuple):
     """Samples of one example (tokens int32 [n], weights float32 [n] as in `Sample`), of any length, and what happened.
 
     `notes`: split-by-turn (several samples, in the order of their last turns), closed-reasoning (a text put together).
+    `ends`: the token that ends each trained turn, in any order.
     """
 
     samples: list[tuple[np.ndarray, np.ndarray]]
     notes: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 class _Turn(NamedTuple):
@@ -172,14 +174,17 @@ class ChatTokenizer:
                 own = [(*text, next(encodings)) for text in one]
                 closed = any(span[4] for _, spans in one for span in spans)
                 try:
-                    samples = [self._sample(*marked) for marked in own]
-                    found[place] = Encoded(samples, ("split-by-turn",) * (len(one) > 1) + ("closed-reasoning",) * closed)
+                    made = [self._sample(*marked) for marked in own]
+                    samples = [(ids, weights) for ids, weights, _ in made]
+                    ends = tuple(end for *_, ended in made for end in ended)
+                    notes = ("split-by-turn",) * (len(one) > 1) + ("closed-reasoning",) * closed
+                    found[place] = Encoded(samples, notes, ends)
                 except RowError as error:
                     found[place] = RowError(examples[place].id, error.reason, error.text)
         return found
 
-    def _sample(self, text: str, spans: list[Span], encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and weights, with exactly one BOS if the template or the tokenizer writes any."""
+    def _sample(self, text: str, spans: list[Span], encoding: Encoding) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Tokens and weights, with exactly one BOS if the template or the tokenizer writes any; what ends trained turns."""
         pieces = [(0, 0, encoding)]  # character and token with which it begins
         tokens = {at: _token_at(pieces, at) for at in {at for span in spans for at in span[:3]}}
         if self.mask != "all" and any(tokens[span[0]][1] for span in spans):
@@ -190,6 +195,7 @@ class ChatTokenizer:
         for begin, start, end, weight, _ in spans:
             weights[tokens[begin][0] : tokens[start][0]] = 0.0
             weights[tokens[start][0] : tokens[end][0]] = weight
+        ends = [int(ids[tokens[end][0] - 1]) for _, start, end, weight, _ in spans if weight and start < end]
         if self.bos is not None:
             if len(ids) > 1 and ids[0] == ids[1] == self.bos:
                 problem = f"the text begins with two BOS tokens (id {self.bos}); take one out of the chat template"
@@ -197,7 +203,7 @@ class ChatTokenizer:
             if self.adds_bos and (not len(ids) or ids[0] != self.bos):
                 ids, weights = np.insert(ids, 0, self.bos), np.insert(weights, 0, 0.0)
         weights[:1] = 0.0  # nothing comes before it
-        return ids, weights
+        return ids, weights, ends
 
     def _in_pieces(self, text: str, edges: list[int], whole: Encoding) -> list[tuple[int, int, Encoding]]:
         """The text with no token across an edge; must decode to what the whole does."""
