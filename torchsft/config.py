@@ -54,6 +54,13 @@ class Model:
 RESERVED = {"messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"}
 
 
+# What --data.map can make of a column: a turn, the key of a format, or nothing.
+MAP_TARGETS = (
+    *("system", "user", "assistant", "messages", "conversations", "prompt", "completion", "text"),
+    *("instruction", "input", "output", "history", "tools", "weight", "input_ids", "labels", "ignore"),
+)
+
+
 @dataclass(kw_only=True)
 class Data:
     """What is trained on."""
@@ -62,6 +69,10 @@ class Data:
     """JSONL (.gz, .zst), JSON, Parquet, datasets directories or hub names (NAME:SPLIT); PATH:2.0 takes each sample twice."""
     eval: tuple[str, ...] = ()
     """Held-out sources as NAME=PATH (without a name: the file's), each evaluated over every row."""
+    map: str = ""
+    """Columns of other names: question=user,answer=assistant makes messages (also system, a format's key, or ignore)."""
+    system: str = ""
+    """System turn for rows that have none: a text, or a file that holds it."""
     seq_len: int = 4096
     """Tokens in a packed row."""
     mask: Literal["assistant", "last-turn", "all"] = "assistant"
@@ -90,6 +101,33 @@ class Data:
     def __post_init__(self) -> None:
         _at_least(self, seq_len=2, packing_buffer=1, workers=0)
         self.template_variables()
+        self.columns()
+
+    def columns(self) -> tuple[tuple[str, str], ...]:
+        """`map` as pairs (column, what it becomes): a role, a key of a format, or `ignore`."""
+        pairs = []
+        for pair in filter(None, self.map.split(",")):
+            column, _, target = (each.strip() for each in pair.partition("="))
+            if not column or target not in MAP_TARGETS:
+                wanted = "COLUMN=TARGET pairs such as question=user,answer=assistant"
+                fault = f"--data.map is {self.map!r}, but it must be {wanted}"
+                raise InputError(f"{fault}; targets are {', '.join(MAP_TARGETS)}")
+            pairs.append((column, target))
+        columns = [column for column, _ in pairs]
+        for column in columns:
+            if columns.count(column) > 1:
+                raise InputError(f"--data.map names the column {column!r} twice; give it one target")
+        return tuple(pairs)
+
+    def system_text(self) -> str:
+        """`system`, or what the file of that name holds, without the white space around it."""
+        if not os.path.isfile(self.system):
+            return self.system
+        try:
+            with open(self.system, encoding="utf-8") as file:
+                return file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--data.system {self.system} cannot be read ({error}); give a text file in UTF-8") from None
 
     def template_variables(self) -> dict[str, Any]:
         """`template_kwargs` as a dictionary."""

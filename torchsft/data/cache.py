@@ -183,8 +183,8 @@ def key_of(*parts: Any) -> str:
 @functools.cache
 def _code() -> str:
     """Changes with the code that makes samples, so that no cache outlives a change of it."""
-    names = ("sources", "formats", "template", "prepare", "cache")
-    return _hash("\0".join(Path(__file__).with_name(f"{name}.py").read_text() for name in names))
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return _hash("\0".join(file.read_text() for file in files))
 
 
 def _hash(content: str | np.ndarray) -> str:

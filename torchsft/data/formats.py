@@ -1,26 +1,34 @@
 """What rows mean: OpenAI messages, ShareGPT, Alpaca, prompt and completion, plain text, or tokens.
 
-What would have to be guessed is refused, as it would be trained without a word. Keys of other names are ignored.
+What a row says is followed, refused with a reason, or listed: see `keys.py` for its keys, and `messages.py` and
+`pretokenised.py` for what stands inside. What would have to be guessed is refused, as it would be trained without a word.
 """
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from torchsft.data.sources import Row, RowError, kind_of, load_json
+from torchsft.data import messages as chat
+from torchsft.data import pretokenised
+from torchsft.data.columns import suggestion
+from torchsft.data.keys import DOCUMENT_BOUNDS, ROW_KEYS, TOKEN_MASKS, misspelt, other_keys
+from torchsft.data.sources import Row, RowError
+from torchsft.data.values import check_json, expect, unpacked, weight_of
 
-MAX_WEIGHT = 3e38  # of float32
-REASONING = ("reasoning_content", "reasoning", "thinking")
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# What may follow a role; behind the others comes the user.
-FOLLOWS = {"": ("system", "developer", "user"), "user": ("assistant",), "tool": ("assistant", "tool")}
-SHAREGPT = {role: role for role in ROLES} | {"human": "user", "observation": "tool", "function_response": "tool"}
-SHAREGPT |= dict.fromkeys(("gpt", "chatgpt", "model", "function_call"), "assistant")
-# The keys of each format; the first that fits is taken.
-KEYS = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output")}
-KEYS |= {"prompt-completion": ("prompt", "completion"), "text": ("text",), "tokens": ("input_ids",)}
+# The keys that make a row one of a format; the first that fits is taken.
+KEYS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
+    "tokens": ("input_ids",),
+}
+# Beside input_ids these say that tokens are meant, and any text is that of the tokens.
+_OF_TOKENS = {"labels", "loss_weights", *TOKEN_MASKS, *DOCUMENT_BOUNDS}
+# What rendering itself gives to a chat template.
+_RESERVED = {"messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Conversation:
     tools for the chat template, and a weight for each message (None: what the mask says; empty: None for all).
 
     `template_kwargs`: further variables of the chat template that this row names; they win over --data.template-kwargs.
-    `documents`: for templates that show documents. `notes`: what is to be told of this row, as codes that are counted."""
+    `documents`: for templates that show documents. `notes`: what is to be told of this row, as codes that are counted.
+    `ignored`: keys of the row that mean nothing here."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -39,6 +48,7 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     documents: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,16 +60,21 @@ class Text:
     completion: str
     weight: float = 1.0
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Tokens as they are: `tokens` int32 [n] and `weights` float32 [n] of each as a target; n at least 1."""
+    """Tokens as they are: `tokens` int32 [n] and `weights` float32 [n] of each as a target; n at least 1.
+
+    `starts`: where the documents begin, 0 first; tokens of one document do not see those of another."""
 
     id: str
     tokens: np.ndarray
     weights: np.ndarray
+    starts: tuple[int, ...] = (0,)
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 Example = Conversation | Text | Tokens
@@ -68,189 +83,195 @@ Example = Conversation | Text | Tokens
 def recognise(row: Row, where: str) -> str:
     """The format of a row, one of `KEYS`. Raises RowError: unknown-format."""
     given = {key for key, value in row.items() if value is not None}
-    if "input_ids" in given and given & {"labels", "loss_weights"}:  # beside which the text of them may stand
+    if "input_ids" in given and given & _OF_TOKENS:
         return "tokens"
     for name, keys in KEYS.items():
         if given.issuperset(keys):
             return name
     wanted = "; ".join(" and ".join(keys) for keys in KEYS.values())
-    raise RowError(where, "unknown-format", f"no format has the keys {', '.join(sorted(given)) or '(none)'}; give {wanted}")
+    text = f"no format has the keys {', '.join(sorted(given)) or '(none)'}; give {wanted}"
+    needed = frozenset(key for keys in KEYS.values() for key in keys)
+    for key in sorted(given - frozenset().union(*ROW_KEYS.values())):
+        if meant := misspelt(key, needed):
+            raise RowError(where, "misspelt-key", f"key {key!r} is not known, but {meant!r} is; rename it")
+    raise RowError(where, "unknown-format", text + suggestion(row))
 
 
-def parse(row: Row, form: str, name: str, where: str) -> Example:
-    """The example `name` in a row of the format `form`. Raises RowError: it lacks or contradicts something."""
+def parse(row: Row, form: str, name: str, where: str, system: str = "") -> Example:
+    """The example that a row holds.
+
+    Args:
+        form: the row's format, one of `KEYS`.
+        name: the example's id.
+        where: file and line, for errors.
+        system: system turn for conversations that have none.
+
+    Raises:
+        RowError: the row lacks or contradicts something, or says what cannot be followed.
+    """
+    ignored = other_keys(row, form, where)
     if form == "tokens":
-        return _tokens(row, name, where)
-    prompt, completion = ("", row.get("text")) if form == "text" else (row.get("prompt"), row.get("completion"))
-    if form == "text" or (form == "prompt-completion" and not (isinstance(prompt, list) and isinstance(completion, list))):
-        weight = _weight(row, where)
-        prompt, completion = _is(str, prompt, "prompt", where), _is(str, completion, form.rpartition("-")[2], where)
-        return Text(name, prompt, completion, 1.0 if weight is None else weight)
-    context = len(prompt) if form == "prompt-completion" else 0  # messages that are not trained
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    if form == "prompt-completion":
-        given = [*prompt, *completion]
-    elif form == "messages":
-        given = _is(list, row.get("messages"), "messages", where)
-    elif form == "alpaca":
-        given = [*system, *_from_alpaca(row, where)]
-    else:
-        turns = _is(list, row.get("conversations"), "conversations", where)
-        given = [*system, *(_from_sharegpt(turn, f"{where}, turn {i}") for i, turn in enumerate(turns, start=1))]
-    parsed = [_message(message, f"{where}, message {i}") for i, message in enumerate(given, start=1)]
-    messages, weights = [message for message, _ in parsed], [weight for _, weight in parsed]
-    _check_order(messages, context, where)
-    if any(weights[:context]):
-        raise RowError(where, "bad-weight", "a weight in the prompt, of which nothing is trained; remove it")
-    weights[:context] = [0.0] * context
-    tools = [_is(dict, tool, "tool", where) for tool in _is(list, row.get("tools") or [], "tools", where)]
-    if tools:
-        _check_json(tools, "tools", where)
-    return Conversation(name, messages, tools or None, () if set(weights) == {None} else tuple(weights))
+        tokens, weights, starts, notes = pretokenised.parse(row, where)
+        return Tokens(name, tokens, weights, starts, notes, ignored)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    both_are_messages = isinstance(prompt, list) and isinstance(completion, list)
+    if form == "text":
+        return _text(row, name, "", row.get("text"), "text", where, system, ignored)
+    if form == "prompt-completion" and not both_are_messages:
+        return _text(row, name, prompt, completion, "completion", where, system, ignored)
+    return _conversation(row, form, name, where, system, ignored)
 
 
-def _message(message: Any, where: str) -> tuple[dict[str, Any], float | None]:
-    """The message as `Conversation` describes it, and its weight."""
-    message = _is(dict, message, "message", where)
-    role, content, weight = message.get("role"), message.get("content"), _weight(message, where)
-    if role not in ROLES:
-        raise RowError(where, "unknown-role", f"role is {role!r:.60}, but must be one of {', '.join(ROLES)}")
-    if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    calls = _unpacked(message.get("tool_calls") or message.get("function_call"), "tool_calls", where)
-    calls = [calls] if isinstance(calls, dict) else calls
-    if content is not None or not calls:
-        _is(str, content, "content", where)
-    found = {"role": role, "content": content}
-    if calls:
-        found["tool_calls"] = [_call(call, where) for call in _is(list, calls, "tool_calls", where)]
-    found |= {k: _is(str, message[k], k, where) for k in ("tool_call_id", "name") if message.get(k) is not None}
-    reasoning = {_is(str, message[key], key, where) for key in REASONING if message.get(key)}
-    if len(reasoning) > 1:
-        raise RowError(where, "bad-reasoning", f"different texts under {' and '.join(REASONING)}; give one of them")
-    if reasoning:
-        found["reasoning_content"] = reasoning.pop()
-    for key, value in ("tool_calls", calls), ("reasoning_content", "reasoning_content" in found), ("weight", weight):
-        if value and role != "assistant":
-            raise RowError(where, f"misplaced-{key}", f"{key} in a message of role {role}, not assistant; remove it")
-    return found, weight
+def _text(
+    row: Row, name: str, prompt: Any, completion: Any, what: str, where: str, system: str, ignored: tuple[str, ...]
+) -> Text:
+    for key in ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs"):
+        if row.get(key):
+            said = f"{key} stands beside {what} as a string, which no chat template renders; write messages or remove {key}"
+            raise RowError(where, "unsupported-key", said)
+    if system:
+        said = f"--data.system cannot be given to {what} as a string, which has no turns; write messages or leave it out"
+        raise RowError(where, "unsupported-key", said)
+    for key in ("loss_mask", "message_loss_mask"):
+        if row.get(key) is not None:
+            raise RowError(where, "unsupported-key", f"{key} says which messages are trained, but {what} is a string")
+    prompt = expect(str, prompt, "prompt", where)
+    completion = expect(str, completion, what, where)
+    weight = weight_of(row, where)
+    return Text(name, prompt, completion, 1.0 if weight is None else weight, ignored=ignored)
 
 
-def _part(part: Any, where: str) -> str:
-    part = _is(dict, part, "content part", where)
-    if part.get("type", "text") != "text":
-        raise RowError(where, "bad-content", f"a content part has type {part['type']!r:.60}, but only text can be trained")
-    return _is(str, part.get("text"), "text of a content part", where)
+def _conversation(row: Row, form: str, name: str, where: str, system: str, ignored: tuple[str, ...]) -> Conversation:
+    given = _given_messages(row, form, where)
+    context = len(row["prompt"]) if form == "prompt-completion" else 0  # messages that are not trained
+    what = "turn" if form == "sharegpt" else "message"
+    parsed = [chat.parse(message, f"{where}, {what} {i}") for i, message in enumerate(given, start=1)]
+    chat.follow_masks(parsed, where)
+    _apply_loss_mask(row, parsed, where)
+    parsed, merged = chat.merge_calls(parsed, context)
+    context -= merged
+    system_turn = _system_turn(row, parsed, where, system)
+    parsed = system_turn + parsed
+    context += len(system_turn) if form == "prompt-completion" else 0
 
-
-def _call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call in OpenAI's shape."""
-    call = _is(dict, call, "tool call", where)
-    function = _is(dict, call.get("function", call), "function of a tool call", where)
-    name = _is(str, function.get("name") or None, "name of a tool call", where)
-    arguments = {} if function.get("arguments") is None else function["arguments"]  # Arrow cannot keep an empty object
-    _check_json(_is(dict, arguments, "arguments of a tool call", where), "arguments of a tool call", where)
-    found = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {"id": _is(str, call["id"], "id of a tool call", where), **found} if call.get("id") is not None else found
-
-
-def _check_order(messages: list[dict[str, Any]], context: int, where: str) -> None:
-    wanted = FOLLOWS[""]
-    for i, message in enumerate(messages, start=1):
-        if message["role"] not in wanted:
-            text = f"role {message['role']} where {' or '.join(wanted)} is expected; reorder, merge or remove messages"
-            raise RowError(f"{where}, message {i}", "role-order", text)
-        wanted = ("user", "tool") if "tool_calls" in message else FOLLOWS.get(message["role"], ("user",))
-    if not any(message["role"] == "assistant" for message in messages[context:]):
+    messages = [message.fields for message in parsed]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles[context:]:
         reason = "no-assistant" if messages else "no-messages"
         raise RowError(where, reason, "no assistant message, so there is nothing to learn; add one or remove the row")
+    weights = _weights(row, parsed, context, where)
+    notes = chat.notes_of(parsed, context)
+    inner = tuple(key for message in parsed for key in message.ignored)
+    return Conversation(
+        name,
+        messages,
+        tools=_tools(row, where),
+        weights=() if set(weights) == {None} else tuple(weights),
+        template_kwargs=_template_kwargs(row, where),
+        documents=_documents(row, where),
+        notes=notes,
+        ignored=ignored + tuple(dict.fromkeys(inner)),
+    )
 
 
-def _from_sharegpt(turn: Any, where: str) -> dict[str, Any]:
-    """As a message, with its further keys; some files have role and content under `conversations`."""
-    turn = _is(dict, turn, "turn", where)
-    role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(role, str) or role not in SHAREGPT:
-        raise RowError(where, "unknown-role", f"role is {role!r:.60}, but must be one of {', '.join(SHAREGPT)}")
-    return {**turn, "role": SHAREGPT[role], **({"tool_calls": value} if role == "function_call" else {"content": value})}
-
-
-def _from_alpaca(row: Row, where: str) -> list[dict[str, Any]]:
+def _given_messages(row: Row, form: str, where: str) -> list[Any]:
+    """The messages of a row as it has them, in OpenAI's shape or ShareGPT's."""
+    if form == "prompt-completion":
+        return [*row["prompt"], *row["completion"]]
+    if form == "messages":
+        return expect(list, row.get("messages"), "messages", where)
+    if form == "sharegpt":
+        return expect(list, row.get("conversations"), "conversations", where)
     messages = []
-    for pair in _is(list, row.get("history") or [], "history", where):
-        if len(_is(list, pair, "pair of the history", where)) != 2:
-            raise RowError(where, "bad-history", f"the history has {len(pair)} texts together, but needs [question, answer]")
+    for pair in expect(list, row.get("history") or [], "history", where):
+        if len(expect(list, pair, "pair of the history", where)) != 2:
+            fault = f"the history has {len(pair)} texts together, but needs [question, answer]"
+            raise RowError(where, "bad-history", fault)
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    asked = [_is(str, row.get(key) or "", key, where) for key in ("instruction", "input")]
-    output = {"role": "assistant", "content": row["output"], "weight": row.get("weight"), "train": row.get("train")}
-    return [*messages, {"role": "user", "content": "\n\n".join(text for text in asked if text.strip())}, output]
+    asked = [expect(str, row.get(key) or "", key, where) for key in ("instruction", "input")]
+    question = "\n\n".join(text for text in asked if text.strip())
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
-def _tokens(row: Row, name: str, where: str) -> Tokens:
-    keys = [key for key in ("labels", "loss_weights") if row.get(key) is not None]
-    if len(keys) != 1:
-        raise RowError(where, "bad-labels", f"input_ids with {' and '.join(keys) or 'neither'}; give labels or loss_weights")
-    ids, given = (_numbers(row[key], key, where) for key in ("input_ids", *keys))
-    if ids.dtype.kind == "f" or not len(ids) or not 0 <= ids.min() <= ids.max() < 2**31:
-        raise RowError(where, "bad-tokens", "input_ids must be at least one whole number, all from 0 to 2**31 - 1")
-    if len(given) != len(ids):
-        raise RowError(where, "bad-labels", f"{len(ids)} input_ids, but {len(given)} {keys[0]}; give one for each token")
-    if keys[0] == "labels":
-        for i in np.flatnonzero((given != -100) & (given != ids))[:1]:
-            said = f"label {given[i]} of token {i + 1} is neither -100 nor its id {ids[i]}; labels must not be shifted"
-            raise RowError(where, "bad-labels", said)
-        given = given != -100
-    for i in np.flatnonzero(~((given >= 0) & (given < MAX_WEIGHT)))[:1]:
-        _weight({"weight": given[i].item()}, f"{where}, token {i + 1}")
-    return Tokens(name, ids.astype(np.int32), given.astype(np.float32))
+def _system_turn(row: Row, parsed: list[chat.Parsed], where: str, system: str) -> list[chat.Parsed]:
+    """The turn that `system` or `system_prompt` beside the messages gives, or else --data.system."""
+    texts = [chat.content_of(row[key], key, where) for key in ("system", "system_prompt") if row.get(key)]
+    texts = [text for text in texts if text]
+    first = parsed[0].fields if parsed else {}
+    own = first["content"] if first.get("role") in ("system", "developer") else None
+    if len({*texts, *([] if own is None else [own])} if texts else ()) > 1:
+        fault = "system stands beside the messages and says something else than the row's other system text"
+        raise RowError(where, "bad-system", f"{fault}; keep one of them")
+    has_own = any(message.fields["role"] in ("system", "developer") for message in parsed)
+    text = texts[0] if texts else "" if has_own else system
+    if not text or own is not None:
+        return []
+    return [chat.Parsed({"role": "system", "content": text})]
 
 
-def _numbers(value: Any, what: str, where: str) -> np.ndarray:
-    try:
-        found = np.asarray(_is(list, value, what, where))
-    except (ValueError, OverflowError):  # lists of different lengths
-        found = np.array(0)
-    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iuf"):
-        raise RowError(where, "bad-tokens", f"{what} must be a list of numbers, none of them nested or too large")
+def _apply_loss_mask(row: Row, parsed: list[chat.Parsed], where: str) -> None:
+    """LLaMA-Factory's `loss_mask` and NeMo's `message_loss_mask`: a 0 or 1 for each message of the row."""
+    for key in ("loss_mask", "message_loss_mask"):
+        if row.get(key) is None:
+            continue
+        mask = expect(list, row[key], key, where)
+        if len(mask) != len(parsed) or any(value not in (0, 1) for value in mask):
+            fault = f"{key} must have a 0 or 1 for each of the {len(parsed)} messages, but has {len(mask)} values"
+            raise RowError(where, "bad-weight", f"{fault} ({mask!r:.60})")
+        for message, value in zip(parsed, mask, strict=True):
+            if message.fields["role"] != "assistant":
+                continue  # 0 as a rule
+            if message.weight is not None and bool(message.weight) != bool(value):
+                raise RowError(where, "bad-weight", f"{key} contradicts the weight of a message; keep one of them")
+            if not value:
+                message.weight = 0.0
+
+
+def _weights(row: Row, parsed: list[chat.Parsed], context: int, where: str) -> list[float | None]:
+    """The weight of each message, that of the row in it; messages of a prompt have none."""
+    of_row = weight_of(row, where)
+    weights = [message.weight for message in parsed]
+    if of_row is not None and of_row != 1.0:
+        roles = [message.fields["role"] for message in parsed]
+        weights = [
+            of_row * (1.0 if weight is None else weight) if role == "assistant" else weight
+            for weight, role in zip(weights, roles, strict=True)
+        ]
+    weights[:context] = [0.0] * context
+    return weights
+
+
+def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
+    """The tools, those of the older key `functions` in the shape of `tools`."""
+    tools = [expect(dict, tool, "tool", where) for tool in expect(list, row.get("tools") or [], "tools", where)]
+    functions = []
+    for function in expect(list, row.get("functions") or [], "functions", where):
+        function = expect(dict, function, "function", where)
+        wrapped = function if "function" in function else {"type": "function", "function": function}
+        functions.append(wrapped)
+    if tools and functions and tools != functions:
+        raise RowError(where, "bad-tools", "tools and functions say different things; keep one of them")
+    found = tools or functions
+    if found:
+        check_json(found, "tools", where)
+    return found or None
+
+
+def _template_kwargs(row: Row, where: str) -> dict[str, Any]:
+    if not row.get("chat_template_kwargs"):
+        return {}
+    found = expect(dict, row["chat_template_kwargs"], "chat_template_kwargs", where)
+    if wrong := sorted(found.keys() & _RESERVED):
+        fault = f"chat_template_kwargs has {wrong[0]!r}, which rendering itself gives to the chat template; remove it"
+        raise RowError(where, "bad-chat_template_kwargs", fault)
+    check_json(found, "chat_template_kwargs", where)
     return found
 
 
-def _weight(row: Row, where: str) -> float | None:
-    """What `weight` (a number) and `train` (true or false) say together."""
-    weight, train = row.get("weight"), row.get("train")
-    weight = train if weight is None else weight
-    if weight is None:
+def _documents(row: Row, where: str) -> list[dict[str, Any]] | None:
+    if not row.get("documents"):
         return None
-    good = train in (None, 0, 1) and isinstance(weight, int | float)
-    if not good or (train is not None and bool(train) != bool(weight)):
-        said = (
-            f"weight is {row.get('weight')!r:.60} and train {train!r:.60}; give a number or true or false, and no contradiction"
-        )
-        raise RowError(where, "bad-weight", said)
-    if not 0 <= weight < MAX_WEIGHT:
-        reason = "negative-weight" if weight < 0 else "non-finite-weight"
-        raise RowError(where, reason, f"weight is {weight}, but must be finite and at least 0")
-    return float(weight)
-
-
-def _is(kind: type, value: Any, what: str, where: str) -> Any:
-    """The value, if it is of this kind; objects and lists may stand in a string as JSON."""
-    found = value if kind is str else _unpacked(value, what, where)
-    if not isinstance(found, kind):
-        raise RowError(where, f"bad-{what}".replace(" ", "-"), f"{what} must be {kind_of(kind())}, but it is {kind_of(found)}")
-    return found
-
-
-def _unpacked(value: Any, what: str, where: str) -> Any:
-    """What stands in a string as JSON: many files keep values in this way whose shapes differ from row to row."""
-    try:
-        return load_json(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise RowError(where, "not-json", f"{what} is a string that is not JSON ({error})") from None
-
-
-def _check_json(value: Any, what: str, where: str) -> None:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RowError(where, "not-json", f"{what} cannot be written as JSON ({error})") from None
+    found = unpacked(row["documents"], "documents", where)
+    documents = [expect(dict, document, "document", where) for document in expect(list, found, "documents", where)]
+    check_json(documents, "documents", where)
+    return documents

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.config import Data, InputError
 from torchsft.data import cache
+from torchsft.data.columns import mapped
 from torchsft.data.formats import parse, recognise
 from torchsft.data.sources import RowError, Source, decode, parse_spec
 from torchsft.data.template import ChatTokenizer, Sample
@@ -96,7 +97,17 @@ class Report:
         return (
             f"{self.name} ({self.format}): {self.rows:,} rows, {self.samples:,} samples, {self.tokens:,} tokens"
             f" ({supervised:.1f} % supervised), longest {self.longest:,}"
-        ) + "".join(f"; {name} {count:,}" for name, count in sorted(self.counts.items()))
+        ) + "".join(f"; {text}" for text in [*self._counted(), *self._ignored()])
+
+    def _counted(self) -> list[str]:
+        return [f"{name} {count:,}" for name, count in sorted(self.counts.items())]
+
+    def _ignored(self) -> list[str]:
+        """The keys that mean nothing, each once."""
+        if not self.ignored:
+            return []
+        keys = (f"{key} ({count:,})" for key, count in sorted(self.ignored.items()))
+        return [f"ignored keys {', '.join(keys)}"]
 
 
 @dataclass
@@ -129,6 +140,7 @@ class Preparer:
         self.tokenizer, self.data, self.source, self.vocab_size = tokenizer, data, source, vocab_size
         self.name, self.place = source.name, source.where(0).removesuffix("0")
         self.format: str | None = None
+        self.columns, self.system = data.columns(), data.system_text()
 
     @functools.cached_property
     def chat(self) -> ChatTokenizer:
@@ -151,13 +163,16 @@ class Preparer:
                 if isinstance(payload, RowError):
                     raise payload
                 row = decode(payload, where)
+                if self.columns:
+                    row = mapped(row, self.columns, where)
                 found = recognise(row, where)
                 if self.format not in (None, found):
                     text = f"format {found} where the rows before are {self.format}; give different formats as different files"
                     raise RowError(where, "mixed-format", text)
-                example = parse(row, found, f"{self.name}:{number}", where)
+                example = parse(row, found, f"{self.name}:{number}", where, self.system)
                 parsed.append((result, example))
                 result.notes += example.notes
+                result.ignored = example.ignored
                 self.format = found
             except RowError as error:
                 result.fault = error
@@ -286,6 +301,7 @@ def _prepare(preparer: Preparer, progress: bool) -> Prepared:
     data, source, directory = preparer.data, preparer.source, cache.cache_directory(preparer.data.cache)
     path, name, content = source.spec.path, source.name, cache.fingerprint(directory, source)
     options = [data.mask, data.reasoning, data.template_variables(), data.seq_len, data.truncation, preparer.vocab_size]
+    options += [preparer.columns, preparer.system]
     key = cache.key_of(content, source.kind, source.spec.split, _tokenizer_state(preparer.tokenizer), options)
 
     def build(add: Callable[[cache.Block], None]) -> dict[str, Any]:

@@ -217,9 +217,11 @@ class ChatTokenizer:
     def _texts(self, example: Example) -> list[tuple[str, list[Span]]] | Encoded | RowError:
         """What to tokenise for an example."""
         if isinstance(example, Tokens):
+            tokens = np.array(example.tokens, dtype=np.int32)
             weights = np.array(example.weights, dtype=np.float32)
-            weights[:1] = 0.0
-            return Encoded([(np.array(example.tokens, dtype=np.int32), weights)])
+            weights[list(example.starts)] = 0.0  # nothing comes before them
+            edges = itertools.pairwise([*example.starts, len(tokens)])
+            return Encoded([(tokens[start:end], weights[start:end]) for start, end in edges])
         try:
             if isinstance(example, Text):
                 if not self.eos:

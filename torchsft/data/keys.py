@@ -1,0 +1,232 @@
+"""Which keys of a row mean something: each is followed or refused, a misspelt one is refused, every other one is listed.
+
+Keys are those that OpenAI, TRL, axolotl, LLaMA-Factory, ms-swift, Fireworks, Amazon Bedrock and NeMo document for
+supervised fine-tuning, and what data sets on the hub have. A key whose value is null counts as absent.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torchsft.data.sources import RowError, kind_of
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of an assistant's reasoning."""
+
+SWITCHES = ("train", "training", "trainable", "loss")
+"""Names of a switch that says whether a message is trained."""
+
+WEIGHTS = ("weight", "loss_weight")
+"""Names of the weight of a message or a row."""
+
+MEDIA = (
+    *("image", "images", "image_url", "video", "videos", "audio", "audios"),
+    *("input_audio", "file", "document", "pixel_values"),
+)
+"""Names of what is not text."""
+
+# What a key of a row says besides its format's own keys; the same for every format of conversations.
+_CONTEXT = {"system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs"}
+_TRAINED = {*WEIGHTS, "train", "trainable", "loss_mask", "message_loss_mask"}
+
+DOCUMENT_BOUNDS = (
+    *("position_ids", "seq_lengths", "cu_seqlens", "cu_seq_lens"),
+    *("document_ids", "seq_idx", "sequence_ids"),
+)
+"""Names of what says where the documents of a pre-tokenised row begin."""
+
+TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask", "loss_mask")
+"""Names of what says which tokens of a pre-tokenised row are trained, 1 for those that are."""
+
+ROW_KEYS: dict[str, frozenset[str]] = {
+    "messages": frozenset({"messages", *_CONTEXT, *_TRAINED}),
+    "sharegpt": frozenset({"conversations", *_CONTEXT, *_TRAINED}),
+    "alpaca": frozenset({"instruction", "input", "output", "history", *_CONTEXT, *_TRAINED}),
+    "prompt-completion": frozenset({"prompt", "completion", *_CONTEXT, *_TRAINED}),
+    "text": frozenset({"text", *WEIGHTS, "train", "trainable"}),
+    "tokens": frozenset(
+        {
+            *("input_ids", "labels", "loss_weights", "attention_mask"),
+            *TOKEN_MASKS,
+            *DOCUMENT_BOUNDS,
+            *WEIGHTS,
+            *("train", "trainable"),
+        }
+    ),
+}
+"""The keys that each format follows."""
+
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "function_call"}
+    | {*REASONING, *SWITCHES, *WEIGHTS, "mask", "masked"}
+)
+TURN_KEYS = MESSAGE_KEYS | {"from", "value"}
+PART_KEYS = frozenset({"type", "text"})
+CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments"})
+FUNCTION_KEYS = frozenset({"name", "arguments"})
+
+_OTHER_TEXT = "it is not part of the conversation"
+_REFUSED = {
+    "toolConfig": "Bedrock's tools are not read; write them as OpenAI's `tools`",
+    "segments": "axolotl's segments are not read; write messages, or input_ids with labels",
+    "train_detail": "parts of a message cannot be trained; split the message or use `train`",
+    "training_detail": "parts of a message cannot be trained; split the message or use `train`",
+    "loss_scale": "write it as `weight`",
+    "refusal": f"{_OTHER_TEXT} as it stands; write it as `content`",
+    "function_calls": "write it as `tool_calls`",
+}
+_HUMANS = ("user", "human", "system")
+_KNOWN_ROW_KEYS = frozenset().union(*ROW_KEYS.values())
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, false, or an empty string, list or object."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]:
+    """The keys of a row that its format does not know; they change nothing and are to be listed.
+
+    Raises:
+        RowError: misspelt-key; or a key that means something which cannot be followed here.
+    """
+    known = ROW_KEYS[form]
+    if known.issuperset(row):
+        return ()
+    others = [key for key in row if key not in known and row[key] is not None]
+    others = [key for key in others if not _is_followed_as_default(key, row[key], where)]
+    others = [key for key in others if key not in MEDIA or not is_empty(row[key])]
+    for key in others:
+        if key in MEDIA and not is_empty(row[key]) and not isinstance(row[key], bool):
+            said = f"{key} holds {_described(key, row[key])}, but only text can be trained; remove it or the row"
+            raise RowError(where, "not-text", said)
+        if key in _REFUSED and not is_empty(row[key]):
+            raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
+        if form in ("text", "tokens") and key in _CONTEXT and not is_empty(row[key]):
+            said = f"{key} stands beside {form}, which no chat template renders; write messages or remove {key}"
+            raise RowError(where, "unsupported-key", said)
+    return _checked(others, row, known, _KNOWN_ROW_KEYS, where)
+
+
+def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
+    """Whether the key says what happens anyway. Raises RowError where it says that the row is to be trained otherwise."""
+    fault = ""
+    if key in ("label", "kto_tag") and isinstance(value, bool):  # else the class of a classification, say
+        if not value:
+            fault = "marks an answer that is not wanted (KTO), which fine-tuning would teach; remove the row"
+    elif key == "unmask" and isinstance(value, bool):
+        if value:
+            fault = "asks to train every token of this row; --data.mask all does so for all rows of a run"
+    elif key == "mask" and isinstance(value, str):  # NeMo: whose turns are not trained
+        if value.lower() not in _HUMANS:
+            fault = "names whose turns are not trained, which here are all but the assistant's; remove it"
+    elif key == "mask":
+        fault = "means 'trained' to some tools and 'not trained' to others; write `train` into the messages"
+    else:
+        return False
+    if fault:
+        raise RowError(where, "unsupported-key", f"{key} is {value!r:.60}; it {fault}")
+    return True
+
+
+def other_keys_within(value: Mapping[str, Any], known: frozenset[str], path: str, where: str) -> tuple[str, ...]:
+    """As `other_keys`, for an object inside a row: a message, content part, tool call or function.
+
+    Args:
+        path: what is put in front of the key where it is listed, such as `messages[].`
+    """
+    if known.issuperset(value):
+        return ()
+    others = [key for key in value if key not in known and value[key] is not None]
+    for key in others:
+        if key in _REFUSED and not is_empty(value[key]):
+            raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
+        if key in MEDIA and not is_empty(value[key]):
+            said = f"{key} holds {_described(key, value[key])}, but only text can be trained; remove it or the row"
+            raise RowError(where, "not-text", said)
+    return tuple(path + key for key in _checked(others, value, known, known, where))
+
+
+def _checked(
+    others: list[str], value: Mapping[str, Any], known: frozenset[str], everywhere: frozenset[str], where: str
+) -> tuple[str, ...]:
+    """The keys, none of which is a misspelling of a key that is absent."""
+    for key in others:
+        if key in everywhere:  # of another format, beside which this one stands
+            continue
+        meant = misspelt(key, known)
+        if meant and value.get(meant) is None and _could_be(meant, value[key]):
+            said = f"key {key!r} is not known, but {meant!r} is; rename it, or rename it to something else if it is not that"
+            raise RowError(where, "misspelt-key", said)
+    return tuple(others)
+
+
+@functools.lru_cache(maxsize=4096)
+def misspelt(key: str, known: Iterable[str]) -> str | None:
+    """The known key that `key` is a misspelling of, if any.
+
+    Written in another style (toolCalls, tool-calls), or within one edit (two, from eight letters on) with the
+    same first letter: insertion, deletion, another letter, or two neighbours exchanged. Short names are taken for
+    misspelt only if letters are exchanged: `test` is not `text`.
+    """
+    plain = _plain(key)
+    found: list[tuple[int, str]] = []
+    for meant in known:
+        target = _plain(meant)
+        edits = _edits(plain, target)
+        if len(target) <= 4:
+            exchanged = edits == 1 and sorted(plain) == sorted(target)
+            near = edits == 0 or exchanged or _is_doubled(plain, target)
+        else:
+            near = edits <= (2 if len(target) >= 8 else 1)
+        if near and plain[:1] == target[:1]:
+            found.append((edits, meant))
+    return min(found)[1] if found else None
+
+
+def _plain(key: str) -> str:
+    return key.replace("_", "").replace("-", "").replace(" ", "").lower()
+
+
+def _is_doubled(longer: str, shorter: str) -> bool:
+    """Whether one is the other with one letter written twice."""
+    return len(longer) == len(shorter) + 1 and any(shorter[: i + 1] + shorter[i:] == longer for i in range(len(shorter)))
+
+
+def _edits(a: str, b: str) -> int:
+    """Insertions, deletions, replaced letters and exchanged neighbours between two words (optimal string alignment)."""
+    if abs(len(a) - len(b)) > 2:
+        return 3
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, start=1):
+        before, above, row = row, before, [i]
+        for j, other in enumerate(b, start=1):
+            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                best = min(best, above[j - 2] + 1)
+            row.append(best)
+    return row[-1]
+
+
+def _could_be(meant: str, value: Any) -> bool:
+    """Whether a value is of the kind that the key takes: `tool: "search"` is no misspelling of `tools`."""
+    lists = {"messages", "conversations", "tools", "functions", "documents", "history", "tool_calls", "input_ids"}
+    lists |= {"labels", "loss_weights", "attention_mask", *TOKEN_MASKS, *DOCUMENT_BOUNDS}
+    texts = {"role", "from", "value", "name", "tool_call_id", "system", "system_prompt", "text", "instruction"}
+    texts |= {"output", "input", *REASONING}
+    if meant in lists:
+        return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] in ("[", "{"))
+    if meant in texts:
+        return isinstance(value, str)
+    if meant in (*SWITCHES, *WEIGHTS, "mask", "masked", "unmask", "label", "kto_tag"):
+        return isinstance(value, bool | int | float)
+    if meant in ("chat_template_kwargs", "function", "function_call", "arguments"):
+        return isinstance(value, dict | str)
+    return True
+
+
+def _described(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} of them" if key.endswith("s") else f"a list of {len(value)}"
+    return kind_of(value)
