@@ -20,7 +20,8 @@ from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config, InputError, to_dict
 from torchsft.data.prepare import open_streams, prepare, prepare_eval
 from torchsft.data.stream import Background, EvalSet, Step, StreamLoader, TrainLoader, microbatches_per_step
-from torchsft.data.template import Sample, load_tokenizer
+from torchsft.data.template import Sample
+from torchsft.data.tokenizer import load_tokenizer
 from torchsft.evaluation import evaluate_loss
 from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger
@@ -149,7 +150,7 @@ class Trainer:
         if data.streaming and train.steps is None:
             fault = f"--data.streaming reads an unknown number of samples, but --train.epochs is {train.epochs}"
             raise InputError(f"{fault}; give --train.steps")
-        self.tokenizer = load_tokenizer(self.source)
+        self.tokenizer = load_tokenizer(self.source, chat_template=data.chat_template, date=data.template_date)
         vocab, known = {"vocab_size": self.model_config.vocab_size}, self.model_config.max_position_embeddings
         read = vocab | {"progress": config.metrics.progress}
         batch = {"seq_len": data.seq_len, "micro_batch_size": train.micro_batch_size}

@@ -17,7 +17,8 @@ from tests.data.chat import byte_tokenizer, call, conversation, encode, tokenize
 from torchsft.config import InputError
 from torchsft.data.formats import Conversation, Text, Tokens
 from torchsft.data.sources import RowError
-from torchsft.data.template import ChatTokenizer, Sample, load_tokenizer
+from torchsft.data.template import ChatTokenizer, Sample
+from torchsft.data.tokenizer import load_tokenizer
 
 # The text that each template must produce, written by hand; what is trained of it stands between [[ and ]].
 CHATML_TEXT = (
