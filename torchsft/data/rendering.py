@@ -19,6 +19,10 @@ Message = dict[str, Any]
 
 REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)  # in a content
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}},
+}
 QUESTION, ANSWER, THOUGHT = "\ue000", "\ue001", "\ue002"  # what the messages of probes say
 
 
@@ -223,10 +227,13 @@ class ChatTemplate:
 
     def _text_of(self, answers: list[Message], generation_prompt: bool = False) -> str:
         """The rendering of a question, and answers; "" where the template refuses, as it then does with conversations."""
-        try:
-            return self.render([{"role": "user", "content": QUESTION}, *answers], generation_prompt=generation_prompt)[0]
-        except RowError:
-            return ""
+        messages = [{"role": "user", "content": QUESTION}, *answers]
+        for given in (NOTHING, Given(tools=[PROBE_TOOL])):  # some are written for conversations with tools alone
+            try:
+                return self.render(messages, given, generation_prompt=generation_prompt)[0]
+            except RowError:
+                continue
+        return ""
 
 
 def _in_parts(message: Message) -> Message:
