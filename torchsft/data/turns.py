@@ -126,16 +126,16 @@ class TurnFinder:
             text += self.template.ending(messages[last])
         stop, found = len(messages), [] if turns else [Part(text, [], text, len(messages))]
         while turns:
+            last_turn = turns[-1]
+            if self.mask != "all" and not text.startswith(last_turn.text[: last_turn.end]):
+                text, written, stop = last_turn.text, last_turn.written, last_turn.index + 1
             held = [text.startswith(turn.text[: turn.end]) for turn in turns]
             if self.mask == "all" and not all(held):  # which has one text only
                 problem = "the chat template changes it once others follow, so that it can have no weight or mask of its own"
                 name = f"message {turns[held.index(False)].index + 1}"
                 raise RowError("", "not-prefix-stable", f"{name}: {problem}; set --data.mask assistant")
-            if any(held):
-                found.append(Part(text, list(itertools.compress(turns, held)), written, stop))
-                turns = [turn for turn, is_held in zip(turns, held, strict=True) if not is_held]
-            if turns:
-                text, written, stop = turns[-1].text, turns[-1].written, turns[-1].index + 1
+            found.append(Part(text, list(itertools.compress(turns, held)), written, stop))
+            turns = [turn for turn, is_held in zip(turns, held, strict=True) if not is_held]
         for i, message in enumerate(messages if self.mask == "all" else ()):
             if message["role"] == "assistant":
                 self._check(i, message, found[0].text)
