@@ -78,6 +78,7 @@ class TurnFinder:
     def __init__(self, template: ChatTemplate, mask: Mask, masks_reasoning: bool) -> None:
         self.template, self.mask, self.masks_reasoning = template, mask, masks_reasoning
         self.molds: dict[tuple, list[Part]] = {}
+        self.declares: dict[tuple[str, tuple[str, ...]], bool] = {}  # by name of a tool and roles
 
     def parts(self, messages: list[Message], given: Given, weights: Weights) -> list[Part]:
         """Texts with the messages of `weights`, in the order of their last turns. Raises RowError: one cannot be trained."""
@@ -277,17 +278,20 @@ class TurnFinder:
                     yield Lost(None, f"the document {source.strip()[:40]!r}")
 
     def _lost_tools(self, messages: list[Message], given: Given, text: str) -> Iterator[Lost]:
-        """The tools of which the text lacks the name, the description, or the name of a parameter."""
-        spoken = json.dumps(messages, ensure_ascii=False)
-        without: str | None = None  # the rendering without tools, where it is needed
+        """The tools of which the text lacks the name, the description, or the name of a parameter.
+
+        A name can stand in the text because it is called: that it is declared, too, is seen beside the rendering without
+        tools. That is made once for each tool and sequence of roles."""
+        roles = tuple(message["role"] for message in messages)
         for tool in given.tools or ():
             name, further = declared(tool)
             found = _count(name, text) > 0 and all(_is_said(source, text) for source in further)
-            if found and _count(name, spoken):  # it can stand there because it is called
-                if without is None:
-                    without = self._without_tools(messages, given)
-                found = _count(name, text) > _count(name, without)
-            if not found:
+            if found and (name, roles) not in self.declares:
+                if len(self.declares) >= KNOWN_SHAPES:
+                    self.declares.clear()
+                without = self._without_tools(messages, given)
+                self.declares[name, roles] = _count(name, text) > _count(name, without)
+            if not (found and self.declares[name, roles]):
                 yield Lost(None, f"the tool {name!r}, or its description or parameters")
 
     def _without_tools(self, messages: list[Message], given: Given) -> str:
