@@ -64,7 +64,8 @@ def write_inputs(where: Path, conversations: int) -> None:
 def encode_side(where: Path) -> dict[str, float]:
     """Samples per second of rendering + tokenising + masking, and of the bare tokenizer on the same texts; one process."""
     from torchsft.data.formats import Conversation
-    from torchsft.data.template import ChatTokenizer, load_tokenizer
+    from torchsft.data.template import ChatTokenizer
+    from torchsft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(where / "model")
     chat = ChatTokenizer(tokenizer)
@@ -99,7 +100,7 @@ def torchsft_side(where: Path) -> dict[str, float]:
     from torchsft.config import Data
     from torchsft.data.prepare import prepare
     from torchsft.data.stream import TrainLoader
-    from torchsft.data.template import load_tokenizer
+    from torchsft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(where / "model")
     options = Data(seq_len=SEQ_LEN, cache=str(where / "cache"))

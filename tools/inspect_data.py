@@ -86,11 +86,11 @@ def inspect(options: Options, progress: bool) -> report.Inspection:
     """Read, tokenise and check everything."""
     from tqdm import tqdm
 
-    from torchsft.data.template import load_tokenizer
+    from torchsft.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(options.model.path)
-    vocabulary = gather.vocabulary(options.model.path)
     data = options.data
+    tokenizer = load_tokenizer(options.model.path, chat_template=data.chat_template, date=data.template_date)
+    vocabulary = gather.vocabulary(options.model.path)
     most = options.max_samples or (STREAMED if data.streaming else None)
     sources, findings = gather.gather(tokenizer, data, vocab_size=vocabulary, most=most, progress=progress)
     reader = Reader(tokenizer, data.template_variables())

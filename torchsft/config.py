@@ -6,6 +6,7 @@ checked in `parallel/world.py`, what needs the model's `config.json` in `models/
 """
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -81,6 +82,12 @@ class Data:
     """Whether reasoning (reasoning_content, <think>) is trained, or only read by the answer behind it."""
     template_kwargs: str = ""
     """JSON object of further variables of the chat template, such as {"thinking": true}."""
+    chat_template: str | None = None
+    """File with a chat template in place of the model directory's; the export carries it."""
+    template_date: str | None = None
+    """Day (YYYY-MM-DD) for templates that ask for the date; absent: that of the run's first start."""
+    on_lost_context: Literal["refuse", "keep"] = "refuse"
+    """When the template leaves out context (system, tools, results): the row cannot be used, or is kept, counted, listed."""
     truncation: Literal["drop", "left", "right", "split", "raise"] = "drop"
     """A sample longer than seq_len is left out, cut at its beginning or end, cut into pieces (all counted), or an error."""
     packing: Literal["best-fit", "first-fit", "none"] = "best-fit"
@@ -102,6 +109,11 @@ class Data:
         _at_least(self, seq_len=2, packing_buffer=1, workers=0)
         self.template_variables()
         self.columns()
+        try:
+            datetime.date.fromisoformat(self.template_date or "2000-01-01")
+        except ValueError:
+            fault = f"--data.template-date is {self.template_date!r}, but it must be a day such as 2026-01-31"
+            raise InputError(fault) from None
 
     def columns(self) -> tuple[tuple[str, str], ...]:
         """`map` as pairs (column, what it becomes): a role, a key of a format, or `ignore`."""

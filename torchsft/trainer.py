@@ -1,12 +1,13 @@
 """One run: build -> step -> evaluate -> save, read from top to bottom."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torchsft import ops
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.resume import checkpoint_to_continue, checkpoints_of
 from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, to_dict
 from torchsft.data.prepare import open_streams, prepare, prepare_eval
 from torchsft.data.stream import Background, EvalSet, Step, StreamLoader, TrainLoader, microbatches_per_step
-from torchsft.data.template import Sample, load_tokenizer
+from torchsft.data.template import Sample
+from torchsft.data.tokenizer import load_tokenizer, read_chat_template
 from torchsft.evaluation import evaluate_loss
 from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger
@@ -53,7 +56,24 @@ def resolve(config: Config) -> Config:
         precision = dataclasses.replace(precision, compute="bf16" if torch.cuda.is_available() else "fp32")
     if train.steps is None and train.epochs is None:
         train = dataclasses.replace(train, epochs=1)
-    return dataclasses.replace(config, parallel=parallel, precision=precision, train=train)
+    data = dataclasses.replace(config.data, template_date=config.data.template_date or first_day(config))
+    return dataclasses.replace(config, parallel=parallel, precision=precision, train=train, data=data)
+
+
+def first_day(config: Config) -> str:
+    """The day (YYYY-MM-DD) on which this run started first: that of the run which it continues, else today."""
+    saved, resumed = Path(config.output) / "config.json", config.checkpoint.resume
+    found: Mapping[str, Any] = {}
+    try:
+        if resumed not in ("auto", "never"):
+            found = state.saved_config(resumed)
+        elif saved.exists():
+            found = read_json_object(saved)
+    except InputError:  # which `checkpoint_to_continue` tells
+        pass
+    known = found.get("data")
+    day = known.get("template_date") if isinstance(known, Mapping) else None
+    return day or datetime.date.today().isoformat()
 
 
 class Trainer:
@@ -149,7 +169,9 @@ class Trainer:
         if data.streaming and train.steps is None:
             fault = f"--data.streaming reads an unknown number of samples, but --train.epochs is {train.epochs}"
             raise InputError(f"{fault}; give --train.steps")
-        self.tokenizer = load_tokenizer(self.source)
+        # Read now: the export has what was trained with, whatever becomes of the file.
+        self.chat_template = read_chat_template(data.chat_template) if data.chat_template else None
+        self.tokenizer = load_tokenizer(self.source, chat_template=data.chat_template, date=data.template_date)
         vocab, known = {"vocab_size": self.model_config.vocab_size}, self.model_config.max_position_embeddings
         read = vocab | {"progress": config.metrics.progress}
         batch = {"seq_len": data.seq_len, "micro_batch_size": train.micro_batch_size}
@@ -164,6 +186,8 @@ class Trainer:
             sources = prepare(data.train, self.tokenizer, data, **read)
             for source in sources:
                 self.say("\n  skipped: ".join([str(source.report), *source.report.faults]))
+                for text in source.report.kept:
+                    self.say(f"  kept: {text}")
             if (longest := max(source.report.longest for source in sources)) > known:
                 most = f"the model's max_position_embeddings is {known}"
                 self.say(f"warning: the longest sample has {longest} tokens, but {most}")
@@ -409,7 +433,7 @@ class Trainer:
         place = f"{options.remote.rstrip('/')}/hf" if options.remote else self.output / "hf"
         self.say(f"exporting {options.export} weights to {place}")
         try:
-            huggingface.export(self.model, place, DTYPES[options.export], self.source)
+            huggingface.export(self.model, place, DTYPES[options.export], self.source, chat_template=self.chat_template)
         except OSError as error:
             known = self.failed or "the last checkpoint is complete"
             fault = f"the export to {place} could not be written ({error}); {known}"

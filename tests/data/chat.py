@@ -198,9 +198,11 @@ CHANNELS = """
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
-# No header at all before an answer, a space on both sides of it.
+# No header at all before an answer, a space on both sides of it; the system turn is part of the first question.
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ '[INST] ' + m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'user' %}"
+    "{{ ('' if loop.index0 == 1 and messages[0]['role'] == 'system' else '[INST] ') + m['content'] + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 # One more token at the very end of the conversation.

@@ -264,7 +264,8 @@ def test_whatever_decides_the_samples_decides_the_key(tmp_path):
         {"mask": "last-turn"},
         {"reasoning": "mask"},
         {"truncation": "right"},
-        {"template_kwargs": '{"m": true}'},  # a name that stands in the template
+        {"template_kwargs": '{"eos_token": "<pad>"}'},  # a variable that the template reads
+        {"on_lost_context": "keep"},
     ]
     one(path)
     found = keys(tmp_path)

@@ -17,7 +17,8 @@ from tests.data.chat import byte_tokenizer, call, conversation, encode, tokenize
 from torchsft.config import InputError
 from torchsft.data.formats import Conversation, Text, Tokens
 from torchsft.data.sources import RowError
-from torchsft.data.template import ChatTokenizer, Sample, load_tokenizer
+from torchsft.data.template import ChatTokenizer, Sample
+from torchsft.data.tokenizer import load_tokenizer
 
 # The text that each template must produce, written by hand; what is trained of it stands between [[ and ]].
 CHATML_TEXT = (
@@ -45,7 +46,7 @@ GOLDEN = {
     "deepseek v3, generation block": (chat.DEEPSEEK_V3_GENERATION, DEEPSEEK_TEXT),
     "mistral": (
         chat.MISTRAL,
-        "<bos>[INST] Hi [/INST][[ Hello you. <eos>]][INST] And now? [/INST][[ Bye. <eos>]]",
+        "<bos>[INST] Be brief.\n\nHi [/INST][[ Hello you. <eos>]][INST] And now? [/INST][[ Bye. <eos>]]",
     ),
     "phi 3": (chat.PHI3, CHATML_TEXT + "<eos>"),
 }
@@ -206,11 +207,12 @@ def test_a_tokenizer_that_changes_the_text_when_split_is_refused():
 @pytest.mark.parametrize("system", [None, "be"])
 @pytest.mark.parametrize("mask", ["assistant", "all"])
 @pytest.mark.parametrize("template", [chat.DEEPSEEK_V3, chat.CHATML], ids=["template writes it", "template does not"])
-def test_exactly_one_bos_where_the_tokenizer_adds_one(template, mask, system):
+def test_a_conversation_has_the_bos_of_its_template_whatever_the_tokenizer_adds(template, mask, system):
     tokenizer = byte_tokenizer(template, add_bos=True)
     assert tokenizer("hello").input_ids[0] == tokenizer.bos_token_id
-    sample = tokenize(conversation("hello", "you", system=system), tokenizer, mask)
-    assert np.flatnonzero(sample.tokens == tokenizer.bos_token_id).tolist() == [0]
+    talk = conversation("hello", "you", system=system)
+    sample = tokenize(talk, tokenizer, mask)
+    assert sample.tokens.tolist() == tokenizer.apply_chat_template(talk.messages, return_dict=True)["input_ids"]
     assert sample.weights[0] == 0
     if mask == "assistant":
         assert tokenizer.decode(sample.tokens[sample.weights > 0]).startswith("you<")
@@ -562,7 +564,8 @@ def test_load_tokenizer_reads_a_deepseek_directory_as_transformers_does(tmp_path
     save_like_deepseek(tmp_path)
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     text = "hello  you\n\n and me, 12345 é"
-    assert ours(text).input_ids == theirs(text).input_ids
+    # theirs has lost add_bos_token
+    assert ours(text).input_ids == [ours.bos_token_id, *theirs(text, add_special_tokens=False).input_ids]
     assert (ours.bos_token, ours.eos_token, ours.chat_template) == ("<bos>", "<eos>", chat.DEEPSEEK_V3)
     sample = tokenize(conversation("hello", "you", system="be"), ours, "assistant")
     assert np.flatnonzero(sample.tokens == ours.bos_token_id).tolist() == [0]

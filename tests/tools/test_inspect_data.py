@@ -14,7 +14,7 @@ from tools import inspect_data
 from tools.inspection import gather
 from torchsft.config import Data
 from torchsft.data.prepare import prepare
-from torchsft.data.template import load_tokenizer
+from torchsft.data.tokenizer import load_tokenizer
 
 TOOL = str(Path(inspect_data.__file__))
 

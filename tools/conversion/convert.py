@@ -264,7 +264,7 @@ class ToHf:
         if not is_dcp(source):
             raise InputError(f"{source} has no {METADATA}; give a converted directory or a training checkpoint")
         base = base or default_base(source)
-        self.base, self.folder = base, Folder(staging)
+        self.base, self.folder, self.chat_template = base, Folder(staging), _chat_template(source)
         self.dtype, self.part_elements, self.file_bytes = EXPORT_DTYPES[dtype], part_elements, file_bytes
         config = read_config(base)
         self.model, self.config = meta_model(config), exported_config(config, self.dtype)
@@ -347,13 +347,23 @@ class ToHf:
         files = {key: file for file, record in records.items() for key in record["keys"]}
         total = sum(size for record in records.values() for size in record["keys"].values())
         index = {"metadata": {"total_size": total}, "weight_map": {key: files[key] for key in sorted(files)}}
-        copy_side_files(self.base, self.folder)
+        copy_side_files(self.base, self.folder, self.chat_template)
         self.folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
         self.folder.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
 
 
 def _note(unknown: Sequence[str]) -> str:
     return f"{len(unknown)} tensors that the model does not know are kept as they are: {listing(unknown, 5)}"
+
+
+def _chat_template(source: Path) -> str | None:
+    """The chat template that a training checkpoint's run was given in place of its model's."""
+    path = (read_config(source).get("data") or {}).get("chat_template") if is_training(source) else None
+    if not path:
+        return None
+    from torchsft.data.tokenizer import read_chat_template  # imports transformers
+
+    return read_chat_template(path)
 
 
 def default_base(source: Path) -> Path:

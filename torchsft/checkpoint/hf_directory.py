@@ -65,15 +65,21 @@ def is_carried(key: str, layers: int) -> bool:
     return not is_model_key(key, layers) and not key.endswith(ROTARY)
 
 
-def copy_side_files(source: Path, target: Folder) -> None:
-    """Copy everything that is not weights or config.json: see SIDE_FILES."""
+def copy_side_files(source: Path, target: Folder, chat_template: str | None = None) -> None:
+    """Copy everything that is not weights or config.json: see SIDE_FILES. `chat_template`: text in place of all templates of
+    the source; loaders take chat_template.jinja before what stands in tokenizer_config.json."""
     for pattern in SIDE_FILES:
+        if chat_template is not None and pattern.endswith(".jinja"):
+            continue
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _OTHERS and not path.name.endswith(".index.json"):
                 folder = target if path.parent == source else target.child(path.parent.name)
                 folder.make()
                 with open(path, "rb") as file, folder.writer(path.name) as copy:
                     shutil.copyfileobj(file, copy)
+    if chat_template is not None:
+        target.make()
+        target.write_text("chat_template.jinja", chat_template)
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

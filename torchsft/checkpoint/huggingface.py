@@ -132,6 +132,7 @@ def export(
     dtype: torch.dtype,  # of the parameters (see `exported_dtype`); the routing bias keeps the source's, fp32 in published ones
     source_dir: str | Path,  # the Hugging Face or converted directory that the run began with; its weights may be absent
     max_shard_bytes: float = 5e9,  # size of a file, in bytes of tensors
+    chat_template: str | None = None,  # the text of one that replaces those of the source
 ) -> None:
     """Write the model as a Hugging Face directory; collective over all ranks, or one process without a group.
 
@@ -180,7 +181,7 @@ def export(
         if rank == 0:
             weight_map = {key: names[item.file] for item in plan for key in item.contents}
             index = {"metadata": {"total_size": size_of(contents)}, "weight_map": dict(sorted(weight_map.items()))}
-            copy_side_files(source, folder)
+            copy_side_files(source, folder, chat_template)
             folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
             folder.write_text("config.json", json.dumps(exported, indent=2) + "\n")
 

@@ -25,8 +25,10 @@ from torchsft.config import Data, InputError
 from torchsft.data import cache
 from torchsft.data.columns import mapped
 from torchsft.data.formats import parse, recognise
+from torchsft.data.rendering import variables_of
 from torchsft.data.sources import RowError, Source, decode, parse_spec
-from torchsft.data.template import ChatTokenizer, Sample
+from torchsft.data.template import ChatTokenizer, Sample, templates_of
+from torchsft.data.tokenizer import eos_ids
 
 CHUNK_BYTES, CHUNK_ROWS = 2**20, 1024  # what is tokenised at once: the first of the two that is reached
 FEW_CHUNKS = 8  # as many are tokenised before further processes would have started
@@ -52,6 +54,8 @@ class Tally:
     """Ids of the tokens that end trained turns, with the number of these turns."""
     faults: list[RowError] = field(default_factory=list)
     """Why rows cannot be used."""
+    kept: list[str] = field(default_factory=list)
+    """Why rows with a fault are kept nevertheless."""
 
 
 Made = tuple[cache.Block, Tally]  # samples, and what became of the rows that they are of
@@ -63,7 +67,8 @@ class Report:
 
     `counts`: what happened how often, to samples (too-long, truncated, split, no-targets) or rows (notes of the template,
     skipped). `ignored`: keys that no format knows, with the number of rows that have them. `ends`: ids of the tokens that end
-    trained turns (as strings, for JSON), with the number of these turns. `faults`: the first skipped rows."""
+    trained turns (as strings, for JSON), with the number of these turns. `faults`: the first skipped rows. `kept`: the first
+    rows that have a fault and are kept nevertheless."""
 
     name: str
     path: str
@@ -78,6 +83,7 @@ class Report:
     ignored: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
     def add(self, block: cache.Block, tally: Tally) -> None:
         """Take in further rows."""
@@ -91,6 +97,7 @@ class Report:
         self.ignored = dict(Counter(self.ignored) + tally.ignored)
         self.ends = dict(Counter(self.ends) + Counter({str(token): n for token, n in tally.ends.items()}))
         self.faults = (self.faults + [str(fault) for fault in tally.faults])[:LISTED_FAULTS]
+        self.kept = (self.kept + tally.kept)[:LISTED_FAULTS]
 
     def __str__(self) -> str:
         supervised = 100 * self.supervised_tokens / max(self.tokens, 1)
@@ -119,6 +126,7 @@ class Result:
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
+    kept: tuple[str, ...] = ()
     fault: RowError | None = None
 
 
@@ -141,15 +149,18 @@ class Preparer:
         self.name, self.place = source.name, source.where(0).removesuffix("0")
         self.format: str | None = None
         self.columns, self.system = data.columns(), data.system_text()
+        # Absent where the tokenizer is of no directory.
+        self.eos_ids = eos_ids(tokenizer.name_or_path) if tokenizer.name_or_path else ()
 
     @functools.cached_property
     def chat(self) -> ChatTokenizer:
         """Made when it is needed, which it is not to open a cache."""
-        variables, template = self.data.template_variables(), self.tokenizer.get_chat_template()
-        if unknown := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        data, variables = self.data, self.data.template_variables()
+        read = {name for template in templates_of(self.tokenizer).values() for name in variables_of(template)}
+        if unknown := sorted(variables.keys() - read):
             raise InputError(f"--data.template-kwargs has {unknown[0]!r}, which is no variable of the chat template")
-        how = {"mask": self.data.mask, "reasoning": self.data.reasoning, "template_kwargs": variables}
-        return ChatTokenizer(self.tokenizer, **how)
+        how = {"mask": data.mask, "reasoning": data.reasoning, "on_lost_context": data.on_lost_context}
+        return ChatTokenizer(self.tokenizer, template_kwargs=variables, eos_ids=self.eos_ids, **how)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("chat", "source")}
@@ -184,6 +195,7 @@ class Preparer:
                 for tokens, weights in found.samples:
                     self._fit(result, tokens, weights)
                 result.ends = found.ends if result.samples else ()
+                result.kept = tuple(f"{self.place}{result.number}: {text}" for text in found.kept)
             except RowError as error:
                 result.samples, result.fault = [], RowError(f"{self.place}{result.number}", error.reason, error.text)
         return results
@@ -218,6 +230,7 @@ class Preparer:
             tally.counts.update(result.notes)
             tally.ignored.update(result.ignored)
             tally.ends.update(result.ends)
+            tally.kept += result.kept
             if result.fault:
                 tally.faults.append(result.fault)
                 tally.counts["skipped"] += 1
@@ -302,6 +315,7 @@ def _prepare(preparer: Preparer, progress: bool) -> Prepared:
     path, name, content = source.spec.path, source.name, cache.fingerprint(directory, source)
     options = [data.mask, data.reasoning, data.template_variables(), data.seq_len, data.truncation, preparer.vocab_size]
     options += [preparer.columns, preparer.system]
+    options += [data.on_lost_context, preparer.eos_ids]
     key = cache.key_of(content, source.kind, source.spec.split, _tokenizer_state(preparer.tokenizer), options)
 
     def build(add: Callable[[cache.Block], None]) -> dict[str, Any]:
@@ -326,17 +340,21 @@ def _prepare(preparer: Preparer, progress: bool) -> Prepared:
         return asdict(report)
 
     samples, kept, digest = cache.open_or_build(directory, key, name, build)
-    faults = [path + fault.removeprefix(kept["path"]) for fault in kept["faults"]]  # the file may have moved since
+    # The file may have moved since.
+    faults = [path + fault.removeprefix(kept["path"]) for fault in kept["faults"]]
+    still = [path + text.removeprefix(kept["path"]) for text in kept["kept"]]
     if faults and data.on_error == "raise":
         raise InputError(faults[0])
-    return Prepared(name, source.spec.weight, samples, Report(**kept | {"name": name, "path": path, "faults": faults}), digest)
+    report = Report(**kept | {"name": name, "path": path, "faults": faults, "kept": still})
+    return Prepared(name, source.spec.weight, samples, report, digest)
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All of it that decides how a conversation is tokenised."""
     backend = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')[2]  # before: how it was called last
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return [backend, tokenizer.get_chat_template(), special, tokenizers.__version__, transformers.__version__]
+    around = tokenizer("").input_ids  # what the post-processor adds
+    return [backend, around, templates_of(tokenizer), special, tokenizers.__version__, transformers.__version__]
 
 
 def _chunks(source: Source, start: int = 0) -> Iterator[Chunk]:
