@@ -33,7 +33,7 @@ from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
 from torchsft.parallel.world import World
-from torchsft.precision.adamw import build_optimizer
+from torchsft.optim.adamw import build_optimizer
 
 TOOL = str(Path(__file__).with_name("convert_checkpoint.py"))
 CONFIG = {

@@ -27,13 +27,14 @@ from torchsft.metrics.logger import MetricsLogger
 from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
 from torchsft.models.attention import choose_implementation
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.optim.adamw import build_optimizer
+from torchsft.optim.schedule import learning_rate
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.fsdp import held_bytes
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split, weight_pass_possible
 from torchsft.parallel.stages import ZERO_BUBBLE
 from torchsft.parallel.world import World, mesh_sizes
-from torchsft.precision.adamw import build_optimizer, learning_rate
 
 COUNTERS = ("step", "updates", "skipped", "skipped_in_a_row", "first_loss", "last_loss")  # saved in checkpoints
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
