@@ -176,7 +176,7 @@ class Trainer:
                 self.say("\n  skipped: ".join([f"eval {name}: {source.report}", *source.report.faults]))
                 self.eval_samples += source.samples[: config.eval.answers - len(self.eval_samples)]
             self.eval_sets[name] = EvalSet(sources, **batch)
-        self.total_steps = train.steps or sum(loader.steps_in_epoch(epoch) for epoch in range(train.epochs))
+        self.total_steps = train.steps or loader.steps_in(train.epochs)
         self.loader = Background(loader, data.workers, world.device)
         learning_rate(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
 
