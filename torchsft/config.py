@@ -367,7 +367,7 @@ def differences(
 ) -> list[str]:
     """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0 -> 1'.
 
-    An option that `old` lacks, because the version that wrote it had none, had its default there (`defaults`, of this level)."""
+    An option that `old` lacks, as the version that wrote it had none, had its default there (`defaults`, of this level)."""
     defaults = to_dict(Config()) if defaults is None else defaults
     found = []
     for key in sorted(old.keys() | new.keys()):

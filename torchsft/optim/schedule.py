@@ -18,7 +18,7 @@ def steps_of(number: float, total_steps: int) -> int:
 
 
 def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
-    """What the peak learning rate is multiplied with in update number `step` (0 is the first); a pure function of its arguments.
+    """What the peak learning rate is multiplied with in update number `step` (0 is the first), a function of its arguments.
 
     With w warm-up steps, d decay steps (of wsd; else d = n - w), n = total_steps, and floor = min_lr_ratio:
 
