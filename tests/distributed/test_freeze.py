@@ -35,7 +35,7 @@ CASES = {
 def train(directory: str, **sizes: Any) -> dict[str, dict[str, Any]]:
     """Two steps of each case: numbers, gradients of the first step, parameters and moments at the end, as far as here."""
     results = {}
-    sizes = {"seq_len": 128} | sizes
+    sizes = {"seq_len": 128, "global_batch_size": 4} | sizes
     with World(config_for(directory, **sizes).parallel, 0) as world:
         for name, (groups, freeze) in CASES.items():
             config = config_for(directory, **sizes)
