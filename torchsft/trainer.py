@@ -200,7 +200,7 @@ class Trainer:
         for stage in self.stages:
             stage.to_empty(device=world.device)
         self.model.init_buffers()
-        self.optimizer = build_optimizer(self.model, config.optim, self.selection.groups, part=config.parallel.pp > 1)
+        self.optimizer = build_optimizer(self.model, config.optim, self.selection.groups)
         if self.checkpoint:
             self.resume(self.checkpoint)
         elif self.weights is None:
