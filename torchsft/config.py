@@ -118,9 +118,9 @@ class Train:
     seed: int = 0
     """Seed of weights (where random) and of the data order."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are: router, embeddings (the input's), experts (routed ones), layers.N or layers.A-B, or
-    patterns of names in the checkpoint with * and ?, whole or up to a dot: '*.mlp.shared_experts', lm_head. Experts of a layer
-    are one parameter each of gate_up_proj and down_proj."""
+    """Parameters that stay as they are: router, embeddings (the input's), experts (routed ones), layers, layers.N, layers.A-B,
+    or patterns of names in the checkpoint with * and ?, whole or up to a dot: '*.mlp.shared_experts', lm_head. The experts of a
+    layer are two parameters, experts.gate_up_proj and experts.down_proj."""
     aux_loss: float = 0.0
     """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with 1e-4); 0: none."""
     activation_checkpointing: Literal["none", "full"] = "none"

@@ -50,6 +50,9 @@ def two_steps(trainer: SilentTrainer) -> dict[str, Any]:
         gradients.append({n: full(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None})
         update()
 
+    backward: set[str] = set()  # layers whose output takes part in the backward pass
+    for name, layer in trainer.model.model.layers.items():
+        layer.register_forward_hook(lambda _, __, output, name=name: backward.update([name] if output.requires_grad else []))
     trainer.optimizer.step = keep_gradients_and_update
     trainer.config.train.aux_loss = 0.05
     records = [trainer.train_step(next(trainer.loader))[0] for _ in range(2)]
@@ -60,6 +63,7 @@ def two_steps(trainer: SilentTrainer) -> dict[str, Any]:
     return {
         "numbers": [(r["loss"], r["grad_norm"], r["lr"], r["aux_loss"]) for r in records],
         "still": still,
+        "backward": backward,
         "gradients": gradients[0],
         "state": state,
         "moments": moments,
@@ -71,9 +75,11 @@ def on_ranks(ranks, n: int, **options: Any) -> dict[str, dict[str, Any]]:
     whole: dict[str, dict[str, Any]] = {}
     for of_rank in ranks(n, train, **options):
         for case, result in of_rank.items():
-            known = whole.setdefault(case, {key: {} for key in ("gradients", "state", "moments")} | {"still": set()})
+            empty = {key: {} for key in ("gradients", "state", "moments")}
+            known = whole.setdefault(case, empty | {"still": set(), "backward": set()})
             assert known.setdefault("numbers", result["numbers"]) == result["numbers"]
             known["still"] |= set(result["still"])
+            known["backward"] |= result["backward"]
             for key in ("gradients", "state", "moments"):
                 known[key] |= result[key]
     return whole
@@ -98,6 +104,8 @@ def test_what_is_frozen_is_left_alone_and_all_else_is_trained(one_process):
     assert frozen["all but the head"] == names - {"lm_head.weight"}
     assert frozen["the router"] == {f"model.layers.{i}.mlp.gate.weight" for i in (1, 2, 3)}
     beginnings = ("model.embed_tokens.", "model.layers.0.", "model.layers.1.")
+    backward = {case: sorted(result["backward"]) for case, result in one_process.items()}
+    assert backward["the first stages"] == ["2", "3"] and backward["all but the head"] == []
     assert frozen["the first stages"] == {name for name in names if name.startswith(beginnings)}
     for result in one_process.values():
         assert result["gradients"].keys() == result["moments"].keys() == names - result["still"]
@@ -111,8 +119,8 @@ MATRIX = [
     layout(pp=2, pp_schedule="1F1B"),
     layout(pp=2, pp_schedule="InterleavedZeroBubble"),
     layout(pp=2, dp_shard=2, ep=2, pp_schedule="ZBVZeroBubble"),
-    layout(dp_replicate=2, dp_shard=2),
-    layout(cp=2, tp=2, ep=2, micro_batch_size=2, activation_checkpointing="full"),
+    layout(dp_replicate=2),
+    layout(cp=2, tp=2, ep=2, micro_batch_size=4, activation_checkpointing="full"),
 ]
 
 
@@ -123,7 +131,7 @@ def test_no_layout_changes_what_is_frozen_or_how_the_rest_is_trained(ranks, inpu
     wrong = []
     for case, expected in one_process.items():
         result = results[case]
-        assert result["still"] == expected["still"], case
+        assert (result["still"], result["backward"]) == (expected["still"], expected["backward"]), case
         for got, wanted in zip(result["numbers"], expected["numbers"], strict=True):
             assert got == pytest.approx(wanted, rel=1e-5), case
         for key, tolerance in (("gradients", 1e-5), ("state", 1e-5), ("moments", 1e-4)):
@@ -136,7 +144,7 @@ def test_no_layout_changes_what_is_frozen_or_how_the_rest_is_trained(ranks, inpu
 
 
 def test_a_run_in_two_layouts_is_the_run_in_one(ranks, inputs, tmp_path):
-    """A rank of the first has nothing to train: its stage is frozen whole."""
+    """A rank of the first has nothing to train: its stage is frozen whole. The last leg comes back to it."""
     options = {"directory": inputs, "freeze": ("embeddings", "layers.0-1", "router"), "groups": ("*norm*:lr=0.05",)}
     options |= {"global_batch_size": 4}
     (whole,) = ranks(1, train_leg, output=str(tmp_path / "whole"), start=0, stop=4, **options)
@@ -146,7 +154,11 @@ def test_a_run_in_two_layouts_is_the_run_in_one(ranks, inputs, tmp_path):
     names = metadata.state_dict_metadata.keys()
     assert "optimizer.state.lm_head.weight.exp_avg" in names
     assert not [n for n in names if n.startswith("optimizer.") and any(part in n for part in (".gate.", ".layers.1.", "embed"))]
-    results = ranks(2, train_leg, start=2, stop=4, ep=2, **run)
-    assert results[0]["numbers"] == [pytest.approx(step, rel=1e-5) for step in whole["numbers"][2:]]
-    for name, tensor in results[0]["state"].items():
+    numbers = ranks(2, train_leg, start=2, stop=3, ep=2, **run)[0]["numbers"]
+    results = ranks(2, train_leg, start=3, stop=4, pp=2, pp_schedule="1F1B", **run)
+    numbers += results[0]["numbers"]
+    assert numbers == [pytest.approx(step, rel=1e-5) for step in whole["numbers"][2:]]
+    state = results[0]["state"] | results[1]["state"]
+    assert state.keys() == whole["state"].keys()
+    for name, tensor in state.items():
         torch.testing.assert_close(tensor, whole["state"][name], rtol=0, atol=2e-5, msg=name)

@@ -1,5 +1,6 @@
 """What patterns of parameters mean, against names written by hand, and what is refused."""
 
+import math
 import re
 
 import pytest
@@ -9,10 +10,16 @@ from tests.tiny import tiny_config
 from torchsft.config import InputError, Optim
 from torchsft.models.deepseek_v3 import PARTS, DeepseekV3, DeepseekV3Config
 from torchsft.optim.selection import matching, select
+from torchsft.parallel.fsdp import held_bytes
 
-with torch.device("meta"):  # 12 layers, the first of them dense
-    MODEL = DeepseekV3(DeepseekV3Config.from_hf(tiny_config(num_hidden_layers=12).to_dict()))
-SHAPES = {name: tuple(parameter.shape) for name, parameter in MODEL.named_parameters()}
+
+def meta_model():
+    """12 layers, the first of them dense."""
+    with torch.device("meta"):
+        return DeepseekV3(DeepseekV3Config.from_hf(tiny_config(num_hidden_layers=12).to_dict()))
+
+
+SHAPES = {name: tuple(parameter.shape) for name, parameter in meta_model().named_parameters()}
 ROUTERS = {f"model.layers.{i}.mlp.gate.weight" for i in range(1, 12)}
 EXPERTS = {f"model.layers.{i}.mlp.experts.{part}" for i in range(1, 12) for part in ("gate_up_proj", "down_proj")}
 
@@ -60,11 +67,24 @@ def test_the_first_group_that_matches_decides_and_frozen_parameters_have_none():
     assert of["model.layers.10.input_layernorm.weight"] == of["lm_head.weight"] == (0.5, None)
 
 
+def test_a_frozen_parameter_takes_memory_for_its_weight_alone():
+    """4 bytes an element; a trained one has a gradient and two moments too."""
+    model = meta_model()
+    chosen(["experts"]).apply(model)
+    experts = sum(math.prod(SHAPES[name]) for name in EXPERTS)
+    others = sum(map(math.prod, SHAPES.values())) - experts
+    assert held_bytes(model, torch.bfloat16, reshard_after_forward=True) == (4 * experts + 16 * others, 0)
+
+
 @pytest.mark.parametrize(
     ("freeze", "groups", "sentence"),
     [
         (["routers"], [], "--train.freeze 'routers' matches no parameter; similar names: router"),
-        (["model.layers.1.mlp.experts.0.up_proj.weight"], [], "parameter, such as model.layers.1.mlp.experts.down_proj"),
+        (
+            ["model.layers.1.mlp.experts.0.up_proj.weight"],
+            [],
+            "are stacked in two parameters: model.layers.1.mlp.experts.down_proj",
+        ),
         (["gate"], [], "words: router, embeddings, experts, layers, layers.N, layers.A-B"),
         (["qqqq"], [], "a name is such as model.embed_tokens.weight"),
         (["layers.12"], [], "--train.freeze 'layers.12' names layer 12, but the model's are 0 to 11"),
