@@ -95,7 +95,10 @@ def test_the_learning_rate_of_a_group_is_on_tensorboard_and_follows_the_schedule
         (["--train.freeze", "routr"], "--train.freeze 'routr' matches no parameter; similar names: router"),
         (["--optim.groups", "layers.7:lr=1"], "names layer 7, but the model's are 0 to 2"),
         (["--train.freeze", "*"], "leaves no parameter to train"),
-        (["--optim.schedule", "wsd", "--optim.decay-steps", "3"], "decay-steps is 3, which is 3 of the run's 2 steps"),
+        (
+            ["--optim.schedule", "wsd", "--optim.decay-steps", "3"],
+            "decay-steps is 3, but the warm-up leaves only 2 of",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_weight_is_loaded(rows, tmp_path, monkeypatch, options, sentence):

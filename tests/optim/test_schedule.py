@@ -105,7 +105,7 @@ def test_wsd_without_a_number_decays_over_the_last_tenth_linearly():
 def test_a_decay_longer_than_what_the_warm_up_leaves_is_refused():
     optim = Optim(schedule="wsd", warmup_steps=4, decay_steps=0.7)
     with pytest.raises(
-        InputError, match=r"decay-steps is 0.7, which is 7 of the run's 10 steps, but the warm-up leaves only 6;"
+        InputError, match=r"decay-steps is 0.7 \(7 steps\), but the warm-up leaves only 6 of the run's 10 steps;"
     ):
         learning_rate(0, optim, 10)
     assert math.isclose(learning_rate(4, Optim(lr=1.0, schedule="wsd", warmup_steps=4, decay_steps=6), 10), 1.0)

@@ -73,6 +73,7 @@ def decay_steps(optim: Optim, total_steps: int) -> int:
     number = WSD_DECAY if optim.decay_steps is None else optim.decay_steps
     steps = steps_of(number, total_steps)
     if steps > left:
-        fault = f"--optim.decay-steps is {number}, which is {steps} of the run's {total_steps} steps"
-        raise InputError(f"{fault}, but the warm-up leaves only {left}; lower it or train longer")
+        share = f" ({steps} steps)" if number < 1 else ""
+        fault = f"--optim.decay-steps is {number}{share}, but the warm-up leaves only {left} of the run's {total_steps} steps"
+        raise InputError(f"{fault}; lower it or train longer")
     return steps
