@@ -7,7 +7,11 @@ import torch
 import transformers
 
 from torchsft.config import InputError, Optim
-from torchsft.optim.schedule import learning_rate
+from torchsft.optim.schedule import lr_factor
+
+
+def learning_rate(step, optim, total_steps):
+    return optim.lr * lr_factor(step, optim, total_steps)
 
 
 def test_warm_up_is_linear_from_the_first_step():
@@ -100,6 +104,7 @@ def test_a_share_is_the_decimal_number_of_steps_rounded_up(share, total, steps):
 def test_wsd_without_a_number_decays_over_the_last_tenth_linearly():
     optim = Optim(lr=1.0, schedule="wsd")
     assert rates(optim, 40) == [1.0] * 37 + [0.75, 0.5, 0.25]
+    assert rates(Optim(lr=1.0, schedule="wsd", decay_steps=0), 4) == [1.0] * 4
 
 
 def test_a_decay_longer_than_what_the_warm_up_leaves_is_refused():

@@ -34,11 +34,10 @@ def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
     warmup, decay = warmup_steps(optim, total_steps), decay_steps(optim, total_steps)
     if step < warmup:
         return (step + 1) / warmup
-    if optim.schedule == "constant":
+    begin = total_steps - decay
+    if optim.schedule == "constant" or step < begin:
         return 1.0
-    t = (step - (total_steps - decay)) / decay
-    if t < 0:
-        return 1.0
+    t = (step - begin) / decay
     shape = optim.schedule
     if shape == "wsd":
         shape = optim.decay_shape or "linear"
@@ -49,11 +48,6 @@ def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
     else:
         share = 1 - math.sqrt(t)
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share
-
-
-def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
-    """Learning rate of update number `step` outside of --optim.groups; see `lr_factor`."""
-    return optim.lr * lr_factor(step, optim, total_steps)
 
 
 def warmup_steps(optim: Optim, total_steps: int) -> int:
