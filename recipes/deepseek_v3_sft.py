@@ -37,7 +37,7 @@ def debug() -> Config:
         data=Data(seq_len=512),
         train=Train(steps=400, global_batch_size=rows, micro_batch_size=rows // ranks),
         parallel=Parallel(ep=math.gcd(ranks, 8), pp_schedule="1F1B"),  # the model has 8 experts and 3 layers
-        optim=Optim(lr=3e-3, warmup_steps=20),
+        optim=Optim(lr=3e-3, warmup_steps=0.05),
         checkpoint=Checkpoint(every=200, export="fp32"),
         eval=Eval(every=100, answers=32, max_new_tokens=16),
         output="outputs/deepseek_v3_debug",
@@ -59,7 +59,7 @@ def v3_256() -> Config:
         data=Data(seq_len=4096),
         train=Train(epochs=1, global_batch_size=512, activation_checkpointing="full"),
         parallel=Parallel(pp=8, pp_schedule="Interleaved1F1B", dp_shard=32, ep=32, timeout_seconds=1800.0),
-        optim=Optim(lr=5e-6, warmup_steps=20),
+        optim=Optim(lr=5e-6, warmup_steps=0.03),
         output="outputs/deepseek_v3",
     )
 
@@ -84,7 +84,7 @@ def moonlight() -> Config:
         data=Data(seq_len=8192),
         train=Train(epochs=1, global_batch_size=32, activation_checkpointing="full"),
         parallel=Parallel(dp_shard=8, ep=8),
-        optim=Optim(lr=1e-5, warmup_steps=20),
+        optim=Optim(lr=1e-5, warmup_steps=0.03),
         output="outputs/moonlight",
     )
 

@@ -1,6 +1,7 @@
 """The command-line contract: names, strictness, presets, what makes two runs different."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -77,6 +78,10 @@ def test_what_is_not_understood_ends_the_program_with_a_word_about_it(argv, mess
     [
         (lambda: Train(steps=1, epochs=1), "both set"),
         (lambda: Train(steps=0), "--train.steps is 0, but it must be at least 1"),
+        (lambda: Train(epochs=0), "--train.epochs is 0, but it must be above 0"),
+        (lambda: Train(epochs=-0.5), "--train.epochs is -0.5"),
+        (lambda: Train(epochs=float("nan")), "--train.epochs is nan"),
+        (lambda: Train(epochs=float("inf")), "--train.epochs is inf"),
         (lambda: Train(micro_batch_size=0), "--train.micro-batch-size is 0"),
         (lambda: Optim(lr=-1.0), "--optim.lr is -1.0"),
         (lambda: Optim(lr=float("nan")), "--optim.lr is nan"),
@@ -105,6 +110,21 @@ def test_differences_name_what_changes_the_training_and_nothing_else():
     )
     assert differences(to_dict(old), to_dict(new)) == ["optim.lr: 1e-05 -> 0.5", "train.seed: 0 -> 3"]
     assert differences(to_dict(old), to_dict(old)) == []
+
+
+def test_an_option_that_an_older_version_did_not_have_had_its_default_there():
+    old, new = to_dict(Config()), Config()
+    del old["train"]["freeze"], old["optim"]["groups"], old["optim"]["decay_steps"]
+    assert differences(old, to_dict(new)) == []
+    new.train.freeze = ("router",)
+    assert differences(old, to_dict(new)) == ["train.freeze: [] -> ['router']"]
+
+
+def test_epochs_are_numbers_with_or_without_a_point():
+    assert options("finetune", "--train.epochs", "2")[1].train.epochs == 2
+    assert options("finetune", "--train.epochs", "0.5")[1].train.epochs == 0.5
+    assert differences(to_dict(Config(train=Train(epochs=1))), to_dict(Config(train=Train(epochs=1.0)))) == []
+    assert '"epochs": 2,' in json.dumps(to_dict(options("finetune", "--train.epochs", "2")[1]))
 
 
 @pytest.mark.parametrize("name", PRESETS)

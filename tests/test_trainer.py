@@ -58,25 +58,51 @@ def reference_tokens(messages, tokenizer):
     return tokens, trained
 
 
-def test_three_steps_equal_a_transformers_loop(inputs, tmp_path):
-    """Loss, norm and weights of 3 AdamW steps with warm-up, linear decay, weight decay and clipping."""
+def as_one(name):
+    """No parameter is frozen, and all have one peak learning rate and weight decay."""
+    return True, 1e-2, 0.1
+
+
+def apart(name):
+    """Whether a parameter is trained, its peak learning rate and weight decay: what `APART` says, by hand."""
+    if ".mlp.gate." in name or "embed_tokens" in name or name.startswith("model.layers.0."):
+        return False, 0.0, 0.0
+    if ".mlp.experts." in name:
+        return True, 2e-3, 0.0
+    if "layernorm" in name:
+        return True, 0.02, 0.1
+    if name.startswith("model.layers.2."):
+        return True, 5e-3, 0.1
+    return True, 1e-2, 0.5 if "lm_head" in name else 0.1
+
+
+APART = {
+    "freeze": ("router", "embeddings", "layers.0"),
+    "groups": ("experts:lr=2e-3,weight_decay=0", "*layernorm:lr=0.02", "lm_head:weight_decay=0.5", "layers.2:lr=5e-3"),
+}
+
+
+@pytest.mark.parametrize(("options", "kind"), [({"freeze": (), "groups": ()}, as_one), (APART, apart)])
+def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind):
+    """Loss, norm and weights of 3 AdamW steps: warm-up, linear decay, weight decay and clipping; frozen parts and groups."""
     config = trainer_for(inputs, tmp_path)
+    config.train.freeze, config.optim.groups = options["freeze"], options["groups"]
     lines = [json.loads(line)["messages"] for line in (inputs / "train.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     model = DeepseekV3ForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    o = config.optim
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(o.beta1, o.beta2),
-        eps=o.eps,
-    )
-    learning_rates = [1e-2, 1e-2, 0.5e-2]  # warm-up of 1 step, then linear: 1 and 1/2 of the peak
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups, o = [], config.optim
+    for name, parameter in model.named_parameters():
+        trained, peak, decay = kind(name)
+        parameter.requires_grad_(trained)
+        if trained:
+            groups.append({"params": [parameter], "peak": peak, "weight_decay": decay if parameter.ndim >= 2 else 0.0})
+    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    factors = [1.0, 1.0, 0.5]  # warm-up of 1 step, then linear: 1 and 1/2 of the peak
 
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
-        for lr in learning_rates:
+        for factor in factors:
             step = next(trainer.loader)
             record, _ = trainer.train_step(step)
             loss, count = 0.0, 0
@@ -89,17 +115,19 @@ def test_three_steps_equal_a_transformers_loop(inputs, tmp_path):
             (loss / count).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = factor * group["peak"]
             optimizer.step()
             optimizer.zero_grad()
             assert record["supervised_tokens"] == count
             assert record["loss"] == pytest.approx(loss.item() / count, rel=1e-5)
             assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-            assert record["lr"] == pytest.approx(lr)
+            assert record["lr"] == pytest.approx(factor * 1e-2)
         trained_state = trainer.model.state_dict()
     expected = model.state_dict()
     for name, tensor in trained_state.items():
         torch.testing.assert_close(tensor, expected[name].reshape(tensor.shape), rtol=0, atol=2e-5, msg=name)
+        still = "correction_bias" in name or not kind(name)[0]
+        assert torch.equal(tensor, before[name].reshape(tensor.shape)) == still, name
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(inputs, tmp_path):

@@ -30,10 +30,10 @@ from tools.benchmark_pipeline import on_ranks
 from torchsft.checkpoint import huggingface, state
 from torchsft.config import Optim, Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
 from torchsft.parallel.world import World
-from torchsft.precision.adamw import build_optimizer
 
 TOOL = str(Path(__file__).with_name("convert_checkpoint.py"))
 CONFIG = {

@@ -20,10 +20,10 @@ import torch
 from torchsft.config import Optim, Parallel
 from torchsft.metrics.throughput import peak_tflops
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.world import World
-from torchsft.precision.adamw import build_optimizer
 
 # fp32 master, gradient and two moments (16), the bf16 copy and bf16 gradient of the layer in work, allocator slack.
 BYTES_PER_PARAMETER = 19

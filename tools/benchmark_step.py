@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchsft.config import Optim
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.models.loss import IGNORE
-from torchsft.precision.adamw import build_optimizer
+from torchsft.optim.adamw import build_optimizer
 
 ROWS, ROW = 4, 1024
 SMALL = {

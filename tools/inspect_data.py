@@ -48,8 +48,8 @@ class Train:
 
     steps: int | None = None
     """Optimizer steps. Give this or epochs."""
-    epochs: int | None = None
-    """Passes over the training data. Neither given: 1 epoch."""
+    epochs: int | float | None = None
+    """Passes over the training data, such as 0.5. Neither given: 1 epoch."""
     global_batch_size: int = config.Train().global_batch_size
     """Rows per optimizer step, over all ranks."""
     seed: int = 0

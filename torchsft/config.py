@@ -159,14 +159,18 @@ class Train:
 
     steps: int | None = None
     """Optimizer steps. Give this or epochs."""
-    epochs: int | None = None
-    """Passes over the training data. Neither given: 1 epoch."""
+    epochs: int | float | None = None
+    """Passes over the training data; 0.5: the steps that see the first half of an epoch's samples. Neither given: 1 epoch."""
     global_batch_size: int = 8
     """Rows per optimizer step, over all ranks."""
     micro_batch_size: int = 1
     """Rows per forward and backward pass of one rank."""
     seed: int = 0
     """Seed of weights (where random) and of the data order."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: router, embeddings (the input's), experts (routed ones), layers, layers.N, layers.A-B,
+    or patterns of names in the checkpoint with * and ?, whole or up to a dot: '*.mlp.shared_experts', lm_head. The experts of a
+    layer are two parameters, experts.gate_up_proj and experts.down_proj."""
     aux_loss: float = 0.0
     """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with 1e-4); 0: none."""
     activation_checkpointing: Literal["none", "full"] = "none"
@@ -178,7 +182,9 @@ class Train:
         if self.steps is not None and self.epochs is not None:
             fault = f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set"
             raise InputError(f"{fault}; give one of them (the other: None)")
-        _at_least(self, steps=1, epochs=1, global_batch_size=1, micro_batch_size=1, seed=0, aux_loss=0, max_nonfinite_steps=1)
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise InputError(f"--train.epochs is {self.epochs}, but it must be above 0")
+        _at_least(self, steps=1, global_batch_size=1, micro_batch_size=1, seed=0, aux_loss=0, max_nonfinite_steps=1)
 
 
 @dataclass(kw_only=True)
@@ -216,28 +222,44 @@ class Parallel:
             raise InputError(f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0")
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with optimizer options of their own, as --optim.groups says them; None: as all others."""
+
+    pattern: str
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
 @dataclass(kw_only=True)
 class Optim:
     """AdamW and its learning-rate schedule."""
 
     lr: float = 1e-5
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd: stable, then decay at the end."""
+    warmup_steps: int | float = 0
+    """Steps of linear warm-up; below 1: their share of the run's steps, rounded up."""
+    decay_steps: int | float | None = None
+    """Steps at the end over which wsd decays; below 1: their share of the run's steps, rounded up. Absent: 0.1."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = None
+    """How wsd decays; absent: linear."""
     min_lr_ratio: float = 0.0
-    """Final learning rate of cosine and linear, as a share of lr."""
+    """Learning rate at the end of the decay (the floor of cosine, linear and wsd), as a share of the peak."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled; applied to matrices only (parameters of two or more dims), not to norms and biases."""
     clip_norm: float | None = 1.0
-    """Largest global gradient norm; None leaves gradients as they are."""
+    """Largest global gradient norm (over what is trained); None leaves gradients as they are."""
+    groups: tuple[str, ...] = ()
+    """PATTERN:lr=1e-6,weight_decay=0 (or one of the two): another peak learning rate, on the same schedule, or weight decay for
+    some parameters. Patterns as for --train.freeze; the first one that matches a parameter decides."""
 
     def __post_init__(self) -> None:
-        _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0)
+        _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--optim.{name} is {getattr(self, name)}, but it must be in [0, 1)")
@@ -247,6 +269,45 @@ class Optim:
             raise InputError(f"--optim.clip-norm is {self.clip_norm}, but it must be above 0 (or None for no clipping)")
         if not math.isfinite(self.lr):
             raise InputError(f"--optim.lr is {self.lr}, but it must be a finite number")
+        for name in ("warmup_steps", "decay_steps"):
+            number = getattr(self, name)
+            if number is not None and number >= 1 and number != int(min(number, 1e18)):
+                option = f"--optim.{name.replace('_', '-')}"
+                raise InputError(f"{option} is {number}, but from 1 on it must be a whole number of steps")
+        for name in ("decay_steps", "decay_shape"):
+            if getattr(self, name) is not None and self.schedule != "wsd":
+                option = f"--optim.{name.replace('_', '-')}"
+                fault = f"{option} is {getattr(self, name)}, but --optim.schedule {self.schedule} has no decay of its own"
+                raise InputError(f"{fault}; set --optim.schedule wsd or leave it out")
+        self.parameter_groups()
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """`groups`, parsed. InputError where one is not understood."""
+        return [_parameter_group(text) for text in self.groups]
+
+
+def _parameter_group(text: str) -> ParameterGroup:
+    """Read `PATTERN:lr=...,weight_decay=...`."""
+    known = ("lr", "weight_decay")
+    refused = f"--optim.groups has {text!r}, "
+    pattern, _, said = text.rpartition(":")
+    if not pattern or not said:
+        raise InputError(f"{refused}but it must be PATTERN:lr=NUMBER,weight_decay=NUMBER (or one of the two)")
+    values: dict[str, float] = {}
+    for part in said.split(","):
+        key, _, number = part.partition("=")
+        name = key.strip().replace("-", "_")
+        if name not in known:
+            raise InputError(f"{refused}but a group has no {key.strip()!r}; it can have {' and '.join(known)}")
+        if name in values:
+            raise InputError(f"{refused}which gives {name} twice; give it once")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise InputError(f"{refused}but {name} = {number!r} is not a number") from None
+        if not 0 <= values[name] < math.inf:
+            raise InputError(f"{refused}but {name} is {values[name]}; it must be a finite number of at least 0")
+    return ParameterGroup(pattern.strip(), **values)
 
 
 @dataclass(kw_only=True)
@@ -351,15 +412,21 @@ FREE_TO_CHANGE = (
 )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0 -> 1'."""
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0 -> 1'.
+
+    An option that `old` lacks, as the version that wrote it had none, had its default there (`defaults`, of this level)."""
+    defaults = to_dict(Config()) if defaults is None else defaults
     found = []
     for key in sorted(old.keys() | new.keys()):
-        name, a, b = prefix + key, old.get(key), new.get(key)
+        name, b = prefix + key, new.get(key)
+        a = old.get(key, defaults.get(key))
         if name in FREE_TO_CHANGE or a == b:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, name + ".")
+            found += differences(a, b, name + ".", defaults.get(key, {}))
         else:
             found.append(f"{name}: {a!r} -> {b!r}")
     return found

@@ -29,14 +29,23 @@ from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger
 from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
 from torchsft.models.attention import choose_implementation
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.deepseek_v3 import PARTS, DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.optim.adamw import build_optimizer, set_lr
+from torchsft.optim.schedule import lr_factor
+from torchsft.optim.selection import select
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.fsdp import held_bytes
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
-from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split, weight_pass_possible
+from torchsft.parallel.pipeline import (
+    build_pipeline,
+    first_trained,
+    plan_stages,
+    reshard_after_forward,
+    split,
+    weight_pass_possible,
+)
 from torchsft.parallel.stages import ZERO_BUBBLE
 from torchsft.parallel.world import World, mesh_sizes
-from torchsft.precision.adamw import build_optimizer, learning_rate
 
 COUNTERS = ("step", "updates", "skipped", "skipped_in_a_row", "first_loss", "last_loss")  # saved in checkpoints
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -140,9 +149,14 @@ class Trainer:
         kinds = {"attention": options.attention, "experts": options.experts, "loss_chunk": options.loss_chunk}
         self.weights, pp_rank = None, world.dense.get_local_rank("pp")
         with torch.device("meta"):
+            whole = DeepseekV3(self.model_config, **kinds)
+            self.shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+            self.selection = select(self.shapes, train.freeze, config.optim.parameter_groups(), PARTS)
+            self.selection.apply(whole)
             if self.checkpoint is None and not options.random_init:  # else the Hugging Face directory's weights are not read
-                self.weights = huggingface.check_weights(self.source, DeepseekV3(self.model_config, **kinds))
+                self.weights = huggingface.check_weights(self.source, whole)
             self.model = DeepseekV3(self.model_config, **kinds, **self.plan.model_part(pp_rank))
+            self.selection.apply(self.model)
             self.stages = split(self.model, self.plan, pp_rank)
         recompute, reshard = train.activation_checkpointing == "full", reshard_after_forward(parallel)
         parallelize(self.stages, world, dtype, activation_checkpointing=recompute, reshard_after_forward=reshard)
@@ -155,6 +169,7 @@ class Trainer:
             fault = f"rank {world.rank} would hold {(sharded + gathered) / 1e9:.1f} GB of weights, gradients and moments"
             raise InputError(f"{fault}, but its device has {memory / 1e9:.1f} GB; {remedy}")
         shape = {"microbatches": microbatches, "tokens": tokens, "dtype": dtype}
+        shape["first_trained"] = first_trained(whole, self.plan)
         self.pipeline = build_pipeline(self.stages, self.plan, parallel, world, **shape)
 
     def load_data(self) -> None:
@@ -199,9 +214,9 @@ class Trainer:
                 self.say("\n  skipped: ".join([f"eval {name}: {source.report}", *source.report.faults]))
                 self.eval_samples += source.samples[: config.eval.answers - len(self.eval_samples)]
             self.eval_sets[name] = EvalSet(sources, **batch)
-        self.total_steps = train.steps or sum(loader.steps_in_epoch(epoch) for epoch in range(train.epochs))
+        self.total_steps = train.steps or loader.steps_in(train.epochs)
         self.loader = Background(loader, data.workers, world.device)
-        learning_rate(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
+        lr_factor(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
 
     def build_model(self) -> None:
         """Memory and weights: no rank ever holds more than its share of the model."""
@@ -209,7 +224,7 @@ class Trainer:
         for stage in self.stages:
             stage.to_empty(device=world.device)
         self.model.init_buffers()
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, self.selection.groups)
         if self.checkpoint:
             self.resume(self.checkpoint)
         elif self.weights is None:
@@ -327,12 +342,12 @@ class Trainer:
 
         norm_tensor = global_norm(self.model.parameters())
         norm = norm_tensor.item()
-        lr = learning_rate(self.updates, config.optim, self.total_steps)
+        factor = lr_factor(self.updates, config.optim, self.total_steps)
+        lr = config.optim.lr * factor
         if math.isfinite(norm) and weight > 0:
             if config.optim.clip_norm is not None:
                 scale_gradients(self.model.parameters(), clip_factor(norm_tensor, config.optim.clip_norm))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self.optimizer, factor)
             self.optimizer.step()
             self.updates += 1
             self.skipped_in_a_row = 0
@@ -355,6 +370,9 @@ class Trainer:
             record["aux_loss"] = aux_loss
         scalars = {"speed/supervised_tokens_per_second": supervised / seconds, "optim/skipped_steps": self.skipped}
         scalars |= {f"data/epochs/{name}": n for name, n in self.loader.loader.source_epochs(step.state).items()}
+        for group in config.optim.parameter_groups():
+            if group.lr is not None:
+                scalars[f"optim/lr/{group.pattern}"] = factor * group.lr
         scalars |= memory_gib(world.device) | load
         if peak := config.metrics.peak_tflops or peak_tflops(world.device):
             scalars["speed/mfu"] = mfu(flops / world.size, seconds, peak)
@@ -442,9 +460,9 @@ class Trainer:
     def describe(self) -> str:
         """What is about to be trained, and how."""
         config, world, train = self.config, self.world, self.config.train
-        # DTensor.numel() is the global number: each pipeline rank's part is counted once.
-        counts_it = all(world.dense.get_local_rank(axis) == 0 for axis in ("dp_replicate", "dp_shard", "cp", "tp"))
-        (parameters,) = world.sum([sum(p.numel() for p in self.model.parameters()) if counts_it else 0.0]).tolist()
+        numbers = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        parameters = sum(numbers.values())
+        frozen = sum(numbers[name] for name in self.selection.frozen)
         axes = {axis: world.dense[axis].size() for axis in world.dense.mesh_dim_names}
         axes |= {axis: world.expert[axis].size() for axis in ("ep", "edp")}
         shown = [f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "dp_shard"]
@@ -455,7 +473,12 @@ class Trainer:
             if config.parallel.pp_schedule in ZERO_BUBBLE and (full or not weight_pass_possible()):
                 reason = "activation checkpointing" if full else f"torch {torch.__version__}"
                 shown.append(f"with whole backward passes ({reason}) and the bubbles that this schedule else fills")
-        model = f"{parameters / 1e6:,.2f} M parameters, {config.precision.compute} compute"
+        model = f"{parameters / 1e6:,.2f} M parameters"
+        if frozen:
+            model += f", of which {(parameters - frozen) / 1e6:,.2f} M are trained"
+            if self.model_config.tie_word_embeddings and "model.embed_tokens.weight" in self.selection.frozen:
+                model += " (frozen with the embeddings: the output embedding, which is tied to them)"
+        model += f", {config.precision.compute} compute"
         steps = f"steps {self.step} -> {self.total_steps} of {train.global_batch_size} rows of {config.data.seq_len} tokens"
         return f"{model}, on {world.size} x {world.device.type}: {', '.join(shown)}; {steps}"
 

@@ -13,9 +13,9 @@ from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.weight_files import SafetensorsWriter
 from torchsft.config import Optim, Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.world import World
-from torchsft.precision.adamw import build_optimizer
 
 RANKS = 4
 LAYOUTS = (1, 2, 4)  # sizes of ep

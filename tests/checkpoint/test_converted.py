@@ -18,7 +18,7 @@ from torchsft.checkpoint.converted import ConvertedWeights, is_dcp
 from torchsft.checkpoint.huggingface import check_weights, read_config
 from torchsft.checkpoint.state import Checkpointer
 from torchsft.config import InputError, Optim
-from torchsft.precision.adamw import build_optimizer
+from torchsft.optim.adamw import build_optimizer
 
 
 def to_dcp(source, out):

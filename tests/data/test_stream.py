@@ -21,6 +21,7 @@ from torchsft.data.stream import Background, EvalSet, StreamLoader, TrainLoader
 RNG = np.random.default_rng(0)
 ROOT = Path(__file__).parents[2]
 SAMPLES = numbered(RNG.integers(2, 33, 97))
+ONE_ROW = {"global_batch_size": 1, "micro_batch_size": 1}
 SIZES = {"seq_len": 64, "global_batch_size": 8, "micro_batch_size": 2, "seed": 3, "pad_token_id": 0}
 
 
@@ -68,6 +69,24 @@ def test_every_sample_comes_exactly_once_an_epoch_although_rows_do_not_divide():
         assert sorted(orders[-1]) == sorted(sample.id for sample in SAMPLES)
     assert len({tuple(order) for order in orders}) == 3
     assert next(stream).epoch == 3
+
+
+@pytest.mark.parametrize("epochs", [0.001, 0.1, 0.25, 0.5, 0.9, 1.5, 2.3])
+def test_a_part_of_an_epoch_is_the_fewest_steps_that_see_so_many_samples(epochs):
+    stream, steps = loader(buffer=20), loader(buffer=20).steps_in(epochs)
+    seen, before = 0, 0
+    for _ in range(steps):
+        before = seen
+        seen += len(next(stream).sample_ids)
+    assert before < epochs * len(SAMPLES) <= seen
+
+
+def test_whole_epochs_are_those_of_all_their_steps():
+    stream = loader()
+    assert stream.steps_in(1) == stream.steps_in(1.0) == stream.steps_in_epoch(0)
+    assert stream.steps_in(3) == sum(stream.steps_in_epoch(epoch) for epoch in range(3))
+    tenths = TrainLoader([Listed(numbered([40] * 30))], data_rank=0, data_size=1, **SIZES | ONE_ROW)
+    assert tenths.steps_in(0.1) == 3  # rows of one sample; in floating point 0.1 * 30 is above 3
 
 
 def test_the_rows_that_fill_up_an_epoch_weigh_nothing():

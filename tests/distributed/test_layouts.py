@@ -39,9 +39,9 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
-    """`changes`: fields of Parallel, some of Train, compute and output."""
-    base = Path(directory)
-    train = {"micro_batch_size": 1, "global_batch_size": ROWS, "activation_checkpointing": "none"}
+    """`changes`: fields of Parallel, some of Train, groups, compute and output."""
+    base, groups = Path(directory), changes.pop("groups", ())
+    train = {"micro_batch_size": 1, "global_batch_size": ROWS, "activation_checkpointing": "none", "freeze": ()}
     train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
     compute, output = changes.pop("compute", "fp32"), changes.pop("output", str(base / "unused-output"))
     return Config(
@@ -50,7 +50,7 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
         train=Train(steps=STEPS, **train),
         parallel=Parallel(**({"timeout_seconds": 60} | changes)),
         # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of elements without a gradient.
-        optim=Optim(lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear"),
+        optim=Optim(lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear", groups=groups),
         precision=Precision(compute=compute),
         checkpoint=Checkpoint(export="none"),
         metrics=Metrics(tensorboard=False, progress=False),

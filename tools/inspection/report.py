@@ -171,7 +171,7 @@ def lint(linter: Linter, sources: Sequence[Inspected], watch: Any) -> list[Findi
 
 
 def plan(
-    sources: Sequence[Inspected], data: Data, *, global_batch_size: int, seed: int, steps: int | None, epochs: int | None
+    sources: Sequence[Inspected], data: Data, *, global_batch_size: int, seed: int, steps: int | None, epochs: float | None
 ) -> Plan:
     """Rows and steps, from the loader that training uses."""
     numbers = [i for i, source in enumerate(sources) if len(source.samples)]
@@ -196,8 +196,7 @@ def plan(
     first = -(-len(rows) // global_batch_size)
     if steps is not None:
         return Plan(rows, tokens, steps, round(steps / first, 2))
-    total = first + sum(loader.steps_in_epoch(epoch) for epoch in range(1, epochs or 1))
-    return Plan(rows, tokens, total, epochs or 1)
+    return Plan(rows, tokens, loader.steps_in(epochs or 1), epochs or 1)
 
 
 def write_json(path: Path, inspection: Inspection) -> None:

@@ -341,7 +341,8 @@ def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]
     """Parameters, persistent buffers and, per parameter name, the optimizer's state, as the tensors that the two hold (no
     copies), to be loaded in place: `load_state_dict` would convert moments of another dtype to the parameter's."""
     tensors = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
-    if optimizer is not None:
+    # All of a pipeline rank's part may be frozen: it has no moments, for which torch would raise.
+    if optimizer is not None and any(group["params"] for group in optimizer.param_groups):
         flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         tensors |= {f"optimizer.{name}": value for name, value in flat.items() if name.startswith("state.")}
     assert all(isinstance(value, Tensor) for value in tensors.values()), "an optimizer whose state is not all tensors"

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import KW_ONLY, dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,13 +217,28 @@ class TrainLoader(_Loader):
         after = {"epoch": epoch, "window": window + 1} if stop < total else {"epoch": epoch + 1, "window": 0}
         return np.stack([source, sample], 1).tolist(), lengths.tolist(), after, stop >= total
 
-    def steps_in_epoch(self, epoch: int) -> int:
-        """Optimizer steps of an epoch, counted from 0, found by packing it; epochs differ slightly."""
-        cursor, remainder, rows = {"epoch": epoch, "window": 0}, [], 0
-        while cursor["epoch"] == epoch:
+    def steps_in_epoch(self, epoch: int, share: Fraction | int = 1) -> int:
+        """Optimizer steps of an epoch, counted from 0, found by packing it; epochs differ slightly.
+
+        With a `share` the first steps whose samples are at least this share of the epoch's."""
+        due = share * int((self._drawn(epoch + 1) - self._drawn(epoch)).sum())
+        cursor, remainder = {"epoch": epoch, "window": 0}, []
+        rows = samples = 0
+        while samples < due:
             window = self._pack(cursor, remainder)
-            cursor, remainder, rows = window.after, window.remainder, rows + len(window.rows)
+            cursor, remainder = window.after, window.remainder
+            for row in window.rows:
+                if samples < due:
+                    rows += 1
+                    samples += len(row)
         return -(-rows // self.global_batch_size)
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps of so many epochs from the beginning, the last of which may be a part (see `steps_in_epoch`)."""
+        whole = int(epochs)
+        rest = Fraction(str(epochs)) - whole  # of the decimal number that was written
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        return steps + self.steps_in_epoch(whole, rest)
 
 
 class StreamLoader(_Loader):

@@ -50,6 +50,14 @@ TENSOR_PARALLEL = {
     "lm_head": "vocabulary",
 }
 
+# What --train.freeze and --optim.groups call parts of the model (optim/selection.py).
+PARTS = {
+    "router": "model.layers.*.mlp.gate",
+    "embeddings": "model.embed_tokens",
+    "experts": "model.layers.*.mlp.experts",
+    "layers": "model.layers",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekV3Config:

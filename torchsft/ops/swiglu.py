@@ -66,7 +66,8 @@ class _GroupedSwiglu(torch.autograd.Function):
         both = F.grouped_mm(x_RD, gate_up.mT, offs=offs_E)
         gate, up = both.chunk(2, dim=-1)
         y_RD = F.grouped_mm(F.silu(gate).mul_(up), down.mT, offs=offs_E)
-        ctx.save_for_backward(x_RD, gate_up, down, offs_E, both)
+        # Only the gradient of gate_up reads x: frozen experts do not keep it.
+        ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, gate_up, down, offs_E, both)
         ctx.due, ctx.kept = ctx.needs_input_grad, None
         return y_RD
 

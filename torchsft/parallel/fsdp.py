@@ -69,17 +69,18 @@ def held_bytes(model: nn.Module, compute: torch.dtype, reshard_after_forward: bo
     """Device memory that this rank needs for its share of the parameters through a step; activations and buffers come on top.
 
     `model` is this rank's part, sharded; on any device. Returns bytes that more data ranks would share: weight, gradient and
-    two moments in fp32. And bytes that they would not: where gathered parameters are kept for a whole step, these, in
-    `compute`, and their fp32 gradients, which are scattered behind the last microbatch (so that they stand in for the sharded
-    ones)."""
+    two moments in fp32, or of a frozen parameter the weight. And bytes that they would not: where gathered parameters are kept
+    for a whole step, these, in `compute`, and their fp32 gradients, which are scattered behind the last microbatch (so that
+    they stand in for the sharded ones)."""
     sharded = kept = 0
     for parameter in model.parameters():
+        trained = parameter.requires_grad
         if reshard_after_forward or not isinstance(parameter, DTensor):
-            sharded += 16 * local(parameter).numel()
+            sharded += (16 if trained else 4) * local(parameter).numel()
             continue
         mesh = parameter.device_mesh
         axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
         gathered = parameter.numel() // math.prod(n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard())
-        sharded += 12 * local(parameter).numel()
-        kept += (compute.itemsize + 4) * gathered
+        sharded += (12 if trained else 4) * local(parameter).numel()
+        kept += (compute.itemsize + (4 if trained else 0)) * gathered
     return sharded, kept

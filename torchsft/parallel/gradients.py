@@ -26,11 +26,16 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, in
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """2-norm of all gradients over all ranks, float64 scalar; equal on every rank. One collective.
 
-    Every rank adds the squares of the elements that it holds, an element that lies on n ranks with weight 1 / n."""
+    Every rank adds the squares of the elements that it holds, an element that lies on n ranks with weight 1 / n. A rank may
+    hold no gradient, where all of its parameters are frozen."""
+    parameters = list(parameters)
+    device = parameters[0].device
     parts = local_gradients(parameters)
-    norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts]))
-    copies = torch.tensor([n for _, n in parts], dtype=torch.float64, device=norms.device)
-    squares = (norms.double().square() / copies).sum()
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if parts:
+        norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts]))
+        copies = torch.tensor([n for _, n in parts], dtype=torch.float64, device=device)
+        squares = (norms.double().square() / copies).sum()
     if dist.is_initialized():
         dist.all_reduce(squares)
     return squares.sqrt()
@@ -39,6 +44,8 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply all gradients in place by a scalar tensor."""
     gradients = [gradient for gradient, _ in local_gradients(parameters)]
+    if not gradients:
+        return
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 

@@ -55,11 +55,21 @@ def build_pipeline(
     microbatches: int,  # of a step
     tokens: int,  # T
     dtype: torch.dtype,  # of hidden states (compute)
+    first_trained: int = 0,  # the first stage that has anything to train; those before it do no backward pass
 ) -> "Pipeline | OneStage":
     """What runs a step's microbatches through the model."""
     if parallel.pp == 1:
         return OneStage(stages, world, tokens)
-    return Pipeline(stages, world, tokens, plan, parallel.pp_schedule, microbatches, dtype)
+    return Pipeline(stages, world, tokens, plan, parallel.pp_schedule, microbatches, dtype, first_trained)
+
+
+def first_trained(model: DeepseekV3, plan: StagePlan) -> int:
+    """The first stage of the whole `model` that has a parameter to train."""
+    for stage in range(len(plan.layers)):
+        parameters = model.part(**plan.part([stage])).parameters()
+        if any(parameter.requires_grad for parameter in parameters):
+            return stage
+    raise AssertionError("a model of which nothing is trained")
 
 
 class Runner(ABC):
@@ -156,6 +166,19 @@ def weight_pass_possible() -> bool:
         return False
 
 
+class _NoGradientFor(torch.autograd.Function):
+    """Passes y on, and sends x, on which it does not depend, a gradient of zeros: schedules want one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.like = x.detach().new_empty(()).expand_as(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(ctx.like, memory_format=torch.contiguous_format), grad
+
+
 class Stage(PipelineStage):
     """A stage of torch's schedules whose module also gets what belongs to the microbatch.
 
@@ -163,7 +186,15 @@ class Stage(PipelineStage):
     nothing is computed twice to learn shapes, these are told: hidden states [S, D], and a scalar from the last stage."""
 
     def __init__(
-        self, module: DeepseekV3, index: int, count: int, world: World, tokens: int, dtype: torch.dtype, training: bool
+        self,
+        module: DeepseekV3,
+        index: int,
+        count: int,
+        world: World,
+        tokens: int,
+        dtype: torch.dtype,
+        first_trained: int,
+        training: bool,
     ) -> None:
         shape_SD = (tokens // world.sequence["sequence"].size(), module.config.hidden_size)
         hidden_SD = torch.empty(shape_SD, dtype=dtype, device="meta", requires_grad=training)
@@ -177,6 +208,7 @@ class Stage(PipelineStage):
         group = world.dense.get_group("pp")
         super().__init__(module, index, count, world.device, **ends, group=group, dw_builder=no_weight_pass)
         self.has_backward = self.training = training
+        self.gradient_ends = training and index <= first_trained  # before it nothing is trained
         self.inputs_of: list[dict[str, Any]] = []  # keyword arguments for the module, of each microbatch
         self.results: list[Tensor] = []  # if it only evaluates: what the last stage's module returned for each microbatch
         self.microbatch = 0
@@ -188,7 +220,13 @@ class Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, x: Tensor) -> Tensor:
         """Call the module with all that belongs to the microbatch."""
-        output = self.submod(x, **self.inputs_of[self.microbatch])
+        inputs = self.inputs_of[self.microbatch]
+        if self.gradient_ends and not self.is_first:
+            output = _NoGradientFor.apply(x, self.submod(x.detach(), **inputs))
+        else:
+            output = self.submod(x, **inputs)
+        if self.gradient_ends and not output.requires_grad:
+            output.requires_grad_()  # all of the first stage is frozen: what comes back ends here
         if self.is_last and not self.training:
             self.results.append(output)
             output = output.new_zeros((), dtype=torch.float32)  # torch 2.11 compares shapes, and logits vary
@@ -223,9 +261,10 @@ class Pipeline(Runner):
         schedule: str,
         microbatches: int,
         dtype: torch.dtype,
+        first_trained: int = 0,
     ) -> None:
         super().__init__(modules, world, tokens)
-        self.plan, self.microbatches, self.dtype = plan, microbatches, dtype
+        self.plan, self.microbatches, self.dtype, self.first_trained = plan, microbatches, dtype, first_trained
         self.places = dict(enumerate(plan.ranks))
         self.at_once = min(microbatches, len(plan.ranks))  # receive buffers are as many; more would hardly fill more bubble
         self.group = world.dense.get_group("pp")
@@ -251,7 +290,7 @@ class Pipeline(Runner):
 
     def _stages(self, training: bool) -> list[Stage]:
         indices = self.plan.local(dist.get_rank(self.group))
-        shared = (len(self.plan.layers), self.world, self.tokens, self.dtype, training)
+        shared = (len(self.plan.layers), self.world, self.tokens, self.dtype, self.first_trained, training)
         return [Stage(module, index, *shared) for module, index in zip(self.modules, indices, strict=True)]
 
     def _loss(self, output: Tensor, _: None) -> Tensor:

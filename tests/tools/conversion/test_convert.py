@@ -36,7 +36,7 @@ from tools.conversion import convert
 from torchsft.checkpoint.dcp_files import ChunkReader
 from torchsft.checkpoint.state import Checkpointer
 from torchsft.config import InputError, Optim
-from torchsft.precision.adamw import build_optimizer
+from torchsft.optim.adamw import build_optimizer
 
 UNKNOWN = {
     "model.extra.counts": torch.arange(7).reshape(7, 1),

@@ -16,7 +16,7 @@ from tools.conversion import convert
 from tools.conversion.verify import info, verify
 from torchsft.checkpoint.state import Checkpointer
 from torchsft.config import InputError, Optim
-from torchsft.precision.adamw import build_optimizer
+from torchsft.optim.adamw import build_optimizer
 
 SMALL = {"workers": 1, "part_elements": 700, "progress": False}
 NORM = "model.norm.weight"

@@ -62,6 +62,8 @@ def test_rows_and_steps_are_those_of_the_packing():
     twice = inspection(source(of_length(64)), source(of_length(64), name="b", weight=2.0), epochs=3)
     assert sorted(key for row in twice.plan.rows for key in row) == [(0, 0), (1, 0), (1, 0)]
     assert (twice.plan.steps, twice.plan.epochs) == (6, 3)  # three rows an epoch: two steps
+    half = inspection(source(*[of_length(64)] * 8), epochs=1.5)  # four steps, two steps
+    assert half.plan.steps == 6 and half.plan_text() == "6 steps of 2 rows, 1.5 epochs"
     steps = inspection(source(of_length(64), of_length(64)), steps=5, global_batch_size=1).plan
     assert (steps.steps, steps.epochs) == (5, 2.5)
     assert inspection(source(of_length(64), evaluation=True)).plan.rows == []
