@@ -227,7 +227,8 @@ class Trainer:
         self.output.mkdir(parents=True, exist_ok=True)
         if self.start.replaces:
             removed = make_way(self.config, str(self.checkpointer.folder))
-            self.say(f"{self.start.replaces}; removed: {', '.join(removed) or 'nothing'}")
+            names = [path.removeprefix(f"{self.output}/") for path in removed]
+            self.say(f"{self.start.replaces}; removed: {', '.join(names) or 'nothing'}")
         text, options = json.dumps(to_dict(self.config), indent=2), self.config.metrics
         Folder(self.output).write_text("config.json.partial", text + "\n")
         os.replace(self.output / "config.json.partial", self.output / "config.json")  # whole or not there
@@ -235,9 +236,14 @@ class Trainer:
         return MetricsLogger(self.output, total_steps=self.total_steps, start_step=self.step, **shown)
 
     def run(self) -> None:
-        """Train to the last step, with evaluation, checkpoints, export and a closing summary. Ctrl-C, SIGTERM and SIGUSR1 end it
-        early, after a step and its checkpoint, without an error; the same command continues. An InputError: too many steps in a row
-        changed nothing. An OSError: the output cannot be written and --checkpoint.on-error is stop, or the last save failed."""
+        """Train to the last step, with evaluation, checkpoints, export and a closing summary.
+
+        Ctrl-C, SIGTERM and SIGUSR1 end it early, after a step and its checkpoint, without an error; the same command continues.
+
+        Raises:
+            InputError: too many steps in a row changed nothing.
+            OSError: the output cannot be written and --checkpoint.on-error is stop, or the last save failed.
+        """
         self.say(self.describe())
         self.world.barrier()  # the output is open
         if self.step == self.total_steps:
