@@ -24,7 +24,7 @@ from torchsft.data.stream import Background, EvalSet, Step, StreamLoader, TrainL
 from torchsft.data.template import Sample, load_tokenizer
 from torchsft.evaluation import evaluate_loss
 from torchsft.interruption import Preemption
-from torchsft.metrics.logger import MetricsLogger
+from torchsft.metrics.logger import MetricsLogger, bars_can_be_drawn
 from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
 from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.attention import choose_implementation
@@ -158,7 +158,7 @@ class Trainer:
             raise InputError(f"{fault}; give --train.steps")
         self.tokenizer = load_tokenizer(self.source)
         vocab, known = {"vocab_size": self.model_config.vocab_size}, self.model_config.max_position_embeddings
-        read = vocab | {"progress": config.metrics.progress}
+        read = vocab | {"progress": config.metrics.progress and bars_can_be_drawn()}
         batch = {"seq_len": data.seq_len, "micro_batch_size": train.micro_batch_size}
         batch |= {"data_rank": world.data_rank, "data_size": world.data_size}
         batch["pad_token_id"] = 0  # any id will do: padding is known by its place
