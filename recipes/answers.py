@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from torchsft.data.template import Sample
+from torchsft.metrics.logger import Waiting
 from torchsft.parallel.pipeline import OneStage, Pipeline
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
@@ -24,7 +25,7 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int]:
     Returns:
         How many equal the reference, and how many there are.
     """
-    config = trainer.config
+    config, tokenizer = trainer.config, trainer.tokenizer
     prompts = [(s.id, *turn) for s in trainer.eval_samples for turn in answer_prompts(s)]
     answers = greedy_answers(
         trainer.pipeline,
@@ -32,17 +33,21 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int]:
         trainer.world,
         max_new_tokens=config.eval.max_new_tokens,
         max_tokens=config.data.seq_len * config.train.micro_batch_size,
+        label=f"answers {when} training" if config.metrics.progress else "",
     )
     correct = sum(a.correct for a in answers)
     if trainer.log:
-        with trainer.output_may_fail(), open(trainer.output / f"answers-{when}.jsonl", "w") as file:
+        path = trainer.output / f"answers-{when}.jsonl"
+        with trainer.output_may_fail(), open(path, "w", encoding="utf-8") as file:
             for a in answers:
-                file.write(json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) + "\n")
+                texts = {f"{part}_text": tokenizer.decode(getattr(a, part)) for part in ("prompt", "reference", "generated")}
+                line = dataclasses.asdict(a) | {"correct": a.correct} | texts
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         share = 100 * correct / len(answers)
         lines = [
             f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"
         ]
-        lines += [a.shown(trainer.tokenizer) for a in answers[:4]]
+        lines += [a.shown(tokenizer) for a in answers[:4]]
         trainer.log.message("\n".join(lines))
     return correct, len(answers)
 
@@ -84,6 +89,7 @@ def greedy_answers(
     *,
     max_new_tokens: int,
     max_tokens: int,
+    label: str = "",
 ) -> list[Answer]:
     """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn).
 
@@ -93,6 +99,7 @@ def greedy_answers(
     Args:
         max_new_tokens: longest answer.
         max_tokens: tokens of one forward pass; also where an answer ends that has not ended by then. References must fit.
+        label: what rank 0 shows progress under; empty: it shows none.
     """
     mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.data_rank :: world.data_size]]
     groups: list[list[Answer]] = [[]]
@@ -107,24 +114,33 @@ def greedy_answers(
     count = torch.tensor(len(groups), device=world.device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     groups += [[]] * (int(count) - len(groups))
-    for group in groups:
-        _generate(pipeline, group, world, max_new_tokens, max_tokens)
+    with Waiting(label, len(prompts), "answers", shown=bool(label) and world.is_main) as waiting:
+        for index, group in enumerate(groups):
+            before = sum(map(len, groups[:index]))
+            for done, still_open in _generate(pipeline, group, world, max_new_tokens, max_tokens, before):
+                waiting.done(done, f"{still_open} under way")
     gathered: list[tuple[int, list[Answer]]] = [(0, []) for _ in range(world.size)]
     dist.all_gather_object(gathered, (world.data_rank, mine))
     of_rank = dict(gathered)  # ranks that read the same rows have the same answers
     return [of_rank[i % world.data_size][i // world.data_size] for i in range(len(prompts))]
 
 
-def _generate(pipeline: Pipeline | OneStage, answers: list[Answer], world: World, max_new_tokens: int, max_tokens: int) -> None:
-    """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate."""
+def _generate(
+    pipeline: Pipeline | OneStage, answers: list[Answer], world: World, max_new_tokens: int, max_tokens: int, before: int
+) -> Iterator[tuple[int, int]]:
+    """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate.
+
+    Before each token: how many answers are done (`before` on this rank in earlier groups) and under way, over all ranks."""
     device, together = world.device, world.sequence["sequence"].size()
     for _ in range(max_new_tokens):
         unfinished = [
             a for a in answers if a.generated[-1:] != a.reference[-1:] and len(a.prompt) + len(a.generated) < max_tokens
         ]
-        open_anywhere = torch.tensor(len(unfinished), device=device)
-        dist.all_reduce(open_anywhere)
-        if not int(open_anywhere):
+        mine = [len(unfinished), before + len(answers) - len(unfinished)]
+        copies = world.size // world.data_size  # ranks that read the same rows
+        still_open, done = (int(count) // copies for count in world.sum(mine).tolist())
+        yield done, still_open
+        if not still_open:
             return
         sequences = [a.prompt + a.generated for a in unfinished]
         lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)

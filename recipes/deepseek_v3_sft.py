@@ -6,7 +6,7 @@
 
 Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them), packed rows, fp32 or bf16
 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard) data, context (cp), tensor (tp) and expert (ep)
-parallelism in any combination that divides. Continues where it was interrupted; SIGTERM and SIGUSR1 make it save and end.
+parallelism in any combination that divides. Ctrl-C, SIGTERM and SIGUSR1 make it save and end; the same command continues.
 Refuses: fp8 compute (not in this version), tied embeddings with pp.
 """
 

@@ -325,7 +325,7 @@ class Checkpoint:
     every: int = 500
     """Steps between checkpoints; one more is written at the end. 0: only at the end."""
     resume: str = "auto"
-    """auto: newest complete checkpoint of this run; never; or a checkpoint (directory or URL)."""
+    """auto: newest complete checkpoint of this run; never; or a checkpoint (directory or URL), of another --output too."""
     mode: Literal["async", "sync"] = "async"
     """async: training waits for a copy to host memory only, and the file system is written beside it."""
     if_busy: Literal["wait", "skip"] = "wait"
@@ -391,6 +391,9 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
     output: str = "outputs/run"
     """Directory that receives config.json, metrics.jsonl, tensorboard/, checkpoints/ and hf/."""
+    overwrite: bool = False
+    """Replace the run that --output holds, its checkpoints included. Given again with the same options (as a restarted job
+    does) it continues what it has started."""
     print_config: bool = False
     """Print the resolved configuration as JSON and exit."""
 
@@ -406,7 +409,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 # What may differ between a run and its continuation: it changes neither the steps' mathematics nor their data.
 FREE_TO_CHANGE = (
-    *"output print_config metrics eval checkpoint parallel data.eval data.balance data.cache data.workers".split(),
+    *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance data.cache data.workers".split(),
     *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps".split(),
     *"model.loss_chunk model.attention model.experts model.ops".split(),
 )

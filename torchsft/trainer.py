@@ -16,7 +16,8 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
-from torchsft.checkpoint.resume import checkpoint_to_continue, checkpoints_of
+from torchsft.checkpoint.overwrite import make_way
+from torchsft.checkpoint.resume import checkpoints_of, find_start
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, to_dict
@@ -26,8 +27,9 @@ from torchsft.data.template import Sample
 from torchsft.data.tokenizer import load_tokenizer, read_chat_template
 from torchsft.evaluation import evaluate_loss
 from torchsft.interruption import Preemption
-from torchsft.metrics.logger import MetricsLogger
+from torchsft.metrics.logger import MetricsLogger, bars_can_be_drawn
 from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
+from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.attention import choose_implementation
 from torchsft.models.deepseek_v3 import PARTS, DeepseekV3, DeepseekV3Config, initial_value
 from torchsft.optim.adamw import build_optimizer, set_lr
@@ -99,13 +101,15 @@ class Trainer:
         answer: Callable[["Trainer", str], tuple[int, int]] | None = None,
     ) -> None:
         self.world, self.answer = world, answer
+        self.clock = Stopwatch(process_age())
         self.log: MetricsLogger | None = None  # on the main rank, once everything is built
         self.config = config = resolve(config)
         self.output = Path(config.output)
         if config.model.path is None or not config.data.train:
             raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
         self.source = Path(config.model.path)
-        self.checkpoint = checkpoint_to_continue(config, tell=world.is_main)
+        self.start = find_start(config, tell=world.is_main)
+        self.checkpoint = self.start.checkpoint
         how = {name: getattr(config.checkpoint, name) for name in ("mode", "if_busy", "keep", "keep_every", "keep_best")}
         where = checkpoints_of(self.output, config.checkpoint.remote)
         self.checkpointer = state.Checkpointer(where, **how, group=world.writers)
@@ -117,7 +121,8 @@ class Trainer:
 
         self.model_config = DeepseekV3Config.from_hf(huggingface.read_config(self.source))
         self.lay_out()
-        self.load_data()
+        with self.clock("tokenising"):
+            self.load_data()
         self.step = 0  # steps taken, skipped ones included
         self.updates = 0  # steps that changed the weights: what the learning-rate schedule counts
         self.skipped = self.skipped_in_a_row = 0  # changed nothing: gradient not finite, or nothing supervised
@@ -127,7 +132,9 @@ class Trainer:
         self.ended: list[state.Report] = []  # checkpoints that have ended and have not been told of yet
         self.failed = ""  # what befell the newest checkpoint, if it failed
         self.faults = 0  # of the output, where the run goes on nevertheless
-        self.build_model()
+        with self.clock("loading"):
+            self.build_model()
+        world.barrier()  # every rank has looked at the output directory
         if world.is_main:
             self.log = self.open_output()
 
@@ -188,7 +195,7 @@ class Trainer:
         self.chat_template = read_chat_template(data.chat_template) if data.chat_template else None
         self.tokenizer = load_tokenizer(self.source, chat_template=data.chat_template, date=data.template_date)
         vocab, known = {"vocab_size": self.model_config.vocab_size}, self.model_config.max_position_embeddings
-        read = vocab | {"progress": config.metrics.progress}
+        read = vocab | {"progress": config.metrics.progress and bars_can_be_drawn()}
         batch = {"seq_len": data.seq_len, "micro_batch_size": train.micro_batch_size}
         batch |= {"data_rank": world.data_rank, "data_size": world.data_size}
         batch["pad_token_id"] = 0  # any id will do: padding is known by its place
@@ -215,6 +222,9 @@ class Trainer:
                 self.eval_samples += source.samples[: config.eval.answers - len(self.eval_samples)]
             self.eval_sets[name] = EvalSet(sources, **batch)
         self.total_steps = train.steps or loader.steps_in(train.epochs)
+        if self.checkpoint and (reached := state.saved_step(self.checkpoint)) > self.total_steps:
+            fault = f"--train.steps or --train.epochs let the run end after step {self.total_steps}"
+            raise InputError(f"{fault}, but it has reached step {reached} ({self.checkpoint}); give at least that many steps")
         self.loader = Background(loader, data.workers, world.device)
         lr_factor(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
 
@@ -237,6 +247,7 @@ class Trainer:
 
     def resume(self, path: str) -> None:
         """Continue from a checkpoint: weights, moments, counters, data position."""
+        config = self.config
         extra = state.load(path, self.model, self.optimizer)
         if missing := {*COUNTERS, "data"} - extra.keys():
             raise InputError(f"checkpoint {path} is damaged: trainer.json lacks {', '.join(sorted(missing))}; use an older one")
@@ -244,10 +255,20 @@ class Trainer:
             setattr(self, name, extra[name])
         self.loader.load_state_dict(extra["data"])
         self.say(f"continuing from {path} at step {self.step} of {self.total_steps}")
+        if self.start.longer and self.step < self.total_steps:
+            last = self.updates + self.total_steps - self.step - 1
+            factors = (lr_factor(update, config.optim, self.total_steps) for update in (self.updates, last))
+            now, end = (config.optim.lr * factor for factor in factors)
+            course = f"its {config.optim.schedule} schedule now ends at step {self.total_steps}"
+            self.say(f"{self.start.longer}: {course}; the learning rate goes on at {now:.3g} and ends at {end:.3g}")
 
     def open_output(self) -> MetricsLogger:
-        """Write the resolved configuration and open the metric files (main rank only)."""
+        """Write the resolved configuration and open the metric files, where an earlier run makes way first (main rank only)."""
         self.output.mkdir(parents=True, exist_ok=True)
+        if self.start.replaces:
+            removed = make_way(self.config, str(self.checkpointer.folder))
+            names = [path.removeprefix(f"{self.output}/") for path in removed]
+            self.say(f"{self.start.replaces}; removed: {', '.join(names) or 'nothing'}")
         text, options = json.dumps(to_dict(self.config), indent=2), self.config.metrics
         Folder(self.output).write_text("config.json.partial", text + "\n")
         os.replace(self.output / "config.json.partial", self.output / "config.json")  # whole or not there
@@ -255,13 +276,19 @@ class Trainer:
         return MetricsLogger(self.output, total_steps=self.total_steps, start_step=self.step, **shown)
 
     def run(self) -> None:
-        """Train to the last step, with evaluation, checkpoints, export and a closing summary. SIGTERM and SIGUSR1 end it early,
-        after a step and its checkpoint, without an error; the same command continues. An InputError: too many steps in a row
-        changed nothing. An OSError: the output cannot be written and --checkpoint.on-error is stop, or the last save failed."""
+        """Train to the last step, with evaluation, checkpoints, export and a closing summary.
+
+        Ctrl-C, SIGTERM and SIGUSR1 end it early, after a step and its checkpoint, without an error; the same command continues.
+
+        Raises:
+            InputError: too many steps in a row changed nothing.
+            OSError: the output cannot be written and --checkpoint.on-error is stop, or the last save failed.
+        """
         self.say(self.describe())
-        self.world.barrier()  # every rank has looked at the output directory, and it is open
+        self.world.barrier()  # the output is open
         if self.step == self.total_steps:
-            self.say("this run is complete: it is evaluated and exported again; to train anew, choose another --output")
+            again = "it is evaluated and exported again; to train longer, raise --train.steps or --train.epochs"
+            self.say(f"this run is complete: {again}; to train anew, choose another --output or delete this one")
         with self.preemption:
             evaluation, tokens, seconds = self.train()
         if self.signalled:
@@ -269,10 +296,15 @@ class Trainer:
             self.say(f"ended by {self.preemption}, {done}; the same command continues from there")
         else:
             if self.eval_sets and not evaluation:  # a finished run was started again
-                evaluation = evaluate_loss(self.pipeline, self.eval_sets, self.world)
-            matches = self.answer(self, "after") if self.config.eval.answers else None
+                with self.clock("evaluation"):
+                    evaluation = evaluate_loss(self.pipeline, self.eval_sets, self.world)
+            matches = None
+            if self.config.eval.answers:
+                with self.clock("answers"):
+                    matches = self.answer(self, "after")
             if self.config.checkpoint.export != "none":
-                self.export()
+                with self.clock("export"):
+                    self.export()
         if self.failed:
             raise OSError(f"{self.failed}; it was the last one: mend that and run the same command again")
         if self.log:
@@ -289,16 +321,21 @@ class Trainer:
         found, if there was one; tokens and seconds of the steps."""
         config, evaluation = self.config, {}
         if config.eval.answers and self.step == 0:
-            self.answer(self, "before")
+            with self.clock("answers"):
+                self.answer(self, "before")
             self.agree()
         tokens = seconds = 0.0
         while self.step < self.total_steps and not self.signalled:
-            record, scalars = self.train_step(next(self.loader))
+            with self.clock("waiting for data"):
+                step = next(self.loader)
+            with self.clock("training steps"):
+                record, scalars = self.train_step(step)
             tokens += record["tokens"]
             seconds += record["step_seconds"]
             evaluation = {}
             if self.eval_sets and self.due(config.eval.every) and not self.signalled:
-                evaluation = evaluate_loss(self.pipeline, self.eval_sets, self.world)
+                with self.clock("evaluation"):
+                    evaluation = evaluate_loss(self.pipeline, self.eval_sets, self.world)
                 record |= evaluation
                 self.agree()
             with self.output_may_fail():
@@ -310,7 +347,8 @@ class Trainer:
                 remedy = "lower --optim.lr, look at the data or raise --train.max-nonfinite-steps"
                 raise InputError(f"{self.skipped_in_a_row} steps in a row changed nothing, {last}; {remedy}")
             if self.due(config.checkpoint.every) or self.signalled:
-                self.save(evaluation.get("eval_loss"))
+                with self.clock("checkpoints"):
+                    self.save(evaluation.get("eval_loss"))
         self.agree()
         return evaluation, tokens, seconds
 
@@ -486,18 +524,24 @@ class Trainer:
         """What a run ends with."""
         rows = {"steps": f"{self.step} ({self.skipped} skipped)", "loss": f"{self.first_loss:.4f} -> {self.last_loss:.4f}"}
         if evaluation:
-            rows["eval loss"] = f"{evaluation['eval_loss']:.4f} (perplexity {evaluation['eval_perplexity']:.3f})"
+            losses = [key for key in evaluation if key.startswith("eval_loss")]
+            for key in losses:  # of all sets together, and of each of several
+                perplexity = evaluation[key.replace("loss", "perplexity", 1)]
+                name = key if "/" in key else "eval loss"
+                rows[name] = f"{evaluation[key]:.4f} (perplexity {perplexity:.3f})"
         if matches:
             rows["exact answers"] = f"{matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)"
         if self.faults:
             rows["output faults"] = f"{self.faults}: see the warnings above"
         if tokens:
             rows["tokens/s"] = f"{tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)"
+        rows["time"] = self.clock.shown()
         names = ["config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf"]
         rows["outputs"] = f"{self.output}: {', '.join(n for n in names if (self.output / n).exists())}"
         if self.config.metrics.tensorboard:
             rows["TensorBoard"] = f"tensorboard --logdir {self.output / 'tensorboard'}"
-        return "".join(f"\n{name:<17}{text}" for name, text in rows.items())
+        width = max(17, 2 + max(map(len, rows)))
+        return "".join(f"\n{name:<{width}}{text}" for name, text in rows.items())
 
     def say(self, text: str) -> None:
         """Print on the main rank, without breaking the progress bar."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from tests.distributed.kill import Phases, assert_same_run, attend, options, records, steps_in, until, write_inputs
 
+ROOT = Path(__file__).parents[2]
 STEPS = 14
 
 
@@ -35,6 +38,7 @@ def send(pids: list[int], phases: Phases, output: str, number: int, to: list[int
     ("number", "to", "phase", "every"),
     [
         (signal.SIGTERM, [0, 1], "step", 100),  # as torchrun passes it on; nothing has been saved before
+        (signal.SIGINT, [0, 1], "step", 100),  # Ctrl-C
         (signal.SIGUSR1, [1], "step", 2),  # one rank alone: all learn of it
         (signal.SIGTERM, [0], "evaluation", 2),
         (signal.SIGTERM, [0, 1], "writing", 2),  # a checkpoint is being written
@@ -93,3 +97,51 @@ def test_an_evaluation_that_a_signal_meets_is_finished(inputs, ranks, tmp_path):
     ((codes, _),) = ranks(1, attend, deed=send, **run, **deed)
     assert codes == [0, 0], log.read_text()[-3000:]
     assert "eval_loss" in records(output)[-1]
+
+
+def send_at_once(pids: list[int], phases: Phases) -> None:
+    """Ctrl-C while rank 0 tokenises and the others wait for it, or while they load; then they are alive for some seconds."""
+    time.sleep(1.0)
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+
+
+def test_ctrl_c_before_training_is_one_line(inputs, ranks, tmp_path):
+    """Whatever the ranks are doing, in collectives too: no traceback of any."""
+    log, output = tmp_path / "log.txt", tmp_path / "run"
+    run = {"size": 2, "argv": [*options(inputs, output, STEPS), "--data.cache", str(tmp_path / "cache")], "log": str(log)}
+    ((codes, _),) = ranks(1, attend, deed=send_at_once, **run)
+    text = log.read_text()
+    assert codes == [130, 130], text[-3000:]
+    assert text.count("interrupted; ") == 1 and "Traceback" not in text and "step" not in text
+
+
+def test_ctrl_c_under_torchrun_saves_and_leaves_only_torchruns_own_traceback(inputs, tmp_path):
+    """To the whole group of processes, as a terminal sends it."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *options(inputs, output, 5000), "--checkpoint.every", "5000"]
+    log = tmp_path / "log.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while steps_in(output) < 3:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    text, steps = log.read_text(), steps_in(output)
+    assert f"after step {steps} of 5000 and its checkpoint; the same command continues from there" in text
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    assert text.count("SIGINT: this step is finished and saved") == 1
+    assert text.count("Traceback") == 1 and text.rstrip().endswith("got signal: 2")  # torchrun's

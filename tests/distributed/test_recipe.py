@@ -187,6 +187,11 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path, fault)
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert told in err
+    dead = [line for line in err.splitlines() if line.startswith("error: a rank has died")]
+    if fault == "killed":  # gloo's own words and traceback are not shown: the only one is torchrun's
+        assert len(dead) == 1 and err.count("Traceback") == 1 and "Connection closed" not in err
+    else:
+        assert not dead and told in err.split("Root Cause")[1]
 
 
 def environ_of(pid: str) -> dict[str, str]:
@@ -248,6 +253,8 @@ def test_bad_input_ends_all_ranks_with_one_sentence(tmp_path, options, sentence)
     assert result.returncode != 0
     told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and sentence in told[0], result.stderr[-3000:]
+    last = result.stderr.rstrip("=\n").splitlines()[-1]  # of torchrun's report: nothing is looked for further up
+    assert last == f"  traceback : {told[0]}"
 
 
 def test_unknown_option_is_refused_with_a_suggestion():

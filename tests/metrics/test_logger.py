@@ -2,16 +2,19 @@
 
 import json
 import math
+import os
+import re
 import resource
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchsft.config import InputError
-from torchsft.metrics.logger import MetricsLogger
+from torchsft.metrics.logger import MetricsLogger, Waiting
 
 
 def record(step, **more):
@@ -160,7 +163,7 @@ def test_without_a_terminal_about_twenty_plain_lines_are_printed(tmp_path, capsy
     lines = out.splitlines()
     assert err == "" and "\r" not in out
     assert len(lines) == 20 + 3  # each tenth; the first, the evaluation, the message
-    assert lines[0].startswith("step 1/200, loss 2.0000, norm 0.50, lr 1.00e-03, 1,234 tok/s")
+    assert re.match(r"\d\d:\d\d:\d\d step 1/200, loss 2.0000, norm 0.50, lr 1.00e-03, 1,234 tok/s", lines[0])
     assert "eval loss 0.7500" in lines[1] and lines[-1] == "a message"
 
 
@@ -173,7 +176,44 @@ def test_on_a_terminal_there_is_one_bar_and_messages_go_to_stdout(tmp_path, caps
     log.close()
     out, err = capsys.readouterr()
     assert out == "a message\n"
-    assert "2/2" in err and "loss 1.0000, norm 1.00, 1,234 tok/s" in err
+    assert "2/2" in err and "loss 1.0000, norm 1.00, lr 1.00e-03, 1,234 tok/s" in err
+
+
+def test_a_terminal_of_no_columns_gets_lines_as_a_file_does(tmp_path, capsys, monkeypatch):
+    """As some containers' terminals say; tqdm would print empty bars."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((0, 0)))
+    log = logger(tmp_path, total_steps=2, progress=True)
+    log.step(1, record(1), {})
+    log.close()
+    out, err = capsys.readouterr()
+    assert "step 1/2, loss 2.0000" in out and err == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_each_of_several_evaluation_sets_is_on_the_console(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    log = logger(tmp_path, total_steps=9, progress=True)
+    log.step(1, record(1, **{"eval_loss": 0.5, "eval_loss/chats": 0.25, "eval_loss/maths": 0.75}), {})
+    log.close()
+    assert "eval loss 0.5000 (chats 0.2500, maths 0.7500)" in capsys.readouterr().out
+
+
+def test_what_is_waited_for_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(capsys, monkeypatch):
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        now = iter([0.0, 1.0, 12.0, 13.0])
+        monkeypatch.setattr("torchsft.metrics.logger.time.monotonic", lambda now=now: next(now, 99.0))
+        with Waiting("answers", 32, "answers", shown=True) as waiting:
+            for done in (0, 5, 6):
+                waiting.done(done, "9 under way")
+                time.sleep(0.11)  # tqdm draws ten times a second
+        out, err = capsys.readouterr()
+        if terminal:
+            assert "5/32" in err and "9 under way" in err and out == ""
+        else:
+            assert re.fullmatch(r"\d\d:\d\d:\d\d answers: 5 of 32 answers, 9 under way, 00:12 so far\n", out) and err == ""
 
 
 def test_without_progress_only_messages_are_printed(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Mesh sizes, refusals, and the world of one rank."""
 
 import math
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -82,3 +83,14 @@ def test_restarted_ranks_find_nothing_of_those_before():
             assert {s.get("address") for s in stores} == {str(attempt).encode()}
             seen.append(attempt)
     assert seen == [0, 2, 5]
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(InputError, match=f"port {port} is in use by another program .* --standalone"):
+            World(Parallel(), 0)

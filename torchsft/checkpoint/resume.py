@@ -1,11 +1,28 @@
-"""Which checkpoint a run continues from, and whether its output directory and that checkpoint are its own."""
+"""How a run starts: anew, from its newest checkpoint or from another run's; and what is in its output directory before."""
 
+import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torchsft.checkpoint import state
+from torchsft.checkpoint.overwrite import refuse_to_delete_inputs
+from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, differences, to_dict
+
+LENGTH = ("train.steps:", "train.epochs:")  # of a run: may change when it is continued
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from; the same on every rank."""
+
+    checkpoint: str | None  # to continue from
+    replaces: str = ""  # why the files of an earlier run in the output make way; empty: they stay
+    longer: str = ""  # how the length of the run differs from what it was when the checkpoint was written; empty: not
 
 
 def checkpoints_of(output: str | Path, remote: str | None) -> str:
@@ -13,39 +30,107 @@ def checkpoints_of(output: str | Path, remote: str | None) -> str:
     return f"{remote.rstrip('/')}/checkpoints" if remote else str(Path(output) / "checkpoints")
 
 
-def checkpoint_to_continue(config: Config, tell: bool) -> str | None:
-    """The checkpoint to continue from, if there is one; to be called by every rank before one writes to the output directory.
-    `config`: resolved, as it is compared with the configurations found; `tell`: whether to print (on stderr) that a checkpoint
-    is passed over. An InputError: what is found is damaged, of another run, or later than what shall be continued."""
-    output, options, asked = Path(config.output), config.checkpoint, to_dict(config)
-    saved = output / "config.json"
-    try:
-        found = read_json_object(saved) if saved.exists() else asked
-    except InputError as error:
-        raise InputError(f"{saved} is damaged; delete it (each checkpoint has a copy) or choose another --output") from error
-    if different := differences(found, asked):
-        fault = f"{output} holds another run, which differs in {'; '.join(different)}"
-        raise InputError(f"{fault}; choose another --output or delete it")
+def find_start(config: Config, tell: bool) -> Start:
+    """What the run starts from; to be called by every rank before one writes to the output directory.
+
+    Args:
+        config: resolved, as it is compared with the configurations found.
+        tell: whether to print (on stderr) that a checkpoint is passed over, or an option not followed.
+
+    Raises:
+        InputError: what is found is damaged, of another run, or later than what shall be continued.
+    """
+    output, options = Path(config.output), config.checkpoint
+    found = _found_config(output, config)
     where = checkpoints_of(output, options.remote)
+    changes = _changes(found, config) if found else []
+    if config.overwrite and (found or Folder(where).names()):  # else there is nothing to overwrite
+        if found is None or changes or not found.get("overwrite"):
+            return _start_over(config, where)
+        if tell:
+            said = f"{output} holds this same run, which --overwrite has started: it is continued, not replaced"
+            print(f"{said} (to start it anew, delete {output})", file=sys.stderr, flush=True)
+    before = checkpoints_of(output, found["checkpoint"].get("remote")) if found else where
+    if changes and not _got_somewhere(output, {before, where}):
+        replaces = f"the earlier run in {output} left no checkpoint, so it starts anew ({'; '.join(changes)})"
+        if options.resume in ("auto", "never"):
+            return Start(None, replaces)
+        return Start(options.resume, replaces, _other_run(config))
+    if different := [change for change in changes if not change.startswith(LENGTH)]:
+        fault = f"{output} holds another run, which differs in {'; '.join(different)}"
+        raise InputError(f"{fault}; choose another --output, or give --overwrite to replace that run")
     latest, passed_over = state.find_latest(where)
     for sentence in passed_over if tell else ():
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
-    if options.resume == "auto":
-        if latest is None:  # a run must not begin anew, unasked, since --checkpoint.remote changed
-            before = checkpoints_of(output, found["checkpoint"].get("remote"))
-            if before != where and (elsewhere := state.find_latest(before)[0]):
-                fault = f"this run has checkpoints in {before}, but none in {where}, where --checkpoint.remote puts them now"
-                raise InputError(f"{fault}; continue with --checkpoint.resume {elsewhere}, or choose another --output")
-        return latest
     if options.resume == "never":
         if latest is None:
-            return None
-        remedy = "choose another --output, or --checkpoint.resume auto to continue that run"
+            return Start(None)
+        remedy = "choose another --output, --overwrite to replace that run, or --checkpoint.resume auto to continue it"
         raise InputError(f"{where} already holds checkpoints, but --checkpoint.resume is never; {remedy}")
-    if different := differences(state.saved_config(options.resume), asked):
-        fault = f"checkpoint {options.resume} is of another run, which differs in {'; '.join(different)}"
-        raise InputError(f"{fault}; give the options of that run, or train from its exported weights with --model.path")
+    if options.resume == "auto":
+        if latest is None and before != where and (elsewhere := state.find_latest(before)[0]):
+            # a run must not begin anew, unasked, since --checkpoint.remote changed
+            fault = f"this run has checkpoints in {before}, but none in {where}, where --checkpoint.remote puts them now"
+            raise InputError(f"{fault}; continue with --checkpoint.resume {elsewhere}, or choose another --output")
+        return Start(latest, longer="; ".join(changes) if latest else "")
+    longer = _other_run(config)
     if latest and state.saved_step(latest) > state.saved_step(options.resume):
+        own = options.resume.startswith(f"{where}/")
+        if found and not own and found["checkpoint"].get("resume") == options.resume:  # that run, started again
+            return Start(latest, longer="; ".join(changes))
         fault = f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than {options.resume}"
-        raise InputError(f"{fault}; choose another --output or delete it")
-    return options.resume
+        raise InputError(f"{fault}; choose another --output, or give --checkpoint.resume auto to continue that one")
+    return Start(options.resume, longer=longer)
+
+
+def _found_config(output: Path, config: Config) -> dict[str, Any] | None:
+    """The configuration of the run in `output`, if there is one."""
+    saved = output / "config.json"
+    if not saved.exists():
+        return None
+    try:
+        found = read_json_object(saved)
+    except InputError as error:
+        if config.overwrite:
+            return None
+        remedy = "delete it (each checkpoint has a copy), choose another --output or give --overwrite"
+        raise InputError(f"{saved} is damaged; {remedy}") from error
+    if not isinstance(found.get("checkpoint"), dict) or not isinstance(found.get("train"), dict):
+        raise InputError(f"{saved} is not the configuration of a run of torchsft (a model's?); choose another --output")
+    return found
+
+
+def _changes(found: Mapping[str, Any], config: Config) -> list[str]:
+    """What makes the run with `config` another one than that with `found`; the inputs that a preset generated in the output
+    directory are the same in any directory."""
+    old, new = (_elsewhere(options) for options in (found, to_dict(config)))
+    return differences(old, new)
+
+
+def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
+    generated = json.dumps(str(Path(config["output"]) / "generated"))[1:-1]
+    return json.loads(json.dumps(config).replace(generated, "generated"))
+
+
+def _got_somewhere(output: Path, places: set[str]) -> bool:
+    """Whether an earlier run has left a complete checkpoint or an export. An InputError: a checkpoint is damaged."""
+    return (output / "hf").exists() or any(state.find_latest(place)[0] for place in sorted(places))
+
+
+def _start_over(config: Config, where: str) -> Start:
+    """What --overwrite asks for."""
+    refuse_to_delete_inputs(config, where)
+    replaces = f"--overwrite: the earlier run in {config.output} is replaced"
+    if config.checkpoint.resume in ("auto", "never"):
+        return Start(None, replaces)
+    return Start(config.checkpoint.resume, replaces, _other_run(config))
+
+
+def _other_run(config: Config) -> str:
+    """How the length of the run whose checkpoint --checkpoint.resume names differs. An InputError: other things do."""
+    place = config.checkpoint.resume
+    changes = _changes(state.saved_config(place), config)
+    if different := [change for change in changes if not change.startswith(LENGTH)]:
+        fault = f"checkpoint {place} is of another run, which differs in {'; '.join(different)}"
+        raise InputError(f"{fault}; give the options of that run, or train from its exported weights with --model.path")
+    return "; ".join(changes)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -17,6 +18,54 @@ from torchsft.config import InputError
 _TAGS = {key: f"train/{key}" for key in "loss aux_loss tokens supervised_tokens epoch".split()}
 _TAGS |= {key: f"optim/{key}" for key in "lr grad_norm".split()}
 _TAGS |= {key: f"speed/{key}" for key in "tokens_per_second step_seconds data_wait_share".split()}
+
+SECONDS_BETWEEN_LINES = 10.0  # of what is waited for without a terminal
+
+
+def bars_can_be_drawn() -> bool:
+    """Whether stderr is a terminal of known width; some (a container's, an editor's) say that they have 0 columns."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # it does not say
+        return True
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+class Waiting:
+    """Shows how far something is that the user waits for: a bar on a terminal, else a line on stdout now and then."""
+
+    def __init__(self, what: str, total: int, unit: str, shown: bool) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._shown = shown  # whether anything is; on one rank
+        self._began = self._last = time.monotonic()
+        self._bar: tqdm | None = None
+        if shown and bars_can_be_drawn():
+            self._bar = tqdm(total=total, unit=f" {unit}", desc=what, dynamic_ncols=True, leave=False)
+
+    def __enter__(self) -> "Waiting":
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def done(self, count: int, more: str = "") -> None:
+        """So many of them are done; `more` is said behind the count."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(more, refresh=False)
+            self._bar.update(count - self._bar.n)
+            return
+        now = time.monotonic()
+        if not self._shown or now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        line = f"{_clock()} {self._what}: {count} of {self._total} {self._unit}, {more}".removesuffix(", ")
+        print(f"{line}, {tqdm.format_interval(now - self._began)} so far", flush=True)
 
 
 class MetricsLogger:
@@ -33,7 +82,7 @@ class MetricsLogger:
         total_steps: int,  # last step of the run
         start_step: int,  # steps already done (0 for a new run)
         tensorboard: bool,  # whether to write OUTPUT/tensorboard/
-        progress: bool,  # a bar if stderr is a terminal; else about 20 plain lines on stdout (more if steps are long)
+        progress: bool,  # a bar if stderr is a terminal; else about 20 plain lines with the time (more if steps are long)
         config_text: str,  # the resolved configuration, shown on TensorBoard's text page
     ) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -63,7 +112,8 @@ class MetricsLogger:
         line = {"step": step, **{key: None if key in nonfinite else value for key, value in record.items()}}
         if nonfinite:
             line["nonfinite"] = nonfinite
-            self.message(f"step {step}: " + ", ".join(f"{key} is {value}" for key, value in nonfinite.items()))
+            found = ", ".join(f"{key} is {value}" for key, value in nonfinite.items())
+            self.message(f"{_clock()} step {step}: {found}")
         if self._progress:
             self._show(step, record)
         self._pending += json.dumps(line, allow_nan=False).encode() + b"\n"
@@ -99,24 +149,26 @@ class MetricsLogger:
         self._first = self._first or (step, now)
         first, began = self._first
         speed = f"{record['tokens_per_second']:,.0f} tok/s"
-        evaluation = f"eval loss {record['eval_loss']:.4f}" if "eval_loss" in record else ""
-        if sys.stderr.isatty():
+        evaluation = _evaluation(record)
+        lr = f"lr {record['lr']:.2e}"
+        if bars_can_be_drawn():
             if self._bar is None:
                 self._bar = tqdm(total=self._total_steps, initial=step - 1, unit="step", dynamic_ncols=True)
-            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}, {speed}", refresh=False)
+            numbers = f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}, {lr}, {speed}"
+            self._bar.set_postfix_str(numbers, refresh=False)
             self._bar.update()
             if evaluation:
-                self.message(f"step {step}: {evaluation}")
+                self.message(f"{_clock()} step {step}: {evaluation}")
             return
         regular = step % max(1, self._total_steps // 20) == 0 or step == self._total_steps
         if step == first or regular or evaluation or now - self._last_line > 60:
             self._last_line = now
             parts = [f"step {step}/{self._total_steps}", f"loss {record['loss']:.4f}", f"norm {record['grad_norm']:.2f}"]
-            parts += [f"lr {record['lr']:.2e}", speed, *([evaluation] if evaluation else [])]
+            parts += [lr, speed, *([evaluation] if evaluation else [])]
             if step > first:
                 left = (now - began) / (step - first) * (self._total_steps - step)
                 parts.append(f"{tqdm.format_interval(left)} left")
-            print(", ".join(parts), flush=True)
+            print(f"{_clock()} {', '.join(parts)}", flush=True)
 
     def message(self, text: str) -> None:
         """Print `text` to stdout without breaking the progress bar."""
@@ -135,6 +187,15 @@ class MetricsLogger:
         with self._file:
             if self._pending:
                 self._write_pending()
+
+
+def _evaluation(record: Mapping[str, float | int]) -> str:
+    """The eval loss of a step, of each of several sets too; nothing where it was not evaluated."""
+    if "eval_loss" not in record:
+        return ""
+    prefix = "eval_loss/"
+    each = [f"{key.removeprefix(prefix)} {value:.4f}" for key, value in record.items() if key.startswith(prefix)]
+    return f"eval loss {record['eval_loss']:.4f}" + (f" ({', '.join(each)})" if each else "")
 
 
 def _cut(path: Path, last_step: int) -> None:

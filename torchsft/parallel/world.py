@@ -87,6 +87,19 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> 
     return dist.PrefixStore(mine.decode(), store)
 
 
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store in which all ranks find each other, this one's number, and how many they are. An InputError: the port is in
+    use."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        remedy = "set MASTER_PORT to a free one (torchrun: --master-port, or --standalone on one machine)"
+        raise InputError(f"port {port} is in use by another program on this machine; {remedy}") from error
+
+
 class World:
     """This process among the ranks of a run. A context manager: leaving it destroys the process group.
 
@@ -108,7 +121,7 @@ class World:
             torch.cuda.set_device(self.device)
         timeout = timedelta(seconds=parallel.timeout_seconds)
         if "RANK" in os.environ:
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, size = _meet(timeout)
             store = fresh_store(store, rank, size, timeout)
         else:
             store, rank, size = dist.HashStore(), 0, 1

@@ -1,0 +1,127 @@
+"""What an earlier run has left in an output directory makes way for a new run: nothing that torchsft has not written."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torchsft.checkpoint.publish import discard, remove_unread
+from torchsft.checkpoint.storage import Folder
+from torchsft.config import Config, InputError, to_dict
+
+_CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d+\.(incomplete|removed)")
+FILES = ("metrics.jsonl", "answers-before.jsonl", "answers-after.jsonl")  # and config.json, which the new run's replaces
+
+
+def _strings(options: Mapping[str, Any]) -> Iterator[str]:
+    """All texts among nested options."""
+    for value in options.values():
+        if isinstance(value, Mapping):
+            yield from _strings(value)
+        elif isinstance(value, list):
+            yield from (each for each in value if isinstance(each, str))
+        elif isinstance(value, str) and value:
+            yield value
+
+
+def _inputs_in(config: Config, place: str) -> list[str]:
+    """What `config` names in the directory or URL `place`: a path, or NAME=PATH."""
+    asked = to_dict(config)
+    del asked["output"], asked["checkpoint"]["remote"]
+    inside = []
+    for text in _strings(asked):
+        path = text.partition("=")[2] or text
+        if "://" in place or "://" in path:
+            found = f"{path}/".startswith(f"{place}/")
+        else:
+            found = Path(path).resolve().is_relative_to(Path(place).resolve())
+        if found:
+            inside.append(text)
+    return inside
+
+
+def refuse_to_delete_inputs(config: Config, checkpoints: str) -> None:
+    """An InputError: what `config` reads would be deleted by --overwrite. `checkpoints`: their directory or URL."""
+    beside = checkpoints.removesuffix("/checkpoints") + "/hf"  # elsewhere than in the output where that is remote
+    for place in (checkpoints, beside, str(Path(config.output) / "hf")):
+        if inside := _inputs_in(config, place):
+            fault = f"--overwrite would delete {place}, but this run reads {inside[0]} there"
+            raise InputError(f"{fault}; choose another --output")
+
+
+def make_way(config: Config, checkpoints: str) -> list[str]:
+    """Remove an earlier run from the output directory; links are removed, not followed.
+
+    Args:
+        config: of the new run. Without --overwrite only what a run without a checkpoint leaves is removed.
+        checkpoints: directory or URL of the new run's checkpoints.
+
+    Returns:
+        What was removed, as paths and URLs.
+
+    Raises:
+        InputError: a checkpoint is being read.
+    """
+    output = Path(config.output)
+    removed = [str(output / name) for name in FILES if _remove_file(output / name)]
+    if _remove_events(output / "tensorboard"):
+        removed.append(str(output / "tensorboard"))
+    if not config.overwrite:
+        return removed
+    removed += _remove_checkpoints(checkpoints)
+    directories = [output / "hf"]
+    if not _inputs_in(config, str(output / "generated")):
+        directories.append(output / "generated")
+    for directory in directories:
+        if directory.is_symlink():
+            directory.unlink()
+        elif directory.is_dir():
+            shutil.rmtree(directory)
+        else:
+            continue
+        removed.append(str(directory))
+    return removed
+
+
+def _remove_file(path: Path) -> bool:
+    if not (path.is_symlink() or path.is_file()):
+        return False
+    path.unlink()
+    return True
+
+
+def _remove_events(directory: Path) -> bool:
+    """TensorBoard's files; other ones in their directory stay."""
+    if directory.is_symlink():
+        directory.unlink()
+        return True
+    events = list(directory.glob("events.out.tfevents.*"))
+    for path in events:
+        path.unlink()
+    if directory.is_dir() and not os.listdir(directory):
+        directory.rmdir()
+    return bool(events)
+
+
+def _remove_checkpoints(place: str) -> list[str]:
+    """All of them; their directory stays, or becomes one where it was a link."""
+    folder = Folder(place)
+    if not folder.remote and folder.path.is_symlink():
+        folder.path.unlink()
+        folder.make()
+        return [place]
+    removed = []
+    for name in filter(_CHECKPOINT.fullmatch, folder.names()):
+        checkpoint = folder.child(name)
+        if not folder.remote and checkpoint.path.is_symlink():
+            checkpoint.path.unlink()
+        elif not folder.remote and checkpoint.has("trainer.json"):
+            remove_unread(checkpoint)
+            if checkpoint.names():
+                raise InputError(f"checkpoint {checkpoint} is being read; wait for that, then give the same command again")
+        else:
+            discard(checkpoint)
+        removed.append(str(checkpoint))
+    return removed
