@@ -28,7 +28,7 @@ from tools.inspection import gather, lint, page, report, terminal
 from tools.inspection.reading import Reader
 from torchsft import config
 from torchsft.config import InputError
-from torchsft.data.sources import parse_spec
+from torchsft.data.specs import parse_spec
 
 PARTIAL = ".partial"  # behind the name of a file that is being written
 STREAMED = 10_000  # samples of a source that is streamed, as it may have no end
