@@ -148,7 +148,7 @@ def test_two_explicit_alternatives_stay_refused(tmp_path):
 
 
 FILES = {
-    "a.yaml": "data:\n  train: [a, b]\n  seq-len: 64\noptim: {lr: 1e-5, clip_norm: null}\ntrain: {steps: 7}\nmodel: {path: m}\n",
+    "a.yaml": "data: {train: [a, b], seq-len: 64}\noptim: {lr: 1e-5, clip_norm: null}\ntrain: {steps: 7}\nmodel: {path: m}\n",
     "a.json": '{"data": {"train": ["a", "b"], "seq_len": 64}, "optim": {"lr": 1e-5, "clip_norm": null},'
     ' "train.steps": 7, "model": {"path": "m"}}',
     "a.toml": 'model.path = "m"\ntrain.steps = 7\n[data]\ntrain = ["a", "b"]\nseq_len = 64\n'
