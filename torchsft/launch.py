@@ -58,9 +58,9 @@ def check_output(output: str) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise InputError(f"--output {output} cannot be a directory, as {place} is a file; name another one")
+        raise InputError(f"--output {output} cannot be a directory, as {place} is a file; choose another --output")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"--output {output} cannot be written, as {place} does not permit it; name another one")
+        raise InputError(f"--output {output} cannot be written, as {place} does not permit it; choose another --output")
 
 
 def model_directory(path: str) -> str:
