@@ -17,16 +17,15 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from answers import answer
-from debug_task import write_debug_data, write_debug_model
-from torchsft.checkpoint.publish import claimed
-from torchsft.config import Checkpoint, Config, Data, Eval, Optim, Parallel, Train, parse, to_dict
+# What imports torch or transformers is imported where it is used, so that a mistyped option is refused in a moment.
+from torchsft.cli import is_main, parse, refusals
+from torchsft.config import Checkpoint, Config, Data, Eval, InputError, Optim, Parallel, Train, to_dict
 from torchsft.interruption import guarded
-from torchsft.parallel.world import World
-from torchsft.trainer import Trainer, resolve
+from torchsft.launch import check_data, check_model, check_output, model_directory, set_threads
 
 
 def debug() -> Config:
@@ -99,10 +98,9 @@ PRESETS = {
 }
 
 
-def choose_preset(argv: Sequence[str]) -> str:
-    """`finetune` for a command line with --model.path, else `debug`."""
-    given = any(a.split("=")[0].replace("_", "-") == "--model.path" for a in argv)
-    return "finetune" if given else "debug"
+def choose_preset(given: Mapping[str, Any]) -> str:
+    """`finetune` for a command line or --config file that gives model.path, else `debug`."""
+    return "finetune" if given.get("model.path") else "debug"
 
 
 def with_generated_inputs(config: Config) -> tuple[Config, Callable[[], None]]:
@@ -114,6 +112,8 @@ def with_generated_inputs(config: Config) -> tuple[Config, Callable[[], None]]:
     where = Path(config.output) / "generated"
 
     def generate() -> None:
+        from debug_task import write_debug_data, write_debug_model
+
         write_debug_model(where)
         write_debug_data(where)
 
@@ -126,16 +126,42 @@ def with_generated_inputs(config: Config) -> tuple[Config, Callable[[], None]]:
     return complete, generate
 
 
+def checked(config: Config) -> Config:
+    """The configuration, with the model's directory, once its paths have been looked at. Raises InputError: see launch.py."""
+    if config.model.path is None or not config.data.train:
+        raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
+    model = dataclasses.replace(config.model, path=model_directory(config.model.path))
+    check_model(model.path, weights=not model.random_init)
+    check_data(config.data)
+    check_output(config.output)
+    return dataclasses.replace(config, model=model)
+
+
 def main() -> None:
     """Read the command line, take this rank's place in the world, train."""
-    preset, config = parse(PRESETS, choose_preset, sys.argv[1:], __doc__ or "")
-    if config.print_config:
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(to_dict(resolve(config)), indent=2))
-        return
+    with refusals():
+        preset, config = parse(PRESETS, choose_preset, sys.argv[1:], __doc__ or "")
     generate = None
+    if config.print_config:
+        from torchsft.trainer import resolve
+
+        resolved = dataclasses.replace(resolve(config), print_config=False)  # so that --config takes it and trains
+        if is_main():
+            print(json.dumps(to_dict(resolved), indent=2))
+        return
     if preset == "debug" and config.model.path is None:
+        check_data(config.data)
+        check_output(config.output)
         config, generate = with_generated_inputs(config)
+    else:
+        config = checked(config)
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    from answers import answer
+    from torchsft.checkpoint.publish import claimed
+    from torchsft.parallel.world import World
+    from torchsft.trainer import Trainer
+
     with World(config.parallel, config.train.seed) as world, claimed(Path(config.output), world.is_main):
         Trainer(config, world, generate, answer).run()
 

@@ -235,8 +235,8 @@ def test_an_output_directory_of_another_run_is_refused(inputs, tmp_path, monkeyp
         run_recipe(monkeypatch, *options, "--checkpoint.resume", "never")
     with pytest.raises(InputError, match=r"checkpoint .*step-00000002 is of another run, which differs in train.seed: 0 -> 1"):
         where = tmp_path / "run" / "checkpoints" / "step-00000002"
-        others = ["--train.seed", 1, "--checkpoint.resume", where, "--output", tmp_path / "elsewhere"]
-        run_recipe(monkeypatch, *options, *others)
+        elsewhere = [tmp_path / "elsewhere" if option == tmp_path / "run" else option for option in options]
+        run_recipe(monkeypatch, *elsewhere, "--train.seed", 1, "--checkpoint.resume", where)
     run_recipe(monkeypatch, *options)  # the same run again: nothing left to train, exported anew
     (tmp_path / "run" / "config.json").write_text("")
     with pytest.raises(InputError, match=r"config.json is damaged; delete it"):

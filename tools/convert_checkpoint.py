@@ -11,14 +11,17 @@ A conversion that was interrupted continues with the same command; its output ap
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import multiprocessing.forkserver
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torchsft.config import InputError
 
 if TYPE_CHECKING:
     from tools.conversion.verify import Findings
@@ -60,9 +63,45 @@ def share(text: str) -> float:
     return value
 
 
+class Once(argparse.Action):
+    """Stores the value of an option, and refuses a second one, of which argparse would keep the last without a word."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: str | None = None
+    ) -> None:
+        """Keep `value`."""
+        given = vars(options).setdefault("given", {})
+        if self.dest in given:
+            parser.error(f"{name} is given twice, as {given[self.dest]} and as {value}; give it once")
+        given[self.dest] = value
+        setattr(options, self.dest, value)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one sentence, which names the nearest options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self.register("action", None, Once)  # of options and arguments that name no action
+
+    def error(self, message: str) -> NoReturn:
+        """Say it and end with exit code 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is not understood here, where the options of the subcommand are known."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = list(self._option_string_actions)
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 2)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            self.error(f"{unknown[0]!r} is not understood{meant}")
+        return options, unknown
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_dcp = commands.add_parser("to-dcp", help="Hugging Face directory to DCP directory")
     to_dcp.add_argument("source", type=place, metavar="HF", help="directory with config.json and safetensors weights")
@@ -94,6 +133,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     info = commands.add_parser("info", help="say what a directory holds")
     info.add_argument("directory", type=place, metavar="DIR")
     return parser.parse_args(argv)
+
+
+def check_sources(options: argparse.Namespace) -> None:
+    """Raises InputError: a directory to read does not exist, or is a run's; the sentence names its checkpoints."""
+    places = {name: getattr(options, name, None) for name in ("source", "base", "a", "b", "directory")}
+    for place in filter(None, places.values()):
+        for checkpoints in (place / "checkpoints", place):
+            found = sorted(path.name for path in checkpoints.glob("step-*") if (path / ".metadata").is_file())
+            is_run = checkpoints != place and (checkpoints.is_dir() or (place / "metrics.jsonl").is_file())
+            if found or is_run:
+                what = "a run's directory" if checkpoints != place else "the directory of a run's checkpoints"
+                named = f"give one of {', '.join(str(checkpoints / name) for name in found)}"
+                raise InputError(f"{place} is {what}; {named if found else 'it holds no complete checkpoint'}")
+        if not place.exists():
+            near = sorted(str(path) for path in place.parent.glob("step-*") if (path / ".metadata").is_file())
+            remedy = f"there are {', '.join(near)}" if near else "give an existing directory"
+            raise InputError(f"{place} does not exist; {remedy}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -137,10 +193,14 @@ def report(findings: Findings) -> int:
 def main() -> int:
     """Parse and run; what can be mended is told in one sentence."""
     options = parse(sys.argv[1:])
+    try:
+        check_sources(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if getattr(options, "workers", 1) > 1:  # its imports take seconds as those here do, and go on beside them
         multiprocessing.forkserver.set_forkserver_preload(["tools.conversion.verify", "torch._dynamo"])
         multiprocessing.forkserver.ensure_running()
-    from torchsft.config import InputError
 
     try:
         return run(options)

@@ -18,17 +18,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.inspection import gather, lint, page, report, terminal
-from tools.inspection.reading import Reader
 from torchsft import config
+from torchsft.cli import parse_tool, refusals
 from torchsft.config import InputError
-from torchsft.data.sources import parse_spec
+from torchsft.data.specs import evaluation_sets, parse_spec
+from torchsft.launch import check_data, check_model, model_directory
+
+if TYPE_CHECKING:
+    from tools.inspection.report import Inspection
 
 PARTIAL = ".partial"  # behind the name of a file that is being written
 STREAMED = 10_000  # samples of a source that is streamed, as it may have no end
@@ -82,10 +83,12 @@ class Options:
             raise InputError(f"--max-samples is {self.max_samples}, but it must be at least 1")
 
 
-def inspect(options: Options, progress: bool) -> report.Inspection:
+def inspect(options: Options, progress: bool) -> Inspection:
     """Read, tokenise and check everything."""
     from tqdm import tqdm
 
+    from tools.inspection import gather, lint, report
+    from tools.inspection.reading import Reader
     from torchsft.data.tokenizer import load_tokenizer
 
     data = options.data
@@ -117,7 +120,7 @@ def inspect(options: Options, progress: bool) -> report.Inspection:
 
 def _check_outputs(options: Options) -> None:
     """Raises InputError: a file to write that is also read, or cannot be written."""
-    specs = [*options.data.train, *(spec for specs in gather.evaluation_sets(options.data.eval).values() for spec in specs)]
+    specs = [*options.data.train, *(spec for specs in evaluation_sets(options.data.eval).values() for spec in specs)]
     sources = {os.path.realpath(parse_spec(str(spec)).path) for spec in specs}
     outputs = {"--json": options.json, "--html": options.html}
     for option, path in outputs.items():
@@ -156,7 +159,12 @@ def _write(path: str, write: Callable[[Path], object]) -> None:
 
 def run(options: Options) -> int:
     """Inspect, print and write; the exit code."""
+    options.model.path = model_directory(options.model.path)
+    check_model(options.model.path, config=False, weights=False)
+    check_data(options.data)
     _check_outputs(options)
+    from tools.inspection import page, report, terminal
+
     inspection = inspect(options, progress=sys.stderr.isatty())
     automatic = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     pen = terminal.Pen(automatic if options.color == "auto" else options.color == "always")
@@ -173,8 +181,10 @@ def run(options: Options) -> int:
 
 def main() -> int:
     """Parse and run; what can be mended is told in one sentence."""
+    with refusals():
+        options = parse_tool(Options, sys.argv[1:], __doc__ or "")
     try:
-        return run(tyro.cli(Options, description=__doc__))
+        return run(options)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

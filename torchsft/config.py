@@ -1,8 +1,9 @@
 """Every option of a run, as nested dataclasses.
 
-A recipe fills these in (a preset), the command line overrides any field (`--optim.lr 1e-5`), and the resolved result is
-written to `OUTPUT/config.json` and into every checkpoint. Each class checks its own fields; what needs the world size is
-checked in `parallel/world.py`, what needs the model's `config.json` in `models/`.
+A recipe fills these in (a preset), the command line overrides any field (`--optim.lr 1e-5`, read by `cli.py`; the string
+behind a field is its help), and the resolved result is written to `OUTPUT/config.json` and into every checkpoint. Each class
+checks its own fields; what needs the world size is checked in `parallel/world.py`, what needs the model's `config.json` in
+`models/`.
 """
 
 import dataclasses
@@ -10,11 +11,9 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import tyro
 
 
 class InputError(ValueError):
@@ -433,25 +432,3 @@ def differences(
         else:
             found.append(f"{name}: {a!r} -> {b!r}")
     return found
-
-
-def parse(
-    presets: Mapping[str, Callable[[], Config]], choose: Callable[[Sequence[str]], str], argv: Sequence[str], doc: str
-) -> tuple[str, Config]:
-    """Read `[PRESET] [--option value ...]`: the preset's name and the resolved configuration. Unknown options end the program
-    (exit code 2, with a suggestion). `presets`: name -> function that builds its configuration; `choose` names the preset for a
-    command line that does not begin with one; `argv`: without the program's name; `doc`: text above the options in `--help`."""
-    named = bool(argv) and not argv[0].startswith("-")
-    name = argv[0] if named else choose(argv)
-    if name not in presets:
-        raise InputError(f"preset {name!r} does not exist; choose one of: {', '.join(presets)}")
-    listing = "\n".join(f"  {key:<10} {(build.__doc__ or '').strip().splitlines()[0]}" for key, build in presets.items())
-    about = f"{doc.strip()}\n\nPresets (first argument; options override them):\n{listing}\n\nBelow: defaults of {name!r}."
-    config = tyro.cli(
-        Config,
-        args=list(argv[1:] if named else argv),
-        default=presets[name](),
-        description=about,
-        console_outputs=os.environ.get("RANK", "0") == "0",  # one message, not one per rank
-    )
-    return name, config

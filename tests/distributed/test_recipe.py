@@ -260,5 +260,4 @@ def test_bad_input_ends_all_ranks_with_one_sentence(tmp_path, options, sentence)
 def test_unknown_option_is_refused_with_a_suggestion():
     result = launch(2, "--train.step", 3, seconds=60)
     assert result.returncode != 0
-    assert result.stdout.count("Perhaps you meant") + result.stderr.count("Perhaps you meant") == 1
-    assert "--train.steps" in result.stdout + result.stderr
+    assert result.stderr.count("error: there is no option --train.step; did you mean --train.steps") == 1

@@ -72,8 +72,10 @@ def in_memory(argv: list[str], output: str, copy: str) -> None:
 
 def test_memory_urls_on_one_rank(inputs, ranks, tmp_path):
     output, copy = tmp_path / "run", tmp_path / "copy"
-    base = [*options(inputs, tmp_path / "undisturbed", STEPS), "--parallel.ep", "1", "--train.micro-batch-size", "2"]
+    base = [*options(inputs, tmp_path / "undisturbed", STEPS), "--train.micro-batch-size", "2"]
+    base[base.index("--parallel.ep") + 1] = "1"
     assert ranks(1, attend, size=1, argv=base, log=str(tmp_path / "log.txt"))[0][0] == [0]
-    argv = [*base, "--output", str(output), "--checkpoint.remote", "memory://bucket/run"]
+    argv = [*base, "--checkpoint.remote", "memory://bucket/run"]
+    argv[argv.index("--output") + 1] = str(output)
     ranks(1, in_memory, argv=argv, output=str(output), copy=str(copy))
     assert_same_run(output, tmp_path / "undisturbed", STEPS, evaluations=False, remote=copy)

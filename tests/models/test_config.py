@@ -1,5 +1,7 @@
 """Reading config.json: the styles that exist, and what is refused."""
 
+import json
+
 import pytest
 import torch
 
@@ -190,3 +192,57 @@ def test_flops_equal_a_count_by_hand():
     assert config.flops([]) == 0
     direct = DeepseekV3Config.from_hf(SIZES | {"q_lora_rank": None})
     assert config.flops([10]) - direct.flops([10]) == 6 * 10 * 3 * (768 + 1920 - 32 * 80)
+
+
+YARN = V3["rope_scaling"]
+NEW_YARN = {key: value for key, value in YARN.items() if key != "type"} | {"rope_type": "yarn"}
+AGREEING = {
+    "both tables": {"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_scaling": YARN, "rope_theta": 50000},
+    "both types": {"rope_scaling": YARN | {"rope_type": "yarn"}, "rope_theta": 5e4},
+    "theta inside and outside": {"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_theta": 5e4},
+    "theta inside": {"rope_scaling": YARN | {"rope_theta": 5e4}},
+    "nothing in one": {"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_two_spellings_of_rope_that_agree_mean_what_transformers_reads(name):
+    from transformers import DeepseekV3Config as Reference
+
+    sizes = SIZES | {"max_position_embeddings": 163840}
+    ours = DeepseekV3Config.from_hf(sizes | AGREEING[name]).rope
+    theirs = Reference(**json.loads(json.dumps(sizes | AGREEING[name]))).rope_parameters
+    assert (ours.theta, ours.yarn.factor, theirs["rope_type"]) == (theirs["rope_theta"], theirs["factor"], "yarn")
+    assert ours.theta == 5e4 and ours.yarn.original_context == theirs["original_max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rope_parameters": NEW_YARN, "rope_scaling": YARN | {"factor": 32}},
+            "factor = 40 in rope_parameters and 32 in rope_scal",
+        ),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN}, "beta_fast = None in rope_parameters and 32"),
+        ({"rope_parameters": NEW_YARN | {"mscale": None}, "rope_scaling": YARN}, "mscale = None .* and 1.0"),
+        ({"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_scaling": YARN}, "rope_theta = 50000.0 .* and 10000.0"),
+        ({"rope_scaling": YARN | {"rope_type": "default"}}, "type = 'yarn' and rope_type = 'default' in rope_scaling"),
+        (
+            {"rope_parameters": NEW_YARN | {"rope_theta": 1e4}, "rope_theta": 5e4},
+            "rope_theta = 50000.0 and another one, 10000.0",
+        ),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn', but it must be an object"),
+        ({"num_local_experts": 16}, "n_routed_experts = 8 and num_local_experts = 16, two names of one setting"),
+        ({"num_nextn_predict_layers": 1, "num_mtp_layers": 2}, "num_mtp_layers = 2"),
+        ({"dtype": "bfloat16", "torch_dtype": "float32"}, "dtype = 'bfloat16' and torch_dtype = 'float32'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ],
+)
+def test_two_spellings_that_differ_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        DeepseekV3Config.from_hf(SIZES | change)
+
+
+def test_two_names_that_agree_are_read():
+    change = {"num_local_experts": 8, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert DeepseekV3Config.from_hf(SIZES | change) == DeepseekV3Config.from_hf(SIZES)

@@ -240,7 +240,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(model, tmp
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(inspect_data.report, "write_json", full)
+    monkeypatch.setattr("tools.inspection.report.write_json", full)
     code, _, err = call("--model.path", model(), "--data.train", data, "--data.seq-len", "128", "--json", file)
     assert code == 1 and f"{file} cannot be written (No space left on device)" in err
     assert file.read_text() == "old" and not list(tmp_path.glob("*.partial"))

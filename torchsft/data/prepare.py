@@ -3,7 +3,6 @@
 import functools
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -26,7 +25,8 @@ from torchsft.data import cache
 from torchsft.data.columns import mapped
 from torchsft.data.formats import parse, recognise
 from torchsft.data.rendering import variables_of
-from torchsft.data.sources import RowError, Source, decode, parse_spec
+from torchsft.data.sources import RowError, Source, decode
+from torchsft.data.specs import evaluation_sets, parse_spec
 from torchsft.data.template import ChatTokenizer, Sample, templates_of
 from torchsft.data.tokenizer import eos_ids
 
@@ -289,20 +289,6 @@ def prepare(
     ids are not checked. `progress`: show a bar while this process makes them. Raises InputError: an unusable source,
     tokenizer or cache; under `on_error` raise, a row that cannot be used; a source of which nothing is left to train."""
     return [_prepare(Preparer(tokenizer, data, source, vocab_size), progress) for source in open_sources(specs)]
-
-
-def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
-    """The sources of each evaluation set. A spec is NAME=SPEC, or SPEC: the set has the name of the file then."""
-    sets: dict[str, list[str]] = {}
-    for spec in map(str, specs):
-        named = None if os.path.exists(spec) else re.fullmatch(r"([\w.-]+)=(.+)", spec)
-        rest = named[2] if named else spec
-        found = parse_spec(rest)
-        if found.weight != 1:
-            raise InputError(f"{spec} has weight {found.weight:g}, but every row is evaluated once; leave the weight out")
-        stem = re.sub(r"(\.(jsonl|json|parquet|pq|gz|zst))+$", "", Path(os.path.abspath(found.path)).name)
-        sets.setdefault(named[1] if named else stem, []).append(rest)
-    return sets
 
 
 def prepare_eval(specs: Sequence[str], *arguments: Any, **options: Any) -> dict[str, list[Prepared]]:

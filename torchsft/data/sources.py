@@ -14,7 +14,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -22,6 +21,8 @@ import numpy as np
 import pyarrow.parquet
 
 from torchsft.config import InputError
+from torchsft.data.specs import HUB, Spec
+from torchsft.data.specs import parse_spec as parse_spec  # to be had from here too
 
 Row = dict[str, Any]
 MAX_BYTES = 64 * 2**20  # of one line, or element of a JSON array
@@ -29,9 +30,6 @@ TOO_LONG = ("line-too-long", f"longer than {MAX_BYTES:,} bytes; split it or leav
 DAMAGE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)  # what reading a damaged file raises
 # What may change the state of a scan through a JSON array: in a string, between elements, inside an element.
 IN_STRING, BETWEEN, INSIDE = (re.compile(pattern) for pattern in (rb'["\\]', rb'["\[\]{},]', rb'["\[\]{}]'))
-WEIGHTED = re.compile(r"(.*):([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|inf|nan))", re.IGNORECASE)
-SPLIT = re.compile(r"(.+?):([^:/\[\]]+(?:\[[^\]]*\])?)")  # the second may be train[:10%]
-HUB = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?(?<!\.jsonl)(?<!\.json)(?<!\.parquet)(?<!\.gz)(?<!\.zst)")  # no file
 
 
 class RowError(InputError):
@@ -44,28 +42,6 @@ class RowError(InputError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A file, directory or name on the hub; how often each row is taken; and for `datasets` the split."""
-
-    path: str
-    weight: float = 1.0
-    split: str | None = None
-
-
-def parse_spec(text: str) -> Spec:
-    """`PATH`, `PATH:WEIGHT`, `PATH:SPLIT` or `PATH:SPLIT:WEIGHT`; a path that exists is never taken apart.
-    Raises InputError: nothing in front of the colon, or a weight that is not finite and above 0."""
-    path, weight, split = text, "1", None
-    if not os.path.exists(path) and (found := WEIGHTED.fullmatch(path)):
-        path, weight = found.groups()
-    if not os.path.exists(path) and (found := SPLIT.fullmatch(path)):
-        path, split = found.groups()
-    if not path or not 0 < float(weight) < float("inf"):
-        raise InputError(f"{text!r} names no data; give PATH, PATH:WEIGHT (above 0), or NAME:SPLIT for a dataset of the hub")
-    return Spec(path, float(weight), split)
 
 
 def load_json(text: str) -> Any:

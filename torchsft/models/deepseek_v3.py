@@ -35,6 +35,13 @@ _FIXED = {
     "attention_dropout": 0,
 }
 
+# Names under which transformers takes one setting.
+_SPELLINGS = (
+    ("n_routed_experts", "num_local_experts"),
+    ("num_nextn_predict_layers", "num_mtp_layers"),
+    ("dtype", "torch_dtype"),
+)
+
 # What tensor parallelism does to which modules; parallel/tensor.py says what the styles mean. Modules that are not named are
 # replicated: what makes the latents, the norms, the router and the shared experts.
 TENSOR_PARALLEL = {
@@ -108,6 +115,7 @@ class DeepseekV3Config:
                 f"config.json has quantization_config = {json.dumps(quantization)}, but only DeepSeek's fp8 (e4m3, blocks such"
                 " as [128, 128]) is supported; give such a checkpoint, or a bf16 or fp32 one"
             )
+        _refuse_contradictions(config)
         missing = [key for key in _REQUIRED if config.get(key) is None]
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}, without which the model has no shape")
@@ -200,16 +208,49 @@ def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return tuple(block) if fp8.get("quant_method") == "fp8" and fp8.get("fmt", "e4m3") == "e4m3" else None
 
 
+def _refuse_contradictions(config: Mapping[str, Any]) -> None:
+    for names in _SPELLINGS:
+        said = {name: config[name] for name in names if config.get(name) is not None}
+        values = list(said.values())
+        both = " and ".join(f"{name} = {value!r}" for name, value in said.items())
+        _refuse_if(len(values) == 2 and values[0] != values[1], f"{both}, two names of one setting; keep one")
+
+
+def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of rotary embeddings, with `rope_type` and `rope_theta` in it.
+
+    `rope_parameters` (transformers 5), or `rope_scaling` with `rope_theta` beside it (official). Programs differ in which one
+    they prefer, so where there are both they must say the same.
+    """
+    names = [name for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    read = [_rope_table(name, config) for name in names or ["rope_parameters"]]
+    if len(read) == 2:
+        for key in sorted(read[0].keys() | read[1].keys()):
+            values = [table.get(key) for table in read]
+            both = f"{key} = {values[0]!r} in rope_parameters and {values[1]!r} in rope_scaling"
+            _refuse_if(values[0] != values[1], f"{both}; keep one of the two tables")
+    return read[0]
+
+
+def _rope_table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """One of the two tables, with what stands beside it."""
+    table = config.get(name) or {}
+    _refuse_if(not isinstance(table, Mapping), f"{name} = {table!r}, but it must be an object")
+    table = {key: value for key, value in table.items() if value is not None}
+    old, new = table.pop("type", None), table.get("rope_type")
+    _refuse_if(old and new and old != new, f"type = {old!r} and rope_type = {new!r} in {name}; keep one")
+    table["rope_type"] = new or old or "default"
+    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1)):
+        inside, outside = table.get(key), config.get(key)
+        both = f"{key} = {outside!r} and another one, {inside!r}, in {name}"
+        _refuse_if(None not in (inside, outside) and inside != outside, f"{both}; keep one")
+        table[key] = next((value for value in (inside, outside) if value is not None), default)
+    return table
+
+
 def _rope(config: Mapping[str, Any]) -> Rope:
-    """Rotary parameters: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (official)."""
-    both = [dict(config[key]) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
-    kinds = [values.get("rope_type") or values.get("type") or "default" for values in both]
-    if len(set(kinds)) > 1:
-        fault = f"config.json has rope_parameters of type {kinds[0]!r} and rope_scaling of type {kinds[1]!r}; keep one"
-        raise InputError(fault)
-    values, kind = (both[0], kinds[0]) if both else ({}, "default")
-    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    turned = values.get("partial_rotary_factor", 1)
+    values = _rope_settings(config)
+    kind, theta, turned = values["rope_type"], float(values["rope_theta"]), values["partial_rotary_factor"]
     _refuse_if(turned != 1, f"partial_rotary_factor = {turned}, only 1 is supported")
     _refuse_if(kind not in ("default", "yarn"), f"rope type {kind!r}, but only 'default' and 'yarn' are supported")
     yarn = None

@@ -1,0 +1,524 @@
+"""The command line: options, `--config FILE` and presets become nested dataclasses.
+
+The parser is made of the dataclasses' fields, so a new field is a new option. It is the project's own because of what users
+stumble over elsewhere: an option given twice, a setting that a file and a preset spell differently, a suggestion that does not
+help, and seconds until a typo is refused. Nothing slow is imported here.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torchsft.config import Config, InputError
+
+Options = TypeVar("Options")
+Values = dict[str, Any]  # of options, by dotted name with underscores: {"train.steps": 5}
+
+# One setting said in two ways: who gives one of them replaces the other of a preset or file below.
+ALTERNATIVES = (("train.steps", "train.epochs"),)
+
+# What `--help` shows; `--help-all` shows everything.
+COMMON = (
+    *"model.path data.train data.eval data.seq_len train.epochs train.steps train.global_batch_size".split(),
+    *"train.micro_batch_size optim.lr parallel.pp parallel.ep checkpoint.every eval.every".split(),
+)
+
+# What the same is called in TRL, transformers, axolotl, LLaMA-Factory and torchtitan.
+FOREIGN = {
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_epsilon": "optim.eps",
+    "assistant_only_loss": "data.mask",
+    "base_model": "model.path",
+    "batch_size": "train.global_batch_size",
+    "bf16": "precision.compute",
+    "chat_template_path": "data.chat_template",
+    "completion_only_loss": "data.mask",
+    "context_parallel_degree": "parallel.cp",
+    "cutoff_len": "data.seq_len",
+    "data_parallel_replicate_degree": "parallel.dp_replicate",
+    "data_parallel_shard_degree": "parallel.dp_shard",
+    "dataloader_num_workers": "data.workers",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "eval_dataset": "data.eval",
+    "eval_steps": "eval.every",
+    "expert_parallel_degree": "parallel.ep",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "learning_rate": "optim.lr",
+    "local_batch_size": "train.micro_batch_size",
+    "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "max_length": "data.seq_len",
+    "max_seq_len": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "max_steps": "train.steps",
+    "micro_batch_size": "train.micro_batch_size",
+    "model_name_or_path": "model.path",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "output",
+    "overwrite_output_dir": "overwrite",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "pipeline_parallel_degree": "parallel.pp",
+    "report_to": "metrics.tensorboard",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "sequence_len": "data.seq_len",
+    "tensor_parallel_degree": "parallel.tp",
+    "train_file": "data.train",
+    "train_on_inputs": "data.mask",
+    "validation_file": "data.eval",
+    "warmup_ratio": "optim.warmup_steps",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting.
+
+    Attributes:
+        name: dotted, with underscores, such as `optim.warmup_steps`.
+        kind: the annotation of its field: str, int, float, bool, a Literal, a union of these with None, or tuple[str, ...].
+        doc: what it is, for the help.
+        needed: whether it has no default.
+    """
+
+    name: str
+    kind: Any
+    doc: str = ""
+    needed: bool = False
+
+    @property
+    def flag(self) -> str:
+        """As the user writes it."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes any number of values."""
+        return typing.get_origin(self.kind) is tuple
+
+
+CONFIG_FILE = Option("config", str | None, "YAML, TOML or JSON file of these options, such as a run's config.json.")
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Within it, an InputError is one sentence on stderr, by rank 0 alone, and exit code 2: every rank has the same options."""
+    try:
+        yield
+    except InputError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def parse(
+    presets: Mapping[str, Callable[[], Config]], choose: Callable[[Values], str], argv: Sequence[str], doc: str
+) -> tuple[str, Config]:
+    """Read `[PRESET] [--config FILE] [--option value ...]`: options override the file, and the file the preset.
+
+    Args:
+        presets: name -> function that builds its configuration.
+        choose: names the preset for a command line that does not begin with one, from the values that are given.
+        argv: without the program's name.
+        doc: text above the options in the help.
+
+    Returns:
+        The preset's name and the configuration.
+
+    Raises:
+        InputError: one sentence about what is not understood.
+        SystemExit: the help was asked for and printed.
+    """
+    options = options_of(Config)
+    named = bool(argv) and not argv[0].startswith("-")
+    if named and argv[0] not in presets:
+        raise InputError(f"preset {argv[0]!r} does not exist; choose one of: {', '.join(presets)}")
+    given, wants_help = read_arguments(argv[1:] if named else argv, options)
+    from_file = read_file(given.pop("config"), options) if given.get("config") else {}
+    name = argv[0] if named else choose(from_file | given)
+    values = values_of(presets[name]())
+    if wants_help:
+        lines = [f"  {key:<10} {inspect.getdoc(build).splitlines()[0]}" for key, build in presets.items()]
+        listing = "Presets (first argument; options override them):\n" + "\n".join(lines)
+        show_help(f"{doc.strip()}\n\n{listing}\n\nDefaults below are those of {name!r}.", options, values, wants_help)
+    return name, build(Config, override(override(values, from_file), given))
+
+
+def parse_tool(kind: type[Options], argv: Sequence[str], doc: str) -> Options:
+    """Read the options of a tool, a dataclass that shares fields with `Config`.
+
+    `--config FILE` may be a run's: what it says of options that the tool does not have is passed over. Raises: see `parse`.
+    """
+    options = options_of(kind)
+    given, wants_help = read_arguments(argv, options)
+    from_file = read_file(given.pop("config"), options | options_of(Config)) if given.get("config") else {}
+    if wants_help:
+        show_help(doc.strip(), options, default_values(kind), wants_help)
+    mine = {name: value for name, value in from_file.items() if name in options}
+    return build(kind, override(mine, given))
+
+
+def override(below: Values, above: Values) -> Values:
+    """`below` with the values of `above`; of ALTERNATIVES, what `above` gives replaces the other one."""
+    replaced = {}
+    for names in ALTERNATIVES:
+        if any(above.get(name) is not None for name in names):
+            replaced |= dict.fromkeys(names)
+    kept = {name: None if name in replaced else value for name, value in below.items()}
+    return kept | above
+
+
+# From and to dataclasses
+
+
+def options_of(kind: type, prefix: str = "") -> dict[str, Option]:
+    """The options of a dataclass and those nested in it, by name."""
+    found: dict[str, Option] = {}
+    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    for field in dataclasses.fields(kind):
+        name, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= options_of(hint, name + ".")
+            continue
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        found[name] = Option(name, hint, docs.get(field.name, ""), needed)
+    return found
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The strings behind the fields of a class in its source."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    docs = {}
+    for statement, behind in zip(definition.body, definition.body[1:], strict=False):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(behind, ast.Expr):
+            continue
+        if isinstance(behind.value, ast.Constant) and isinstance(behind.value.value, str):
+            docs[statement.target.id] = " ".join(behind.value.value.split())
+    return docs
+
+
+def values_of(config: Any, prefix: str = "") -> Values:
+    """The values in a dataclass and those nested in it."""
+    found: Values = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= values_of(value, name + ".")
+        else:
+            found[name] = value
+    return found
+
+
+def default_values(kind: type, prefix: str = "") -> Values:
+    """The defaults of a dataclass and those nested in it, as far as they have some."""
+    found: Values = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= default_values(hints[field.name], name + ".")
+        elif field.default is not dataclasses.MISSING:
+            found[name] = field.default
+    return found
+
+
+def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
+    """The dataclass of these values, with defaults for the others. Raises InputError: one is missing, or is refused."""
+    arguments = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            arguments[field.name] = build(hints[field.name], values, name + ".")
+        elif name in values:
+            arguments[field.name] = values[name]
+    for option in options_of(kind, prefix).values():
+        if option.needed and option.name not in values:
+            raise InputError(f"{option.flag} is missing; give it: {option.doc}")
+    return kind(**arguments)
+
+
+# Values
+
+
+def read_value(kind: Any, value: Any) -> Any:
+    """`value`, a word of the command line or a value of a file, as `kind`. Raises ValueError: it is none."""
+    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    for member in sorted(members, key=lambda member: member is not types.NoneType):
+        with contextlib.suppress(ValueError):
+            return _read_member(member, value)
+    raise ValueError
+
+
+def _read_member(kind: Any, value: Any) -> Any:
+    if kind is types.NoneType and value in (None, "None"):
+        return None
+    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    if kind is bool:
+        word = str(value).lower()
+        if word in ("true", "false") and isinstance(value, bool | str):
+            return word == "true"
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is str and isinstance(value, datetime.date):  # what YAML and TOML make of 2026-01-31
+        return value.isoformat()
+    if kind is int and (isinstance(value, str) or type(value) is int):
+        return int(value)
+    if kind is float and (isinstance(value, str) or type(value) in (int, float)):
+        return float(value)
+    raise ValueError
+
+
+def allowed(kind: Any) -> str:
+    """What `kind` allows, in words."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        members = [allowed(member) for member in typing.get_args(kind)]
+        return " or ".join(member for member in members if not (member == "a whole number" and "a number" in members))
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    words = {str: "text", int: "a whole number", float: "a number", bool: "True or False", types.NoneType: "None"}
+    return words[kind]
+
+
+def read_option(option: Option, value: Any, said: str) -> Any:
+    """The value of an option; `value`: a list for one that takes a list. Raises InputError, which names it as `said`."""
+    items = value if option.is_list and isinstance(value, list | tuple) else [value]
+    kind = typing.get_args(option.kind)[0] if option.is_list else option.kind
+    read = []
+    for item in items:
+        try:
+            read.append(read_value(kind, item))
+        except ValueError:
+            raise InputError(f"{said} is {_shown(item)}, but it must be {allowed(kind)}{_meant(kind, item)}") from None
+    return tuple(read) if option.is_list else read[0]
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _meant(kind: Any, value: Any) -> str:
+    """The nearest allowed word, as the end of a sentence."""
+    words = [word for word in typing.get_args(kind) if isinstance(word, str)]
+    found = difflib.get_close_matches(str(value), words, 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+# The command line
+
+
+def read_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[Values, str]:
+    """The values of a command line, and "help" or "help_all" where that is asked for, else "". Raises InputError."""
+    known = {**options, CONFIG_FILE.name: CONFIG_FILE}
+    given: Values = {}
+    first: dict[str, str] = {}  # how an option was given before
+    wants_help = ""
+    for flag, words in _grouped(argv):
+        name, written = flag.lstrip("-").replace("-", "_"), " ".join([flag, *words])
+        if flag == "-h" or name in ("help", "help_all"):
+            wants_help = "help" if flag == "-h" else name
+            continue
+        section, dot, last = name.rpartition(".")
+        positive = f"{section}{dot}{last.removeprefix('no_')}"
+        negated = name not in known and positive in known and known[positive].kind is bool
+        option = known.get(positive if negated else name)
+        if option is None or not flag.startswith("--"):
+            raise InputError(f"there is no option {flag}; {suggestion(name, known)}")
+        if option.name in given and not option.is_list:
+            raise InputError(f"{first[option.name]} and {written} are one option given twice; give it once")
+        first[option.name] = written
+        if option.is_list:
+            given[option.name] = given.get(option.name, ()) + read_option(option, words, option.flag)
+        elif option.kind is bool and not words:
+            given[option.name] = not negated
+        elif negated or len(words) != 1:
+            takes = "no value" if negated else f"one value ({allowed(option.kind)})"
+            raise InputError(f"{flag} takes {takes}, but is given {len(words)}{': ' if words else ''}{' '.join(words)}")
+        else:
+            given[option.name] = read_option(option, words[0], option.flag)
+    return given, wants_help
+
+
+def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each option as it is written, with the words that follow it."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in argv:
+        number = re.fullmatch(r"-(\d|\.\d|inf).*", word)
+        if word.startswith("-") and word != "-" and not number:
+            flag, equals, value = word.partition("=")
+            groups.append((flag, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            raise InputError(f"{word!r} belongs to no option; options are written --name value (see --help)")
+    return groups
+
+
+def suggestion(name: str, known: Mapping[str, Option]) -> str:
+    """What may have been meant by an unknown name, as the end of a sentence."""
+    last = name.rpartition(".")[2]
+    lasts: dict[str, list[str]] = {}
+    for other in known:
+        lasts.setdefault(other.rpartition(".")[2], []).append(other)
+    found = [FOREIGN[last]] if FOREIGN.get(last) in known else []
+    found += lasts.get(last, [])
+    found += difflib.get_close_matches(name, known, 3, 0.75)
+    for near in difflib.get_close_matches(last, lasts, 2, 0.75):
+        found += lasts[near]
+    nearest = [known[other].flag for other in dict.fromkeys(found)][:3]
+    return f"did you mean {' or '.join(nearest)}?" if nearest else "--help-all lists all options"
+
+
+# Files
+
+
+def read_file(path: str, options: Mapping[str, Option]) -> Values:
+    """The values in a YAML, TOML or JSON file of these options. Raises InputError: it is none, or says what cannot be."""
+    content = _load(Path(path))
+    if not isinstance(content, dict):
+        raise InputError(
+            f"--config {path} does not hold options, but {_shown(content)[:60]}; write them as in a run's config.json"
+        )
+    values: Values = {}
+    for name, value in _flat(content, options, path):
+        said = f"{name} in {path}"
+        if name not in options:
+            raise InputError(f"there is no option {said}; {suggestion(name, options)}")
+        read = read_option(options[name], value, said)
+        if values.get(name, read) != read:
+            raise InputError(f"{said} is given twice, as {_shown(values[name])} and as {_shown(read)}; give it once")
+        values[name] = read
+    return values
+
+
+def _flat(content: Mapping[Any, Any], options: Mapping[str, Option], path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested tables."""
+    for key, value in content.items():
+        name = prefix + str(key).replace("-", "_")
+        is_section = any(option.startswith(name + ".") for option in options)
+        if is_section and not isinstance(value, dict | None):
+            raise InputError(f"{name} in {path} is {_shown(value)}, but it must be a table of its options")
+        if is_section:
+            yield from _flat(value or {}, options, path, name + ".")
+        else:
+            yield name, value
+
+
+def _load(path: Path) -> Any:
+    """The value that a file holds. Raises InputError: it cannot be read."""
+    if not path.is_file():
+        inside = path / "config.json"
+        remedy = f"give the file, {inside}" if inside.is_file() else "name a YAML, TOML or JSON file"
+        raise InputError(f"--config {path} {'is a directory' if path.is_dir() else 'does not exist'}; {remedy}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_unique)
+        if path.suffix == ".toml":
+            return _load_toml(text)
+        if path.suffix in (".yaml", ".yml"):
+            return _load_yaml(text)
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--config {path} cannot be read ({' '.join(str(error).split())}); mend or rename it") from None
+    raise InputError(f"--config {path} has none of the endings .json, .yaml, .yml and .toml; rename it")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ValueError: one key is there twice, of which JSON and YAML would keep the last without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} is given twice, as {_shown(found[key])} and as {_shown(value)}")
+        found[key] = value
+    return found
+
+
+def _load_toml(text: str) -> Any:
+    if sys.version_info < (3, 11):
+        raise ValueError("TOML needs Python 3.11; write it as YAML")
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+def _load_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            self.flatten_mapping(node)
+            return _unique(
+                [(self.construct_object(key, True), self.construct_object(value, True)) for key, value in node.value]
+            )
+
+    Loader.add_constructor("tag:yaml.org,2002:map", Loader.construct_mapping)
+    try:
+        return yaml.load(text, Loader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+# Help
+
+
+def show_help(doc: str, options: Mapping[str, Option], values: Values, which: str) -> typing.NoReturn:
+    """Print the help on rank 0 and end the program; `which`: "help" for the options that most people use, or "help_all"."""
+    shown = [option for option in options.values() if which == "help_all" or option.name in COMMON or "." not in option.name]
+    width = min(shutil.get_terminal_size().columns or 100, 110)
+    lines = [doc, "", "Options:" if which == "help_all" else "Options that most people use (--help-all lists all):"]
+    for option in [*shown, CONFIG_FILE]:
+        lines.append(f"  {option.flag} {_metavar(option)}".rstrip())
+        default = f" (default: {_default(values[option.name])})" if option.name in values else ""
+        text = f"{option.doc}{default}".strip()
+        lines.append(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if is_main():
+        print("\n".join(line for line in lines))
+    raise SystemExit(0)
+
+
+def _metavar(option: Option) -> str:
+    """What stands for the value in the help."""
+    if option.is_list:
+        return "[VALUE ...]"
+    if typing.get_origin(option.kind) is Literal:
+        return "{" + ",".join(typing.get_args(option.kind)) + "}"
+    if option.kind is bool:
+        section, dot, last = option.flag.removeprefix("--").rpartition(".")
+        return f"| --{section}{dot}no-{last}"
+    members = typing.get_args(option.kind) or (option.kind,)
+    return "NUMBER" if float in members else "N" if int in members else "TEXT"
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value) if value != "" else "empty"
