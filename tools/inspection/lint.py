@@ -26,6 +26,7 @@ WARNINGS = {
     *("after-end-of-turn", "special-token-in-content"),
 }
 NOTES: set[str] = set()
+LEVELS = ("error", "warning", "note")
 TITLES = {
     "no-end-of-turn": "End of turn not trained",
     "header-in-targets": "Role header trained",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.inspection.lint import Finding, Linter, runs_of
+from tools.inspection.lint import LEVELS, Finding, Linter, runs_of
 from tools.inspection.reading import Reader
 from torchsft.config import Data
 from torchsft.data.cache import Samples
@@ -116,13 +116,18 @@ class Inspection:
         return [source for source in self.sources if not source.evaluation]
 
     def tally(self) -> list[tuple[str, str, int]]:
-        """(level, reason, findings), errors first, then by number."""
+        """(level, reason, findings): errors, warnings, notes; each by number."""
         found = Counter((finding.level, finding.reason) for finding in self.findings)
-        return sorted(((*what, n) for what, n in found.items()), key=lambda each: (each[0], -each[2], each[1]))
+        rows = [(level, reason, n) for (level, reason), n in found.items()]
+        return sorted(rows, key=lambda row: (LEVELS.index(row[0]), -row[2], row[1]))
 
     def level(self, name: str) -> int:
-        """Number of errors or warnings."""
+        """Number of errors, warnings or notes."""
         return sum(finding.level == name for finding in self.findings)
+
+    def wrong(self) -> set[tuple[str, str]]:
+        """(source, sample) of errors and warnings: what is to be looked at first."""
+        return {(finding.source, finding.sample) for finding in self.findings if finding.level != "note"}
 
     def plan_text(self) -> str:
         """Steps in words."""

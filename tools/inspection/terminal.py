@@ -17,7 +17,15 @@ BARS = " ▁▂▃▄▅▆▇█"
 EXAMPLES = 3  # of each finding
 MOST_TOKENS = 4000  # of a printed sample
 MOST_CHARACTERS = 300  # of a printed finding
-STYLES = {"bold": "1", "faint": "2", "error": "31;1", "warning": "33;1", "trained": "48;5;22;38;5;157", "role": "36;1"}
+STYLES = {
+    "bold": "1",
+    "faint": "2",
+    "error": "31;1",
+    "warning": "33;1",
+    "note": "34;1",
+    "trained": "48;5;22;38;5;157",
+    "role": "36;1",
+}
 
 
 class Pen:
@@ -75,9 +83,6 @@ def _source(source: Inspected, pen: Pen) -> Iterator[str]:
 
 def _findings(inspection: Inspection, pen: Pen) -> Iterator[str]:
     errors, warnings = inspection.level("error"), inspection.level("warning")
-    if not errors and not warnings:
-        yield "no findings"
-        return
     for level, reason, n in inspection.tally():
         yield f"{pen(level, f'{level:<8}')}{n:>7,}  {pen('bold', reason)}: {title(reason)}"
         these = (finding for finding in inspection.findings if finding.reason == reason)
@@ -86,8 +91,10 @@ def _findings(inspection: Inspection, pen: Pen) -> Iterator[str]:
             yield f"                 {textwrap.shorten(said, MOST_CHARACTERS, placeholder=' ...')}"
         if n > EXAMPLES:
             yield pen("faint", f"                 and {n - EXAMPLES:,} more")
-    yield ""
-    yield f"{plural(errors, 'error')}, {plural(warnings, 'warning')}"
+    if inspection.findings:
+        yield ""
+    counts = f"{plural(errors, 'error')}, {plural(warnings, 'warning')}"
+    yield counts if errors or warnings else "no findings"  # notes are none
 
 
 def choose(inspection: Inspection, wanted: Sequence[str]) -> list[tuple[Inspected, Sample]]:
@@ -111,7 +118,7 @@ def choose(inspection: Inspection, wanted: Sequence[str]) -> list[tuple[Inspecte
 
 
 def _interesting(inspection: Inspection) -> Iterator[tuple[Inspected, Sample]]:
-    wrong = {(finding.source, finding.sample) for finding in inspection.findings}
+    wrong = inspection.wrong()
     named = {name for name, _ in wrong}
     for first in (True, False):
         for source in inspection.sources if not first else [s for s in inspection.sources if s.name in named]:
