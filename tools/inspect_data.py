@@ -24,7 +24,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.inspection import gather, lint, page, report, terminal
+from tools.inspection import gather, lint, page, report, serving, terminal
 from tools.inspection.reading import Reader
 from torchsft import config
 from torchsft.config import InputError
@@ -100,6 +100,9 @@ def inspect(options: Options, progress: bool) -> report.Inspection:
         return tqdm(samples, desc="checking", unit=" samples", disable=None if progress else True, leave=False, delay=1)
 
     findings += report.lint(linter, sources, watch)
+    server = serving.Server(options.model.path, data)
+    for source in sources:
+        findings += server.check(source)
     trained = [source for source in sources if not source.evaluation]
     streamed = f"--data.streaming reads the first {STREAMED:,} of each source; --max-samples N is another number"
     left_out = "--max-samples left out the others" if options.max_samples else streamed

@@ -64,6 +64,7 @@ def gather(
         preparer = Preparer(tokenizer, data, source, vocab_size)
         inspected, refused = _first(source, preparer, most) if most else _all(spec, source, preparer, progress)
         inspected.evaluation = bool(name)
+        inspected.origin = preparer
         # Ids tell training and evaluation apart, where both have a file of this name.
         inspected.name = inspected.samples.name = f"{name}={source.name}" if name else source.name
         sources.append(inspected)

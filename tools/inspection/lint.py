@@ -45,6 +45,7 @@ TITLES = {
     "text-lost": "Text lost in the chat template",
     "not-prefix-stable": "Generation prompt no prefix of the rendering",
     "role-order": "Roles out of order",
+    "serving-differs": "Serving gives the model other tokens",
     "not-utf-8": "Invalid UTF-8",
     "not-json": "Not JSON",
     "too-long": "Longer than --data.seq-len",

@@ -17,10 +17,12 @@ from tools.inspection.lint import LEVELS, Finding, Linter, runs_of
 from tools.inspection.reading import Reader
 from torchsft.config import Data
 from torchsft.data.cache import Samples
+from torchsft.data.prepare import Preparer
 from torchsft.data.stream import TrainLoader
 from torchsft.data.template import Sample
 
 BINS = 40
+UNSHOWN = ("samples", "origin")  # fields of `Inspected` that are no numbers
 OUTCOMES = {  # of data.prepare's counts, as sentences; numbers stand before them
     "too-long": "left out: longer than --data.seq-len",
     "no-targets": "left out: nothing to train",
@@ -42,7 +44,9 @@ class Inspected:
 
     Attributes:
         rows: read, usable or not.
+        origin: what made the samples, with the open source; None: nothing can be read again.
         counts: of data.prepare: what became of rows and samples.
+        served: rows that were compared with serving.
         supervised_tokens, tokens, longest, histogram: of `samples`; filled in by `count`.
         histogram: (edges [n + 1], counts [n]); bin i holds lengths of edges[i] to edges[i + 1] - 1.
     """
@@ -55,7 +59,9 @@ class Inspected:
     rows: int
     samples: Samples
     digest: str = ""
+    origin: Preparer | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    served: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
@@ -236,7 +242,7 @@ def weight_runs(weights: np.ndarray) -> list[list[Any]]:
 
 def as_dict(source: Inspected) -> dict[str, Any]:
     """The numbers of a source, JSON-able."""
-    plain = {each.name: getattr(source, each.name) for each in dataclasses.fields(source) if each.name != "samples"}
+    plain = {each.name: getattr(source, each.name) for each in dataclasses.fields(source) if each.name not in UNSHOWN}
     edges, counts = source.histogram
     return plain | {
         "samples": len(source.samples),

@@ -78,6 +78,9 @@ def _source(source: Inspected, pen: Pen) -> Iterator[str]:
         bars = "".join(BARS[-(-n * 8 // max(counts))] for n in counts)
         yield f"  lengths 0 {bars} {plural(source.longest, 'token')}"
     yield from (f"  {text}" for text in source.outcomes())
+    if source.served:
+        gave = len(set(source.samples.rows.tolist()))
+        yield f"  {source.served:,} of {plural(gave, 'row')} compared with what serving gives the model"
     yield ""
 
 
