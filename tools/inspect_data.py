@@ -39,7 +39,7 @@ class Model:
     """Whose tokenizer, chat template and vocabulary."""
 
     path: str
-    """Hugging Face directory: tokenizer, and config.json (without it, token ids are not compared with the vocabulary)."""
+    """Hugging Face directory: tokenizer, and config.json (else ids and lengths are not compared with it)."""
 
 
 @dataclass(kw_only=True)
@@ -89,17 +89,18 @@ def inspect(options: Options, progress: bool) -> report.Inspection:
     from torchsft.data.template import load_tokenizer
 
     tokenizer = load_tokenizer(options.model.path)
-    vocabulary = gather.vocabulary(options.model.path)
+    facts = gather.facts(options.model.path)
     data = options.data
     most = options.max_samples or (STREAMED if data.streaming else None)
-    sources, findings = gather.gather(tokenizer, data, vocab_size=vocabulary, most=most, progress=progress)
+    sources, findings = gather.gather(tokenizer, data, vocab_size=facts.vocab_size, most=most, progress=progress)
     reader = Reader(tokenizer, data.template_variables())
-    linter = lint.Linter(reader, mask=data.mask, seq_len=data.seq_len, vocab_size=vocabulary)
+    known = {"vocab_size": facts.vocab_size, "eos_ids": facts.eos_ids}
+    linter = lint.Linter(reader, mask=data.mask, seq_len=data.seq_len, **known)
 
     def watch(samples: Any) -> Any:
         return tqdm(samples, desc="checking", unit=" samples", disable=None if progress else True, leave=False, delay=1)
 
-    findings += report.lint(linter, sources, watch)
+    findings += report.lint(linter, sources, watch, facts.positions)
     server = serving.Server(options.model.path, data)
     for source in sources:
         findings += server.check(source)

@@ -269,3 +269,21 @@ def test_help_and_what_cannot_be_inspected(model, tmp_path, call):
     ):
         code, _, err = call("--model.path", path, *arguments)
         assert code == 1 and err.startswith("error: ") and sentence in err and "Traceback" not in err
+
+
+def test_what_the_model_says_of_itself(model, tmp_path, call):
+    path = model()
+    data = write(tmp_path / "chat.jsonl", *GOOD)
+    fixed = ["--model.path", path, "--data.train", data, "--data.seq-len", "128", "--show", "0"]
+    (path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 400, "max_position_embeddings": 10}}))
+    code, out, _ = call(*fixed)
+    assert code == 0 and "5  beyond-positions: " in out and "max_position_embeddings of the model is 10" in out
+    (path / "generation_config.json").write_text('{"eos_token_id": [4, 7]}')
+    assert gather.facts(path) == gather.Facts(400, 10, frozenset({4, 7}))
+    for name in ("config.json", "generation_config.json"):
+        for broken in ("{", "[]"):
+            before = (path / name).read_text()
+            (path / name).write_text(broken)
+            code, _, err = call(*fixed)
+            (path / name).write_text(before)
+            assert code == 1 and err.startswith("error: ") and str(path / name) in err and err.count("\n") == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.inspection.lint import LEVELS, Finding, Linter, runs_of
+from tools.inspection.lint import LEVELS, Finding, Linter, beyond_positions, runs_of
 from tools.inspection.reading import Reader
 from torchsft.config import Data
 from torchsft.data.cache import Samples
@@ -168,16 +168,19 @@ def histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
     return [i * width for i in range(len(counts) + 1)], counts.tolist()
 
 
-def lint(linter: Linter, sources: Sequence[Inspected], watch: Any) -> list[Finding]:
+def lint(linter: Linter, sources: Sequence[Inspected], watch: Any, positions: int | None = None) -> list[Finding]:
     """Check every sample of every source, training first, and count on the way.
 
     Args:
         watch: passes samples through, such as a progress bar.
+        positions: of the model; None: not known, not checked.
     """
     found = []
     for source in sorted(sources, key=lambda source: source.evaluation):
         checked = source.count(watch(source.samples))
         found += linter.check(checked, source.name, source.format, source.evaluation)
+        if positions is not None:
+            found += beyond_positions(source.samples, source.name, positions)
     return found
 
 
