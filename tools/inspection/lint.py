@@ -27,7 +27,7 @@ WARNINGS = {
     *("duplicate", "in-training-data", "near-empty", "non-finite-weight", "cut-off"),
     *("after-end-of-turn", "special-token-in-content", "beyond-positions"),
 }
-NOTES: set[str] = set()
+NOTES: set[str] = {"mask-differs"}
 LEVELS = ("error", "warning", "note")
 TITLES = {
     "no-end-of-turn": "End of turn not trained",
@@ -48,6 +48,7 @@ TITLES = {
     "text-lost": "Text lost in the chat template",
     "not-prefix-stable": "Generation prompt no prefix of the rendering",
     "role-order": "Roles out of order",
+    "mask-differs": "The other tool trains other tokens",
     "serving-differs": "Serving gives the model other tokens",
     "not-utf-8": "Invalid UTF-8",
     "not-json": "Not JSON",

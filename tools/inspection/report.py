@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from torchsft.data.cache import Samples
 from torchsft.data.prepare import Preparer
 from torchsft.data.stream import TrainLoader
 from torchsft.data.template import Sample
+
+if TYPE_CHECKING:
+    from tools.inspection.compare import Comparison, Pair
 
 BINS = 40
 UNSHOWN = ("samples", "origin")  # fields of `Inspected` that are no numbers
@@ -115,6 +118,7 @@ class Inspection:
     findings: list[Finding]
     plan: Plan
     left_out: str = ""
+    comparison: Comparison | None = None
 
     @property
     def trained(self) -> list[Inspected]:
@@ -215,7 +219,9 @@ def plan(
 
 
 def write_json(path: Path, inspection: Inspection) -> None:
-    """One JSON object a line for each sample: id, source, tokens, weights, text."""
+    """One JSON object a line for each sample: id, source, tokens, weights, text, and where another tool differs."""
+    pairs = inspection.comparison.pairs if inspection.comparison is not None else ()
+    different = {(pair.source, pair.ours.id): _differences(pair) for pair in pairs if pair.ours is not None}
     with path.open("w", encoding="utf-8") as file:
         for source in inspection.sources:
             for sample in source.samples:
@@ -226,7 +232,17 @@ def write_json(path: Path, inspection: Inspection) -> None:
                     "weights": [number(weight) for weight in sample.weights.tolist()],
                     "text": inspection.reader.text(sample.tokens),
                 }
+                if inspection.comparison is not None:
+                    record["differences"] = different.get((source.name, sample.id), [])
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _differences(pair: Pair) -> list[dict[str, Any]]:
+    """Each stretch of tokens that differ; `at`: in the tokens of both sides, put side by side."""
+    found = []
+    for start, end, reason, side in pair.stretches():
+        found.append({"at": start, "tokens": pair.tokens[start:end].tolist(), "reason": reason, "only": side})
+    return found
 
 
 def number(value: float) -> float | str:

@@ -133,12 +133,19 @@ class Server:
                 yield tokens[1:] if begins else tokens
 
 
-def read_examples(source: Inspected, most: int = MOST_ROWS) -> Iterator[tuple[int, Example]]:
-    """Rows of a source that gave samples, as training reads them: (number, example). Of more than `most`, some all over it."""
+def read_examples(source: Inspected, most: int | None = MOST_ROWS) -> Iterator[tuple[int, Example]]:
+    """Rows of a source as training reads them: (number, example), without those that it cannot read.
+
+    Args:
+        most: so many of the rows that gave samples, all over the source where it has more; None: every row.
+    """
     opened = source.origin.source
     preparer: Preparer = copy.copy(source.origin)  # as for another process: without source and chat tokenizer
     preparer.format = source.format or None
     listener = vars(preparer)["chat"] = _Listener()
+    if most is None:
+        yield from _heard(preparer, listener, opened.rows())
+        return
     numbers = np.unique(source.samples.rows)
     size = most // BLOCKS
     blocks = [numbers]
@@ -150,11 +157,14 @@ def read_examples(source: Inspected, most: int = MOST_ROWS) -> Iterator[tuple[in
     for block in blocks if len(numbers) else ():
         wanted, first, last = set(block.tolist()), int(block[0]), int(block[-1])
         rows = itertools.takewhile(lambda row, last=last: row[0] <= last, opened.rows(first - 1))
-        chosen = (row for row in rows if row[0] in wanted)
-        while batch := list(itertools.islice(chosen, ROWS_AT_ONCE)):
-            preparer(batch)
-            yield from ((int(example.id.rpartition(":")[2]), example) for example in listener.heard)
-            listener.heard.clear()
+        yield from _heard(preparer, listener, (row for row in rows if row[0] in wanted))
+
+
+def _heard(preparer: Preparer, listener: _Listener, rows: Iterator[Any]) -> Iterator[tuple[int, Example]]:
+    while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        preparer(batch)
+        yield from ((int(example.id.rpartition(":")[2]), example) for example in listener.heard)
+        listener.heard.clear()
 
 
 def samples_of(source: Inspected, number: int) -> list[Sample]:
