@@ -205,14 +205,17 @@ def run_trl(sources: Sequence[Inspected], model: str, data: Data) -> Other:
     """
     found = Other(f"TRL {_trl_version()}", [])
     for source in sources:
-        rows = {}
+        # Arrow gives every row the keys of all others: rows with other variables are prepared apart.
+        alike: dict[str, list[dict[str, Any]]] = {}
         for number, example in read_examples(source, most=None):
             made = _trl_row(example, data)
             if made is None:
                 raise InputError(f"{source.name} has tokens, which TRL takes as they are; leave it out of --compare trl")
-            rows[number] = {**made, "torchsft_row": number}
-        with _quiet(), tempfile.TemporaryDirectory() as where:
-            found.documents += _trl_documents(source.name, list(rows.values()), Server(model, data), where, found.refused)
+            key = json.dumps([sorted(made), made.get("chat_template_kwargs")], sort_keys=True)
+            alike.setdefault(key, []).append({**made, "torchsft_row": number})
+        for rows in alike.values():
+            with _quiet(), tempfile.TemporaryDirectory() as where:
+                found.documents += _trl_documents(source.name, rows, Server(model, data), where, found.refused)
     return found
 
 

@@ -230,6 +230,13 @@ def test_trls_own_mask_of_the_same_rows(tmp_path):
     answer = len(tokenizer("you and me").input_ids)
     wanted = Counter({("answer", "theirs"): answer, ("end-of-turn", "theirs"): 1, ("newline-behind-end", "theirs"): 2})
     assert found.pairs[1].tally() == wanted
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    chat.byte_tokenizer(tools + chat.CHATML_GENERATION).save_pretrained(tmp_path / "tools")
+    used = [{"messages": messages}, {"messages": messages[:2], "tools": [{"type": "function", "function": {"name": "f"}}]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in used))
+    sources, _ = gather.gather(load_tokenizer(tmp_path / "tools"), data)
+    found = compare.compare(others.run_trl(sources, str(tmp_path / "tools"), data), sources, Reader(tokenizer))
+    assert found.samples() == {"equal": 2, "different": 0, "only ours": 0, "only theirs": 0}  # a row with tools has them
     chat.byte_tokenizer(chat.CHATML).save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="TRL cannot mask this chat template"):
         others.run_trl(sources, str(tmp_path / "plain"), data)
