@@ -4,6 +4,8 @@ python tools/inspect_data.py --model.path HF_DIR --data.train chats.jsonl       
 python tools/inspect_data.py ... --html inspection.html                             a page to read conversations on
 python tools/inspect_data.py ... --json samples.jsonl --max-samples 100             one JSON object a line and sample
 python tools/inspect_data.py ... --show chats.jsonl:17 3                            sample 17, and three with findings
+python tools/inspect_data.py ... --compare trl                                      where TRL's mask of these rows differs
+python tools/inspect_data.py ... --compare FILE                                     the same of a dump (input_ids, labels)
 
 Options of --model, --data and --train are those of training, and so is the cache that it fills. Exit code 1: errors were
 found (rows that cannot be used, no end-of-turn token trained, ...), or there is nothing to inspect. Warnings leave it at 0.
@@ -40,7 +42,7 @@ class Model:
     """Whose tokenizer, chat template and vocabulary."""
 
     path: str
-    """Hugging Face directory: tokenizer, and config.json (without it, token ids are not compared with the vocabulary)."""
+    """Hugging Face directory: tokenizer, and config.json (else ids and lengths are not compared with it)."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,9 @@ class Options:
     """File for a page that shows samples with their trained tokens, packed rows and findings; it loads nothing."""
     json: str | None = None
     """File for one JSON object a line and sample: id, source, tokens, weights, text."""
+    compare: tuple[str, ...] = ()
+    """Another tool whose mask is put beside ours: `trl` (run on the rows), or FILE, its dump of input_ids and labels (JSONL,
+    Parquet, Arrow, save_to_disk); `axolotl-file FILE` is the same."""
     max_samples: int | None = None
     """Samples of each source that are read, the first ones; absent: all."""
     show: tuple[str, ...] = ("1",)
@@ -87,23 +92,30 @@ def inspect(options: Options, progress: bool) -> Inspection:
     """Read, tokenise and check everything."""
     from tqdm import tqdm
 
-    from tools.inspection import gather, lint, report
+    from tools.inspection import compare, gather, lint, others, report, serving
     from tools.inspection.reading import Reader
     from torchsft.data.tokenizer import load_tokenizer
 
+    theirs = others.open_other(options.compare)
     data = options.data
     tokenizer = load_tokenizer(options.model.path, chat_template=data.chat_template, date=data.template_date)
-    vocabulary = gather.vocabulary(options.model.path)
+    facts = gather.facts(options.model.path)
     most = options.max_samples or (STREAMED if data.streaming else None)
-    sources, findings = gather.gather(tokenizer, data, vocab_size=vocabulary, most=most, progress=progress)
+    sources, findings = gather.gather(tokenizer, data, vocab_size=facts.vocab_size, most=most, progress=progress)
     reader = Reader(tokenizer, data.template_variables())
-    linter = lint.Linter(reader, mask=data.mask, seq_len=data.seq_len, vocab_size=vocabulary)
+    known = {"vocab_size": facts.vocab_size, "eos_ids": facts.eos_ids}
+    linter = lint.Linter(reader, mask=data.mask, seq_len=data.seq_len, **known)
 
     def watch(samples: Any) -> Any:
         return tqdm(samples, desc="checking", unit=" samples", disable=None if progress else True, leave=False, delay=1)
 
-    findings += report.lint(linter, sources, watch)
+    findings += report.lint(linter, sources, watch, facts.positions)
+    server = serving.Server(options.model.path, data)
+    for source in sources:
+        findings += server.check(source)
     trained = [source for source in sources if not source.evaluation]
+    comparison = theirs and compare.compare(theirs(trained, options.model.path, data), trained, reader, findings)
+    findings += comparison.findings() if comparison else ()
     streamed = f"--data.streaming reads the first {STREAMED:,} of each source; --max-samples N is another number"
     left_out = "--max-samples left out the others" if options.max_samples else streamed
     return report.Inspection(
@@ -115,6 +127,7 @@ def inspect(options: Options, progress: bool) -> Inspection:
         findings=findings,
         plan=report.plan(trained, data, **dataclasses.asdict(options.train)),
         left_out=left_out if most and any(len(source.samples) >= most for source in trained) else "",
+        comparison=comparison,
     )
 
 
@@ -173,6 +186,11 @@ def run(options: Options) -> int:
     if options.html:
         _write(options.html, lambda file: file.write_text(page.render(inspection), encoding="utf-8"))
     for source, sample in terminal.choose(inspection, options.show):
+        pairs = inspection.comparison.pairs if inspection.comparison is not None else ()
+        pair = next((p for p in pairs if p.source == source.name and p.ours is not None and p.ours.id == sample.id), None)
+        if pair is not None and pair.differs:
+            print(*terminal.pair_lines(pair, inspection.comparison.other, inspection.reader, pen), sep="\n")
+            continue
         mine = [f for f in inspection.findings if (f.source, f.sample) == (source.name, sample.id)]
         print(*terminal.sample_lines(sample, inspection.reader, mine, pen), sep="\n")
     print(*terminal.overview(inspection, pen), sep="\n", flush=True)

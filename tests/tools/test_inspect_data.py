@@ -269,3 +269,70 @@ def test_help_and_what_cannot_be_inspected(model, tmp_path, call):
     ):
         code, _, err = call("--model.path", path, *arguments)
         assert code == 1 and err.startswith("error: ") and sentence in err and "Traceback" not in err
+
+
+def test_what_the_model_says_of_itself(model, tmp_path, call):
+    path = model()
+    data = write(tmp_path / "chat.jsonl", *GOOD)
+    fixed = ["--model.path", path, "--data.train", data, "--data.seq-len", "128", "--show", "0"]
+    (path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 400, "max_position_embeddings": 10}}))
+    code, out, _ = call(*fixed)
+    assert code == 0 and "5  beyond-positions: " in out and "max_position_embeddings of the model is 10" in out
+    (path / "generation_config.json").write_text('{"eos_token_id": [4, 7]}')
+    assert gather.facts(path) == gather.Facts(400, 10, frozenset({4, 7}))
+    for name in ("config.json", "generation_config.json"):
+        for broken in ("{", "[]"):
+            before = (path / name).read_text()
+            (path / name).write_text(broken)
+            code, _, err = call(*fixed)
+            (path / name).write_text(before)
+            assert code == 1 and err.startswith("error: ") and str(path / name) in err and err.count("\n") == 1
+
+
+def test_a_dump_of_another_tool_is_put_beside_ours(model, tmp_path, call):
+    """Ours, with the end of turn of the second answer left out, and a row that is missing."""
+    data, ours = write(tmp_path / "chat.jsonl", *GOOD), tmp_path / "ours.jsonl"
+    fixed = ["--model.path", model(), "--data.train", data, "--data.seq-len", "128"]
+    call(*fixed, "--json", ours)
+    rows = [json.loads(line) for line in ours.read_text().splitlines()]
+    dump = []
+    for row in rows[:4]:
+        labels = [token if weight else -100 for token, weight in zip(row["tokens"], row["weights"], strict=True)]
+        dump.append({"input_ids": row["tokens"], "labels": labels})
+    last = max(i for i, label in enumerate(dump[1]["labels"]) if label != -100)
+    dump[1]["labels"][last] = -100
+    theirs, again, page = write(tmp_path / "theirs.jsonl", *dump), tmp_path / "again.jsonl", tmp_path / "page.html"
+    for given in ([theirs], ["axolotl-file", theirs]):
+        code, out, _ = call(*fixed, "--compare", *given, "--json", again, "--html", page)
+        assert code == 0 and "3 equal, 1 different, 1 only ours, 0 only theirs" in out, out
+        assert "only ours end-of-turn: 1 token" in out and "⟦+<|im_end|>⟧" in out and out.rstrip().endswith("no findings")
+    [second] = [row for row in map(json.loads, again.read_text().splitlines()) if row["id"] == "chat.jsonl:2"]
+    assert second["differences"] == [{"at": last, "tokens": [4], "reason": "end-of-turn", "only": "ours"}]
+    assert "mask-differs" in page.read_text()
+
+
+def test_comparisons_that_cannot_be(model, tmp_path, call, monkeypatch):
+    data = write(tmp_path / "chat.jsonl", *GOOD)
+    fixed = ["--model.path", model(), "--data.train", data, "--data.seq-len", "128", "--show", "0"]
+    monkeypatch.setitem(sys.modules, "trl", None)
+    for given, sentence in (
+        (["trl"], "pip install"),
+        (["axolotl-file"], "takes trl, FILE or axolotl-file FILE"),
+        (["trl", "x"], "takes trl, FILE or axolotl-file FILE"),
+        ([tmp_path / "none.jsonl"], "none.jsonl"),
+        ([data], "no input_ids (keys: messages)"),
+    ):
+        code, _, err = call(*fixed, "--compare", *given)
+        assert code == 1 and err.startswith("error: ") and sentence in err and err.count("\n") == 1, err
+
+
+def test_two_evaluation_sets_of_one_file_name_are_told_apart(model, tmp_path, call):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    one, two = write(tmp_path / "a/held.jsonl", *GOOD[:2]), write(tmp_path / "b/held.jsonl", *GOOD[2:])
+    fixed = ["--model.path", model(), "--data.eval", one, two, "--data.seq-len", "128"]
+    file = tmp_path / "samples.jsonl"
+    assert call(*fixed, "--json", file)[0] == 0
+    ids = [json.loads(line)["id"] for line in file.read_text().splitlines()]
+    assert len(set(ids)) == 5
+    code, out, _ = call(*fixed, "--show", ids[0], ids[4])
+    assert code == 0 and "the answer is 0" in out and "the answer is 4" in out

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,17 +22,44 @@ from torchsft.data.sources import Source
 ROWS_AT_ONCE = 256
 
 
-def vocabulary(model: str) -> int | None:
-    """Rows of the model's embedding, as its config.json says; None where that is not known."""
-    path = Path(model) / "config.json"
+@dataclass(frozen=True)
+class Facts:
+    """What a model's directory says of it, as far as it does.
+
+    Attributes:
+        vocab_size: rows of the embedding, or None.
+        positions: max_position_embeddings, or None.
+        eos_ids: tokens at which generation stops.
+    """
+
+    vocab_size: int | None
+    positions: int | None
+    eos_ids: frozenset[int]
+
+
+def facts(model: str) -> Facts:
+    """Read config.json (and its text_config) and generation_config.json. Raises InputError: one is no JSON object."""
+    config = _json(Path(model) / "config.json")
+    text = config.get("text_config")
+    config = {**(text if isinstance(text, dict) else {}), **config}
+    numbers = [config.get(name) for name in ("vocab_size", "max_position_embeddings")]
+    vocab_size, positions = (number if isinstance(number, int) and number > 0 else None for number in numbers)
+    eos = _json(Path(model) / "generation_config.json").get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [eos]
+    return Facts(vocab_size, positions, frozenset(token for token in eos if isinstance(token, int)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no file."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); restore the model's configuration") from None
-    size = found.get("vocab_size", (found.get("text_config") or {}).get("vocab_size")) if isinstance(found, dict) else None
-    return size if isinstance(size, int) else None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object; restore the model's configuration")
+    return found
 
 
 def gather(
@@ -64,6 +92,7 @@ def gather(
         preparer = Preparer(tokenizer, data, source, vocab_size)
         inspected, refused = _first(source, preparer, most) if most else _all(spec, source, preparer, progress)
         inspected.evaluation = bool(name)
+        inspected.origin = preparer
         # Ids tell training and evaluation apart, where both have a file of this name.
         inspected.name = inspected.samples.name = f"{name}={source.name}" if name else source.name
         sources.append(inspected)

@@ -4,8 +4,9 @@ The code that made the mask is not asked: headers come from a probe of the chat 
 model would be trained on. What that code refused (a `RowError`) is a finding too, under the reason that it gave.
 
 errors      no-end-of-turn, header-in-targets, double-bos, no-targets, unknown-token, negative-weight, and every refused row
+            serving-differs (of `serving`)
 warnings    duplicate, in-training-data, near-empty, non-finite-weight (also of a refused row), cut-off, after-end-of-turn,
-            special-token-in-content
+            special-token-in-content, beyond-positions
 notes       what is as it should be and worth knowing: NOTES below
 """
 
@@ -19,13 +20,15 @@ from typing import Literal
 import numpy as np
 
 from tools.inspection.reading import Header, Reader
+from torchsft.data.cache import Samples
 from torchsft.data.template import Sample
 
 WARNINGS = {
     *("duplicate", "in-training-data", "near-empty", "non-finite-weight", "cut-off"),
-    *("after-end-of-turn", "special-token-in-content"),
+    *("after-end-of-turn", "special-token-in-content", "beyond-positions"),
 }
-NOTES: set[str] = set()
+NOTES: set[str] = {"mask-differs"}
+LEVELS = ("error", "warning", "note")
 TITLES = {
     "no-end-of-turn": "End of turn not trained",
     "header-in-targets": "Role header trained",
@@ -37,6 +40,7 @@ TITLES = {
     "near-empty": "Near-empty answer",
     "non-finite-weight": "Weight not finite",
     "negative-weight": "Weight below 0",
+    "beyond-positions": "Longer than the model's positions",
     "cut-off": "Answer cut off",
     "special-token-in-content": "End of turn within an answer",
     "after-end-of-turn": "White space behind the end of turn trained",
@@ -44,6 +48,8 @@ TITLES = {
     "text-lost": "Text lost in the chat template",
     "not-prefix-stable": "Generation prompt no prefix of the rendering",
     "role-order": "Roles out of order",
+    "mask-differs": "The other tool trains other tokens",
+    "serving-differs": "Serving gives the model other tokens",
     "not-utf-8": "Invalid UTF-8",
     "not-json": "Not JSON",
     "too-long": "Longer than --data.seq-len",
@@ -87,11 +93,14 @@ class Linter:
         mask: of config.Data: under `all`, headers and what follows an end of turn are trained on purpose.
         seq_len: a sample of this length may have been cut.
         vocab_size: rows of the model's embedding; None: not known, not checked.
+        eos_ids: tokens at which generation stops; one of them may open the next turn (GLM) and is trained as the end then.
     """
 
-    def __init__(self, reader: Reader, *, mask: str, seq_len: int, vocab_size: int | None) -> None:
+    def __init__(self, reader: Reader, *, mask: str, seq_len: int, vocab_size: int | None, eos_ids: Iterable[int] = ()) -> None:
         self.reader, self.mask, self.seq_len, self.vocab_size = reader, mask, seq_len, vocab_size
+        self.eos_ids = frozenset(eos_ids)
         self.special = np.array(sorted(reader.special), dtype=np.int64)
+        self.added = np.array(sorted(reader.special | reader.added), dtype=np.int64)
         self._seen: dict[bytes, tuple[str, bool]] = {}
         self._spellings: list[tuple[Header, np.ndarray]] = []
         for header in reader.headers:
@@ -128,8 +137,8 @@ class Linter:
             yield "no-targets", "no token has a weight above 0"
             return
         if self.mask == "all" or kind in ("text", "tokens"):
-            if not np.isin(tokens[weights > 0], self.special).any() and len(tokens) < self.seq_len:
-                yield "no-end-of-turn", "no special token is trained, so the model never learns to stop"
+            if not np.isin(tokens[weights > 0], self.added).any() and len(tokens) < self.seq_len:
+                yield "no-end-of-turn", "no added token is trained, so the model never learns to stop"
         else:
             for start, end in runs:
                 yield from self._end(tokens, start, end)
@@ -167,9 +176,11 @@ class Linter:
             yield "duplicate", f"the same tokens and weights as {first}"
 
     def _end(self, tokens: np.ndarray, start: int, end: int) -> Iterable[tuple[str, str]]:
-        """Whether the run of trained tokens [start, end) ends with a special token."""
+        """Whether the run of trained tokens [start, end) ends with a token that ends turns."""
         if tokens[end - 1] in self.reader.special:
             return
+        if tokens[end - 1] in self.reader.added and not self._is_end(tokens[end:]):
+            return  # any added token may end a turn, unless one that certainly does comes next
         if end == len(tokens) and len(tokens) >= self.seq_len:
             yield "cut-off", f"the answer at token {start} is cut at --data.seq-len ({self.seq_len}) and does not end"
             return
@@ -180,10 +191,19 @@ class Linter:
         else:
             yield "no-end-of-turn", f"the answer at token {start} ends with {last!r}, which is no end-of-turn token"
 
+    def _is_end(self, behind: np.ndarray) -> bool:
+        """Whether the first of these tokens that is no white space ends turns."""
+        first = next((int(token) for token in behind if self.reader.piece(int(token)).strip()), None)
+        return first in self.reader.special
+
     def _headers(self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]) -> Iterable[tuple[str, str]]:
         length = len(self._prompt)
         for start, end in runs:
             run, near = tokens[start:end], None
+            if int(run[-1]) in self.eos_ids:  # the end of the answer, also where it begins the next header
+                run = run[:-1]
+            if not len(run):
+                continue
             if length and start >= length and run[0] not in self.reader.special:
                 near = ("", "") if np.array_equal(tokens[start - length : start], self._prompt) else None
             for header, rare in self._spellings:
@@ -216,6 +236,17 @@ class Linter:
                 if len(said) < 2 or not any(character.isalnum() for character in said):
                     yield "near-empty", f"the answer at token {start} is {said!r}"
                     return
+
+
+def beyond_positions(samples: Samples, source: str, positions: int) -> list[Finding]:
+    """A finding for each sample with more tokens than the model has positions, the longest first."""
+    lengths = samples.lengths
+    beyond = np.flatnonzero(lengths > positions)
+    order = beyond[np.argsort(-lengths[beyond], kind="stable")]
+    limit = f"max_position_embeddings of the model is {positions:,}"
+    among = f"{len(beyond):,} such samples, the longest of {int(lengths.max(initial=0)):,} tokens"
+    texts = [f"{int(lengths[i]):,} tokens, but {limit} ({among})" for i in order]
+    return [Finding("beyond-positions", source, samples.id(i), text) for i, text in zip(order, texts, strict=True)]
 
 
 def runs_of(weights: np.ndarray) -> list[tuple[int, int]]:

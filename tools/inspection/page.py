@@ -56,7 +56,7 @@ def _candidates(inspection: Inspection) -> Iterator[tuple[int, int]]:
     everything = sum(len(source.samples) for source in inspection.sources)
     tokens = sum(source.tokens for source in inspection.sources)
     if everything > MOST_SAMPLES or tokens > MOST_TOKENS:
-        wrong = {(finding.source, finding.sample) for finding in inspection.findings}
+        wrong = inspection.wrong()
         named = {finding[0] for finding in wrong}
         found = 0
         for s, source in enumerate(inspection.sources):
@@ -90,7 +90,8 @@ def _data(inspection: Inspection, chosen: dict[tuple[int, int], int]) -> dict[st
         found = [(finding.reason, finding.text) for finding in by_sample.pop((source.name, sample.id), [])]
         found += [(note, "") for note in notes(source, sample, inspection.data.seq_len)]
         samples.append(_sample(inspection, sample, vocabulary) | {"source": s, "findings": found, "row": places.get((s, i))})
-    faults = [(finding.reason, finding.sample, finding.text) for each in by_sample.values() for finding in each]
+    elsewhere = [finding for found in by_sample.values() for finding in found if finding.level != "note"]
+    faults = [(finding.reason, finding.sample, finding.text) for finding in elsewhere]
     trained = inspection.trained
     examples = {finding.reason: f"{finding.sample}: {finding.text}" for finding in reversed(inspection.findings)}
     reasons = {

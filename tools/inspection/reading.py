@@ -53,14 +53,20 @@ class Reader:
     Attributes:
         headers: of system, user, assistant and tool, as far as the template writes any; longest first.
         prompt: what it writes for the answer to come (add_generation_prompt); "" where it does not.
-        special: ids of special tokens, EOS among them: one of these ends a turn.
+        special: ids of special tokens, EOS among them, and of those that the template writes behind an answer: these end turns.
+        added: ids of all added tokens, marked special or not.
         bos, eos: id or None.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any] | None = None) -> None:
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         added = tokenizer.added_tokens_decoder
+        self.added = set(added)
         self.special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        written = _behind_answers(tokenizer, variables or {})
+        for i, token in added.items():  # not all that end a turn are marked special
+            if any(text.startswith(token.content) for text in written):
+                self.special.add(i)
         self.special_texts = sorted((added[i].content for i in self.special if i in added), key=len, reverse=True)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         letters = (i for i in range(self.backend.get_vocab_size()) if self.text([i]).isalpha() and self.text([i]).isascii())
@@ -136,6 +142,18 @@ class Reader:
         # Behind an anchor, as some decoders take the space from the beginning of a text.
         before = self.backend.decode(self._anchor, skip_special_tokens=False)
         return self.backend.decode(self._anchor + tokens, skip_special_tokens=False)[len(before) :]
+
+
+def _behind_answers(tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any]) -> list[str]:
+    """What the template writes behind an answer, before a further question and at the end."""
+    mark = "\ue000answer\ue001"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}, {"role": "user", "content": "b"}]
+    found = []
+    for messages in (turns, turns[:2]):
+        with contextlib.suppress(Exception):  # the template is a program of the model's author: it can fail in any way
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+            found.append(text.partition(mark)[2].lstrip())
+    return found
 
 
 def _learn(tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any], special: list[str]) -> tuple[list[Header], str]:

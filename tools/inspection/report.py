@@ -9,18 +9,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools.inspection.lint import Finding, Linter, runs_of
+from tools.inspection.lint import LEVELS, Finding, Linter, beyond_positions, runs_of
 from tools.inspection.reading import Reader
 from torchsft.config import Data
 from torchsft.data.cache import Samples
+from torchsft.data.prepare import Preparer
 from torchsft.data.stream import TrainLoader
 from torchsft.data.template import Sample
 
+if TYPE_CHECKING:
+    from tools.inspection.compare import Comparison, Pair
+
 BINS = 40
+UNSHOWN = ("samples", "origin")  # fields of `Inspected` that are no numbers
 OUTCOMES = {  # of data.prepare's counts, as sentences; numbers stand before them
     "too-long": "left out: longer than --data.seq-len",
     "no-targets": "left out: nothing to train",
@@ -42,7 +47,9 @@ class Inspected:
 
     Attributes:
         rows: read, usable or not.
+        origin: what made the samples, with the open source; None: nothing can be read again.
         counts: of data.prepare: what became of rows and samples.
+        served: rows that were compared with serving.
         supervised_tokens, tokens, longest, histogram: of `samples`; filled in by `count`.
         histogram: (edges [n + 1], counts [n]); bin i holds lengths of edges[i] to edges[i + 1] - 1.
     """
@@ -55,7 +62,9 @@ class Inspected:
     rows: int
     samples: Samples
     digest: str = ""
+    origin: Preparer | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    served: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
@@ -109,6 +118,7 @@ class Inspection:
     findings: list[Finding]
     plan: Plan
     left_out: str = ""
+    comparison: Comparison | None = None
 
     @property
     def trained(self) -> list[Inspected]:
@@ -116,13 +126,18 @@ class Inspection:
         return [source for source in self.sources if not source.evaluation]
 
     def tally(self) -> list[tuple[str, str, int]]:
-        """(level, reason, findings), errors first, then by number."""
+        """(level, reason, findings): errors, warnings, notes; each by number."""
         found = Counter((finding.level, finding.reason) for finding in self.findings)
-        return sorted(((*what, n) for what, n in found.items()), key=lambda each: (each[0], -each[2], each[1]))
+        rows = [(level, reason, n) for (level, reason), n in found.items()]
+        return sorted(rows, key=lambda row: (LEVELS.index(row[0]), -row[2], row[1]))
 
     def level(self, name: str) -> int:
-        """Number of errors or warnings."""
+        """Number of errors, warnings or notes."""
         return sum(finding.level == name for finding in self.findings)
+
+    def wrong(self) -> set[tuple[str, str]]:
+        """(source, sample) of errors and warnings: what is to be looked at first."""
+        return {(finding.source, finding.sample) for finding in self.findings if finding.level != "note"}
 
     def plan_text(self) -> str:
         """Steps in words."""
@@ -157,16 +172,19 @@ def histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
     return [i * width for i in range(len(counts) + 1)], counts.tolist()
 
 
-def lint(linter: Linter, sources: Sequence[Inspected], watch: Any) -> list[Finding]:
+def lint(linter: Linter, sources: Sequence[Inspected], watch: Any, positions: int | None = None) -> list[Finding]:
     """Check every sample of every source, training first, and count on the way.
 
     Args:
         watch: passes samples through, such as a progress bar.
+        positions: of the model; None: not known, not checked.
     """
     found = []
     for source in sorted(sources, key=lambda source: source.evaluation):
         checked = source.count(watch(source.samples))
         found += linter.check(checked, source.name, source.format, source.evaluation)
+        if positions is not None:
+            found += beyond_positions(source.samples, source.name, positions)
     return found
 
 
@@ -200,7 +218,9 @@ def plan(
 
 
 def write_json(path: Path, inspection: Inspection) -> None:
-    """One JSON object a line for each sample: id, source, tokens, weights, text."""
+    """One JSON object a line for each sample: id, source, tokens, weights, text, and where another tool differs."""
+    pairs = inspection.comparison.pairs if inspection.comparison is not None else ()
+    different = {(pair.source, pair.ours.id): _differences(pair) for pair in pairs if pair.ours is not None}
     with path.open("w", encoding="utf-8") as file:
         for source in inspection.sources:
             for sample in source.samples:
@@ -211,7 +231,17 @@ def write_json(path: Path, inspection: Inspection) -> None:
                     "weights": [number(weight) for weight in sample.weights.tolist()],
                     "text": inspection.reader.text(sample.tokens),
                 }
+                if inspection.comparison is not None:
+                    record["differences"] = different.get((source.name, sample.id), [])
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _differences(pair: Pair) -> list[dict[str, Any]]:
+    """Each stretch of tokens that differ; `at`: in the tokens of both sides, put side by side."""
+    found = []
+    for start, end, reason, side in pair.stretches():
+        found.append({"at": start, "tokens": pair.tokens[start:end].tolist(), "reason": reason, "only": side})
+    return found
 
 
 def number(value: float) -> float | str:
@@ -230,7 +260,7 @@ def weight_runs(weights: np.ndarray) -> list[list[Any]]:
 
 def as_dict(source: Inspected) -> dict[str, Any]:
     """The numbers of a source, JSON-able."""
-    plain = {each.name: getattr(source, each.name) for each in dataclasses.fields(source) if each.name != "samples"}
+    plain = {each.name: getattr(source, each.name) for each in dataclasses.fields(source) if each.name not in UNSHOWN}
     edges, counts = source.histogram
     return plain | {
         "samples": len(source.samples),

@@ -7,6 +7,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+from tools.inspection.compare import REASONS, Comparison, Pair
 from tools.inspection.lint import Finding, title
 from tools.inspection.reading import Reader
 from tools.inspection.report import Inspected, Inspection, plural, weight_runs
@@ -16,8 +17,20 @@ from torchsft.data.template import Sample
 BARS = " ▁▂▃▄▅▆▇█"
 EXAMPLES = 3  # of each finding
 MOST_TOKENS = 4000  # of a printed sample
+MOST_STRETCHES = 20  # of differing tokens, of a printed sample
 MOST_CHARACTERS = 300  # of a printed finding
-STYLES = {"bold": "1", "faint": "2", "error": "31;1", "warning": "33;1", "trained": "48;5;22;38;5;157", "role": "36;1"}
+STYLES = {
+    "bold": "1",
+    "faint": "2",
+    "error": "31;1",
+    "warning": "33;1",
+    "note": "34;1",
+    "trained": "48;5;22;38;5;157",
+    "role": "36;1",
+    "ours": "48;5;24;38;5;195",
+    "theirs": "48;5;88;38;5;224",
+}
+LEGEND = "⟦both train⟧ ⟦+only we train⟧ ⟦-only they train⟧ {+a token of ours alone} {-of theirs alone}"
 
 
 class Pen:
@@ -55,6 +68,8 @@ def overview(inspection: Inspection, pen: Pen) -> Iterator[str]:
         if inspection.left_out:
             yield f"           of the samples that were read: {inspection.left_out}"
         yield ""
+    if inspection.comparison is not None:
+        yield from comparison_lines(inspection.comparison, pen)
     yield from _findings(inspection, pen)
 
 
@@ -70,14 +85,14 @@ def _source(source: Inspected, pen: Pen) -> Iterator[str]:
         bars = "".join(BARS[-(-n * 8 // max(counts))] for n in counts)
         yield f"  lengths 0 {bars} {plural(source.longest, 'token')}"
     yield from (f"  {text}" for text in source.outcomes())
+    if source.served:
+        gave = len(set(source.samples.rows.tolist()))
+        yield f"  {source.served:,} of {plural(gave, 'row')} compared with what serving gives the model"
     yield ""
 
 
 def _findings(inspection: Inspection, pen: Pen) -> Iterator[str]:
     errors, warnings = inspection.level("error"), inspection.level("warning")
-    if not errors and not warnings:
-        yield "no findings"
-        return
     for level, reason, n in inspection.tally():
         yield f"{pen(level, f'{level:<8}')}{n:>7,}  {pen('bold', reason)}: {title(reason)}"
         these = (finding for finding in inspection.findings if finding.reason == reason)
@@ -86,8 +101,74 @@ def _findings(inspection: Inspection, pen: Pen) -> Iterator[str]:
             yield f"                 {textwrap.shorten(said, MOST_CHARACTERS, placeholder=' ...')}"
         if n > EXAMPLES:
             yield pen("faint", f"                 and {n - EXAMPLES:,} more")
+    if inspection.findings:
+        yield ""
+    counts = f"{plural(errors, 'error')}, {plural(warnings, 'warning')}"
+    yield counts if errors or warnings else "no findings"  # notes are none
+
+
+def comparison_lines(comparison: Comparison, pen: Pen) -> Iterator[str]:
+    """Counts of samples and of trained tokens, and the reasons of what differs."""
+    samples = ", ".join(f"{n:,} {what}" for what, n in comparison.samples().items())
+    trained = comparison.trained()
+    yield f"{pen('bold', 'comparison')} with {visible(comparison.other)}"
+    yield f"  samples    {samples}"
+    only = f"{trained['ours only']:,} only by us, {trained['theirs only']:,} only by them"
+    yield f"  trained    {trained['both']:,} tokens by both, {only}"
+    for reason, who, n, tokens in comparison.tally():
+        counts = f"{plural(n, 'sample')}, {plural(tokens, 'token')}"
+        side = "only ours" if who == "ours" else "only theirs"
+        yield f"  {pen('bold', reason)}, {side}: {counts}: {REASONS[reason]}"
+    alone = [pair for pair in comparison.pairs if pair.ours is None or pair.theirs is None]
+    for pair in alone[:EXAMPLES]:
+        name = pair.ours.id if pair.ours is not None else pair.theirs.name
+        yield f"    {visible(name)}: {textwrap.shorten(visible(pair.missing), MOST_CHARACTERS, placeholder=' ...')}"
+    if len(alone) > EXAMPLES:
+        yield pen("faint", f"    and {len(alone) - EXAMPLES:,} more on one side only")
     yield ""
-    yield f"{plural(errors, 'error')}, {plural(warnings, 'warning')}"
+
+
+def pair_lines(pair: Pair, other: str, reader: Reader, pen: Pen) -> Iterator[str]:
+    """The tokens of both sides as text: a line for each turn, and below it what differs and why."""
+    names = [*([pair.ours.id] if pair.ours is not None else []), *([pair.theirs.name] if pair.theirs is not None else [])]
+    yield f"{pen('bold', visible(' beside '.join(names)))}  {pen('faint', LEGEND)}"
+    if pair.missing:
+        yield f"{visible(pair.missing)} ({visible(other)})"
+    for start, end, reason, who in pair.stretches()[:MOST_STRETCHES]:
+        side = "only ours" if who == "ours" else "only theirs"
+        said = textwrap.shorten(visible(repr(reader.text(pair.tokens[start:end]))), MOST_CHARACTERS, placeholder=" ...")
+        yield f"{pen(who, side)} {reason}: {plural(end - start, 'token')} at {start:,}: {said}"
+    pieces = reader.pieces(pair.tokens[:MOST_TOKENS])
+    starts = [0, *itertools.accumulate(piece.count for piece in pieces)]
+    kinds = [_kind(pair, i) for i in range(len(pair.tokens))]
+    for block in reader.blocks(pieces):
+        within = [(kinds[i], piece) for i, piece in zip(starts, pieces, strict=False) if block.start <= i < block.end]
+        said = ""
+        for kind, group in itertools.groupby(within, key=lambda each: each[0]):
+            said += _marked(kind, visible("".join(piece.text for _, piece in group)), pen)
+        role = block.role or "text"
+        yield f"{pen('role', f'{role:<10}')} " + said.rstrip("\n").replace("\n", "\n           ")
+    if len(pair.tokens) > MOST_TOKENS:
+        yield pen("faint", f"           and {plural(len(pair.tokens) - MOST_TOKENS, 'more token')}")
+    yield ""
+
+
+def _kind(pair: Pair, i: int) -> tuple[str, str]:
+    """Who has a token, and who trains it: "", both, ours or theirs."""
+    mine, other = bool(pair.mine[i]), bool(pair.other[i])
+    trained = "both" if mine and other else "ours" if mine else "theirs" if other else ""
+    return pair.sides[i], trained
+
+
+def _marked(kind: tuple[str, str], text: str, pen: Pen) -> str:
+    side, trained = kind
+    signs = {"both": "", "ours": "+", "theirs": "-"}
+    if pen.colour:
+        style = "trained" if (side, trained) == ("both", "both") else trained if side == "both" else side
+        return "\n".join(pen(style, line) for line in text.split("\n")) if style else text
+    if side != "both":
+        return f"{{{signs[side]}{f'⟦{text}⟧' if trained else text}}}"
+    return f"⟦{signs[trained]}{text}⟧" if trained else text
 
 
 def choose(inspection: Inspection, wanted: Sequence[str]) -> list[tuple[Inspected, Sample]]:
@@ -111,7 +192,10 @@ def choose(inspection: Inspection, wanted: Sequence[str]) -> list[tuple[Inspecte
 
 
 def _interesting(inspection: Inspection) -> Iterator[tuple[Inspected, Sample]]:
-    wrong = {(finding.source, finding.sample) for finding in inspection.findings}
+    wrong = inspection.wrong()
+    if inspection.comparison is not None:  # what is asked for comes first
+        pairs = inspection.comparison.pairs
+        wrong = {(pair.source, pair.ours.id) for pair in pairs if pair.differs and pair.ours is not None} or wrong
     named = {name for name, _ in wrong}
     for first in (True, False):
         for source in inspection.sources if not first else [s for s in inspection.sources if s.name in named]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.data import chat
-from tests.tools.inspection.samples import sample
-from tools.inspection.lint import Finding, Linter, runs_of
+from tests.tools.inspection.samples import sample, source
+from tools.inspection.lint import Finding, Linter, beyond_positions, runs_of
 from tools.inspection.reading import Reader
 from torchsft.data.template import Sample
 
@@ -176,6 +176,52 @@ def test_duplicates_name_the_first_and_know_training_from_evaluation():
     assert held.reason == "in-training-data" and held.level == "warning" and "chat.jsonl:2" in held.text
     half = Sample("x", one.tokens, one.weights / 2)
     assert again(half) == []  # other weights, other training
+
+
+OPENED = (  # in the style of GLM: a turn ends with the token that opens the next one
+    "{% for m in messages %}{{ ('<|User|>' if m['role'] == 'user' else '<|Assistant|>') + '\n' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|>\n' }}{% endif %}"
+)
+
+
+def test_the_token_that_opens_the_next_turn_may_be_trained_as_the_end():
+    tokenizer = chat.byte_tokenizer(OPENED)
+    user = tokenizer.convert_tokens_to_ids("<|User|>")
+
+    def found(*pieces, eos_ids=(user,)):
+        lint = Linter(Reader(tokenizer), mask="assistant", seq_len=512, vocab_size=None, eos_ids=eos_ids)
+        return [f.reason for f in lint.check([sample(tokenizer, *pieces)], "chat.jsonl", "messages")]
+
+    asked = "<|User|>\nhello<|Assistant|>\n"
+    right = [asked, ("you and me<|User|>", 1.0), "\nand<|Assistant|>\n", ("the answer<|User|>", 1.0)]
+    assert found(*right) == []
+    assert found(*right, eos_ids=()) == ["header-in-targets"]  # the model never stops there
+    assert found(asked, ("you<|User|>\nhello<|User|>", 1.0)) == ["header-in-targets"]  # not the last one of its run
+    assert "header-in-targets" in found(asked, ("you<|User|>\n", 1.0))
+    assert found(asked, ("you and me", 1.0)) == ["no-end-of-turn"]
+
+
+def test_an_end_of_turn_that_is_not_marked_special():
+    tokenizer = chat.byte_tokenizer(chat.CHATML.replace("<|im_end|>", "</turn>"))
+    tokenizer.add_tokens(["</turn>", "</call>"])
+    asked = ASKED.replace("<|im_end|>", "</turn>")
+    assert reasons(asked, START, ("hello you</turn>", 1.0), "\n", tokenizer=tokenizer) == []
+    assert reasons(asked, START, ("hello you</turn>\n", 1.0), tokenizer=tokenizer) == ["after-end-of-turn"]
+    assert reasons(asked, START, ("hello you", 1.0), "</turn>\n", tokenizer=tokenizer) == ["no-end-of-turn"]
+    assert reasons(asked + START[:-10], ("assistant\nhello you</turn>", 1.0), tokenizer=tokenizer) == ["header-in-targets"]
+    # one that the template does not write: it may end a turn, but not before the one that does
+    assert reasons(asked, START, ("hello you</call>", 1.0), tokenizer=tokenizer) == []
+    assert reasons(asked, START, ("hello you</call>", 1.0), "\n</turn>", tokenizer=tokenizer) == ["no-end-of-turn"]
+    assert reasons("x", ("hello you</call>", 1.0), tokenizer=tokenizer, kind="text") == []
+
+
+def test_samples_beyond_the_positions_come_longest_first():
+    samples = [sample(CHATML, "z" * n) for n in (5, 9, 8, 12)]
+    found = beyond_positions(source(*samples).samples, "chat.jsonl", 8)
+    assert [finding.sample for finding in found] == ["chat.jsonl:4", "chat.jsonl:2"]
+    said = "12 tokens, but max_position_embeddings of the model is 8 (2 such samples, the longest of 12 tokens)"
+    assert (found[0].text, found[0].level) == (said, "warning")
+    assert beyond_positions(source(*samples).samples, "chat.jsonl", 12) == []
 
 
 def test_runs_of_weights():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.data import chat
 from tests.tools.inspection.samples import sample, source
-from tools.inspection import page, report
+from tools.inspection import lint, page, report
 from tools.inspection.lint import Linter
 from tools.inspection.reading import Reader
 from torchsft.config import Data
@@ -195,3 +195,14 @@ def test_a_screenshot_has_the_colour_of_trained_text(browser, theme, trained, pa
 
     assert area(paper) > 200_000  # the page's background
     assert area(trained) > 3_000  # two lines of marked text
+
+
+def test_notes_have_a_level_of_their_own_and_are_no_refused_rows(monkeypatch):
+    monkeypatch.setattr(lint, "NOTES", {"known-thing"})
+    found = inspect(source(turn("hello", "you and me")))
+    found.findings.append(lint.Finding("known-thing", "chat.jsonl", "chat.jsonl", "key x, in 3 rows"))
+    found.findings.append(lint.Finding("known-thing", "chat.jsonl", "chat.jsonl:1", "two users in a row"))
+    data = data_of(page.render(found))
+    assert data["reasons"]["known-thing"]["level"] == "note" and data["reasons"]["known-thing"]["count"] == 2
+    assert data["samples"][0]["findings"] == [["known-thing", "two users in a row"]]
+    assert data["faults"] == [] and (data["errors"], data["warnings"]) == (0, 0)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.data import chat
 from tests.tools.inspection.samples import sample, source
-from tools.inspection import report, terminal
+from tools.inspection import lint, report, terminal
 from tools.inspection.lint import Finding, Linter
 from tools.inspection.reading import Reader
 from torchsft.config import Data, InputError
@@ -136,3 +136,19 @@ def test_findings_are_counted_and_only_the_first_are_printed():
     printed = "\n".join(terminal.overview(many, terminal.Pen(False)))
     assert "error         9  no-end-of-turn: End of turn not trained" in printed and "and 6 more" in printed
     assert "9 errors, 0 warnings" in printed and many.level("error") == 9
+
+
+def test_notes_are_told_last_and_are_no_findings(monkeypatch):
+    monkeypatch.setattr(lint, "NOTES", {"known-thing"})
+    good, bad = sample(TOKENIZER, ASKED, ("hello you<|im_end|>", 1.0)), sample(TOKENIZER, ASKED, (".<|im_end|>", 1.0))
+    told = Finding("known-thing", "chat.jsonl", "chat.jsonl:1", "two users in a row")
+    found = inspection(source(good), findings=[told])
+    printed = list(terminal.overview(found, terminal.Pen(False)))
+    assert "note          1  known-thing: Known thing" in printed and printed[-1] == "no findings"
+    assert (found.level("error"), found.level("warning"), found.level("note")) == (0, 0, 1)
+    both = inspection(source(good, bad), findings=[told])
+    assert [level for level, *_ in both.tally()] == ["warning", "note"]
+    assert list(terminal.overview(both, terminal.Pen(False)))[-1] == "0 errors, 1 warning"
+    assert [chosen.id for _, chosen in terminal.choose(both, ["1"])] == ["chat.jsonl:2"]  # a note is nothing to look at first
+    shown = "\n".join(terminal.sample_lines(good, READER, [told], terminal.Pen(True)))
+    assert "\x1b[34;1mnote\x1b[0m known-thing: two users in a row" in shown
