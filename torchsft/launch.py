@@ -25,7 +25,7 @@ def check_data(data: Data) -> None:
     faults = []
     for option, texts in specs.items():
         faults += [f"{option} {text} {fault}" for text in texts if (fault := _source_fault(text))]
-    template = getattr(data, "chat_template", None)
+    template = data.chat_template
     if template and (fault := _file_fault(template)):
         faults.append(f"--data.chat-template {template} {fault}")
     if faults:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tools.inspection.lint import Finding
-from tools.inspection.report import Inspected
+from tools.inspection.lint import NOTES, WARNINGS, Finding
+from tools.inspection.report import Inspected, plural
 from torchsft.config import Data, InputError
 from torchsft.data.cache import Samples, pack_block
 from torchsft.data.prepare import Preparer, Result, evaluation_sets, open_sources, prepare
@@ -97,7 +97,22 @@ def gather(
         inspected.name = inspected.samples.name = f"{name}={source.name}" if name else source.name
         sources.append(inspected)
         findings += [replace(finding, source=inspected.name) for finding in refused]
+        findings += _told(inspected)
     return sources, findings
+
+
+def _told(source: Inspected) -> list[Finding]:
+    """What is to be known of a source as a whole: keys that mean nothing, and codes that its rows have."""
+    found = [
+        Finding("ignored-key", source.name, source.path, f"{key!r} in {plural(rows, 'row')}")
+        for key, rows in sorted(source.ignored.items())
+    ]
+    for code, rows in source.counts.items():
+        if rows and code in (*WARNINGS, *NOTES):
+            found.append(Finding(code, source.name, source.path, plural(rows, "row")))
+    for sentence in source.kept:
+        found.append(Finding("context-lost-kept", source.name, source.path, sentence))
+    return found
 
 
 def _all(spec: str, source: Source, preparer: Preparer, progress: bool) -> tuple[Inspected, list[Finding]]:
@@ -113,6 +128,7 @@ def _all(spec: str, source: Source, preparer: Preparer, progress: bool) -> tuple
     prepared.samples.name = source.name  # the whole path where several files have one name
     report = prepared.report
     found = _inspected(source, report.format, report.rows, prepared.samples, report.counts)
+    found.ignored, found.kept = report.ignored, report.kept
     found.digest = prepared.digest
     if not report.counts.get("skipped") and not report.counts.get("no-targets"):
         return found, []
@@ -132,6 +148,8 @@ def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspec
     samples: list[tuple[int, int, np.ndarray, np.ndarray]] = []
     findings: list[Finding] = []
     counts: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
+    kept: list[str] = []
     read, rows = 0, source.rows()
     while (most is None or len(samples) < most) and (batch := list(itertools.islice(rows, ROWS_AT_ONCE))):
         for result in preparer(batch):
@@ -139,13 +157,17 @@ def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspec
                 break
             read += 1
             counts.update([*result.notes, *(["skipped"] if result.fault else [])])
+            ignored.update(result.ignored)
+            kept += result.kept
             findings += _finding(source, result)
             first = int(len(result.samples) > 1)
             samples += [(result.number, part, *each) for part, each in enumerate(result.samples, start=first)]
     if not read:
         raise InputError(f"{source.spec.path} holds no rows; remove it or give a file with at least one")
     made = Samples(source.name, pack_block(samples[:most]))
-    return _inspected(source, preparer.format, read, made, dict(counts)), findings
+    found = _inspected(source, preparer.format, read, made, dict(counts))
+    found.ignored, found.kept = dict(ignored), kept
+    return found, findings
 
 
 def _inspected(source: Source, kind: str | None, rows: int, samples: Samples, counts: dict[str, int]) -> Inspected:

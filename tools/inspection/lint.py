@@ -26,8 +26,12 @@ from torchsft.data.template import Sample
 WARNINGS = {
     *("duplicate", "in-training-data", "near-empty", "non-finite-weight", "cut-off"),
     *("after-end-of-turn", "special-token-in-content", "beyond-positions"),
+    *("context-lost-kept", "null-arguments"),
 }
-NOTES: set[str] = {"mask-differs"}
+NOTES = {
+    *("mask-differs", "ignored-key", "unusual-order", "empty-answer", "weight-on-context"),
+    *("everything-trained", "unread-variable"),
+}
 LEVELS = ("error", "warning", "note")
 TITLES = {
     "no-end-of-turn": "End of turn not trained",
@@ -38,6 +42,16 @@ TITLES = {
     "duplicate": "Duplicate",
     "in-training-data": "Also in the training data",
     "near-empty": "Near-empty answer",
+    "context-lost": "Context lost in the chat template",
+    "context-lost-kept": "Context lost in the chat template, row kept",
+    "null-arguments": "Arguments of tool calls that are null",
+    "ignored-key": "Keys that mean nothing here",
+    "unusual-order": "Roles in an unusual order, trained as the chat template writes them",
+    "empty-answer": "Answers without content and calls",
+    "weight-on-context": "Weights on messages that are not trained",
+    "everything-trained": "Rows of input_ids alone, of which every token is trained",
+    "unread-variable": "Variables that the chat template does not read",
+    "misspelt-key": "Misspelt key",
     "non-finite-weight": "Weight not finite",
     "negative-weight": "Weight below 0",
     "beyond-positions": "Longer than the model's positions",

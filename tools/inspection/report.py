@@ -34,6 +34,8 @@ OUTCOMES = {  # of data.prepare's counts, as sentences; numbers stand before the
     "split": "cut into pieces",
     "split-by-turn": "split by turn: the chat template rewrites history",
     "closed-reasoning": "reasoning closed as in inference",
+    "context-restored": "behind the prompt of inference, which the rendering of the whole conversation changes",
+    "split-into-documents": "split where their documents begin",
 }
 NOTES = {  # what can be told of one sample
     "one-of-several": "Split into several samples",
@@ -49,6 +51,8 @@ class Inspected:
         rows: read, usable or not.
         origin: what made the samples, with the open source; None: nothing can be read again.
         counts: of data.prepare: what became of rows and samples.
+        ignored: of data.prepare: keys that mean nothing, with the number of rows that have them.
+        kept: why rows of which the chat template loses context are kept nevertheless, as sentences.
         served: rows that were compared with serving.
         supervised_tokens, tokens, longest, histogram: of `samples`; filled in by `count`.
         histogram: (edges [n + 1], counts [n]); bin i holds lengths of edges[i] to edges[i + 1] - 1.
@@ -64,6 +68,8 @@ class Inspected:
     digest: str = ""
     origin: Preparer | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
     served: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
@@ -81,7 +87,7 @@ class Inspected:
 
     def outcomes(self) -> list[str]:
         """Sentences on what did not become a sample as it was."""
-        known = [f"{n:,} {OUTCOMES.get(what, what)}" for what, n in self.counts.items() if n]
+        known = [f"{n:,} {OUTCOMES[what]}" for what, n in self.counts.items() if n and what in OUTCOMES]
         return known or ["every row became a sample"]
 
 
@@ -147,9 +153,10 @@ class Inspection:
 
     def options(self) -> list[tuple[str, str]]:
         """Those of --data that shape samples, as on the command line."""
-        names = ("seq_len", "mask", "reasoning", "template_kwargs", "truncation", "packing", "packing_buffer")
+        names = ("map", "system", "seq_len", "mask", "reasoning", "template_kwargs", "chat_template", "template_date")
+        names += ("on_lost_context", "truncation", "packing", "packing_buffer")
         values = [(name.replace("_", "-"), getattr(self.data, name)) for name in names]
-        return [(name, str(value)) for name, value in values if value != ""]
+        return [(name, str(value)) for name, value in values if value not in ("", None)]
 
 
 def notes(source: Inspected, sample: Sample, seq_len: int) -> list[str]:
@@ -218,7 +225,8 @@ def plan(
 
 
 def write_json(path: Path, inspection: Inspection) -> None:
-    """One JSON object a line for each sample: id, source, tokens, weights, text, and where another tool differs."""
+    """One JSON object a line for each sample: id, source, tokens, weights, text, the keys that are ignored in its source (with
+    the number of rows that have them), and where another tool differs."""
     pairs = inspection.comparison.pairs if inspection.comparison is not None else ()
     different = {(pair.source, pair.ours.id): _differences(pair) for pair in pairs if pair.ours is not None}
     with path.open("w", encoding="utf-8") as file:
@@ -230,6 +238,7 @@ def write_json(path: Path, inspection: Inspection) -> None:
                     "tokens": sample.tokens.tolist(),
                     "weights": [number(weight) for weight in sample.weights.tolist()],
                     "text": inspection.reader.text(sample.tokens),
+                    "ignored": source.ignored,
                 }
                 if inspection.comparison is not None:
                     record["differences"] = different.get((source.name, sample.id), [])
