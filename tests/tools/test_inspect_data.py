@@ -97,7 +97,8 @@ def test_training_opens_the_cache_that_it_filled(model, tmp_path, call, monkeypa
     [
         ([b"{"], "not-json"),
         ([b'{"messages": "\xff"}'], "not-utf-8"),
-        ([{"messages": [{"role": "assistant", "content": "I begin"}]}], "role-order"),
+        ([{"mesages": [{"role": "user", "content": "hello"}]}], "misspelt-key"),
+        ([say("hello", "you") | {"images": ["a.png"]}], "not-text"),
         ([say("hello", "you", "hello")], ""),
         (
             [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you", "train": False}]}],
@@ -336,3 +337,38 @@ def test_two_evaluation_sets_of_one_file_name_are_told_apart(model, tmp_path, ca
     assert len(set(ids)) == 5
     code, out, _ = call(*fixed, "--show", ids[0], ids[4])
     assert code == 0 and "the answer is 0" in out and "the answer is 4" in out
+
+
+# ---------------------------------------------------------------- what is told without being wrong
+
+
+def test_keys_that_mean_nothing_and_odd_rows_are_notes_also_from_the_cache(model, tmp_path, call):
+    """Listed once per source with their counts, in the text and in --json; the exit code stays 0."""
+    rows = [*GOOD, say("hello", "you", source="web"), say("hello", "and me", source="web", id=7)]
+    rows.append({"messages": [{"role": "assistant", "content": "you", "stamp": 3}]})
+    data = write(tmp_path / "chat.jsonl", *rows)
+    samples = tmp_path / "samples.jsonl"
+    wanted = {"id": 1, "source": 2, "messages[].stamp": 1}
+    for _ in range(2):  # the second time from the cache
+        code, out, _ = call(
+            "--model.path", model(), "--data.train", data, "--data.seq-len", "128", "--json", samples, "--show", "0"
+        )
+        assert code == 0 and "no findings" in out
+        assert "'source' in 2 rows" in out and "'messages[].stamp' in 1 row" in out and "'id' in 1 row" in out
+        assert "unusual-order" in out
+        assert all(json.loads(line)["ignored"] == wanted for line in samples.read_text().splitlines())
+
+
+def test_columns_and_a_system_turn_by_the_options(model, tmp_path, call):
+    """The refusal prints the option that makes it work; a file gives the system turn."""
+    data = write(tmp_path / "pairs.jsonl", {"question": "hello", "answer": "you"})
+    code, out, _ = call("--model.path", model(), "--data.train", data)
+    option = "--data.map question=user,answer=assistant"
+    assert code == 1 and option in " ".join(out.split())
+    (tmp_path / "system.txt").write_text("and me\n")
+    more = [*option.split(), "--data.system", tmp_path / "system.txt", "--json", tmp_path / "samples.jsonl"]
+    code, out, _ = call("--model.path", model(), "--data.train", data, *more)
+    text = json.loads((tmp_path / "samples.jsonl").read_text())["text"]
+    assert code == 0 and "and me<|im_end|>" in text.partition("user")[0] and "hello" in text
+    code, out, _ = call("--model.path", model(), "--data.train", data, *option.split())
+    assert code == 0 and "system" not in out.partition("packing")[0].partition("pairs.jsonl (")[0]

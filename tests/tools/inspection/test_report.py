@@ -85,7 +85,7 @@ def test_json_holds_every_sample(tmp_path):
         ("chat.jsonl:2", "chat.jsonl"),
         ("b:1", "b"),
     ]
-    assert set(lines[0]) == {"id", "source", "tokens", "weights", "text"}
+    assert set(lines[0]) == {"id", "source", "tokens", "weights", "text", "ignored"}
     assert lines[0]["tokens"] == text.tokens.tolist() and lines[0]["weights"] == text.weights.tolist()
     assert lines[0]["text"] == ASKED + "the answer 🙂<|im_end|>\n"
 
