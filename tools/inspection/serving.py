@@ -43,6 +43,8 @@ class Server:
     def __init__(self, model: str, data: Data) -> None:
         self.data = data
         self.tokenizer = _load(model)
+        if given := getattr(data, "chat_template", None):  # --data.chat-template; the export carries it
+            self.tokenizer.chat_template = Path(given).read_text(encoding="utf-8")
         config = Path(model) / "tokenizer_config.json"
         self.flags = json.loads(config.read_bytes()) if config.is_file() else {}
         self.spaced = _with_prefix_space(self.tokenizer, self.flags)
