@@ -8,6 +8,8 @@ import pytest
 
 from tests.data import chat
 from tests.data.chat import byte_tokenizer, conversation, encode, tokenize
+from torchsft.checkpoint.hf_directory import copy_side_files
+from torchsft.checkpoint.storage import Folder
 from torchsft.config import Data, InputError
 from torchsft.data.formats import Conversation, Text
 from torchsft.data.template import ChatTokenizer
@@ -182,3 +184,12 @@ def test_documents_are_handed_to_the_template_or_the_row_is_refused():
     assert reference.startswith("A: the answer is")
     with pytest.raises(InputError, match="the chat template leaves out the document 'the answer is'"):
         encode(Conversation("a:1", messages, documents=documents), byte_tokenizer(chat.CHATML))
+
+
+def test_an_export_carries_the_given_template_in_place_of_all_others(tmp_path):
+    source = named(tmp_path / "source", default=chat.CHATML, tool_use=chat.QWEN3_TOOLS)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text(chat.CHATML)
+    copy_side_files(source, Folder(tmp_path / "hf"), chat.LLAMA3)
+    exported = load_tokenizer(tmp_path / "hf")
+    assert exported.get_chat_template() == exported.get_chat_template(tools=TOOLS) == chat.LLAMA3
