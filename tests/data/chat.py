@@ -4,7 +4,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from torchsft.data.formats import Conversation, Example
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer, Encoded, Sample
 
 SPECIAL = [

@@ -6,7 +6,7 @@ from tests.data.test_formats import ANSWER, USER
 from torchsft.config import Data, InputError
 from torchsft.data.columns import mapped
 from torchsft.data.formats import recognise
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 
 
 def made(row, text):

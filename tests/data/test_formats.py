@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchsft.data.formats import Conversation, Text, Tokens, parse, recognise
-from torchsft.data.sources import RowError, Source, decode, parse_spec
+from torchsft.data.rows import RowError, decode
+from torchsft.data.sources import Source
+from torchsft.data.specs import parse_spec
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 TOOLS = [

@@ -7,7 +7,9 @@ import pytest
 from tests.data import chat
 from tests.data.chat import call, encode, word_tokenizer
 from torchsft.data.formats import Conversation, parse, recognise
-from torchsft.data.sources import Source, decode, parse_spec
+from torchsft.data.rows import decode
+from torchsft.data.sources import Source
+from torchsft.data.specs import parse_spec
 
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
 TWO_TURNS = [

@@ -9,7 +9,7 @@ import pytest
 from tests.data.test_formats import ANSWER, TOOLS, USER, call, messages, read
 from torchsft.data.formats import KEYS, Text, parse, recognise
 from torchsft.data.keys import misspelt
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 
 CHAT = messages(USER, ANSWER)
 SYSTEM = {"role": "system", "content": "be brief"}

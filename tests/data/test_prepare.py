@@ -23,7 +23,7 @@ from torchsft.config import Data, InputError
 from torchsft.data import prepare as module
 from torchsft.data.packing import pack
 from torchsft.data.prepare import Preparer, Report, open_sources, open_streams, prepare, prepare_eval
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer
 
 TOKENIZER = byte_tokenizer(chat.DEEPSEEK_V3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.data.test_formats import read
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 
 IDS = [5, 6, 7, 8, 9, 10]
 

@@ -16,7 +16,7 @@ from tests.data import chat
 from tests.data.chat import byte_tokenizer, call, conversation, encode, tokenize, word_tokenizer
 from torchsft.config import InputError
 from torchsft.data.formats import Conversation, Text, Tokens
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer, Sample
 from torchsft.data.tokenizer import load_tokenizer
 

@@ -13,7 +13,7 @@ from recipes.answers import answer_prompts
 from tests.data import chat
 from tests.data.chat import byte_tokenizer, call, encode
 from torchsft.data.formats import Conversation
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer, Encoded, Sample
 
 # Text as people write it: any characters, often with spaces and newlines at the ends; tags of reasoning come on purpose only.

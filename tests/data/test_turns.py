@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 from tests.data import chat
 from tests.data.chat import byte_tokenizer, call, conversation, encode
 from torchsft.data.formats import Conversation
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer
 
 # In the style of GLM-4.5: a turn has no end of its own; the token that opens the next one ends it. Reasoning is kept behind

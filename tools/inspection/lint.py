@@ -26,7 +26,7 @@ from torchsft.data.template import Sample
 WARNINGS = {
     *("duplicate", "in-training-data", "near-empty", "non-finite-weight", "cut-off"),
     *("after-end-of-turn", "special-token-in-content", "beyond-positions"),
-    *("context-lost-kept", "null-arguments"),
+    *("context-lost-kept", "doubtful-null"),
 }
 NOTES = {
     *("mask-differs", "ignored-key", "unusual-order", "empty-answer", "weight-on-context"),
@@ -44,7 +44,7 @@ TITLES = {
     "near-empty": "Near-empty answer",
     "context-lost": "Context lost in the chat template",
     "context-lost-kept": "Context lost in the chat template, row kept",
-    "null-arguments": "Arguments of tool calls that are null",
+    "doubtful-null": "Nulls that mean something or are only Arrow's padding",
     "ignored-key": "Keys that mean nothing here",
     "unusual-order": "Roles in an unusual order, trained as the chat template writes them",
     "empty-answer": "Answers without content and calls",

@@ -17,7 +17,9 @@ from tools.inspection.report import Inspected
 from tools.inspection.serving import Server, read_examples
 from torchsft.config import Data, InputError
 from torchsft.data.formats import Conversation, Example, Text
-from torchsft.data.sources import Source, decode, parse_spec
+from torchsft.data.rows import decode
+from torchsft.data.sources import Source
+from torchsft.data.specs import parse_spec
 
 IDS = ("input_ids", "tokens")
 MASKS = (

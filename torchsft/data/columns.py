@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torchsft.data.sources import Row, RowError
+from torchsft.data.rows import Row, RowError
 
 ROLES = ("system", "user", "assistant")
 # Columns that are known from files of the field: what is asked, and what is answered.

@@ -13,7 +13,7 @@ from torchsft.data import messages as chat
 from torchsft.data import pretokenised
 from torchsft.data.columns import suggestion
 from torchsft.data.keys import DOCUMENT_BOUNDS, ROW_KEYS, TOKEN_MASKS, misspelt, other_keys
-from torchsft.data.sources import Row, RowError
+from torchsft.data.rows import Row, RowError
 from torchsft.data.values import check_json, expect, unpacked, weight_of
 
 # The keys that make a row one of a format; the first that fits is taken.

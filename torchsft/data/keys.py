@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchsft.data.sources import RowError, kind_of
+from torchsft.data.rows import RowError, kind_of
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of an assistant's reasoning."""

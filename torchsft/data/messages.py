@@ -14,7 +14,7 @@ from torchsft.data.keys import (
     is_empty,
     other_keys_within,
 )
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 from torchsft.data.values import check_json, expect, unpacked, weight_of
 
 # What a role is called elsewhere, in any case.

@@ -25,7 +25,8 @@ from torchsft.data import cache
 from torchsft.data.columns import mapped
 from torchsft.data.formats import parse, recognise
 from torchsft.data.rendering import variables_of
-from torchsft.data.sources import RowError, Source, decode
+from torchsft.data.rows import RowError, read_row
+from torchsft.data.sources import Source
 from torchsft.data.specs import evaluation_sets, parse_spec
 from torchsft.data.template import ChatTokenizer, Sample, templates_of
 from torchsft.data.tokenizer import eos_ids
@@ -173,7 +174,8 @@ class Preparer:
             try:
                 if isinstance(payload, RowError):
                     raise payload
-                row = decode(payload, where)
+                row, notes = read_row(payload, where)
+                result.notes += notes
                 if self.columns:
                     row = mapped(row, self.columns, where)
                 found = recognise(row, where)

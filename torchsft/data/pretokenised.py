@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchsft.data.keys import DOCUMENT_BOUNDS, TOKEN_MASKS
-from torchsft.data.sources import Row, RowError
+from torchsft.data.rows import Row, RowError
 from torchsft.data.values import MAX_WEIGHT, expect, weight_of
 
 Parsed = tuple[np.ndarray, np.ndarray, tuple[int, ...], tuple[str, ...]]

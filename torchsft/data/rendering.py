@@ -13,7 +13,7 @@ import jinja2
 import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 
 Message = dict[str, Any]
 

@@ -8,11 +8,9 @@ import codecs
 import contextlib
 import gzip
 import itertools
-import json
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
@@ -21,78 +19,15 @@ import numpy as np
 import pyarrow.parquet
 
 from torchsft.config import InputError
+from torchsft.data.arrow import rows_of
+from torchsft.data.rows import Row, RowError
 from torchsft.data.specs import HUB, Spec
-from torchsft.data.specs import parse_spec as parse_spec  # to be had from here too
 
-Row = dict[str, Any]
 MAX_BYTES = 64 * 2**20  # of one line, or element of a JSON array
 TOO_LONG = ("line-too-long", f"longer than {MAX_BYTES:,} bytes; split it or leave it out")
 DAMAGE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)  # what reading a damaged file raises
 # What may change the state of a scan through a JSON array: in a string, between elements, inside an element.
 IN_STRING, BETWEEN, INSIDE = (re.compile(pattern) for pattern in (rb'["\\]', rb'["\[\]{},]', rb'["\[\]{}]'))
-
-
-class RowError(InputError):
-    """A row that cannot be used: `reason` is a code such as `not-json`, str() a sentence that begins with the place."""
-
-    def __init__(self, where: str, reason: str, text: str) -> None:
-        text = " ".join(text.split())  # one line, whatever library or template it quotes
-        super().__init__(where, reason, text)  # what pickle calls it with, as it comes back from other processes
-        self.where, self.reason, self.text = where, reason, text
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.text}"
-
-
-def load_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError: not JSON, nested too deeply, a key twice, half a surrogate pair."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if "\\ud" in text or "\\uD" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    if len(found := dict(pairs)) < len(pairs):  # json.loads would keep the last of them without a word
-        raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} is given twice in one object")
-    return found
-
-
-def decode(payload: bytes | Row, where: str) -> Row:
-    """The object of one row as `Source.rows` yields it. Raises RowError: not-utf-8, nul-bytes, not-json or surrogate."""
-    if isinstance(payload, dict):
-        return _without_none(payload)
-    try:
-        row = load_json(payload.removeprefix(codecs.BOM_UTF8).decode())  # some editors begin a file with that mark
-        if isinstance(row, dict):
-            return row
-        reason, said = "not-json", f"not a JSON object, but {kind_of(row)}; each row must be one"
-    except UnicodeDecodeError as error:
-        reason, said = "not-utf-8", f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
-    except UnicodeEncodeError as error:
-        reason, said = "surrogate", f"half a surrogate pair ({ord(error.object[error.start]):#x}); write whole characters"
-    except ValueError as error:
-        reason, said = "not-json", f"not JSON ({error}); each row must be one JSON object"
-        if nul := payload.find(b"\0") + 1:
-            reason, said = "nul-bytes", f"byte {nul} is NUL; convert the file to UTF-8, or repair it"
-    raise RowError(where, reason, said)
-
-
-def _without_none(value: Any) -> Any:
-    """Without keys that are None: Arrow gives each struct the keys of all others in its column, so that a message without
-    tool calls comes back with `tool_calls: None`, and templates that ask whether the key is there go wrong."""
-    if isinstance(value, dict):
-        return {key: _without_none(child) for key, child in value.items() if child is not None}
-    return [_without_none(child) for child in value] if isinstance(value, list) else value
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 class Source:
@@ -224,7 +159,7 @@ class Source:
 def _python(batch: Any) -> list[Row | tuple[str, str]]:
     """The rows of an Arrow batch; where one is faulty, each is read alone."""
     try:
-        return batch.to_pylist()
+        return rows_of(batch)
     except (ValueError, OverflowError) as error:
         if batch.num_rows > 1:
             return [row for i in range(batch.num_rows) for row in _python(batch.slice(i, 1))]

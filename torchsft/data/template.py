@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from torchsft.config import RESERVED, InputError
 from torchsft.data.formats import Conversation, Example, Text, Tokens
 from torchsft.data.rendering import AddedTokens, ChatTemplate, Given, without_reasoning
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 from torchsft.data.turns import Mask, Part, TurnFinder
 
 KNOWN_VARIABLES = 64  # sets of variables of rows whose renderings are remembered

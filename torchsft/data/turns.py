@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from torchsft.data.rendering import ANSWER, REASONING, ChatTemplate, Given, Message, without_reasoning
-from torchsft.data.sources import RowError
+from torchsft.data.rows import RowError
 
 Mask = Literal["assistant", "last-turn", "all"]
 Weights = dict[int, float]  # of the messages to locate

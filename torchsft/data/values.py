@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchsft.data.keys import WEIGHTS
-from torchsft.data.sources import RowError, kind_of, load_json
+from torchsft.data.rows import RowError, kind_of, load_json
 
 MAX_WEIGHT = 3e38  # of float32
 

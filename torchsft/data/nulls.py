@@ -1,0 +1,137 @@
+"""Nulls of rows: which of them somebody said, and which Arrow put in.
+
+Arrow gives each struct the keys of all others in its column, so that a message without tool calls comes back with
+`tool_calls: null`, a call with the arguments of all other calls, and a tool with the properties of all other tools. Templates
+that ask whether a key is there go wrong then, and the nulls of arguments would be trained. `Dataset.to_json` writes such
+nulls into JSONL too.
+
+Everywhere but in the arguments of tool calls a null says that a key is absent. An argument that is null stays if the tool
+that the row declares has that parameter, and is taken out if the declared tool has no such parameter. Where no declaration
+shows it, a JSON row keeps it, a row of Arrow's structs loses it, and both are counted as doubtful. So is one that stays in
+a row of Arrow's structs, as it may be padding all the same.
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+DOUBT = "doubtful-null"
+# What may be null in the schema of a parameter.
+_MAY_BE_NULL = ("default", "const", "example", "examples", "enum")
+
+
+class Null(Enum):
+    """A null that stands in a JSON value, where Arrow puts in none: in structs every absent key is null."""
+
+    SAID = "null"
+
+
+def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The row without nulls that say nothing.
+
+    Args:
+        row: as it was read; nulls inside Arrow's JSON values are `Null.SAID`.
+        padded: whether its objects were structs of Arrow, so that None may be padding.
+
+    Returns:
+        The row, and `doubtful-null` if a null may mean something or be padding.
+    """
+    notes: set[str] = set()
+    found = {}
+    for key, value in row.items():
+        if value is None or value is Null.SAID:
+            continue
+        if key in ("tools", "functions"):
+            found[key] = _schema(value, padded)
+    declared = _declared([*_listed(found.get("tools")), *_listed(found.get("functions"))])
+    for key, value in row.items():
+        if value is None or value is Null.SAID or key in found:
+            continue
+        in_messages = key in ("messages", "conversations", "prompt", "completion")
+        found[key] = _messages(value, declared, padded, notes) if in_messages else _other(value, padded)
+    ordered = {key: found[key] for key in row if key in found}
+    return ordered, tuple(sorted(notes))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _other(value: Any, padded: bool) -> Any:
+    """Without padding; what JSON says stays."""
+    if isinstance(value, Mapping):
+        kept = {key: inner for key, inner in value.items() if inner is not None or not padded}
+        return {key: None if inner is Null.SAID else _other(inner, padded) for key, inner in kept.items()}
+    return [_other(inner, padded) for inner in value] if isinstance(value, list) else value
+
+
+def _schema(value: Any, padded: bool, key: str = "") -> Any:
+    """The declaration of tools, without nulls that no JSON schema has."""
+    if isinstance(value, Mapping):
+        found = {}
+        for name, inner in value.items():
+            is_property = key == "properties"  # its keys are names of parameters
+            if inner is Null.SAID or (inner is None and not padded):
+                if name in _MAY_BE_NULL and not is_property:
+                    found[name] = None
+            elif inner is not None:
+                found[name] = _schema(inner, padded, "" if is_property else name)
+        return found
+    return [_schema(inner, padded, key) for inner in value] if isinstance(value, list) else value
+
+
+def _declared(tools: list[Any]) -> dict[str, Any]:
+    """The schema of the parameters of each tool that has one, by the tool's name."""
+    found = {}
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            continue
+        parameters = function.get("parameters")
+        if isinstance(parameters, Mapping):
+            found[function["name"]] = parameters
+    return found
+
+
+def _messages(value: Any, declared: Mapping[str, Any], padded: bool, notes: set[str]) -> Any:
+    """Messages without keys that are null, but for the arguments of their calls."""
+    if isinstance(value, list):
+        return [None if inner is Null.SAID else _messages(inner, declared, padded, notes) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {}
+    for key, inner in value.items():
+        if inner is None or inner is Null.SAID:
+            continue
+        if key == "arguments" and isinstance(inner, Mapping):
+            name = value.get("name")
+            schema = declared.get(name) if isinstance(name, str) else None
+            found[key] = _arguments(inner, schema, padded, notes)
+        else:
+            found[key] = _messages(inner, declared, padded, notes)
+    return found
+
+
+def _arguments(value: Any, schema: Any, padded: bool, notes: set[str]) -> Any:
+    """Arguments of a call, or what stands inside them; `schema`: what the tool declares of it, None where it does not."""
+    if isinstance(value, list):
+        items = schema.get("items") if isinstance(schema, Mapping) else None
+        return [None if inner is Null.SAID else _arguments(inner, items, padded, notes) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    known = properties if isinstance(properties, Mapping) else None
+    found = {}
+    for key, inner in value.items():
+        may_be_padding = inner is None and padded
+        if inner is not None and inner is not Null.SAID:
+            below = known.get(key) if known is not None else None
+            found[key] = _arguments(inner, below, padded, notes)
+        elif known is not None and key in known:
+            found[key] = None
+            notes.update({DOUBT} if may_be_padding else ())
+        elif known is None:
+            notes.add(DOUBT)
+            if not may_be_padding:
+                found[key] = None
+    return found
