@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,29 +19,32 @@ from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
 
-def answer(trainer: Trainer, when: str) -> tuple[int, int]:
+def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
     """Greedy answers to `trainer.eval_samples`: written to OUTPUT/answers-WHEN.jsonl, a few shown.
 
     Returns:
-        How many equal the reference, and how many there are.
+        How many equal the reference, how many ended by themselves, and how many there are.
     """
     config, tokenizer = trainer.config, trainer.tokenizer
+    stops = frozenset(trainer.stop_ids())
     prompts = [(s.id, *turn) for s in trainer.eval_samples for turn in answer_prompts(s)]
     answers = greedy_answers(
         trainer.pipeline,
         prompts,
         trainer.world,
+        stops=stops,
         max_new_tokens=config.eval.max_new_tokens,
         max_tokens=config.data.seq_len * config.train.micro_batch_size,
         label=f"answers {when} training" if config.metrics.progress else "",
     )
     correct = sum(a.correct for a in answers)
+    ended = sum(a.ended(stops) for a in answers)
     if trainer.log:
         path = trainer.output / f"answers-{when}.jsonl"
         with trainer.output_may_fail(), open(path, "w", encoding="utf-8") as file:
             for a in answers:
                 texts = {f"{part}_text": tokenizer.decode(getattr(a, part)) for part in ("prompt", "reference", "generated")}
-                line = dataclasses.asdict(a) | {"correct": a.correct} | texts
+                line = dataclasses.asdict(a) | {"correct": a.correct, "ended": a.ended(stops)} | texts
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         share = 100 * correct / len(answers)
         lines = [
@@ -49,7 +52,7 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int]:
         ]
         lines += [a.shown(tokenizer) for a in answers[:4]]
         trainer.log.message("\n".join(lines))
-    return correct, len(answers)
+    return correct, ended, len(answers)
 
 
 def answer_prompts(sample: Sample) -> list[tuple[list[int], list[int]]]:
@@ -74,6 +77,10 @@ class Answer:
         """True where the generated turn equals the reference, token for token."""
         return self.generated == self.reference
 
+    def ended(self, stops: Collection[int]) -> bool:
+        """Whether the last token is one of those at which a server stops."""
+        return bool(self.generated) and self.generated[-1] in stops
+
     def shown(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """A line of text: the end of its prompt, what was generated, and the reference where it differs."""
         question = tokenizer.decode(self.prompt)[-60:].replace("\n", " ")
@@ -87,16 +94,18 @@ def greedy_answers(
     prompts: Sequence[tuple[str, list[int], list[int]]],
     world: World,
     *,
+    stops: Collection[int],
     max_new_tokens: int,
     max_tokens: int,
     label: str = "",
 ) -> list[Answer]:
-    """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn).
+    """Generate the answer to each (id, prompt, reference) greedily, until a token at which a server would stop too.
 
     The prompts are spread over the data ranks; all ranks must call this with the same arguments, and all get all answers.
     There is no key/value cache: each new token is a forward pass over packed prompts, meant for a held-out sample.
 
     Args:
+        stops: ids of tokens that end an answer.
         max_new_tokens: longest answer.
         max_tokens: tokens of one forward pass; also where an answer ends that has not ended by then. References must fit.
         label: what rank 0 shows progress under; empty: it shows none.
@@ -117,7 +126,7 @@ def greedy_answers(
     with Waiting(label, len(prompts), "answers", shown=bool(label) and world.is_main) as waiting:
         for index, group in enumerate(groups):
             before = sum(map(len, groups[:index]))
-            for done, still_open in _generate(pipeline, group, world, max_new_tokens, max_tokens, before):
+            for done, still_open in _generate(pipeline, group, world, stops, max_new_tokens, max_tokens, before):
                 waiting.done(done, f"{still_open} under way")
     gathered: list[tuple[int, list[Answer]]] = [(0, []) for _ in range(world.size)]
     dist.all_gather_object(gathered, (world.data_rank, mine))
@@ -126,16 +135,20 @@ def greedy_answers(
 
 
 def _generate(
-    pipeline: Pipeline | OneStage, answers: list[Answer], world: World, max_new_tokens: int, max_tokens: int, before: int
+    pipeline: Pipeline | OneStage,
+    answers: list[Answer],
+    world: World,
+    stops: Collection[int],
+    max_new_tokens: int,
+    max_tokens: int,
+    before: int,
 ) -> Iterator[tuple[int, int]]:
     """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate.
 
     Before each token: how many answers are done (`before` on this rank in earlier groups) and under way, over all ranks."""
     device, together = world.device, world.sequence["sequence"].size()
     for _ in range(max_new_tokens):
-        unfinished = [
-            a for a in answers if a.generated[-1:] != a.reference[-1:] and len(a.prompt) + len(a.generated) < max_tokens
-        ]
+        unfinished = [a for a in answers if not a.ended(stops) and len(a.prompt) + len(a.generated) < max_tokens]
         mine = [len(unfinished), before + len(answers) - len(unfinished)]
         copies = world.size // world.data_size  # ranks that read the same rows
         still_open, done = (int(count) // copies for count in world.sum(mine).tolist())

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from torchsft import ops
-from torchsft.checkpoint import huggingface, state
+from torchsft.checkpoint import huggingface, served, state
 from torchsft.checkpoint.overwrite import make_way
+from torchsft.checkpoint.publish import gather_objects
 from torchsft.checkpoint.resume import checkpoints_of, find_start
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import read_json_object
@@ -97,8 +98,9 @@ class Trainer:
         world: World,  # this rank among the others
         # Writes inputs that `config` names, on the main rank, once nothing speaks against the output directory.
         generate: Callable[[], None] | None = None,
-        # Generates answers to `eval_samples` "before" or "after" training; how many are right, and how many there are.
-        answer: Callable[["Trainer", str], tuple[int, int]] | None = None,
+        # Generates answers to `eval_samples` "before" or "after" training: how many are right, how many ended by themselves,
+        # and how many there are.
+        answer: Callable[["Trainer", str], tuple[int, int, int]] | None = None,
     ) -> None:
         self.world, self.answer = world, answer
         self.clock = Stopwatch(process_age())
@@ -119,6 +121,7 @@ class Trainer:
                 generate()
             world.barrier()
 
+        self.ends_before: set[int] = set()  # tokens that ended trained turns before the checkpoint that this continues from
         self.model_config = DeepseekV3Config.from_hf(huggingface.read_config(self.source))
         self.lay_out()
         with self.clock("tokenising"):
@@ -253,6 +256,7 @@ class Trainer:
             raise InputError(f"checkpoint {path} is damaged: trainer.json lacks {', '.join(sorted(missing))}; use an older one")
         for name in COUNTERS:
             setattr(self, name, extra[name])
+        self.ends_before = set(extra.get("ends", ()))
         self.loader.load_state_dict(extra["data"])
         self.say(f"continuing from {path} at step {self.step} of {self.total_steps}")
         if self.start.longer and self.step < self.total_steps:
@@ -445,6 +449,7 @@ class Trainer:
         if last:
             self.checkpointer.wait()  # it must not be left out since another is being written
         extra = {name: getattr(self, name) for name in COUNTERS} | {"data": self.loader.state_dict()}
+        extra["ends"] = sorted(self.own_ends())
         config = to_dict(self.config)
         if not self.checkpointer.save(self.step, self.model, self.optimizer, extra=extra, config=config, score=score, now=last):
             self.say(f"no checkpoint of step {self.step}: the one before is still being written")
@@ -489,11 +494,35 @@ class Trainer:
         place = f"{options.remote.rstrip('/')}/hf" if options.remote else self.output / "hf"
         self.say(f"exporting {options.export} weights to {place}")
         try:
-            huggingface.export(self.model, place, DTYPES[options.export], self.source, chat_template=self.chat_template)
+            huggingface.export(self.model, place, DTYPES[options.export], self.source, **self.given_to_export())
         except OSError as error:
             known = self.failed or "the last checkpoint is complete"
             fault = f"the export to {place} could not be written ({error}); {known}"
             raise OSError(f"{fault}: mend that and run the same command again") from error
+
+    def own_ends(self) -> set[int]:
+        """Ids of the tokens that ended trained turns, as far as this rank knows: those of its data, and of the checkpoint that
+        it continues from."""
+        sources = self.loader.loader.sources
+        return self.ends_before | {int(token) for source in sources for token in source.report.ends}
+
+    def trained_ends(self) -> list[int]:
+        """The same, as all ranks know it; collective. A streamed source is known as far as it has been read."""
+        return sorted(set().union(*gather_objects(self.own_ends(), self.world.writers)))
+
+    def stop_ids(self) -> list[int]:
+        """The tokens at which a server stops that has this run's export; collective."""
+        return served.stop_ids(self.source, self.trained_ends())
+
+    def given_to_export(self) -> dict[str, Any]:
+        """What of an export is not in the model and its source; said where it differs from the source. Collective."""
+        ends = self.trained_ends()
+        if more := [token for token in ends if token not in served.stop_ids(self.source, ())]:
+            named = ", ".join(f"{self.tokenizer.decode([token])!r} ({token})" for token in more)
+            self.say(
+                f"trained turns end with {named}: the export's eos_token_id has that beside the base's, so that servers stop"
+            )
+        return {"chat_template": self.chat_template, "ends": ends}
 
     def describe(self) -> str:
         """What is about to be trained, and how."""
@@ -520,7 +549,7 @@ class Trainer:
         steps = f"steps {self.step} -> {self.total_steps} of {train.global_batch_size} rows of {config.data.seq_len} tokens"
         return f"{model}, on {world.size} x {world.device.type}: {', '.join(shown)}; {steps}"
 
-    def summary(self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int] | None) -> str:
+    def summary(self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int, int] | None) -> str:
         """What a run ends with."""
         rows = {"steps": f"{self.step} ({self.skipped} skipped)", "loss": f"{self.first_loss:.4f} -> {self.last_loss:.4f}"}
         if evaluation:
@@ -530,7 +559,8 @@ class Trainer:
                 name = key if "/" in key else "eval loss"
                 rows[name] = f"{evaluation[key]:.4f} (perplexity {perplexity:.3f})"
         if matches:
-            rows["exact answers"] = f"{matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)"
+            right, ended, count = matches
+            rows["exact answers"] = f"{right} of {count} ({100 * right / count:.1f} %); {ended} of {count} ended by themselves"
         if self.faults:
             rows["output faults"] = f"{self.faults}: see the warnings above"
         if tokens:

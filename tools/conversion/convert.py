@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from tools.conversion.jobs import Bar, Journal, Progress, run, shares
+from torchsft.checkpoint import served
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.dcp_files import METADATA, Chunk, ChunkWriter, write_manifest, write_metadata
@@ -49,6 +50,7 @@ from torchsft.checkpoint.weight_files import (
     file_order,
     has_weights,
     listing,
+    read_json_object,
     size_of,
     tensor_bytes,
 )
@@ -265,9 +267,11 @@ class ToHf:
             raise InputError(f"{source} has no {METADATA}; give a converted directory or a training checkpoint")
         base = base or default_base(source)
         self.base, self.folder, self.chat_template = base, Folder(staging), _chat_template(source)
+        self.ends = _ends(source)
         self.dtype, self.part_elements, self.file_bytes = EXPORT_DTYPES[dtype], part_elements, file_bytes
         config = read_config(base)
-        self.model, self.config = meta_model(config), exported_config(config, self.dtype)
+        self.model = meta_model(config)
+        self.config = served.config_with_ends(exported_config(config, self.dtype), self.ends)
         self.block, self.power_of_two = fp8_format(self.config) if dtype == "fp8" else ((1, 1), False)
         self.weights: Weights = ConvertedWeights(source, self.model.checkpoint_pieces())
         self.base_weights: Weights | None = None
@@ -348,6 +352,8 @@ class ToHf:
         total = sum(size for record in records.values() for size in record["keys"].values())
         index = {"metadata": {"total_size": total}, "weight_map": {key: files[key] for key in sorted(files)}}
         copy_side_files(self.base, self.folder, self.chat_template)
+        generation = served.generation_config(self.base, self.ends)
+        self.folder.write_text(served.GENERATION, json.dumps(generation, indent=2) + "\n")
         self.folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
         self.folder.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
 
@@ -364,6 +370,11 @@ def _chat_template(source: Path) -> str | None:
     from torchsft.data.tokenizer import read_chat_template  # imports transformers
 
     return read_chat_template(path)
+
+
+def _ends(source: Path) -> list[int]:
+    """Ids of the tokens that ended trained turns, as a training checkpoint knows them; older ones know none."""
+    return read_json_object(source / TRAINER)["extra"].get("ends", []) if is_training(source) else []
 
 
 def default_base(source: Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchsft.checkpoint import hf_directory
+from torchsft.checkpoint import hf_directory, served
 from torchsft.checkpoint.boxes import Box, local_box, piece_box, share_out
 from torchsft.checkpoint.hf_directory import Weights, contents_of, copy_side_files, open_weights, read_config
 from torchsft.checkpoint.publish import barrier, gather_objects, published, rank_and_size
@@ -133,6 +133,7 @@ def export(
     source_dir: str | Path,  # the Hugging Face or converted directory that the run began with; its weights may be absent
     max_shard_bytes: float = 5e9,  # size of a file, in bytes of tensors
     chat_template: str | None = None,  # the text of one that replaces those of the source
+    ends: Sequence[int] = (),  # ids of tokens that ended trained turns: see `served`
 ) -> None:
     """Write the model as a Hugging Face directory; collective over all ranks, or one process without a group.
 
@@ -142,7 +143,7 @@ def export(
     is written in place, config.json last. A rank that fails raises at once; the others wait until they are ended. An
     InputError: `out_dir` is the source or no model directory; a source that cannot be used; what fp8 cannot hold."""
     source, target = Path(source_dir), Folder(out_dir)
-    exported = hf_directory.exported_config(read_config(source), dtype)
+    exported = served.config_with_ends(hf_directory.exported_config(read_config(source), dtype), ends)
     _check_target(source, target)
     rank, ranks = rank_and_size()
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
@@ -182,6 +183,8 @@ def export(
             weight_map = {key: names[item.file] for item in plan for key in item.contents}
             index = {"metadata": {"total_size": size_of(contents)}, "weight_map": dict(sorted(weight_map.items()))}
             copy_side_files(source, folder, chat_template)
+            generation = served.generation_config(source, ends)
+            folder.write_text(served.GENERATION, json.dumps(generation, indent=2) + "\n")
             folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
             folder.write_text("config.json", json.dumps(exported, indent=2) + "\n")
 

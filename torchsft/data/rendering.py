@@ -71,6 +71,7 @@ class ChatTemplate:
         header: what it writes before an answer, where its generation prompt is empty.
         opening: what it writes before an answer, by its generation prompt or `header`.
         before_content: what it writes before the content of an answer, its header among it.
+        closing: the token with which it ends the last turn, if it writes one.
         tail: what it writes behind the end of the last turn.
         enders: tokens that end turns.
         openers: where turns end with the token that opens the next one (GLM), what is to be added behind a last turn:
@@ -143,8 +144,8 @@ class ChatTemplate:
         return message | {"content": self._no_content} if calls and not message["content"] else message
 
     def _find_ends(self, added: AddedTokens, rest: str) -> None:
-        """Set `enders`, `tail` and `openers`. `rest`: what stands behind the content of a last answer."""
-        self.tail, self.openers = "", {}
+        """Set `enders`, `closing`, `tail` and `openers`. `rest`: what stands behind the content of a last answer."""
+        self.closing, self.tail, self.openers = "", "", {}
         closing = re.match(rf"\s*(?:{_any(added.special)})", rest)
         others = set(added.stops)
         if not closing and (found := self._unmarked_end(rest, added)):
@@ -153,6 +154,7 @@ class ChatTemplate:
             ends = [found, self._unmarked_end(called, added)]
             others |= {end[1] for end in ends if end}
         if closing:
+            self.closing = rest[closing.start() : closing.end()].strip()
             self.tail = rest[closing.end() :]
         else:
             self._find_openers(added.stops)

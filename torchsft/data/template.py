@@ -122,6 +122,7 @@ class ChatTokenizer:
         self.templates = templates_of(tokenizer)
         self.variables = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.added = _added_tokens(tokenizer, eos_ids)
+        self.added_ids = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token
         self.adds_bos = self.bos is not None and tokenizer("").input_ids[:1] == [self.bos]
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -166,6 +167,9 @@ class ChatTokenizer:
             weights[tokens[begin][0] : tokens[start][0]] = 0.0
             weights[tokens[start][0] : tokens[end][0]] = weight
         ends = [int(ids[tokens[end][0] - 1]) for _, start, end, weight in spans if weight and start < end]
+        if self.mask == "all" and not plain:  # turns are not located one by one
+            closing = {finder.template.closing for finder in self.finders.values()} - {""}
+            ends += [i for i in map(self.backend.token_to_id, sorted(closing)) if i is not None and i in ids]
         if self.bos is not None:
             if len(ids) > 1 and ids[0] == ids[1] == self.bos:
                 problem = f"the text begins with two BOS tokens (id {self.bos}); take one out of the chat template"
@@ -191,11 +195,18 @@ class ChatTokenizer:
             weights = np.array(example.weights, dtype=np.float32)
             weights[list(example.starts)] = 0.0  # nothing comes before them
             edges = itertools.pairwise([*example.starts, len(tokens)])
-            return Encoded([(tokens[start:end], weights[start:end]) for start, end in edges])
+            samples = [(tokens[start:end], weights[start:end]) for start, end in edges]
+            return Encoded(samples, ends=tuple(end for sample in samples for end in self._ends_of(*sample)))
         try:
             return self._plain(example) if isinstance(example, Text) else self._rendered(example)
         except RowError as error:
             return RowError(example.id, error.reason, error.text)
+
+    def _ends_of(self, tokens: np.ndarray, weights: np.ndarray) -> list[int]:
+        """The added tokens with which stretches of trained tokens end, in a row that is tokens already."""
+        trained = np.append(weights > 0, False)
+        last = tokens[np.flatnonzero(trained[:-1] & ~trained[1:])]
+        return last[np.isin(last, self.added_ids)].tolist()
 
     def _plain(self, example: Text) -> _Texts:
         if not self.eos:
