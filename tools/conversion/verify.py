@@ -316,8 +316,10 @@ def info(directory: str | Path) -> list[str]:
     config = read_config(directory)
     if is_dcp(directory):
         tensors = RawTensors(directory).tensors
+        stacked = ()
     else:
-        tensors = WeightIndex(directory).tensors
+        index = WeightIndex(directory)
+        tensors, stacked = index.tensors, index.stacked
     kind = "training checkpoint" if is_training(directory) else "converted directory" if is_dcp(directory) else "Hugging Face"
     lines = [f"{directory}: {kind}"]
     if is_dcp(directory):
@@ -339,6 +341,8 @@ def info(directory: str | Path) -> list[str]:
             sizes[tensor.dtype] += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
         listed = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in sizes.most_common())
         lines.append(f"  {group}: {len(members)} tensors of {elements:,} elements; {listed}")
+    if stacked:
+        lines.append(f"  the experts are stored stacked, in {len(stacked)} tensors, and counted one by one here")
     if any(tensor.dtype == FP8 for tensor in tensors.values()):
         lines.append("  fp8 in blocks of {} x {}".format(*fp8_block(directory)))
     return lines

@@ -21,7 +21,8 @@ from torchsft.checkpoint.boxes import Box, local_box, piece_box, share_out
 from torchsft.checkpoint.hf_directory import Weights, contents_of, copy_side_files, open_weights, read_config
 from torchsft.checkpoint.publish import barrier, gather_objects, published, rank_and_size
 from torchsft.checkpoint.storage import Folder
-from torchsft.checkpoint.weight_files import INDEX, WEIGHT_DTYPES, Contents, SafetensorsWriter, file_order, listing, size_of
+from torchsft.checkpoint.stored import WEIGHT_DTYPES
+from torchsft.checkpoint.weight_files import INDEX, Contents, SafetensorsWriter, file_order, listing, size_of
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece, local
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config

@@ -7,7 +7,6 @@ import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,20 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from torchsft.checkpoint.stacked import stacked_in, unstacked
 from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.stored import DTYPE_NAMES, DTYPES, FP8, StoredTensor, listing
 from torchsft.config import InputError
 from torchsft.models.deepseek_v3 import described_block
 from torchsft.precision.blockwise import SCALE_SUFFIX, dequantise, scale_key, scale_shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# The header's words.
-FP8 = "F8_E4M3"
-WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}
-DTYPES = WEIGHT_DTYPES | {"F64": torch.float64, "BOOL": torch.bool}
-DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
-DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for kind in ("int", "uint") for n in (8, 16, 32, 64)}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a file: key -> dtype, shape
 
 
@@ -42,12 +36,6 @@ def size_of(contents: Contents) -> int:
     return sum(tensor_bytes(*entry) for entry in contents.values())
 
 
-def listing(names: Sequence[str], most: int = 20) -> str:
-    """Names, cut with their count where there are many."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an InputError where there is none."""
     try:
@@ -57,16 +45,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object; download it again")
     return content
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a header says of one tensor. `dtype` is its word for it, such as "BF16"; `start` is the first byte in the file."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    start: int = 0
 
 
 def has_weights(directory: str | Path) -> bool:
@@ -115,7 +93,8 @@ def bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, in
 class WeightIndex(Weights):
     """The weights of a Hugging Face directory, known from the files' headers; `tensors` has the scales too. An InputError: no
     safetensors weights, files absent or damaged, an index that does not fit them, a key twice, fp8 weights without scales or
-    config.json's description, scales without weight or of another shape or dtype."""
+    config.json's description, scales without weight or of another shape or dtype, experts of no known form. Experts that are
+    stored stacked are seen one by one; `stacked` has the keys of what holds them."""
 
     def __init__(self, hf_dir: str | Path) -> None:
         self.directory, self.tensors, self.bytes_read = Path(hf_dir), {}, 0
@@ -131,6 +110,11 @@ class WeightIndex(Weights):
                 self.tensors[key] = stored
         if strayed := [key for key, name in weight_map.items() if key not in self.tensors or self.tensors[key].file != name]:
             self._refuse(f"{INDEX} places {listing(strayed)} in files that do not hold them; download index and files again")
+        self.stacked = stacked_in(self.tensors)
+        try:
+            self.tensors = unstacked(self.tensors)
+        except ValueError as error:
+            self._refuse(str(error))
         self.fp8 = frozenset(key for key, stored in self.tensors.items() if stored.dtype == FP8)
         self._check_scales()
 
