@@ -131,7 +131,7 @@ def test_transformers_generates_the_runs_answers_from_the_export_alone(name, tmp
     for file in ("generation_config.json", "config.json"):
         assert json.loads((export / file).read_text())["eos_token_id"] == expected
     assert served_by.eos_token == eos_token
-    assert ("for servers to stop" in said) is (name in ("chatml", "llama"))
+    assert ("so that servers stop" in said) is (name in ("chatml", "llama"))
     # the checkpoint knows it too, for later conversions
     [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
     assert convert.ToHf(checkpoint, tmp_path / "later", "fp32", None, 2**20, 5e9).config["eos_token_id"] == expected
