@@ -35,15 +35,19 @@ def run(inputs, tmp_path, monkeypatch, capsys):
     """Trains in tmp_path/run with these options more; what was printed, as (out, err)."""
 
     def train(*options):
-        fixed = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
-        fixed += ["--train.global-batch-size", 2, "--checkpoint.every", 2, "--checkpoint.mode", "sync"]
-        fixed += ["--optim.lr", 1e-3]
-        if "--output" not in options:
-            fixed += ["--output", tmp_path / "run"]
-        if "--optim.schedule" not in options:
-            fixed += ["--optim.schedule", "constant"]
-        if "--checkpoint.export" not in options:
-            fixed += ["--checkpoint.export", "none"]
+        usual = {
+            "--model.path": inputs / "model",
+            "--data.train": inputs / "train.jsonl",
+            "--data.seq-len": 192,
+            "--train.global-batch-size": 2,
+            "--checkpoint.every": 2,
+            "--checkpoint.mode": "sync",
+            "--checkpoint.export": "none",
+            "--optim.lr": 1e-3,
+            "--optim.schedule": "constant",
+            "--output": tmp_path / "run",
+        }
+        fixed = [word for name, value in usual.items() if name not in options for word in (name, value)]
         run_recipe(monkeypatch, *fixed, *options)
         return capsys.readouterr()
 

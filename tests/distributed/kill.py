@@ -46,15 +46,19 @@ def write_inputs(directory: Path) -> Path:
     return directory
 
 
-def options(inputs: Path, output: Path, steps: int) -> list[str]:
-    """Of a run that evaluates and saves every second step."""
-    return [
+def options(inputs: Path, output: Path, steps: int, *more: str) -> list[str]:
+    """Of a run that evaluates and saves every second step; `more` replaces what is said here."""
+    own = [
         *("--model.path", str(inputs / "model"), "--data.train", str(inputs / "train.jsonl")),
         *("--data.eval", str(inputs / "eval.jsonl"), "--data.seq-len", "192", "--train.steps", str(steps)),
         *("--train.global-batch-size", "2", "--optim.lr", "1e-3", "--parallel.ep", "2"),
         *("--checkpoint.every", "2", "--eval.every", "2", "--checkpoint.export", "fp32", "--metrics.no-tensorboard"),
         *("--metrics.no-progress", "--output", str(output)),
     ]
+    for name in set(more) & {option for option in own if option.startswith("--")}:
+        at = own.index(name)
+        del own[at : at + 2]
+    return [*own, *more]
 
 
 def stored(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -90,7 +90,7 @@ def test_continue_trains_on_with_warnings_and_fails_only_without_a_last_checkpoi
 
 def test_a_last_checkpoint_that_failed_is_an_error_even_if_all_else_is_well(inputs, ranks, tmp_path):
     log, output = tmp_path / "log.txt", tmp_path / "run"
-    argv = [*options(inputs, output, STEPS), "--checkpoint.on-error", "continue", "--checkpoint.export", "none"]
+    argv = options(inputs, output, STEPS, "--checkpoint.on-error", "continue", "--checkpoint.export", "none")
     run = {"size": 2, "argv": argv, "log": str(log)}
     ((codes, _),) = ranks(1, attend, deed=after_first_checkpoint, output=str(output), fault="full", **run)
     assert codes[0] == 1 and codes[1] != 0

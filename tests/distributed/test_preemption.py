@@ -46,7 +46,7 @@ def send(pids: list[int], phases: Phases, output: str, number: int, to: list[int
 )
 def test_the_step_is_finished_and_saved_and_the_same_command_continues(inputs, ranks, tmp_path, number, to, phase, every):
     log, output = tmp_path / "log.txt", tmp_path / "run"
-    run = {"size": 2, "argv": [*options(inputs, output, STEPS), "--checkpoint.every", str(every)], "log": str(log)}
+    run = {"size": 2, "argv": options(inputs, output, STEPS, "--checkpoint.every", str(every)), "log": str(log)}
     deed = {"output": str(output), "number": number, "to": to, "phase": phase}
     ((codes, seconds),) = ranks(1, attend, deed=send, **run, **deed)
     text = log.read_text()
@@ -120,7 +120,7 @@ def test_ctrl_c_under_torchrun_saves_and_leaves_only_torchruns_own_traceback(inp
     """To the whole group of processes, as a terminal sends it."""
     output = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *options(inputs, output, 5000), "--checkpoint.every", "5000"]
+    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *options(inputs, output, 5000, "--checkpoint.every", "5000")]
     log = tmp_path / "log.txt"
     with open(log, "w") as file:
         process = subprocess.Popen(
