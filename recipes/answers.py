@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,11 @@ from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
 
-def answer(trainer: Trainer, when: str) -> tuple[int, int]:
+def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
     """Greedy answers to `trainer.eval_samples`: written to OUTPUT/answers-WHEN.jsonl, a few shown.
 
     Returns:
-        How many equal the reference, and how many there are.
+        How many equal the reference, how many there are, and how many ended by themselves.
     """
     config = trainer.config
     prompts = [(s.id, *turn) for s in trainer.eval_samples for turn in answer_prompts(s)]
@@ -32,19 +32,22 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int]:
         trainer.world,
         max_new_tokens=config.eval.max_new_tokens,
         max_tokens=config.data.seq_len * config.train.micro_batch_size,
+        stop=trainer.stop_tokens(),
     )
     correct = sum(a.correct for a in answers)
+    ended = sum(a.ended for a in answers)
     if trainer.log:
         with trainer.output_may_fail(), open(trainer.output / f"answers-{when}.jsonl", "w") as file:
             for a in answers:
                 file.write(json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) + "\n")
         share = 100 * correct / len(answers)
         lines = [
-            f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"
+            f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %),"
+            f" {ended} ended by themselves, for example"
         ]
         lines += [a.shown(trainer.tokenizer) for a in answers[:4]]
         trainer.log.message("\n".join(lines))
-    return correct, len(answers)
+    return correct, len(answers), ended
 
 
 def answer_prompts(sample: Sample) -> list[tuple[list[int], list[int]]]:
@@ -63,6 +66,8 @@ class Answer:
     prompt: list[int]
     reference: list[int]
     generated: list[int]
+    ended: bool = False
+    """Whether what was generated ends with a token at which servers stop."""
 
     @property
     def correct(self) -> bool:
@@ -84,8 +89,9 @@ def greedy_answers(
     *,
     max_new_tokens: int,
     max_tokens: int,
+    stop: Collection[int],
 ) -> list[Answer]:
-    """Generate the answer to each (id, prompt, reference) greedily, until the reference's last token (end-of-turn).
+    """Generate the answer to each (id, prompt, reference) greedily, until a token of `stop`, as a server does.
 
     The prompts are spread over the data ranks; all ranks must call this with the same arguments, and all get all answers.
     There is no key/value cache: each new token is a forward pass over packed prompts, meant for a held-out sample.
@@ -93,6 +99,7 @@ def greedy_answers(
     Args:
         max_new_tokens: longest answer.
         max_tokens: tokens of one forward pass; also where an answer ends that has not ended by then. References must fit.
+        stop: ids of the tokens that end an answer.
     """
     mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.data_rank :: world.data_size]]
     groups: list[list[Answer]] = [[]]
@@ -108,20 +115,25 @@ def greedy_answers(
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     groups += [[]] * (int(count) - len(groups))
     for group in groups:
-        _generate(pipeline, group, world, max_new_tokens, max_tokens)
+        _generate(pipeline, group, world, max_new_tokens, max_tokens, stop)
     gathered: list[tuple[int, list[Answer]]] = [(0, []) for _ in range(world.size)]
     dist.all_gather_object(gathered, (world.data_rank, mine))
     of_rank = dict(gathered)  # ranks that read the same rows have the same answers
     return [of_rank[i % world.data_size][i // world.data_size] for i in range(len(prompts))]
 
 
-def _generate(pipeline: Pipeline | OneStage, answers: list[Answer], world: World, max_new_tokens: int, max_tokens: int) -> None:
+def _generate(
+    pipeline: Pipeline | OneStage,
+    answers: list[Answer],
+    world: World,
+    max_new_tokens: int,
+    max_tokens: int,
+    stop: Collection[int],
+) -> None:
     """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate."""
     device, together = world.device, world.sequence["sequence"].size()
     for _ in range(max_new_tokens):
-        unfinished = [
-            a for a in answers if a.generated[-1:] != a.reference[-1:] and len(a.prompt) + len(a.generated) < max_tokens
-        ]
+        unfinished = [a for a in answers if not a.ended and len(a.prompt) + len(a.generated) < max_tokens]
         open_anywhere = torch.tensor(len(unfinished), device=device)
         dist.all_reduce(open_anywhere)
         if not int(open_anywhere):
@@ -143,3 +155,4 @@ def _generate(pipeline: Pipeline | OneStage, answers: list[Answer], world: World
         )
         for answer, token in zip(unfinished, logits.argmax(-1).tolist(), strict=True):
             answer.generated.append(token)
+            answer.ended = token in stop

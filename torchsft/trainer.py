@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
+from torchsft.checkpoint.endings import about, read_generation_config, stop_ids
+from torchsft.checkpoint.publish import gather_objects
 from torchsft.checkpoint.resume import checkpoint_to_continue, checkpoints_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config, InputError, to_dict
@@ -66,8 +69,9 @@ class Trainer:
         world: World,  # this rank among the others
         # Writes inputs that `config` names, on the main rank, once nothing speaks against the output directory.
         generate: Callable[[], None] | None = None,
-        # Generates answers to `eval_samples` "before" or "after" training; how many are right, and how many there are.
-        answer: Callable[["Trainer", str], tuple[int, int]] | None = None,
+        # Generates answers to `eval_samples` "before" or "after" training; how many are right, how many there are, and how
+        # many of them ended by themselves.
+        answer: Callable[["Trainer", str], tuple[int, int, int]] | None = None,
     ) -> None:
         self.world, self.answer = world, answer
         self.log: MetricsLogger | None = None  # on the main rank, once everything is built
@@ -87,6 +91,8 @@ class Trainer:
             world.barrier()
 
         self.model_config = DeepseekV3Config.from_hf(huggingface.read_config(self.source))
+        self.earlier_ends: list[int] = []  # see `end_tokens`; those that the checkpoint to continue from knows
+        stop_ids(*self.base_configs(), ())  # refuses what it cannot use
         self.lay_out()
         self.load_data()
         self.step = 0  # steps taken, skipped ones included
@@ -204,6 +210,7 @@ class Trainer:
         for name in COUNTERS:
             setattr(self, name, extra[name])
         self.loader.load_state_dict(extra["data"])
+        self.earlier_ends = extra.get("end_tokens", [])  # older checkpoints have none
         self.say(f"continuing from {path} at step {self.step} of {self.total_steps}")
 
     def open_output(self) -> MetricsLogger:
@@ -253,6 +260,7 @@ class Trainer:
             self.answer(self, "before")
             self.agree()
         tokens = seconds = 0.0
+        self.export_step(again=False)  # the earlier run may have been ended before that of its last checkpoint's step
         while self.step < self.total_steps and not self.signalled:
             record, scalars = self.train_step(next(self.loader))
             tokens += record["tokens"]
@@ -272,6 +280,7 @@ class Trainer:
                 raise InputError(f"{self.skipped_in_a_row} steps in a row changed nothing, {last}; {remedy}")
             if self.due(config.checkpoint.every) or self.signalled:
                 self.save(evaluation.get("eval_loss"))
+            self.export_step()
         self.agree()
         return evaluation, tokens, seconds
 
@@ -365,6 +374,7 @@ class Trainer:
         if last:
             self.checkpointer.wait()  # it must not be left out since another is being written
         extra = {name: getattr(self, name) for name in COUNTERS} | {"data": self.loader.state_dict()}
+        extra["end_tokens"] = self.end_tokens()
         config = to_dict(self.config)
         if not self.checkpointer.save(self.step, self.model, self.optimizer, extra=extra, config=config, score=score, now=last):
             self.say(f"no checkpoint of step {self.step}: the one before is still being written")
@@ -403,17 +413,58 @@ class Trainer:
             if self.world.is_main:
                 print(f"warning: {error}; training goes on (fault {self.faults} of the output)", file=sys.stderr, flush=True)
 
-    def export(self) -> None:
-        """Write the weights and all that belongs to them as a Hugging Face directory."""
-        options = self.config.checkpoint
-        place = f"{options.remote.rstrip('/')}/hf" if options.remote else self.output / "hf"
-        self.say(f"exporting {options.export} weights to {place}")
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that ended turns trained so far, the most frequent first. With --data.streaming only rank 0's list
+        counts: the ranks may have read on by different amounts."""
+        counts = Counter()
+        for source in self.loader.loader.sources:
+            counts.update({int(token): turns for token, turns in source.report.ends.items()})
+        frequent = sorted(counts, key=lambda token: (-counts[token], token))
+        return list(dict.fromkeys([*self.earlier_ends, *frequent]))
+
+    def base_configs(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """config.json and generation_config.json of the model directory that the run began with."""
+        return huggingface.read_config(self.source), read_generation_config(self.source)
+
+    def stop_tokens(self) -> list[int]:
+        """Ids of the tokens at which answers end when an export of this moment is served; collective."""
+        return gather_objects(stop_ids(*self.base_configs(), self.end_tokens()))[0]
+
+    def export(self, name: str = "hf") -> None:
+        """Write the weights and all that belongs to them as the Hugging Face directory OUTPUT/`name`. An OSError, on every
+        rank: it could not be written."""
+        ends, options = self.end_tokens(), self.config.checkpoint
+        place = self.export_place(name)
+        self.say(f"exporting {options.export} weights to {place}{about(*self.base_configs(), ends, self.tokenizer)}")
         try:
-            huggingface.export(self.model, place, DTYPES[options.export], self.source)
+            huggingface.export(self.model, place, DTYPES[options.export], self.source, ends)
         except OSError as error:
+            fault = f"the export to {place} could not be written ({error})"
+            if self.step < self.total_steps:
+                raise OSError(fault) from error
             known = self.failed or "the last checkpoint is complete"
-            fault = f"the export to {place} could not be written ({error}); {known}"
-            raise OSError(f"{fault}: mend that and run the same command again") from error
+            raise OSError(f"{fault}; {known}: mend that and run the same command again") from error
+
+    def export_step(self, again: bool = True) -> None:
+        """Export this step's weights where --checkpoint.export-every says so; of the last one, `run` does. `again`: also where
+        that is done already."""
+        every, name = self.config.checkpoint.export_every, f"hf-step-{self.step:08d}"
+        due = every > 0 and self.step > 0 and self.step % every == 0
+        if not due or self.step == self.total_steps or self.signalled:
+            return
+        if not again and gather_objects(Folder(self.export_place(name)).has("config.json"))[0]:
+            return
+        try:
+            with self.output_may_fail():
+                self.export(name)
+        except OSError:
+            self.checkpointer.wait()  # that of this step is to be complete
+            raise
+
+    def export_place(self, name: str) -> str:
+        """The directory or URL of an export."""
+        remote = self.config.checkpoint.remote
+        return f"{remote.rstrip('/')}/{name}" if remote else str(self.output / name)
 
     def describe(self) -> str:
         """What is about to be trained, and how."""
@@ -435,18 +486,20 @@ class Trainer:
         steps = f"steps {self.step} -> {self.total_steps} of {train.global_batch_size} rows of {config.data.seq_len} tokens"
         return f"{model}, on {world.size} x {world.device.type}: {', '.join(shown)}; {steps}"
 
-    def summary(self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int] | None) -> str:
+    def summary(self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int, int] | None) -> str:
         """What a run ends with."""
         rows = {"steps": f"{self.step} ({self.skipped} skipped)", "loss": f"{self.first_loss:.4f} -> {self.last_loss:.4f}"}
         if evaluation:
             rows["eval loss"] = f"{evaluation['eval_loss']:.4f} (perplexity {evaluation['eval_perplexity']:.3f})"
         if matches:
             rows["exact answers"] = f"{matches[0]} of {matches[1]} ({100 * matches[0] / matches[1]:.1f} %)"
+            rows["exact answers"] += f", {matches[2]} ended by themselves"
         if self.faults:
             rows["output faults"] = f"{self.faults}: see the warnings above"
         if tokens:
             rows["tokens/s"] = f"{tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)"
         names = ["config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf"]
+        names += sorted(path.name for path in self.output.glob("hf-step-*"))
         rows["outputs"] = f"{self.output}: {', '.join(n for n in names if (self.output / n).exists())}"
         if self.config.metrics.tensorboard:
             rows["TensorBoard"] = f"tensorboard --logdir {self.output / 'tensorboard'}"

@@ -27,6 +27,7 @@ from tools.conversion.jobs import Bar, Journal, Progress, run, shares
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.dcp_files import METADATA, Chunk, ChunkWriter, write_manifest, write_metadata
+from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
     Weights,
     carried_dtype,
@@ -267,7 +268,8 @@ class ToHf:
         self.base, self.folder = base, Folder(staging)
         self.dtype, self.part_elements, self.file_bytes = EXPORT_DTYPES[dtype], part_elements, file_bytes
         config = read_config(base)
-        self.model, self.config = meta_model(config), exported_config(config, self.dtype)
+        self.model, exported = meta_model(config), exported_config(config, self.dtype)
+        self.config, self.generation = with_ends(exported, read_generation_config(base), trained_ends(source))
         self.block, self.power_of_two = fp8_format(self.config) if dtype == "fp8" else ((1, 1), False)
         self.weights: Weights = ConvertedWeights(source, self.model.checkpoint_pieces())
         self.base_weights: Weights | None = None
@@ -349,11 +351,19 @@ class ToHf:
         index = {"metadata": {"total_size": total}, "weight_map": {key: files[key] for key in sorted(files)}}
         copy_side_files(self.base, self.folder)
         self.folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+        write_generation_config(self.generation, self.base, self.folder)
         self.folder.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
 
 
 def _note(unknown: Sequence[str]) -> str:
     return f"{len(unknown)} tensors that the model does not know are kept as they are: {listing(unknown, 5)}"
+
+
+def trained_ends(source: Path) -> list[int]:
+    """Ids of the tokens that ended the turns trained so far; of a training checkpoint that knows them."""
+    if not is_training(source):
+        return []
+    return json.loads((source / TRAINER).read_text(encoding="utf-8"))["extra"].get("end_tokens", [])
 
 
 def default_base(source: Path) -> Path:
@@ -424,6 +434,7 @@ def _convert(
     staging = staging_of(target)
     arguments = (source, staging.path, *options)
     with ExitStack() as stack:
+        stack.enter_context(reading(Folder(source)))  # a run that goes on must not remove what is being looked at
         conversion = kind(*arguments)
         for path in conversion.inputs:
             if path.resolve() in (out.resolve(), *out.resolve().parents):
