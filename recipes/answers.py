@@ -26,7 +26,7 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
         How many equal the reference, how many ended by themselves, and how many there are.
     """
     config, tokenizer = trainer.config, trainer.tokenizer
-    stops = frozenset(trainer.stop_ids())
+    stops = frozenset(trainer.stop_tokens())
     prompts = [(s.id, *turn) for s in trainer.eval_samples for turn in answer_prompts(s)]
     answers = greedy_answers(
         trainer.pipeline,

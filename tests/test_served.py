@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.answers import answer
 from tests.tiny import byte_tokenizer, write_tiny_model
 from tools.conversion import convert
-from torchsft.checkpoint import served
 from torchsft.config import Checkpoint, Config, Data, Eval, Metrics, Model, Optim, Train
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
@@ -131,7 +130,7 @@ def test_transformers_generates_the_runs_answers_from_the_export_alone(name, tmp
     for file in ("generation_config.json", "config.json"):
         assert json.loads((export / file).read_text())["eos_token_id"] == expected
     assert served_by.eos_token == eos_token
-    assert ("so that servers stop" in said) is (name in ("chatml", "llama"))
+    assert ("with which trained turns ended" in said) is (name in ("chatml", "llama"))
     # the checkpoint knows it too, for later conversions
     [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
     assert convert.ToHf(checkpoint, tmp_path / "later", "fp32", None, 2**20, 5e9).config["eos_token_id"] == expected
@@ -146,19 +145,3 @@ def test_answers_of_a_model_that_never_stops_did_not_end(tmp_path, capsys):
     assert "0 of 2 ended by themselves" in capsys.readouterr().out
     lines = (tmp_path / "run/answers-after.jsonl").read_text().splitlines()
     assert [json.loads(line)["ended"] for line in lines] == [False, False]
-
-
-def test_eos_ids_are_named_where_the_base_keeps_them(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"text_config": {"eos_token_id": 5, "pad_token_id": 0}, "model_type": "x"})
-    )
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert served.config_with_ends(config, [5]) == config
-    assert served.config_with_ends(config, [9, 7])["text_config"] == {"eos_token_id": [5, 7, 9], "pad_token_id": 0}
-    assert "eos_token_id" not in served.config_with_ends(config, [9])
-    assert served.generation_config(tmp_path, [9]) == {"pad_token_id": 0, "eos_token_id": [5, 9]}  # written, as there is none
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5], "temperature": 0.6}))
-    assert served.generation_config(tmp_path, [9, 5]) == {"eos_token_id": [3, 5, 9], "temperature": 0.6}
-    assert served.stop_ids(tmp_path, [9]) == [3, 5, 9]
-    assert served.config_with_ends({"eos_token_id": 5}, []) == {"eos_token_id": 5}
-    assert served.config_with_ends({}, []) == {}

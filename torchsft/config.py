@@ -338,12 +338,17 @@ class Checkpoint:
     on_error: Literal["stop", "continue"] = "stop"
     """When the output cannot be written (full disk, vanished directory): end with an error, or say so and train on."""
     remote: str | None = None
-    """URL, such as s3://bucket/run, that receives checkpoints/ and hf/ in place of --output (any fsspec file system)."""
+    """URL, such as s3://bucket/run, that receives checkpoints/ and exports in place of --output (any fsspec file system)."""
     export: Literal["bf16", "fp32", "fp8", "none"] = "bf16"
     """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128, quantised from the fp32 masters."""
+    export_every: int = 0
+    """Steps between further exports, to hf-step-00000100/ and so on, all of which are kept. 0: only hf/, at the end."""
 
     def __post_init__(self) -> None:
-        _at_least(self, every=0, keep=0, keep_every=0, keep_best=0)
+        _at_least(self, every=0, keep=0, keep_every=0, keep_best=0, export_every=0)
+        if self.export_every and self.export == "none":
+            fault = f"--checkpoint.export-every is {self.export_every}, but --checkpoint.export is none"
+            raise InputError(f"{fault}; choose bf16, fp32 or fp8")
         if self.remote is not None and "://" not in self.remote:
             fault = f"--checkpoint.remote is {self.remote!r}, but it must be a URL such as s3://bucket/run"
             raise InputError(f"{fault}; a local directory is --output's")

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from torchsft import ops
-from torchsft.checkpoint import huggingface, served, state
+from torchsft.checkpoint import huggingface, state
+from torchsft.checkpoint.endings import about, read_generation_config, stop_ids
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.publish import gather_objects
 from torchsft.checkpoint.resume import checkpoints_of, find_start
@@ -121,8 +123,9 @@ class Trainer:
                 generate()
             world.barrier()
 
-        self.ends_before: set[int] = set()  # tokens that ended trained turns before the checkpoint that this continues from
         self.model_config = DeepseekV3Config.from_hf(huggingface.read_config(self.source))
+        self.earlier_ends: list[int] = []  # see `end_tokens`; those that the checkpoint to continue from knows
+        stop_ids(*self.base_configs(), ())  # refuses what it cannot use
         self.lay_out()
         with self.clock("tokenising"):
             self.load_data()
@@ -256,8 +259,8 @@ class Trainer:
             raise InputError(f"checkpoint {path} is damaged: trainer.json lacks {', '.join(sorted(missing))}; use an older one")
         for name in COUNTERS:
             setattr(self, name, extra[name])
-        self.ends_before = set(extra.get("ends", ()))
         self.loader.load_state_dict(extra["data"])
+        self.earlier_ends = extra.get("end_tokens", [])  # older checkpoints have none
         self.say(f"continuing from {path} at step {self.step} of {self.total_steps}")
         if self.start.longer and self.step < self.total_steps:
             last = self.updates + self.total_steps - self.step - 1
@@ -329,6 +332,7 @@ class Trainer:
                 self.answer(self, "before")
             self.agree()
         tokens = seconds = 0.0
+        self.export_step(again=False)  # the earlier run may have been ended before that of its last checkpoint's step
         while self.step < self.total_steps and not self.signalled:
             with self.clock("waiting for data"):
                 step = next(self.loader)
@@ -353,6 +357,8 @@ class Trainer:
             if self.due(config.checkpoint.every) or self.signalled:
                 with self.clock("checkpoints"):
                     self.save(evaluation.get("eval_loss"))
+            with self.clock("export"):
+                self.export_step()
         self.agree()
         return evaluation, tokens, seconds
 
@@ -449,7 +455,7 @@ class Trainer:
         if last:
             self.checkpointer.wait()  # it must not be left out since another is being written
         extra = {name: getattr(self, name) for name in COUNTERS} | {"data": self.loader.state_dict()}
-        extra["ends"] = sorted(self.own_ends())
+        extra["end_tokens"] = self.end_tokens()
         config = to_dict(self.config)
         if not self.checkpointer.save(self.step, self.model, self.optimizer, extra=extra, config=config, score=score, now=last):
             self.say(f"no checkpoint of step {self.step}: the one before is still being written")
@@ -488,41 +494,59 @@ class Trainer:
             if self.world.is_main:
                 print(f"warning: {error}; training goes on (fault {self.faults} of the output)", file=sys.stderr, flush=True)
 
-    def export(self) -> None:
-        """Write the weights and all that belongs to them as a Hugging Face directory."""
-        options = self.config.checkpoint
-        place = f"{options.remote.rstrip('/')}/hf" if options.remote else self.output / "hf"
-        self.say(f"exporting {options.export} weights to {place}")
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that ended turns trained so far, the most frequent first. With --data.streaming only rank 0's list
+        counts: the ranks may have read on by different amounts."""
+        counts = Counter()
+        for source in self.loader.loader.sources:
+            counts.update({int(token): turns for token, turns in source.report.ends.items()})
+        frequent = sorted(counts, key=lambda token: (-counts[token], token))
+        return list(dict.fromkeys([*self.earlier_ends, *frequent]))
+
+    def base_configs(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """config.json and generation_config.json of the model directory that the run began with."""
+        return huggingface.read_config(self.source), read_generation_config(self.source)
+
+    def stop_tokens(self) -> list[int]:
+        """Ids of the tokens at which answers end when an export of this moment is served; collective."""
+        return gather_objects(stop_ids(*self.base_configs(), self.end_tokens()))[0]
+
+    def export(self, name: str = "hf") -> None:
+        """Write the weights and all that belongs to them as the Hugging Face directory OUTPUT/`name`. An OSError, on every
+        rank: it could not be written."""
+        ends, options = self.end_tokens(), self.config.checkpoint
+        place = self.export_place(name)
+        self.say(f"exporting {options.export} weights to {place}{about(*self.base_configs(), ends, self.tokenizer)}")
         try:
-            huggingface.export(self.model, place, DTYPES[options.export], self.source, **self.given_to_export())
+            given = {"ends": ends, "chat_template": self.chat_template}
+            huggingface.export(self.model, place, DTYPES[options.export], self.source, **given)
         except OSError as error:
+            fault = f"the export to {place} could not be written ({error})"
+            if self.step < self.total_steps:
+                raise OSError(fault) from error
             known = self.failed or "the last checkpoint is complete"
-            fault = f"the export to {place} could not be written ({error}); {known}"
-            raise OSError(f"{fault}: mend that and run the same command again") from error
+            raise OSError(f"{fault}; {known}: mend that and run the same command again") from error
 
-    def own_ends(self) -> set[int]:
-        """Ids of the tokens that ended trained turns, as far as this rank knows: those of its data, and of the checkpoint that
-        it continues from."""
-        sources = self.loader.loader.sources
-        return self.ends_before | {int(token) for source in sources for token in source.report.ends}
+    def export_step(self, again: bool = True) -> None:
+        """Export this step's weights where --checkpoint.export-every says so; of the last one, `run` does. `again`: also where
+        that is done already."""
+        every, name = self.config.checkpoint.export_every, f"hf-step-{self.step:08d}"
+        due = every > 0 and self.step > 0 and self.step % every == 0
+        if not due or self.step == self.total_steps or self.signalled:
+            return
+        if not again and gather_objects(Folder(self.export_place(name)).has("config.json"))[0]:
+            return
+        try:
+            with self.output_may_fail():
+                self.export(name)
+        except OSError:
+            self.checkpointer.wait()  # that of this step is to be complete
+            raise
 
-    def trained_ends(self) -> list[int]:
-        """The same, as all ranks know it; collective. A streamed source is known as far as it has been read."""
-        return sorted(set().union(*gather_objects(self.own_ends(), self.world.writers)))
-
-    def stop_ids(self) -> list[int]:
-        """The tokens at which a server stops that has this run's export; collective."""
-        return served.stop_ids(self.source, self.trained_ends())
-
-    def given_to_export(self) -> dict[str, Any]:
-        """What of an export is not in the model and its source; said where it differs from the source. Collective."""
-        ends = self.trained_ends()
-        if more := [token for token in ends if token not in served.stop_ids(self.source, ())]:
-            named = ", ".join(f"{self.tokenizer.decode([token])!r} ({token})" for token in more)
-            self.say(
-                f"trained turns end with {named}: the export's eos_token_id has that beside the base's, so that servers stop"
-            )
-        return {"chat_template": self.chat_template, "ends": ends}
+    def export_place(self, name: str) -> str:
+        """The directory or URL of an export."""
+        remote = self.config.checkpoint.remote
+        return f"{remote.rstrip('/')}/{name}" if remote else str(self.output / name)
 
     def describe(self) -> str:
         """What is about to be trained, and how."""
@@ -560,13 +584,15 @@ class Trainer:
                 rows[name] = f"{evaluation[key]:.4f} (perplexity {perplexity:.3f})"
         if matches:
             right, ended, count = matches
-            rows["exact answers"] = f"{right} of {count} ({100 * right / count:.1f} %); {ended} of {count} ended by themselves"
+            share = f"{100 * right / count:.1f} %"
+            rows["exact answers"] = f"{right} of {count} ({share}); {ended} of {count} ended by themselves"
         if self.faults:
             rows["output faults"] = f"{self.faults}: see the warnings above"
         if tokens:
             rows["tokens/s"] = f"{tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)"
         rows["time"] = self.clock.shown()
         names = ["config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf"]
+        names += sorted(path.name for path in self.output.glob("hf-step-*"))
         rows["outputs"] = f"{self.output}: {', '.join(n for n in names if (self.output / n).exists())}"
         if self.config.metrics.tensorboard:
             rows["TensorBoard"] = f"tensorboard --logdir {self.output / 'tensorboard'}"

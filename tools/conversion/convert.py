@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from tools.conversion.jobs import Bar, Journal, Progress, run, shares
-from torchsft.checkpoint import served
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.dcp_files import METADATA, Chunk, ChunkWriter, write_manifest, write_metadata
+from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
     Weights,
     carried_dtype,
@@ -50,7 +50,6 @@ from torchsft.checkpoint.weight_files import (
     file_order,
     has_weights,
     listing,
-    read_json_object,
     size_of,
     tensor_bytes,
 )
@@ -267,11 +266,10 @@ class ToHf:
             raise InputError(f"{source} has no {METADATA}; give a converted directory or a training checkpoint")
         base = base or default_base(source)
         self.base, self.folder, self.chat_template = base, Folder(staging), _chat_template(source)
-        self.ends = _ends(source)
         self.dtype, self.part_elements, self.file_bytes = EXPORT_DTYPES[dtype], part_elements, file_bytes
         config = read_config(base)
-        self.model = meta_model(config)
-        self.config = served.config_with_ends(exported_config(config, self.dtype), self.ends)
+        self.model, exported = meta_model(config), exported_config(config, self.dtype)
+        self.config, self.generation = with_ends(exported, read_generation_config(base), trained_ends(source))
         self.block, self.power_of_two = fp8_format(self.config) if dtype == "fp8" else ((1, 1), False)
         self.weights: Weights = ConvertedWeights(source, self.model.checkpoint_pieces())
         self.base_weights: Weights | None = None
@@ -352,9 +350,8 @@ class ToHf:
         total = sum(size for record in records.values() for size in record["keys"].values())
         index = {"metadata": {"total_size": total}, "weight_map": {key: files[key] for key in sorted(files)}}
         copy_side_files(self.base, self.folder, self.chat_template)
-        generation = served.generation_config(self.base, self.ends)
-        self.folder.write_text(served.GENERATION, json.dumps(generation, indent=2) + "\n")
         self.folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+        write_generation_config(self.generation, self.base, self.folder)
         self.folder.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
 
 
@@ -372,9 +369,11 @@ def _chat_template(source: Path) -> str | None:
     return read_chat_template(path)
 
 
-def _ends(source: Path) -> list[int]:
-    """Ids of the tokens that ended trained turns, as a training checkpoint knows them; older ones know none."""
-    return read_json_object(source / TRAINER)["extra"].get("ends", []) if is_training(source) else []
+def trained_ends(source: Path) -> list[int]:
+    """Ids of the tokens that ended the turns trained so far; of a training checkpoint that knows them."""
+    if not is_training(source):
+        return []
+    return json.loads((source / TRAINER).read_text(encoding="utf-8"))["extra"].get("end_tokens", [])
 
 
 def default_base(source: Path) -> Path:
@@ -445,6 +444,7 @@ def _convert(
     staging = staging_of(target)
     arguments = (source, staging.path, *options)
     with ExitStack() as stack:
+        stack.enter_context(reading(Folder(source)))  # a run that goes on must not remove what is being looked at
         conversion = kind(*arguments)
         for path in conversion.inputs:
             if path.resolve() in (out.resolve(), *out.resolve().parents):

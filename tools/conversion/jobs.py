@@ -6,7 +6,9 @@ import fcntl
 import json
 import multiprocessing
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -107,10 +109,15 @@ class Journal:
 
 
 class Bar:
-    """A progress bar of bytes on stderr, with rate and time left."""
+    """A progress bar of bytes on stderr, with rate and time left; where that is no terminal, a line now and then."""
+
+    SECONDS = 60  # between lines
 
     def __init__(self, what: str, total: int, shown: bool) -> None:
-        self._bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not shown)
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not (shown and on_terminal))
+        self._what, self._total, self._lines = what, total, shown and not on_terminal
+        self._done, self._told = 0, time.monotonic()
 
     def __enter__(self) -> Bar:
         return self
@@ -121,6 +128,10 @@ class Bar:
     def add(self, count: int) -> None:
         """So many bytes more."""
         self._bar.update(count)
+        self._done += count
+        if self._lines and time.monotonic() - self._told >= self.SECONDS:
+            self._told = time.monotonic()
+            print(f"{self._what}: {self._done / 1e9:.3f} of {self._total / 1e9:.3f} GB", file=sys.stderr, flush=True)
 
 
 def run(

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchsft.checkpoint import hf_directory, served
+from torchsft.checkpoint import hf_directory
 from torchsft.checkpoint.boxes import Box, local_box, piece_box, share_out
+from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import Weights, contents_of, copy_side_files, open_weights, read_config
-from torchsft.checkpoint.publish import barrier, gather_objects, published, rank_and_size
+from torchsft.checkpoint.publish import gather_objects, published, rank_and_size, together
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.stored import WEIGHT_DTYPES
 from torchsft.checkpoint.weight_files import INDEX, Contents, SafetensorsWriter, file_order, listing, size_of
@@ -132,19 +133,21 @@ def export(
     out_dir: str | Path,  # the directory to write, or the URL of a folder
     dtype: torch.dtype,  # of the parameters (see `exported_dtype`); the routing bias keeps the source's, fp32 in published ones
     source_dir: str | Path,  # the Hugging Face or converted directory that the run began with; its weights may be absent
+    ends: Iterable[int] = (),  # ids of the tokens that ended trained turns: the exported eos ids name them too
     max_shard_bytes: float = 5e9,  # size of a file, in bytes of tensors
     chat_template: str | None = None,  # the text of one that replaces those of the source
-    ends: Sequence[int] = (),  # ids of tokens that ended trained turns: see `served`
 ) -> None:
     """Write the model as a Hugging Face directory; collective over all ranks, or one process without a group.
 
     MTP layers, unknown tensors and other files come from the source, and in fp8 (torch.float8_e4m3fn) the bytes of a block that
     still has its source's values. Each tensor is sent to the one rank that writes it, straight into its file: a rank holds its
     share of the model and the tensor in flight. `out_dir` appears, or is replaced, when all ranks have finished; a remote one
-    is written in place, config.json last. A rank that fails raises at once; the others wait until they are ended. An
-    InputError: `out_dir` is the source or no model directory; a source that cannot be used; what fp8 cannot hold."""
+    is written in place, config.json last. A SharedError, on every rank: one could not write; a local directory stays as it was.
+    A rank that fails otherwise raises at once; the others wait until they are ended. An InputError: `out_dir` is the source or
+    no model directory; a source that cannot be used; what fp8 cannot hold."""
     source, target = Path(source_dir), Folder(out_dir)
-    exported = served.config_with_ends(hf_directory.exported_config(read_config(source), dtype), ends)
+    exported = hf_directory.exported_config(read_config(source), dtype)
+    exported, generation = with_ends(exported, read_generation_config(source), ends)
     _check_target(source, target)
     rank, ranks = rank_and_size()
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
@@ -167,26 +170,30 @@ def export(
         if dist.is_initialized():
             # NCCL sets up its communicator in the first collective: all ranks must join that, while transfers need few.
             dist.all_reduce(next(map(local, tensors.values())).new_zeros(1))
-        with ExitStack() as stack:
-            writing = -1
-            for item in plan:
-                values = _gather(item, tensors[item.name], rank) if item.name in tensors else None
-                if item.owner != rank:
-                    continue
-                if item.file != writing:  # a rank's files come one after another
-                    stack.close()
-                    writing = item.file
-                    writer = stack.enter_context(SafetensorsWriter(folder, names[writing], _merged(files[writing])))
-                for key, part in _encoded(item, values, block, power_of_two, weights).items():
-                    writer.write(key, part)
-        barrier()
+        gathered = ((item, _gather(item, tensors[item.name], rank) if item.name in tensors else None) for item in plan)
+        with together():
+            try:
+                with ExitStack() as stack:
+                    writing = -1
+                    for item, values in gathered:
+                        if item.owner != rank:
+                            continue
+                        if item.file != writing:  # a rank's files come one after another
+                            stack.close()
+                            writing = item.file
+                            writer = stack.enter_context(SafetensorsWriter(folder, names[writing], _merged(files[writing])))
+                        for key, part in _encoded(item, values, block, power_of_two, weights).items():
+                            writer.write(key, part)
+            except OSError:
+                for _ in gathered:  # the other ranks still send and receive
+                    pass
+                raise
         if rank == 0:
             weight_map = {key: names[item.file] for item in plan for key in item.contents}
             index = {"metadata": {"total_size": size_of(contents)}, "weight_map": dict(sorted(weight_map.items()))}
             copy_side_files(source, folder, chat_template)
-            generation = served.generation_config(source, ends)
-            folder.write_text(served.GENERATION, json.dumps(generation, indent=2) + "\n")
             folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+            write_generation_config(generation, source, folder)
             folder.write_text("config.json", json.dumps(exported, indent=2) + "\n")
 
 

@@ -12,19 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from torchsft.checkpoint.dcp_files import MANIFEST
-from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.storage import Folder, told
 from torchsft.config import InputError
 
 
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -142,20 +136,47 @@ def _exchange(one: Path, other: Path) -> bool:
     return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
+class SharedError(OSError):
+    """A failure of one rank that is raised on every rank."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Collective: an OSError in here on one rank becomes a SharedError, when all ranks have come to the end."""
+    failure = None
+    try:
+        yield
+    except SharedError:  # the others know
+        raise
+    except OSError as error:
+        failure = error
+    problems = gather_objects(failure and told(failure))
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise SharedError(f"rank {rank}: {problem}") from failure
+
+
 @contextmanager
 def published(place: str | Path | Folder) -> Iterator[Folder]:
-    """Collective: yields an empty folder that takes the place of `place` when all ranks are done, and have flushed their files.
-    If any rank fails, `place` stays as it was, and the next attempt removes the hidden directory. A remote `place` is emptied
-    first and written in place: write last what makes it complete."""
+    """Collective: yields an empty folder that takes the place of `place` when all ranks are done, and have flushed
+    their files. A remote `place` is emptied first and written in place: write last what makes it complete. An OSError on
+    one rank is a SharedError on all of them: a local `place` stays as it was, and nothing is left beside it. After another
+    failure, of which the other ranks do not learn, the next attempt removes the hidden directory."""
     main = rank_and_size()[0] == 0
     target = place if isinstance(place, Folder) else Folder(place)
     staging = staging_of(target)
-    if main:
-        staging.remove()
-        staging.make()
-    barrier()
-    yield staging
-    barrier()
-    if main:
-        publish(staging, target)
-    barrier()
+    with together():
+        if main:
+            staging.remove()
+            staging.make()
+    try:
+        with together():
+            yield staging
+        with together():
+            if main:
+                publish(staging, target)
+    except SharedError:
+        if main:
+            with suppress(OSError):  # the place that cannot be written
+                staging.remove()
+        raise
