@@ -115,6 +115,7 @@ def test_a_dataset_of_the_hub_is_asked_for_by_name_configuration_and_split(monke
         return found.to_iterable_dataset(num_shards=4) if streaming else found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "unreachable", lambda: "")
     for text in ("org/chats:train", "org/chats:train[:10%]:0.5", "org/chats/main:train", "squad:test"):
         source = Source(parse_spec(text), streaming=streaming)
         assert source.kind == "datasets" and (source.total_bytes is None) == streaming
@@ -131,6 +132,7 @@ def test_what_the_hub_says_becomes_one_sentence(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "unreachable", lambda: "")
     with pytest.raises(InputError, match=r"^a/b:train cannot be opened as a dataset \(ConnectionError: no route\); check"):
         Source(parse_spec("a/b:train"))
 

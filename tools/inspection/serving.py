@@ -25,6 +25,7 @@ from transformers.utils import logging
 from tools.inspection.lint import Finding, runs_of
 from tools.inspection.report import Inspected
 from torchsft.config import Data
+from torchsft.data.cache import row_id
 from torchsft.data.formats import Conversation, Example, Text
 from torchsft.data.prepare import Preparer
 from torchsft.data.template import Encoded, Sample
@@ -173,7 +174,8 @@ def read_examples(source: Inspected, most: int | None = MOST_ROWS) -> Iterator[t
 def _heard(preparer: Preparer, listener: _Listener, rows: Iterator[Any]) -> Iterator[tuple[int, Example]]:
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
         preparer(batch)
-        yield from ((int(example.id.rpartition(":")[2]), example) for example in listener.heard)
+        numbers = {row_id(preparer.name, number): number for number, _ in batch}
+        yield from ((numbers[example.id], example) for example in listener.heard)
         listener.heard.clear()
 
 

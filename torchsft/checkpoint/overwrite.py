@@ -12,6 +12,7 @@ from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config, InputError, to_dict
 
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d+\.(incomplete|removed)")
+_EXPORT = re.compile(r"hf-step-\d{8,}|\.hf-step-\d{8,}\.(incomplete|removed)")
 FILES = ("metrics.jsonl", "answers-before.jsonl", "answers-after.jsonl")  # and config.json, which the new run's replaces
 
 
@@ -45,7 +46,8 @@ def _inputs_in(config: Config, place: str) -> list[str]:
 def refuse_to_delete_inputs(config: Config, checkpoints: str) -> None:
     """An InputError: what `config` reads would be deleted by --overwrite. `checkpoints`: their directory or URL."""
     beside = checkpoints.removesuffix("/checkpoints") + "/hf"  # elsewhere than in the output where that is remote
-    for place in (checkpoints, beside, str(Path(config.output) / "hf")):
+    exports = [str(path) for path in Path(config.output).glob("hf-step-*")]
+    for place in (checkpoints, beside, str(Path(config.output) / "hf"), *exports):
         if inside := _inputs_in(config, place):
             fault = f"--overwrite would delete {place}, but this run reads {inside[0]} there"
             raise InputError(f"{fault}; choose another --output")
@@ -71,7 +73,12 @@ def make_way(config: Config, checkpoints: str) -> list[str]:
     if not config.overwrite:
         return removed
     removed += _remove_checkpoints(checkpoints)
-    directories = [output / "hf"]
+    beside = Folder(checkpoints.removesuffix("/checkpoints"))
+    if beside.remote:
+        for export in [beside.child(name) for name in beside.names() if _EXPORT.fullmatch(name)]:
+            export.remove()
+            removed.append(str(export))
+    directories = [output / "hf", *(output / name for name in sorted(os.listdir(output)) if _EXPORT.fullmatch(name))]
     if not _inputs_in(config, str(output / "generated")):
         directories.append(output / "generated")
     for directory in directories:

@@ -28,6 +28,7 @@ from torchsft.data.template import Sample
 
 TOKEN = np.dtype("<i4")
 RUN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
+ROWS_OF_A_FILE = 10**9  # row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
 RECORD = np.dtype([("token", "<i8"), ("run", "<i8"), ("row", "<i8"), ("length", "<i4"), ("part", "<i4")])
 FILES = {"tokens.bin": TOKEN, "runs.bin": RUN, "index.bin": RECORD}
 HASHED_WHEN_OPENED = 2**26  # bytes; of larger files only the size is checked: hashing is slower than all else of a start
@@ -63,6 +64,12 @@ def pack_block(samples: Sequence[tuple[int, int, np.ndarray, np.ndarray]]) -> Bl
     return Block(tokens.astype(TOKEN, copy=False), runs, index)
 
 
+def row_id(name: str, number: int) -> str:
+    """`<source>:<row>`, or `<source>:<file>:<row>` where several files are one source."""
+    file, row = divmod(number, ROWS_OF_A_FILE)
+    return f"{name}:{file}:{row}" if file else f"{name}:{row}"
+
+
 class Samples(Sequence[Sample]):
     """The samples of a source, each made of the arrays when it is asked for.
 
@@ -78,9 +85,8 @@ class Samples(Sequence[Sample]):
         return len(self.lengths)
 
     def id(self, i: int) -> str:
-        """`<source>:<row>`, or `<source>:<row>/<part>` where the row gave several samples."""
-        row, part = int(self.rows[i]), int(self.parts[i])
-        return f"{self.name}:{row}/{part}" if part else f"{self.name}:{row}"
+        """That of its row, with `/<part>` behind it where the row gave several samples."""
+        return row_id(self.name, int(self.rows[i])) + (f"/{part}" if (part := int(self.parts[i])) else "")
 
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):

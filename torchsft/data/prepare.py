@@ -22,7 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.config import Data, InputError
 from torchsft.data import cache
+from torchsft.data.cache import row_id
 from torchsft.data.columns import mapped
+from torchsft.data.files import Files, open_source, place_of
 from torchsft.data.formats import parse, recognise
 from torchsft.data.rendering import variables_of
 from torchsft.data.rows import RowError, read_row
@@ -145,9 +147,11 @@ class Prepared:
 class Preparer:
     """Makes samples of the rows of one source. Can be pickled. The first good row decides the `format` of all."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, source: Source, vocab_size: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, data: Data, source: Source | Files, vocab_size: int | None = None
+    ) -> None:
         self.tokenizer, self.data, self.source, self.vocab_size = tokenizer, data, source, vocab_size
-        self.name, self.place = source.name, source.where(0).removesuffix("0")
+        self.name, self.places = source.name, source.places()
         self.format: str | None = None
         self.columns, self.system = data.columns(), data.system_text()
         # Absent where the tokenizer is of no directory.
@@ -170,7 +174,7 @@ class Preparer:
         """A result for each row, in order."""
         results, parsed = [Result(number) for number, _ in rows], []
         for result, (number, payload) in zip(results, rows, strict=True):
-            where = f"{self.place}{number}"
+            where = place_of(self.places, number)
             try:
                 if isinstance(payload, RowError):
                     raise payload
@@ -182,7 +186,7 @@ class Preparer:
                 if self.format not in (None, found):
                     text = f"format {found} where the rows before are {self.format}; give different formats as different files"
                     raise RowError(where, "mixed-format", text)
-                example = parse(row, found, f"{self.name}:{number}", where, self.system)
+                example = parse(row, found, row_id(self.name, number), where, self.system)
                 parsed.append((result, example))
                 result.notes += example.notes
                 result.ignored = example.ignored
@@ -197,9 +201,10 @@ class Preparer:
                 for tokens, weights in found.samples:
                     self._fit(result, tokens, weights)
                 result.ends = found.ends if result.samples else ()
-                result.kept = tuple(f"{self.place}{result.number}: {text}" for text in found.kept)
+                result.kept = tuple(f"{place_of(self.places, result.number)}: {text}" for text in found.kept)
             except RowError as error:
-                result.samples, result.fault = [], RowError(f"{self.place}{result.number}", error.reason, error.text)
+                where = place_of(self.places, result.number)
+                result.samples, result.fault = [], RowError(where, error.reason, error.text)
         return results
 
     def _fit(self, result: Result, tokens: np.ndarray, weights: np.ndarray) -> None:
@@ -264,7 +269,7 @@ class Stream:
             yield from zip(samples.rows.tolist(), samples.parts.tolist(), samples, strict=True)
 
 
-def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source]:
+def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source | Files]:
     """The sources of `--data.train`, named by the last part of their path, or by all of it where that occurs twice.
     Raises InputError: one cannot be opened, or is given twice."""
     parsed = [parse_spec(str(spec)) for spec in specs]
@@ -274,7 +279,7 @@ def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source]:
         raise InputError(f"{twice[0]} is given twice; name it once, as {twice[0]}:2.0 to take each of its samples twice")
     whole = [spec.path + (f":{spec.split}" if spec.split else "") for spec in parsed]
     chosen = [name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)]
-    return [Source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
+    return [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
 
 
 def open_streams(
@@ -329,12 +334,16 @@ def _prepare(preparer: Preparer, progress: bool) -> Prepared:
 
     samples, kept, digest = cache.open_or_build(directory, key, name, build)
     # The file may have moved since.
-    faults = [path + fault.removeprefix(kept["path"]) for fault in kept["faults"]]
-    still = [path + text.removeprefix(kept["path"]) for text in kept["kept"]]
+    faults, still = ([_moved(text, kept["path"], path) for text in kept[name]] for name in ("faults", "kept"))
     if faults and data.on_error == "raise":
         raise InputError(faults[0])
     report = Report(**kept | {"name": name, "path": path, "faults": faults, "kept": still})
     return Prepared(name, source.spec.weight, samples, report, digest)
+
+
+def _moved(text: str, old: str, new: str) -> str:
+    """A sentence on a row of a source that may have another path now."""
+    return new + text.removeprefix(old) if text.startswith(old) else text
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

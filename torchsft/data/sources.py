@@ -10,10 +10,12 @@ import gzip
 import itertools
 import os
 import re
+import socket
 import zlib
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow.parquet
@@ -35,7 +37,7 @@ class Source:
 
     Attributes:
         name: the last part of the path, unless given.
-        kind: `jsonl`, `json` (one array), `parquet` or `datasets`.
+        kind: `jsonl`, `json` (one array), `csv`, `tsv`, `parquet` or `datasets`.
         total_bytes, read_bytes: for a progress bar, of the file as it is stored; total_bytes None: not known."""
 
     def __init__(self, spec: Spec, name: str | None = None, streaming: bool = False) -> None:
@@ -50,6 +52,8 @@ class Source:
             raise InputError(f"{self.given} cannot be used, as {said}")
         elif stem.endswith((".parquet", ".pq")):
             self.kind = "parquet"
+        elif stem.endswith((".csv", ".tsv")):
+            self.kind = stem[-3:]
         elif stem.endswith(".json"):
             with contextlib.suppress(*DAMAGE):  # rows() tells it, with its place
                 starts = (chunk.removeprefix(codecs.BOM_UTF8).lstrip()[:1] for chunk in self._chunks())
@@ -57,9 +61,14 @@ class Source:
         data = getattr(self.dataset, "data", None)  # of a dataset that is no stream
         self.total_bytes = os.path.getsize(spec.path) if self.dataset is None else data.nbytes if data else None
 
+    def places(self) -> tuple[str, ...]:
+        """What stands in front of a row's number, to tell the user where it is."""
+        word = "line" if self.kind in ("jsonl", "csv", "tsv") else "row"
+        return (f"{self.given}, {word} ",)
+
     def where(self, number: int) -> str:
         """The place of row `number`, for the user."""
-        return f"{self.given}, {'line' if self.kind == 'jsonl' else 'row'} {number}"
+        return f"{self.places()[0]}{number}"
 
     def fingerprint(self) -> str:
         """A hash of the content: of the bytes of the files; for a dataset of the hub, what `datasets` gives it."""
@@ -77,6 +86,9 @@ class Source:
         """Yield (number from 1, payload for `decode`) of all rows behind the first `start`, in order. Blank lines are
         numbered and left out. Where nothing behind a fault can be read, its RowError is the last one and says so."""
         arrow, self.read_bytes = self.kind in ("parquet", "datasets"), 0
+        if self.kind in ("csv", "tsv"):
+            yield from self._table_rows(start)
+            return
         number = start if arrow else 0
         try:
             for number, row in enumerate(self._arrow_rows(start) if arrow else self._lines(), number + 1):  # noqa: B020
@@ -88,6 +100,19 @@ class Source:
             if number >= start:
                 said = f"this and all that follows cannot be read ({error}); give the whole, undamaged file"
                 yield number + 1, RowError(self.where(number + 1), "truncated-file", said)
+
+    def _table_rows(self, start: int) -> Iterator[tuple[int, Row | RowError]]:
+        """Of a table of text, as `rows`; the number of a row is that of its first line."""
+        from torchsft.data.files import table_rows
+
+        number = 1
+        try:
+            for number, row in table_rows(self._chunks(), "," if self.kind == "csv" else "\t"):
+                if number > start:
+                    yield number, RowError(self.where(number), *row) if isinstance(row, tuple) else row
+        except DAMAGE as error:
+            said = f"this and all that follows cannot be read ({error}); give the whole, undamaged file"
+            yield number + 1, RowError(self.where(number + 1), "truncated-file", said)
 
     def _chunks(self) -> Iterator[bytes]:
         """The file in portions, decompressed. Raises one of DAMAGE where it is cut off or damaged."""
@@ -167,6 +192,22 @@ def _python(batch: Any) -> list[Row | tuple[str, str]]:
         return [(reason, f"a value cannot be read ({error}); repair it or leave the row out")]
 
 
+def unreachable() -> str:
+    """Why the hub cannot be reached, found out within seconds; "" where it can, or where that cannot be told (a proxy), or is
+    not wanted (HF_HUB_OFFLINE)."""
+    names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if offline or any(os.environ.get(name) for name in names):
+        return ""
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError as error:
+        return f"{address.hostname}: {error.strerror or error}"
+    return ""
+
+
 def _open_dataset(spec: Spec, given: str, streaming: bool) -> Any:
     """The `datasets.Dataset`, or streamed `IterableDataset`, of a directory, or of NAME or NAME/CONFIG on the hub."""
     directory, hub = os.path.isdir(spec.path), HUB.fullmatch(spec.path)
@@ -178,10 +219,16 @@ def _open_dataset(spec: Spec, given: str, streaming: bool) -> Any:
 
     try:
         if not saved:
+            if hub and not directory and (reason := unreachable()):
+                raise ConnectionError(reason)  # at once: the libraries would try for minutes
             name, config = (spec.path, None) if directory else hub.groups()
             return datasets.load_dataset(name, config, split=spec.split, streaming=streaming)
         found = datasets.load_from_disk(spec.path)
     except Exception as error:  # of the network, of the hub, of any file format
+        if not saved and not directory and (reason := unreachable()):
+            fault = f"{given} cannot be opened, as the hub of data sets cannot be reached ({reason})"
+            remedy = "download it beforehand and name its files, or set HF_HUB_OFFLINE=1 to use the local cache"
+            raise InputError(f"{fault}; check the network, {remedy}") from None
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise InputError(f"{given} cannot be opened as a dataset ({said}); check its name, split and files") from None
     splits = list(found) if isinstance(found, dict) else [None]

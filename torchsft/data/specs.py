@@ -12,7 +12,8 @@ from torchsft.config import InputError
 
 WEIGHTED = re.compile(r"(.*):([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|inf|nan))", re.IGNORECASE)
 SPLIT = re.compile(r"(.+?):([^:/\[\]]+(?:\[[^\]]*\])?)")  # the second may be train[:10%]
-HUB = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?(?<!\.jsonl)(?<!\.json)(?<!\.parquet)(?<!\.gz)(?<!\.zst)")  # no file
+_OF_A_FILE = "".join(rf"(?<!\.{ending})" for ending in ("jsonl", "json", "csv", "tsv", "parquet", "gz", "zst"))
+HUB = re.compile(rf"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?{_OF_A_FILE}")
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,47 @@ def parse_spec(text: str) -> Spec:
 
 
 def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
-    """The sources of each evaluation set. A spec is NAME=SPEC, or SPEC: the set has the name of the file then."""
+    """The sources of each evaluation set.
+
+    A spec is NAME=SPEC, or SPEC: the set has the name of the file then, as much of the path as tells it apart from others of
+    that name, and the split where one data set has several.
+    """
     sets: dict[str, list[str]] = {}
+    unnamed: list[tuple[str, Spec]] = []
+    order: list[tuple[str | None, str]] = []
     for spec in map(str, specs):
         named = None if os.path.exists(spec) else re.fullmatch(r"([\w.-]+)=(.+)", spec)
         rest = named[2] if named else spec
         found = parse_spec(rest)
         if found.weight != 1:
             raise InputError(f"{spec} has weight {found.weight:g}, but every row is evaluated once; leave the weight out")
-        stem = re.sub(r"(\.(jsonl|json|parquet|pq|gz|zst))+$", "", Path(os.path.abspath(found.path)).name)
-        sets.setdefault(named[1] if named else stem, []).append(rest)
+        order.append((named[1] if named else None, rest))
+        if not named:
+            unnamed.append((rest, found))
+    names = iter(_names([spec for _, spec in unnamed]))
+    for name, rest in order:
+        sets.setdefault(next(names) if name is None else name, []).append(rest)
     return sets
+
+
+def _names(specs: Sequence[Spec]) -> list[str]:
+    """A name for each source, the same one only for what is the same."""
+    paths = [os.path.realpath(spec.path) for spec in specs]
+    found = []
+    for spec, path in zip(specs, paths, strict=True):
+        parts = _parts(spec.path)
+        others = [_parts(other.path) for other, place in zip(specs, paths, strict=True) if place != path]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        name = "/".join(parts[-length:])
+        splits = {other.split for other, place in zip(specs, paths, strict=True) if place == path}
+        found.append(f"{name}:{spec.split}" if spec.split and len(splits) > 1 else name)
+    return found
+
+
+def _parts(path: str) -> list[str]:
+    """The directories and the name of a path, without the ending of a file of rows."""
+    absolute = Path(os.path.abspath(path))
+    stem = re.sub(r"(\.(jsonl|json|parquet|pq|csv|tsv|gz|zst))+$", "", absolute.name)
+    return [part for part in absolute.parts[:-1] if part != os.sep] + [stem]
