@@ -283,14 +283,16 @@ def test_option_errors_are_told_by_rank_0_alone(rank, said, capsys, monkeypatch)
 def test_all_missing_sources_stand_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").touch()
-    (tmp_path / "directory").mkdir()
+    write(tmp_path / "directory", "b.jsonl")
+    write(tmp_path / "other", "README.md")
     found = ("a.jsonl", "a.jsonl:2", "*.jsonl", "org/name:train", "org/name:train:0.5", "directory")
     launch.check_data(Data(train=found, eval=("x=a.jsonl", "a.jsonl")))
     with pytest.raises(InputError) as error:
-        launch.check_data(Data(train=(*found, "b.jsonl:2", "*.json"), eval=("x=c.jsonl",)))
+        launch.check_data(Data(train=(*found, "b.jsonl:2", "*.json", "other"), eval=("x=c.jsonl",)))
     said = str(error.value)
     assert "--data.train b.jsonl:2 does not exist" in said and "--data.eval c.jsonl does not exist" in said
-    assert "--data.train *.json matches no file" in said and "a.jsonl" not in said.replace("c.jsonl", "")
+    assert "--data.train *.json holds no file of rows" in said and "a.jsonl" not in said.replace("c.jsonl", "")
+    assert "--data.train other holds no file of rows" in said and "it has README.md" in said
 
 
 def write(directory, *names):

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchsft import config
 from torchsft.cli import parse_tool, refusals
 from torchsft.config import InputError
-from torchsft.data.specs import evaluation_sets, parse_spec
+from torchsft.data.specs import evaluation_sets, files_of, is_several, parse_spec
 from torchsft.launch import check_data, check_model, model_directory
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def inspect(options: Options, progress: bool) -> Inspection:
 def _check_outputs(options: Options) -> None:
     """Raises InputError: a file to write that is also read, or cannot be written."""
     specs = [*options.data.train, *(spec for specs in evaluation_sets(options.data.eval).values() for spec in specs)]
-    sources = {os.path.realpath(parse_spec(str(spec)).path) for spec in specs}
+    parsed = [parse_spec(str(spec)) for spec in specs]
+    sources = {os.path.realpath(spec.path) for spec in parsed}
+    sources |= {os.path.realpath(file) for spec in parsed if is_several(spec) for file in files_of(spec.path)[0]}
     outputs = {"--json": options.json, "--html": options.html}
     for option, path in outputs.items():
         if not path or _is_device(path):

@@ -2,7 +2,6 @@
 
 Nothing slow is imported here."""
 
-import glob
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from torchsft.cli import is_main
 from torchsft.config import Data, InputError
-from torchsft.data.specs import HUB, evaluation_sets, parse_spec
+from torchsft.data.specs import HUB, evaluation_sets, files_of, is_several, nothing_in, parse_spec
 
 TOKENIZER_FILES = ("tokenizer.json", "tiktoken.model", "tokenizer.model")  # the others are refused with more words later
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a model: org/name
@@ -38,10 +37,12 @@ def check_data(data: Data) -> None:
 def _source_fault(text: str) -> str:
     """What is wrong with a source as far as the file system shows it, or nothing."""
     spec = parse_spec(text)
+    if is_several(spec):
+        files, others = files_of(spec.path)
+        faults = (f"holds {file}, which {fault}" for file in files if (fault := _file_fault(file)))
+        return next(faults, "") if files else nothing_in(others)
     if os.path.exists(spec.path):
         return _file_fault(spec.path)
-    if glob.has_magic(spec.path):
-        return "" if glob.glob(spec.path, recursive=True) else "matches no file"
     of_hub = spec.split is not None and HUB.fullmatch(spec.path)
     return "" if of_hub else "does not exist"
 

@@ -13,6 +13,7 @@ import pytest
 from torchsft.config import InputError
 from torchsft.data import cache
 from torchsft.data.cache import Samples, fingerprint, open_or_build, pack_block
+from torchsft.data.sources import Source
 
 # A build in a process of its own: CODE may do anything on the way. Arguments: the directory, and a file of notes.
 PROCESS = """
@@ -231,13 +232,14 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 
 def source_of(path, split=None):
     """A source that counts how often it is read for its fingerprint."""
-    source = SimpleNamespace(spec=SimpleNamespace(path=str(path), split=split), reads=0)
+    source = SimpleNamespace(spec=SimpleNamespace(path=str(path), split=split), kind="jsonl", reads=0)
 
     def read():
         source.reads += 1
         return path.read_text() if path.is_file() else "hub"
 
     source.fingerprint = read
+    source.files = lambda: Source.files(source)
     return source
 
 

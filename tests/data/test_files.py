@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.data import chat
 from torchsft.config import Data, InputError
+from torchsft.data.cache import fingerprint
 from torchsft.data.files import Files, open_source, table_rows
-from torchsft.data.prepare import prepare
+from torchsft.data.prepare import open_sources, prepare
 from torchsft.data.rows import RowError, decode
 from torchsft.data.specs import evaluation_sets, parse_spec
 
@@ -82,6 +84,58 @@ def test_a_glob_is_one_source_and_what_is_no_data_is_told(directory):
         open_source(parse_spec(str(directory.parent / "other")))
 
 
+def test_the_fingerprint_of_a_glob_is_remembered_until_one_of_its_files_changes(directory, tmp_path):
+    found = []
+    for change in (None, None, "other"):
+        if change:
+            lines(directory / "b.jsonl", talk(change))
+        source = open_source(parse_spec(f"{directory}/*.jsonl"))
+        made = source.fingerprint()
+        source.fingerprint = lambda made=made: f"read again: {made}"
+        found.append((fingerprint(tmp_path / "cache", source), made))
+    (first, _), (second, _), (third, made) = found
+    assert first == second != third and third == f"read again: {made}"
+
+
+def test_directories_that_a_glob_matches_and_links_are_read_once(directory, tmp_path):
+    lines(tmp_path / "elsewhere" / "z.jsonl", talk("five"))
+    (directory / "linked").symlink_to(tmp_path / "elsewhere")
+    (directory / "linked" / "circle").symlink_to(directory)
+    wanted = [talk(said) for said in ("one", "two", "three", "four", "five")]
+    for text in (str(directory), f"{directory}/*", f"{directory}/**"):
+        assert [row for _, row in read(open_source(parse_spec(text)))] == wanted, text
+
+
+def test_a_directory_that_cannot_be_read_is_refused(directory, monkeypatch):
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match=r"/data/a cannot be read \(Permission denied\); check its permissions$"):
+        open_source(parse_spec(str(directory)))
+
+
+def test_a_file_in_two_sources_is_refused(directory):
+    assert len(open_sources([f"{directory}/*.jsonl", f"{directory}/a:2.0"])) == 2
+    with pytest.raises(InputError, match=f"^{directory}/b.jsonl is given twice, by {directory} and by {directory}/b.jsonl; "):
+        open_sources([str(directory), f"{directory}/b.jsonl:2.0"])
+
+
+def test_two_splits_of_one_data_set_are_two_sources(tmp_path):
+    splits = {name: datasets.Dataset.from_list([talk(name)]) for name in ("train", "extra")}
+    path = str(tmp_path / "saved")
+    datasets.DatasetDict(splits).save_to_disk(path)
+    opened = open_sources([f"{path}:train", f"{path}:extra:2.0"])
+    assert [(source.name, source.spec.weight) for source in opened] == [(f"{path}:train", 1.0), (f"{path}:extra", 2.0)]
+    assert [row for source in opened for _, row in read(source)] == [talk("train"), talk("extra")]
+    with pytest.raises(InputError, match="given twice"):
+        open_sources([f"{path}:train", f"{path}:train:2.0"])
+
+
 def test_samples_of_a_directory_are_cached_until_one_of_its_files_changes(directory, tmp_path):
     tokenizer, options = chat.byte_tokenizer(chat.CHATML), Data(cache=str(tmp_path / "cache"))
     [first] = prepare([str(directory)], tokenizer, options)
@@ -137,9 +191,29 @@ def test_what_is_no_row_of_the_table_is_told_with_its_line(tmp_path):
     ]
     [fault, *_] = [payload for _, payload in source.rows()]
     assert "1 fields, but the header names 2 columns" in str(fault)
-    for header in ("a,a", "a,"):
-        [(_, (reason, said))] = table_rows([f"{header}\n1,2\n".encode()], ",")
-        assert reason == "csv-header" and "the header has" in said
+
+
+@pytest.mark.parametrize(
+    ("header", "reason", "says"),
+    [
+        (b"a,a", "csv-header", "the header has the column 'a' twice"),
+        (b"a,", "csv-header", "the header has a column without a name"),
+        (b'"a"x,b', "csv", "not a row of a table"),
+        (b"\xff,b", "not-utf-8", "a field is not UTF-8"),
+        ("a,b".encode("utf-16"), "not-utf-8", "a field is not UTF-8"),
+    ],
+)
+def test_no_row_is_taken_for_a_header_that_is_faulty(header, reason, says):
+    [(line, (found, said))] = table_rows([header + b"\n1,2\n3,4\n"], ",")
+    assert (line, found) == (1, reason) and said.startswith(says) and "no row behind it can be read" in said
+
+
+def test_a_quote_that_is_not_closed_says_how_far_it_reaches():
+    rows = list(table_rows([b'a,b\n1,2\n"3,4\n5,6\n7,8\n'], ","))
+    assert rows[0] == (2, {"a": "1", "b": "2"})
+    [(line, (reason, said))] = rows[1:]
+    assert (line, reason) == (3, "csv") and said.startswith("lines 3 to 5 are not a row")
+    assert next(table_rows([b"a,b\n1,\x00\n"], ","))[1][0] == "nul-bytes"
 
 
 def test_a_table_is_trained_by_the_option_that_its_refusal_prints(tmp_path):
@@ -167,20 +241,47 @@ def test_evaluation_sets_of_one_file_name_are_told_apart(tmp_path):
     assert list(evaluation_sets(["org/name:test"])) == ["name"]
 
 
+def test_no_two_files_get_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"a/held.jsonl": "a/held.jsonl", "a/held.csv": "held.csv", "b/held.jsonl": "b/held"}
+    assert evaluation_sets(list(names)) == {name: [path] for path, name in names.items()}
+    assert evaluation_sets(["held=x.jsonl", "y/held.jsonl"]) == {"held": ["x.jsonl"], "y/held": ["y/held.jsonl"]}
+    assert evaluation_sets(["held=x.jsonl", "held=y.jsonl"]) == {"held": ["x.jsonl", "y.jsonl"]}
+
+
 # ---------------------------------------------------------------- the hub
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence_that_names_the_network(tmp_path):
-    code = (
-        "from torchsft.data.files import open_source\n"
-        "from torchsft.data.specs import parse_spec\n"
-        "try: open_source(parse_spec('org/name:train'))\n"
-        "except ValueError as error: print(error)\n"
-    )
-    proxies = {name for name in os.environ if name.lower().endswith("_proxy")}
-    environment = {name: value for name, value in os.environ.items() if name not in proxies and name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+CODE = """
+from torchsft.data.files import open_source
+from torchsft.data.specs import parse_spec
+try: open_source(parse_spec('org/name:train'))
+except ValueError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "says", "remedy"),
+    [
+        (
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "the hub of data sets cannot be reached (http://127.0.0.1:9: ",
+            "check the network",
+        ),
+        (
+            {"HF_ENDPOINT": "http://127.0.0.2:9", "HTTP_PROXY": "http://127.0.0.1:9"},
+            "the hub of data sets cannot be reached (http://127.0.0.2:9: ",
+            "or set HF_HUB_OFFLINE=1 to use the local cache",
+        ),
+        ({"HF_HUB_OFFLINE": "1"}, "the local cache does not hold it and HF_HUB_OFFLINE forbids", "or unset HF_HUB_OFFLINE"),
+    ],
+    ids=["none", "proxy", "offline"],
+)
+def test_a_hub_that_cannot_be_reached_is_one_sentence_that_names_the_network(tmp_path, settings, says, remedy):
+    ours = ("HF_", "TRANSFORMERS_OFFLINE")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
+    environment |= {"HF_HOME": str(tmp_path)} | settings
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, env=environment)
     said = done.stdout.strip()
-    assert said.startswith("org/name:train cannot be opened, as the hub of data sets cannot be reached (127.0.0.1: ")
-    assert "check the network" in said and "HF_HUB_OFFLINE=1" in said and "\n" not in said
+    assert said.startswith(f"org/name:train cannot be opened, as {says}") and remedy in said, done
+    assert "download it beforehand" in said and "\n" not in said and "Retrying" not in done.stderr

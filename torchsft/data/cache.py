@@ -199,12 +199,11 @@ def _hash(content: str | np.ndarray) -> str:
 
 def fingerprint(directory: Path, source: Source) -> str:
     """The source's fingerprint; remembered in `directory` for files that have not changed since."""
-    path = Path(source.spec.path)
-    if not path.exists():  # a name on the hub
+    stats = [(file, os.stat(file)) for file in source.files()]
+    if not stats:  # a name on the hub
         return source.fingerprint()
-    stats = [(str(file), file.stat()) for file in (sorted(path.rglob("*")) if path.is_dir() else [path.resolve()])]
     state = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for file, s in stats]
-    memo = directory / f"{_hash(json.dumps([state, source.spec.split]))}.fingerprint"
+    memo = directory / f"{_hash(json.dumps([source.kind, state, source.spec.split]))}.fingerprint"
     with suppress(OSError):
         return memo.read_text()
     found = source.fingerprint()

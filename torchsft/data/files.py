@@ -2,25 +2,18 @@
 
 import codecs
 import csv
-import fnmatch
-import glob
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 from torchsft.config import InputError
 from torchsft.data.cache import ROWS_OF_A_FILE
 from torchsft.data.rows import Row, RowError
 from torchsft.data.sources import MAX_BYTES, Source
-from torchsft.data.specs import Spec
-
-DATA = ("jsonl", "json", "parquet", "pq", "csv", "tsv")
-"""Endings of files of rows, also with .gz or .zst behind."""
-LISTED = 5
+from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
 
 
 def open_source(spec: Spec, name: str | None = None, streaming: bool = False) -> "Source | Files":
@@ -29,12 +22,7 @@ def open_source(spec: Spec, name: str | None = None, streaming: bool = False) ->
     Raises:
         InputError: see `Source` and `Files`.
     """
-    saved = any(os.path.isfile(os.path.join(spec.path, file)) for file in ("state.json", "dataset_dict.json"))
-    is_directory = os.path.isdir(spec.path) and not saved
-    is_glob = not os.path.exists(spec.path) and glob.has_magic(spec.path)
-    if spec.split is None and (is_directory or is_glob):
-        return Files(spec, name, streaming)
-    return Source(spec, name, streaming)
+    return Files(spec, name, streaming) if is_several(spec) else Source(spec, name, streaming)
 
 
 class Files:
@@ -52,12 +40,10 @@ class Files:
         self.spec, self.kind, self.read_bytes, self.dataset = spec, "files", 0, None
         self.given = spec.path
         self.name = name or os.path.basename(os.path.abspath(spec.path))
-        paths, others = _found(spec.path)
+        paths, others = files_of(spec.path)
         if not paths:
-            has = f"; it has {', '.join(others[:LISTED])}" if others else ""
-            endings = ", ".join(f".{ending}" for ending in DATA)
-            raise InputError(f"{spec.path} holds no file of rows ({endings}, also with .gz or .zst){has}; name another place")
-        if others:
+            raise InputError(f"{spec.path} {nothing_in(others)}; name another place")
+        if others and os.environ.get("RANK", "0") == "0":  # once, not by every rank
             more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
             warnings.warn(f"{spec.path}: left out, as no files of rows: {', '.join(others[:LISTED])}{more}", stacklevel=2)
         self.members = [Source(Spec(path), streaming=streaming) for path in paths]
@@ -70,6 +56,10 @@ class Files:
     def where(self, number: int) -> str:
         """The place of row `number`, for the user."""
         return place_of(self.places(), number)
+
+    def files(self) -> list[str]:
+        """As `Source.files`."""
+        return [file for member in self.members for file in member.files()]
 
     def fingerprint(self) -> str:
         """A hash of the names and contents of all files."""
@@ -96,26 +86,6 @@ def place_of(places: tuple[str, ...], number: int) -> str:
     return f"{places[max(file - 1, 0)]}{line}"
 
 
-def _found(path: str) -> tuple[list[str], list[str]]:
-    """Files of rows below a directory, or that a glob names, and the names of the others; hidden ones count as neither."""
-    if os.path.isdir(path):
-        every = [str(file) for file in Path(path).rglob("*") if file.is_file()]
-    else:
-        every = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
-    before = re.split(r"[*?\[]", path, maxsplit=1)[0]  # of the first sign of a glob
-    root = path if os.path.isdir(path) else os.path.dirname(before) or "."
-    shown = [file for file in sorted(every) if not _is_hidden(os.path.relpath(file, root))]
-    patterns = [f"*.{ending}{packed}" for ending in DATA for packed in ("", ".gz", ".zst")]
-    paths = [file for file in shown if any(fnmatch.fnmatch(file.lower(), pattern) for pattern in patterns)]
-    others = [os.path.relpath(file, root) for file in shown if file not in set(paths)]
-    return paths, others
-
-
-def _is_hidden(path: str) -> bool:
-    """Whether a file, or a directory that it is in, is hidden or somebody's note that all is written (_SUCCESS)."""
-    return any(part.startswith((".", "_")) for part in path.split(os.sep))
-
-
 def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | tuple[str, str]]]:
     """The rows of a CSV or TSV file: (line with which it begins, columns by name, or reason and sentence of a fault).
 
@@ -133,18 +103,19 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, ("csv", f"not a row of a table ({error}); quote fields that hold quotes, delimiters or line ends")
-            continue
-        if not fields:
-            continue  # a blank line
+            fields, fault = [], ("csv", _not_a_row(str(error), line, reader.line_num))
+        else:
+            if not fields:
+                continue  # a blank line
+            fault = _text_fault(fields)
         if header is None:
             header = [name.strip() for name in fields]
-            if fault := _header_fault(header):
-                yield line, ("csv-header", fault)
+            fault = fault or _header_fault(header)
+            if fault:
+                yield line, (fault[0], f"{fault[1]}; without its header, the first line, no row behind it can be read")
                 return
-            continue
-        if any(re.search("[\udc80-\udcff]", field) for field in fields):
-            yield line, ("not-utf-8", "a field is not UTF-8; convert the file to UTF-8")
+        elif fault:
+            yield line, fault
         elif len(fields) != len(header):
             said = f"{len(fields)} fields, but the header names {len(header)} columns; quote fields that hold the delimiter"
             yield line, ("csv-columns", said)
@@ -152,12 +123,26 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
             yield line, dict(zip(header, fields, strict=True))
 
 
-def _header_fault(header: list[str]) -> str:
+def _not_a_row(said: str, first: int, last: int) -> str:
+    """What is wrong with the text from line `first` to `last`; a quote that is not closed takes all that follows along."""
+    which = f"lines {first} to {last} are not a row" if last > first else "not a row"
+    return f"{which} of a table ({said}); quote fields that hold quotes, delimiters or line ends, and double the quotes"
+
+
+def _text_fault(fields: list[str]) -> tuple[str, str] | None:
+    if any(re.search("[\udc80-\udcff]", field) for field in fields):
+        return "not-utf-8", "a field is not UTF-8; convert the file to UTF-8"
+    if any("\0" in field for field in fields):
+        return "nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it"
+    return None
+
+
+def _header_fault(header: list[str]) -> tuple[str, str] | None:
     for name in header:
         if not name or header.count(name) > 1:
             what = f"the column {name!r} twice" if name else "a column without a name"
-            return f"the header has {what}, and nothing behind it can be read; name each column once"
-    return ""
+            return "csv-header", f"the header has {what}; name each column once"
+    return None
 
 
 def _text_lines(chunks: Iterable[bytes]) -> Iterator[str]:

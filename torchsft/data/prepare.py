@@ -279,7 +279,13 @@ def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source |
         raise InputError(f"{twice[0]} is given twice; name it once, as {twice[0]}:2.0 to take each of its samples twice")
     whole = [spec.path + (f":{spec.split}" if spec.split else "") for spec in parsed]
     chosen = [name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)]
-    return [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
+    opened = [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
+    owners: dict[str, str] = {}
+    for source in opened:
+        for file in source.files() if source.spec.split is None else ():  # splits share their files
+            if (owner := owners.setdefault(file, source.given)) != source.given:
+                raise InputError(f"{file} is given twice, by {owner} and by {source.given}; leave it out of one of them")
+    return opened
 
 
 def open_streams(

@@ -10,12 +10,12 @@ import gzip
 import itertools
 import os
 import re
-import socket
+import threading
 import zlib
 from collections.abc import Iterator
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow.parquet
@@ -23,10 +23,11 @@ import pyarrow.parquet
 from torchsft.config import InputError
 from torchsft.data.arrow import rows_of
 from torchsft.data.rows import Row, RowError
-from torchsft.data.specs import HUB, Spec
+from torchsft.data.specs import HUB, Spec, is_saved
 
 MAX_BYTES = 64 * 2**20  # of one line, or element of a JSON array
 TOO_LONG = ("line-too-long", f"longer than {MAX_BYTES:,} bytes; split it or leave it out")
+PATIENCE = 10  # seconds that the hub has for its first answer
 DAMAGE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)  # what reading a damaged file raises
 # What may change the state of a scan through a JSON array: in a string, between elements, inside an element.
 IN_STRING, BETWEEN, INSIDE = (re.compile(pattern) for pattern in (rb'["\\]', rb'["\[\]{},]', rb'["\[\]{}]'))
@@ -69,6 +70,13 @@ class Source:
     def where(self, number: int) -> str:
         """The place of row `number`, for the user."""
         return f"{self.places()[0]}{number}"
+
+    def files(self) -> list[str]:
+        """What is read, as paths without links; nothing for a dataset of the hub."""
+        path = Path(self.spec.path).resolve()
+        if path.is_dir():
+            return sorted(str(file) for file in path.rglob("*") if file.is_file())
+        return [str(path)] if path.is_file() else []
 
     def fingerprint(self) -> str:
         """A hash of the content: of the bytes of the files; for a dataset of the hub, what `datasets` gives it."""
@@ -193,43 +201,60 @@ def _python(batch: Any) -> list[Row | tuple[str, str]]:
 
 
 def unreachable() -> str:
-    """Why the hub cannot be reached, found out within seconds; "" where it can, or where that cannot be told (a proxy), or is
-    not wanted (HF_HUB_OFFLINE)."""
-    names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if offline or any(os.environ.get(name) for name in names):
-        return ""
-    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname, port), timeout=5).close()
-    except OSError as error:
-        return f"{address.hostname}: {error.strerror or error}"
-    return ""
+    """Why the hub does not answer, asked as its libraries ask it (proxies, certificates), but once and within PATIENCE.
+
+    Returns:
+        Nothing where it answers, whatever it answers.
+    """
+    from huggingface_hub.constants import ENDPOINT  # slow, and mostly not needed
+    from huggingface_hub.utils import get_session
+
+    client, said = get_session(), [f"no answer within {PATIENCE} s"]
+
+    def ask() -> None:
+        try:
+            client.head(ENDPOINT, timeout=PATIENCE)
+            said[0] = ""
+        except Exception as error:  # of whatever client huggingface_hub has
+            said[0] = f"{type(error).__name__}: {error}".partition("\n")[0]
+
+    asking = threading.Thread(target=ask, daemon=True)  # each address and the name server have timeouts of their own
+    asking.start()
+    asking.join(PATIENCE)
+    return f"{ENDPOINT}: {said[0]}" if said[0] else ""
+
+
+def _no_hub(given: str, said: str, offline: bool) -> str:
+    """The sentence for a dataset of the hub without a network."""
+    beforehand = "download it beforehand and name its files"
+    if offline:
+        fault = f"{given} cannot be opened, as the local cache does not hold it and HF_HUB_OFFLINE forbids the network ({said})"
+        return f"{fault}; {beforehand}, or unset HF_HUB_OFFLINE"
+    fault = f"{given} cannot be opened, as the hub of data sets cannot be reached ({said})"
+    return f"{fault}; check the network, {beforehand}, or set HF_HUB_OFFLINE=1 to use the local cache"
 
 
 def _open_dataset(spec: Spec, given: str, streaming: bool) -> Any:
     """The `datasets.Dataset`, or streamed `IterableDataset`, of a directory, or of NAME or NAME/CONFIG on the hub."""
     directory, hub = os.path.isdir(spec.path), HUB.fullmatch(spec.path)
-    saved = any(os.path.isfile(os.path.join(spec.path, name)) for name in ("state.json", "dataset_dict.json"))
+    saved = is_saved(spec.path)
     if not saved and not (spec.split and (directory or hub)):
         said = "is a directory, but none of datasets' save_to_disk; name the files in it" if directory else "does not exist"
         raise InputError(f"{given} {said}; give an existing file or directory, or NAME:SPLIT for a dataset of the hub")
     import datasets  # slow, and mostly not needed
 
+    of_hub, offline = not saved and not directory, datasets.config.HF_HUB_OFFLINE
+    if of_hub and not offline and (reason := unreachable()):  # at once: the libraries would try for minutes
+        raise InputError(_no_hub(given, reason, offline))
     try:
         if not saved:
-            if hub and not directory and (reason := unreachable()):
-                raise ConnectionError(reason)  # at once: the libraries would try for minutes
-            name, config = (spec.path, None) if directory else hub.groups()
+            name, config = hub.groups() if of_hub else (spec.path, None)
             return datasets.load_dataset(name, config, split=spec.split, streaming=streaming)
         found = datasets.load_from_disk(spec.path)
     except Exception as error:  # of the network, of the hub, of any file format
-        if not saved and not directory and (reason := unreachable()):
-            fault = f"{given} cannot be opened, as the hub of data sets cannot be reached ({reason})"
-            remedy = "download it beforehand and name its files, or set HF_HUB_OFFLINE=1 to use the local cache"
-            raise InputError(f"{fault}; check the network, {remedy}") from None
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if of_hub and (isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in said):  # not there, nor in the cache
+            raise InputError(_no_hub(given, said, offline)) from None
         raise InputError(f"{given} cannot be opened as a dataset ({said}); check its name, split and files") from None
     splits = list(found) if isinstance(found, dict) else [None]
     if spec.split not in splits:
