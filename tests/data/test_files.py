@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +16,9 @@ import pytest
 from tests.data import chat
 from torchsft.config import Data, InputError
 from torchsft.data.files import Files, open_source, table_rows
-from torchsft.data.prepare import prepare
+from torchsft.data.prepare import open_sources, prepare
 from torchsft.data.rows import RowError, decode
+from torchsft.data.sources import unreachable
 from torchsft.data.specs import evaluation_sets, parse_spec
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}
@@ -152,6 +155,46 @@ def test_a_table_is_trained_by_the_option_that_its_refusal_prints(tmp_path):
     assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "you<|im_end|>"
 
 
+def test_a_directory_of_training_and_test_rows_is_refused_until_one_is_named(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([{"text": name}]), tmp_path / "data" / f"{name}.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")  # the hub's, no row
+    with pytest.raises(InputError, match=rf"holds the splits test, train; give {tmp_path}:test, name its files, or"):
+        open_source(parse_spec(str(tmp_path)))
+    assert [row["text"] for _, row in read(open_source(parse_spec(f"{tmp_path}/data/train-*.parquet")))] == [
+        "train-00000-of-00002",
+        "train-00001-of-00002",
+    ]
+    with pytest.warns(UserWarning, match="left out, as no files of rows: dataset_infos.json"):
+        assert len(read(open_source(parse_spec(f"{tmp_path}/**/*")))) == 3
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out_in_silence(tmp_path):
+    lines(tmp_path / "a.jsonl", talk("x"))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "absent.jsonl")
+    with pytest.raises(InputError, match=r"b\.jsonl does not exist"):
+        open_source(parse_spec(str(tmp_path)))
+
+
+def test_a_file_in_two_sources_is_refused(tmp_path):
+    one = lines(tmp_path / "a.jsonl", talk("x"))
+    with pytest.raises(InputError, match=rf"a\.jsonl is in both {tmp_path} and {one}; name it once"):
+        open_sources([str(tmp_path), str(one)])
+
+
+def test_what_lies_behind_a_broken_table_is_not_lost_in_silence():
+    def told(text):
+        return [(line, row[1] if isinstance(row, tuple) else row) for line, row in table_rows([text], ",")]
+
+    good = (2, {"a": "1", "b": "2"})
+    unclosed = "a quote is opened and not closed, so that all that follows belongs to it; close it"
+    assert told(b'a,b\n1,2\n3,"x\n5,6\n') == [good, (3, unclosed)]
+    for header in (b'"a"x,b\n1,2\n', b"\xe9,b\n1,2\n", b"a,b\r1,2\r"):
+        [(line, said)] = told(header)
+        assert line == 1 and "header" in said and "nothing behind it can be read" in said
+
+
 # ---------------------------------------------------------------- names of evaluation sets
 
 
@@ -165,6 +208,14 @@ def test_evaluation_sets_of_one_file_name_are_told_apart(tmp_path):
         "name:validation": ["org/name:validation"],
     }
     assert list(evaluation_sets(["org/name:test"])) == ["name"]
+
+
+def test_what_differs_has_different_names_and_what_the_user_named_is_his(tmp_path):
+    files = [str(lines(tmp_path / name, talk("x"))) for name in ("a/held.jsonl", "a/held.json", "b/dev.jsonl")]
+    assert evaluation_sets(files[:2]) == {files[0]: files[:1], files[1]: files[1:2]}  # only the ending tells them apart
+    assert evaluation_sets([f"dev={files[0]}", files[2]]) == {"dev": files[:1], "b/dev": files[2:]}
+    everything = [f"{tmp_path}/a/*.jsonl", f"{tmp_path}/b/**/*"]
+    assert evaluation_sets(everything) == {"a": everything[:1], "b": everything[1:]}
 
 
 # ---------------------------------------------------------------- the hub
@@ -184,3 +235,26 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_that_names_the_network(tmp
     said = done.stdout.strip()
     assert said.startswith("org/name:train cannot be opened, as the hub of data sets cannot be reached (127.0.0.1: ")
     assert "check the network" in said and "HF_HUB_OFFLINE=1" in said and "\n" not in said
+
+
+def test_offline_without_a_copy_says_so(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(InputError, match=r"^org/name:train is not in the local cache, and offline mode .* download it"):
+        open_source(parse_spec("org/name:train"))
+
+
+def test_a_proxy_that_is_not_there_is_found_out_at_once_and_an_answer_of_any_kind_is_one(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")] + ["HF_HUB_OFFLINE"]:
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501 to everything
+        monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *_: None)
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert unreachable() == ""
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert unreachable() == "hub.example: Connection refused"

@@ -133,6 +133,7 @@ def test_what_the_hub_says_becomes_one_sentence(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources, "unreachable", lambda: "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with pytest.raises(InputError, match=r"^a/b:train cannot be opened as a dataset \(ConnectionError: no route\); check"):
         Source(parse_spec("a/b:train"))
 

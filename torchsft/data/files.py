@@ -21,6 +21,11 @@ from torchsft.data.specs import Spec
 DATA = ("jsonl", "json", "parquet", "pq", "csv", "tsv")
 """Endings of files of rows, also with .gz or .zst behind."""
 LISTED = 5
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What `datasets` and the hub write beside rows."""
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_SPLITS = {"train": "train", "test": "test", "eval": "test", "validation": "validation", "valid": "validation"}
+_SPLITS |= {"val": "validation", "dev": "validation"}
 
 
 def open_source(spec: Spec, name: str | None = None, streaming: bool = False) -> "Source | Files":
@@ -57,11 +62,17 @@ class Files:
             has = f"; it has {', '.join(others[:LISTED])}" if others else ""
             endings = ", ".join(f".{ending}" for ending in DATA)
             raise InputError(f"{spec.path} holds no file of rows ({endings}, also with .gz or .zst){has}; name another place")
+        if os.path.isdir(spec.path):
+            _one_split(spec.path, paths)
         if others:
             more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
             warnings.warn(f"{spec.path}: left out, as no files of rows: {', '.join(others[:LISTED])}{more}", stacklevel=2)
         self.members = [Source(Spec(path), streaming=streaming) for path in paths]
         self.total_bytes = sum(member.total_bytes or 0 for member in self.members)
+
+    def paths(self) -> list[str]:
+        """The files."""
+        return [member.spec.path for member in self.members]
 
     def places(self) -> tuple[str, ...]:
         """What stands in front of a row's number in each file."""
@@ -99,16 +110,27 @@ def place_of(places: tuple[str, ...], number: int) -> str:
 def _found(path: str) -> tuple[list[str], list[str]]:
     """Files of rows below a directory, or that a glob names, and the names of the others; hidden ones count as neither."""
     if os.path.isdir(path):
-        every = [str(file) for file in Path(path).rglob("*") if file.is_file()]
+        every = [str(file) for file in Path(path).rglob("*") if not file.is_dir()]  # also links that lead nowhere
     else:
-        every = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+        every = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
     before = re.split(r"[*?\[]", path, maxsplit=1)[0]  # of the first sign of a glob
     root = path if os.path.isdir(path) else os.path.dirname(before) or "."
     shown = [file for file in sorted(every) if not _is_hidden(os.path.relpath(file, root))]
     patterns = [f"*.{ending}{packed}" for ending in DATA for packed in ("", ".gz", ".zst")]
-    paths = [file for file in shown if any(fnmatch.fnmatch(file.lower(), pattern) for pattern in patterns)]
+    rows = [file for file in shown if os.path.basename(file) not in _ABOUT_DATA]
+    paths = [file for file in rows if any(fnmatch.fnmatch(file.lower(), pattern) for pattern in patterns)]
     others = [os.path.relpath(file, root) for file in shown if file not in set(paths)]
     return paths, others
+
+
+def _one_split(directory: str, paths: list[str]) -> None:
+    """Raises InputError: files are named train and test, or the like, which nobody wants to train together unasked."""
+    stems = (_SHARD.sub("", os.path.basename(path).partition(".")[0]) for path in paths)
+    splits = sorted({_SPLITS[stem] for stem in stems if stem in _SPLITS})
+    if len(splits) > 1:
+        every = os.path.join(directory, "**/*")
+        remedy = f"give {directory}:{splits[0]}, name its files, or give '{every}' to take all as one"
+        raise InputError(f"{directory} holds the splits {', '.join(splits)}; {remedy}")
 
 
 def _is_hidden(path: str) -> bool:
@@ -133,7 +155,14 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, ("csv", f"not a row of a table ({error}); quote fields that hold quotes, delimiters or line ends")
+            said = f"not a row of a table ({error}); quote fields that hold quotes, delimiters or line ends"
+            if str(error) == "unexpected end of data":
+                said = "a quote is opened and not closed, so that all that follows belongs to it; close it"
+            elif header is None:
+                said = f"the header is {said}, and nothing behind it can be read"
+            yield line, ("csv", said)
+            if header is None:
+                return
             continue
         if not fields:
             continue  # a blank line
@@ -154,6 +183,8 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
 
 def _header_fault(header: list[str]) -> str:
     for name in header:
+        if re.search("[\udc80-\udcff]", name):
+            return "the header is not UTF-8, and nothing behind it can be read; convert the file to UTF-8"
         if not name or header.count(name) > 1:
             what = f"the column {name!r} twice" if name else "a column without a name"
             return f"the header has {what}, and nothing behind it can be read; name each column once"

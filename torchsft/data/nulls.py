@@ -11,6 +11,8 @@ shows it, a JSON row keeps it, a row of Arrow's structs loses it, and both are c
 a row of Arrow's structs, as it may be padding all the same.
 """
 
+import functools
+import json
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -43,7 +45,7 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
             continue
         if key in ("tools", "functions"):
             found[key] = _schema(value, padded)
-    declared = _declared([*_listed(found.get("tools")), *_listed(found.get("functions"))])
+    declared = _declared([*_listed(row.get("tools")), *_listed(row.get("functions"))])
     for key, value in row.items():
         if value is None or value is Null.SAID or key in found:
             continue
@@ -54,7 +56,21 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
 
 
 def _listed(value: Any) -> list[Any]:
+    value = _unpacked(value)
     return value if isinstance(value, list) else []
+
+
+def _unpacked(value: Any) -> Any:
+    """What stands in a string as JSON, as tools often do. What is no JSON is refused where it is used."""
+    return _parsed(value) if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=64)  # rows have the same tools, mostly
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _other(value: Any, padded: bool) -> Any:
@@ -83,13 +99,14 @@ def _schema(value: Any, padded: bool, key: str = "") -> Any:
 def _declared(tools: list[Any]) -> dict[str, Any]:
     """The schema of the parameters of each tool that has one, by the tool's name."""
     found = {}
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    for given in tools:
+        tool = _unpacked(given)
+        function = _unpacked(tool.get("function", tool)) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             continue
-        parameters = function.get("parameters")
+        parameters = _unpacked(function.get("parameters"))
         if isinstance(parameters, Mapping):
-            found[function["name"]] = parameters
+            found[function["name"]] = _schema(parameters, padded=True)  # a property that is null is none
     return found
 
 

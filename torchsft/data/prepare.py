@@ -279,7 +279,15 @@ def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source |
         raise InputError(f"{twice[0]} is given twice; name it once, as {twice[0]}:2.0 to take each of its samples twice")
     whole = [spec.path + (f":{spec.split}" if spec.split else "") for spec in parsed]
     chosen = [name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)]
-    return [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
+    sources = [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
+    owner: dict[str, str] = {}
+    for source in sources:
+        for path in source.paths() if isinstance(source, Files) else [source.spec.path]:
+            place = os.path.realpath(path)
+            if os.path.isfile(place) and owner.setdefault(place, source.given) != source.given:
+                both = f"{owner[place]} and {source.given}"
+                raise InputError(f"{path} is in both {both}; name it once, with a weight to take each of its samples twice")
+    return sources
 
 
 def open_streams(

@@ -7,10 +7,13 @@ behind it can be read, the error says so.
 import codecs
 import contextlib
 import gzip
+import http.client
 import itertools
 import os
 import re
-import socket
+import ssl
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -192,19 +195,30 @@ def _python(batch: Any) -> list[Row | tuple[str, str]]:
         return [(reason, f"a value cannot be read ({error}); repair it or leave the row out")]
 
 
+def is_offline() -> bool:
+    """Whether the user has told the libraries of the hub to use their local cache only."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
 def unreachable() -> str:
-    """Why the hub cannot be reached, found out within seconds; "" where it can, or where that cannot be told (a proxy), or is
-    not wanted (HF_HUB_OFFLINE)."""
-    names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if offline or any(os.environ.get(name) for name in names):
+    """Why the hub cannot be reached, found out within seconds; "" where it can, or where that cannot be told (a proxy that
+    urllib does not know, a certificate that it does not have), or is not wanted."""
+    if is_offline() or "all" in urllib.request.getproxies():
         return ""
-    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    port = address.port or (443 if address.scheme == "https" else 80)
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        socket.create_connection((address.hostname, port), timeout=5).close()
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.build_opener().open(request, timeout=5).close()  # `urlopen` keeps the proxies of its first call
+    except urllib.error.HTTPError:
+        return ""  # it answers
+    except (ValueError, http.client.HTTPException):
+        return ""  # no address, or an odd server: the libraries say more
     except OSError as error:
-        return f"{address.hostname}: {error.strerror or error}"
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return ""
+        return f"{urlsplit(address).hostname}: {getattr(reason, 'strerror', None) or reason}"
     return ""
 
 
@@ -215,22 +229,25 @@ def _open_dataset(spec: Spec, given: str, streaming: bool) -> Any:
     if not saved and not (spec.split and (directory or hub)):
         said = "is a directory, but none of datasets' save_to_disk; name the files in it" if directory else "does not exist"
         raise InputError(f"{given} {said}; give an existing file or directory, or NAME:SPLIT for a dataset of the hub")
+    of_hub = not saved and not directory
+    if of_hub and (reason := unreachable()):  # the libraries would try for half a minute and more
+        fault = f"{given} cannot be opened, as the hub of data sets cannot be reached ({reason})"
+        remedy = "download it beforehand and name its files, or set HF_HUB_OFFLINE=1 to use the local cache"
+        raise InputError(f"{fault}; check the network, {remedy}")
     import datasets  # slow, and mostly not needed
 
     try:
         if not saved:
-            if hub and not directory and (reason := unreachable()):
-                raise ConnectionError(reason)  # at once: the libraries would try for minutes
             name, config = (spec.path, None) if directory else hub.groups()
             return datasets.load_dataset(name, config, split=spec.split, streaming=streaming)
         found = datasets.load_from_disk(spec.path)
     except Exception as error:  # of the network, of the hub, of any file format
-        if not saved and not directory and (reason := unreachable()):
-            fault = f"{given} cannot be opened, as the hub of data sets cannot be reached ({reason})"
-            remedy = "download it beforehand and name its files, or set HF_HUB_OFFLINE=1 to use the local cache"
-            raise InputError(f"{fault}; check the network, {remedy}") from None
+        if of_hub and is_offline() and isinstance(error, OSError):
+            fault = f"{given} is not in the local cache, and offline mode (HF_HUB_OFFLINE) forbids the network"
+            raise InputError(f"{fault}; download it beforehand without that, or name a local copy of its files") from None
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{given} cannot be opened as a dataset ({said}); check its name, split and files") from None
+        network = "the network, " if of_hub and isinstance(error, OSError) else ""
+        raise InputError(f"{given} cannot be opened as a dataset ({said}); check {network}its name, split and files") from None
     splits = list(found) if isinstance(found, dict) else [None]
     if spec.split not in splits:
         has = f"the splits {', '.join(splits)}; give one as {spec.path}:{splits[0]}" if splits != [None] else "no splits"

@@ -47,6 +47,7 @@ def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
     sets: dict[str, list[str]] = {}
     unnamed: list[tuple[str, Spec]] = []
     order: list[tuple[str | None, str]] = []
+    given: set[str] = set()
     for spec in map(str, specs):
         named = None if os.path.exists(spec) else re.fullmatch(r"([\w.-]+)=(.+)", spec)
         rest = named[2] if named else spec
@@ -54,32 +55,39 @@ def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
         if found.weight != 1:
             raise InputError(f"{spec} has weight {found.weight:g}, but every row is evaluated once; leave the weight out")
         order.append((named[1] if named else None, rest))
-        if not named:
+        if named:
+            given.add(named[1])
+        else:
             unnamed.append((rest, found))
-    names = iter(_names([spec for _, spec in unnamed]))
+    names = iter(_names([spec for _, spec in unnamed], given))
     for name, rest in order:
         sets.setdefault(next(names) if name is None else name, []).append(rest)
     return sets
 
 
-def _names(specs: Sequence[Spec]) -> list[str]:
-    """A name for each source, the same one only for what is the same."""
+def _names(specs: Sequence[Spec], given: set[str]) -> list[str]:
+    """A name for each source, the same one only for what is the same; `given`: names that the user gave to others."""
     paths = [os.path.realpath(spec.path) for spec in specs]
     found = []
     for spec, path in zip(specs, paths, strict=True):
-        parts = _parts(spec.path)
-        others = [_parts(other.path) for other, place in zip(specs, paths, strict=True) if place != path]
-        length = 1
-        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
-            length += 1
-        name = "/".join(parts[-length:])
-        splits = {other.split for other, place in zip(specs, paths, strict=True) if place == path}
+        taken = set(given)
+        splits = set()
+        for other, place in zip(specs, paths, strict=True):
+            if place == path:
+                splits.add(other.split)
+            else:
+                taken.update(_suffixes(other.path))
+        free = [name for name in _suffixes(spec.path) if name not in taken]
+        name = free[0] if free else os.path.abspath(spec.path)  # files that only their endings tell apart
         found.append(f"{name}:{spec.split}" if spec.split and len(splits) > 1 else name)
     return found
 
 
-def _parts(path: str) -> list[str]:
-    """The directories and the name of a path, without the ending of a file of rows."""
+def _suffixes(path: str) -> list[str]:
+    """What a source may be called, from its name to its whole path, without the ending of a file of rows."""
     absolute = Path(os.path.abspath(path))
     stem = re.sub(r"(\.(jsonl|json|parquet|pq|csv|tsv|gz|zst))+$", "", absolute.name)
-    return [part for part in absolute.parts[:-1] if part != os.sep] + [stem]
+    parts = [part for part in absolute.parts[:-1] if part != os.sep] + [stem]
+    while len(parts) > 1 and not re.search(r"\w", parts[-1]):
+        parts.pop()  # the stars of a glob
+    return ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
