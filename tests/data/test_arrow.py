@@ -126,3 +126,10 @@ def test_what_cannot_be_an_object_is_refused_with_its_row(tmp_path):
         " repair it or leave the row out"
         for n in (1, 2)
     ]
+
+
+def test_two_columns_of_one_name_are_refused_as_a_key_given_twice_is(tmp_path):
+    table = pa.table({"text": ["x"]}).append_column("text", pa.array(["y"]))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    [(_, fault)] = Source(parse_spec(str(tmp_path / "rows.parquet"))).rows()
+    assert "row 1: a value cannot be read (two columns have the name 'text')" in str(fault)

@@ -239,7 +239,7 @@ def source_of(path, split=None):
         return path.read_text() if path.is_file() else "hub"
 
     source.fingerprint = read
-    source.files = lambda: Source.files(source)
+    source.paths = lambda: Source.paths(source)
     return source
 
 

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from torchsft.data.cache import fingerprint
 from torchsft.data.files import Files, open_source, table_rows
 from torchsft.data.prepare import open_sources, prepare
 from torchsft.data.rows import RowError, decode
+from torchsft.data.sources import unreachable
 from torchsft.data.specs import evaluation_sets, parse_spec
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}
@@ -119,23 +121,6 @@ def test_a_directory_that_cannot_be_read_is_refused(directory, monkeypatch):
         open_source(parse_spec(str(directory)))
 
 
-def test_a_file_in_two_sources_is_refused(directory):
-    assert len(open_sources([f"{directory}/*.jsonl", f"{directory}/a:2.0"])) == 2
-    with pytest.raises(InputError, match=f"^{directory}/b.jsonl is given twice, by {directory} and by {directory}/b.jsonl; "):
-        open_sources([str(directory), f"{directory}/b.jsonl:2.0"])
-
-
-def test_two_splits_of_one_data_set_are_two_sources(tmp_path):
-    splits = {name: datasets.Dataset.from_list([talk(name)]) for name in ("train", "extra")}
-    path = str(tmp_path / "saved")
-    datasets.DatasetDict(splits).save_to_disk(path)
-    opened = open_sources([f"{path}:train", f"{path}:extra:2.0"])
-    assert [(source.name, source.spec.weight) for source in opened] == [(f"{path}:train", 1.0), (f"{path}:extra", 2.0)]
-    assert [row for source in opened for _, row in read(source)] == [talk("train"), talk("extra")]
-    with pytest.raises(InputError, match="given twice"):
-        open_sources([f"{path}:train", f"{path}:train:2.0"])
-
-
 def test_samples_of_a_directory_are_cached_until_one_of_its_files_changes(directory, tmp_path):
     tokenizer, options = chat.byte_tokenizer(chat.CHATML), Data(cache=str(tmp_path / "cache"))
     [first] = prepare([str(directory)], tokenizer, options)
@@ -191,29 +176,9 @@ def test_what_is_no_row_of_the_table_is_told_with_its_line(tmp_path):
     ]
     [fault, *_] = [payload for _, payload in source.rows()]
     assert "1 fields, but the header names 2 columns" in str(fault)
-
-
-@pytest.mark.parametrize(
-    ("header", "reason", "says"),
-    [
-        (b"a,a", "csv-header", "the header has the column 'a' twice"),
-        (b"a,", "csv-header", "the header has a column without a name"),
-        (b'"a"x,b', "csv", "not a row of a table"),
-        (b"\xff,b", "not-utf-8", "a field is not UTF-8"),
-        ("a,b".encode("utf-16"), "not-utf-8", "a field is not UTF-8"),
-    ],
-)
-def test_no_row_is_taken_for_a_header_that_is_faulty(header, reason, says):
-    [(line, (found, said))] = table_rows([header + b"\n1,2\n3,4\n"], ",")
-    assert (line, found) == (1, reason) and said.startswith(says) and "no row behind it can be read" in said
-
-
-def test_a_quote_that_is_not_closed_says_how_far_it_reaches():
-    rows = list(table_rows([b'a,b\n1,2\n"3,4\n5,6\n7,8\n'], ","))
-    assert rows[0] == (2, {"a": "1", "b": "2"})
-    [(line, (reason, said))] = rows[1:]
-    assert (line, reason) == (3, "csv") and said.startswith("lines 3 to 5 are not a row")
-    assert next(table_rows([b"a,b\n1,\x00\n"], ","))[1][0] == "nul-bytes"
+    for header in ("a,a", "a,"):
+        [(_, (reason, said))] = table_rows([f"{header}\n1,2\n".encode()], ",")
+        assert reason == "csv-header" and "the header has" in said
 
 
 def test_a_table_is_trained_by_the_option_that_its_refusal_prints(tmp_path):
@@ -224,6 +189,50 @@ def test_a_table_is_trained_by_the_option_that_its_refusal_prints(tmp_path):
     [made] = prepare([path], tokenizer, Data(cache=cache, map="question=user,answer=assistant"))
     [sample] = made.samples
     assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "you<|im_end|>"
+
+
+def test_a_directory_of_training_and_test_rows_is_refused_until_one_is_named(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([{"text": name}]), tmp_path / "data" / f"{name}.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")  # the hub's, no row
+    with pytest.raises(InputError, match=rf"holds the splits test, train; give {tmp_path}:test, name its files, or"):
+        open_source(parse_spec(str(tmp_path)))
+    assert [row["text"] for _, row in read(open_source(parse_spec(f"{tmp_path}/data/train-*.parquet")))] == [
+        "train-00000-of-00002",
+        "train-00001-of-00002",
+    ]
+    with pytest.warns(UserWarning, match="left out, as no files of rows: dataset_infos.json"):
+        assert len(read(open_source(parse_spec(f"{tmp_path}/**/*")))) == 3
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out_in_silence(tmp_path):
+    lines(tmp_path / "a.jsonl", talk("x"))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "absent.jsonl")
+    with pytest.raises(InputError, match=r"b\.jsonl does not exist"):
+        open_source(parse_spec(str(tmp_path)))
+
+
+def test_a_file_in_two_sources_is_refused(tmp_path):
+    one = lines(tmp_path / "a.jsonl", talk("x"))
+    with pytest.raises(InputError, match=rf"a\.jsonl is in both {tmp_path} and {one}; name it once"):
+        open_sources([str(tmp_path), str(one)])
+
+
+def test_nul_is_no_text_of_a_table():
+    assert next(table_rows([b"a,b\n1,\x00\n"], ","))[1][0] == "nul-bytes"
+
+
+def test_what_lies_behind_a_broken_table_is_not_lost_in_silence():
+    def told(text):
+        return [(line, row[1] if isinstance(row, tuple) else row) for line, row in table_rows([text], ",")]
+
+    good = (2, {"a": "1", "b": "2"})
+    unclosed = "a quote is opened and not closed, so that all that follows belongs to it; close it"
+    assert told(b'a,b\n1,2\n3,"x\n5,6\n') == [good, (3, unclosed)]
+    for header in (b'"a"x,b\n1,2\n', b"\xe9,b\n1,2\n", b"a,b\r1,2\r"):
+        [(line, said)] = told(header)
+        assert line == 1 and "header" in said and "nothing behind it can be read" in said
 
 
 # ---------------------------------------------------------------- names of evaluation sets
@@ -241,47 +250,51 @@ def test_evaluation_sets_of_one_file_name_are_told_apart(tmp_path):
     assert list(evaluation_sets(["org/name:test"])) == ["name"]
 
 
-def test_no_two_files_get_one_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {"a/held.jsonl": "a/held.jsonl", "a/held.csv": "held.csv", "b/held.jsonl": "b/held"}
-    assert evaluation_sets(list(names)) == {name: [path] for path, name in names.items()}
-    assert evaluation_sets(["held=x.jsonl", "y/held.jsonl"]) == {"held": ["x.jsonl"], "y/held": ["y/held.jsonl"]}
-    assert evaluation_sets(["held=x.jsonl", "held=y.jsonl"]) == {"held": ["x.jsonl", "y.jsonl"]}
+def test_what_differs_has_different_names_and_what_the_user_named_is_his(tmp_path):
+    files = [str(lines(tmp_path / name, talk("x"))) for name in ("a/held.jsonl", "a/held.json", "b/dev.jsonl")]
+    assert evaluation_sets(files[:2]) == {files[0]: files[:1], files[1]: files[1:2]}  # only the ending tells them apart
+    assert evaluation_sets([f"dev={files[0]}", files[2]]) == {"dev": files[:1], "b/dev": files[2:]}
+    everything = [f"{tmp_path}/a/*.jsonl", f"{tmp_path}/b/**/*"]
+    assert evaluation_sets(everything) == {"a": everything[:1], "b": everything[1:]}
 
 
 # ---------------------------------------------------------------- the hub
 
 
-CODE = """
-from torchsft.data.files import open_source
-from torchsft.data.specs import parse_spec
-try: open_source(parse_spec('org/name:train'))
-except ValueError as error: print(error)
-"""
-
-
-@pytest.mark.parametrize(
-    ("settings", "says", "remedy"),
-    [
-        (
-            {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "the hub of data sets cannot be reached (http://127.0.0.1:9: ",
-            "check the network",
-        ),
-        (
-            {"HF_ENDPOINT": "http://127.0.0.2:9", "HTTP_PROXY": "http://127.0.0.1:9"},
-            "the hub of data sets cannot be reached (http://127.0.0.2:9: ",
-            "or set HF_HUB_OFFLINE=1 to use the local cache",
-        ),
-        ({"HF_HUB_OFFLINE": "1"}, "the local cache does not hold it and HF_HUB_OFFLINE forbids", "or unset HF_HUB_OFFLINE"),
-    ],
-    ids=["none", "proxy", "offline"],
-)
-def test_a_hub_that_cannot_be_reached_is_one_sentence_that_names_the_network(tmp_path, settings, says, remedy):
-    ours = ("HF_", "TRANSFORMERS_OFFLINE")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
-    environment |= {"HF_HOME": str(tmp_path)} | settings
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, env=environment)
+def test_a_hub_that_cannot_be_reached_is_one_sentence_that_names_the_network(tmp_path):
+    code = (
+        "from torchsft.data.files import open_source\n"
+        "from torchsft.data.specs import parse_spec\n"
+        "try: open_source(parse_spec('org/name:train'))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    proxies = {name for name in os.environ if name.lower().endswith("_proxy")}
+    environment = {name: value for name, value in os.environ.items() if name not in proxies and name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
     said = done.stdout.strip()
-    assert said.startswith(f"org/name:train cannot be opened, as {says}") and remedy in said, done
-    assert "download it beforehand" in said and "\n" not in said and "Retrying" not in done.stderr
+    assert said.startswith("org/name:train cannot be opened, as the hub of data sets cannot be reached (127.0.0.1: ")
+    assert "check the network" in said and "HF_HUB_OFFLINE=1" in said and "\n" not in said
+
+
+def test_offline_without_a_copy_says_so(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(InputError, match=r"^org/name:train is not in the local cache, and offline mode .* download it"):
+        open_source(parse_spec("org/name:train"))
+
+
+def test_a_proxy_that_is_not_there_is_found_out_at_once_and_an_answer_of_any_kind_is_one(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")] + ["HF_HUB_OFFLINE"]:
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501 to everything
+        monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *_: None)
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert unreachable() == ""
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert unreachable() == "hub.example: Connection refused"

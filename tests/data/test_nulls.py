@@ -100,3 +100,21 @@ def test_doubt_is_counted_and_a_warning_of_the_inspector(tmp_path):
     [source], findings = gather.gather(tokenizer, options)
     assert source.counts[DOUBT] == 1
     assert [(finding.reason, finding.level) for finding in findings] == [(DOUBT, "warning")]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tools_in_strings_declare_as_well(padded):
+    """As LLaMA-Factory and ms-swift keep them: all of them as one JSON text, each one, or only its parameters."""
+    declared = tool("f", "a", "b")
+    parameters = declared["function"]["parameters"]
+    in_a_string = tool("f")
+    in_a_string["function"]["parameters"] = json.dumps(parameters)
+    for tools in (json.dumps([declared]), [json.dumps(declared)], [in_a_string]):
+        row = asked({"a": "1", "b": None, "c": None}) | {"tools": tools}
+        found, notes = clean(row, padded)
+        assert calls(found) == [{"a": "1", "b": None}] and found["tools"] == tools
+        assert notes == ((DOUBT,) if padded else ())
+    parameters["properties"]["c"] = None  # of another tool; nobody declared it
+    row = asked({"a": "1", "b": "2", "c": None}) | {"tools": json.dumps([declared])}
+    assert calls(clean(row, padded)[0]) == [{"a": "1", "b": "2"}]
+    assert clean(asked({"a": None}) | {"tools": "[{"}, padded)[1] == (DOUBT,)  # refused where tools are read

@@ -2,12 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken
 
 from tests.data import chat
 from tests.data.chat import byte_tokenizer, call, conversation, encode
-from torchsft.data.formats import Conversation
+from torchsft.data.formats import Conversation, Tokens
 from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer
 
@@ -403,3 +404,14 @@ def test_a_template_that_reads_contents_as_parts_gets_parts():
     assert (
         text == "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[you<|im_end|>]]\n"
     )
+
+
+def test_rows_of_tokens_tell_only_tokens_that_end_turns():
+    """A row may be cut anywhere: another added token at its end is no end of a turn."""
+    tokenizer = chat.byte_tokenizer(chat.CHATML)
+    end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>"])
+    made = ChatTokenizer(tokenizer)
+    for last, wanted in ((end, (end,)), (other, ()), (tokenizer.eos_token_id, (tokenizer.eos_token_id,)), (65, ())):
+        row = Tokens("a", np.array([65, 66, last], np.int32), np.array([0, 1, 1], np.float32))
+        [found] = made.encode([row])
+        assert found.ends == wanted

@@ -225,6 +225,8 @@ def test_files_that_are_read_are_not_written(model, tmp_path, call):
     for option, file in (("--json", data), ("--html", tmp_path / "link"), ("--json", held)):
         code, _, err = call(*fixed, option, file)
         assert code == 1 and f"{option} {file} would overwrite" in err
+    code, _, err = call(*fixed[:2], "--data.train", tmp_path / "c*.jsonl", "--json", data)
+    assert code == 1 and f"--json {data} would overwrite" in err
     for file in (tmp_path, tmp_path / "none/x.html"):
         code, _, err = call(*fixed, "--html", file)
         assert code == 1 and f"error: --html {file} is a directory" in err

@@ -18,6 +18,10 @@ Convert = Callable[[Any], Any]
 
 def rows_of(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
     """The rows of a batch as objects. Raises ValueError or OverflowError: one holds a value that cannot be read."""
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two columns have the name {twice!r}")  # `to_pylist` would keep one of them
     rows = batch.to_pylist()
     for name, convert in _conversions(batch.schema).items():
         for row in rows:

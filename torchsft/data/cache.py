@@ -199,7 +199,7 @@ def _hash(content: str | np.ndarray) -> str:
 
 def fingerprint(directory: Path, source: Source) -> str:
     """The source's fingerprint; remembered in `directory` for files that have not changed since."""
-    stats = [(file, os.stat(file)) for file in source.files()]
+    stats = [(os.path.abspath(file), os.stat(file)) for file in source.paths()]
     if not stats:  # a name on the hub
         return source.fingerprint()
     state = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for file, s in stats]

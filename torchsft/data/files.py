@@ -15,6 +15,10 @@ from torchsft.data.rows import Row, RowError
 from torchsft.data.sources import MAX_BYTES, Source
 from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_SPLITS = {"train": "train", "test": "test", "eval": "test", "validation": "validation", "valid": "validation"}
+_SPLITS |= {"val": "validation", "dev": "validation"}
+
 
 def open_source(spec: Spec, name: str | None = None, streaming: bool = False) -> "Source | Files":
     """A source of one file or data set, or of the files in a directory or of a glob.
@@ -43,11 +47,17 @@ class Files:
         paths, others = files_of(spec.path)
         if not paths:
             raise InputError(f"{spec.path} {nothing_in(others)}; name another place")
+        if os.path.isdir(spec.path):
+            _one_split(spec.path, paths)
         if others and os.environ.get("RANK", "0") == "0":  # once, not by every rank
             more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
             warnings.warn(f"{spec.path}: left out, as no files of rows: {', '.join(others[:LISTED])}{more}", stacklevel=2)
         self.members = [Source(Spec(path), streaming=streaming) for path in paths]
         self.total_bytes = sum(member.total_bytes or 0 for member in self.members)
+
+    def paths(self) -> list[str]:
+        """The files."""
+        return [member.spec.path for member in self.members]
 
     def places(self) -> tuple[str, ...]:
         """What stands in front of a row's number in each file."""
@@ -56,10 +66,6 @@ class Files:
     def where(self, number: int) -> str:
         """The place of row `number`, for the user."""
         return place_of(self.places(), number)
-
-    def files(self) -> list[str]:
-        """As `Source.files`."""
-        return [file for member in self.members for file in member.files()]
 
     def fingerprint(self) -> str:
         """A hash of the names and contents of all files."""
@@ -86,6 +92,16 @@ def place_of(places: tuple[str, ...], number: int) -> str:
     return f"{places[max(file - 1, 0)]}{line}"
 
 
+def _one_split(directory: str, paths: list[str]) -> None:
+    """Raises InputError: files are named train and test, or the like, which nobody wants to train together unasked."""
+    stems = (_SHARD.sub("", os.path.basename(path).partition(".")[0]) for path in paths)
+    splits = sorted({_SPLITS[stem] for stem in stems if stem in _SPLITS})
+    if len(splits) > 1:
+        every = os.path.join(directory, "**/*")
+        remedy = f"give {directory}:{splits[0]}, name its files, or give '{every}' to take all as one"
+        raise InputError(f"{directory} holds the splits {', '.join(splits)}; {remedy}")
+
+
 def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | tuple[str, str]]]:
     """The rows of a CSV or TSV file: (line with which it begins, columns by name, or reason and sentence of a fault).
 
@@ -103,19 +119,27 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
         except StopIteration:
             return
         except csv.Error as error:
-            fields, fault = [], ("csv", _not_a_row(str(error), line, reader.line_num))
-        else:
-            if not fields:
-                continue  # a blank line
-            fault = _text_fault(fields)
+            said = f"not a row of a table ({error}); quote fields that hold quotes, delimiters or line ends"
+            if str(error) == "unexpected end of data":
+                said = "a quote is opened and not closed, so that all that follows belongs to it; close it"
+            elif header is None:
+                said = f"the header is {said}, and nothing behind it can be read"
+            yield line, ("csv", said)
+            if header is None:
+                return
+            continue
+        if not fields:
+            continue  # a blank line
         if header is None:
             header = [name.strip() for name in fields]
-            fault = fault or _header_fault(header)
-            if fault:
-                yield line, (fault[0], f"{fault[1]}; without its header, the first line, no row behind it can be read")
+            if fault := _header_fault(header):
+                yield line, ("csv-header", fault)
                 return
-        elif fault:
-            yield line, fault
+            continue
+        if any(re.search("[\udc80-\udcff]", field) for field in fields):
+            yield line, ("not-utf-8", "a field is not UTF-8; convert the file to UTF-8")
+        elif any("\0" in field for field in fields):
+            yield line, ("nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it")
         elif len(fields) != len(header):
             said = f"{len(fields)} fields, but the header names {len(header)} columns; quote fields that hold the delimiter"
             yield line, ("csv-columns", said)
@@ -123,26 +147,14 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
             yield line, dict(zip(header, fields, strict=True))
 
 
-def _not_a_row(said: str, first: int, last: int) -> str:
-    """What is wrong with the text from line `first` to `last`; a quote that is not closed takes all that follows along."""
-    which = f"lines {first} to {last} are not a row" if last > first else "not a row"
-    return f"{which} of a table ({said}); quote fields that hold quotes, delimiters or line ends, and double the quotes"
-
-
-def _text_fault(fields: list[str]) -> tuple[str, str] | None:
-    if any(re.search("[\udc80-\udcff]", field) for field in fields):
-        return "not-utf-8", "a field is not UTF-8; convert the file to UTF-8"
-    if any("\0" in field for field in fields):
-        return "nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it"
-    return None
-
-
-def _header_fault(header: list[str]) -> tuple[str, str] | None:
+def _header_fault(header: list[str]) -> str:
     for name in header:
+        if re.search("[\udc80-\udcff]", name):
+            return "the header is not UTF-8, and nothing behind it can be read; convert the file to UTF-8"
         if not name or header.count(name) > 1:
             what = f"the column {name!r} twice" if name else "a column without a name"
-            return "csv-header", f"the header has {what}; name each column once"
-    return None
+            return f"the header has {what}, and nothing behind it can be read; name each column once"
+    return ""
 
 
 def _text_lines(chunks: Iterable[bytes]) -> Iterator[str]:

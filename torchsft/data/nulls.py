@@ -11,7 +11,8 @@ shows it, a JSON row keeps it, a row of Arrow's structs loses it, and both are c
 a row of Arrow's structs, as it may be padding all the same.
 """
 
-from collections.abc import Mapping
+import functools
+import json
 from enum import Enum
 from typing import Any
 
@@ -43,7 +44,7 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
             continue
         if key in ("tools", "functions"):
             found[key] = _schema(value, padded)
-    declared = _declared([*_listed(found.get("tools")), *_listed(found.get("functions"))])
+    declared = _declared([*_listed(row.get("tools")), *_listed(row.get("functions"))])
     for key, value in row.items():
         if value is None or value is Null.SAID or key in found:
             continue
@@ -54,12 +55,26 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
 
 
 def _listed(value: Any) -> list[Any]:
+    value = _unpacked(value)
     return value if isinstance(value, list) else []
+
+
+def _unpacked(value: Any) -> Any:
+    """What stands in a string as JSON, as tools often do. What is no JSON is refused where it is used."""
+    return _parsed(value) if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=64)  # rows have the same tools, mostly
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _other(value: Any, padded: bool) -> Any:
     """Without padding; what JSON says stays."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         kept = {key: inner for key, inner in value.items() if inner is not None or not padded}
         return {key: None if inner is Null.SAID else _other(inner, padded) for key, inner in kept.items()}
     return [_other(inner, padded) for inner in value] if isinstance(value, list) else value
@@ -67,7 +82,7 @@ def _other(value: Any, padded: bool) -> Any:
 
 def _schema(value: Any, padded: bool, key: str = "") -> Any:
     """The declaration of tools, without nulls that no JSON schema has."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         found = {}
         for name, inner in value.items():
             is_property = key == "properties"  # its keys are names of parameters
@@ -83,27 +98,30 @@ def _schema(value: Any, padded: bool, key: str = "") -> Any:
 def _declared(tools: list[Any]) -> dict[str, Any]:
     """The schema of the parameters of each tool that has one, by the tool's name."""
     found = {}
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    for given in tools:
+        tool = _unpacked(given)
+        function = _unpacked(tool.get("function", tool)) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             continue
-        parameters = function.get("parameters")
-        if isinstance(parameters, Mapping):
-            found[function["name"]] = parameters
+        parameters = _unpacked(function.get("parameters"))
+        if isinstance(parameters, dict):
+            found[function["name"]] = _schema(parameters, padded=True)  # a property that is null is none
     return found
 
 
-def _messages(value: Any, declared: Mapping[str, Any], padded: bool, notes: set[str]) -> Any:
+def _messages(value: Any, declared: dict[str, Any], padded: bool, notes: set[str]) -> Any:
     """Messages without keys that are null, but for the arguments of their calls."""
     if isinstance(value, list):
         return [None if inner is Null.SAID else _messages(inner, declared, padded, notes) for inner in value]
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         return value
     found = {}
     for key, inner in value.items():
-        if inner is None or inner is Null.SAID:
+        if isinstance(inner, str):  # most values, so asked first
+            found[key] = inner
+        elif inner is None or inner is Null.SAID:
             continue
-        if key == "arguments" and isinstance(inner, Mapping):
+        elif key == "arguments" and isinstance(inner, dict):
             name = value.get("name")
             schema = declared.get(name) if isinstance(name, str) else None
             found[key] = _arguments(inner, schema, padded, notes)
@@ -115,12 +133,12 @@ def _messages(value: Any, declared: Mapping[str, Any], padded: bool, notes: set[
 def _arguments(value: Any, schema: Any, padded: bool, notes: set[str]) -> Any:
     """Arguments of a call, or what stands inside them; `schema`: what the tool declares of it, None where it does not."""
     if isinstance(value, list):
-        items = schema.get("items") if isinstance(schema, Mapping) else None
+        items = schema.get("items") if isinstance(schema, dict) else None
         return [None if inner is Null.SAID else _arguments(inner, items, padded, notes) for inner in value]
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         return value
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    known = properties if isinstance(properties, Mapping) else None
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    known = properties if isinstance(properties, dict) else None
     found = {}
     for key, inner in value.items():
         may_be_padding = inner is None and padded

@@ -279,13 +279,15 @@ def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source |
         raise InputError(f"{twice[0]} is given twice; name it once, as {twice[0]}:2.0 to take each of its samples twice")
     whole = [spec.path + (f":{spec.split}" if spec.split else "") for spec in parsed]
     chosen = [name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)]
-    opened = [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
-    owners: dict[str, str] = {}
-    for source in opened:
-        for file in source.files() if source.spec.split is None else ():  # splits share their files
-            if (owner := owners.setdefault(file, source.given)) != source.given:
-                raise InputError(f"{file} is given twice, by {owner} and by {source.given}; leave it out of one of them")
-    return opened
+    sources = [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
+    owner: dict[str, str] = {}
+    for source in sources:
+        for path in source.paths() if isinstance(source, Files) else [source.spec.path]:
+            place = os.path.realpath(path)
+            if os.path.isfile(place) and owner.setdefault(place, source.given) != source.given:
+                both = f"{owner[place]} and {source.given}"
+                raise InputError(f"{path} is in both {both}; name it once, with a weight to take each of its samples twice")
+    return sources
 
 
 def open_streams(

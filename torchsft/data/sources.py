@@ -7,15 +7,19 @@ behind it can be read, the error says so.
 import codecs
 import contextlib
 import gzip
+import http.client
 import itertools
 import os
 import re
-import threading
+import ssl
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow.parquet
@@ -27,7 +31,6 @@ from torchsft.data.specs import HUB, Spec, is_saved
 
 MAX_BYTES = 64 * 2**20  # of one line, or element of a JSON array
 TOO_LONG = ("line-too-long", f"longer than {MAX_BYTES:,} bytes; split it or leave it out")
-PATIENCE = 10  # seconds that the hub has for its first answer
 DAMAGE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)  # what reading a damaged file raises
 # What may change the state of a scan through a JSON array: in a string, between elements, inside an element.
 IN_STRING, BETWEEN, INSIDE = (re.compile(pattern) for pattern in (rb'["\\]', rb'["\[\]{},]', rb'["\[\]{}]'))
@@ -71,12 +74,11 @@ class Source:
         """The place of row `number`, for the user."""
         return f"{self.places()[0]}{number}"
 
-    def files(self) -> list[str]:
-        """What is read, as paths without links; nothing for a dataset of the hub."""
-        path = Path(self.spec.path).resolve()
-        if path.is_dir():
-            return sorted(str(file) for file in path.rglob("*") if file.is_file())
-        return [str(path)] if path.is_file() else []
+    def paths(self) -> list[str]:
+        """What is read, directories of a data set too; nothing for a data set of the hub."""
+        path = Path(self.spec.path)
+        below = sorted(str(file) for file in path.rglob("*")) if path.is_dir() else []
+        return below or [str(path)] * path.exists()
 
     def fingerprint(self) -> str:
         """A hash of the content: of the bytes of the files; for a dataset of the hub, what `datasets` gives it."""
@@ -200,38 +202,31 @@ def _python(batch: Any) -> list[Row | tuple[str, str]]:
         return [(reason, f"a value cannot be read ({error}); repair it or leave the row out")]
 
 
+def is_offline() -> bool:
+    """Whether the user has told the libraries of the hub to use their local cache only."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
 def unreachable() -> str:
-    """Why the hub does not answer, asked as its libraries ask it (proxies, certificates), but once and within PATIENCE.
-
-    Returns:
-        Nothing where it answers, whatever it answers.
-    """
-    from huggingface_hub.constants import ENDPOINT  # slow, and mostly not needed
-    from huggingface_hub.utils import get_session
-
-    client, said = get_session(), [f"no answer within {PATIENCE} s"]
-
-    def ask() -> None:
-        try:
-            client.head(ENDPOINT, timeout=PATIENCE)
-            said[0] = ""
-        except Exception as error:  # of whatever client huggingface_hub has
-            said[0] = f"{type(error).__name__}: {error}".partition("\n")[0]
-
-    asking = threading.Thread(target=ask, daemon=True)  # each address and the name server have timeouts of their own
-    asking.start()
-    asking.join(PATIENCE)
-    return f"{ENDPOINT}: {said[0]}" if said[0] else ""
-
-
-def _no_hub(given: str, said: str, offline: bool) -> str:
-    """The sentence for a dataset of the hub without a network."""
-    beforehand = "download it beforehand and name its files"
-    if offline:
-        fault = f"{given} cannot be opened, as the local cache does not hold it and HF_HUB_OFFLINE forbids the network ({said})"
-        return f"{fault}; {beforehand}, or unset HF_HUB_OFFLINE"
-    fault = f"{given} cannot be opened, as the hub of data sets cannot be reached ({said})"
-    return f"{fault}; check the network, {beforehand}, or set HF_HUB_OFFLINE=1 to use the local cache"
+    """Why the hub cannot be reached, found out within seconds; "" where it can, or where that cannot be told (a proxy that
+    urllib does not know, a certificate that it does not have), or is not wanted."""
+    if is_offline() or "all" in urllib.request.getproxies():
+        return ""
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.build_opener().open(request, timeout=5).close()  # `urlopen` keeps the proxies of its first call
+    except urllib.error.HTTPError:
+        return ""  # it answers
+    except (ValueError, http.client.HTTPException):
+        return ""  # no address, or an odd server: the libraries say more
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return ""
+        return f"{urlsplit(address).hostname}: {getattr(reason, 'strerror', None) or reason}"
+    return ""
 
 
 def _open_dataset(spec: Spec, given: str, streaming: bool) -> Any:
@@ -241,21 +236,25 @@ def _open_dataset(spec: Spec, given: str, streaming: bool) -> Any:
     if not saved and not (spec.split and (directory or hub)):
         said = "is a directory, but none of datasets' save_to_disk; name the files in it" if directory else "does not exist"
         raise InputError(f"{given} {said}; give an existing file or directory, or NAME:SPLIT for a dataset of the hub")
+    of_hub = not saved and not directory
+    if of_hub and (reason := unreachable()):  # the libraries would try for half a minute and more
+        fault = f"{given} cannot be opened, as the hub of data sets cannot be reached ({reason})"
+        remedy = "download it beforehand and name its files, or set HF_HUB_OFFLINE=1 to use the local cache"
+        raise InputError(f"{fault}; check the network, {remedy}")
     import datasets  # slow, and mostly not needed
 
-    of_hub, offline = not saved and not directory, datasets.config.HF_HUB_OFFLINE
-    if of_hub and not offline and (reason := unreachable()):  # at once: the libraries would try for minutes
-        raise InputError(_no_hub(given, reason, offline))
     try:
         if not saved:
-            name, config = hub.groups() if of_hub else (spec.path, None)
+            name, config = (spec.path, None) if directory else hub.groups()
             return datasets.load_dataset(name, config, split=spec.split, streaming=streaming)
         found = datasets.load_from_disk(spec.path)
     except Exception as error:  # of the network, of the hub, of any file format
+        if of_hub and is_offline() and isinstance(error, OSError):
+            fault = f"{given} is not in the local cache, and offline mode (HF_HUB_OFFLINE) forbids the network"
+            raise InputError(f"{fault}; download it beforehand without that, or name a local copy of its files") from None
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if of_hub and (isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in said):  # not there, nor in the cache
-            raise InputError(_no_hub(given, said, offline)) from None
-        raise InputError(f"{given} cannot be opened as a dataset ({said}); check its name, split and files") from None
+        network = "the network, " if of_hub and isinstance(error, OSError) else ""
+        raise InputError(f"{given} cannot be opened as a dataset ({said}); check {network}its name, split and files") from None
     splits = list(found) if isinstance(found, dict) else [None]
     if spec.split not in splits:
         has = f"the splits {', '.join(splits)}; give one as {spec.path}:{splits[0]}" if splits != [None] else "no splits"

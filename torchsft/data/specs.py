@@ -2,21 +2,24 @@
 
 No slow imports: the command line is checked with this before torch is there."""
 
+import fnmatch
 import glob
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchsft.config import InputError
 
+DATA = ("jsonl", "json", "parquet", "pq", "csv", "tsv")
+"""Endings of files of rows, also with .gz or .zst behind."""
+LISTED = 5
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What `datasets` and the hub write beside rows."""
 WEIGHTED = re.compile(r"(.*):([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|inf|nan))", re.IGNORECASE)
 SPLIT = re.compile(r"(.+?):([^:/\[\]]+(?:\[[^\]]*\])?)")  # the second may be train[:10%]
-ROWS = ("jsonl", "json", "parquet", "pq", "csv", "tsv")
-"""Endings of files of rows, also with .gz or .zst behind."""
-_OF_A_FILE = "".join(rf"(?<!\.{ending})" for ending in (*ROWS, "gz", "zst"))
-_ENDING = re.compile(rf"\.(?:{'|'.join(ROWS)})(?:\.gz|\.zst)?$", re.IGNORECASE)
-LISTED = 5
+_OF_A_FILE = "".join(rf"(?<!\.{ending})" for ending in ("jsonl", "json", "csv", "tsv", "parquet", "gz", "zst"))
 HUB = re.compile(rf"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?{_OF_A_FILE}")
 
 
@@ -57,40 +60,41 @@ def is_several(spec: Spec) -> bool:
 
 
 def files_of(path: str) -> tuple[list[str], list[str]]:
-    """The files of rows below a directory or what a glob matches, in order, and the names of other files.
+    """Files of rows below a directory, or below and among what a glob names, and the names of the others.
 
-    What is hidden, or begins with `_` (_SUCCESS), counts as neither.
+    Hidden ones count as neither. Links to directories are followed, and each directory is read once.
 
     Raises:
         InputError: a directory cannot be read.
     """
     is_directory = os.path.isdir(path)
-    matches = [path] if is_directory else sorted(glob.glob(path, recursive=True))
-    constant = re.split(r"[*?\[]", path, maxsplit=1)[0]  # what stands in front of the first sign of a glob
-    root = path if is_directory else os.path.dirname(constant) or "."
     seen: set[str] = set()
     found: list[str] = []
-    for match in matches:
+    for match in [path] if is_directory else sorted(glob.glob(path, recursive=True)):
         found += _below(match, seen) if os.path.isdir(match) else [match]
     every: dict[tuple[str, str], str] = {}  # by real places: `**` matches a directory, and what is in it as well
     for file in sorted(found, key=lambda file: (file.count(os.sep), file)):
         place, name = os.path.split(file)
         every.setdefault((os.path.realpath(place), name), file)
+    before = re.split(r"[*?\[]", path, maxsplit=1)[0]  # of the first sign of a glob
+    root = path if is_directory else os.path.dirname(before) or "."
     shown = [file for file in sorted(every.values()) if not _is_hidden(os.path.relpath(file, root))]
-    rows = [file for file in shown if _stem_length(file) < len(file)]
-    others = [os.path.relpath(file, root) for file in shown if file not in set(rows) and os.path.isfile(file)]
-    return rows, others
+    patterns = [f"*.{ending}{packed}" for ending in DATA for packed in ("", ".gz", ".zst")]
+    rows = [file for file in shown if os.path.basename(file) not in _ABOUT_DATA]
+    paths = [file for file in rows if any(fnmatch.fnmatch(file.lower(), pattern) for pattern in patterns)]
+    others = [os.path.relpath(file, root) for file in shown if file not in set(paths) and os.path.isfile(file)]
+    return paths, others
 
 
 def nothing_in(others: Sequence[str]) -> str:
     """What is wrong where `files_of` finds no file of rows."""
-    endings = ", ".join(f".{ending}" for ending in ROWS)
+    endings = ", ".join(f".{ending}" for ending in DATA)
     has = f"; it has {', '.join(others[:LISTED])}" if others else ""
     return f"holds no file of rows ({endings}, also with .gz or .zst){has}"
 
 
 def _below(directory: str, seen: set[str]) -> list[str]:
-    """Files below a directory, through links too; a directory that is in `seen` is not entered again."""
+    """Files below a directory; a directory that is in `seen` is not entered again."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}); check its permissions") from None
@@ -112,54 +116,56 @@ def _is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in path.split(os.sep))
 
 
-def _stem_length(path: str) -> int:
-    """How long a path is without the ending of a file of rows."""
-    found = _ENDING.search(path)
-    return found.start() if found else len(path)
-
-
 def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
     """The sources of each evaluation set.
 
-    A spec is NAME=SPEC, or SPEC: the set has the name of the file then, with as much of its path as tells it apart from the
-    other sets, and with the split where one data set has several.
-
-    Raises:
-        InputError: a spec is none, or has a weight.
+    A spec is NAME=SPEC, or SPEC: the set has the name of the file then, as much of the path as tells it apart from others of
+    that name, and the split where one data set has several.
     """
-    named: list[tuple[str | None, str, Spec]] = []
-    for text in map(str, specs):
-        found = None if os.path.exists(text) else re.fullmatch(r"([\w.-]+)=(.+)", text)
-        name, rest = found.groups() if found else (None, text)
-        spec = parse_spec(rest)
-        if spec.weight != 1:
-            raise InputError(f"{text} has weight {spec.weight:g}, but every row is evaluated once; leave the weight out")
-        named.append((name, rest, spec))
-    given = {name for name, _, _ in named if name is not None}
-    unnamed = [spec for name, _, spec in named if name is None]
     sets: dict[str, list[str]] = {}
-    for name, rest, spec in named:
-        sets.setdefault(_name(spec, unnamed, given) if name is None else name, []).append(rest)
+    unnamed: list[tuple[str, Spec]] = []
+    order: list[tuple[str | None, str]] = []
+    given: set[str] = set()
+    for spec in map(str, specs):
+        named = None if os.path.exists(spec) else re.fullmatch(r"([\w.-]+)=(.+)", spec)
+        rest = named[2] if named else spec
+        found = parse_spec(rest)
+        if found.weight != 1:
+            raise InputError(f"{spec} has weight {found.weight:g}, but every row is evaluated once; leave the weight out")
+        order.append((named[1] if named else None, rest))
+        if named:
+            given.add(named[1])
+        else:
+            unnamed.append((rest, found))
+    names = iter(_names([spec for _, spec in unnamed], given))
+    for name, rest in order:
+        sets.setdefault(next(names) if name is None else name, []).append(rest)
     return sets
 
 
-def _name(spec: Spec, every: Sequence[Spec], taken: set[str]) -> str:
-    """A name for one of several sources: none of `taken`, and the same only for what is the same."""
-    place = os.path.realpath(spec.path)
-    others = [other for other in every if os.path.realpath(other.path) != place]
-    splits = {other.split for other in every if os.path.realpath(other.path) == place}
-    behind = f":{spec.split}" if spec.split and len(splits) > 1 else ""
-    names = _names(spec.path)
-    theirs = {name for other in others for name in _names(other.path)}
-    free = (name for name in names if name not in theirs and name + behind not in taken)
-    return next(free, names[-1]) + behind
-
-
-def _names(path: str) -> list[str]:
-    """What a path may be called, the best first: its end without the ending, from the name to the whole path; then with it."""
-    absolute = os.path.abspath(path)
+def _names(specs: Sequence[Spec], given: set[str]) -> list[str]:
+    """A name for each source, the same one only for what is the same; `given`: names that the user gave to others."""
+    paths = [os.path.realpath(spec.path) for spec in specs]
     found = []
-    for text in (absolute[: _stem_length(absolute)], absolute):
-        parts = text.strip(os.sep).split(os.sep)
-        found += ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    for spec, path in zip(specs, paths, strict=True):
+        taken = set(given)
+        splits = set()
+        for other, place in zip(specs, paths, strict=True):
+            if place == path:
+                splits.add(other.split)
+            else:
+                taken.update(_suffixes(other.path))
+        free = [name for name in _suffixes(spec.path) if name not in taken]
+        name = free[0] if free else os.path.abspath(spec.path)  # files that only their endings tell apart
+        found.append(f"{name}:{spec.split}" if spec.split and len(splits) > 1 else name)
     return found
+
+
+def _suffixes(path: str) -> list[str]:
+    """What a source may be called, from its name to its whole path, without the ending of a file of rows."""
+    absolute = Path(os.path.abspath(path))
+    stem = re.sub(r"(\.(jsonl|json|parquet|pq|csv|tsv|gz|zst))+$", "", absolute.name)
+    parts = [part for part in absolute.parts[:-1] if part != os.sep] + [stem]
+    while len(parts) > 1 and not re.search(r"\w", parts[-1]):
+        parts.pop()  # the stars of a glob
+    return ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]

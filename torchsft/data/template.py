@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +123,7 @@ class ChatTokenizer:
         self.templates = templates_of(tokenizer)
         self.variables = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.added = _added_tokens(tokenizer, eos_ids)
-        self.added_ids = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
+        self.eos_ids = tuple(eos_ids)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token
         self.adds_bos = self.bos is not None and tokenizer("").input_ids[:1] == [self.bos]
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -203,10 +204,19 @@ class ChatTokenizer:
             return RowError(example.id, error.reason, error.text)
 
     def _ends_of(self, tokens: np.ndarray, weights: np.ndarray) -> list[int]:
-        """The added tokens with which stretches of trained tokens end, in a row that is tokens already."""
+        """The tokens with which stretches of trained tokens end, in a row that is tokens already, if they end turns: the
+        row may be cut anywhere."""
         trained = np.append(weights > 0, False)
         last = tokens[np.flatnonzero(trained[:-1] & ~trained[1:])]
-        return last[np.isin(last, self.added_ids)].tolist()
+        return last[np.isin(last, self._turn_ends)].tolist()
+
+    @cached_property
+    def _turn_ends(self) -> list[int]:
+        """Ids of the tokens that end turns as far as is known without a conversation: eos tokens, and the template's."""
+        template = ChatTemplate(self.templates["default"], self.variables, self.added)
+        named = {self.eos, template.closing, *template.openers.values()} - {None, ""}
+        ids = [self.backend.token_to_id(token) for token in named]
+        return sorted({*self.eos_ids, *(i for i in ids if i is not None)})
 
     def _plain(self, example: Text) -> _Texts:
         if not self.eos:

@@ -388,7 +388,7 @@ def test_to_hf_continues_too_and_starts_anew_where_something_has_changed(bf16, t
         lambda: {"dtype": "fp32"},
         lambda: {"max_shard_bytes": 60_000},
         lambda: os.utime(tmp_path / "dcp" / "__0_0.distcp") or {},
-        lambda: change_config(tmp_path / "dcp", rope_theta=3.0) or {},
+        lambda: change_config(tmp_path / "dcp", rms_norm_eps=3.0) or {},
     ):
         convert.shutil.rmtree(tmp_path / "hf", ignore_errors=True)
         attempt(after=2)
@@ -399,7 +399,7 @@ def test_to_hf_continues_too_and_starts_anew_where_something_has_changed(bf16, t
             known["files"]["config.json"]["bytes"] = (tmp_path / "dcp" / "config.json").stat().st_size
             manifest.write_text(json.dumps(known))
         assert attempt(**options) == 0, options
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_theta"] == 3.0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rms_norm_eps"] == 3.0
 
 
 def test_a_finished_file_that_has_vanished_is_written_again(bf16, tmp_path, monkeypatch):

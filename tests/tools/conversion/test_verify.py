@@ -87,7 +87,7 @@ def test_a_training_checkpoint_against_what_it_began_with(work):
     model = torchsft.load_model(work / "bf16")
     Checkpointer(work / "other").save(1, model, build_optimizer(model, Optim()), extra={}, config=run, now=True)
     text = notes(work / "step-00000001", work / "other" / "step-00000001")
-    assert "of another run: train: None -> {'seed': 1}" in text and "output" not in text and "parallel" not in text
+    assert re.search("of another run: train.*seed", text) and "output" not in text and "parallel" not in text
     # two of them: the optimizer's state too, which the first does not have yet
     found = differences(work / "step-00000001", work / "step-00000002")
     assert any(re.search(r"only .*step-00000002 has \d+ tensors \(optimizer.state", line) for line in found)
