@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.answers import answer
+from recipes.answers import answer, greedy_answers
 from tests.tiny import byte_tokenizer, write_tiny_model
 from tools.conversion import convert
-from torchsft.config import Checkpoint, Config, Data, Eval, Metrics, Model, Optim, Train
+from torchsft.config import Checkpoint, Config, Data, Eval, Metrics, Model, Optim, Parallel, Train
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
@@ -145,3 +146,31 @@ def test_answers_of_a_model_that_never_stops_did_not_end(tmp_path, capsys):
     assert "0 of 2 ended by themselves" in capsys.readouterr().out
     lines = (tmp_path / "run/answers-after.jsonl").read_text().splitlines()
     assert [json.loads(line)["ended"] for line in lines] == [False, False]
+
+
+def test_an_answer_ends_at_what_stops_a_server_not_where_its_reference_does():
+    """The model says 5, 6, 7, 8, ... whatever it is asked; the reference ends with 6, and so does nothing else."""
+
+    def next_token(tokens, *, logits_at, **_):
+        return torch.nn.functional.one_hot(tokens[logits_at] + 1, 20).float()
+
+    prompts = [("a", [4], [5, 6]), ("b", [4], [5, 6, 7, 8]), ("c", [9], [10, 11])]
+    limits = {"max_new_tokens": 6, "max_tokens": 64}
+    with World(Parallel(), 0) as world:
+        answers = greedy_answers(SimpleNamespace(logits=next_token), prompts, world, stops={7, 3}, **limits)
+    assert [a.generated for a in answers] == [[5, 6, 7], [5, 6, 7], [10, 11, 12, 13, 14, 15]]
+    assert [a.ended({7, 3}) for a in answers] == [True, True, False]
+    assert not any(a.correct for a in answers)
+
+
+def test_what_ended_turns_before_a_run_was_continued_is_named_too(tmp_path):
+    """A stream's report begins anew in each process; the checkpoint has what the earlier one read."""
+    write_model(tmp_path / "base", *FAMILIES["chatml"][:4])
+    config = config_for(tmp_path, streaming=True)
+    config.train.steps, config.eval.answers = 2, 0
+    run(config)
+    named = (tmp_path / "run/hf/generation_config.json").read_text()
+    assert json.loads(named)["eos_token_id"] == [260, 257]
+    (tmp_path / "run/hf/generation_config.json").unlink()
+    run(config)  # complete: exported again, of a stream that is not read
+    assert (tmp_path / "run/hf/generation_config.json").read_text() == named

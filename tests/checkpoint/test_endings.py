@@ -10,8 +10,8 @@ from transformers import AutoConfig, GenerationConfig
 
 import torchsft
 from tests.checkpoint.sources import change_config
-from tests.tiny import write_tiny_model
-from torchsft.checkpoint.endings import stop_ids, with_ends
+from tests.tiny import byte_tokenizer, write_tiny_model
+from torchsft.checkpoint.endings import about, stop_ids, with_ends
 from torchsft.checkpoint.huggingface import export
 from torchsft.config import InputError
 
@@ -92,3 +92,19 @@ def test_an_export_has_them_and_keeps_everything_else(tmp_path):
     export(model, tmp_path / "made", torch.float32, source, ends=[257])
     made = GenerationConfig.from_pretrained(tmp_path / "made")
     assert (made.eos_token_id, made.pad_token_id, made.bos_token_id) == ([258, 257], 3, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "told"),
+    [
+        ({"eos_token_id": 257, "pad_token_id": 257}, None, 1),
+        ({"eos_token_id": 257}, {"pad_token_id": 257}, 1),
+        ({"eos_token_id": 257, "pad_token_id": 257}, {"pad_token_id": 257}, 1),
+        ({"text_config": {"eos_token_id": 257, "pad_token_id": 257}}, None, 1),
+        ({"eos_token_id": 257, "pad_token_id": 3}, {"pad_token_id": None}, 0),
+    ],
+)
+def test_a_pad_token_that_ended_trained_turns_is_told_wherever_it_is_named(config, generation, told):
+    """The tokenizer's own pad is another token."""
+    said = about(config, generation, [257], byte_tokenizer())
+    assert said.count("stays the pad token too") == told

@@ -89,9 +89,11 @@ def about(
     known, said = stop_ids(config, generation, ()), ""
     if added := [shown(token) for token in ends if token not in known]:
         said += f"; its eos ids name {', '.join(added)} too, with which trained turns ended"
-    if (pad := tokenizer.pad_token_id) in ends:
-        said += f"; {shown(pad)}, with which trained turns ended, stays the pad token too, so that a tool which leaves"
-        said += " padding out of the loss by its id would not train it"
+    pads = (tokenizer.pad_token_id, _holder(config).get("pad_token_id"), (generation or {}).get("pad_token_id"))
+    for pad in dict.fromkeys(pads):
+        if pad in ends:
+            said += f"; {shown(pad)}, with which trained turns ended, stays the pad token too, so that a tool which leaves"
+            said += " padding out of the loss by its id would not train it"
     return said
 
 
