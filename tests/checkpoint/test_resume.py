@@ -12,7 +12,7 @@ from tests.distributed.kill import stored
 from tests.test_trainer import run_recipe
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint.overwrite import make_way
-from torchsft.config import Checkpoint, Config, InputError
+from torchsft.config import Checkpoint, Config, Data, InputError
 from torchsft.trainer import Trainer
 
 
@@ -123,6 +123,19 @@ def test_overwrite_does_not_delete_what_the_run_reads(run, inputs, tmp_path):
     with pytest.raises(InputError, match=r"would delete .*hf, but this run reads .*hf there"):
         run("--train.steps", 4, "--overwrite", "--model.path", tmp_path / "run" / "checkpoints" / ".." / "hf")
     assert checkpoint.exists() and (tmp_path / "run" / "hf" / "config.json").exists()
+
+
+@pytest.mark.parametrize("source", ["run", "r*/generated/*.jsonl:2.0", "held=run/gen*"])
+def test_files_that_a_directory_or_glob_names_are_inputs_too(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "run" / "generated" / "rows.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("{}\n")
+    data = Data(eval=(source,)) if "=" in source else Data(train=(source,))
+    make_way(Config(output="run", overwrite=True, data=data), "run/checkpoints")
+    assert rows.exists()
+    make_way(Config(output="run", overwrite=True), "run/checkpoints")
+    assert not rows.exists()
 
 
 def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):

@@ -1,5 +1,6 @@
 """What an earlier run has left in an output directory makes way for a new run: nothing that torchsft has not written."""
 
+import itertools
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 from torchsft.checkpoint.publish import discard, remove_unread
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config, InputError, to_dict
+from torchsft.data.specs import evaluation_sets, files_of, is_several, parse_spec
 
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d+\.(incomplete|removed)")
 _EXPORT = re.compile(r"hf-step-\d{8,}|\.hf-step-\d{8,}\.(incomplete|removed)")
@@ -28,11 +30,11 @@ def _strings(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _inputs_in(config: Config, place: str) -> list[str]:
-    """What `config` names in the directory or URL `place`: a path, or NAME=PATH."""
+    """What `config` names in the directory or URL `place`: a path, NAME=PATH, or files that are one source."""
     asked = to_dict(config)
     del asked["output"], asked["checkpoint"]["remote"]
     inside = []
-    for text in _strings(asked):
+    for text in [*_strings(asked), *_files_of_sources(config)]:
         path = text.partition("=")[2] or text
         if "://" in place or "://" in path:
             found = f"{path}/".startswith(f"{place}/")
@@ -41,6 +43,15 @@ def _inputs_in(config: Config, place: str) -> list[str]:
         if found:
             inside.append(text)
     return inside
+
+
+def _files_of_sources(config: Config) -> Iterator[str]:
+    """The files of sources that are directories or globs."""
+    members = evaluation_sets(config.data.eval).values()
+    for text in [*config.data.train, *itertools.chain.from_iterable(members)]:
+        spec = parse_spec(str(text))
+        if is_several(spec):
+            yield from files_of(spec.path)[0]
 
 
 def refuse_to_delete_inputs(config: Config, checkpoints: str) -> None:
