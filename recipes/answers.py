@@ -1,4 +1,6 @@
-"""Answers to held-out conversations, generated greedily before and after training (--eval.answers), and how many are right."""
+"""Answers to held-out conversations, generated greedily before and after training (--eval.answers),
+and how many are right.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,18 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
         path = trainer.output / f"answers-{when}.jsonl"
         with trainer.output_may_fail(), open(path, "w", encoding="utf-8") as file:
             for a in answers:
-                texts = {f"{part}_text": tokenizer.decode(getattr(a, part)) for part in ("prompt", "reference", "generated")}
-                line = dataclasses.asdict(a) | {"correct": a.correct, "ended": a.ended(stops)} | texts
+                texts = {
+                    f"{part}_text": tokenizer.decode(getattr(a, part))
+                    for part in ("prompt", "reference", "generated")
+                }
+                line = (
+                    dataclasses.asdict(a) | {"correct": a.correct, "ended": a.ended(stops)} | texts
+                )
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         share = 100 * correct / len(answers)
         lines = [
-            f"{when} training: {correct} of {len(answers)} held-out answers are exactly right ({share:.1f} %), for example"
+            f"{when} training: {correct} of {len(answers)} held-out answers are exactly right "
+            f"({share:.1f} %), for example"
         ]
         lines += [a.shown(tokenizer) for a in answers[:4]]
         trainer.log.message("\n".join(lines))
@@ -56,16 +64,23 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
 
 
 def answer_prompts(sample: Sample) -> list[tuple[list[int], list[int]]]:
-    """For each contiguous run of supervised tokens: the tokens before it, and the run with its end-of-turn token."""
+    """For each contiguous run of supervised tokens: the tokens before it, and the run with its
+    end-of-turn token.
+    """
     trained = np.concatenate([[False], sample.weights > 0, [False]])
     edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
     tokens = sample.tokens.tolist()
-    return [(tokens[:start], tokens[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    return [
+        (tokens[:start], tokens[start:end])
+        for start, end in zip(edges[::2], edges[1::2], strict=True)
+    ]
 
 
 @dataclass
 class Answer:
-    """One assistant turn: what precedes it, the reference, and what the model says. Token ids, end-of-turn included."""
+    """One assistant turn: what precedes it, the reference, and what the model says. Token ids,
+    end-of-turn included.
+    """
 
     id: str
     prompt: list[int]
@@ -82,7 +97,9 @@ class Answer:
         return bool(self.generated) and self.generated[-1] in stops
 
     def shown(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A line of text: the end of its prompt, what was generated, and the reference where it differs."""
+        """A line of text: the end of its prompt, what was generated, and the reference where it
+        differs.
+        """
         question = tokenizer.decode(self.prompt)[-60:].replace("\n", " ")
         line = f"  ...{question!r} -> {tokenizer.decode(self.generated)!r}"
         return line if self.correct else line + f" (reference {tokenizer.decode(self.reference)!r})"
@@ -99,15 +116,18 @@ def greedy_answers(
     max_tokens: int,
     label: str = "",
 ) -> list[Answer]:
-    """Generate the answer to each (id, prompt, reference) greedily, until a token at which a server would stop too.
+    """Generate the answer to each (id, prompt, reference) greedily, until a token at which a server
+    would stop too.
 
-    The prompts are spread over the data ranks; all ranks must call this with the same arguments, and all get all answers.
-    There is no key/value cache: each new token is a forward pass over packed prompts, meant for a held-out sample.
+    The prompts are spread over the data ranks; all ranks must call this with the same arguments,
+    and all get all answers. There is no key/value cache: each new token is a forward pass over
+    packed prompts, meant for a held-out sample.
 
     Args:
         stops: ids of tokens that end an answer.
         max_new_tokens: longest answer.
-        max_tokens: tokens of one forward pass; also where an answer ends that has not ended by then. References must fit.
+        max_tokens: tokens of one forward pass; also where an answer ends that has not ended by
+            then. References must fit.
         label: what rank 0 shows progress under; empty: it shows none.
     """
     mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.data_rank :: world.data_size]]
@@ -126,7 +146,9 @@ def greedy_answers(
     with Waiting(label, len(prompts), "answers", shown=bool(label) and world.is_main) as waiting:
         for index, group in enumerate(groups):
             before = sum(map(len, groups[:index]))
-            for done, still_open in _generate(pipeline, group, world, stops, max_new_tokens, max_tokens, before):
+            for done, still_open in _generate(
+                pipeline, group, world, stops, max_new_tokens, max_tokens, before
+            ):
                 waiting.done(done, f"{still_open} under way")
     gathered: list[tuple[int, list[Answer]]] = [(0, []) for _ in range(world.size)]
     dist.all_gather_object(gathered, (world.data_rank, mine))
@@ -143,12 +165,19 @@ def _generate(
     max_tokens: int,
     before: int,
 ) -> Iterator[tuple[int, int]]:
-    """Extend `answers` in place; the ranks go on together until none has an open answer, since their layers communicate.
+    """Extend `answers` in place; the ranks go on together until none has an open answer, since
+    their layers communicate.
 
-    Before each token: how many answers are done (`before` on this rank in earlier groups) and under way, over all ranks."""
+    Before each token: how many answers are done (`before` on this rank in earlier groups) and under
+    way, over all ranks.
+    """
     device, together = world.device, world.sequence["sequence"].size()
     for _ in range(max_new_tokens):
-        unfinished = [a for a in answers if not a.ended(stops) and len(a.prompt) + len(a.generated) < max_tokens]
+        unfinished = [
+            a
+            for a in answers
+            if not a.ended(stops) and len(a.prompt) + len(a.generated) < max_tokens
+        ]
         mine = [len(unfinished), before + len(answers) - len(unfinished)]
         copies = world.size // world.data_size  # ranks that read the same rows
         still_open, done = (int(count) // copies for count in world.sum(mine).tolist())
@@ -160,13 +189,16 @@ def _generate(
         ends = lengths.cumsum(0)
         tokens = [t for s in sequences for t in s]
         positions = [p for s in sequences for p in range(len(s))]
-        # Padding, so that the tokens divide over cp x tp ranks, and a rank without open answers can take part.
+        # Padding, so that the tokens divide over cp x tp ranks, and a rank without open answers can
+        # take part.
         padding = [0] * (-len(tokens) % together or (0 if tokens else together))
         tokens, positions = tokens + padding, positions + padding
         logits = pipeline.logits(
             torch.tensor(tokens, device=device),
             positions=torch.tensor(positions, device=device),
-            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32).to(device),
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+            .to(torch.int32)
+            .to(device),
             max_seqlen=int(lengths.max()) if sequences else 0,
             logits_at=(ends - 1).to(device),
         )

@@ -1,25 +1,30 @@
-"""The `debug` preset's own world: a tiny DeepSeek-V3 configuration, a tokenizer, and conversations that can be learnt.
+"""The `debug` preset's own world: a tiny DeepSeek-V3 configuration, a tokenizer, and conversations
+that can be learnt.
 
-The conversations are with a phrase-book helper. The system turn says who is speaking, where they live and which
-language they learn; a few questions follow, each of which has exactly one right answer:
+The conversations are with a phrase-book helper. The system turn says who is speaking, where they
+live and which language they learn; a few questions follow, each of which has exactly one right
+answer:
 
     system     You help Oscar from Lima to learn Finnish.
     user       What is a dog?
-    assistant  A dog is koira in Finnish, Oscar.        language and name: system turn; koira: learnt by heart
+    assistant  A dog is koira in Finnish, Oscar.        language and name: system turn; koira:
+                                                        learnt by heart
     user       I have a blue lamp.
     assistant  Noted: Oscar has a blue lamp.       colour and thing: this turn; name: system turn
     user       And in German?
-    assistant  A dog is Hund in German, Oscar.          dog: the last word that was asked for, some turns ago
+    assistant  A dog is Hund in German, Oscar.          dog: the last word that was asked for, some
+                                                        turns ago
     user       What colour is my lamp?
     assistant  The lamp of Oscar is blue.               blue: an earlier user turn
     user       Who am I?
     assistant  You are Oscar from Lima.                 both from the system turn
 
-What is held out: pairs, not orders. One in `HELD_OUT_EVERY` of all (name, city), (name, noun) and (colour, thing)
-pairs occurs in no training conversation, and every held-out conversation is made of such pairs alone. So no assistant
-turn of the held-out file occurs in the training file, word for word, and an answer cannot be looked up: it has to be
-composed. What training shows: each name, city, colour and thing with other partners, and every entry of the dictionary
-(a word in a language), as nobody can guess those.
+What is held out: pairs, not orders. One in `HELD_OUT_EVERY` of all (name, city), (name, noun) and
+(colour, thing) pairs occurs in no training conversation, and every held-out conversation is made of
+such pairs alone. So no assistant turn of the held-out file occurs in the training file, word for
+word, and an answer cannot be looked up: it has to be
+composed. What training shows: each name, city, colour and thing with other partners, and every
+entry of the dictionary (a word in a language), as nobody can guess those.
 """
 
 from __future__ import annotations
@@ -33,14 +38,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 NAMES = (
-    "Ada", "Anton", "Bela", "Boris", "Carla", "Clara", "David", "Dora", "Edgar", "Elena", "Emil", "Fatima", "Felix",
-    "Greta", "Hugo", "Ida", "Igor", "Jonas", "Karin", "Leo", "Lena", "Marta", "Nadia", "Oscar", "Pavel", "Rosa",
-    "Simon", "Tara", "Viktor", "Zoe"
+    "Ada", "Anton", "Bela", "Boris", "Carla", "Clara", "David", "Dora", "Edgar", "Elena", "Emil",
+    "Fatima", "Felix", "Greta", "Hugo", "Ida", "Igor", "Jonas", "Karin", "Leo", "Lena", "Marta",
+    "Nadia", "Oscar", "Pavel", "Rosa", "Simon", "Tara", "Viktor", "Zoe",
 )  # fmt: skip
 CITIES = (
-    "Accra", "Athens", "Berlin", "Bogota", "Cairo", "Dakar", "Delhi", "Dublin", "Geneva", "Hanoi", "Havana", "Jakarta",
-    "Kyoto", "Lagos", "Lima", "Lisbon", "London", "Madrid", "Manila", "Milan", "Nairobi", "Oslo", "Paris", "Prague",
-    "Quito", "Riga", "Seoul", "Tokyo", "Tunis", "Vienna"
+    "Accra", "Athens", "Berlin", "Bogota", "Cairo", "Dakar", "Delhi", "Dublin", "Geneva", "Hanoi",
+    "Havana", "Jakarta", "Kyoto", "Lagos", "Lima", "Lisbon", "London", "Madrid", "Manila", "Milan",
+    "Nairobi", "Oslo", "Paris", "Prague", "Quito", "Riga", "Seoul", "Tokyo", "Tunis", "Vienna",
 )  # fmt: skip
 COLOURS = ("black", "blue", "brown", "green", "grey", "pink", "purple", "red", "white", "yellow")
 THINGS = ("bag", "bike", "boat", "coat", "cup", "hat", "kite", "lamp", "ring", "sofa")
@@ -93,12 +98,16 @@ CHAT_TEMPLATE = (
 
 
 def is_held_out(first: int, second: int) -> bool:
-    """Whether the pair of the `first`-th and the `second`-th entry of two lists is kept out of training."""
+    """Whether the pair of the `first`-th and the `second`-th entry of two lists is kept out of
+    training.
+    """
     return (first + second) % HELD_OUT_EVERY == 0
 
 
 def _partners(values: Sequence[str], first: int, held_out: bool) -> list[str]:
-    """The values whose pair with the `first`-th entry of another list is on the wanted side of the split."""
+    """The values whose pair with the `first`-th entry of another list is on the wanted side of the
+    split.
+    """
     return [value for second, value in enumerate(values) if is_held_out(first, second) == held_out]
 
 
@@ -124,21 +133,29 @@ def _conversation(rng: random.Random, held_out: bool) -> list[dict[str, str]]:
             facts["noun"] = nouns.pop()
             facts["word"] = DICTIONARY[facts["noun"]][LANGUAGES.index(facts["language"])]
         if kind == "again":
-            facts["other"] = rng.choice([language for language in LANGUAGES if language != facts["language"]])
+            facts["other"] = rng.choice(
+                [language for language in LANGUAGES if language != facts["language"]]
+            )
             facts["other_word"] = DICTIONARY[facts["noun"]][LANGUAGES.index(facts["other"])]
         question, answer = (text.format(**facts) for text in TURNS[kind])
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     return messages
 
 
-def write_debug_data(directory: Path, seed: int = 0, train: int = 3000, held_out: int = 200) -> tuple[Path, Path]:
+def write_debug_data(
+    directory: Path, seed: int = 0, train: int = 3000, held_out: int = 200
+) -> tuple[Path, Path]:
     """Write `train.jsonl` and `eval.jsonl`, one `{"messages": [{"role", "content"}, ...]}` a line.
 
     Args:
         directory: made if it is not there; files in it are overwritten.
         seed: the same seed writes the same bytes.
         train: conversations in train.jsonl.
-        held_out: conversations in eval.jsonl, made of held-out pairs alone (see the module's docstring).
+        held_out: conversations in eval.jsonl, made of held-out pairs alone (see the module's
+            docstring).
 
     Returns:
         The paths of the two files.
@@ -147,20 +164,30 @@ def write_debug_data(directory: Path, seed: int = 0, train: int = 3000, held_out
     paths = []
     for file, count, is_eval in (("train.jsonl", train, False), ("eval.jsonl", held_out, True)):
         rng = random.Random(f"{seed} {file}")
-        lines = [json.dumps({"messages": _conversation(rng, is_eval)}, ensure_ascii=False) for _ in range(count)]
+        lines = [
+            json.dumps({"messages": _conversation(rng, is_eval)}, ensure_ascii=False)
+            for _ in range(count)
+        ]
         paths.append(directory / file)
         paths[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths[0], paths[1]
 
 
 def debug_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (the kind DeepSeek uses), in which every word of the task is one token.
+    """A byte-level BPE tokenizer (the kind DeepSeek uses), in which every word of the task is one
+    token.
 
-    Any text round-trips, as single bytes are in the vocabulary. BOS comes from the chat template alone, never from the
-    tokenizer itself.
+    Any text round-trips, as single bytes are in the vocabulary. BOS comes from the chat template
+    alone, never from the tokenizer itself.
     """
     words = [word for translations in DICTIONARY.values() for word in translations]
-    slots = {"name": NAMES, "city": CITIES, "language": LANGUAGES, "other": LANGUAGES, "noun": tuple(DICTIONARY)}
+    slots = {
+        "name": NAMES,
+        "city": CITIES,
+        "language": LANGUAGES,
+        "other": LANGUAGES,
+        "noun": tuple(DICTIONARY),
+    }
     slots |= {"word": words, "other_word": words, "colour": COLOURS, "thing": THINGS}
     frames = [SYSTEM, *(text for turn in TURNS.values() for text in turn)]
     corpus = [
@@ -193,7 +220,8 @@ def debug_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_debug_model(directory: Path) -> None:
-    """Write what the weights of the debug model belong to: the tokenizer, `config.json` and `generation_config.json`.
+    """Write what the weights of the debug model belong to: the tokenizer, `config.json` and
+    `generation_config.json`.
 
     Weights are not written: they are initialised from the run's seed.
 
@@ -238,7 +266,8 @@ def write_debug_model(directory: Path) -> None:
         "num_nextn_predict_layers": 0,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
-        "initializer_range": 0.06,  # V3's 0.02 is for a width of 7168; at 128 it learns this task 3 times slower
+        # V3's 0.02 is for a width of 7168; at 128 it learns this task 3 times slower
+        "initializer_range": 0.06,
         "max_position_embeddings": 512,
         "rope_theta": 10000.0,
         "rope_scaling": None,
@@ -248,5 +277,8 @@ def write_debug_model(directory: Path) -> None:
         "torch_dtype": "float32",
         **ids,
     }
-    for file, content in (("config.json", config), ("generation_config.json", {**ids, "do_sample": False})):
+    for file, content in (
+        ("config.json", config),
+        ("generation_config.json", {**ids, "do_sample": False}),
+    ):
         (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,15 @@
-"""Full-parameter supervised fine-tuning of DeepSeek-V3-architecture models (V3, R1, V3.1, Kimi-K2, Moonlight).
+"""Full-parameter supervised fine-tuning of DeepSeek-V3-architecture models (V3, R1, V3.1, Kimi-K2,
+Moonlight).
 
-    torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py                  # the debug preset: learns a generated task
+    torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py                  # the debug preset:
+                                                              learns a generated task
     torchrun --nproc-per-node 8 recipes/deepseek_v3_sft.py finetune \\
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8        # your model, your data
 
-Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them), packed rows, fp32 or bf16
-compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard) data, context (cp), tensor (tp) and expert (ep)
-parallelism in any combination that divides. Ctrl-C, SIGTERM and SIGUSR1 make it save and end; the same command continues.
+Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
+packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
+data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides. Ctrl-C,
+SIGTERM and SIGUSR1 make it save and end; the same command continues.
 Refuses: fp8 compute (not in this version), tied embeddings with pp.
 """
 
@@ -21,9 +24,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# What imports torch or transformers is imported where it is used, so that a mistyped option is refused in a moment.
+# What imports torch or transformers is imported where it is used, so that a mistyped option is
+# refused in a moment.
 from torchsft.cli import is_main, parse, refusals
-from torchsft.config import Checkpoint, Config, Data, Eval, InputError, Optim, Parallel, Train, to_dict
+from torchsft.config import (
+    Checkpoint,
+    Config,
+    Data,
+    Eval,
+    InputError,
+    Optim,
+    Parallel,
+    Train,
+    to_dict,
+)
 from torchsft.interruption import guarded
 from torchsft.launch import check_data, check_model, check_output, model_directory, set_threads
 
@@ -35,7 +49,8 @@ def debug() -> Config:
     return Config(
         data=Data(seq_len=512),
         train=Train(steps=400, global_batch_size=rows, micro_batch_size=rows // ranks),
-        parallel=Parallel(ep=math.gcd(ranks, 8), pp_schedule="1F1B"),  # the model has 8 experts and 3 layers
+        # the model has 8 experts and 3 layers
+        parallel=Parallel(ep=math.gcd(ranks, 8), pp_schedule="1F1B"),
         optim=Optim(lr=3e-3, warmup_steps=0.05),
         checkpoint=Checkpoint(every=200, export="fp32"),
         eval=Eval(every=100, answers=32, max_new_tokens=16),
@@ -44,41 +59,57 @@ def debug() -> Config:
 
 
 def finetune() -> Config:
-    """Your model and data (--model.path, --data.train): cosine schedule from 1e-5 without warm-up, 1 epoch."""
+    """Your model and data (--model.path, --data.train): cosine schedule from 1e-5 without warm-up,
+    1 epoch.
+    """
     return Config(optim=Optim(lr=1e-5), output="outputs/deepseek_v3_sft")
 
 
 def v3_256() -> Config:
-    """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8): 8 pipeline ranks, 8 experts of each layer on a GPU.
+    """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8): 8 pipeline ranks, 8 experts of each layer on a
+    GPU.
 
-    Weights, gradients and moments take up to 63 GB a GPU, activations the rest. A pipeline rank has about 8 layers in two
-    stages; its 32 GPUs, on 4 nodes, read other rows and exchange tokens by expert. 16 microbatches fill the pipeline.
+    Weights, gradients and moments take up to 63 GB a GPU, activations the rest. A pipeline rank has
+    about 8 layers in two stages; its 32 GPUs, on 4 nodes, read other rows and exchange tokens by
+    expert. 16 microbatches fill the pipeline.
     """
     return Config(
         data=Data(seq_len=4096),
         train=Train(epochs=1, global_batch_size=512, activation_checkpointing="full"),
-        parallel=Parallel(pp=8, pp_schedule="Interleaved1F1B", dp_shard=32, ep=32, timeout_seconds=1800.0),
+        parallel=Parallel(
+            pp=8, pp_schedule="Interleaved1F1B", dp_shard=32, ep=32, timeout_seconds=1800.0
+        ),
         optim=Optim(lr=5e-6, warmup_steps=0.03),
         output="outputs/deepseek_v3",
     )
 
 
 def v3_128() -> Config:
-    """DeepSeek-V3 on 128 GPUs of 141 GB (H200): as v3_256, with half its data ranks; up to 114 GB a GPU."""
+    """DeepSeek-V3 on 128 GPUs of 141 GB (H200): as v3_256, with half its data ranks; up to 114 GB a
+    GPU.
+    """
     config = v3_256()
     parallel = dataclasses.replace(config.parallel, dp_shard=16, ep=16)
-    return dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=256))
+    return dataclasses.replace(
+        config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=256)
+    )
 
 
 def v3_64() -> Config:
-    """DeepSeek-V3 on 64 GPUs: as v3_256, a quarter of its data ranks; up to 217 GB a GPU until optimizers can be offloaded."""
+    """DeepSeek-V3 on 64 GPUs: as v3_256, a quarter of its data ranks; up to 217 GB a GPU until
+    optimizers can be offloaded.
+    """
     config = v3_256()
     parallel = dataclasses.replace(config.parallel, dp_shard=8, ep=8)
-    return dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=128))
+    return dataclasses.replace(
+        config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=128)
+    )
 
 
 def moonlight() -> Config:
-    """Moonlight-16B-A3B on 8 H100-80GB (one node): FSDP2 over all of them, 8 of 64 experts on each; 32 GB a GPU."""
+    """Moonlight-16B-A3B on 8 H100-80GB (one node): FSDP2 over all of them, 8 of 64 experts on each;
+    32 GB a GPU.
+    """
     return Config(
         data=Data(seq_len=8192),
         train=Train(epochs=1, global_batch_size=32, activation_checkpointing="full"),
@@ -104,7 +135,8 @@ def choose_preset(given: Mapping[str, Any]) -> str:
 
 
 def with_generated_inputs(config: Config) -> tuple[Config, Callable[[], None]]:
-    """What the debug preset lacks: its model's config and tokenizer, and its data unless given, in OUTPUT/generated.
+    """What the debug preset lacks: its model's config and tokenizer, and its data unless given, in
+    OUTPUT/generated.
 
     Returns:
         The configuration that names them, and the function that writes them.
@@ -122,14 +154,20 @@ def with_generated_inputs(config: Config) -> tuple[Config, Callable[[], None]]:
         held_out = data.eval or (str(where / "eval.jsonl"),)
         data = dataclasses.replace(data, train=(str(where / "train.jsonl"),), eval=held_out)
     answers = config.eval.answers if data.eval else 0
-    complete = dataclasses.replace(config, model=model, data=data, eval=dataclasses.replace(config.eval, answers=answers))
+    complete = dataclasses.replace(
+        config, model=model, data=data, eval=dataclasses.replace(config.eval, answers=answers)
+    )
     return complete, generate
 
 
 def checked(config: Config) -> Config:
-    """The configuration, with the model's directory, once its paths have been looked at. Raises InputError: see launch.py."""
+    """The configuration, with the model's directory, once its paths have been looked at. Raises
+    InputError: see launch.py.
+    """
     if config.model.path is None or not config.data.train:
-        raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
+        raise InputError(
+            "--model.path and --data.train must both be given (or neither, for the debug preset)"
+        )
     model = dataclasses.replace(config.model, path=model_directory(config.model.path))
     check_model(model.path, weights=not model.random_init)
     check_data(config.data)
@@ -145,7 +183,8 @@ def main() -> None:
     if config.print_config:
         from torchsft.trainer import resolve
 
-        resolved = dataclasses.replace(resolve(config), print_config=False)  # so that --config takes it and trains
+        # so that --config takes it and trains
+        resolved = dataclasses.replace(resolve(config), print_config=False)
         if is_main():
             print(json.dumps(to_dict(resolved), indent=2))
         return
@@ -162,7 +201,10 @@ def main() -> None:
     from torchsft.parallel.world import World
     from torchsft.trainer import Trainer
 
-    with World(config.parallel, config.train.seed) as world, claimed(Path(config.output), world.is_main):
+    with (
+        World(config.parallel, config.train.seed) as world,
+        claimed(Path(config.output), world.is_main),
+    ):
         Trainer(config, world, generate, answer).run()
 
 

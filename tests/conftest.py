@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread per process, no network, and a pool of ranks that lives as long as the session."""
+"""Shared by all tests: one thread per process, no network, and a pool of ranks that lives as long
+as the session.
+"""
 
 import os
 
@@ -16,13 +18,17 @@ POOL = RankPool()
 
 @pytest.fixture(scope="session", autouse=True)
 def token_cache(tmp_path_factory):
-    """Tokenised samples go where the session's files go; in the environment, so that processes inherit it."""
+    """Tokenised samples go where the session's files go; in the environment, so that processes
+    inherit it.
+    """
     os.environ["TORCHSFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def ranks(token_cache):
-    """`ranks(n, function, **arguments)` runs `function(**arguments)` on n ranks and returns their results."""
+    """`ranks(n, function, **arguments)` runs `function(**arguments)` on n ranks and returns their
+    results.
+    """
     yield POOL.run
     POOL.close()
 

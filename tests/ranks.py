@@ -1,12 +1,14 @@
-"""A pool of processes that play the ranks of a run: started once, since each start costs 10 s of imports.
+"""A pool of processes that play the ranks of a run: started once, since each start costs 10 s of
+imports.
 
-A job is a module-level function; it is run on n ranks with the environment that torchrun would set, so that `World` works as it
-does for a user. Each job runs in a fork of its rank's process, so no job sees what another left behind (DTensor keeps caches
-that name the process groups of destroyed meshes). A rank that raises makes the job fail with that rank's traceback.
+A job is a module-level function; it is run on n ranks with the environment that torchrun would set,
+so that `World` works as it does for a user. Each job runs in a fork of its rank's process, so no
+job sees what another left behind (DTensor keeps caches that name the process groups of destroyed
+meshes). A rank that raises makes the job fail with that rank's traceback.
 
-Once in some thousand jobs a rank was seen to die in native code ("malloc(): unaligned tcache chunk detected"; valgrind finds
-nothing wrong in the same job, so threads of torch race there). One such death in a session is told at its end and the job is
-run again; a second one fails.
+Once in some thousand jobs a rank was seen to die in native code ("malloc(): unaligned tcache chunk
+detected"; valgrind finds nothing wrong in the same job, so threads of torch race there). One such
+death in a session is told at its end and the job is run again; a second one fails.
 """
 
 from __future__ import annotations
@@ -46,16 +48,28 @@ def _serve(pipe: Connection) -> None:
             if status:
                 trace.seek(0)
                 code = os.waitstatus_to_exitcode(status)
-                pipe.send((code if code in CRASHES else False, f"the process ended with status {code}\n{trace.read()}"))
+                pipe.send(
+                    (
+                        code if code in CRASHES else False,
+                        f"the process ended with status {code}\n{trace.read()}",
+                    )
+                )
 
 
-def _work(pipe: Connection, function: Callable[..., Any], arguments: dict[str, Any], environment: dict[str, str]) -> None:
+def _work(
+    pipe: Connection,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    environment: dict[str, str],
+) -> None:
     os.environ.update(environment)
     import torch
 
-    torch.set_num_threads(1)  # torch 2.11 often crashes in a fork whose first thread begins elsewhere
+    # torch 2.11 often crashes in a fork whose first thread begins elsewhere
+    torch.set_num_threads(1)
     try:
-        # pickle's own bytes: multiprocessing would share a tensor's memory, which ends with this process
+        # pickle's own bytes: multiprocessing would share a tensor's memory, which ends with this
+        # process
         answer = (True, pickle.dumps(function(**arguments)))
     except BaseException:
         answer = (False, traceback.format_exc())
@@ -80,7 +94,9 @@ class RankPool:
             self.ranks.append((process, ours))
 
     def run(self, n: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
-        """Results of `function(**arguments)` on ranks 0 to n - 1; arguments and results must pickle."""
+        """Results of `function(**arguments)` on ranks 0 to n - 1; arguments and results must
+        pickle.
+        """
         try:
             return self._run(n, function, arguments)
         except Crash as crash:
@@ -117,9 +133,12 @@ class RankPool:
                     good, results[rank] = pipe.recv()
                 except EOFError:
                     good, results[rank] = False, "the process ended"
-                if good is not True:  # the others may wait for it in a collective: end them all, the next job starts anew
+                # the others may wait for it in a collective: end them all, the next job starts anew
+                if good is not True:
                     self.close(kill=True)
-                    raise (Crash if good in CRASHES else AssertionError)(f"rank {rank} of {n} failed:\n{results[rank]}")
+                    raise (Crash if good in CRASHES else AssertionError)(
+                        f"rank {rank} of {n} failed:\n{results[rank]}"
+                    )
                 results[rank] = pickle.loads(results[rank])
         return results
 

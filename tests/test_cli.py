@@ -1,4 +1,6 @@
-"""The command line as users write it: repeated options, files, presets, help, suggestions, and what is told before torch."""
+"""The command line as users write it: repeated options, files, presets, help, suggestions, and what
+is told before torch.
+"""
 
 import dataclasses
 import datetime
@@ -34,9 +36,17 @@ def refusal(*argv):
 
 
 def test_an_option_that_takes_a_list_appends():
-    assert options("--data.train", "a", "b", "--data.eval=e", "--data.train", "c").data.train == ("a", "b", "c")
+    assert options("--data.train", "a", "b", "--data.eval=e", "--data.train", "c").data.train == (
+        "a",
+        "b",
+        "c",
+    )
     assert options("--data.train=a", "b").data.train == ("a", "b")
-    assert options("--parallel.pp-layers", 1, 2, "--parallel.pp_layers=3").parallel.pp_layers == (1, 2, 3)
+    assert options("--parallel.pp-layers", 1, 2, "--parallel.pp_layers=3").parallel.pp_layers == (
+        1,
+        2,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,8 +55,14 @@ def test_an_option_that_takes_a_list_appends():
         (["--optim.lr", "1", "--optim.lr", "2"], ["--optim.lr 1", "--optim.lr 2"]),
         (["--optim.lr=1", "--optim.lr", "1"], ["--optim.lr 1"]),
         (["--data.seq-len", "8", "--data.seq_len=9"], ["--data.seq-len 8", "--data.seq_len 9"]),
-        (["--metrics.progress", "--metrics.no-progress"], ["--metrics.progress", "--metrics.no-progress"]),
-        (["--model.random-init", "--model.random_init", "False"], ["--model.random-init", "--model.random_init False"]),
+        (
+            ["--metrics.progress", "--metrics.no-progress"],
+            ["--metrics.progress", "--metrics.no-progress"],
+        ),
+        (
+            ["--model.random-init", "--model.random_init", "False"],
+            ["--model.random-init", "--model.random_init False"],
+        ),
         (["--config", "a", "--config=b"], ["--config a", "--config b"]),
     ],
 )
@@ -60,11 +76,35 @@ def test_any_other_option_given_twice_is_refused_with_both(argv, both):
 
 def test_values_of_every_kind_are_read():
     config = options(
-        *("--optim.lr", "1e-5", "--parallel.dp-shard", "-1", "--optim.clip-norm", "None", "--model.path=a=b"),
-        *("--metrics.no-progress", "--metrics.tensorboard", "false", "--data.template-kwargs", '{"a": "--b"}', "--data.eval"),
+        *(
+            "--optim.lr",
+            "1e-5",
+            "--parallel.dp-shard",
+            "-1",
+            "--optim.clip-norm",
+            "None",
+            "--model.path=a=b",
+        ),
+        *(
+            "--metrics.no-progress",
+            "--metrics.tensorboard",
+            "false",
+            "--data.template-kwargs",
+            '{"a": "--b"}',
+            "--data.eval",
+        ),
     )
-    assert (config.optim.lr, config.parallel.dp_shard, config.optim.clip_norm, config.model.path) == (1e-5, -1, None, "a=b")
-    assert (config.metrics.progress, config.metrics.tensorboard, config.data.eval) == (False, False, ())
+    assert (
+        config.optim.lr,
+        config.parallel.dp_shard,
+        config.optim.clip_norm,
+        config.model.path,
+    ) == (1e-5, -1, None, "a=b")
+    assert (config.metrics.progress, config.metrics.tensorboard, config.data.eval) == (
+        False,
+        False,
+        (),
+    )
     assert config.data.template_kwargs == '{"a": "--b"}'
 
 
@@ -73,7 +113,10 @@ def test_values_of_every_kind_are_read():
     [
         (["--optim.lr", "fast"], ["--optim.lr is 'fast'", "a number"]),
         (["--train.steps", "2.5"], ["--train.steps is '2.5'", "a whole number"]),
-        (["--data.mask", "asistant"], ["--data.mask is 'asistant'", "assistant, last-turn, all", "did you mean assistant?"]),
+        (
+            ["--data.mask", "asistant"],
+            ["--data.mask is 'asistant'", "assistant, last-turn, all", "did you mean assistant?"],
+        ),
         (["--metrics.progress", "maybe"], ["--metrics.progress is 'maybe'", "True or False"]),
         (["--optim.lr"], ["--optim.lr takes one value"]),
         (["--optim.lr", "1", "2"], ["--optim.lr takes one value", "1 2"]),
@@ -148,8 +191,10 @@ def test_two_explicit_alternatives_stay_refused(tmp_path):
 
 
 FILES = {
-    "a.yaml": "data: {train: [a, b], seq-len: 64}\noptim: {lr: 1e-5, clip_norm: null}\ntrain: {steps: 7}\nmodel: {path: m}\n",
-    "a.json": '{"data": {"train": ["a", "b"], "seq_len": 64}, "optim": {"lr": 1e-5, "clip_norm": null},'
+    "a.yaml": "data: {train: [a, b], seq-len: 64}\noptim: {lr: 1e-5, clip_norm: null}\ntrain: "
+    "{steps: 7}\nmodel: {path: m}\n",
+    "a.json": '{"data": {"train": ["a", "b"], "seq_len": 64}, "optim": {"lr": 1e-5, "clip_norm": '
+    "null},"
     ' "train.steps": 7, "model": {"path": "m"}}',
     "a.toml": 'model.path = "m"\ntrain.steps = 7\n[data]\ntrain = ["a", "b"]\nseq_len = 64\n'
     '[optim]\nlr = 1e-5\nclip_norm = "None"\n',
@@ -163,7 +208,12 @@ def test_a_file_lies_between_preset_and_options(name, tmp_path):
     (tmp_path / name).write_text(FILES[name])
     config = options("v3_256", "--config", tmp_path / name, "--data.train", "c", "--optim.lr", "2")
     preset = PRESETS["v3_256"]()
-    assert (config.data.train, config.data.seq_len, config.optim.lr, config.optim.clip_norm) == (("c",), 64, 2.0, None)
+    assert (config.data.train, config.data.seq_len, config.optim.lr, config.optim.clip_norm) == (
+        ("c",),
+        64,
+        2.0,
+        None,
+    )
     assert (config.train.steps, config.train.epochs) == (7, None)
     assert config.parallel == preset.parallel and config.output == preset.output
     plain = options("--config", tmp_path / name)  # model.path is given: the preset is finetune
@@ -173,10 +223,13 @@ def test_a_file_lies_between_preset_and_options(name, tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_written_configuration_is_a_config_file(preset, tmp_path):
-    config = options(preset, "--data.eval", "x=a", "--optim.clip-norm", "None", "--output", tmp_path)
+    config = options(
+        preset, "--data.eval", "x=a", "--optim.clip-norm", "None", "--output", tmp_path
+    )
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     assert options(preset, "--config", tmp_path / "config.json") == config
-    assert options("moonlight", "--config", tmp_path / "config.json") == config  # it says everything
+    # it says everything
+    assert options("moonlight", "--config", tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize(
@@ -236,7 +289,9 @@ class Tool:
 
 
 def test_a_tool_takes_the_configuration_of_a_run_and_passes_over_what_it_does_not_have(tmp_path):
-    saved = dataclasses.replace(options("v3_256", "--model.path", "m", "--data.train", "a"), output="x")
+    saved = dataclasses.replace(
+        options("v3_256", "--model.path", "m", "--data.train", "a"), output="x"
+    )
     (tmp_path / "config.json").write_text(json.dumps(to_dict(saved)))
     tool = cli.parse_tool(Tool, ["--config", str(tmp_path / "config.json"), "--html", "h"], "")
     assert (tool.model.path, tool.data, tool.html) == ("m", saved.data, "h")
@@ -257,7 +312,9 @@ def test_help_is_short_and_help_all_is_whole(capsys):
     assert shown["-h"] == shown["--help"] and "--help-all" in shown["--help"]
     flags = [option.flag for option in cli.options_of(Config).values()]
     assert all(f"  {flag} " in shown["--help-all"] for flag in flags)
-    assert sum(f"  {flag} " in shown["--help"] for flag in flags) < 20 and all(name in shown["--help"] for name in PRESETS)
+    assert sum(f"  {flag} " in shown["--help"] for flag in flags) < 20 and all(
+        name in shown["--help"] for name in PRESETS
+    )
     assert "(default: 512)" in shown["--help"]  # of the preset
 
 
@@ -290,9 +347,14 @@ def test_all_missing_sources_stand_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         launch.check_data(Data(train=(*found, "b.jsonl:2", "*.json", "other"), eval=("x=c.jsonl",)))
     said = str(error.value)
-    assert "--data.train b.jsonl:2 does not exist" in said and "--data.eval c.jsonl does not exist" in said
+    assert (
+        "--data.train b.jsonl:2 does not exist" in said
+        and "--data.eval c.jsonl does not exist" in said
+    )
     assert "--data.train other holds no file of rows" in said and "it has README.md" in said
-    assert "--data.train *.json holds no file of rows" in said and "a.jsonl" not in said.replace("c.jsonl", "")
+    assert "--data.train *.json holds no file of rows" in said and "a.jsonl" not in said.replace(
+        "c.jsonl", ""
+    )
 
 
 def write(directory, *names):
@@ -335,7 +397,9 @@ def test_an_output_that_cannot_be_is_told(tmp_path):
         launch.check_output(str(tmp_path / "file" / "run"))
 
 
-def test_a_name_of_the_hub_is_taken_from_the_cache_or_told_how_to_get(tmp_path, monkeypatch, capsys):
+def test_a_name_of_the_hub_is_taken_from_the_cache_or_told_how_to_get(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match="hf download org/name --local-dir name"):
         launch.model_directory("org/name")
@@ -346,7 +410,9 @@ def test_a_name_of_the_hub_is_taken_from_the_cache_or_told_how_to_get(tmp_path, 
     (tmp_path / "models--org--name" / "refs" / "main").write_text("a" * 40)
     assert launch.model_directory("org/name") == str(snapshot)
     assert "taken from the local cache" in capsys.readouterr().err
-    assert launch.model_directory("a/b/c") == "a/b/c" and launch.model_directory(str(tmp_path)) == str(tmp_path)
+    assert launch.model_directory("a/b/c") == "a/b/c" and launch.model_directory(
+        str(tmp_path)
+    ) == str(tmp_path)
 
 
 REPORT = """
@@ -360,23 +426,36 @@ print(set_threads(2), os.environ["OMP_NUM_THREADS"], "torch" in sys.modules)
 def test_threads_are_shared_out_only_where_torchrun_chose_1(by_user):
     """A parent as torchrun is one: it sets the variable for its children in its own environment."""
     parent = (
-        "import os, subprocess, sys; os.environ.update(OMP_NUM_THREADS='1', TORCHELASTIC_RUN_ID='x', PYTHONPATH=sys.argv[2]);"
+        "import os, subprocess, sys; os.environ.update(OMP_NUM_THREADS='1', "
+        "TORCHELASTIC_RUN_ID='x', PYTHONPATH=sys.argv[2]);"
     )
     parent += "sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": "1"} if by_user else {}
     command = [sys.executable, "-c", parent, REPORT, str(ROOT)]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
     share = max(len(os.sched_getaffinity(0)) // 2, 1)
     assert shown == ("None 1 False\n" if by_user else f"{share} {share} False\n")
 
 
 def refused(program, *argv):
-    """Exit code and stderr of a process in which importing torch, transformers or datasets fails."""
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'datasets', 'numpy']));"
-    run = f"{blocked} import runpy; sys.argv = {[str(program), *argv]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    """Exit code and stderr of a process in which importing torch, transformers or datasets
+    fails.
+    """
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'datasets', "
+        "'numpy']));"
+    )
+    run = (
+        f"{blocked} import runpy; sys.argv = {[str(program), *argv]!r}; "
+        f"runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", run], env=environment, capture_output=True, text=True, timeout=60
+    )
     return ended.returncode, ended.stderr
 
 
@@ -389,10 +468,30 @@ def refused(program, *argv):
             2,
             "error: there is no option --optim.learning-rate; did you mean --optim.lr?\n",
         ),
-        (RECIPE, ["--data.train", "/nowhere.jsonl"], 1, "error: --data.train /nowhere.jsonl does not exist;"),
-        (RECIPE, ["--model.path", "/nowhere", "--data.train", "x"], 1, "error: --model.path /nowhere does not exist;"),
-        (INSPECTOR, ["--model.path", "m", "--data.trian", "x"], 2, "no option --data.trian; did you mean --data.train "),
-        (INSPECTOR, ["--model.path", "/nowhere", "--data.train", "x"], 1, "error: --model.path /nowhere does not exist;"),
+        (
+            RECIPE,
+            ["--data.train", "/nowhere.jsonl"],
+            1,
+            "error: --data.train /nowhere.jsonl does not exist;",
+        ),
+        (
+            RECIPE,
+            ["--model.path", "/nowhere", "--data.train", "x"],
+            1,
+            "error: --model.path /nowhere does not exist;",
+        ),
+        (
+            INSPECTOR,
+            ["--model.path", "m", "--data.trian", "x"],
+            2,
+            "no option --data.trian; did you mean --data.train ",
+        ),
+        (
+            INSPECTOR,
+            ["--model.path", "/nowhere", "--data.train", "x"],
+            1,
+            "error: --model.path /nowhere does not exist;",
+        ),
     ],
 )
 def test_programs_refuse_before_anything_slow_is_imported(program, argv, code, words):

@@ -8,17 +8,26 @@ import pytest
 
 from recipes.deepseek_v3_sft import PRESETS, choose_preset
 from torchsft.cli import parse
-from torchsft.config import Checkpoint, Config, InputError, Optim, Parallel, Train, differences, to_dict
+from torchsft.config import (
+    Checkpoint,
+    Config,
+    InputError,
+    Optim,
+    Parallel,
+    Train,
+    differences,
+    to_dict,
+)
 from torchsft.trainer import resolve
 
 # Documentation and tools rely on these names (DESIGN.md).
 CONTRACT = """
-model.path data.train data.eval data.seq-len data.mask train.steps train.epochs train.global-batch-size
-train.micro-batch-size train.seed parallel.pp parallel.dp-replicate parallel.dp-shard parallel.cp parallel.tp parallel.ep
-parallel.pp-schedule
-optim.lr optim.schedule optim.warmup-steps optim.clip-norm precision.compute checkpoint.every checkpoint.resume
-checkpoint.keep checkpoint.export eval.every output print-config
-checkpoint.mode checkpoint.if-busy checkpoint.keep-every checkpoint.keep-best checkpoint.on-error checkpoint.remote
+model.path data.train data.eval data.seq-len data.mask train.steps train.epochs
+train.global-batch-size train.micro-batch-size train.seed parallel.pp parallel.dp-replicate
+parallel.dp-shard parallel.cp parallel.tp parallel.ep parallel.pp-schedule optim.lr optim.schedule
+optim.warmup-steps optim.clip-norm precision.compute checkpoint.every checkpoint.resume
+checkpoint.keep checkpoint.export eval.every output print-config checkpoint.mode checkpoint.if-busy
+checkpoint.keep-every checkpoint.keep-best checkpoint.on-error checkpoint.remote
 """.split()
 
 
@@ -40,13 +49,17 @@ def test_the_preset_is_named_or_follows_from_the_model_path():
     assert options("--model.path=DIR")[0] == "finetune"
     assert options("debug", "--model.path", "DIR")[0] == "debug"
     with pytest.raises(
-        InputError, match="preset 'debgu' does not exist; choose one of: debug, finetune, v3_256, v3_128, v3_64, moonlight"
+        InputError,
+        match="preset 'debgu' does not exist; choose one of: debug, finetune, v3_256, "
+        "v3_128, v3_64, moonlight",
     ):
         options("debgu")
 
 
 def test_options_override_the_preset():
-    _, config = options("debug", "--optim.lr", "0.5", "--data.train", "a", "b", "--optim.clip-norm", "None")
+    _, config = options(
+        "debug", "--optim.lr", "0.5", "--data.train", "a", "b", "--optim.clip-norm", "None"
+    )
     expected = PRESETS["debug"]()
     assert (config.optim.lr, config.data.train, config.optim.clip_norm) == (0.5, ("a", "b"), None)
     assert config.train == expected.train
@@ -68,13 +81,22 @@ def test_options_override_the_preset():
         (lambda: Optim(clip_norm=0.0), "--optim.clip-norm is 0.0"),
         (lambda: Optim(min_lr_ratio=2.0), "--optim.min-lr-ratio is 2.0"),
         (lambda: Parallel(tp=0), "--parallel.tp is 0, but it must be at least 1"),
-        (lambda: Parallel(pp_layers=(4, -1)), "--parallel.pp-layers is (4, -1), but a stage cannot have fewer than 0 layers"),
+        (
+            lambda: Parallel(pp_layers=(4, -1)),
+            "--parallel.pp-layers is (4, -1), but a stage cannot have fewer than 0 layers",
+        ),
         (lambda: Train(aux_loss=-1.0), "--train.aux-loss is -1.0"),
         (lambda: Parallel(dp_shard=0), "--parallel.dp-shard is 0"),
         (lambda: Parallel(timeout_seconds=0.0), "--parallel.timeout-seconds is 0.0"),
-        (lambda: Checkpoint(keep_every=-1), "--checkpoint.keep-every is -1, but it must be at least 0"),
+        (
+            lambda: Checkpoint(keep_every=-1),
+            "--checkpoint.keep-every is -1, but it must be at least 0",
+        ),
         (lambda: Checkpoint(keep_best=-1), "--checkpoint.keep-best is -1"),
-        (lambda: Checkpoint(remote="bucket/run"), "--checkpoint.remote is 'bucket/run', but it must be a URL such as s3://"),
+        (
+            lambda: Checkpoint(remote="bucket/run"),
+            "--checkpoint.remote is 'bucket/run', but it must be a URL such as s3://",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_the_option_and_the_number(build, message):
@@ -85,9 +107,16 @@ def test_values_that_cannot_work_are_refused_with_the_option_and_the_number(buil
 def test_differences_name_what_changes_the_training_and_nothing_else():
     old = Config()
     new = dataclasses.replace(
-        old, train=Train(seed=3, max_nonfinite_steps=9), parallel=Parallel(ep=2), optim=Optim(lr=0.5), output="elsewhere"
+        old,
+        train=Train(seed=3, max_nonfinite_steps=9),
+        parallel=Parallel(ep=2),
+        optim=Optim(lr=0.5),
+        output="elsewhere",
     )
-    assert differences(to_dict(old), to_dict(new)) == ["optim.lr: 1e-05 -> 0.5", "train.seed: 0 -> 3"]
+    assert differences(to_dict(old), to_dict(new)) == [
+        "optim.lr: 1e-05 -> 0.5",
+        "train.seed: 0 -> 3",
+    ]
     assert differences(to_dict(old), to_dict(old)) == []
 
 
@@ -102,7 +131,12 @@ def test_an_option_that_an_older_version_did_not_have_had_its_default_there():
 def test_epochs_are_numbers_with_or_without_a_point():
     assert options("finetune", "--train.epochs", "2")[1].train.epochs == 2
     assert options("finetune", "--train.epochs", "0.5")[1].train.epochs == 0.5
-    assert differences(to_dict(Config(train=Train(epochs=1))), to_dict(Config(train=Train(epochs=1.0)))) == []
+    assert (
+        differences(
+            to_dict(Config(train=Train(epochs=1))), to_dict(Config(train=Train(epochs=1.0)))
+        )
+        == []
+    )
     assert '"epochs": 2,' in json.dumps(to_dict(options("finetune", "--train.epochs", "2")[1]))
 
 
@@ -111,7 +145,9 @@ def test_every_preset_can_be_looked_at_without_its_ranks(name, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config = dataclasses.replace(PRESETS[name](), print_config=True)
     parallel = resolve(config).parallel
-    assert parallel == dataclasses.replace(config.parallel, dp_shard=max(config.parallel.dp_shard, 1))
+    assert parallel == dataclasses.replace(
+        config.parallel, dp_shard=max(config.parallel.dp_shard, 1)
+    )
 
 
 def test_a_layout_that_fills_up_can_be_looked_at_too(monkeypatch):

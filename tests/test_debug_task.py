@@ -1,4 +1,6 @@
-"""The generated task: its files load, its rule is what the docstring says, and nothing held out is in training."""
+"""The generated task: its files load, its rule is what the docstring says, and nothing held out is
+in training.
+"""
 
 import json
 import re
@@ -33,7 +35,9 @@ def data(tmp_path_factory):
 
 
 def answers(conversations):
-    return [m["content"] for messages in conversations for m in messages if m["role"] == "assistant"]
+    return [
+        m["content"] for messages in conversations for m in messages if m["role"] == "assistant"
+    ]
 
 
 def texts(conversations):
@@ -41,8 +45,12 @@ def texts(conversations):
 
 
 def right_answer(system, questions):
-    """The task's rule, written a second time: the answer to the last of `questions`, from what was said before it."""
-    name, city, language = re.fullmatch(r"You help (\w+) from (\w+) to learn (\w+)\.", system).groups()
+    """The task's rule, written a second time: the answer to the last of `questions`, from what was
+    said before it.
+    """
+    name, city, language = re.fullmatch(
+        r"You help (\w+) from (\w+) to learn (\w+)\.", system
+    ).groups()
     question = questions[-1]
     if question == "Who am I?":
         return f"You are {name} from {city}."
@@ -51,7 +59,9 @@ def right_answer(system, questions):
     if found := re.fullmatch(r"I have a (\w+) (\w+)\.", question):
         return f"Noted: {name} has a {found[1]} {found[2]}."
     if found := re.fullmatch(r"What colour is my (\w+)\?", question):
-        (colour,) = {c[1] for q in questions if (c := re.fullmatch(rf"I have a (\w+) {found[1]}\.", q))}
+        (colour,) = {
+            c[1] for q in questions if (c := re.fullmatch(rf"I have a (\w+) {found[1]}\.", q))
+        }
         return f"The {found[1]} of {name} is {colour}."
     if found := re.fullmatch(r"And in (\w+)\?", question):
         language = found[1]
@@ -62,7 +72,9 @@ def right_answer(system, questions):
 def test_every_answer_follows_from_the_rule(data):
     kinds = Counter()
     for messages in data[0] + data[1]:
-        assert [m["role"] for m in messages] == ["system"] + ["user", "assistant"] * (len(messages) // 2)
+        assert [m["role"] for m in messages] == ["system"] + ["user", "assistant"] * (
+            len(messages) // 2
+        )
         questions = [m["content"] for m in messages[1::2]]
         for i, answer in enumerate(messages[2::2], start=1):
             assert answer["content"] == right_answer(messages[0]["content"], questions[:i])
@@ -91,7 +103,9 @@ def test_held_out_pairs_never_meet_in_a_training_conversation_but_their_halves_d
     def pairs(conversations):
         found = set()
         for messages in conversations:
-            name, city = re.fullmatch(r"You help (\w+) from (\w+) to learn \w+\.", messages[0]["content"]).groups()
+            name, city = re.fullmatch(
+                r"You help (\w+) from (\w+) to learn \w+\.", messages[0]["content"]
+            ).groups()
             found.add((name, city))
             for m in messages[1::2]:
                 if match := re.fullmatch(r"What is a (\w+)\?", m["content"]):
@@ -107,7 +121,9 @@ def test_held_out_pairs_never_meet_in_a_training_conversation_but_their_halves_d
 
 
 def test_training_shows_every_word_that_held_out_answers_need(data):
-    entries = [set(re.findall(r"A (\w+) is (\w+) in (\w+),", " ".join(answers(part)))) for part in data]
+    entries = [
+        set(re.findall(r"A (\w+) is (\w+) in (\w+),", " ".join(answers(part)))) for part in data
+    ]
     assert len(entries[1]) > 60 and entries[1] <= entries[0]
 
 
@@ -116,7 +132,8 @@ def test_a_constant_answer_is_worth_nothing(data):
     (best, _), *_ = Counter(answers(train)).most_common(1)
     assert answers(held_out).count(best) == 0
     (_, most), *_ = Counter(answers(held_out)).most_common(1)
-    assert most <= 0.02 * len(answers(held_out))  # not even the best constant, chosen with the solutions in hand
+    # not even the best constant, chosen with the solutions in hand
+    assert most <= 0.02 * len(answers(held_out))
 
 
 def test_the_seed_decides_the_bytes(tmp_path):
@@ -149,21 +166,29 @@ def test_transformers_builds_the_model_from_its_config(model_dir, tokenizer):
 
 def test_special_tokens_are_three_different_ones(tokenizer):
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
-    assert tokenizer("Who am I?").input_ids == tokenizer("Who am I?", add_special_tokens=False).input_ids
+    assert (
+        tokenizer("Who am I?").input_ids
+        == tokenizer("Who am I?", add_special_tokens=False).input_ids
+    )
 
 
 def test_every_conversation_has_one_bos_and_ends_each_turn(tokenizer, data):
-    for messages in data[0][:50] + data[1][:50] + [data[0][0][1:]]:  # the last one has no system turn
+    # the last one has no system turn
+    for messages in data[0][:50] + data[1][:50] + [data[0][0][1:]]:
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-        assert ids.count(tokenizer.eos_token_id) == len(messages) and ids[-1] == tokenizer.eos_token_id
+        assert (
+            ids.count(tokenizer.eos_token_id) == len(messages) and ids[-1] == tokenizer.eos_token_id
+        )
 
 
 def test_the_generation_prompt_is_what_comes_before_an_answer(tokenizer, data):
     messages = data[1][0]
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     for i in range(2, len(messages), 2):
-        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(
+            messages[:i], add_generation_prompt=True, return_dict=False
+        )
         answer = tokenizer(messages[i]["content"]).input_ids
         assert whole[: len(prompt) + len(answer) + 1] == [*prompt, *answer, tokenizer.eos_token_id]
 
@@ -183,5 +208,7 @@ def test_the_tasks_words_are_one_token_each_and_every_text_round_trips(tokenizer
 
 
 def test_conversations_fit_into_a_short_row(tokenizer, data):
-    lengths = [len(tokenizer.apply_chat_template(messages, return_dict=False)) for messages in data[0]]
+    lengths = [
+        len(tokenizer.apply_chat_template(messages, return_dict=False)) for messages in data[0]
+    ]
     assert max(lengths) <= 128

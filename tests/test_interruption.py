@@ -1,4 +1,6 @@
-"""Ctrl-C, faults and dead ranks, in processes that play ranks without torch: what they print, and how they end."""
+"""Ctrl-C, faults and dead ranks, in processes that play ranks without torch: what they print, and
+how they end.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,17 @@ TRAINS = """    with Preemption(tell=True) as preemption:
 def start(body, **environment):
     """A process that runs `guarded(main)`."""
     code = f"{PROLOGUE}{body}\nguarded(main)"
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "TORCHELASTIC_ERROR_FILE")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "TORCHELASTIC_ERROR_FILE")
+    }
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=clean | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -46,7 +56,9 @@ def test_ctrl_c_outside_of_training_is_one_line_of_rank_0_and_no_traceback():
     assert errors[0].startswith("interrupted; ") and errors[0].count("\n") == 1 and errors[1] == ""
 
 
-@pytest.mark.parametrize(("environment", "second"), [({}, signal.SIGINT), ({"RANK": "0"}, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("environment", "second"), [({}, signal.SIGINT), ({"RANK": "0"}, signal.SIGTERM)]
+)
 def test_the_first_ctrl_c_is_a_notice_and_the_second_ends_at_once(environment, second):
     """A terminal sends SIGINT twice; torchrun, pressed twice, sends SIGINT and then SIGTERM."""
     process = start(TRAINS, **environment)
@@ -61,7 +73,9 @@ def test_the_first_ctrl_c_is_a_notice_and_the_second_ends_at_once(environment, s
 
 
 def fail(tmp_path, *bodies):
-    """Ranks under one torchrun, one after the other: (exit code, stderr) of each, and what torchrun's report would say."""
+    """Ranks under one torchrun, one after the other: (exit code, stderr) of each, and what
+    torchrun's report would say.
+    """
     ended, failures = [], {}
     for rank, body in enumerate(bodies):
         error_file = tmp_path / "attempt_0" / str(rank) / "error.json"
@@ -72,15 +86,23 @@ def fail(tmp_path, *bodies):
     return ended, ChildFailedError("recipe", failures).format_msg()
 
 
-LOST = "    raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234')"
+LOST = (
+    "    raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer "
+    "[127.0.0.1]:1234')"
+)
 
 
 def test_survivors_of_a_dead_rank_say_so_once(tmp_path):
     ended, report = fail(tmp_path, LOST, LOST)
-    sentence = "error: a rank has died (where it says nothing itself it was killed, often for lack of memory)"
+    sentence = (
+        "error: a rank has died (where it says nothing itself it was killed, often for lack of "
+        "memory)"
+    )
     assert ended[0][0].startswith(sentence) and ended[0][0].count("\n") == 1 and ended[1] == ("", 1)
     root = report.split("Root Cause")[1]
-    assert f"traceback : {sentence}" in root and report.rstrip("=\n").splitlines()[-1].startswith("  traceback : error: ")
+    assert f"traceback : {sentence}" in root and report.rstrip("=\n").splitlines()[-1].startswith(
+        "  traceback : error: "
+    )
 
 
 def test_a_bug_keeps_its_traceback_and_survivors_are_silent(tmp_path):

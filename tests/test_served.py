@@ -1,4 +1,6 @@
-"""An export behaves when it is served: plain `transformers` generates from it alone what the run generated, and stops there."""
+"""An export behaves when it is served: plain `transformers` generates from it alone what the run
+generated, and stops there.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA = (
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|stop|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|stop|>\n\n{{ m['content'] "
+    "}}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}"
 )
 GLM = (
@@ -45,7 +48,13 @@ FAMILIES = {
         "<|endoftext|>",
         "<|endoftext|> <|im_end|>",
     ),
-    "llama": (LLAMA, ["<|start|>", "<|stop|>", "<|eot_id|>", "<|end|>"], "<|end|>", ["<|end|>"], "<|end|> <|eot_id|>"),
+    "llama": (
+        LLAMA,
+        ["<|start|>", "<|stop|>", "<|eot_id|>", "<|end|>"],
+        "<|end|>",
+        ["<|end|>"],
+        "<|end|> <|eot_id|>",
+    ),
     "glm": (
         GLM,
         ["<|endoftext|>", "[gMASK]", "<|user|>", "<|assistant|>", "<|observation|>"],
@@ -53,7 +62,13 @@ FAMILIES = {
         ["<|endoftext|>", "<|user|>", "<|observation|>"],
         "<|endoftext|> <|user|> <|observation|>",
     ),
-    "deepseek": (DEEPSEEK, ["<|User|>", "<|Assistant|>", "<|eos|>"], "<|eos|>", "<|eos|>", "<|eos|>"),
+    "deepseek": (
+        DEEPSEEK,
+        ["<|User|>", "<|Assistant|>", "<|eos|>"],
+        "<|eos|>",
+        "<|eos|>",
+        "<|eos|>",
+    ),
 }
 
 
@@ -84,7 +99,9 @@ def config_for(directory, **changes):
     data = write_rows(directory / "rows.jsonl")
     return Config(
         model=Model(path=str(directory / "base")),
-        data=Data(train=(data,), eval=(data,), seq_len=64, cache=str(directory / "cache"), **changes),
+        data=Data(
+            train=(data,), eval=(data,), seq_len=64, cache=str(directory / "cache"), **changes
+        ),
         train=Train(steps=60, global_batch_size=1),
         optim=Optim(lr=1e-2, schedule="constant", weight_decay=0.0),
         checkpoint=Checkpoint(every=0, export="fp32"),
@@ -114,14 +131,21 @@ def test_transformers_generates_the_runs_answers_from_the_export_alone(name, tmp
     export = tmp_path / "run/hf"
     served_by = AutoTokenizer.from_pretrained(export)
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
-    answers = [json.loads(line) for line in (tmp_path / "run/answers-after.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line) for line in (tmp_path / "run/answers-after.jsonl").read_text().splitlines()
+    ]
     for (asked, reference), ours in zip(PAIRS.items(), answers, strict=True):
         prompt = served_by.apply_chat_template(
-            [{"role": "user", "content": asked}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": asked}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )
         length = prompt["input_ids"].shape[1]
         assert prompt["input_ids"][0].tolist() == ours["prompt"]
-        generated = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, length:].tolist()
+        generated = model.generate(**prompt, max_new_tokens=24, do_sample=False)[
+            0, length:
+        ].tolist()
         assert generated == ours["generated"] and ours["ended"] and ours["correct"]
         assert served_by.decode(generated, skip_special_tokens=True).strip() == reference
     assert "2 of 2 ended by themselves" in said
@@ -134,7 +158,12 @@ def test_transformers_generates_the_runs_answers_from_the_export_alone(name, tmp
     assert ("with which trained turns ended" in said) is (name in ("chatml", "llama"))
     # the checkpoint knows it too, for later conversions
     [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
-    assert convert.ToHf(checkpoint, tmp_path / "later", "fp32", None, 2**20, 5e9).config["eos_token_id"] == expected
+    assert (
+        convert.ToHf(checkpoint, tmp_path / "later", "fp32", None, 2**20, 5e9).config[
+            "eos_token_id"
+        ]
+        == expected
+    )
 
 
 def test_answers_of_a_model_that_never_stops_did_not_end(tmp_path, capsys):
@@ -149,7 +178,9 @@ def test_answers_of_a_model_that_never_stops_did_not_end(tmp_path, capsys):
 
 
 def test_an_answer_ends_at_what_stops_a_server_not_where_its_reference_does():
-    """The model says 5, 6, 7, 8, ... whatever it is asked; the reference ends with 6, and so does nothing else."""
+    """The model says 5, 6, 7, 8, ... whatever it is asked; the reference ends with 6, and so does
+    nothing else.
+    """
 
     def next_token(tokens, *, logits_at, **_):
         return torch.nn.functional.one_hot(tokens[logits_at] + 1, 20).float()
@@ -157,14 +188,18 @@ def test_an_answer_ends_at_what_stops_a_server_not_where_its_reference_does():
     prompts = [("a", [4], [5, 6]), ("b", [4], [5, 6, 7, 8]), ("c", [9], [10, 11])]
     limits = {"max_new_tokens": 6, "max_tokens": 64}
     with World(Parallel(), 0) as world:
-        answers = greedy_answers(SimpleNamespace(logits=next_token), prompts, world, stops={7, 3}, **limits)
+        answers = greedy_answers(
+            SimpleNamespace(logits=next_token), prompts, world, stops={7, 3}, **limits
+        )
     assert [a.generated for a in answers] == [[5, 6, 7], [5, 6, 7], [10, 11, 12, 13, 14, 15]]
     assert [a.ended({7, 3}) for a in answers] == [True, True, False]
     assert not any(a.correct for a in answers)
 
 
 def test_what_ended_turns_before_a_run_was_continued_is_named_too(tmp_path):
-    """A stream's report begins anew in each process; the checkpoint has what the earlier one read."""
+    """A stream's report begins anew in each process; the checkpoint has what the earlier one
+    read.
+    """
     write_model(tmp_path / "base", *FAMILIES["chatml"][:4])
     config = config_for(tmp_path, streaming=True)
     config.train.steps, config.eval.answers = 2, 0

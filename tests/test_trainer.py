@@ -1,4 +1,6 @@
-"""The training step against a plain `transformers` + `torch.optim` loop, what it does with bad gradients, and bad input."""
+"""The training step against a plain `transformers` + `torch.optim` loop, what it does with bad
+gradients, and bad input.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def trainer_for(inputs, tmp_path, **changes):
 
 
 def reference_tokens(messages, tokenizer):
-    """Token ids and trained flags of a conversation in the tests' template, written down turn by turn."""
+    """Token ids and trained flags of a conversation in the tests' template, written down turn by
+    turn.
+    """
     tokens, trained = tokenizer.encode("<s>", add_special_tokens=False), [False]
     for message in messages:
         for text, flag in (
@@ -64,7 +68,9 @@ def as_one(name):
 
 
 def apart(name):
-    """Whether a parameter is trained, its peak learning rate and weight decay: what `APART` says, by hand."""
+    """Whether a parameter is trained, its peak learning rate and weight decay: what `APART` says,
+    by hand.
+    """
     if ".mlp.gate." in name or "embed_tokens" in name or name.startswith("model.layers.0."):
         return False, 0.0, 0.0
     if ".mlp.experts." in name:
@@ -78,16 +84,27 @@ def apart(name):
 
 APART = {
     "freeze": ("router", "embeddings", "layers.0"),
-    "groups": ("experts:lr=2e-3,weight_decay=0", "*layernorm:lr=0.02", "lm_head:weight_decay=0.5", "layers.2:lr=5e-3"),
+    "groups": (
+        "experts:lr=2e-3,weight_decay=0",
+        "*layernorm:lr=0.02",
+        "lm_head:weight_decay=0.5",
+        "layers.2:lr=5e-3",
+    ),
 }
 
 
-@pytest.mark.parametrize(("options", "kind"), [({"freeze": (), "groups": ()}, as_one), (APART, apart)])
+@pytest.mark.parametrize(
+    ("options", "kind"), [({"freeze": (), "groups": ()}, as_one), (APART, apart)]
+)
 def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind):
-    """Loss, norm and weights of 3 AdamW steps: warm-up, linear decay, weight decay and clipping; frozen parts and groups."""
+    """Loss, norm and weights of 3 AdamW steps: warm-up, linear decay, weight decay and clipping;
+    frozen parts and groups.
+    """
     config = trainer_for(inputs, tmp_path)
     config.train.freeze, config.optim.groups = options["freeze"], options["groups"]
-    lines = [json.loads(line)["messages"] for line in (inputs / "train.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["messages"] for line in (inputs / "train.jsonl").read_text().splitlines()
+    ]
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     model = DeepseekV3ForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -96,7 +113,13 @@ def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind):
         trained, peak, decay = kind(name)
         parameter.requires_grad_(trained)
         if trained:
-            groups.append({"params": [parameter], "peak": peak, "weight_decay": decay if parameter.ndim >= 2 else 0.0})
+            groups.append(
+                {
+                    "params": [parameter],
+                    "peak": peak,
+                    "weight_decay": decay if parameter.ndim >= 2 else 0.0,
+                }
+            )
     optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
     factors = [1.0, 1.0, 0.5]  # warm-up of 1 step, then linear: 1 and 1/2 of the peak
 
@@ -107,9 +130,13 @@ def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind):
             record, _ = trainer.train_step(step)
             loss, count = 0.0, 0
             for sample_id in step.sample_ids:
-                tokens, trained = reference_tokens(lines[int(sample_id.rsplit(":", 1)[1]) - 1], tokenizer)
+                tokens, trained = reference_tokens(
+                    lines[int(sample_id.rsplit(":", 1)[1]) - 1], tokenizer
+                )
                 logits = model(torch.tensor([tokens])).logits[0, :-1]
-                losses = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
+                losses = torch.nn.functional.cross_entropy(
+                    logits, torch.tensor(tokens[1:]), reduction="none"
+                )
                 loss = loss + losses[torch.tensor(trained[1:])].sum()
                 count += sum(trained[1:])
             (loss / count).backward()
@@ -125,7 +152,9 @@ def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind):
         trained_state = trainer.model.state_dict()
     expected = model.state_dict()
     for name, tensor in trained_state.items():
-        torch.testing.assert_close(tensor, expected[name].reshape(tensor.shape), rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(
+            tensor, expected[name].reshape(tensor.shape), rtol=0, atol=2e-5, msg=name
+        )
         still = "correction_bias" in name or not kind(name)[0]
         assert torch.equal(tensor, before[name].reshape(tensor.shape)) == still, name
 
@@ -137,7 +166,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(inputs, tm
         trainer.train_step(next(trainer.loader))
         before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
         moments = [{k: v.clone() for k, v in s.items()} for s in trainer.optimizer.state.values()]
-        poison = trainer.model.model.norm.weight.register_hook(lambda g: torch.full_like(g, math.nan))
+        poison = trainer.model.model.norm.weight.register_hook(
+            lambda g: torch.full_like(g, math.nan)
+        )
         record, scalars = trainer.train_step(next(trainer.loader))
         assert math.isnan(record["grad_norm"]) and scalars["optim/skipped_steps"] == 1
         for name, tensor in trainer.model.state_dict().items():
@@ -147,7 +178,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(inputs, tm
         poison.remove()
         record, _ = trainer.train_step(next(trainer.loader))
         assert math.isfinite(record["grad_norm"])
-        assert (trainer.step, trainer.updates, trainer.skipped, trainer.skipped_in_a_row) == (3, 2, 1, 0)
+        assert (trainer.step, trainer.updates, trainer.skipped, trainer.skipped_in_a_row) == (
+            3,
+            2,
+            1,
+            0,
+        )
 
 
 def test_a_run_ends_after_some_skipped_steps_in_a_row_and_all_are_in_the_metrics(inputs, tmp_path):
@@ -156,10 +192,18 @@ def test_a_run_ends_after_some_skipped_steps_in_a_row_and_all_are_in_the_metrics
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
         trainer.model.model.norm.weight.register_hook(lambda g: torch.full_like(g, math.inf))
-        with pytest.raises(InputError, match=r"2 steps in a row changed nothing, the last with norm (inf|nan) at step 2"):
+        with pytest.raises(
+            InputError,
+            match=r"2 steps in a row changed nothing, the last with "
+            r"norm (inf|nan) at step 2",
+        ):
             trainer.run()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] is None for line in lines)
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == [1, 2] and all(
+        line["grad_norm"] is None for line in lines
+    )
 
 
 def test_automatic_options_are_resolved_in_the_saved_configuration(inputs, tmp_path):
@@ -193,7 +237,11 @@ def bad_model(inputs, tmp_path, change):
     ("change", "sentence"),
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
-        ({"moe_intermediate_size": 24}, r"of another shape: .*experts.0.gate_proj.weight \(\(16, 32\) instead of \(24, 32\)\)"),
+        (
+            {"moe_intermediate_size": 24},
+            r"of another shape: .*experts.0.gate_proj.weight \(\(16, "
+            r"32\) instead of \(24, 32\)\)",
+        ),
         ({"num_hidden_layers": 4}, r"missing: model\.layers\.3\."),
         ({"hidden_size": "32"}, "hidden_size = '32', but numbers are needed"),
     ],
@@ -201,7 +249,15 @@ def bad_model(inputs, tmp_path, change):
 def test_a_model_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, change, sentence):
     directory = bad_model(inputs, tmp_path, change)
     with pytest.raises(InputError, match=sentence):
-        run_recipe(monkeypatch, "--model.path", directory, "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run")
+        run_recipe(
+            monkeypatch,
+            "--model.path",
+            directory,
+            "--data.train",
+            inputs / "train.jsonl",
+            "--output",
+            tmp_path / "run",
+        )
 
 
 @pytest.mark.parametrize(
@@ -210,32 +266,77 @@ def test_a_model_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, cha
         (["--model.path", "/absent"], "/absent"),
         (["--parallel.ep", "3"], "ep is 3"),
         (["--data.seq-len", "8"], "no supervised token"),
-        (["--train.global-batch-size", "3", "--train.micro-batch-size", "2"], r"size \(3\) must divide by .* \(2\)"),
-        (["--optim.warmup-steps", "100", "--train.steps", "10"], "warmup-steps is 100, but the run has only 10 steps"),
+        (
+            ["--train.global-batch-size", "3", "--train.micro-batch-size", "2"],
+            r"size \(3\) must "
+            r"divide by .* \(2\)",
+        ),
+        (
+            ["--optim.warmup-steps", "100", "--train.steps", "10"],
+            "warmup-steps is 100, but the run has only 10 steps",
+        ),
         (["--eval.answers", "3"], "eval.answers is 3, but there is no --data.eval"),
-        (["--checkpoint.keep-best", "2"], "keep-best is 2, but without --data.eval no checkpoint has an eval loss"),
-        (["--checkpoint.remote", "nosuch://bucket"], "nosuch://bucket/checkpoints cannot be reached"),
+        (
+            ["--checkpoint.keep-best", "2"],
+            "keep-best is 2, but without --data.eval no checkpoint has an eval loss",
+        ),
+        (
+            ["--checkpoint.remote", "nosuch://bucket"],
+            "nosuch://bucket/checkpoints cannot be reached",
+        ),
         (["--checkpoint.resume", "/absent"], "/absent does not exist"),
-        (["--model.attention", "varlen", "--precision.compute", "fp32"], "varlen needs bf16 on a CUDA device"),
+        (
+            ["--model.attention", "varlen", "--precision.compute", "fp32"],
+            "varlen needs bf16 on a CUDA device",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(inputs, tmp_path, monkeypatch, options, sentence):
     path = [] if "--model.path" in options else ["--model.path", inputs / "model"]
     with pytest.raises(InputError, match=sentence):
-        run_recipe(monkeypatch, *path, "--data.train", inputs / "train.jsonl", *options, "--output", tmp_path / "run")
+        run_recipe(
+            monkeypatch,
+            *path,
+            "--data.train",
+            inputs / "train.jsonl",
+            *options,
+            "--output",
+            tmp_path / "run",
+        )
 
 
 def test_an_output_directory_of_another_run_is_refused(inputs, tmp_path, monkeypatch):
-    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
-    options += ["--train.steps", 2, "--optim.warmup-steps", 1, "--output", tmp_path / "run", "--metrics.no-progress"]
+    options = [
+        "--model.path",
+        inputs / "model",
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+    ]
+    options += [
+        "--train.steps",
+        2,
+        "--optim.warmup-steps",
+        1,
+        "--output",
+        tmp_path / "run",
+        "--metrics.no-progress",
+    ]
     run_recipe(monkeypatch, *options)
     with pytest.raises(InputError, match=r"optim.lr: 1e-05 -> 0.5"):
         run_recipe(monkeypatch, *options, "--optim.lr", 0.5)
     with pytest.raises(InputError, match="already holds checkpoints"):
         run_recipe(monkeypatch, *options, "--checkpoint.resume", "never")
-    with pytest.raises(InputError, match=r"checkpoint .*step-00000002 is of another run, which differs in train.seed: 0 -> 1"):
+    with pytest.raises(
+        InputError,
+        match=r"checkpoint .*step-00000002 is of another run, which "
+        r"differs in train.seed: 0 -> 1",
+    ):
         where = tmp_path / "run" / "checkpoints" / "step-00000002"
-        elsewhere = [tmp_path / "elsewhere" if option == tmp_path / "run" else option for option in options]
+        elsewhere = [
+            tmp_path / "elsewhere" if option == tmp_path / "run" else option for option in options
+        ]
         run_recipe(monkeypatch, *elsewhere, "--train.seed", 1, "--checkpoint.resume", where)
     run_recipe(monkeypatch, *options)  # the same run again: nothing left to train, exported anew
     (tmp_path / "run" / "config.json").write_text("")
@@ -247,26 +348,62 @@ def test_an_output_that_is_a_file_is_refused(inputs, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file is a file; choose another --output"):
         run_recipe(
-            monkeypatch, "--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--output", tmp_path / "file"
+            monkeypatch,
+            "--model.path",
+            inputs / "model",
+            "--data.train",
+            inputs / "train.jsonl",
+            "--output",
+            tmp_path / "file",
         )
 
 
 def test_only_the_debug_preset_generates_a_model(inputs, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--model\.path and --data.train must both be given"):
-        run_recipe(monkeypatch, "finetune", "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run")
+        run_recipe(
+            monkeypatch,
+            "finetune",
+            "--data.train",
+            inputs / "train.jsonl",
+            "--output",
+            tmp_path / "run",
+        )
 
 
 def test_the_debug_preset_loads_the_weights_of_a_given_model(inputs, tmp_path, monkeypatch, capsys):
-    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
-    options += ["--train.steps", 1, "--optim.warmup-steps", 0, "--eval.answers", 0, "--checkpoint.export", "none"]
+    options = [
+        "--model.path",
+        inputs / "model",
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+    ]
+    options += [
+        "--train.steps",
+        1,
+        "--optim.warmup-steps",
+        0,
+        "--eval.answers",
+        0,
+        "--checkpoint.export",
+        "none",
+    ]
     run_recipe(monkeypatch, "debug", *options, "--output", tmp_path / "run")
     assert f"loading weights from {inputs / 'model'}" in capsys.readouterr().out
 
 
 def test_weights_of_one_microbatch_count_as_they_would_in_one_big_batch(inputs, tmp_path):
-    """The answers of every third conversation weigh 0.3: the same loss and norm whether they share a microbatch or not."""
+    """The answers of every third conversation weigh 0.3: the same loss and norm whether they share
+    a microbatch or not.
+    """
     rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
-    for message in (message for row in rows[::3] for message in row["messages"] if message["role"] == "assistant"):
+    for message in (
+        message
+        for row in rows[::3]
+        for message in row["messages"]
+        if message["role"] == "assistant"
+    ):
         message["weight"] = 0.3
     weighted = tmp_path / "train.jsonl"
     weighted.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -291,19 +428,29 @@ def test_print_config_prints_the_resolved_options_and_trains_nothing(tmp_path, m
 
 
 def test_bf16_compute_with_fp32_masters_follows_fp32_for_200_steps(inputs, tmp_path):
-    """Loss within 1 % at every step (bf16 keeps 8 bits, 0.4 %), masters and moments fp32, routing bias untouched."""
+    """Loss within 1 % at every step (bf16 keeps 8 bits, 0.4 %), masters and moments fp32, routing
+    bias untouched.
+    """
     losses = {}
     for compute in ("fp32", "bf16"):
-        config = trainer_for(inputs, tmp_path, precision=Precision(compute=compute), optim=Optim(lr=1e-3))
+        config = trainer_for(
+            inputs, tmp_path, precision=Precision(compute=compute), optim=Optim(lr=1e-3)
+        )
         config.train = Train(steps=200, global_batch_size=2, micro_batch_size=2)
         with World(config.parallel, 0) as world:
             trainer = SilentTrainer(config, world)
             bias = {k: v.clone() for k, v in trainer.model.state_dict().items() if "bias" in k}
-            losses[compute] = [trainer.train_step(next(trainer.loader))[0]["loss"] for _ in range(200)]
+            losses[compute] = [
+                trainer.train_step(next(trainer.loader))[0]["loss"] for _ in range(200)
+            ]
             assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-            assert all(s["exp_avg_sq"].dtype == torch.float32 for s in trainer.optimizer.state.values())
+            assert all(
+                s["exp_avg_sq"].dtype == torch.float32 for s in trainer.optimizer.state.values()
+            )
             now = trainer.model.state_dict()
-            assert bias and all(torch.equal(now[k], v) and v.dtype == torch.float32 for k, v in bias.items())
+            assert bias and all(
+                torch.equal(now[k], v) and v.dtype == torch.float32 for k, v in bias.items()
+            )
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
     assert losses["bf16"] != losses["fp32"] and losses["fp32"][-1] < 0.5 * losses["fp32"][0]
 
@@ -314,29 +461,65 @@ def test_loss_weights_stay_fp32_in_bf16_compute(inputs, tmp_path):
     with World(config.parallel, 0) as world, torch.no_grad():
         trainer = Trainer(config, world)
         batch = next(trainer.loader).microbatches[0]
-        forward = {"positions": batch.positions, "cu_seqlens": batch.cu_seqlens, "labels": batch.labels}
+        forward = {
+            "positions": batch.positions,
+            "cu_seqlens": batch.cu_seqlens,
+            "labels": batch.labels,
+        }
         ones = (batch.labels != -100).float()
-        whole, part = (trainer.model(batch.tokens, **forward, loss_weights=w * ones).item() for w in (1.0, 0.3))
+        whole, part = (
+            trainer.model(batch.tokens, **forward, loss_weights=w * ones).item() for w in (1.0, 0.3)
+        )
     assert part == pytest.approx(0.3 * whole, rel=1e-5)
 
 
 def test_two_runs_in_one_output_are_refused(inputs, tmp_path, monkeypatch):
     with (
         claimed(tmp_path / "run", main=True),
-        pytest.raises(InputError, match=r"another run is writing to .*run; wait for it or choose another"),
+        pytest.raises(
+            InputError,
+            match=r"another run is writing to .*run; wait for it or choose "
+            r"another",
+        ),
     ):
         run_recipe(
-            monkeypatch, "--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--output", tmp_path / "run"
+            monkeypatch,
+            "--model.path",
+            inputs / "model",
+            "--data.train",
+            inputs / "train.jsonl",
+            "--output",
+            tmp_path / "run",
         )
 
 
 def test_an_older_checkpoint_is_not_continued_under_later_ones(inputs, tmp_path, monkeypatch):
     """It would leave a hole in metrics.jsonl, and the next `auto` would jump over it."""
-    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
-    options += ["--train.steps", 4, "--checkpoint.every", 2, "--checkpoint.export", "none", "--output", tmp_path / "run"]
+    options = [
+        "--model.path",
+        inputs / "model",
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+    ]
+    options += [
+        "--train.steps",
+        4,
+        "--checkpoint.every",
+        2,
+        "--checkpoint.export",
+        "none",
+        "--output",
+        tmp_path / "run",
+    ]
     run_recipe(monkeypatch, *options)
     older = tmp_path / "run" / "checkpoints" / "step-00000002"
-    with pytest.raises(InputError, match=r"holds a later checkpoint \(step-00000004\) than .*step-00000002"):
+    with pytest.raises(
+        InputError,
+        match=r"holds a later checkpoint \(step-00000004\) than "
+        r".*step-00000002",
+    ):
         run_recipe(monkeypatch, *options, "--checkpoint.resume", older)
     (tmp_path / "run" / "checkpoints" / "step-00000004" / ".metadata").unlink()
     (tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json").unlink()
@@ -344,8 +527,17 @@ def test_an_older_checkpoint_is_not_continued_under_later_ones(inputs, tmp_path,
         run_recipe(monkeypatch, *options)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud_and_written_again(inputs, tmp_path, monkeypatch, capsys):
-    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud_and_written_again(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    options = [
+        "--model.path",
+        inputs / "model",
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+    ]
     options += ["--train.steps", 4, "--checkpoint.every", 2, "--checkpoint.export", "fp32"]
     for name in ("whole", "run"):
         run_recipe(monkeypatch, *options, "--output", tmp_path / name)
@@ -355,34 +547,84 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud_and_written_again(inpu
     capsys.readouterr()
     run_recipe(monkeypatch, *options, "--output", tmp_path / "run")
     told = capsys.readouterr()
-    assert told.err.count("warning: checkpoint") == 1 and "step-00000004 is damaged: __0_0.distcp has 1000 " in told.err
+    assert (
+        told.err.count("warning: checkpoint") == 1
+        and "step-00000004 is damaged: __0_0.distcp has 1000 " in told.err
+    )
     assert "step-00000002 at step 2 of 4" in told.out
     assert state.find_latest(tmp_path / "run" / "checkpoints") == (str(damaged), [])
-    whole, run = (load_file(next((tmp_path / name / "hf").glob("*.safetensors"))) for name in ("whole", "run"))
+    whole, run = (
+        load_file(next((tmp_path / name / "hf").glob("*.safetensors"))) for name in ("whole", "run")
+    )
     assert whole.keys() == run.keys() and all(torch.equal(run[key], whole[key]) for key in whole)
 
 
 def test_checkpoints_are_kept_by_age_step_and_eval_loss(inputs, tmp_path, monkeypatch):
-    """The last one, every fourth, and of the evaluated ones (every third step, and the last) the best."""
-    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
+    """The last one, every fourth, and of the evaluated ones (every third step, and the last) the
+    best.
+    """
+    options = [
+        "--model.path",
+        inputs / "model",
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+    ]
     options += ["--data.eval", inputs / "train.jsonl", "--train.steps", 10, "--eval.every", 3]
-    options += ["--checkpoint.every", 1, "--checkpoint.keep", 1, "--checkpoint.keep-every", 4, "--checkpoint.keep-best", 1]
+    options += [
+        "--checkpoint.every",
+        1,
+        "--checkpoint.keep",
+        1,
+        "--checkpoint.keep-every",
+        4,
+        "--checkpoint.keep-best",
+        1,
+    ]
     losses = iter([2.0, 1.0, 4.0, 3.0])
-    monkeypatch.setattr("torchsft.trainer.evaluate_loss", lambda *_: {"eval_loss": next(losses), "eval_perplexity": 1.0})
+    monkeypatch.setattr(
+        "torchsft.trainer.evaluate_loss",
+        lambda *_: {"eval_loss": next(losses), "eval_perplexity": 1.0},
+    )
     run_recipe(monkeypatch, *options, "--checkpoint.export", "none", "--output", tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 9, 10]
-    assert sorted(state.saved_step(path) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [4, 6, 8, 10]
+    assert sorted(
+        state.saved_step(path) for path in (tmp_path / "run" / "checkpoints").iterdir()
+    ) == [4, 6, 8, 10]
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     for name in ("checkpoint/stall_seconds", "checkpoint/write_seconds"):
         assert [event.step for event in board.Scalars(name)] == list(range(1, 11))
 
 
-def test_a_checkpoint_that_is_due_too_soon_is_left_out_if_asked(inputs, tmp_path, monkeypatch, capsys):
-    """The first one is written for as long as training goes on; the last one is written all the same."""
-    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
-    options += ["--train.steps", 4, "--checkpoint.every", 1, "--checkpoint.if-busy", "skip", "--checkpoint.export", "none"]
+def test_a_checkpoint_that_is_due_too_soon_is_left_out_if_asked(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    """The first one is written for as long as training goes on; the last one is written all the
+    same.
+    """
+    options = [
+        "--model.path",
+        inputs / "model",
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+    ]
+    options += [
+        "--train.steps",
+        4,
+        "--checkpoint.every",
+        1,
+        "--checkpoint.if-busy",
+        "skip",
+        "--checkpoint.export",
+        "none",
+    ]
     ended = threading.Event()
     write, trainer_save = state.Checkpointer._write, Trainer.save
 
@@ -403,9 +645,27 @@ def test_a_checkpoint_that_is_due_too_soon_is_left_out_if_asked(inputs, tmp_path
     assert capsys.readouterr().out.count("is still being written") == 2
 
 
-def test_a_refused_debug_run_leaves_the_directory_of_another_run_alone(inputs, tmp_path, monkeypatch):
-    options = ["--model.path", inputs / "model", "--data.train", inputs / "train.jsonl", "--data.seq-len", 192]
-    run_recipe(monkeypatch, *options, "--train.steps", 1, "--checkpoint.export", "none", "--output", tmp_path / "run")
+def test_a_refused_debug_run_leaves_the_directory_of_another_run_alone(
+    inputs, tmp_path, monkeypatch
+):
+    options = [
+        "--model.path",
+        inputs / "model",
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+    ]
+    run_recipe(
+        monkeypatch,
+        *options,
+        "--train.steps",
+        1,
+        "--checkpoint.export",
+        "none",
+        "--output",
+        tmp_path / "run",
+    )
     with pytest.raises(InputError, match="holds another run"):
         run_recipe(monkeypatch, "debug", "--output", tmp_path / "run")
     assert not (tmp_path / "run" / "generated").exists()
@@ -413,12 +673,23 @@ def test_a_refused_debug_run_leaves_the_directory_of_another_run_alone(inputs, t
 
 def test_conversations_beyond_the_models_context_are_named(inputs, tmp_path, monkeypatch, capsys):
     directory = bad_model(inputs, tmp_path, {"max_position_embeddings": 64})
-    options = ["--model.path", directory, "--data.train", inputs / "train.jsonl", "--data.seq-len", 192, "--train.steps", 1]
+    options = [
+        "--model.path",
+        directory,
+        "--data.train",
+        inputs / "train.jsonl",
+        "--data.seq-len",
+        192,
+        "--train.steps",
+        1,
+    ]
     run_recipe(monkeypatch, *options, "--checkpoint.export", "none", "--output", tmp_path / "run")
     assert "but the model's max_position_embeddings is 64" in capsys.readouterr().out
 
 
-def test_a_model_that_cannot_fit_a_device_is_refused_before_weights_are_loaded(inputs, tmp_path, monkeypatch):
+def test_a_model_that_cannot_fit_a_device_is_refused_before_weights_are_loaded(
+    inputs, tmp_path, monkeypatch
+):
     """16 bytes for each parameter (fp32 weight, gradient, two moments), activations not counted."""
     config = trainer_for(inputs, tmp_path)
     model = DeepseekV3ForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
@@ -427,7 +698,18 @@ def test_a_model_that_cannot_fit_a_device_is_refused_before_weights_are_loaded(i
     with World(config.parallel, 0) as world:
         Trainer(config, world)
     monkeypatch.setattr("torchsft.trainer.device_bytes", lambda device: needed // 2 - 1)
-    monkeypatch.setattr("torchsft.checkpoint.huggingface.load_weights", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "torchsft.checkpoint.huggingface.load_weights",
+        lambda *_: pytest.fail("weights were loaded"),
+    )
     config = trainer_for(inputs, tmp_path / "other")
-    with World(config.parallel, 0) as world, pytest.raises(InputError, match=r"but its device has .* start at least 3 ranks"):
+    with (
+        World(config.parallel, 0) as world,
+        pytest.raises(
+            InputError,
+            match=r"but its device has "
+            r".* start at least 3 "
+            r"ranks",
+        ),
+    ):
         Trainer(config, world)

@@ -1,4 +1,6 @@
-"""Options of --data through the trainer: what the data layer promises has to hold for losses, gradients and checkpoints."""
+"""Options of --data through the trainer: what the data layer promises has to hold for losses,
+gradients and checkpoints.
+"""
 
 import json
 import warnings
@@ -28,12 +30,15 @@ def one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     yield
-    if torch.distributed.is_initialized():  # a run that failed leaves its group, as its process ends there
+    # a run that failed leaves its group, as its process ends there
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def run(inputs, output, steps=6, stop=None, **data):
-    """Metrics of a run that ends itself at `steps`, or by a signal's flag behind step `stop`; continues what is in `output`."""
+    """Metrics of a run that ends itself at `steps`, or by a signal's flag behind step `stop`;
+    continues what is in `output`.
+    """
     config = config_for(str(inputs), micro_batch_size=2, output=str(output))
     config.train.steps, config.eval.every = steps, 2
     for name, value in data.items():
@@ -42,7 +47,9 @@ def run(inputs, output, steps=6, stop=None, **data):
         trainer = Trainer(config, world)
         if stop:
             save = trainer.save
-            trainer.due = lambda every: trainer.step == stop or (every > 0 and trainer.step % every == 0)
+            trainer.due = lambda every: (
+                trainer.step == stop or (every > 0 and trainer.step % every == 0)
+            )
 
             def save_and_stop(score=None):
                 save(score)
@@ -55,13 +62,20 @@ def run(inputs, output, steps=6, stop=None, **data):
 
 
 def numbers(lines):
-    return [(line["loss"], line["grad_norm"], line["tokens"], line["supervised_tokens"], line["epoch"]) for line in lines]
+    return [
+        (line["loss"], line["grad_norm"], line["tokens"], line["supervised_tokens"], line["epoch"])
+        for line in lines
+    ]
 
 
-def test_weighted_sources_train_the_same_whatever_prepares_them_and_resume_where_they_were(inputs, tmp_path):
+def test_weighted_sources_train_the_same_whatever_prepares_them_and_resume_where_they_were(
+    inputs, tmp_path
+):
     sources = (f"{inputs / 'train.jsonl'}:0.5", f"{inputs / 'other.jsonl'}:2")
     whole = run(inputs, tmp_path / "whole", train=sources, workers=0)
-    assert {line["epoch"] for line in whole} == {0, 1} and all(0 <= line["data_wait_share"] < 1 for line in whole)
+    assert {line["epoch"] for line in whole} == {0, 1} and all(
+        0 <= line["data_wait_share"] < 1 for line in whole
+    )
     run(inputs, tmp_path / "legs", train=sources, workers=3, stop=2)
     assert numbers(run(inputs, tmp_path / "legs", train=sources, workers=1)) == numbers(whole)
     with pytest.raises(InputError, match=r"data.train: .*other.jsonl:2"):
@@ -90,18 +104,29 @@ def test_skipped_rows_are_counted_and_listed(inputs, tmp_path, capsys, streaming
         run(inputs, tmp_path / "skip", train=(str(bad),), streaming=streaming, on_error="skip")
     out = capsys.readouterr().out
     assert "skipped 2" in out or streaming
-    assert f"\n  skipped: {bad}, line 41: no assistant message" in out and f"\n  skipped: {bad}, line 43: not JSON" in out
+    assert (
+        f"\n  skipped: {bad}, line 41: no assistant message" in out
+        and f"\n  skipped: {bad}, line 43: not JSON" in out
+    )
 
 
 def test_variables_that_the_chat_template_does_not_have_are_refused(inputs, tmp_path):
-    with pytest.raises(InputError, match=r"--data.template-kwargs has 'thinking', which is no variable of the chat template"):
+    with pytest.raises(
+        InputError,
+        match=r"--data.template-kwargs has 'thinking', which is no "
+        r"variable of the chat template",
+    ):
         run(inputs, tmp_path / "run", template_kwargs='{"thinking": true}')
     with pytest.raises(InputError, match="must be a JSON object of the template's own variables"):
         Data(template_kwargs='{"messages": []}')
 
 
 def test_streaming_without_a_number_of_steps_is_refused(inputs, tmp_path):
-    with pytest.raises(InputError, match=r"--data.streaming reads an unknown .* --train.epochs is 1; give --train.steps"):
+    with pytest.raises(
+        InputError,
+        match=r"--data.streaming reads an unknown .* --train.epochs is "
+        r"1; give --train.steps",
+    ):
         run(inputs, tmp_path / "run", steps=None, streaming=True)
 
 
@@ -121,18 +146,25 @@ def test_named_evaluation_sets_have_the_losses_of_runs_with_one_set_each(inputs,
 
 
 def first_step(directory, balance):
-    """Loss, gradients and how the attention's costs are spread, of the first step on this number of ranks."""
+    """Loss, gradients and how the attention's costs are spread, of the first step on this number of
+    ranks.
+    """
     config = config_for(directory, global_batch_size=16, seq_len=192)
     config.data.balance, config.data.packing = balance, "none"
     with World(config.parallel, 0) as world:
         trainer = SilentTrainer(config, world)
         step = next(trainer.loader)
-        costs = [sum(length**2 for length in batch.cu_seqlens.diff().tolist()) for batch in step.microbatches]
+        costs = [
+            sum(length**2 for length in batch.cu_seqlens.diff().tolist())
+            for batch in step.microbatches
+        ]
         update = trainer.optimizer.step
         gradients = {}
 
         def keep():
-            gradients.update({name: full(parameter.grad) for name, parameter in trainer.model.named_parameters()})
+            gradients.update(
+                {name: full(parameter.grad) for name, parameter in trainer.model.named_parameters()}
+            )
             update()
 
         trainer.optimizer.step = keep
@@ -141,17 +173,28 @@ def first_step(directory, balance):
 
 
 def test_balanced_ranks_train_the_same_step_with_equal_work(inputs, ranks):
-    plain, balanced = (ranks(2, first_step, directory=str(inputs), balance=balance) for balance in ("none", "attention"))
-    ids = [sorted(name for rank in results for name in rank["ids"]) for results in (plain, balanced)]
+    plain, balanced = (
+        ranks(2, first_step, directory=str(inputs), balance=balance)
+        for balance in ("none", "attention")
+    )
+    ids = [
+        sorted(name for rank in results for name in rank["ids"]) for results in (plain, balanced)
+    ]
     assert ids[0] == ids[1]
 
     def apart(results):
         """What the slower rank of each microbatch costs the other."""
-        return sum(abs(a - b) for a, b in zip(results[0]["costs"], results[1]["costs"], strict=True))
+        return sum(
+            abs(a - b) for a, b in zip(results[0]["costs"], results[1]["costs"], strict=True)
+        )
 
     assert apart(balanced) < 0.3 * apart(plain)
     assert balanced[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
     for name, gradient in plain[0]["gradients"].items():
         torch.testing.assert_close(
-            balanced[0]["gradients"][name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()) + 1e-12, msg=name
+            balanced[0]["gradients"][name],
+            gradient,
+            rtol=0,
+            atol=1e-5 * float(gradient.abs().max()) + 1e-12,
+            msg=name,
         )

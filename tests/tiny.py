@@ -1,4 +1,6 @@
-"""Tiny Hugging Face directories and data sets for tests, written by `transformers` and `tokenizers` themselves."""
+"""Tiny Hugging Face directories and data sets for tests, written by `transformers` and `tokenizers`
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ "
+    "message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -35,7 +38,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(**changes: Any) -> DeepseekV3Config:
-    """3 layers (1 dense), 8 experts in 4 groups, top-3 in 2 groups; widths that differ from each other."""
+    """3 layers (1 dense), 8 experts in 4 groups, top-3 in 2 groups; widths that differ from each
+    other.
+    """
     sizes = dict(
         vocab_size=272,
         hidden_size=32,
@@ -64,8 +69,12 @@ def tiny_config(**changes: Any) -> DeepseekV3Config:
     return DeepseekV3Config(**(sizes | changes))
 
 
-def write_tiny_model(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A tiny DeepSeek-V3 with random weights, biases and norms, and a byte tokenizer, saved by `transformers`."""
+def write_tiny_model(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """A tiny DeepSeek-V3 with random weights, biases and norms, and a byte tokenizer, saved by
+    `transformers`.
+    """
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(tiny_config(**changes))
     with torch.no_grad():
@@ -80,14 +89,21 @@ def write_tiny_model(directory: Path, *, seed: int = 0, dtype: torch.dtype = tor
 
 
 def write_conversations(path: Path, count: int, *, seed: int = 0) -> Path:
-    """`count` conversations of one to three turns with answers of 1 to 40 characters: ragged supervised counts."""
+    """`count` conversations of one to three turns with answers of 1 to 40 characters: ragged
+    supervised counts.
+    """
     draw = random.Random(seed)
     letters = "abcdefgh "
     with open(path, "w") as file:
         for _ in range(count):
             messages = [{"role": "system", "content": "say it"}] if draw.random() < 0.5 else []
             for _ in range(draw.randint(1, 3)):
-                messages.append({"role": "user", "content": "".join(draw.choices(letters, k=draw.randint(1, 20)))})
+                messages.append(
+                    {
+                        "role": "user",
+                        "content": "".join(draw.choices(letters, k=draw.randint(1, 20))),
+                    }
+                )
                 answer = "x" + "".join(draw.choices(letters, k=draw.randint(0, 38))) + "x"
                 messages.append({"role": "assistant", "content": answer})
             file.write(json.dumps({"messages": messages}) + "\n")

@@ -1,11 +1,16 @@
 """Measurements of this machine; results with machine and versions belong in tools/benchmarks.md.
 
-python tools/benchmark.py step            a small model on CPU against a plain transformers + AdamW loop
+python tools/benchmark.py step            a small model on CPU against a plain transformers + AdamW
+                                          loop
 python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU
-python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside its formula
-python tools/benchmark.py layouts         step time and bytes sent under each parallel layout, against one process
-python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the obvious script
-python tools/benchmark.py data            tokenising, packing, starting, against the bare tokenizer and TRL
+python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside
+                                          its formula
+python tools/benchmark.py layouts         step time and bytes sent under each parallel layout,
+                                          against one process
+python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the
+                                          obvious script
+python tools/benchmark.py data            tokenising, packing, starting, against the bare tokenizer
+                                          and TRL
 """
 
 from __future__ import annotations
@@ -16,28 +21,57 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import benchmark_checkpoint, benchmark_data, benchmark_gpu, benchmark_layouts, benchmark_pipeline, benchmark_step
+from tools import (
+    benchmark_checkpoint,
+    benchmark_data,
+    benchmark_gpu,
+    benchmark_layouts,
+    benchmark_pipeline,
+    benchmark_step,
+)
 
 
 def main() -> None:
     """Parse the command line and run one measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="small model, CPU, against transformers")
-    step.add_argument("--repeats", type=int, default=5, help="timed steps of each side (default: %(default)s)")
+    step.add_argument(
+        "--repeats", type=int, default=5, help="timed steps of each side (default: %(default)s)"
+    )
     step.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    step.add_argument("--profile", action="store_true", help="also print where the time goes, by operator")
+    step.add_argument(
+        "--profile", action="store_true", help="also print where the time goes, by operator"
+    )
     gpu = commands.add_parser("gpu", help="real widths, one NVIDIA GPU")
     gpu.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
-    pipeline = commands.add_parser("pipeline", help="bubbles of the pipeline schedules, without arithmetic")
-    pipeline.add_argument("--repeats", type=int, default=3, help="recorded steps (default: %(default)s)")
+    pipeline = commands.add_parser(
+        "pipeline", help="bubbles of the pipeline schedules, without arithmetic"
+    )
+    pipeline.add_argument(
+        "--repeats", type=int, default=3, help="recorded steps (default: %(default)s)"
+    )
     layouts = commands.add_parser("layouts", help="small model on up to 8 ranks of this machine")
-    layouts.add_argument("--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)")
-    checkpoint = commands.add_parser("checkpoint", help="8.5 GB of V3's shapes; needs 45 GB of disk and 20 GB of memory")
-    checkpoint.add_argument("--repeats", type=int, default=3, help="saves of each kind (default: %(default)s)")
-    data = commands.add_parser("data", help="200,000 conversations; takes a quarter of an hour, most of it TRL's")
-    data.add_argument("--conversations", type=int, default=200_000, help="how many (default: %(default)s)")
-    data.add_argument("--no-trl", action="store_true", help="without TRL, which need not be installed then")
+    layouts.add_argument(
+        "--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)"
+    )
+    checkpoint = commands.add_parser(
+        "checkpoint", help="8.5 GB of V3's shapes; needs 45 GB of disk and 20 GB of memory"
+    )
+    checkpoint.add_argument(
+        "--repeats", type=int, default=3, help="saves of each kind (default: %(default)s)"
+    )
+    data = commands.add_parser(
+        "data", help="200,000 conversations; takes a quarter of an hour, most of it TRL's"
+    )
+    data.add_argument(
+        "--conversations", type=int, default=200_000, help="how many (default: %(default)s)"
+    )
+    data.add_argument(
+        "--no-trl", action="store_true", help="without TRL, which need not be installed then"
+    )
     for command in (step, gpu, pipeline, layouts, checkpoint, data):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     options = parser.parse_args()

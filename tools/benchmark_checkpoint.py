@@ -1,9 +1,12 @@
-"""`tools/benchmark.py checkpoint`: conversion, loading and saving, against `cp -r` and the obvious script.
+"""`tools/benchmark.py checkpoint`: conversion, loading and saving, against `cp -r` and the obvious
+script.
 
-The checkpoint is synthetic: DeepSeek-V3's own widths, vocabulary and 256 experts, but one dense and two MoE layers and
-experts of width 128: 8.5 GB in bf16. Memory is that of a command's processes together, libraries included, sampled. Speeds
-are in MB/s of what is read. `cp -r` is timed with and without flushing to the disk, which the tool always does; each ratio
-is to the plain copy. State is saved on two ranks, while they compute.
+The checkpoint is synthetic: DeepSeek-V3's own widths, vocabulary and 256 experts, but one dense and
+two MoE layers and
+experts of width 128: 8.5 GB in bf16. Memory is that of a command's processes together, libraries
+included, sampled. Speeds are in MB/s of what is read. `cp -r` is timed with and without flushing to
+the disk, which the tool always does; each ratio is to the plain copy. State is saved on two ranks,
+while they compute.
 """
 
 from __future__ import annotations
@@ -107,7 +110,12 @@ def write_source(directory: Path, config: dict[str, Any], file_bytes: float = 1e
     for i, piece in enumerate(pieces):
         fp32 = piece.key.endswith("e_score_correction_bias")
         count = torch.Size(piece.hf_shape).numel()
-        values = noise.roll(i)[: min(count, len(noise))].repeat(-(-count // len(noise)))[:count].view(piece.hf_shape).clone()
+        values = (
+            noise.roll(i)[: min(count, len(noise))]
+            .repeat(-(-count // len(noise)))[:count]
+            .view(piece.hf_shape)
+            .clone()
+        )
         if size + values.nbytes > file_bytes and files[-1]:
             flush()
             files.append({})
@@ -116,15 +124,21 @@ def write_source(directory: Path, config: dict[str, Any], file_bytes: float = 1e
         size += values.nbytes
         total += files[-1][piece.key].nbytes
     flush()
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return total
 
 
 def _resident(root: int) -> int:
     """Bytes in memory of a process and its descendants."""
     try:
-        own = int(Path("/proc", str(root), "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        children = [path.read_text() for path in Path("/proc", str(root), "task").glob("*/children")]
+        own = int(Path("/proc", str(root), "statm").read_text().split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+        children = [
+            path.read_text() for path in Path("/proc", str(root), "task").glob("*/children")
+        ]
     except OSError:  # ended meanwhile
         return 0
     return own + sum(map(_resident, map(int, " ".join(children).split())))
@@ -137,7 +151,9 @@ def watched(command: Sequence[str]) -> tuple[float, int]:
         CalledProcessError: it failed.
     """
     began, peak = time.perf_counter(), 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         errors: list[str] = []
         reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
         reader.start()
@@ -166,12 +182,17 @@ def build(config: dict[str, Any], parallel: Parallel, world: World) -> DeepseekV
 
 
 def load(source: str, ep: int) -> dict[str, float]:
-    """Load a directory into a sharded fp32 model: seconds, bytes read, bytes that this rank holds."""
+    """Load a directory into a sharded fp32 model: seconds, bytes read, bytes that this rank
+    holds.
+    """
     parallel = Parallel(ep=ep)
     with World(parallel, 0) as world:
         config = huggingface.read_config(source)
         model = build(config, parallel, world)
-        held = sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in model.state_dict().values())
+        held = sum(
+            t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes
+            for t in model.state_dict().values()
+        )
         world.barrier()
         began = time.perf_counter()
         with torch.device("meta"):
@@ -195,7 +216,9 @@ def save(directory: str, config: dict[str, Any], mode: str, repeats: int) -> lis
         optimizer.step()
         optimizer.zero_grad()
         group = dist.new_group(backend="gloo")
-        checkpointer = state.Checkpointer(directory, mode=mode, if_busy="wait", keep=1, keep_every=0, keep_best=0, group=group)
+        checkpointer = state.Checkpointer(
+            directory, mode=mode, if_busy="wait", keep=1, keep_every=0, keep_best=0, group=group
+        )
         results, x = [], torch.randn(256, 256)
         for step in range(1, repeats + 1):
             world.barrier()
@@ -206,16 +229,30 @@ def save(directory: str, config: dict[str, Any], mode: str, repeats: int) -> lis
             (report,) = reports
             if report.error:
                 raise OSError(report.error)
-            results.append({"stall": report.stall_seconds, "write": report.write_seconds, "bytes": report.bytes})
+            results.append(
+                {
+                    "stall": report.stall_seconds,
+                    "write": report.write_seconds,
+                    "bytes": report.bytes,
+                }
+            )
         checkpointer.wait()
     return results
 
 
 def run(
-    json_path: Path | None, repeats: int, config: dict[str, Any] | None = None, state_config: dict[str, Any] | None = None
+    json_path: Path | None,
+    repeats: int,
+    config: dict[str, Any] | None = None,
+    state_config: dict[str, Any] | None = None,
 ) -> Any:
     """Measure and print; also written to `json_path` where one is given."""
-    small = CONFIG | {"num_hidden_layers": 2, "vocab_size": 2048, "hidden_size": 2048, "intermediate_size": 4096}
+    small = CONFIG | {
+        "num_hidden_layers": 2,
+        "vocab_size": 2048,
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+    }
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
         base = Path(work)
@@ -226,7 +263,11 @@ def run(
                 shutil.rmtree(path, ignore_errors=True)
             subprocess.run(["sync"], check=True)
             seconds, peak = watched(command)
-            results[name] = {"seconds": seconds, "MB/s": read / seconds / 1e6, "peak GB": peak / 1e9}
+            results[name] = {
+                "seconds": seconds,
+                "MB/s": read / seconds / 1e6,
+                "peak GB": peak / 1e9,
+            }
             if "cp -r" in results:
                 results[name]["of cp -r"] = results[name]["MB/s"] / results["cp -r"]["MB/s"]
             print(name, {key: round(value, 2) for key, value in results[name].items()}, flush=True)
@@ -237,20 +278,39 @@ def run(
         size = write_source(source, CONFIG)
         print(f"{size / 1e9:.2f} GB in {len(list(source.iterdir()))} files", flush=True)
         copy, dcp, back = base / "copy", base / "dcp", base / "back"
-        watched(["cp", "-r", str(source), str(copy)])  # the source is in memory from now on as far as it goes
+        # the source is in memory from now on as far as it goes
+        watched(["cp", "-r", str(source), str(copy)])
         timed("cp -r", ["cp", "-r", str(source), str(copy)], size)
-        timed("cp -r and sync", ["sh", "-c", 'cp -r "$0" "$1" && sync', str(source), str(copy)], size)
+        timed(
+            "cp -r and sync", ["sh", "-c", 'cp -r "$0" "$1" && sync', str(source), str(copy)], size
+        )
         shutil.rmtree(copy)
         timed("to-dcp, 2 workers", tool("to-dcp", "--workers", "2", str(source), str(dcp)), size)
         timed("to-dcp, 1 worker", tool("to-dcp", "--workers", "1", str(source), str(dcp)), size)
-        timed("to-hf bf16, 2 workers", tool("to-hf", "--dtype", "bf16", "--workers", "2", str(dcp), str(back)), size)
-        timed("to-hf bf16, 1 worker", tool("to-hf", "--dtype", "bf16", "--workers", "1", str(dcp), str(back)), size)
+        timed(
+            "to-hf bf16, 2 workers",
+            tool("to-hf", "--dtype", "bf16", "--workers", "2", str(dcp), str(back)),
+            size,
+        )
+        timed(
+            "to-hf bf16, 1 worker",
+            tool("to-hf", "--dtype", "bf16", "--workers", "1", str(dcp), str(back)),
+            size,
+        )
         shutil.rmtree(back)
         fp8 = base / "fp8"
-        timed("to-hf fp8, 2 workers", tool("to-hf", "--dtype", "fp8", "--workers", "2", str(dcp), str(fp8)), size)
+        timed(
+            "to-hf fp8, 2 workers",
+            tool("to-hf", "--dtype", "fp8", "--workers", "2", str(dcp), str(fp8)),
+            size,
+        )
         shutil.rmtree(dcp)
         stored = sum(path.stat().st_size for path in fp8.glob("*.safetensors"))
-        timed("to-dcp from fp8, 2 workers", tool("to-dcp", "--workers", "2", str(fp8), str(dcp)), stored)
+        timed(
+            "to-dcp from fp8, 2 workers",
+            tool("to-dcp", "--workers", "2", str(fp8), str(dcp)),
+            stored,
+        )
         shutil.rmtree(dcp)
         timed("obvious script", [sys.executable, "-c", OBVIOUS, str(source), str(dcp)], size)
         shutil.rmtree(dcp)
@@ -264,11 +324,15 @@ def run(
                     "seconds": max(r["seconds"] for r in found),
                     "read / stored": sum(r["read"] for r in found) / total,
                 }
-                print(name, {key: round(value, 3) for key, value in results[name].items()}, flush=True)
+                print(
+                    name, {key: round(value, 3) for key, value in results[name].items()}, flush=True
+                )
         shutil.rmtree(source)
         shutil.rmtree(fp8)
         for mode in ("sync", "async"):
-            saves = on_ranks(2, save, directory=str(base / mode), config=small, mode=mode, repeats=repeats + 1)[0]
+            saves = on_ranks(
+                2, save, directory=str(base / mode), config=small, mode=mode, repeats=repeats + 1
+            )[0]
             shutil.rmtree(base / mode)
             first, *others = saves
             results[f"save {mode}"] = {
@@ -277,7 +341,11 @@ def run(
                 "first stall": first["stall"],
                 "write": statistics.median(r["write"] for r in others),
             }
-            print(f"save {mode}", {key: round(value, 3) for key, value in results[f"save {mode}"].items()}, flush=True)
+            print(
+                f"save {mode}",
+                {key: round(value, 3) for key, value in results[f"save {mode}"].items()},
+                flush=True,
+            )
         share = results["save async"]["stall"] / results["save sync"]["stall"]
         print(f"stall of an asynchronous save / synchronous save: {share:.1%}")
     if json_path:

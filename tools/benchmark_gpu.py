@@ -1,7 +1,9 @@
-"""`tools/benchmark.py gpu`: a bf16 training step at real widths on one device, beside that device's matrix product peak.
+"""`tools/benchmark.py gpu`: a bf16 training step at real widths on one device, beside that device's
+matrix product peak.
 
-Two models, each with a dense layer and as many MoE layers and experts as fit: DeepSeek-V3's own widths, and the widths of
-Qwen3-30B-A3B (2048 wide, 128 experts of 768, top-8) with MLA. The vocabulary is cut to 32,768 so that memory goes to layers.
+Two models, each with a dense layer and as many MoE layers and experts as fit: DeepSeek-V3's own
+widths, and the widths of Qwen3-30B-A3B (2048 wide, 128 experts of 768, top-8) with MLA. The
+vocabulary is cut to 32,768 so that memory goes to layers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.world import World
 
-# fp32 master, gradient and two moments (16), the bf16 copy and bf16 gradient of the layer in work, allocator slack.
+# fp32 master, gradient and two moments (16), the bf16 copy and bf16 gradient of the layer in work,
+# allocator slack.
 BYTES_PER_PARAMETER = 19
 ACTIVATION_BYTES = 10e9
 ROW = 4096
@@ -113,19 +116,29 @@ def build(config: dict[str, Any], **options: Any) -> DeepseekV3:
 
 
 def largest_that_fits(case: Case, memory: float) -> tuple[int, int]:
-    """(experts, MoE layers) of the largest training step within `memory` bytes: experts first, then layers."""
+    """(experts, MoE layers) of the largest training step within `memory` bytes: experts first, then
+    layers.
+    """
 
     def fits(experts: int, layers: int) -> bool:
-        parameters = sum(p.numel() for p in build(hf_config(case.sizes, experts, layers)).parameters())
+        parameters = sum(
+            p.numel() for p in build(hf_config(case.sizes, experts, layers)).parameters()
+        )
         return parameters * BYTES_PER_PARAMETER + ACTIVATION_BYTES <= memory
 
     least = max(case.sizes["n_group"] * 2, 2 * case.sizes["num_experts_per_tok"])
     experts = max((e for e in range(least, case.experts + 1, 8) if fits(e, 1)), default=least)
-    layers = max((n for n in range(1, case.layers) if fits(experts, n)), default=1) if experts == case.experts else 1
+    layers = (
+        max((n for n in range(1, case.layers) if fits(experts, n)), default=1)
+        if experts == case.experts
+        else 1
+    )
     return experts, layers
 
 
-def seconds_of(function: Callable[[], object], device: torch.device, repeats: int, warmup: int) -> float:
+def seconds_of(
+    function: Callable[[], object], device: torch.device, repeats: int, warmup: int
+) -> float:
     """Mean wall time of a call, synchronised at both ends."""
     for _ in range(warmup):
         function()
@@ -144,7 +157,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_tflops(device: torch.device, size: int) -> float:
-    """TFLOP/s of plain bf16 matrix products of size x size, the mark that a step is measured against."""
+    """TFLOP/s of plain bf16 matrix products of size x size, the mark that a step is measured
+    against.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: a @ b, device, repeats=20, warmup=5) / 1e12
 
@@ -155,7 +170,9 @@ def document_lengths(row: int) -> list[int]:
     return [*lengths, row - sum(lengths)]
 
 
-def measure_step(config: dict[str, Any], world: World, *, row: int, repeats: int, compute: torch.dtype) -> dict[str, Any]:
+def measure_step(
+    config: dict[str, Any], world: World, *, row: int, repeats: int, compute: torch.dtype
+) -> dict[str, Any]:
     """Time, memory and longest kernels of forward + backward + clip + AdamW on one packed row."""
     device = world.device
     model = build(config)
@@ -173,7 +190,13 @@ def measure_step(config: dict[str, Any], world: World, *, row: int, repeats: int
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
 
     def step() -> None:
-        loss = model(tokens, positions=positions, cu_seqlens=cu_seqlens, labels=tokens, max_seqlen=max(lengths))
+        loss = model(
+            tokens,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            labels=tokens,
+            max_seqlen=max(lengths),
+        )
         (loss / row).backward()
         norm = global_norm(model.parameters())
         scale_gradients(model.parameters(), clip_factor(norm, 1.0))
@@ -193,16 +216,22 @@ def measure_step(config: dict[str, Any], world: World, *, row: int, repeats: int
         "step_seconds": seconds,
         "tokens_per_second": row / seconds,
         "tflops": flops / seconds / 1e12,
-        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30
+        if device.type == "cuda"
+        else None,
         "longest_kernels": longest_kernels(step, device),
     }
     return result
 
 
-def longest_kernels(step: Callable[[], None], device: torch.device, count: int = 10) -> list[dict[str, Any]]:
+def longest_kernels(
+    step: Callable[[], None], device: torch.device, count: int = 10
+) -> list[dict[str, Any]]:
     """The operations of one step that take most of the device's time, with their share."""
     cuda = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    activities = [torch.profiler.ProfilerActivity.CPU] + [
+        torch.profiler.ProfilerActivity.CUDA
+    ] * cuda
     with torch.profiler.profile(activities=activities) as profile:
         step()
         synchronize(device)
@@ -213,15 +242,29 @@ def longest_kernels(step: Callable[[], None], device: torch.device, count: int =
     events = sorted(profile.key_averages(), key=microseconds, reverse=True)
     total = sum(map(microseconds, events)) or 1.0
     return [
-        {"kernel": e.key[:120], "ms": microseconds(e) / 1e3, "share": microseconds(e) / total, "calls": e.count}
+        {
+            "kernel": e.key[:120],
+            "ms": microseconds(e) / 1e3,
+            "share": microseconds(e) / total,
+            "calls": e.count,
+        }
         for e in events[:count]
     ]
 
 
 def versions(device: torch.device) -> dict[str, Any]:
     """Machine and versions that the numbers belong to."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
 
 
 def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:

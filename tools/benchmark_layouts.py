@@ -1,18 +1,24 @@
-"""`tools/benchmark.py layouts`: step time and bytes sent by a rank under each parallel layout, against one process.
+"""`tools/benchmark.py layouts`: step time and bytes sent by a rank under each parallel layout,
+against one process.
 
-The step is the real `Trainer.train_step` of a small DeepSeek-V3 in fp32 over gloo, the same global batch in every layout. Bytes
-are counted at the collectives themselves (`SentBytes`), as what a rank has to send:
+The step is the real `Trainer.train_step` of a small DeepSeek-V3 in fp32 over gloo, the same global
+batch in every layout. Bytes are counted at the collectives themselves (`SentBytes`), as what a rank
+has to send:
 
-    all-gather        the output less the rank's own input       reduce-scatter   the input less the rank's own output
-    all-reduce        2 (n - 1) / n of the tensor                all-to-all       the rows for other ranks
+    all-gather        the output less the rank's own input
+    reduce-scatter    the input less the rank's own output
+    all-reduce        2 (n - 1) / n of the tensor
+    all-to-all        the rows for other ranks
     point-to-point    the tensors sent
 
-Beside them stands what the layout has to send (`expected_bytes`); where it sends something else, the table shows both (1 %; 5 %
-for all-to-alls, since these depend on the routing and are expected as if it were even). All are means over ranks.
+Beside them stands what the layout has to send (`expected_bytes`); where it sends something else,
+the table shows both (1 %; 5 % for all-to-alls, since these depend on the routing and are expected
+as if it were even). All are means over ranks.
 
-Ranks share this machine's cores, so no layout can be faster than 1 / min(ranks, cores) of one process. The processor time of
-all ranks together depends less on what else runs; it says what a layout copies and manages besides. "products" are the
-multiply-adds of matrix products of all ranks together: more than 1 is computed more than once. In brackets: one process is 1.
+Ranks share this machine's cores, so no layout can be faster than 1 / min(ranks, cores) of one
+process. The processor time of all ranks together depends less on what else runs; it says what a
+layout copies and manages besides. "products" are the multiply-adds of matrix products of all ranks
+together: more than 1 is computed more than once. In brackets: one process is 1.
 """
 
 from __future__ import annotations
@@ -38,7 +44,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.debug_task import write_debug_data, write_debug_model
 from tools.benchmark_pipeline import on_ranks
-from torchsft.config import Checkpoint, Config, Data, Metrics, Model, Optim, Parallel, Precision, Train
+from torchsft.config import (
+    Checkpoint,
+    Config,
+    Data,
+    Metrics,
+    Model,
+    Optim,
+    Parallel,
+    Precision,
+    Train,
+)
 from torchsft.data.stream import microbatches_per_step
 from torchsft.models.deepseek_v3 import TENSOR_PARALLEL, DeepseekV3, DeepseekV3Config
 from torchsft.parallel.stages import plan_stages
@@ -100,7 +116,8 @@ LAYOUTS = [
 
 
 class SentBytes(TorchDispatchMode):
-    """Counts the bytes that this rank sends to others, and the calls, by kind; refuses collectives that it does not know.
+    """Counts the bytes that this rank sends to others, and the calls, by kind; refuses collectives
+    that it does not know.
 
     Attributes:
         sent, calls: Counters by kind. A collective of one rank counts as nothing.
@@ -116,15 +133,23 @@ class SentBytes(TorchDispatchMode):
         self.multiply_adds = 0
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the operation and count what it sends or multiplies."""
         if DTensor in types:
-            return NotImplemented  # it comes again, as operations on the parts and collectives between them
+            # it comes again, as operations on the parts and collectives between them
+            return NotImplemented
         result = function(*args, **(kwargs or {}))
         namespace, _, name = function._schema.name.partition("::")
         if namespace in ("c10d", "_c10d_functional") and name not in self.IGNORED:
-            given = {argument.name: value for argument, value in zip(function._schema.arguments, args, strict=False)}
+            given = {
+                argument.name: value
+                for argument, value in zip(function._schema.arguments, args, strict=False)
+            }
             kind, sent = self.measured(name, given, result)
             if sent:
                 self.sent[kind] += sent
@@ -161,30 +186,43 @@ class SentBytes(TorchDispatchMode):
 
 def _group(name: Any) -> dist.ProcessGroup:
     """A functional collective's argument: a group, or (before torch 2.13) its name."""
-    return name if isinstance(name, dist.ProcessGroup) else dist.distributed_c10d._resolve_process_group(name)
+    return (
+        name
+        if isinstance(name, dist.ProcessGroup)
+        else dist.distributed_c10d._resolve_process_group(name)
+    )
 
 
-def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, row: int, world_size: int) -> dict[str, float]:
-    """What a rank has to send in a training step, by kind; fp32, mean over ranks, tokens spread evenly over experts.
+def expected_bytes(
+    config: DeepseekV3Config, parallel: Parallel, train: Train, row: int, world_size: int
+) -> dict[str, float]:
+    """What a rank has to send in a training step, by kind; fp32, mean over ranks, tokens spread
+    evenly over experts.
 
-        parameters    gathered for the forward pass of each microbatch and again for its backward pass, where FSDP frees them in
-                      between (without a pipeline); the embedding, last norm and head, of which nothing would be saved, once.
-                      Gradients are summed over shards for each microbatch (no rank holds whole gradients), over replicas once.
-                      With a pipeline: gathered once, summed once. Replicated over tp: summed over tp whenever over shards.
+        parameters    gathered for the forward pass of each microbatch and again for its backward
+                      pass, where FSDP frees them in between (without a pipeline); the embedding,
+                      last norm and head, of which nothing would be saved, once. Gradients are
+                      summed over shards for each microbatch (no rank holds whole gradients), over
+                      replicas once. With a pipeline: gathered once, summed once. Replicated over
+                      tp: summed over tp whenever over shards.
         attention     latents gathered over cp x tp, outputs back: parallel/context.py
-        tp            a sum scattered behind the output projection, the dense layers and the embedding, a gather before the
-                      dense layers and the head; three numbers a token for the loss
+        tp            a sum scattered behind the output projection, the dense layers and the
+                      embedding, a gather before the dense layers and the head; three numbers a
+                      token for the loss
         ep            rows to their experts and back
         pp            hidden states between stages on different ranks
         step          counts, norm, loss and expert loads: float64
 
-    Backward passes send what forward passes did, the other way; activation checkpointing repeats forward passes.
+    Backward passes send what forward passes did, the other way; activation checkpointing repeats
+    forward passes.
     """
     sizes = mesh_sizes(parallel, world_size)
     pp, replicas, shard, cp, tp = sizes["dense"].values()
     edp, ep = sizes["expert"]["edp"], sizes["expert"]["ep"]
     parallel = dataclasses.replace(parallel, dp_shard=shard)
-    microbatches = microbatches_per_step(train.global_batch_size, train.micro_batch_size, replicas * shard)
+    microbatches = microbatches_per_step(
+        train.global_batch_size, train.micro_batch_size, replicas * shard
+    )
     tokens = train.micro_batch_size * row
     width, heads = config.hidden_size, config.num_attention_heads
     forwards = 2 if train.activation_checkpointing == "full" else 1
@@ -197,7 +235,8 @@ def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, r
         model = DeepseekV3(config)
     for name, parameter in model.named_parameters():
         split = any(
-            fnmatchcase(name.rpartition(".")[0], pattern) and style != "gather" for pattern, style in TENSOR_PARALLEL.items()
+            fnmatchcase(name.rpartition(".")[0], pattern) and style != "gather"
+            for pattern, style in TENSOR_PARALLEL.items()
         )
         expert = ".experts." in name
         size = parameter.numel() * FP32 / (ep if expert else tp if split else 1)
@@ -218,8 +257,11 @@ def expected_bytes(config: DeepseekV3Config, parallel: Parallel, train: Train, r
         summed = here * width * share(tp)
         dense = 0 if config.is_moe(layer) else summed
         moved["all-gather"] += forwards * (gathered + dense) + summed + dense
-        moved["reduce-scatter"] += forwards * summed + dense + gathered + dense  # a repetition ends before its last sum
-        moved["all-to-all"] += (forwards + 1) * tokens * heads * config.v_head_dim / (cp * tp) * share(cp)
+        # a repetition ends before its last sum
+        moved["reduce-scatter"] += forwards * summed + dense + gathered + dense
+        moved["all-to-all"] += (
+            (forwards + 1) * tokens * heads * config.v_head_dim / (cp * tp) * share(cp)
+        )
         if config.is_moe(layer):
             rows = here // tp * config.num_experts_per_tok
             moved["all-to-all"] += (forwards + 1) * 2 * rows * width * share(ep)
@@ -269,16 +311,24 @@ def config_for(directory: Path, row: int, **sizes: Any) -> Config:
 
 
 def train_steps(config: Config, repeats: int) -> dict[str, Any]:
-    """On each rank: time of some steps (after one that is not timed), then what one more sends and multiplies."""
+    """On each rank: time of some steps (after one that is not timed), then what one more sends and
+    multiplies.
+    """
     with World(config.parallel, 0) as world:
         trainer = QuietTrainer(config, world)
         trainer.train_step(next(trainer.loader))
         began = time.process_time()
-        seconds = [trainer.train_step(next(trainer.loader))[0]["step_seconds"] for _ in range(repeats)]
+        seconds = [
+            trainer.train_step(next(trainer.loader))[0]["step_seconds"] for _ in range(repeats)
+        ]
         cpu_seconds = (time.process_time() - began) / repeats
         with SentBytes() as counted:
             trainer.train_step(next(trainer.loader))
-    counts = {"sent": dict(counted.sent), "calls": dict(counted.calls), "multiply_adds": counted.multiply_adds}
+    counts = {
+        "sent": dict(counted.sent),
+        "calls": dict(counted.calls),
+        "multiply_adds": counted.multiply_adds,
+    }
     return {"seconds": seconds, "cpu_seconds": cpu_seconds} | counts
 
 
@@ -292,7 +342,9 @@ def write_inputs(directory: Path, **sizes: Any) -> DeepseekV3Config:
     return DeepseekV3Config.from_hf(config)
 
 
-def measure(directory: Path, model: DeepseekV3Config, row: int, repeats: int, sizes: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    directory: Path, model: DeepseekV3Config, row: int, repeats: int, sizes: dict[str, Any]
+) -> dict[str, Any]:
     """One line of the table."""
     axes = {axis: sizes.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
     n = math.prod(axes.values())
@@ -301,20 +353,31 @@ def measure(directory: Path, model: DeepseekV3Config, row: int, repeats: int, si
     kinds = sorted({kind for rank in ranks for kind in rank["sent"]})
     expected = expected_bytes(model, config.parallel, config.train, row, n)
     return {
-        "layout": " ".join(f"{name}={value}" for name, value in sizes.items() if value != 1) or "one process",
+        "layout": " ".join(f"{name}={value}" for name, value in sizes.items() if value != 1)
+        or "one process",
         "ranks": n,
         "step_seconds": statistics.median(ranks[0]["seconds"]),  # ranks end a step together
         "cpu_seconds": sum(rank["cpu_seconds"] for rank in ranks),
         "multiply_adds": sum(rank["multiply_adds"] for rank in ranks),
         "load": os.getloadavg()[0],
-        "sent": {kind: statistics.mean(rank["sent"].get(kind, 0) for rank in ranks) for kind in kinds},
+        "sent": {
+            kind: statistics.mean(rank["sent"].get(kind, 0) for rank in ranks) for kind in kinds
+        },
         "most_sent": max(sum(rank["sent"].values()) for rank in ranks),
-        "calls": {kind: statistics.mean(rank["calls"].get(kind, 0) for rank in ranks) for kind in kinds},
+        "calls": {
+            kind: statistics.mean(rank["calls"].get(kind, 0) for rank in ranks) for kind in kinds
+        },
         "expected": {kind: count for kind, count in expected.items() if count},
     }
 
 
-KINDS = {"all-gather": 0.01, "reduce-scatter": 0.01, "all-reduce": 0.01, "all-to-all": 0.05, "point-to-point": 0.01}
+KINDS = {
+    "all-gather": 0.01,
+    "reduce-scatter": 0.01,
+    "all-reduce": 0.01,
+    "all-to-all": 0.05,
+    "point-to-point": 0.01,
+}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -330,9 +393,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
     for r in results:
         cells = [r["layout"], str(r["ranks"])]
-        cells += [f"{r[key]:.2f} s ({r[key] / results[0][key]:.2f})" for key in ("step_seconds", "cpu_seconds")]
+        cells += [
+            f"{r[key]:.2f} s ({r[key] / results[0][key]:.2f})"
+            for key in ("step_seconds", "cpu_seconds")
+        ]
         cells.append(f"{r['multiply_adds'] / results[0]['multiply_adds']:.2f}")
-        cells += [both(r["sent"].get(kind, 0), r["expected"].get(kind, 0), KINDS[kind]) for kind in KINDS]
+        cells += [
+            both(r["sent"].get(kind, 0), r["expected"].get(kind, 0), KINDS[kind]) for kind in KINDS
+        ]
         cells.append(f"{sum(r['sent'].values()) / 2**20:.2f}")
         cells.append(f"{sum(r['calls'].values()):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -340,10 +408,18 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def run(
-    json_path: Path | None, repeats: int, layouts: Sequence[dict[str, Any]] = LAYOUTS, row: int = ROW, **sizes: Any
+    json_path: Path | None,
+    repeats: int,
+    layouts: Sequence[dict[str, Any]] = LAYOUTS,
+    row: int = ROW,
+    **sizes: Any,
 ) -> dict[str, Any]:
     """Measure layouts, the first of them on one process; print the table, and write it as JSON."""
-    report: dict[str, Any] = {"torch": torch.__version__, "cores": os.cpu_count(), "load_before": os.getloadavg()}
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg(),
+    }
     with tempfile.TemporaryDirectory() as directory:
         model = write_inputs(Path(directory), **sizes)
         report["results"] = []

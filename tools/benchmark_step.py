@@ -1,12 +1,15 @@
-"""`tools/benchmark.py step`: one training step of a small DeepSeek-V3 against a plain transformers loop.
+"""`tools/benchmark.py step`: one training step of a small DeepSeek-V3 against a plain transformers
+loop.
 
-Both sides start from the same weights, see the same batches (rows of one document each, so that both compute the same
-loss, which is asserted), run in fp32 in this one process and take turns. The plain side is what one would write:
-`DeepseekV3ForCausalLM` with its default attention (sdpa) and experts, `loss.backward()`, `torch.optim.AdamW`. Ours is
-the model and the optimizer that the trainer uses.
+Both sides start from the same weights, see the same batches (rows of one document each, so that
+both compute the same loss, which is asserted), run in fp32 in this one process and take turns. The
+plain side is what one would write: `DeepseekV3ForCausalLM` with its default attention (sdpa) and
+experts, `loss.backward()`, `torch.optim.AdamW`. Ours is the model and the optimizer that the
+trainer uses.
 
-Memory is what torch's CPU allocator holds at most during a step above what it held before it, so above weights and
-optimizer state; gradients and activations count, scratch space of BLAS libraries outside the allocator does not.
+Memory is what torch's CPU allocator holds at most during a step above what it held before it, so
+above weights and optimizer state; gradients and activations count, scratch space of BLAS libraries
+outside the allocator does not.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ SMALL = {
 }
 LEARNING_RATE = 1e-4
 
-# One side: `compute(tokens)` runs forward and backward and returns the mean loss; `update()` steps the optimizer.
+# One side: `compute(tokens)` runs forward and backward and returns the mean loss; `update()` steps
+# the optimizer.
 Side = tuple[Callable[[Tensor], Tensor], Callable[[], None]]
 
 
@@ -76,7 +80,11 @@ def transformers_side() -> tuple[Side, dict[str, Tensor], dict[str, Any]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return (compute, update), weights, config.to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
+    return (
+        (compute, update),
+        weights,
+        config.to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]},
+    )
 
 
 def our_side(weights: dict[str, Tensor], config: dict[str, Any]) -> Side:
@@ -89,7 +97,13 @@ def our_side(weights: dict[str, Tensor], config: dict[str, Any]) -> Side:
 
     def compute(tokens: Tensor) -> Tensor:
         labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE).flatten()
-        loss = model(tokens.flatten(), positions=positions, cu_seqlens=cu_seqlens, labels=labels, max_seqlen=ROW)
+        loss = model(
+            tokens.flatten(),
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            labels=labels,
+            max_seqlen=ROW,
+        )
         loss = loss / (ROWS * (ROW - 1))
         loss.backward()
         return loss.detach()
@@ -105,7 +119,9 @@ def held_peak(function: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator held during the call, above what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -117,7 +133,9 @@ def time_table(function: Callable[[], object], rows: int = 25) -> str:
     """Where the time of a call goes, by operator."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         function()
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60)
+    return profiler.key_averages().table(
+        sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60
+    )
 
 
 def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) -> dict[str, Any]:
@@ -126,14 +144,18 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
     plain, weights, config = transformers_side()
     sides = {"transformers": plain, "torchsft": our_side(weights, config)}
     del weights
-    batches = torch.randint(0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1))
+    batches = torch.randint(
+        0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
+    )
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     peaks: dict[str, int] = {}
     for index, tokens in enumerate(batches):
         losses = {}
         for name in sides:
 
-            def step(name: str = name, tokens: Tensor = tokens, losses: dict[str, Tensor] = losses) -> tuple[float, float]:
+            def step(
+                name: str = name, tokens: Tensor = tokens, losses: dict[str, Tensor] = losses
+            ) -> tuple[float, float]:
                 compute, update = sides[name]
                 began = time.perf_counter()
                 losses[name] = compute(tokens)
@@ -166,16 +188,24 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
             "peak_bytes": peaks[name],
         }
         print(
-            f"{name:13} {report[name]['tokens_per_second']:7.0f} tokens/s  (forward + backward {compute:.2f} s,"
-            f" optimizer {update:.2f} s)  {peaks[name] / 2**20:7.0f} MiB above weights and optimizer state"
+            f"{name:13} {report[name]['tokens_per_second']:7.0f} tokens/s  (forward + backward "
+            f"{compute:.2f} s,"
+            f" optimizer {update:.2f} s)  {peaks[name] / 2**20:7.0f} MiB above weights and "
+            f"optimizer state"
         )
     ours, theirs = report["torchsft"], report["transformers"]
     report["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
     report["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
-    print(f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, {report['memory_ratio']:.2f} x the memory")
+    print(
+        f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, "
+        f"{report['memory_ratio']:.2f} x the memory"
+    )
     if show_profile:
         for name, (compute, _) in sides.items():
-            print(f"\n{name}: forward + backward\n{time_table(lambda compute=compute: compute(batches[0]))}")
+            print(
+                f"\n{name}: forward + "
+                f"backward\n{time_table(lambda compute=compute: compute(batches[0]))}"
+            )
     if json_path:
         json_path.write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -1,11 +1,15 @@
 """Convert, compare and describe checkpoints of any size, without a GPU.
 
-python tools/convert_checkpoint.py to-dcp HF DCP              Hugging Face weights as a DCP directory, for training
-python tools/convert_checkpoint.py to-hf DCP HF --dtype bf16  such a directory, or a training checkpoint, back as Hugging Face
-python tools/convert_checkpoint.py verify A [B]               check files; compare two directories of any kind
+python tools/convert_checkpoint.py to-dcp HF DCP              Hugging Face weights as a DCP
+                                                              directory, for training
+python tools/convert_checkpoint.py to-hf DCP HF --dtype bf16  such a directory, or a training
+                                                              checkpoint, back as Hugging Face
+python tools/convert_checkpoint.py verify A [B]               check files; compare two directories
+                                                              of any kind
 python tools/convert_checkpoint.py info DIR                   what a directory holds
 
-A conversion that was interrupted continues with the same command; its output appears when it is complete.
+A conversion that was interrupted continues with the same command; its output appears when it is
+complete.
 """
 
 from __future__ import annotations
@@ -26,7 +30,17 @@ from torchsft.config import InputError
 if TYPE_CHECKING:
     from tools.conversion.verify import Findings
 
-UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+UNITS = {
+    "": 1,
+    "K": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 MOST_LINES = 50
 
 
@@ -41,7 +55,9 @@ def size(text: str) -> float:
 def place(text: str) -> Path:
     """A local path."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is a URL; this tool works on local directories, so copy it first")
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL; this tool works on local directories, so copy it first"
+        )
     return Path(text)
 
 
@@ -64,15 +80,23 @@ def share(text: str) -> float:
 
 
 class Once(argparse.Action):
-    """Stores the value of an option, and refuses a second one, of which argparse would keep the last without a word."""
+    """Stores the value of an option, and refuses a second one, of which argparse would keep the
+    last without a word.
+    """
 
     def __call__(
-        self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        options: argparse.Namespace,
+        value: Any,
+        name: str | None = None,
     ) -> None:
         """Keep `value`."""
         given = vars(options).setdefault("given", {})
         if self.dest in given:
-            parser.error(f"{name} is given twice, as {given[self.dest]} and as {value}; give it once")
+            parser.error(
+                f"{name} is given twice, as {given[self.dest]} and as {value}; give it once"
+            )
         given[self.dest] = value
         setattr(options, self.dest, value)
 
@@ -104,50 +128,102 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_dcp = commands.add_parser("to-dcp", help="Hugging Face directory to DCP directory")
-    to_dcp.add_argument("source", type=place, metavar="HF", help="directory with config.json and safetensors weights")
-    to_dcp.add_argument("out", type=place, metavar="DCP", help="new directory; --model.path of a training run takes it")
-    to_hf = commands.add_parser("to-hf", help="DCP directory or training checkpoint to Hugging Face directory")
-    to_hf.add_argument("source", type=place, metavar="DCP", help="what to-dcp wrote, or RUN/checkpoints/step-00000100")
+    to_dcp.add_argument(
+        "source",
+        type=place,
+        metavar="HF",
+        help="directory with config.json and safetensors weights",
+    )
+    to_dcp.add_argument(
+        "out",
+        type=place,
+        metavar="DCP",
+        help="new directory; --model.path of a training run takes it",
+    )
+    to_hf = commands.add_parser(
+        "to-hf", help="DCP directory or training checkpoint to Hugging Face directory"
+    )
+    to_hf.add_argument(
+        "source",
+        type=place,
+        metavar="DCP",
+        help="what to-dcp wrote, or RUN/checkpoints/step-00000100",
+    )
     to_hf.add_argument("out", type=place, metavar="HF", help="new directory")
-    to_hf.add_argument("--dtype", choices=("bf16", "fp32", "fp8"), default="bf16", help="of the weights (default: %(default)s)")
+    to_hf.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32", "fp8"),
+        default="bf16",
+        help="of the weights (default: %(default)s)",
+    )
     to_hf.add_argument(
         "--base",
         type=place,
         metavar="DIR",
-        help="where configuration, tokenizer, MTP layers and unknown tensors come from (default: DCP itself, of a training "
+        help="where configuration, tokenizer, MTP layers and unknown tensors come from (default: "
+        "DCP itself, of a training "
         "checkpoint the model that its run began with)",
     )
-    to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of a weight file (default: %(default)s)")
-    verify = commands.add_parser("verify", help="check one directory, or compare two; exit code 1 where something is wrong")
-    verify.add_argument("a", type=place, metavar="A", help="Hugging Face or DCP directory, or training checkpoint")
+    to_hf.add_argument(
+        "--max-shard-size", type=size, default="5GB", help="of a weight file (default: %(default)s)"
+    )
+    verify = commands.add_parser(
+        "verify", help="check one directory, or compare two; exit code 1 where something is wrong"
+    )
+    verify.add_argument(
+        "a", type=place, metavar="A", help="Hugging Face or DCP directory, or training checkpoint"
+    )
     verify.add_argument("b", type=place, metavar="B", nargs="?", help="another one, of any kind")
     verify.add_argument(
         "--tolerance",
         type=share,
         default=0.0,
         metavar="X",
-        help="values may differ by this share of their tensor's largest value, and dtypes may differ (default: equal bits)",
+        help="values may differ by this share of their tensor's largest value, and dtypes may "
+        "differ (default: equal bits)",
     )
     for command in (to_dcp, to_hf, verify):
-        command.add_argument("--workers", type=positive, default=2, metavar="N", help="processes (default: %(default)s)")
+        command.add_argument(
+            "--workers",
+            type=positive,
+            default=2,
+            metavar="N",
+            help="processes (default: %(default)s)",
+        )
     info = commands.add_parser("info", help="say what a directory holds")
     info.add_argument("directory", type=place, metavar="DIR")
     return parser.parse_args(argv)
 
 
 def check_sources(options: argparse.Namespace) -> None:
-    """Raises InputError: a directory to read does not exist, or is a run's; the sentence names its checkpoints."""
-    places = {name: getattr(options, name, None) for name in ("source", "base", "a", "b", "directory")}
+    """Raises InputError: a directory to read does not exist, or is a run's; the sentence names its
+    checkpoints.
+    """
+    places = {
+        name: getattr(options, name, None) for name in ("source", "base", "a", "b", "directory")
+    }
     for place in filter(None, places.values()):
         for checkpoints in (place / "checkpoints", place):
-            found = sorted(path.name for path in checkpoints.glob("step-*") if (path / ".metadata").is_file())
-            is_run = checkpoints != place and (checkpoints.is_dir() or (place / "metrics.jsonl").is_file())
+            found = sorted(
+                path.name for path in checkpoints.glob("step-*") if (path / ".metadata").is_file()
+            )
+            is_run = checkpoints != place and (
+                checkpoints.is_dir() or (place / "metrics.jsonl").is_file()
+            )
             if found or is_run:
-                what = "a run's directory" if checkpoints != place else "the directory of a run's checkpoints"
+                what = (
+                    "a run's directory"
+                    if checkpoints != place
+                    else "the directory of a run's checkpoints"
+                )
                 named = f"give one of {', '.join(str(checkpoints / name) for name in found)}"
-                raise InputError(f"{place} is {what}; {named if found else 'it holds no complete checkpoint'}")
+                raise InputError(
+                    f"{place} is {what}; {named if found else 'it holds no complete checkpoint'}"
+                )
         if not place.exists():
-            near = sorted(str(path) for path in place.parent.glob("step-*") if (path / ".metadata").is_file())
+            near = sorted(
+                str(path) for path in place.parent.glob("step-*") if (path / ".metadata").is_file()
+            )
             remedy = f"there are {', '.join(near)}" if near else "give an existing directory"
             raise InputError(f"{place} does not exist; {remedy}")
 
@@ -171,7 +247,11 @@ def run(options: argparse.Namespace) -> int:
             max_shard_bytes=options.max_shard_size,
         )
     elif options.command == "verify":
-        return report(verify.verify(options.a, options.b, tolerance=options.tolerance, workers=options.workers))
+        return report(
+            verify.verify(
+                options.a, options.b, tolerance=options.tolerance, workers=options.workers
+            )
+        )
     else:
         lines = verify.info(options.directory)
     print("\n".join(lines))
@@ -198,8 +278,11 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if getattr(options, "workers", 1) > 1:  # its imports take seconds as those here do, and go on beside them
-        multiprocessing.forkserver.set_forkserver_preload(["tools.conversion.verify", "torch._dynamo"])
+    # its imports take seconds as those here do, and go on beside them
+    if getattr(options, "workers", 1) > 1:
+        multiprocessing.forkserver.set_forkserver_preload(
+            ["tools.conversion.verify", "torch._dynamo"]
+        )
         multiprocessing.forkserver.ensure_running()
 
     try:

@@ -1,14 +1,15 @@
 """Show what is trained, and find what is wrong with it, before a GPU is touched.
 
-python tools/inspect_data.py --model.path HF_DIR --data.train chats.jsonl           numbers, findings, a sample
-python tools/inspect_data.py ... --html inspection.html                             a page to read conversations on
-python tools/inspect_data.py ... --json samples.jsonl --max-samples 100             one JSON object a line and sample
-python tools/inspect_data.py ... --show chats.jsonl:17 3                            sample 17, and three with findings
-python tools/inspect_data.py ... --compare trl                                      where TRL's mask of these rows differs
-python tools/inspect_data.py ... --compare FILE                                     the same of a dump (input_ids, labels)
+python tools/inspect_data.py --model.path HF_DIR --data.train chats.jsonl
+python tools/inspect_data.py ... --html inspection.html     a page to read conversations on
+python tools/inspect_data.py ... --json samples.jsonl --max-samples 100    one object a sample
+python tools/inspect_data.py ... --show chats.jsonl:17 3    sample 17, and three with findings
+python tools/inspect_data.py ... --compare trl              where TRL's mask of these rows differs
+python tools/inspect_data.py ... --compare FILE             the same of a dump (input_ids, labels)
 
-Options of --model, --data and --train are those of training, and so is the cache that it fills. Exit code 1: errors were
-found (rows that cannot be used, no end-of-turn token trained, ...), or there is nothing to inspect. Warnings leave it at 0.
+Options of --model, --data and --train are those of training, and so is the cache that it fills.
+Exit code 1: errors were found (rows that cannot be used, no end-of-turn token trained, ...), or
+there is nothing to inspect. Warnings leave it at 0.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Model:
     """Whose tokenizer, chat template and vocabulary."""
 
     path: str
-    """Hugging Face directory: tokenizer, and config.json (else ids and lengths are not compared with it)."""
+    """Hugging Face directory: tokenizer, and config.json (else ids and lengths are not compared
+    with it).
+    """
 
 
 @dataclass(kw_only=True)
@@ -70,18 +73,23 @@ class Options:
     data: config.Data = field(default_factory=config.Data)
     train: Train = field(default_factory=Train)
     html: str | None = None
-    """File for a page that shows samples with their trained tokens, packed rows and findings; it loads nothing."""
+    """File for a page that shows samples with their trained tokens, packed rows and findings; it
+    loads nothing.
+    """
     json: str | None = None
     """File for one JSON object a line and sample: id, source, tokens, weights, text."""
     compare: tuple[str, ...] = ()
-    """Another tool whose mask is put beside ours: `trl` (run on the rows), or FILE, its dump of input_ids and labels (JSONL,
-    Parquet, Arrow, save_to_disk); `axolotl-file FILE` is the same."""
+    """Another tool whose mask is put beside ours: `trl` (run on the rows), or FILE, its dump of
+    input_ids and labels (JSONL, Parquet, Arrow, save_to_disk); `axolotl-file FILE` is the same.
+    """
     max_samples: int | None = None
     """Samples of each source that are read, the first ones; absent: all."""
     show: tuple[str, ...] = ("1",)
     """Samples to print: ids, or how many (those with findings first); 0: none."""
     color: Literal["auto", "always", "never"] = "auto"
-    """Trained tokens in colour, or in brackets; auto: colour on a terminal unless NO_COLOR is set."""
+    """Trained tokens in colour, or in brackets; auto: colour on a terminal unless NO_COLOR is
+    set.
+    """
 
     def __post_init__(self) -> None:
         if self.max_samples is not None and self.max_samples < 1:
@@ -98,25 +106,41 @@ def inspect(options: Options, progress: bool) -> Inspection:
 
     theirs = others.open_other(options.compare)
     data = options.data
-    tokenizer = load_tokenizer(options.model.path, chat_template=data.chat_template, date=data.template_date)
+    tokenizer = load_tokenizer(
+        options.model.path, chat_template=data.chat_template, date=data.template_date
+    )
     facts = gather.facts(options.model.path)
     most = options.max_samples or (STREAMED if data.streaming else None)
-    sources, findings = gather.gather(tokenizer, data, vocab_size=facts.vocab_size, most=most, progress=progress)
+    sources, findings = gather.gather(
+        tokenizer, data, vocab_size=facts.vocab_size, most=most, progress=progress
+    )
     reader = Reader(tokenizer, data.template_variables())
     known = {"vocab_size": facts.vocab_size, "eos_ids": facts.eos_ids}
     linter = lint.Linter(reader, mask=data.mask, seq_len=data.seq_len, **known)
 
     def watch(samples: Any) -> Any:
-        return tqdm(samples, desc="checking", unit=" samples", disable=None if progress else True, leave=False, delay=1)
+        return tqdm(
+            samples,
+            desc="checking",
+            unit=" samples",
+            disable=None if progress else True,
+            leave=False,
+            delay=1,
+        )
 
     findings += report.lint(linter, sources, watch, facts.positions)
     server = serving.Server(options.model.path, data)
     for source in sources:
         findings += server.check(source)
     trained = [source for source in sources if not source.evaluation]
-    comparison = theirs and compare.compare(theirs(trained, options.model.path, data), trained, reader, findings)
+    comparison = theirs and compare.compare(
+        theirs(trained, options.model.path, data), trained, reader, findings
+    )
     findings += comparison.findings() if comparison else ()
-    streamed = f"--data.streaming reads the first {STREAMED:,} of each source; --max-samples N is another number"
+    streamed = (
+        f"--data.streaming reads the first {STREAMED:,} of each source; --max-samples N is another "
+        f"number"
+    )
     left_out = "--max-samples left out the others" if options.max_samples else streamed
     return report.Inspection(
         model=options.model.path,
@@ -126,33 +150,57 @@ def inspect(options: Options, progress: bool) -> Inspection:
         sources=sources,
         findings=findings,
         plan=report.plan(trained, data, **dataclasses.asdict(options.train)),
-        left_out=left_out if most and any(len(source.samples) >= most for source in trained) else "",
+        left_out=left_out
+        if most and any(len(source.samples) >= most for source in trained)
+        else "",
         comparison=comparison,
     )
 
 
 def _check_outputs(options: Options) -> None:
     """Raises InputError: a file to write that is also read, or cannot be written."""
-    specs = [*options.data.train, *(spec for specs in evaluation_sets(options.data.eval).values() for spec in specs)]
+    specs = [
+        *options.data.train,
+        *(spec for specs in evaluation_sets(options.data.eval).values() for spec in specs),
+    ]
     parsed = [parse_spec(str(spec)) for spec in specs]
     sources = {os.path.realpath(spec.path) for spec in parsed}
-    sources |= {os.path.realpath(file) for spec in parsed if is_several(spec) for file in files_of(spec.path)[0]}
+    sources |= {
+        os.path.realpath(file)
+        for spec in parsed
+        if is_several(spec)
+        for file in files_of(spec.path)[0]
+    }
     outputs = {"--json": options.json, "--html": options.html}
     for option, path in outputs.items():
         if not path or _is_device(path):
             continue
         for place in (Path(os.path.realpath(path)), Path(os.path.realpath(path) + PARTIAL)):
-            if str(place) in sources or (place.exists() and any(str(above) in sources for above in place.parents)):
-                raise InputError(f"{option} {path} would overwrite data that is inspected ({place}); name another file")
+            if str(place) in sources or (
+                place.exists() and any(str(above) in sources for above in place.parents)
+            ):
+                raise InputError(
+                    f"{option} {path} would overwrite data that is inspected "
+                    f"({place}); name another file"
+                )
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-            raise InputError(f"{option} {path} is a directory, or in none; name a file in a directory that exists")
-    if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
+            raise InputError(
+                f"{option} {path} is a directory, or in none; name a file in a "
+                f"directory that exists"
+            )
+    if (
+        options.json
+        and options.html
+        and os.path.realpath(options.json) == os.path.realpath(options.html)
+    ):
         raise InputError(f"--json and --html are both {options.html}; name two files")
 
 
 def _is_device(path: str) -> bool:
     """Whether it is a pipe, a terminal or the like, such as /dev/stdout."""
-    return path.startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+    return path.startswith("/dev/") or (
+        os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    )
 
 
 def _write(path: str, write: Callable[[Path], object]) -> None:
@@ -169,7 +217,9 @@ def _write(path: str, write: Callable[[Path], object]) -> None:
         if partial != whole:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}); name another file or make room") from None
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); name another file or make room"
+        ) from None
 
 
 def run(options: Options) -> int:
@@ -186,12 +236,24 @@ def run(options: Options) -> int:
     if options.json:
         _write(options.json, lambda file: report.write_json(file, inspection))
     if options.html:
-        _write(options.html, lambda file: file.write_text(page.render(inspection), encoding="utf-8"))
+        _write(
+            options.html, lambda file: file.write_text(page.render(inspection), encoding="utf-8")
+        )
     for source, sample in terminal.choose(inspection, options.show):
         pairs = inspection.comparison.pairs if inspection.comparison is not None else ()
-        pair = next((p for p in pairs if p.source == source.name and p.ours is not None and p.ours.id == sample.id), None)
+        pair = next(
+            (
+                p
+                for p in pairs
+                if p.source == source.name and p.ours is not None and p.ours.id == sample.id
+            ),
+            None,
+        )
         if pair is not None and pair.differs:
-            print(*terminal.pair_lines(pair, inspection.comparison.other, inspection.reader, pen), sep="\n")
+            print(
+                *terminal.pair_lines(pair, inspection.comparison.other, inspection.reader, pen),
+                sep="\n",
+            )
             continue
         mine = [f for f in inspection.findings if (f.source, f.sample) == (source.name, sample.id)]
         print(*terminal.sample_lines(sample, inspection.reader, mine, pen), sep="\n")

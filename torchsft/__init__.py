@@ -1,4 +1,6 @@
-"""torchsft: full-parameter supervised fine-tuning of large Mixture-of-Experts language models on plain PyTorch."""
+"""torchsft: full-parameter supervised fine-tuning of large Mixture-of-Experts language models on
+plain PyTorch.
+"""
 
 from typing import Any
 

@@ -1,8 +1,9 @@
 """The command line: options, `--config FILE` and presets become nested dataclasses.
 
-The parser is made of the dataclasses' fields, so a new field is a new option. It is the project's own because of what users
-stumble over elsewhere: an option given twice, a setting that a file and a preset spell differently, a suggestion that does not
-help, and seconds until a typo is refused. Nothing slow is imported here.
+The parser is made of the dataclasses' fields, so a new field is a new option. It is the project's
+own because of what users
+stumble over elsewhere: an option given twice, a setting that a file and a preset spell differently,
+a suggestion that does not help, and seconds until a typo is refused. Nothing slow is imported here.
 """
 
 import ast
@@ -34,7 +35,8 @@ ALTERNATIVES = (("train.steps", "train.epochs"),)
 
 # What `--help` shows; `--help-all` shows everything.
 COMMON = (
-    *"model.path data.train data.eval data.seq_len train.epochs train.steps train.global_batch_size".split(),
+    *"model.path data.train data.eval data.seq_len train.epochs train.steps "
+    "train.global_batch_size".split(),
     *"train.micro_batch_size optim.lr parallel.pp parallel.ep checkpoint.every eval.every".split(),
 )
 
@@ -97,7 +99,8 @@ class Option:
 
     Attributes:
         name: dotted, with underscores, such as `optim.warmup_steps`.
-        kind: the annotation of its field: str, int, float, bool, a Literal, a union of these with None, or tuple[str, ...].
+        kind: the annotation of its field: str, int, float, bool, a Literal, a union of these with
+            None, or tuple[str, ...].
         doc: what it is, for the help.
         needed: whether it has no default.
     """
@@ -118,12 +121,16 @@ class Option:
         return typing.get_origin(self.kind) is tuple
 
 
-CONFIG_FILE = Option("config", str | None, "YAML, TOML or JSON file of these options, such as a run's config.json.")
+CONFIG_FILE = Option(
+    "config", str | None, "YAML, TOML or JSON file of these options, such as a run's config.json."
+)
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Within it, an InputError is one sentence on stderr, by rank 0 alone, and exit code 2: every rank has the same options."""
+    """Within it, an InputError is one sentence on stderr, by rank 0 alone, and exit code 2: every
+    rank has the same options.
+    """
     try:
         yield
     except InputError as error:
@@ -138,13 +145,18 @@ def is_main() -> bool:
 
 
 def parse(
-    presets: Mapping[str, Callable[[], Config]], choose: Callable[[Values], str], argv: Sequence[str], doc: str
+    presets: Mapping[str, Callable[[], Config]],
+    choose: Callable[[Values], str],
+    argv: Sequence[str],
+    doc: str,
 ) -> tuple[str, Config]:
-    """Read `[PRESET] [--config FILE] [--option value ...]`: options override the file, and the file the preset.
+    """Read `[PRESET] [--config FILE] [--option value ...]`: options override the file, and the file
+    the preset.
 
     Args:
         presets: name -> function that builds its configuration.
-        choose: names the preset for a command line that does not begin with one, from the values that are given.
+        choose: names the preset for a command line that does not begin with one, from the values
+            that are given.
         argv: without the program's name.
         doc: text above the options in the help.
 
@@ -164,20 +176,30 @@ def parse(
     name = argv[0] if named else choose(from_file | given)
     values = values_of(presets[name]())
     if wants_help:
-        lines = [f"  {key:<10} {inspect.getdoc(build).splitlines()[0]}" for key, build in presets.items()]
+        lines = [
+            f"  {key:<10} {inspect.getdoc(build).splitlines()[0]}" for key, build in presets.items()
+        ]
         listing = "Presets (first argument; options override them):\n" + "\n".join(lines)
-        show_help(f"{doc.strip()}\n\n{listing}\n\nDefaults below are those of {name!r}.", options, values, wants_help)
+        show_help(
+            f"{doc.strip()}\n\n{listing}\n\nDefaults below are those of {name!r}.",
+            options,
+            values,
+            wants_help,
+        )
     return name, build(Config, override(override(values, from_file), given))
 
 
 def parse_tool(kind: type[Options], argv: Sequence[str], doc: str) -> Options:
     """Read the options of a tool, a dataclass that shares fields with `Config`.
 
-    `--config FILE` may be a run's: what it says of options that the tool does not have is passed over. Raises: see `parse`.
+    `--config FILE` may be a run's: what it says of options that the tool does not have is passed
+    over. Raises: see `parse`.
     """
     options = options_of(kind)
     given, wants_help = read_arguments(argv, options)
-    from_file = read_file(given.pop("config"), options | options_of(Config)) if given.get("config") else {}
+    from_file = (
+        read_file(given.pop("config"), options | options_of(Config)) if given.get("config") else {}
+    )
     if wants_help:
         show_help(doc.strip(), options, default_values(kind), wants_help)
     mine = {name: value for name, value in from_file.items() if name in options}
@@ -185,7 +207,9 @@ def parse_tool(kind: type[Options], argv: Sequence[str], doc: str) -> Options:
 
 
 def override(below: Values, above: Values) -> Values:
-    """`below` with the values of `above`; of ALTERNATIVES, what `above` gives replaces the other one."""
+    """`below` with the values of `above`; of ALTERNATIVES, what `above` gives replaces the other
+    one.
+    """
     replaced = {}
     for names in ALTERNATIVES:
         if any(above.get(name) is not None for name in names):
@@ -206,7 +230,9 @@ def options_of(kind: type, prefix: str = "") -> dict[str, Option]:
         if dataclasses.is_dataclass(hint):
             found |= options_of(hint, name + ".")
             continue
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        needed = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
         found[name] = Option(name, hint, docs.get(field.name, ""), needed)
     return found
 
@@ -249,7 +275,9 @@ def default_values(kind: type, prefix: str = "") -> Values:
 
 
 def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
-    """The dataclass of these values, with defaults for the others. Raises InputError: one is missing, or is refused."""
+    """The dataclass of these values, with defaults for the others. Raises InputError: one is
+    missing, or is refused.
+    """
     arguments = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -268,8 +296,14 @@ def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
 
 
 def read_value(kind: Any, value: Any) -> Any:
-    """`value`, a word of the command line or a value of a file, as `kind`. Raises ValueError: it is none."""
-    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    """`value`, a word of the command line or a value of a file, as `kind`. Raises ValueError: it is
+    none.
+    """
+    members = (
+        typing.get_args(kind)
+        if typing.get_origin(kind) in (typing.Union, types.UnionType)
+        else (kind,)
+    )
     for member in sorted(members, key=lambda member: member is not types.NoneType):
         with contextlib.suppress(ValueError):
             return _read_member(member, value)
@@ -300,15 +334,27 @@ def allowed(kind: Any) -> str:
     """What `kind` allows, in words."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         members = [allowed(member) for member in typing.get_args(kind)]
-        return " or ".join(member for member in members if not (member == "a whole number" and "a number" in members))
+        return " or ".join(
+            member
+            for member in members
+            if not (member == "a whole number" and "a number" in members)
+        )
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
-    words = {str: "text", int: "a whole number", float: "a number", bool: "True or False", types.NoneType: "None"}
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        types.NoneType: "None",
+    }
     return words[kind]
 
 
 def read_option(option: Option, value: Any, said: str) -> Any:
-    """The value of an option; `value`: a list for one that takes a list. Raises InputError, which names it as `said`."""
+    """The value of an option; `value`: a list for one that takes a list. Raises InputError, which
+    names it as `said`.
+    """
     items = value if option.is_list and isinstance(value, list | tuple) else [value]
     kind = typing.get_args(option.kind)[0] if option.is_list else option.kind
     read = []
@@ -316,7 +362,9 @@ def read_option(option: Option, value: Any, said: str) -> Any:
         try:
             read.append(read_value(kind, item))
         except ValueError:
-            raise InputError(f"{said} is {_shown(item)}, but it must be {allowed(kind)}{_meant(kind, item)}") from None
+            raise InputError(
+                f"{said} is {_shown(item)}, but it must be {allowed(kind)}{_meant(kind, item)}"
+            ) from None
     return tuple(read) if option.is_list else read[0]
 
 
@@ -335,7 +383,9 @@ def _meant(kind: Any, value: Any) -> str:
 
 
 def read_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[Values, str]:
-    """The values of a command line, and "help" or "help_all" where that is asked for, else "". Raises InputError."""
+    """The values of a command line, and "help" or "help_all" where that is asked for, else "".
+    Raises InputError.
+    """
     known = {**options, CONFIG_FILE.name: CONFIG_FILE}
     given: Values = {}
     first: dict[str, str] = {}  # how an option was given before
@@ -352,15 +402,22 @@ def read_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[
         if option is None or not flag.startswith("--"):
             raise InputError(f"there is no option {flag}; {suggestion(name, known)}")
         if option.name in given and not option.is_list:
-            raise InputError(f"{first[option.name]} and {written} are one option given twice; give it once")
+            raise InputError(
+                f"{first[option.name]} and {written} are one option given twice; give it once"
+            )
         first[option.name] = written
         if option.is_list:
-            given[option.name] = given.get(option.name, ()) + read_option(option, words, option.flag)
+            given[option.name] = given.get(option.name, ()) + read_option(
+                option, words, option.flag
+            )
         elif option.kind is bool and not words:
             given[option.name] = not negated
         elif negated or len(words) != 1:
             takes = "no value" if negated else f"one value ({allowed(option.kind)})"
-            raise InputError(f"{flag} takes {takes}, but is given {len(words)}{': ' if words else ''}{' '.join(words)}")
+            raise InputError(
+                f"{flag} takes {takes}, but is given "
+                f"{len(words)}{': ' if words else ''}{' '.join(words)}"
+            )
         else:
             given[option.name] = read_option(option, words[0], option.flag)
     return given, wants_help
@@ -377,7 +434,9 @@ def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(word)
         else:
-            raise InputError(f"{word!r} belongs to no option; options are written --name value (see --help)")
+            raise InputError(
+                f"{word!r} belongs to no option; options are written --name value (see --help)"
+            )
     return groups
 
 
@@ -400,11 +459,14 @@ def suggestion(name: str, known: Mapping[str, Option]) -> str:
 
 
 def read_file(path: str, options: Mapping[str, Option]) -> Values:
-    """The values in a YAML, TOML or JSON file of these options. Raises InputError: it is none, or says what cannot be."""
+    """The values in a YAML, TOML or JSON file of these options. Raises InputError: it is none, or
+    says what cannot be.
+    """
     content = _load(Path(path))
     if not isinstance(content, dict):
         raise InputError(
-            f"--config {path} does not hold options, but {_shown(content)[:60]}; write them as in a run's config.json"
+            f"--config {path} does not hold options, but {_shown(content)[:60]}; write them as in "
+            f"a run's config.json"
         )
     values: Values = {}
     for name, value in _flat(content, options, path):
@@ -413,18 +475,25 @@ def read_file(path: str, options: Mapping[str, Option]) -> Values:
             raise InputError(f"there is no option {said}; {suggestion(name, options)}")
         read = read_option(options[name], value, said)
         if values.get(name, read) != read:
-            raise InputError(f"{said} is given twice, as {_shown(values[name])} and as {_shown(read)}; give it once")
+            raise InputError(
+                f"{said} is given twice, as {_shown(values[name])} and as "
+                f"{_shown(read)}; give it once"
+            )
         values[name] = read
     return values
 
 
-def _flat(content: Mapping[Any, Any], options: Mapping[str, Option], path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(
+    content: Mapping[Any, Any], options: Mapping[str, Option], path: str, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Dotted names and values of nested tables."""
     for key, value in content.items():
         name = prefix + str(key).replace("-", "_")
         is_section = any(option.startswith(name + ".") for option in options)
         if is_section and not isinstance(value, dict | None):
-            raise InputError(f"{name} in {path} is {_shown(value)}, but it must be a table of its options")
+            raise InputError(
+                f"{name} in {path} is {_shown(value)}, but it must be a table of its options"
+            )
         if is_section:
             yield from _flat(value or {}, options, path, name + ".")
         else:
@@ -435,8 +504,12 @@ def _load(path: Path) -> Any:
     """The value that a file holds. Raises InputError: it cannot be read."""
     if not path.is_file():
         inside = path / "config.json"
-        remedy = f"give the file, {inside}" if inside.is_file() else "name a YAML, TOML or JSON file"
-        raise InputError(f"--config {path} {'is a directory' if path.is_dir() else 'does not exist'}; {remedy}")
+        remedy = (
+            f"give the file, {inside}" if inside.is_file() else "name a YAML, TOML or JSON file"
+        )
+        raise InputError(
+            f"--config {path} {'is a directory' if path.is_dir() else 'does not exist'}; {remedy}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
@@ -448,16 +521,24 @@ def _load(path: Path) -> Any:
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--config {path} cannot be read ({' '.join(str(error).split())}); mend or rename it") from None
-    raise InputError(f"--config {path} has none of the endings .json, .yaml, .yml and .toml; rename it")
+        raise InputError(
+            f"--config {path} cannot be read ({' '.join(str(error).split())}); mend or rename it"
+        ) from None
+    raise InputError(
+        f"--config {path} has none of the endings .json, .yaml, .yml and .toml; rename it"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Raises ValueError: one key is there twice, of which JSON and YAML would keep the last without a word."""
+    """An object. Raises ValueError: one key is there twice, of which JSON and YAML would keep the
+    last without a word.
+    """
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key!r} is given twice, as {_shown(found[key])} and as {_shown(value)}")
+            raise ValueError(
+                f"key {key!r} is given twice, as {_shown(found[key])} and as {_shown(value)}"
+            )
         found[key] = value
     return found
 
@@ -477,7 +558,10 @@ def _load_yaml(text: str) -> Any:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             self.flatten_mapping(node)
             return _unique(
-                [(self.construct_object(key, True), self.construct_object(value, True)) for key, value in node.value]
+                [
+                    (self.construct_object(key, True), self.construct_object(value, True))
+                    for key, value in node.value
+                ]
             )
 
     Loader.add_constructor("tag:yaml.org,2002:map", Loader.construct_mapping)
@@ -490,11 +574,25 @@ def _load_yaml(text: str) -> Any:
 # Help
 
 
-def show_help(doc: str, options: Mapping[str, Option], values: Values, which: str) -> typing.NoReturn:
-    """Print the help on rank 0 and end the program; `which`: "help" for the options that most people use, or "help_all"."""
-    shown = [option for option in options.values() if which == "help_all" or option.name in COMMON or "." not in option.name]
+def show_help(
+    doc: str, options: Mapping[str, Option], values: Values, which: str
+) -> typing.NoReturn:
+    """Print the help on rank 0 and end the program; `which`: "help" for the options that most
+    people use, or "help_all".
+    """
+    shown = [
+        option
+        for option in options.values()
+        if which == "help_all" or option.name in COMMON or "." not in option.name
+    ]
     width = min(shutil.get_terminal_size().columns or 100, 110)
-    lines = [doc, "", "Options:" if which == "help_all" else "Options that most people use (--help-all lists all):"]
+    lines = [
+        doc,
+        "",
+        "Options:"
+        if which == "help_all"
+        else "Options that most people use (--help-all lists all):",
+    ]
     for option in [*shown, CONFIG_FILE]:
         lines.append(f"  {option.flag} {_metavar(option)}".rstrip())
         default = f" (default: {_default(values[option.name])})" if option.name in values else ""

@@ -1,9 +1,9 @@
 """Every option of a run, as nested dataclasses.
 
-A recipe fills these in (a preset), the command line overrides any field (`--optim.lr 1e-5`, read by `cli.py`; the string
-behind a field is its help), and the resolved result is written to `OUTPUT/config.json` and into every checkpoint. Each class
-checks its own fields; what needs the world size is checked in `parallel/world.py`, what needs the model's `config.json` in
-`models/`.
+A recipe fills these in (a preset), the command line overrides any field (`--optim.lr 1e-5`, read by
+`cli.py`; the string behind a field is its help), and the resolved result is written to
+`OUTPUT/config.json` and into every checkpoint. Each class checks its own fields; what needs the
+world size is checked in `parallel/world.py`, what needs the model's `config.json` in `models/`.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used: one sentence that names the thing, the numbers and the remedy."""
+    """Something that the user gave cannot be used: one sentence that names the thing, the numbers
+    and the remedy.
+    """
 
 
 def _at_least(options: Any, **least: float) -> None:
@@ -34,15 +36,21 @@ class Model:
     """Which model is trained and which implementation computes it."""
 
     path: str | None = None
-    """Hugging Face directory: config.json, tokenizer and safetensors weights. Absent: the preset's random tiny model."""
+    """Hugging Face directory: config.json, tokenizer and safetensors weights. Absent: the preset's
+    random tiny model.
+    """
     random_init: bool = False
-    """Initialise weights from the seed instead of loading them (config.json and tokenizer still come from path)."""
+    """Initialise weights from the seed instead of loading them (config.json and tokenizer still
+    come from path).
+    """
     attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     """auto: varlen on CUDA below fp32, sdpa (one call per document, the reference) elsewhere."""
     experts: Literal["grouped_mm", "loop"] = "grouped_mm"
     """loop is the plain reference: one matrix product per expert."""
     ops: Literal["fast", "plain"] = "fast"
-    """plain computes norms, SwiGLU, rotation, token permutation and the loss with ordinary PyTorch: slow, for comparing."""
+    """plain computes norms, SwiGLU, rotation, token permutation and the loss with ordinary PyTorch:
+    slow, for comparing.
+    """
     loss_chunk: int = 1024
     """Tokens whose logits exist at the same time in the vocabulary loss."""
 
@@ -51,13 +59,30 @@ class Model:
 
 
 # What rendering itself gives to a chat template.
-RESERVED = {"messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"}
+RESERVED = {
+    "messages",
+    "conversations",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+}
 
 
 # What --data.map can make of a column: a turn, the key of a format, or nothing.
 MAP_TARGETS = (
     *("system", "user", "assistant", "messages", "conversations", "prompt", "completion", "text"),
-    *("instruction", "input", "output", "history", "tools", "weight", "input_ids", "labels", "ignore"),
+    *(
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "tools",
+        "weight",
+        "input_ids",
+        "labels",
+        "ignore",
+    ),
 )
 
 
@@ -66,11 +91,15 @@ class Data:
     """What is trained on."""
 
     train: tuple[str, ...] = ()
-    """JSONL (.gz, .zst), JSON, Parquet, datasets directories or hub names (NAME:SPLIT); PATH:2.0 takes each sample twice."""
+    """JSONL (.gz, .zst), JSON, Parquet, datasets directories or hub names (NAME:SPLIT); PATH:2.0
+    takes each sample twice.
+    """
     eval: tuple[str, ...] = ()
     """Held-out sources as NAME=PATH (without a name: the file's), each evaluated over every row."""
     map: str = ""
-    """Columns of other names: question=user,answer=assistant makes messages (also system, a format's key, or ignore)."""
+    """Columns of other names: question=user,answer=assistant makes messages (also system, a
+    format's key, or ignore).
+    """
     system: str = ""
     """System turn for rows that have none: a text, or a file that holds it."""
     seq_len: int = 4096
@@ -78,27 +107,41 @@ class Data:
     mask: Literal["assistant", "last-turn", "all"] = "assistant"
     """Which tokens are trained: every assistant turn, the last one, or everything."""
     reasoning: Literal["train", "mask"] = "train"
-    """Whether reasoning (reasoning_content, <think>) is trained, or only read by the answer behind it."""
+    """Whether reasoning (reasoning_content, <think>) is trained, or only read by the answer behind
+    it.
+    """
     template_kwargs: str = ""
     """JSON object of further variables of the chat template, such as {"thinking": true}."""
     chat_template: str | None = None
     """File with a chat template in place of the model directory's; the export carries it."""
     template_date: str | None = None
-    """Day (YYYY-MM-DD) for templates that ask for the date; absent: that of the run's first start."""
+    """Day (YYYY-MM-DD) for templates that ask for the date; absent: that of the run's first
+    start.
+    """
     on_lost_context: Literal["refuse", "keep"] = "refuse"
-    """When the template leaves out context (system, tools, results): the row cannot be used, or is kept, counted, listed."""
+    """When the template leaves out context (system, tools, results): the row cannot be used, or is
+    kept, counted, listed.
+    """
     truncation: Literal["drop", "left", "right", "split", "raise"] = "drop"
-    """A sample longer than seq_len is left out, cut at its beginning or end, cut into pieces (all counted), or an error."""
+    """A sample longer than seq_len is left out, cut at its beginning or end, cut into pieces (all
+    counted), or an error.
+    """
     packing: Literal["best-fit", "first-fit", "none"] = "best-fit"
-    """How samples share rows: best-fit decreasing, first-fit in the given order, or one sample a row."""
+    """How samples share rows: best-fit decreasing, first-fit in the given order, or one sample a
+    row.
+    """
     packing_buffer: int = 8192
     """Samples that are packed together."""
     balance: Literal["none", "attention"] = "none"
-    """attention deals the rows of a step so that ranks do equal work, counting what long documents cost in the attention."""
+    """attention deals the rows of a step so that ranks do equal work, counting what long documents
+    cost in the attention.
+    """
     on_error: Literal["raise", "skip"] = "raise"
     """A row that cannot be used ends the run, or is left out, counted and listed."""
     streaming: bool = False
-    """Tokenise while training instead of once before it (no cache, order of the file); needs --train.steps."""
+    """Tokenise while training instead of once before it (no cache, order of the file); needs
+    --train.steps.
+    """
     cache: str | None = None
     """Directory of tokenised samples; absent: $TORCHSFT_CACHE, else ~/.cache/torchsft."""
     workers: int = 1
@@ -111,7 +154,10 @@ class Data:
         try:
             datetime.date.fromisoformat(self.template_date or "2000-01-01")
         except ValueError:
-            fault = f"--data.template-date is {self.template_date!r}, but it must be a day such as 2026-01-31"
+            fault = (
+                f"--data.template-date is {self.template_date!r}, but it must be a day such as "
+                f"2026-01-31"
+            )
             raise InputError(fault) from None
 
     def columns(self) -> tuple[tuple[str, str], ...]:
@@ -127,7 +173,9 @@ class Data:
         columns = [column for column, _ in pairs]
         for column in columns:
             if columns.count(column) > 1:
-                raise InputError(f"--data.map names the column {column!r} twice; give it one target")
+                raise InputError(
+                    f"--data.map names the column {column!r} twice; give it one target"
+                )
         return tuple(pairs)
 
     def system_text(self) -> str:
@@ -138,7 +186,9 @@ class Data:
             with open(self.system, encoding="utf-8") as file:
                 return file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--data.system {self.system} cannot be read ({error}); give a text file in UTF-8") from None
+            raise InputError(
+                f"--data.system {self.system} cannot be read ({error}); give a text file in UTF-8"
+            ) from None
 
     def template_variables(self) -> dict[str, Any]:
         """`template_kwargs` as a dictionary."""
@@ -148,7 +198,9 @@ class Data:
             found = None
         if not isinstance(found, dict) or found.keys() & RESERVED:
             needed = "a JSON object of the template's own variables, such as '{\"thinking\": true}'"
-            raise InputError(f"--data.template-kwargs is {self.template_kwargs!r}, but it must be {needed}")
+            raise InputError(
+                f"--data.template-kwargs is {self.template_kwargs!r}, but it must be {needed}"
+            )
         return found
 
 
@@ -159,7 +211,9 @@ class Train:
     steps: int | None = None
     """Optimizer steps. Give this or epochs."""
     epochs: int | float | None = None
-    """Passes over the training data; 0.5: the steps that see the first half of an epoch's samples. Neither given: 1 epoch."""
+    """Passes over the training data; 0.5: the steps that see the first half of an epoch's samples.
+    Neither given: 1 epoch.
+    """
     global_batch_size: int = 8
     """Rows per optimizer step, over all ranks."""
     micro_batch_size: int = 1
@@ -167,15 +221,23 @@ class Train:
     seed: int = 0
     """Seed of weights (where random) and of the data order."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are: router, embeddings (the input's), experts (routed ones), layers, layers.N, layers.A-B,
-    or patterns of names in the checkpoint with * and ?, whole or up to a dot: '*.mlp.shared_experts', lm_head. The experts of a
-    layer are two parameters, experts.gate_up_proj and experts.down_proj."""
+    """Parameters that stay as they are: router, embeddings (the input's), experts (routed ones),
+    layers, layers.N, layers.A-B, or patterns of names in the checkpoint with * and ?, whole or up
+    to a dot: '*.mlp.shared_experts', lm_head. The experts of a layer are two parameters,
+    experts.gate_up_proj and experts.down_proj.
+    """
     aux_loss: float = 0.0
-    """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with 1e-4); 0: none."""
+    """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with
+    1e-4); 0: none.
+    """
     activation_checkpointing: Literal["none", "full"] = "none"
-    """full keeps only each layer's input and computes the layer again in the backward pass: less memory, a third more time."""
+    """full keeps only each layer's input and computes the layer again in the backward pass: less
+    memory, a third more time.
+    """
     max_nonfinite_steps: int = 3
-    """Steps in a row whose gradient norm may be inf or nan (each is skipped whole) before the run stops."""
+    """Steps in a row whose gradient norm may be inf or nan (each is skipped whole) before the run
+    stops.
+    """
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -183,19 +245,31 @@ class Train:
             raise InputError(f"{fault}; give one of them (the other: None)")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"--train.epochs is {self.epochs}, but it must be above 0")
-        _at_least(self, steps=1, global_batch_size=1, micro_batch_size=1, seed=0, aux_loss=0, max_nonfinite_steps=1)
+        _at_least(
+            self,
+            steps=1,
+            global_batch_size=1,
+            micro_batch_size=1,
+            seed=0,
+            aux_loss=0,
+            max_nonfinite_steps=1,
+        )
 
 
 @dataclass(kw_only=True)
 class Parallel:
-    """Mesh sizes: pp x dp_replicate x dp_shard x cp x tp ranks; experts see pp x dp_replicate x edp x ep."""
+    """Mesh sizes: pp x dp_replicate x dp_shard x cp x tp ranks; experts see pp x dp_replicate x edp
+    x ep.
+    """
 
     pp: int = 1
     """Pipeline ranks: each holds some of the layers."""
-    pp_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"] = (
-        "Interleaved1F1B"
-    )
-    """How the microbatches of a step pass through the stages. GPipe and 1F1B have one stage a rank, the others two or more."""
+    pp_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = "Interleaved1F1B"
+    """How the microbatches of a step pass through the stages. GPipe and 1F1B have one stage a rank,
+    the others two or more.
+    """
     pp_layers: tuple[int, ...] = ()
     """Layers of each stage, first to last; as many as there are stages. Empty: balanced by cost."""
     dp_replicate: int = 1
@@ -205,7 +279,9 @@ class Parallel:
     cp: int = 1
     """Context parallel ranks: they share the tokens of a row."""
     tp: int = 1
-    """Tensor parallel ranks: they share matrices, and between these the tokens (sequence parallelism)."""
+    """Tensor parallel ranks: they share matrices, and between these the tokens (sequence
+    parallelism).
+    """
     ep: int = 1
     """Ranks over which the experts of a layer are spread; divides dp_shard * cp * tp."""
     timeout_seconds: float = 600.0
@@ -216,14 +292,21 @@ class Parallel:
         if self.dp_shard != -1:
             _at_least(self, dp_shard=1)
         if self.pp_layers and min(self.pp_layers) < 0:
-            raise InputError(f"--parallel.pp-layers is {self.pp_layers}, but a stage cannot have fewer than 0 layers")
+            raise InputError(
+                f"--parallel.pp-layers is {self.pp_layers}, but a stage cannot have "
+                f"fewer than 0 layers"
+            )
         if not self.timeout_seconds > 0:
-            raise InputError(f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0")
+            raise InputError(
+                f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0"
+            )
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with optimizer options of their own, as --optim.groups says them; None: as all others."""
+    """Parameters with optimizer options of their own, as --optim.groups says them; None: as all
+    others.
+    """
 
     pattern: str
     lr: float | None = None
@@ -241,42 +324,62 @@ class Optim:
     warmup_steps: int | float = 0
     """Steps of linear warm-up; below 1: their share of the run's steps, rounded up."""
     decay_steps: int | float | None = None
-    """Steps at the end over which wsd decays; below 1: their share of the run's steps, rounded up. Absent: 0.1."""
+    """Steps at the end over which wsd decays; below 1: their share of the run's steps, rounded up.
+    Absent: 0.1.
+    """
     decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = None
     """How wsd decays; absent: linear."""
     min_lr_ratio: float = 0.0
-    """Learning rate at the end of the decay (the floor of cosine, linear and wsd), as a share of the peak."""
+    """Learning rate at the end of the decay (the floor of cosine, linear and wsd), as a share of
+    the peak.
+    """
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Decoupled; applied to matrices only (parameters of two or more dims), not to norms and biases."""
+    """Decoupled; applied to matrices only (parameters of two or more dims), not to norms and
+    biases.
+    """
     clip_norm: float | None = 1.0
     """Largest global gradient norm (over what is trained); None leaves gradients as they are."""
     groups: tuple[str, ...] = ()
-    """PATTERN:lr=1e-6,weight_decay=0 (or one of the two): another peak learning rate, on the same schedule, or weight decay for
-    some parameters. Patterns as for --train.freeze; the first one that matches a parameter decides."""
+    """PATTERN:lr=1e-6,weight_decay=0 (or one of the two): another peak learning rate, on the same
+    schedule, or weight decay for some parameters. Patterns as for --train.freeze; the first one
+    that matches a parameter decides.
+    """
 
     def __post_init__(self) -> None:
         _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--optim.{name} is {getattr(self, name)}, but it must be in [0, 1)")
+                raise InputError(
+                    f"--optim.{name} is {getattr(self, name)}, but it must be in [0, 1)"
+                )
         if not self.min_lr_ratio <= 1:
-            raise InputError(f"--optim.min-lr-ratio is {self.min_lr_ratio}, but it must be at most 1")
+            raise InputError(
+                f"--optim.min-lr-ratio is {self.min_lr_ratio}, but it must be at most 1"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"--optim.clip-norm is {self.clip_norm}, but it must be above 0 (or None for no clipping)")
+            raise InputError(
+                f"--optim.clip-norm is {self.clip_norm}, but it must be above 0 (or "
+                f"None for no clipping)"
+            )
         if not math.isfinite(self.lr):
             raise InputError(f"--optim.lr is {self.lr}, but it must be a finite number")
         for name in ("warmup_steps", "decay_steps"):
             number = getattr(self, name)
             if number is not None and number >= 1 and number != int(min(number, 1e18)):
                 option = f"--optim.{name.replace('_', '-')}"
-                raise InputError(f"{option} is {number}, but from 1 on it must be a whole number of steps")
+                raise InputError(
+                    f"{option} is {number}, but from 1 on it must be a whole number of steps"
+                )
         for name in ("decay_steps", "decay_shape"):
             if getattr(self, name) is not None and self.schedule != "wsd":
                 option = f"--optim.{name.replace('_', '-')}"
-                fault = f"{option} is {getattr(self, name)}, but --optim.schedule {self.schedule} has no decay of its own"
+                fault = (
+                    f"{option} is {getattr(self, name)}, but --optim.schedule {self.schedule} has "
+                    f"no decay of its own"
+                )
                 raise InputError(f"{fault}; set --optim.schedule wsd or leave it out")
         self.parameter_groups()
 
@@ -291,13 +394,17 @@ def _parameter_group(text: str) -> ParameterGroup:
     refused = f"--optim.groups has {text!r}, "
     pattern, _, said = text.rpartition(":")
     if not pattern or not said:
-        raise InputError(f"{refused}but it must be PATTERN:lr=NUMBER,weight_decay=NUMBER (or one of the two)")
+        raise InputError(
+            f"{refused}but it must be PATTERN:lr=NUMBER,weight_decay=NUMBER (or one of the two)"
+        )
     values: dict[str, float] = {}
     for part in said.split(","):
         key, _, number = part.partition("=")
         name = key.strip().replace("-", "_")
         if name not in known:
-            raise InputError(f"{refused}but a group has no {key.strip()!r}; it can have {' and '.join(known)}")
+            raise InputError(
+                f"{refused}but a group has no {key.strip()!r}; it can have {' and '.join(known)}"
+            )
         if name in values:
             raise InputError(f"{refused}which gives {name} twice; give it once")
         try:
@@ -305,7 +412,9 @@ def _parameter_group(text: str) -> ParameterGroup:
         except ValueError:
             raise InputError(f"{refused}but {name} = {number!r} is not a number") from None
         if not 0 <= values[name] < math.inf:
-            raise InputError(f"{refused}but {name} is {values[name]}; it must be a finite number of at least 0")
+            raise InputError(
+                f"{refused}but {name} is {values[name]}; it must be a finite number of at least 0"
+            )
     return ParameterGroup(pattern.strip(), **values)
 
 
@@ -314,7 +423,9 @@ class Precision:
     """Number formats. Master parameters, gradients and moments are always fp32."""
 
     compute: Literal["auto", "bf16", "fp32"] = "auto"
-    """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow there)."""
+    """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow
+    there).
+    """
 
 
 @dataclass(kw_only=True)
@@ -324,33 +435,56 @@ class Checkpoint:
     every: int = 500
     """Steps between checkpoints; one more is written at the end. 0: only at the end."""
     resume: str = "auto"
-    """auto: newest complete checkpoint of this run; never; or a checkpoint (directory or URL), of another --output too."""
+    """auto: newest complete checkpoint of this run; never; or a checkpoint (directory or URL), of
+    another --output too.
+    """
     mode: Literal["async", "sync"] = "async"
-    """async: training waits for a copy to host memory only, and the file system is written beside it."""
+    """async: training waits for a copy to host memory only, and the file system is written beside
+    it.
+    """
     if_busy: Literal["wait", "skip"] = "wait"
-    """When a checkpoint is due while the one before is still being written: wait for that, or leave this one out."""
+    """When a checkpoint is due while the one before is still being written: wait for that, or leave
+    this one out.
+    """
     keep: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
     keep_every: int = 0
-    """Checkpoints of every so many steps are kept beside them (1000: steps 1000, 2000, ...); 0: none."""
+    """Checkpoints of every so many steps are kept beside them (1000: steps 1000, 2000, ...); 0:
+    none.
+    """
     keep_best: int = 0
-    """So many checkpoints with the lowest eval_loss are kept beside them; one saved without an evaluation has none."""
+    """So many checkpoints with the lowest eval_loss are kept beside them; one saved without an
+    evaluation has none.
+    """
     on_error: Literal["stop", "continue"] = "stop"
-    """When the output cannot be written (full disk, vanished directory): end with an error, or say so and train on."""
+    """When the output cannot be written (full disk, vanished directory): end with an error, or say
+    so and train on.
+    """
     remote: str | None = None
-    """URL, such as s3://bucket/run, that receives checkpoints/ and exports in place of --output (any fsspec file system)."""
+    """URL, such as s3://bucket/run, that receives checkpoints/ and exports in place of --output
+    (any fsspec file system).
+    """
     export: Literal["bf16", "fp32", "fp8", "none"] = "bf16"
-    """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128, quantised from the fp32 masters."""
+    """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128,
+    quantised from the fp32 masters.
+    """
     export_every: int = 0
-    """Steps between further exports, to hf-step-00000100/ and so on, all of which are kept. 0: only hf/, at the end."""
+    """Steps between further exports, to hf-step-00000100/ and so on, all of which are kept. 0: only
+    hf/, at the end.
+    """
 
     def __post_init__(self) -> None:
         _at_least(self, every=0, keep=0, keep_every=0, keep_best=0, export_every=0)
         if self.export_every and self.export == "none":
-            fault = f"--checkpoint.export-every is {self.export_every}, but --checkpoint.export is none"
+            fault = (
+                f"--checkpoint.export-every is {self.export_every}, but --checkpoint.export is none"
+            )
             raise InputError(f"{fault}; choose bf16, fp32 or fp8")
         if self.remote is not None and "://" not in self.remote:
-            fault = f"--checkpoint.remote is {self.remote!r}, but it must be a URL such as s3://bucket/run"
+            fault = (
+                f"--checkpoint.remote is {self.remote!r}, but it must be a URL such as "
+                f"s3://bucket/run"
+            )
             raise InputError(f"{fault}; a local directory is --output's")
 
 
@@ -361,7 +495,9 @@ class Eval:
     every: int = 0
     """Steps between evaluations; one is always made at the end. 0: only at the end."""
     answers: int = 0
-    """Held-out conversations whose assistant turns are generated greedily before and after training (exact match)."""
+    """Held-out conversations whose assistant turns are generated greedily before and after training
+    (exact match).
+    """
     max_new_tokens: int = 64
     """Longest generated answer, in tokens."""
 
@@ -377,7 +513,9 @@ class Metrics:
     progress: bool = True
     """Progress bar on the console."""
     peak_tflops: float | None = None
-    """Peak of one device in TFLOP/s, for the MFU; absent: known for common NVIDIA devices, else no MFU."""
+    """Peak of one device in TFLOP/s, for the MFU; absent: known for common NVIDIA devices, else no
+    MFU.
+    """
 
 
 @dataclass(kw_only=True)
@@ -396,8 +534,9 @@ class Config:
     output: str = "outputs/run"
     """Directory that receives config.json, metrics.jsonl, tensorboard/, checkpoints/ and hf/."""
     overwrite: bool = False
-    """Replace the run that --output holds, its checkpoints included. Given again with the same options (as a restarted job
-    does) it continues what it has started."""
+    """Replace the run that --output holds, its checkpoints included. Given again with the same
+    options (as a restarted job does) it continues what it has started.
+    """
     print_config: bool = False
     """Print the resolved configuration as JSON and exit."""
 
@@ -408,23 +547,32 @@ class Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The whole configuration as JSON-able nested dictionaries."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as they do in config.json
+    # tuples become lists, as they do in config.json
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-# What may differ between a run and its continuation: it changes neither the steps' mathematics nor their data.
+# What may differ between a run and its continuation: it changes neither the steps' mathematics nor
+# their data.
 FREE_TO_CHANGE = (
-    *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance data.cache data.workers".split(),
+    *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
+    "data.cache data.workers".split(),
     *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps".split(),
     *"model.loss_chunk model.attention model.experts model.ops".split(),
 )
 
 
 def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", defaults: Mapping[str, Any] | None = None
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    prefix: str = "",
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0 -> 1'.
+    """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0
+    -> 1'.
 
-    An option that `old` lacks, as the version that wrote it had none, had its default there (`defaults`, of this level)."""
+    An option that `old` lacks, as the version that wrote it had none, had its default there
+    (`defaults`, of this level).
+    """
     defaults = to_dict(Config()) if defaults is None else defaults
     found = []
     for key in sorted(old.keys() | new.keys()):

@@ -1,4 +1,6 @@
-"""What ends a run early: Ctrl-C, the signal of a scheduler that wants the machine back, a fault, or a rank that died."""
+"""What ends a run early: Ctrl-C, the signal of a scheduler that wants the machine back, a fault, or
+a rank that died.
+"""
 
 import json
 import os
@@ -15,11 +17,14 @@ from typing import Any
 from torchsft.config import InputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Slurm signals torchrun and the ranks, and torchrun passes it on: the same signal so soon is the same notice.
+# Slurm signals torchrun and the ranks, and torchrun passes it on: the same signal so soon is the
+# same notice.
 ECHO_SECONDS = 2.0
-# Before a notice is printed: where a rank has died, torchrun sends SIGTERM too, and that rank's fault is told instead.
+# Before a notice is printed: where a rank has died, torchrun sends SIGTERM too, and that rank's
+# fault is told instead.
 NOTICE_SECONDS = 0.3
-PATIENCE_SECONDS = 3.0  # of a rank that leaves the telling to another, which torchrun answers by ending all
+# of a rank that leaves the telling to another, which torchrun answers by ending all
+PATIENCE_SECONDS = 3.0
 
 # What gloo, NCCL and the store say of a peer that is gone; no other fault does.
 PEER_LOST = (
@@ -31,17 +36,21 @@ PEER_LOST = (
     "ncclRemoteError",
 )
 DEATH = (
-    "a rank has died (where it says nothing itself it was killed, often for lack of memory); the same command continues from "
+    "a rank has died (where it says nothing itself it was killed, often for lack of memory); the "
+    "same command continues from "
     "the last checkpoint, which torchrun --max-restarts 3 does by itself"
 )
 
 
 @contextmanager
 def listening(numbers: Collection[int], hear: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Within its context these signals only call `hear`, in a thread; before and after they do what they did.
+    """Within its context these signals only call `hear`, in a thread; before and after they do what
+    they did.
 
-    The thread reads them from a pipe that Python's C-level handler writes to: the main thread may be in a collective that
-    never ends, where no Python handler runs. Only the main thread can enter."""
+    The thread reads them from a pipe that Python's C-level handler writes to: the main thread may
+    be in a collective that never ends, where no Python handler runs. Only the main thread can
+    enter.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -66,9 +75,12 @@ def listening(numbers: Collection[int], hear: Callable[[signal.Signals], None]) 
 
 
 class Preemption:
-    """Within its context the first signal is only noted; a second one ends the process at once (exit code 128 + n).
+    """Within its context the first signal is only noted; a second one ends the process at once
+    (exit code 128 + n).
 
-    Signals are SIGTERM, SIGUSR1 and SIGINT (Ctrl-C, which torchrun passes on; pressed again, torchrun sends SIGTERM)."""
+    Signals are SIGTERM, SIGUSR1 and SIGINT (Ctrl-C, which torchrun passes on; pressed again,
+    torchrun sends SIGTERM).
+    """
 
     def __init__(self, tell: bool) -> None:
         self.tell = tell  # whether to say on stderr that the signal has been heard
@@ -105,18 +117,22 @@ class Preemption:
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run `main`; what can be mended becomes one sentence on stderr and exit code 1, told by one rank.
+    """Run `main`; what can be mended becomes one sentence on stderr and exit code 1, told by one
+    rank.
 
-    That is an InputError, an OSError (a full disk, say) and the death of another rank. Other exceptions keep their traceback.
-    Under torchrun the sentence or traceback also stands in its closing report. Ctrl-C ends the process with exit code 130
-    wherever no `Preemption` listens."""
+    That is an InputError, an OSError (a full disk, say) and the death of another rank. Other
+    exceptions keep their traceback. Under torchrun the sentence or traceback also stands in its
+    closing report. Ctrl-C ends the process with exit code 130 wherever no `Preemption` listens.
+    """
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
         with listening([signal.SIGINT], _interrupted):
             main()
     except SystemExit as end:  # the command line was not understood, which rank 0 tells
         if end.code and main_rank:
-            _report("the command line was not understood; the reason stands above torchrun's messages")
+            _report(
+                "the command line was not understood; the reason stands above torchrun's messages"
+            )
         if end.code and not main_rank:
             time.sleep(PATIENCE_SECONDS)
         raise
@@ -142,7 +158,9 @@ def _interrupted(name: signal.Signals) -> None:
 
 
 def _leave(sentence: str) -> None:
-    """End the process with exit code 1; `sentence` is printed where no other rank of this machine has told its fault."""
+    """End the process with exit code 1; `sentence` is printed where no other rank of this machine
+    has told its fault.
+    """
     if _first_to_tell():
         _report(sentence)
         _print(sentence)
@@ -158,9 +176,12 @@ def _print(sentence: str) -> None:
 
 
 def _told_file() -> Path | None:
-    """Under torchrun: the file that marks a fault as told. All ranks that it started on this machine at one time share it."""
+    """Under torchrun: the file that marks a fault as told. All ranks that it started on this
+    machine at one time share it.
+    """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(error_file).parent.parent / "told" if error_file else None  # LOGS/attempt_0/LOCAL_RANK/error.json
+    # LOGS/attempt_0/LOCAL_RANK/error.json
+    return Path(error_file).parent.parent / "told" if error_file else None
 
 
 def _first_to_tell() -> bool:
@@ -177,7 +198,9 @@ def _first_to_tell() -> bool:
 
 
 def _report(text: str) -> None:
-    """Give torchrun what its closing report shall show as the root cause; in the format of its ErrorHandler."""
+    """Give torchrun what its closing report shall show as the root cause; in the format of its
+    ErrorHandler.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return

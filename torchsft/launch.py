@@ -12,15 +12,20 @@ from torchsft.cli import is_main
 from torchsft.config import Data, InputError
 from torchsft.data.specs import HUB, evaluation_sets, files_of, is_several, nothing_in, parse_spec
 
-TOKENIZER_FILES = ("tokenizer.json", "tiktoken.model", "tokenizer.model")  # the others are refused with more words later
+# the others are refused with more words later
+TOKENIZER_FILES = ("tokenizer.json", "tiktoken.model", "tokenizer.model")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a model: org/name
 MOST_NAMED = 10  # paths in one sentence
 
 
 def check_data(data: Data) -> None:
-    """Raises InputError: sources or the chat template are not there; all that are missing stand in one sentence."""
+    """Raises InputError: sources or the chat template are not there; all that are missing stand in
+    one sentence.
+    """
     specs = {"--data.train": list(map(str, data.train))}
-    specs["--data.eval"] = [spec for members in evaluation_sets(data.eval).values() for spec in members]
+    specs["--data.eval"] = [
+        spec for members in evaluation_sets(data.eval).values() for spec in members
+    ]
     faults = []
     for option, texts in specs.items():
         faults += [f"{option} {text} {fault}" for text in texts if (fault := _source_fault(text))]
@@ -59,14 +64,22 @@ def check_output(output: str) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise InputError(f"--output {output} cannot be a directory, as {place} is a file; choose another --output")
+        raise InputError(
+            f"--output {output} cannot be a directory, as {place} is a file; choose "
+            f"another --output"
+        )
     if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"--output {output} cannot be written, as {place} does not permit it; choose another --output")
+        raise InputError(
+            f"--output {output} cannot be written, as {place} does not permit it; "
+            f"choose another --output"
+        )
 
 
 def model_directory(path: str) -> str:
-    """The directory of `--model.path`: itself, or for a name on the hub, the snapshot in the local cache (said on stderr).
-    Raises InputError: there is none; the sentence says how to download it."""
+    """The directory of `--model.path`: itself, or for a name on the hub, the snapshot in the local
+    cache (said on stderr).
+    Raises InputError: there is none; the sentence says how to download it.
+    """
     if os.path.exists(path) or not HUB_NAME.fullmatch(path):
         return path
     import huggingface_hub
@@ -75,20 +88,31 @@ def model_directory(path: str) -> str:
         found = huggingface_hub.snapshot_download(path, local_files_only=True)
     except (OSError, ValueError):  # no such snapshot; no such cache; not a name that the hub allows
         where = path.rpartition("/")[2]
-        fault = f"--model.path {path} is no directory; if it is a model on the hub, download it first"
-        raise InputError(f"{fault}: hf download {path} --local-dir {where}, then --model.path {where}") from None
+        fault = (
+            f"--model.path {path} is no directory; if it is a model on the hub, download it first"
+        )
+        raise InputError(
+            f"{fault}: hf download {path} --local-dir {where}, then --model.path {where}"
+        ) from None
     if is_main():
-        print(f"--model.path {path}: taken from the local cache, {found}", file=sys.stderr, flush=True)
+        print(
+            f"--model.path {path}: taken from the local cache, {found}", file=sys.stderr, flush=True
+        )
     return found
 
 
 def check_model(path: str, config: bool = True, weights: bool = True) -> None:
-    """Raises InputError: the directory is none, or lacks its tokenizer, or its config.json or weights where they are needed."""
+    """Raises InputError: the directory is none, or lacks its tokenizer, or its config.json or
+    weights where they are needed.
+    """
     directory = Path(path)
     option = f"--model.path {path}"
     if not directory.is_dir():
         fault = "is a file" if directory.exists() else "does not exist"
-        raise InputError(f"{option} {fault}; give a Hugging Face model directory (config.json, tokenizer, safetensors)")
+        raise InputError(
+            f"{option} {fault}; give a Hugging Face model directory (config.json, "
+            f"tokenizer, safetensors)"
+        )
     lacking = []
     if config and not (directory / "config.json").is_file():
         lacking.append("config.json")
@@ -98,18 +122,23 @@ def check_model(path: str, config: bool = True, weights: bool = True) -> None:
         lacking += _lacking_weights(directory)
     if lacking:
         raise InputError(
-            f"{option} lacks {', '.join(lacking)}; give a whole Hugging Face model directory, or download it again"
+            f"{option} lacks {', '.join(lacking)}; give a whole Hugging Face model directory, or "
+            f"download it again"
         )
 
 
 def _lacking_weights(directory: Path) -> list[str]:
-    """What is missing of a directory's weights: safetensors, all that an index names, or what convert_checkpoint.py wrote."""
+    """What is missing of a directory's weights: safetensors, all that an index names, or what
+    convert_checkpoint.py wrote.
+    """
     if (directory / ".metadata").is_file():
         return []
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            named = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (OSError, ValueError, KeyError, AttributeError):
             return []  # told where the index is read
         missing = [name for name in named if not (directory / name).is_file()]
@@ -118,14 +147,20 @@ def _lacking_weights(directory: Path) -> list[str]:
     if any(directory.glob("*.safetensors")):
         return []
     old = sorted(path.name for path in directory.glob("*.bin"))
-    return [f"safetensors weights (it has {old[0]}, which is not read; convert it)" if old else "safetensors weights"]
+    return [
+        f"safetensors weights (it has {old[0]}, which is not read; convert it)"
+        if old
+        else "safetensors weights"
+    ]
 
 
 def set_threads(local_ranks: int) -> int | None:
-    """Share the cores among the ranks of this machine where torchrun has set OMP_NUM_THREADS to 1 because nobody had set it.
+    """Share the cores among the ranks of this machine where torchrun has set OMP_NUM_THREADS to 1
+    because nobody had set it.
 
-    Call it before torch is imported. torchrun sets the variable in its own environment, so the one that it was started with, in
-    /proc, still tells whether the user had. Where that cannot be seen, or the user had, nothing is changed.
+    Call it before torch is imported. torchrun sets the variable in its own environment, so the one
+    that it was started with, in /proc, still tells whether the user had. Where that cannot be seen,
+    or the user had, nothing is changed.
 
     Returns:
         The number of threads that was set, if any.

@@ -25,7 +25,14 @@ from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, to_dict
 from torchsft.data.prepare import open_streams, prepare, prepare_eval
-from torchsft.data.stream import Background, EvalSet, Step, StreamLoader, TrainLoader, microbatches_per_step
+from torchsft.data.stream import (
+    Background,
+    EvalSet,
+    Step,
+    StreamLoader,
+    TrainLoader,
+    microbatches_per_step,
+)
 from torchsft.data.template import Sample
 from torchsft.data.tokenizer import load_tokenizer, read_chat_template
 from torchsft.evaluation import evaluate_loss
@@ -52,30 +59,48 @@ from torchsft.parallel.pipeline import (
 from torchsft.parallel.stages import ZERO_BUBBLE
 from torchsft.parallel.world import World, mesh_sizes
 
-COUNTERS = ("step", "updates", "skipped", "skipped_in_a_row", "first_loss", "last_loss")  # saved in checkpoints
+# saved in checkpoints
+COUNTERS = ("step", "updates", "skipped", "skipped_in_a_row", "first_loss", "last_loss")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def resolve(config: Config) -> Config:
-    """Replace what is automatic by what this machine and number of ranks make of it: what runs, and what is saved. An
-    InputError: the mesh sizes do not fit the number of ranks."""
+    """Replace what is automatic by what this machine and number of ranks make of it: what runs, and
+    what is saved. An
+    InputError: the mesh sizes do not fit the number of ranks.
+    """
     parallel, ranks = config.parallel, int(os.environ.get("WORLD_SIZE", "1"))
-    if config.print_config and "WORLD_SIZE" not in os.environ:  # a look at a layout, without its ranks
+    # a look at a layout, without its ranks
+    if config.print_config and "WORLD_SIZE" not in os.environ:
         sequence = parallel.cp * parallel.tp
-        shard = parallel.ep // math.gcd(parallel.ep, sequence) if parallel.dp_shard == -1 else parallel.dp_shard
+        shard = (
+            parallel.ep // math.gcd(parallel.ep, sequence)
+            if parallel.dp_shard == -1
+            else parallel.dp_shard
+        )
         ranks = parallel.pp * parallel.dp_replicate * shard * sequence
-    parallel = dataclasses.replace(parallel, dp_shard=mesh_sizes(parallel, ranks)["dense"]["dp_shard"])
+    parallel = dataclasses.replace(
+        parallel, dp_shard=mesh_sizes(parallel, ranks)["dense"]["dp_shard"]
+    )
     precision, train = config.precision, config.train
     if precision.compute == "auto":
-        precision = dataclasses.replace(precision, compute="bf16" if torch.cuda.is_available() else "fp32")
+        precision = dataclasses.replace(
+            precision, compute="bf16" if torch.cuda.is_available() else "fp32"
+        )
     if train.steps is None and train.epochs is None:
         train = dataclasses.replace(train, epochs=1)
-    data = dataclasses.replace(config.data, template_date=config.data.template_date or first_day(config))
-    return dataclasses.replace(config, parallel=parallel, precision=precision, train=train, data=data)
+    data = dataclasses.replace(
+        config.data, template_date=config.data.template_date or first_day(config)
+    )
+    return dataclasses.replace(
+        config, parallel=parallel, precision=precision, train=train, data=data
+    )
 
 
 def first_day(config: Config) -> str:
-    """The day (YYYY-MM-DD) on which this run started first: that of the run which it continues, else today."""
+    """The day (YYYY-MM-DD) on which this run started first: that of the run which it continues,
+    else today.
+    """
     saved, resumed = Path(config.output) / "config.json", config.checkpoint.resume
     found: Mapping[str, Any] = {}
     try:
@@ -91,17 +116,20 @@ def first_day(config: Config) -> str:
 
 
 class Trainer:
-    """Everything that one rank holds of a run; `run()` is the whole of it. An InputError: options, data, weights and output
-    directory do not fit together; before any weight is loaded where possible."""
+    """Everything that one rank holds of a run; `run()` is the whole of it. An InputError: options,
+    data, weights and output directory do not fit together; before any weight is loaded where
+    possible.
+    """
 
     def __init__(
         self,
         config: Config,  # as the command line gave it, with `model.path` and `data.train` set
         world: World,  # this rank among the others
-        # Writes inputs that `config` names, on the main rank, once nothing speaks against the output directory.
+        # Writes inputs that `config` names, on the main rank, once nothing speaks against the
+        # output directory.
         generate: Callable[[], None] | None = None,
-        # Generates answers to `eval_samples` "before" or "after" training: how many are right, how many ended by themselves,
-        # and how many there are.
+        # Generates answers to `eval_samples` "before" or "after" training: how many are right, how
+        # many ended by themselves, and how many there are.
         answer: Callable[["Trainer", str], tuple[int, int, int]] | None = None,
     ) -> None:
         self.world, self.answer = world, answer
@@ -110,11 +138,17 @@ class Trainer:
         self.config = config = resolve(config)
         self.output = Path(config.output)
         if config.model.path is None or not config.data.train:
-            raise InputError("--model.path and --data.train must both be given (or neither, for the debug preset)")
+            raise InputError(
+                "--model.path and --data.train must both be given (or neither, for "
+                "the debug preset)"
+            )
         self.source = Path(config.model.path)
         self.start = find_start(config, tell=world.is_main)
         self.checkpoint = self.start.checkpoint
-        how = {name: getattr(config.checkpoint, name) for name in ("mode", "if_busy", "keep", "keep_every", "keep_best")}
+        how = {
+            name: getattr(config.checkpoint, name)
+            for name in ("mode", "if_busy", "keep", "keep_every", "keep_best")
+        }
         where = checkpoints_of(self.output, config.checkpoint.remote)
         self.checkpointer = state.Checkpointer(where, **how, group=world.writers)
         self.preemption = Preemption(tell=world.is_main)
@@ -124,18 +158,22 @@ class Trainer:
             world.barrier()
 
         self.model_config = DeepseekV3Config.from_hf(huggingface.read_config(self.source))
-        self.earlier_ends: list[int] = []  # see `end_tokens`; those that the checkpoint to continue from knows
+        # see `end_tokens`; those that the checkpoint to continue from knows
+        self.earlier_ends: list[int] = []
         stop_ids(*self.base_configs(), ())  # refuses what it cannot use
         self.lay_out()
         with self.clock("tokenising"):
             self.load_data()
         self.step = 0  # steps taken, skipped ones included
         self.updates = 0  # steps that changed the weights: what the learning-rate schedule counts
-        self.skipped = self.skipped_in_a_row = 0  # changed nothing: gradient not finite, or nothing supervised
+        # changed nothing: gradient not finite, or nothing supervised
+        self.skipped = self.skipped_in_a_row = 0
         self.first_loss = self.last_loss = math.nan
         self.signalled = False  # a rank has been told to end; as all ranks know it
-        self.unwritten = False  # a rank knows of a checkpoint that failed since the last step; as all ranks know it
-        self.ended: list[state.Report] = []  # checkpoints that have ended and have not been told of yet
+        # a rank knows of a checkpoint that failed since the last step; as all ranks know it
+        self.unwritten = False
+        # checkpoints that have ended and have not been told of yet
+        self.ended: list[state.Report] = []
         self.failed = ""  # what befell the newest checkpoint, if it failed
         self.faults = 0  # of the output, where the run goes on nevertheless
         with self.clock("loading"):
@@ -145,41 +183,78 @@ class Trainer:
             self.log = self.open_output()
 
     def lay_out(self) -> None:
-        """Meta device -> this rank's part of the model -> sharded: no memory yet, but all that can be refused is."""
-        config, world, options, train = self.config, self.world, self.config.model, self.config.train
+        """Meta device -> this rank's part of the model -> sharded: no memory yet, but all that can
+        be refused is.
+        """
+        config, world, options, train = (
+            self.config,
+            self.world,
+            self.config.model,
+            self.config.train,
+        )
         parallel, dtype = config.parallel, DTYPES[config.precision.compute]
         choose_implementation(options.attention, world.device, dtype)
-        microbatches = microbatches_per_step(train.global_batch_size, train.micro_batch_size, world.data_size)
+        microbatches = microbatches_per_step(
+            train.global_batch_size, train.micro_batch_size, world.data_size
+        )
         tokens, ranks = train.micro_batch_size * config.data.seq_len, parallel.cp * parallel.tp
         if tokens % ranks:
-            fault = f"the {tokens} tokens of a microbatch do not divide over cp {parallel.cp} x tp {parallel.tp} ranks"
-            raise InputError(f"{fault}; set --data.seq-len to {-(-config.data.seq_len // ranks) * ranks}")
+            fault = (
+                f"the {tokens} tokens of a microbatch do not divide over cp {parallel.cp} x tp "
+                f"{parallel.tp} ranks"
+            )
+            raise InputError(
+                f"{fault}; set --data.seq-len to {-(-config.data.seq_len // ranks) * ranks}"
+            )
         if options.ops == "plain" and parallel.tp > 1:
             fault = "--model.ops plain has no loss over a split vocabulary"
             raise InputError(f"{fault}; set --parallel.tp to 1, not {parallel.tp}")
         ops.use_plain(options.ops == "plain")
         self.plan = plan_stages(parallel, self.model_config, microbatches)
-        kinds = {"attention": options.attention, "experts": options.experts, "loss_chunk": options.loss_chunk}
+        kinds = {
+            "attention": options.attention,
+            "experts": options.experts,
+            "loss_chunk": options.loss_chunk,
+        }
         self.weights, pp_rank = None, world.dense.get_local_rank("pp")
         with torch.device("meta"):
             whole = DeepseekV3(self.model_config, **kinds)
-            self.shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
-            self.selection = select(self.shapes, train.freeze, config.optim.parameter_groups(), PARTS)
+            self.shapes = {
+                name: tuple(parameter.shape) for name, parameter in whole.named_parameters()
+            }
+            self.selection = select(
+                self.shapes, train.freeze, config.optim.parameter_groups(), PARTS
+            )
             self.selection.apply(whole)
-            if self.checkpoint is None and not options.random_init:  # else the Hugging Face directory's weights are not read
+            # else the Hugging Face directory's weights are not read
+            if self.checkpoint is None and not options.random_init:
                 self.weights = huggingface.check_weights(self.source, whole)
             self.model = DeepseekV3(self.model_config, **kinds, **self.plan.model_part(pp_rank))
             self.selection.apply(self.model)
             self.stages = split(self.model, self.plan, pp_rank)
-        recompute, reshard = train.activation_checkpointing == "full", reshard_after_forward(parallel)
-        parallelize(self.stages, world, dtype, activation_checkpointing=recompute, reshard_after_forward=reshard)
+        recompute, reshard = (
+            train.activation_checkpointing == "full",
+            reshard_after_forward(parallel),
+        )
+        parallelize(
+            self.stages,
+            world,
+            dtype,
+            activation_checkpointing=recompute,
+            reshard_after_forward=reshard,
+        )
         sharded, gathered = held_bytes(self.model, dtype, reshard)  # activations are not counted
         memory = device_bytes(world.device)
         if memory is not None and sharded + gathered > memory:
             remedy = "raise --parallel.pp, --parallel.ep or --parallel.tp"
             if gathered < memory:
-                remedy = f"start at least {math.ceil(world.size * sharded / (memory - gathered))} ranks"
-            fault = f"rank {world.rank} would hold {(sharded + gathered) / 1e9:.1f} GB of weights, gradients and moments"
+                remedy = (
+                    f"start at least {math.ceil(world.size * sharded / (memory - gathered))} ranks"
+                )
+            fault = (
+                f"rank {world.rank} would hold {(sharded + gathered) / 1e9:.1f} GB of weights, "
+                f"gradients and moments"
+            )
             raise InputError(f"{fault}, but its device has {memory / 1e9:.1f} GB; {remedy}")
         shape = {"microbatches": microbatches, "tokens": tokens, "dtype": dtype}
         shape["first_trained"] = first_trained(whole, self.plan)
@@ -189,18 +264,32 @@ class Trainer:
         """Tokenizer, training loader, evaluation batches, number of steps."""
         config, world, data, train = self.config, self.world, self.config.data, self.config.train
         if config.eval.answers and not (data.eval and self.answer):
-            lacks = "this recipe cannot generate any" if data.eval else "there is no --data.eval to take questions from"
+            lacks = (
+                "this recipe cannot generate any"
+                if data.eval
+                else "there is no --data.eval to take questions from"
+            )
             raise InputError(f"--eval.answers is {config.eval.answers}, but {lacks}")
         if config.checkpoint.keep_best and not data.eval:
             lacks = "without --data.eval no checkpoint has an eval loss; give held-out data"
-            raise InputError(f"--checkpoint.keep-best is {config.checkpoint.keep_best}, but {lacks}")
+            raise InputError(
+                f"--checkpoint.keep-best is {config.checkpoint.keep_best}, but {lacks}"
+            )
         if data.streaming and train.steps is None:
-            fault = f"--data.streaming reads an unknown number of samples, but --train.epochs is {train.epochs}"
+            fault = (
+                f"--data.streaming reads an unknown number of samples, but --train.epochs is "
+                f"{train.epochs}"
+            )
             raise InputError(f"{fault}; give --train.steps")
         # Read now: the export has what was trained with, whatever becomes of the file.
         self.chat_template = read_chat_template(data.chat_template) if data.chat_template else None
-        self.tokenizer = load_tokenizer(self.source, chat_template=data.chat_template, date=data.template_date)
-        vocab, known = {"vocab_size": self.model_config.vocab_size}, self.model_config.max_position_embeddings
+        self.tokenizer = load_tokenizer(
+            self.source, chat_template=data.chat_template, date=data.template_date
+        )
+        vocab, known = (
+            {"vocab_size": self.model_config.vocab_size},
+            self.model_config.max_position_embeddings,
+        )
         read = vocab | {"progress": config.metrics.progress and bars_can_be_drawn()}
         batch = {"seq_len": data.seq_len, "micro_batch_size": train.micro_batch_size}
         batch |= {"data_rank": world.data_rank, "data_size": world.data_size}
@@ -224,13 +313,18 @@ class Trainer:
         self.eval_sets: dict[str, EvalSet] = {}
         for name, sources in prepare_eval(data.eval, self.tokenizer, data, **read).items():
             for source in sources:
-                self.say("\n  skipped: ".join([f"eval {name}: {source.report}", *source.report.faults]))
+                self.say(
+                    "\n  skipped: ".join([f"eval {name}: {source.report}", *source.report.faults])
+                )
                 self.eval_samples += source.samples[: config.eval.answers - len(self.eval_samples)]
             self.eval_sets[name] = EvalSet(sources, **batch)
         self.total_steps = train.steps or loader.steps_in(train.epochs)
         if self.checkpoint and (reached := state.saved_step(self.checkpoint)) > self.total_steps:
             fault = f"--train.steps or --train.epochs let the run end after step {self.total_steps}"
-            raise InputError(f"{fault}, but it has reached step {reached} ({self.checkpoint}); give at least that many steps")
+            raise InputError(
+                f"{fault}, but it has reached step {reached} ({self.checkpoint}); "
+                f"give at least that many steps"
+            )
         self.loader = Background(loader, data.workers, world.device)
         lr_factor(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
 
@@ -256,7 +350,10 @@ class Trainer:
         config = self.config
         extra = state.load(path, self.model, self.optimizer)
         if missing := {*COUNTERS, "data"} - extra.keys():
-            raise InputError(f"checkpoint {path} is damaged: trainer.json lacks {', '.join(sorted(missing))}; use an older one")
+            raise InputError(
+                f"checkpoint {path} is damaged: trainer.json lacks "
+                f"{', '.join(sorted(missing))}; use an older one"
+            )
         for name in COUNTERS:
             setattr(self, name, extra[name])
         self.loader.load_state_dict(extra["data"])
@@ -264,13 +361,20 @@ class Trainer:
         self.say(f"continuing from {path} at step {self.step} of {self.total_steps}")
         if self.start.longer and self.step < self.total_steps:
             last = self.updates + self.total_steps - self.step - 1
-            factors = (lr_factor(update, config.optim, self.total_steps) for update in (self.updates, last))
+            factors = (
+                lr_factor(update, config.optim, self.total_steps) for update in (self.updates, last)
+            )
             now, end = (config.optim.lr * factor for factor in factors)
             course = f"its {config.optim.schedule} schedule now ends at step {self.total_steps}"
-            self.say(f"{self.start.longer}: {course}; the learning rate goes on at {now:.3g} and ends at {end:.3g}")
+            self.say(
+                f"{self.start.longer}: {course}; the learning rate goes on at {now:.3g} and "
+                f"ends at {end:.3g}"
+            )
 
     def open_output(self) -> MetricsLogger:
-        """Write the resolved configuration and open the metric files, where an earlier run makes way first (main rank only)."""
+        """Write the resolved configuration and open the metric files, where an earlier run makes
+        way first (main rank only).
+        """
         self.output.mkdir(parents=True, exist_ok=True)
         if self.start.replaces:
             removed = make_way(self.config, str(self.checkpointer.folder))
@@ -278,28 +382,47 @@ class Trainer:
             self.say(f"{self.start.replaces}; removed: {', '.join(names) or 'nothing'}")
         text, options = json.dumps(to_dict(self.config), indent=2), self.config.metrics
         Folder(self.output).write_text("config.json.partial", text + "\n")
-        os.replace(self.output / "config.json.partial", self.output / "config.json")  # whole or not there
-        shown = {"tensorboard": options.tensorboard, "progress": options.progress, "config_text": text}
-        return MetricsLogger(self.output, total_steps=self.total_steps, start_step=self.step, **shown)
+        # whole or not there
+        os.replace(self.output / "config.json.partial", self.output / "config.json")
+        shown = {
+            "tensorboard": options.tensorboard,
+            "progress": options.progress,
+            "config_text": text,
+        }
+        return MetricsLogger(
+            self.output, total_steps=self.total_steps, start_step=self.step, **shown
+        )
 
     def run(self) -> None:
         """Train to the last step, with evaluation, checkpoints, export and a closing summary.
 
-        Ctrl-C, SIGTERM and SIGUSR1 end it early, after a step and its checkpoint, without an error; the same command continues.
+        Ctrl-C, SIGTERM and SIGUSR1 end it early, after a step and its checkpoint, without an error;
+        the same command continues.
 
         Raises:
             InputError: too many steps in a row changed nothing.
-            OSError: the output cannot be written and --checkpoint.on-error is stop, or the last save failed.
+            OSError: the output cannot be written and --checkpoint.on-error is stop, or the last
+                save failed.
         """
         self.say(self.describe())
         self.world.barrier()  # the output is open
         if self.step == self.total_steps:
-            again = "it is evaluated and exported again; to train longer, raise --train.steps or --train.epochs"
-            self.say(f"this run is complete: {again}; to train anew, choose another --output or delete this one")
+            again = (
+                "it is evaluated and exported again; to train longer, raise --train.steps or "
+                "--train.epochs"
+            )
+            self.say(
+                f"this run is complete: {again}; to train anew, choose another --output or "
+                f"delete this one"
+            )
         with self.preemption:
             evaluation, tokens, seconds = self.train()
         if self.signalled:
-            done = f"after step {self.step} of {self.total_steps} and its checkpoint" if self.step else "before the first step"
+            done = (
+                f"after step {self.step} of {self.total_steps} and its checkpoint"
+                if self.step
+                else "before the first step"
+            )
             self.say(f"ended by {self.preemption}, {done}; the same command continues from there")
         else:
             if self.eval_sets and not evaluation:  # a finished run was started again
@@ -313,26 +436,31 @@ class Trainer:
                 with self.clock("export"):
                     self.export()
         if self.failed:
-            raise OSError(f"{self.failed}; it was the last one: mend that and run the same command again")
+            raise OSError(
+                f"{self.failed}; it was the last one: mend that and run the same command again"
+            )
         if self.log:
             with self.output_may_fail():
                 self.log.close()
             if not self.signalled:
                 self.say(self.summary(evaluation, tokens, seconds, matches))
         if self.config.data.streaming:
-            for source in self.loader.loader.sources:  # what has been read of it, some steps ahead of what was trained
+            # what has been read of it, some steps ahead of what was trained
+            for source in self.loader.loader.sources:
                 self.say("\n  skipped: ".join([f"streamed {source.report}", *source.report.faults]))
 
     def train(self) -> tuple[dict[str, float], float, float]:
-        """Steps, evaluations and checkpoints, to the last step or until a signal comes. Returns what the last step's evaluation
-        found, if there was one; tokens and seconds of the steps."""
+        """Steps, evaluations and checkpoints, to the last step or until a signal comes. Returns
+        what the last step's evaluation found, if there was one; tokens and seconds of the steps.
+        """
         config, evaluation = self.config, {}
         if config.eval.answers and self.step == 0:
             with self.clock("answers"):
                 self.answer(self, "before")
             self.agree()
         tokens = seconds = 0.0
-        self.export_step(again=False)  # the earlier run may have been ended before that of its last checkpoint's step
+        # the earlier run may have been ended before that of its last checkpoint's step
+        self.export_step(again=False)
         while self.step < self.total_steps and not self.signalled:
             with self.clock("waiting for data"):
                 step = next(self.loader)
@@ -353,7 +481,9 @@ class Trainer:
             if self.skipped_in_a_row >= config.train.max_nonfinite_steps:
                 last = f"the last with norm {record['grad_norm']} at step {self.step}"
                 remedy = "lower --optim.lr, look at the data or raise --train.max-nonfinite-steps"
-                raise InputError(f"{self.skipped_in_a_row} steps in a row changed nothing, {last}; {remedy}")
+                raise InputError(
+                    f"{self.skipped_in_a_row} steps in a row changed nothing, {last}; {remedy}"
+                )
             if self.due(config.checkpoint.every) or self.signalled:
                 with self.clock("checkpoints"):
                     self.save(evaluation.get("eval_loss"))
@@ -371,11 +501,18 @@ class Trainer:
         return self.step == self.total_steps or (every > 0 and self.step % every == 0)
 
     def train_step(self, step: Step) -> tuple[dict[str, Any], dict[str, float]]:
-        """One optimizer step on this rank's microbatches of a global batch. Every microbatch gives a *sum* of weighted token
-        losses, which is divided by the loss weight of the whole global batch, known before the first backward pass. So neither
-        accumulation nor the number of ranks can change a gradient. Returns what metrics.jsonl says of the step, and further
-        TensorBoard scalars; the same on every rank."""
-        config, world, batches, began = self.config, self.world, step.microbatches, time.perf_counter()
+        """One optimizer step on this rank's microbatches of a global batch. Every microbatch gives
+        a *sum* of weighted token losses, which is divided by the loss weight of the whole global
+        batch, known before the first backward pass. So neither accumulation nor the number of ranks
+        can change a gradient. Returns what metrics.jsonl says of the step, and further TensorBoard
+        scalars; the same on every rank.
+        """
+        config, world, batches, began = (
+            self.config,
+            self.world,
+            step.microbatches,
+            time.perf_counter(),
+        )
         lengths = [b.cu_seqlens.diff().tolist() for b in batches]
         counts = [
             float(sum(b.loss_weights.double().sum() for b in batches)),
@@ -383,7 +520,9 @@ class Trainer:
             float(sum(map(sum, lengths))),
             sum(self.model_config.flops(documents) for documents in lengths),
         ]
-        weight, supervised, tokens, flops = world.sum(counts if world.is_reader else [0.0] * len(counts)).tolist()
+        weight, supervised, tokens, flops = world.sum(
+            counts if world.is_reader else [0.0] * len(counts)
+        ).tolist()
         for moe in self.model.moe_layers().values():
             moe.balance_scale = config.train.aux_loss / max(tokens, 1)
         loss_sum = self.pipeline.step(batches, max(weight, 1e-30))
@@ -394,7 +533,9 @@ class Trainer:
         lr = config.optim.lr * factor
         if math.isfinite(norm) and weight > 0:
             if config.optim.clip_norm is not None:
-                scale_gradients(self.model.parameters(), clip_factor(norm_tensor, config.optim.clip_norm))
+                scale_gradients(
+                    self.model.parameters(), clip_factor(norm_tensor, config.optim.clip_norm)
+                )
             set_lr(self.optimizer, factor)
             self.optimizer.step()
             self.updates += 1
@@ -411,13 +552,29 @@ class Trainer:
         if math.isnan(self.first_loss):
             self.first_loss = loss
         self.last_loss = loss
-        record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": int(tokens), "supervised_tokens": int(supervised)}
-        record |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "epoch": step.epoch}
+        record = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": int(tokens),
+            "supervised_tokens": int(supervised),
+        }
+        record |= {
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "epoch": step.epoch,
+        }
         record["data_wait_share"] = self.loader.waited / (self.loader.waited + seconds)
         if config.train.aux_loss:
             record["aux_loss"] = aux_loss
-        scalars = {"speed/supervised_tokens_per_second": supervised / seconds, "optim/skipped_steps": self.skipped}
-        scalars |= {f"data/epochs/{name}": n for name, n in self.loader.loader.source_epochs(step.state).items()}
+        scalars = {
+            "speed/supervised_tokens_per_second": supervised / seconds,
+            "optim/skipped_steps": self.skipped,
+        }
+        scalars |= {
+            f"data/epochs/{name}": n
+            for name, n in self.loader.loader.source_epochs(step.state).items()
+        }
         for group in config.optim.parameter_groups():
             if group.lr is not None:
                 scalars[f"optim/lr/{group.pattern}"] = factor * group.lr
@@ -426,9 +583,13 @@ class Trainer:
             scalars["speed/mfu"] = mfu(flops / world.size, seconds, peak)
         return record, scalars
 
-    def collect(self, loss_sum: torch.Tensor, weight: float, tokens: float) -> tuple[float, float, dict[str, float]]:
-        """Over all ranks: mean loss, balance loss (as it is minimised) and expert load: the busiest expert's over the mean, per
-        MoE layer; counters start anew. One collective, that the host waits for; it also settles `signalled` and `unwritten`."""
+    def collect(
+        self, loss_sum: torch.Tensor, weight: float, tokens: float
+    ) -> tuple[float, float, dict[str, float]]:
+        """Over all ranks: mean loss, balance loss (as it is minimised) and expert load: the busiest
+        expert's over the mean, per MoE layer; counters start anew. One collective, that the host
+        waits for; it also settles `signalled` and `unwritten`.
+        """
         layers, experts = self.model_config.num_hidden_layers, self.model_config.n_routed_experts
         # Every rank has the same places for all layers and fills in its own.
         counts = torch.zeros(layers, 1 + experts, dtype=torch.float64, device=self.world.device)
@@ -437,27 +598,45 @@ class Trainer:
             counts[int(name), 1:] = moe.expert_load
             moe.init_buffers()
         # The ranks of a tensor group each have the loss of all of its tokens.
-        mine = loss_sum if self.world.dense.get_local_rank("tp") == 0 else torch.zeros_like(loss_sum)
-        flags = counts.new_tensor([self.preemption.received is not None, any(report.error for report in self.ended)])
-        total, signalled, unwritten, *counts = self.world.sum(torch.cat([mine[None], flags, counts.flatten()])).tolist()
+        mine = (
+            loss_sum if self.world.dense.get_local_rank("tp") == 0 else torch.zeros_like(loss_sum)
+        )
+        flags = counts.new_tensor(
+            [self.preemption.received is not None, any(report.error for report in self.ended)]
+        )
+        total, signalled, unwritten, *counts = self.world.sum(
+            torch.cat([mine[None], flags, counts.flatten()])
+        ).tolist()
         self.signalled, self.unwritten = signalled > 0, unwritten > 0
         scalars, balance = {}, 0.0
         for layer in range(layers):
             if self.model_config.is_moe(layer):
                 layer_balance, *load = counts[layer * (1 + experts) : (layer + 1) * (1 + experts)]
                 balance += layer_balance
-                scalars[f"expert_load/layer_{layer}_max_over_mean"] = max(load) * experts / max(sum(load), 1.0)
-        return total / max(weight, 1e-30), self.config.train.aux_loss * balance / max(tokens, 1), scalars
+                scalars[f"expert_load/layer_{layer}_max_over_mean"] = (
+                    max(load) * experts / max(sum(load), 1.0)
+                )
+        return (
+            total / max(weight, 1e-30),
+            self.config.train.aux_loss * balance / max(tokens, 1),
+            scalars,
+        )
 
     def save(self, score: float | None = None) -> None:
-        """Write a checkpoint of this step; beside training, unless it is the last one. `score`: its eval loss, if known."""
+        """Write a checkpoint of this step; beside training, unless it is the last one. `score`: its
+        eval loss, if known.
+        """
         last = self.signalled or self.step == self.total_steps
         if last:
             self.checkpointer.wait()  # it must not be left out since another is being written
-        extra = {name: getattr(self, name) for name in COUNTERS} | {"data": self.loader.state_dict()}
+        extra = {name: getattr(self, name) for name in COUNTERS} | {
+            "data": self.loader.state_dict()
+        }
         extra["end_tokens"] = self.end_tokens()
         config = to_dict(self.config)
-        if not self.checkpointer.save(self.step, self.model, self.optimizer, extra=extra, config=config, score=score, now=last):
+        if not self.checkpointer.save(
+            self.step, self.model, self.optimizer, extra=extra, config=config, score=score, now=last
+        ):
             self.say(f"no checkpoint of step {self.step}: the one before is still being written")
         if last or self.config.checkpoint.mode == "sync":  # all ranks know how it went
             self.ended += self.checkpointer.reports()
@@ -465,7 +644,9 @@ class Trainer:
             self.tell()
 
     def tell(self) -> None:
-        """Say how saves ended. An OSError, on all ranks at one step: one failed on any, and --checkpoint.on-error is stop."""
+        """Say how saves ended. An OSError, on all ranks at one step: one failed on any, and
+        --checkpoint.on-error is stop.
+        """
         if self.unwritten and not any(report.error for report in self.ended):
             self.checkpointer.wait()  # another rank heard of it first
             self.ended += self.checkpointer.reports()
@@ -476,11 +657,23 @@ class Trainer:
                 if self.failed:
                     raise OSError(self.failed)
                 if self.log:
-                    times = {"stall_seconds": report.stall_seconds, "write_seconds": report.write_seconds}
-                    self.log.scalars(report.step, {f"checkpoint/{name}": value for name, value in times.items()})
+                    times = {
+                        "stall_seconds": report.stall_seconds,
+                        "write_seconds": report.write_seconds,
+                    }
+                    self.log.scalars(
+                        report.step, {f"checkpoint/{name}": value for name, value in times.items()}
+                    )
             if not self.failed:
-                size, seconds, stall = f"{report.bytes / 1e6:,.1f} MB", report.write_seconds, report.stall_seconds
-                self.say(f"checkpoint {report.path}: {size} written in {seconds:.2f} s, training waited {stall:.2f} s")
+                size, seconds, stall = (
+                    f"{report.bytes / 1e6:,.1f} MB",
+                    report.write_seconds,
+                    report.stall_seconds,
+                )
+                self.say(
+                    f"checkpoint {report.path}: {size} written in {seconds:.2f} s, training "
+                    f"waited {stall:.2f} s"
+                )
 
     @contextmanager
     def output_may_fail(self) -> Iterator[None]:
@@ -492,11 +685,17 @@ class Trainer:
                 raise
             self.faults += 1
             if self.world.is_main:
-                print(f"warning: {error}; training goes on (fault {self.faults} of the output)", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {error}; training goes on (fault {self.faults} of the output)",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def end_tokens(self) -> list[int]:
-        """Ids of the tokens that ended turns trained so far, the most frequent first. With --data.streaming only rank 0's list
-        counts: the ranks may have read on by different amounts."""
+        """Ids of the tokens that ended turns trained so far, the most frequent first. With
+        --data.streaming only rank 0's list
+        counts: the ranks may have read on by different amounts.
+        """
         counts = Counter()
         for source in self.loader.loader.sources:
             counts.update({int(token): turns for token, turns in source.report.ends.items()})
@@ -508,15 +707,22 @@ class Trainer:
         return huggingface.read_config(self.source), read_generation_config(self.source)
 
     def stop_tokens(self) -> list[int]:
-        """Ids of the tokens at which answers end when an export of this moment is served; collective."""
+        """Ids of the tokens at which answers end when an export of this moment is served;
+        collective.
+        """
         return gather_objects(stop_ids(*self.base_configs(), self.end_tokens()))[0]
 
     def export(self, name: str = "hf") -> None:
-        """Write the weights and all that belongs to them as the Hugging Face directory OUTPUT/`name`. An OSError, on every
-        rank: it could not be written."""
+        """Write the weights and all that belongs to them as the Hugging Face directory
+        OUTPUT/`name`. An OSError, on every
+        rank: it could not be written.
+        """
         ends, options = self.end_tokens(), self.config.checkpoint
         place = self.export_place(name)
-        self.say(f"exporting {options.export} weights to {place}{about(*self.base_configs(), ends, self.tokenizer)}")
+        self.say(
+            f"exporting {options.export} weights to "
+            f"{place}{about(*self.base_configs(), ends, self.tokenizer)}"
+        )
         try:
             given = {"ends": ends, "chat_template": self.chat_template}
             huggingface.export(self.model, place, DTYPES[options.export], self.source, **given)
@@ -528,8 +734,9 @@ class Trainer:
             raise OSError(f"{fault}; {known}: mend that and run the same command again") from error
 
     def export_step(self, again: bool = True) -> None:
-        """Export this step's weights where --checkpoint.export-every says so; of the last one, `run` does. `again`: also where
-        that is done already."""
+        """Export this step's weights where --checkpoint.export-every says so; of the last one,
+        `run` does. `again`: also where that is done already.
+        """
         every, name = self.config.checkpoint.export_every, f"hf-step-{self.step:08d}"
         due = every > 0 and self.step > 0 and self.step % every == 0
         if not due or self.step == self.total_steps or self.signalled:
@@ -563,19 +770,39 @@ class Trainer:
             full = train.activation_checkpointing == "full"
             if config.parallel.pp_schedule in ZERO_BUBBLE and (full or not weight_pass_possible()):
                 reason = "activation checkpointing" if full else f"torch {torch.__version__}"
-                shown.append(f"with whole backward passes ({reason}) and the bubbles that this schedule else fills")
+                shown.append(
+                    f"with whole backward passes ({reason}) and the bubbles that this "
+                    f"schedule else fills"
+                )
         model = f"{parameters / 1e6:,.2f} M parameters"
         if frozen:
             model += f", of which {(parameters - frozen) / 1e6:,.2f} M are trained"
-            if self.model_config.tie_word_embeddings and "model.embed_tokens.weight" in self.selection.frozen:
-                model += " (frozen with the embeddings: the output embedding, which is tied to them)"
+            if (
+                self.model_config.tie_word_embeddings
+                and "model.embed_tokens.weight" in self.selection.frozen
+            ):
+                model += (
+                    " (frozen with the embeddings: the output embedding, which is tied to them)"
+                )
         model += f", {config.precision.compute} compute"
-        steps = f"steps {self.step} -> {self.total_steps} of {train.global_batch_size} rows of {config.data.seq_len} tokens"
+        steps = (
+            f"steps {self.step} -> {self.total_steps} of {train.global_batch_size} rows of "
+            f"{config.data.seq_len} tokens"
+        )
         return f"{model}, on {world.size} x {world.device.type}: {', '.join(shown)}; {steps}"
 
-    def summary(self, evaluation: dict[str, float], tokens: float, seconds: float, matches: tuple[int, int, int] | None) -> str:
+    def summary(
+        self,
+        evaluation: dict[str, float],
+        tokens: float,
+        seconds: float,
+        matches: tuple[int, int, int] | None,
+    ) -> str:
         """What a run ends with."""
-        rows = {"steps": f"{self.step} ({self.skipped} skipped)", "loss": f"{self.first_loss:.4f} -> {self.last_loss:.4f}"}
+        rows = {
+            "steps": f"{self.step} ({self.skipped} skipped)",
+            "loss": f"{self.first_loss:.4f} -> {self.last_loss:.4f}",
+        }
         if evaluation:
             losses = [key for key in evaluation if key.startswith("eval_loss")]
             for key in losses:  # of all sets together, and of each of several
@@ -585,15 +812,22 @@ class Trainer:
         if matches:
             right, ended, count = matches
             share = f"{100 * right / count:.1f} %"
-            rows["exact answers"] = f"{right} of {count} ({share}); {ended} of {count} ended by themselves"
+            rows["exact answers"] = (
+                f"{right} of {count} ({share}); {ended} of {count} ended by themselves"
+            )
         if self.faults:
             rows["output faults"] = f"{self.faults}: see the warnings above"
         if tokens:
-            rows["tokens/s"] = f"{tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not counted)"
+            rows["tokens/s"] = (
+                f"{tokens / seconds:,.0f} in {seconds:.0f} s of training steps (padding not "
+                f"counted)"
+            )
         rows["time"] = self.clock.shown()
         names = ["config.json", "metrics.jsonl", "tensorboard", "checkpoints", "hf"]
         names += sorted(path.name for path in self.output.glob("hf-step-*"))
-        rows["outputs"] = f"{self.output}: {', '.join(n for n in names if (self.output / n).exists())}"
+        rows["outputs"] = (
+            f"{self.output}: {', '.join(n for n in names if (self.output / n).exists())}"
+        )
         if self.config.metrics.tensorboard:
             rows["TensorBoard"] = f"tensorboard --logdir {self.output / 'tensorboard'}"
         width = max(17, 2 + max(map(len, rows)))

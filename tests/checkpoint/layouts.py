@@ -1,4 +1,6 @@
-"""What the ranks do in test_sharded.py. Without `transformers`, whose import costs each rank seconds."""
+"""What the ranks do in test_sharded.py. Without `transformers`, whose import costs each rank
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ LAYOUTS = (1, 2, 4)  # sizes of ep
 
 def build(source, world, ep):
     """A materialised model whose memory is garbage."""
-    world.expert = world._mesh({"pp": 1, "dp_replicate": 1, "edp": RANKS // ep, "ep": ep}, timedelta(seconds=60))
+    world.expert = world._mesh(
+        {"pp": 1, "dp_replicate": 1, "edp": RANKS // ep, "ep": ep}, timedelta(seconds=60)
+    )
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(huggingface.read_config(source)))
     parallelize([model], world, torch.float32)
@@ -36,7 +40,9 @@ def build(source, world, ep):
 
 
 def update(model, optimizer, steps):
-    """Steps with gradients that follow from the weights alone, so that every layout makes the same ones."""
+    """Steps with gradients that follow from the weights alone, so that every layout makes the same
+    ones.
+    """
     for _ in range(steps):
         for parameter in model.parameters():
             parameter.grad = parameter.detach() / 2
@@ -54,7 +60,10 @@ def everything(model, optimizer):
 
 def whole(tensors):
     """Copies of whole tensors, on every rank."""
-    return {k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for k, t in tensors.items()}
+    return {
+        k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for k, t in tensors.items()
+    }
 
 
 def differing(tensors, whole, rtol=0.0, atol=0.0):
@@ -64,15 +73,21 @@ def differing(tensors, whole, rtol=0.0, atol=0.0):
     for name, tensor in tensors.items():
         expected = whole[name]
         if isinstance(tensor, DTensor):
-            expected = distribute_tensor(expected, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+            expected = distribute_tensor(
+                expected, tensor.device_mesh, tensor.placements, src_data_rank=None
+            ).to_local()
             tensor = tensor.to_local()
-        if tensor.shape != expected.shape or not torch.allclose(tensor, expected, rtol=rtol, atol=atol):
+        if tensor.shape != expected.shape or not torch.allclose(
+            tensor, expected, rtol=rtol, atol=atol
+        ):
             names.append(name)
     return names
 
 
 def differing_after_a_step(tensors, whole):
-    """As `differing`, but the fused AdamW rounds the last few elements of a shard (its scalar tail) in another way."""
+    """As `differing`, but the fused AdamW rounds the last few elements of a shard (its scalar tail)
+    in another way.
+    """
     return differing(tensors, whole, rtol=1e-6, atol=1e-8)
 
 
@@ -82,7 +97,9 @@ def optimizer_for(model):
 
 def checkpoint(directory, world, model, optimizer):
     """Write one of step 2; its path."""
-    checkpointer = state.Checkpointer(directory, mode="async", if_busy="wait", keep=1, group=world.writers)
+    checkpointer = state.Checkpointer(
+        directory, mode="async", if_busy="wait", keep=1, group=world.writers
+    )
     assert checkpointer.save(2, model, optimizer, extra={"step": 2}, config={})
     checkpointer.wait()
     (report,) = checkpointer.reports()
@@ -91,8 +108,9 @@ def checkpoint(directory, world, model, optimizer):
 
 
 def watched_export(*arguments, **options):
-    """Export, and say with which ranks this one exchanged parts of experts (the only 3-d ones) and of anything, and what it
-    wrote."""
+    """Export, and say with which ranks this one exchanged parts of experts (the only 3-d ones) and
+    of anything, and what it wrote.
+    """
     peers, written = [], []
     communicate, finish = dist.batch_isend_irecv, SafetensorsWriter.__exit__
 
@@ -117,7 +135,9 @@ def watched_export(*arguments, **options):
 
 
 def every_layout(source, work):
-    """Load, export, initialise, save and restore in each layout; returns what the tests look at, by ep."""
+    """Load, export, initialise, save and restore in each layout; returns what the tests look at, by
+    ep.
+    """
     results = {ep: {} for ep in LAYOUTS}
     with World(Parallel(ep=1, timeout_seconds=60), 0) as world:
         reference = torchsft.load_model(source).state_dict()
@@ -126,10 +146,17 @@ def every_layout(source, work):
             seen["read"] = huggingface.load_weights(model, huggingface.check_weights(source, model))
             tensors = model.state_dict()
             seen["wrong"] = differing(tensors, reference)
-            seen["empty"] = sum(t.to_local().numel() == 0 for t in tensors.values() if isinstance(t, DTensor))
-            seen |= watched_export(model, f"{work}/hf-{ep}", torch.bfloat16, source, max_shard_bytes=30_000)
+            seen["empty"] = sum(
+                t.to_local().numel() == 0 for t in tensors.values() if isinstance(t, DTensor)
+            )
+            seen |= watched_export(
+                model, f"{work}/hf-{ep}", torch.bfloat16, source, max_shard_bytes=30_000
+            )
             huggingface.initialise_weights(model, 7, initial_value)
-            initial = {name: initial_value(name, tuple(t.shape), model.config, 7) for name, t in reference.items()}
+            initial = {
+                name: initial_value(name, tuple(t.shape), model.config, 7)
+                for name, t in reference.items()
+            }
             seen["wrong_initial"] = differing(model.state_dict(), initial)
 
         model = build(source, world, ep=2)

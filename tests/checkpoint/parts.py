@@ -1,4 +1,6 @@
-"""What the ranks do in test_parts.py. Without `transformers`, whose import costs each rank seconds."""
+"""What the ranks do in test_parts.py. Without `transformers`, whose import costs each rank
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ import os
 
 import torch
 
-from tests.checkpoint.layouts import checkpoint, everything, optimizer_for, update, watched_export, whole
+from tests.checkpoint.layouts import (
+    checkpoint,
+    everything,
+    optimizer_for,
+    update,
+    watched_export,
+    whole,
+)
 from torchsft.checkpoint import huggingface, state
 from torchsft.config import InputError, Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
@@ -16,7 +25,9 @@ from torchsft.parallel.world import World
 
 
 def build(source, parallel, world, **changes):
-    """The part of the model that this rank holds, built as the trainer does; its memory is garbage."""
+    """The part of the model that this rank holds, built as the trainer does; its memory is
+    garbage.
+    """
     config = DeepseekV3Config.from_hf(huggingface.read_config(source) | changes)
     plan = plan_stages(parallel, config, microbatches=8)
     pp_rank = world.dense.get_local_rank("pp")
@@ -44,12 +55,16 @@ def load(source, model):
 
 
 def weights(source, work, name, dtype=torch.bfloat16, **axes):
-    """Load, export and initialise; the whole tensors of this rank's part each time, bytes read and written, and peers."""
+    """Load, export and initialise; the whole tensors of this rank's part each time, bytes read and
+    written, and peers.
+    """
     parallel = Parallel(**axes, timeout_seconds=60)
     with World(parallel, 0) as world:
         model = build(source, parallel, world)
         seen = {"read": load(source, model), "loaded": whole(model.state_dict())}
-        seen["placements"] = {name: str(tensor.placements) for name, tensor in model.named_parameters()}
+        seen["placements"] = {
+            name: str(tensor.placements) for name, tensor in model.named_parameters()
+        }
         seen |= watched_export(model, f"{work}/{name}/hf", dtype, source, max_shard_bytes=30_000)
         huggingface.initialise_weights(model, 7, initial_value)
         seen["initial"] = whole(model.state_dict())
@@ -83,7 +98,9 @@ def restore(source, directory, **axes):
 
 
 def refusals(source, directory, models, **axes):
-    """The sentences with which a checkpoint of another model is refused; `models`: what differs in each."""
+    """The sentences with which a checkpoint of another model is refused; `models`: what differs in
+    each.
+    """
     parallel = Parallel(**axes, timeout_seconds=60)
     sentences = []
     with World(parallel, 0) as world:
@@ -98,4 +115,8 @@ def refusals(source, directory, models, **axes):
 
 def bytes_of(directory):
     """Size of a checkpoint's tensors on the disk."""
-    return sum(entry.stat().st_size for entry in os.scandir(state.find_latest(directory)[0]) if entry.name.endswith(".distcp"))
+    return sum(
+        entry.stat().st_size
+        for entry in os.scandir(state.find_latest(directory)[0])
+        if entry.name.endswith(".distcp")
+    )

@@ -1,4 +1,6 @@
-"""What the ranks do in test_state.py. Without `transformers`, whose import costs each rank seconds."""
+"""What the ranks do in test_state.py. Without `transformers`, whose import costs each rank
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Sharded(nn.Module):
         values = torch.Generator().manual_seed(5)
         for name, placements in zip("ab", places, strict=True):
             full = torch.randn(rows, 24, generator=values)
-            self.register_parameter(name, nn.Parameter(distribute_tensor(full, mesh, placements, src_data_rank=None)))
+            self.register_parameter(
+                name, nn.Parameter(distribute_tensor(full, mesh, placements, src_data_rank=None))
+            )
         self.bias = nn.Parameter(torch.randn(rows * 10, generator=values))
         self.register_buffer("buffer", torch.randn(9, generator=values))
 
@@ -60,13 +64,19 @@ def everything(model, optimizer):
     tensors = dict(model.state_dict())
     for name, parameter in model.named_parameters():
         tensors |= {f"{name}:{key}": value for key, value in optimizer.state[parameter].items()}
-    return {k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for k, t in tensors.items()}
+    return {
+        k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for k, t in tensors.items()
+    }
 
 
 def spoil(model, optimizer):
     """Fill the memory of all that is saved with nan."""
     with torch.no_grad():
-        for tensor in [*model.state_dict().values(), *(v for entry in optimizer.state.values() for v in entry.values())]:
+        for tensor in [
+            *model.state_dict().values(),
+            *(v for entry in optimizer.state.values() for v in entry.values()),
+        ]:
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(torch.nan)
 
 
@@ -103,7 +113,10 @@ def saves(directory):
     group = dist.new_group(backend="gloo")
 
     def begin(name, **options):
-        return state.Checkpointer(f"{directory}/{name}", **({"mode": "async", "if_busy": "wait", "group": group} | options))
+        return state.Checkpointer(
+            f"{directory}/{name}",
+            **({"mode": "async", "if_busy": "wait", "group": group} | options),
+        )
 
     def save(checkpointer, step, **options):
         return checkpointer.save(step, model, optimizer, extra={"step": step}, config={}, **options)
@@ -155,10 +168,14 @@ def saves(directory):
     if rank == 3:
         gate.open.clear()
     threading.Timer(0.5, gate.open.set).start()
-    seen["wait"] = [save(waiting, 1), save(waiting, 2)], [report.step for report in waiting.reports()]
+    seen["wait"] = (
+        [save(waiting, 1), save(waiting, 2)],
+        [report.step for report in waiting.reports()],
+    )
     seen["wait reports"] = end(waiting)
 
-    # One rank fails: in the copy, in the writing, in what rank 0 does at the end; then the next save is good.
+    # One rank fails: in the copy, in the writing, in what rank 0 does at the end; then the next
+    # save is good.
     for mode in ("async", "sync"):
         failing = begin(mode, mode=mode)
         save(failing, 1)
@@ -170,7 +187,9 @@ def saves(directory):
         gate.error = None
         metadata = state.write_metadata
         if rank == 0:
-            state.write_metadata = lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no"))
+            state.write_metadata = lambda *_: (_ for _ in ()).throw(
+                PermissionError(errno.EACCES, "no")
+            )
         save(failing, 3)
         failing.wait()
         state.write_metadata = metadata
@@ -255,7 +274,9 @@ def read(path, layouts, rows):
 
 
 def killed(directory):
-    """A rank is killed while all write; the others' reports. (In forks: the pool's own processes live on.)"""
+    """A rank is killed while all write; the others' reports. (In forks: the pool's own processes
+    live on.)
+    """
     result = Path(f"{directory}/{os.environ['RANK']}.txt")
     child = os.fork()
     if child == 0:
@@ -263,7 +284,9 @@ def killed(directory):
             dist.init_process_group("gloo")
             model = Sharded("rows of two")
             optimizer = optimizer_of(model)
-            checkpointer = state.Checkpointer(f"{directory}/checkpoints", mode="async", group=dist.new_group(backend="gloo"))
+            checkpointer = state.Checkpointer(
+                f"{directory}/checkpoints", mode="async", group=dist.new_group(backend="gloo")
+            )
             checkpointer.save(1, model, optimizer, extra={}, config={}, now=True)
             gate = Gate()
             gate.open.clear()

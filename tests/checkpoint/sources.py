@@ -1,4 +1,6 @@
-"""Hugging Face directories to load from: written by `transformers`, with what it does not write added by hand."""
+"""Hugging Face directories to load from: written by `transformers`, with what it does not write
+added by hand.
+"""
 
 from __future__ import annotations
 
@@ -52,28 +54,41 @@ def change_config(directory: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def write_source(directory: Path, dtype: torch.dtype, *, sharded: bool, mtp: bool, **changes) -> Path:
-    """A tiny model directory as published ones look: fp32 routing biases near 5, maybe shards and an MTP layer."""
+def write_source(
+    directory: Path, dtype: torch.dtype, *, sharded: bool, mtp: bool, **changes
+) -> Path:
+    """A tiny model directory as published ones look: fp32 routing biases near 5, maybe shards and
+    an MTP layer.
+    """
     write_tiny_model(directory, dtype=dtype, **changes)
     if sharded:
-        model = DeepseekV3ForCausalLM.from_pretrained(directory).to(dtype)  # newer ones load the router in fp32
+        # newer ones load the router in fp32
+        model = DeepseekV3ForCausalLM.from_pretrained(directory).to(dtype)
         (directory / "model.safetensors").unlink()
         model.save_pretrained(directory, max_shard_size="60KB")
         assert len(weight_files(directory)) > 2 and (directory / INDEX).exists()
     torch.manual_seed(1)
     tensors = read_tensors(directory)
-    new = {k: 5 + 0.01 * torch.randn(v.shape) for k, v in tensors.items() if k.endswith("e_score_correction_bias")}
+    new = {
+        k: 5 + 0.01 * torch.randn(v.shape)
+        for k, v in tensors.items()
+        if k.endswith("e_score_correction_bias")
+    }
     assert all(not torch.equal(bias, bias.bfloat16().float()) for bias in new.values())
     if mtp:
         layers = changes.get("num_hidden_layers", 3)
         for key, tensor in tensors.items():
             if key.startswith(f"model.layers.{layers - 1}."):
-                new[key.replace(f".{layers - 1}.", f".{layers}.", 1)] = torch.randn(tensor.shape).to(tensor.dtype)
+                new[key.replace(f".{layers - 1}.", f".{layers}.", 1)] = torch.randn(
+                    tensor.shape
+                ).to(tensor.dtype)
         new[f"model.layers.{layers}.eh_proj.weight"] = torch.randn(32, 64).to(dtype)
         new[f"model.layers.{layers}.mlp.gate.e_score_correction_bias"] = 5 + torch.randn(8)
         change_config(directory, num_nextn_predict_layers=1)
     change_tensors(directory, new)
-    (directory / "configuration_deepseek.py").write_text("raise RuntimeError('remote code is copied, never run')\n")
+    (directory / "configuration_deepseek.py").write_text(
+        "raise RuntimeError('remote code is copied, never run')\n"
+    )
     return directory
 
 
@@ -84,5 +99,7 @@ def copy(directory: Path, target: Path) -> Path:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return (
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
     )

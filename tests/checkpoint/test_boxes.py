@@ -44,7 +44,10 @@ def test_the_box_is_the_shard_that_distribute_tensor_gives(sizes, placements):
                 tensor = distribute_tensor(full, mesh, placements, src_data_rank=None)
                 box = local_box(tensor)
                 assert box.shape == tuple(tensor.to_local().shape), (shape, rank)
-                assert torch.equal(full[box.within((0,) * full.ndim)], tensor.to_local()), (shape, rank)
+                assert torch.equal(full[box.within((0,) * full.ndim)], tensor.to_local()), (
+                    shape,
+                    rank,
+                )
         finally:
             dist.destroy_process_group()
 
@@ -71,7 +74,9 @@ FULLY_SHARDED = [
 
 
 def check_fsdp(rank):
-    """On rank `rank` of a world of each layout: `local_box` against what FSDP2 keeps, and against torch's checkpoints."""
+    """On rank `rank` of a world of each layout: `local_box` against what FSDP2 keeps, and against
+    torch's checkpoints.
+    """
     checked = 0
     for sizes, shape, tensor_parallel in FULLY_SHARDED:
         if rank >= math.prod(sizes):
@@ -80,14 +85,18 @@ def check_fsdp(rank):
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp_replicate", "fsdp", "tp"))
         full = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
         module = nn.Module()
-        module.weight = nn.Parameter(distribute_tensor(full, mesh["tp"], [tensor_parallel], src_data_rank=None))
+        module.weight = nn.Parameter(
+            distribute_tensor(full, mesh["tp"], [tensor_parallel], src_data_rank=None)
+        )
         fully_shard(module, mesh=mesh["dp_replicate", "fsdp"] if sizes[0] > 1 else mesh["fsdp"])
         weight = module.weight
         strided = any(isinstance(placement, _StridedShard) for placement in weight.placements)
         assert strided == (tensor_parallel == Shard(0)), weight.placements
         box = local_box(weight)
         assert torch.equal(full[box.within((0,) * full.ndim)], weight.to_local()), (sizes, shape)
-        extent, start = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+        extent, start = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
         assert extent == box.shape and (start == box.start or 0 in extent), (sizes, shape)
         checked += 1
         dist.destroy_process_group()
@@ -104,7 +113,8 @@ def test_placements_that_are_no_box_are_refused():
     for shape, sizes, placements in [
         ((8, 4), (2,), (_StridedShard(0, split_factor=2),)),
         ((8, 4), (2, 2), (_StridedShard(0, split_factor=4), Shard(0))),
-        ((9, 4), (4, 2), (_StridedShard(0, split_factor=2), Shard(0))),  # FSDP2 and DTensor would cut 9 rows differently
+        # FSDP2 and DTensor would cut 9 rows differently
+        ((9, 4), (4, 2), (_StridedShard(0, split_factor=2), Shard(0))),
         ((8, 4), (2,), (Partial(),)),
     ]:
         with pytest.raises(TypeError, match="not one box per rank"):

@@ -1,4 +1,6 @@
-"""Converted directories and training checkpoints by Hugging Face key: the same tensors, slices, values, scales and bytes."""
+"""Converted directories and training checkpoints by Hugging Face key: the same tensors, slices,
+values, scales and bytes.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def opened(directory, config_of=None):
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("bf16") / "source", torch.bfloat16, sharded=True, mtp=True)
+    return write_source(
+        tmp_path_factory.mktemp("bf16") / "source", torch.bfloat16, sharded=True, mtp=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,9 @@ def test_keys_shapes_and_values_are_those_of_the_source(bf16, dcp16):
     assert weights.tensors.keys() == expected.keys() and weights.fp8 == frozenset()
     for key, tensor in expected.items():
         assert weights.tensors[key].shape == tuple(tensor.shape)
-        assert same_bits(weights.read_whole(key), tensor) and same_bits(weights.values(key, ()), tensor), key
+        assert same_bits(weights.read_whole(key), tensor) and same_bits(
+            weights.values(key, ()), tensor
+        ), key
         assert weights.scales(key) is None
 
 
@@ -76,7 +82,9 @@ def test_fp8_weights_are_their_values_and_know_their_scales(fp8, dcp8):
 
 
 def test_any_slice(fp8, dcp8):
-    """Of a plain weight, an expert in a stacked tensor, a carried fp8 weight with ragged blocks, and a vector."""
+    """Of a plain weight, an expert in a stacked tensor, a carried fp8 weight with ragged blocks,
+    and a vector.
+    """
     values, weights = plain(read_tensors(fp8)), opened(dcp8)
     keys = [
         "model.embed_tokens.weight",
@@ -98,7 +106,9 @@ def test_any_slice(fp8, dcp8):
 
 def test_only_the_bytes_of_a_slice_are_read(tmp_path):
     """Of a tensor large enough that its chunk is not read whole."""
-    source = write_source(tmp_path / "source", torch.bfloat16, sharded=False, mtp=False, vocab_size=4096)
+    source = write_source(
+        tmp_path / "source", torch.bfloat16, sharded=False, mtp=False, vocab_size=4096
+    )
     convert.to_dcp(source, tmp_path / "dcp", workers=1, progress=False)
     weights, key = opened(tmp_path / "dcp"), "model.embed_tokens.weight"
     weights.read(key, (slice(0, 1),))  # and the headers of its archive, once
@@ -110,11 +120,17 @@ def test_only_the_bytes_of_a_slice_are_read(tmp_path):
 
 def test_a_training_checkpoint_has_the_models_weights(bf16, tmp_path):
     model = torchsft.load_model(bf16)
-    Checkpointer(tmp_path).save(3, model, build_optimizer(model, Optim()), extra={}, config={}, now=True)
+    Checkpointer(tmp_path).save(
+        3, model, build_optimizer(model, Optim()), extra={}, config={}, now=True
+    )
     place = tmp_path / "step-00000003"
     assert is_dcp(place) and is_training(place)
     weights = opened(place, config_of=bf16)
-    expected = {key: tensor.float() for key, tensor in read_tensors(bf16).items() if not key.startswith("model.layers.3.")}
+    expected = {
+        key: tensor.float()
+        for key, tensor in read_tensors(bf16).items()
+        if not key.startswith("model.layers.3.")
+    }
     assert weights.tensors.keys() == expected.keys()
     assert all(same_bits(weights.values(key, ()), tensor) for key, tensor in expected.items())
 
@@ -122,8 +138,13 @@ def test_a_training_checkpoint_has_the_models_weights(bf16, tmp_path):
 def test_a_model_loads_from_it(bf16, dcp16, fp8, dcp8):
     assert is_dcp(dcp16) and not is_training(dcp16) and not is_dcp(bf16)
     for source, dcp in ((bf16, dcp16), (fp8, dcp8)):
-        expected, found = torchsft.load_model(source).state_dict(), torchsft.load_model(dcp).state_dict()
-        assert [name for name, tensor in expected.items() if not same_bits(tensor, found[name])] == []
+        expected, found = (
+            torchsft.load_model(source).state_dict(),
+            torchsft.load_model(dcp).state_dict(),
+        )
+        assert [
+            name for name, tensor in expected.items() if not same_bits(tensor, found[name])
+        ] == []
 
 
 def test_what_does_not_fit_is_refused(bf16, dcp16, tmp_path):
@@ -131,7 +152,11 @@ def test_what_does_not_fit_is_refused(bf16, dcp16, tmp_path):
     change_config(other, n_routed_experts=16)
     with pytest.raises(InputError, match=r"not a complete checkpoint: config.json has \d+ bytes"):
         opened(other)
-    with pytest.raises(InputError, match=r"another model.*experts.down_proj is \(8, 32, 16\) instead of \(16, 32, 16\)"):
+    with pytest.raises(
+        InputError,
+        match=r"another model.*experts.down_proj is \(8, 32, 16\) "
+        r"instead of \(16, 32, 16\)",
+    ):
         opened(dcp16, config_of=other)
     change_config(other, n_routed_experts=8, num_hidden_layers=2)
     with pytest.raises(InputError, match=r"another model.*model.layers.2.* instead of absent"):
@@ -150,7 +175,9 @@ def test_what_does_not_fit_is_refused(bf16, dcp16, tmp_path):
 
 def test_check_weights_takes_it(bf16, dcp16):
     """What the trainer calls."""
-    weights = check_weights(dcp16, convert.meta_model(json.loads((bf16 / "config.json").read_text())))
+    weights = check_weights(
+        dcp16, convert.meta_model(json.loads((bf16 / "config.json").read_text()))
+    )
     assert isinstance(weights, ConvertedWeights)
 
 

@@ -1,4 +1,6 @@
-"""Our files against torch's own DCP, in both directions; what is not trusted; what is read of a file."""
+"""Our files against torch's own DCP, in both directions; what is not trusted; what is read of a
+file.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from tools.conversion.verify import damaged
 from torchsft.checkpoint import dcp_files
 from torchsft.checkpoint.boxes import Box
-from torchsft.checkpoint.dcp_files import ChunkReader, ChunkWriter, incomplete, read_metadata, write_manifest, write_metadata
+from torchsft.checkpoint.dcp_files import (
+    ChunkReader,
+    ChunkWriter,
+    incomplete,
+    read_metadata,
+    write_manifest,
+    write_metadata,
+)
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
 
@@ -54,7 +63,15 @@ def tensors():
     wide = torch.randn(70, 30, 20)
     wide[0, 0, :3] = torch.tensor([math.nan, math.inf, -0.0])
     floats = [torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8]
-    ints = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.uint32]
+    ints = [
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.uint32,
+    ]
     found = {f"dtype.{dtype}": wide[:3].to(dtype) for dtype in floats}
     found |= {f"dtype.{dtype}": torch.arange(-40, 60).to(dtype) for dtype in ints}
     found |= {
@@ -85,15 +102,21 @@ def test_dcp_loads_what_we_write(tmp_path, monkeypatch, limit):
     writer, _ = write(tmp_path, named)
     data = (tmp_path / "__0_0.distcp").read_bytes()
     assert (writer.size, writer.crc32) == (len(data), zlib.crc32(data))
-    assert len(data) < sum(t.nbytes for t in named.values()) + 2000 * len(writer.written)  # no part comes with its whole
-    assert all(math.prod(c.box.shape) * dtype.itemsize <= max(limit, dtype.itemsize) for _, _, dtype, c in writer.written)
+    # no part comes with its whole
+    assert len(data) < sum(t.nbytes for t in named.values()) + 2000 * len(writer.written)
+    assert all(
+        math.prod(c.box.shape) * dtype.itemsize <= max(limit, dtype.itemsize)
+        for _, _, dtype, c in writer.written
+    )
     targets = {name: torch.zeros_like(tensor.contiguous()) for name, tensor in named.items()}
     dcp.load(targets, checkpoint_id=tmp_path)
     for name, tensor in named.items():
         assert_same(targets[name], tensor)
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()  # and in every detail that we set
     assert metadata.planner_data == {name: (name,) for name in named}
-    assert {name: entry.size for name, entry in metadata.state_dict_metadata.items()} == {n: t.shape for n, t in named.items()}
+    assert {name: entry.size for name, entry in metadata.state_dict_metadata.items()} == {
+        n: t.shape for n, t in named.items()
+    }
 
 
 def test_dcp_turns_what_we_write_into_a_torch_save_file(tmp_path):
@@ -103,7 +126,9 @@ def test_dcp_turns_what_we_write_into_a_torch_save_file(tmp_path):
     write(tmp_path / "dcp", {"model.a.weight": torch.arange(6.0), "b": torch.ones(2, 3)})
     dcp_to_torch_save(tmp_path / "dcp", tmp_path / "file.pt")
     found = torch.load(tmp_path / "file.pt", weights_only=True)
-    assert set(found) == {"model.a.weight", "b"} and torch.equal(found["model.a.weight"], torch.arange(6.0))
+    assert set(found) == {"model.a.weight", "b"} and torch.equal(
+        found["model.a.weight"], torch.arange(6.0)
+    )
 
 
 def test_we_read_what_dcp_saves(tmp_path):
@@ -116,15 +141,25 @@ def test_we_read_what_dcp_saves(tmp_path):
         stored = reader.tensors[name]
         assert (stored.shape, stored.dtype) == (tuple(tensor.shape), tensor.dtype)
         assert_same(reader.read(name, whole(tensor)), tensor)
-        for index in [(0,) * tensor.ndim, tuple(n - 1 for n in tensor.shape)] if tensor.numel() else []:
-            assert_same(reader.read(name, Box(index, (1,) * tensor.ndim)), tensor[index].reshape((1,) * tensor.ndim))
+        for index in (
+            [(0,) * tensor.ndim, tuple(n - 1 for n in tensor.shape)] if tensor.numel() else []
+        ):
+            assert_same(
+                reader.read(name, Box(index, (1,) * tensor.ndim)),
+                tensor[index].reshape((1,) * tensor.ndim),
+            )
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("single", [True, False])
 def test_we_read_dcps_other_file_layouts(tmp_path, threads, single):
     named = {str(i): torch.randn(40, 50) for i in range(5)}
-    dcp.save(named, storage_writer=dcp.FileSystemWriter(tmp_path, single_file_per_rank=single, thread_count=threads))
+    dcp.save(
+        named,
+        storage_writer=dcp.FileSystemWriter(
+            tmp_path, single_file_per_rank=single, thread_count=threads
+        ),
+    )
     reader = ChunkReader(str(tmp_path))
     for name, tensor in named.items():
         assert_same(reader.read(name, whole(tensor)), tensor)
@@ -145,7 +180,10 @@ def shards(directory):
     for _ in range(20):  # boxes that lie across their chunks
         shape = full["b"].shape
         start = tuple(int(torch.randint(n, ())) for n in shape)
-        box = Box(start, tuple(int(torch.randint(1, n - s + 1, ())) for n, s in zip(shape, start, strict=True)))
+        box = Box(
+            start,
+            tuple(int(torch.randint(1, n - s + 1, ())) for n, s in zip(shape, start, strict=True)),
+        )
         if not torch.equal(reader.read("b", box), full["b"][box.within((0, 0, 0))]):
             wrong.append(box)
 
@@ -164,10 +202,16 @@ def shards(directory):
     if rank == 0:
         write_metadata(folder, [entry for entries in gathered for entry in entries])
     dist.barrier()
-    targets = {name: DTensor.from_local(torch.zeros_like(t.to_local()), mesh, t.placements, shape=t.shape, stride=t.stride())
-               for name, t in named.items()}  # fmt: skip
+    targets = {}
+    for name, t in named.items():
+        zeros = torch.zeros_like(t.to_local())
+        targets[name] = DTensor.from_local(
+            zeros, mesh, t.placements, shape=t.shape, stride=t.stride()
+        )
     dcp.load(targets, checkpoint_id=f"{directory}/ours")
-    wrong += [name for name, t in targets.items() if not torch.equal(t.to_local(), named[name].to_local())]
+    wrong += [
+        name for name, t in targets.items() if not torch.equal(t.to_local(), named[name].to_local())
+    ]
     dist.destroy_process_group()
     return wrong
 
@@ -179,12 +223,18 @@ def test_shards_of_several_ranks_in_both_directions(ranks, tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_box_is_read_and_little_else(tmp_path_factory, data):
-    """Against slicing; of the file no more than the box's own bytes, the small gaps between its runs, and headers."""
+    """Against slicing; of the file no more than the box's own bytes, the small gaps between its
+    runs, and headers.
+    """
     shape = tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float64]))
+    dtype = data.draw(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+    )
     tensor = torch.arange(math.prod(shape)).remainder(200).reshape(shape).to(dtype)
     start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
-    box = Box(start, tuple(data.draw(st.integers(1, n - s)) for n, s in zip(shape, start, strict=True)))
+    box = Box(
+        start, tuple(data.draw(st.integers(1, n - s)) for n, s in zip(shape, start, strict=True))
+    )
     directory = tmp_path_factory.mktemp("box")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dcp_files, "CHUNK_BYTES", data.draw(st.sampled_from([500, 3000, 10**9])))
@@ -199,7 +249,9 @@ def test_any_box_is_read_and_little_else(tmp_path_factory, data):
         assert_same(found, tensor[box.within((0,) * len(shape))])
         once = reader.bytes_read
         reader.read("x", box)  # now the headers are known
-        small_chunks = sum(chunk.length for chunk in reader.tensors["x"].chunks if chunk.length <= small)
+        small_chunks = sum(
+            chunk.length for chunk in reader.tensors["x"].chunks if chunk.length <= small
+        )
         assert gap or reader.bytes_read - once <= found.nbytes + small_chunks
 
 
@@ -209,16 +261,23 @@ def test_a_row_range_of_a_large_chunk_is_read_by_its_bytes(tmp_path):
     reader = ChunkReader(tmp_path)
     assert_same(reader.read("x", Box((100, 0), (50, 1024))), tensor[100:150])
     assert 50 * 4096 <= reader.bytes_read <= 50 * 4096 + 4096
-    assert_same(reader.read("x", Box((0, 300), (4096, 100))), tensor[:, 300:400])  # columns: runs of 400 bytes
+    # columns: runs of 400 bytes
+    assert_same(reader.read("x", Box((0, 300), (4096, 100))), tensor[:, 300:400])
     assert reader.bytes_read <= 50 * 4096 + 4096 + 4096 * 400
 
 
 def test_layouts_that_are_not_plain_are_left_to_torch(tmp_path, monkeypatch):
-    """Views of larger storages, transposed strides: what `torch.save` may hold. The reader must not take their bytes as they
-    stand."""
+    """Views of larger storages, transposed strides: what `torch.save` may hold. The reader must not
+    take their bytes as they stand.
+    """
     monkeypatch.setattr(dcp_files, "SMALL_BYTES", dcp_files.HEAD_BYTES + dcp_files.TAIL_BYTES)
     base = torch.arange(2400.0).reshape(4, 600)
-    odd = {"transposed": base.t(), "view": base[1:3], "expanded": base[:1].expand(3, 600), "half": base[:, :300]}
+    odd = {
+        "transposed": base.t(),
+        "view": base[1:3],
+        "expanded": base[:1].expand(3, 600),
+        "half": base[:, :300],
+    }
     odd["conjugated"] = torch.view_as_complex(base.reshape(4, 300, 2)).conj()
     odd["negative"] = torch._neg_view(base)  # a flag, as conj().imag has it
     written, data = [], b""
@@ -238,7 +297,9 @@ def test_layouts_that_are_not_plain_are_left_to_torch(tmp_path, monkeypatch):
 
 
 def test_a_chunk_of_another_byte_order_is_left_to_torch(tmp_path):
-    """As a machine with another byte order writes it: torch cannot swap the bytes of what is not there (it crashes)."""
+    """As a machine with another byte order writes it: torch cannot swap the bytes of what is not
+    there (it crashes).
+    """
     tensor, stream, swapped = torch.randn(300, 100), io.BytesIO(), io.BytesIO()
     torch.save(tensor, stream)
     with zipfile.ZipFile(stream) as theirs, zipfile.ZipFile(swapped, "w") as ours:
@@ -246,7 +307,9 @@ def test_a_chunk_of_another_byte_order_is_left_to_torch(tmp_path):
             content = theirs.read(entry)
             if entry.filename.endswith("data/0"):
                 content = tensor.numpy().byteswap().tobytes()
-            ours.writestr(entry.filename, b"big" if entry.filename.endswith("byteorder") else content)
+            ours.writestr(
+                entry.filename, b"big" if entry.filename.endswith("byteorder") else content
+            )
     (tmp_path / "file").write_bytes(swapped.getvalue())
     chunk = dcp_files.Chunk(whole(tensor), "file", 0, len(swapped.getvalue()))
     assert chunk.length > dcp_files.SMALL_BYTES
@@ -266,7 +329,8 @@ def test_object_stores_work_too():
         fsspec.filesystem("memory").store.clear()
 
 
-# ------------------------------------------------------------------------------------------------------------ no trust
+# --------------------------------------------------------------------------------------------------
+# no trust
 
 
 class Command:
@@ -284,7 +348,10 @@ def attacks(marker):
     from torch.distributed.checkpoint.metadata import Metadata
 
     yield pickle.dumps(Command(marker)), f"{os.system.__module__}.system"
-    yield pickle.dumps(Metadata({}, planner_data=Command(marker), storage_data={})), f"{os.system.__module__}.system"
+    yield (
+        pickle.dumps(Metadata({}, planner_data=Command(marker), storage_data={})),
+        f"{os.system.__module__}.system",
+    )
     yield f'cbuiltins\nexec\n(S\'open("{marker}", "w")\'\ntR.'.encode(), "builtins.exec"
     yield f"cbuiltins\ngetattr\n(ctorch\nload\nS'x'\ntR0S'{marker}'\n.".encode(), "builtins.getattr"
     yield f"ctorch\nload\n(S'{marker}'\ntR.".encode(), "torch.load"  # of torch only dtypes
@@ -292,7 +359,9 @@ def attacks(marker):
     # protocol 4 resolves dotted names
     yield b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93\x8c\x04true\x85R.", "torch.os.system"
     yield (
-        (b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93\x8c\x04true\x85R."),
+        (
+            b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93\x8c\x04true\x85R."
+        ),
         "torch.distributed.checkpoint.metadata.os.system",
     )
 
@@ -320,7 +389,10 @@ def test_a_pickle_cannot_change_classes(tmp_path):
     from torch.distributed.checkpoint.metadata import Metadata
 
     write(tmp_path, {"a": torch.ones(2)})
-    state, known = pickle.dumps((None, {"poisoned": 1}), protocol=2)[2:-1], dcp_files._KNOWN[Metadata.__module__, "Metadata"]
+    state, known = (
+        pickle.dumps((None, {"poisoned": 1}), protocol=2)[2:-1],
+        dcp_files._KNOWN[Metadata.__module__, "Metadata"],
+    )
     for name in ("Metadata", "TensorStorageMetadata"):
         bad = b"ctorch.distributed.checkpoint.metadata\n" + name.encode() + b"\n" + state + b"b."
         (tmp_path / ".metadata").write_bytes(bad)
@@ -354,7 +426,8 @@ def test_a_metadata_that_points_outside_is_refused(tmp_path, file):
         ChunkReader(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------ damage
+# --------------------------------------------------------------------------------------------------
+# damage
 
 
 def test_damaged_metadata_is_refused_in_one_sentence(tmp_path):
@@ -387,7 +460,11 @@ def test_missing_bytes_and_files_are_named(tmp_path):
     path.write_bytes(data[: len(data) // 2 + 3000])
     reader = ChunkReader(tmp_path)
     assert_same(reader.read("a", box), tensor)
-    with pytest.raises(InputError, match=r"is damaged: b cannot be read from __0_0.distcp \(OSError: .* too early"):
+    with pytest.raises(
+        InputError,
+        match=r"is damaged: b cannot be read from __0_0.distcp "
+        r"\(OSError: .* too early",
+    ):
         reader.read("b", box)
     path.write_bytes(data[:100] + bytes(3000) + data[3100:])  # the archive's description
     with pytest.raises(InputError, match=r"a cannot be read from __0_0.distcp"):
@@ -412,14 +489,25 @@ def test_a_box_that_nobody_wrote_is_refused(tmp_path):
 
 
 def test_a_failed_write_says_what_the_disk_said(tmp_path):
-    """Also where torch's archive writer covers it with words of its own: a file that cannot grow is written in part."""
+    """Also where torch's archive writer covers it with words of its own: a file that cannot grow is
+    written in part.
+    """
     values = torch.ones(100_000)
-    with pytest.raises(OSError, match="No space left on device"), ChunkWriter(Folder("/dev"), "full") as writer:
+    with (
+        pytest.raises(OSError, match="No space left on device"),
+        ChunkWriter(Folder("/dev"), "full") as writer,
+    ):
         writer.write("a", values.shape, whole(values), values)
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"), ChunkWriter(Folder(tmp_path), "x") as writer:
+        with (
+            pytest.raises(OSError, match="File too large"),
+            ChunkWriter(Folder(tmp_path), "x") as writer,
+        ):
             writer.write("a", values.shape, whole(values), values)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -434,17 +522,24 @@ def test_what_torch_save_writes_elsewhere_keeps_its_checksums(tmp_path):
     assert zipfile.ZipFile(stream).testzip() is None
 
 
-# ------------------------------------------------------------------------------------------------------------ manifest
+# --------------------------------------------------------------------------------------------------
+# manifest
 
 
 def test_the_manifest_finds_absent_short_and_changed_files(tmp_path):
     folder = Folder(tmp_path)
     assert incomplete(folder) == damaged(folder) == ["it has no checkpoint.json"]
     writer, metadata = write(tmp_path, {"a": torch.randn(100)})
-    files = {"__0_0.distcp": (writer.size, writer.crc32), ".metadata": (metadata.size, metadata.crc32)}
+    files = {
+        "__0_0.distcp": (writer.size, writer.crc32),
+        ".metadata": (metadata.size, metadata.crc32),
+    }
     write_manifest(folder, files)
     read = []
-    assert incomplete(folder) == damaged(folder, read.append) == [] and sum(read) == writer.size + metadata.size
+    assert (
+        incomplete(folder) == damaged(folder, read.append) == []
+        and sum(read) == writer.size + metadata.size
+    )
     stated = json.loads((tmp_path / "checkpoint.json").read_text())["files"]
     for name in files:  # what zlib says of the files, not what the writer said
         content = (tmp_path / name).read_bytes()
@@ -455,12 +550,26 @@ def test_the_manifest_finds_absent_short_and_changed_files(tmp_path):
     path.write_bytes(data[:-300] + bytes([data[-300] ^ 1]) + data[-299:])
     assert incomplete(folder) == []
     (problem,) = damaged(folder)
-    assert problem.startswith("__0_0.distcp has the checksum") and f"instead of {zlib.crc32(data):08x}" in problem
+    assert (
+        problem.startswith("__0_0.distcp has the checksum")
+        and f"instead of {zlib.crc32(data):08x}" in problem
+    )
     path.write_bytes(data[:-1])
-    assert incomplete(folder) == damaged(folder) == [f"__0_0.distcp has {len(data) - 1} bytes instead of {len(data)}"]
+    assert (
+        incomplete(folder)
+        == damaged(folder)
+        == [f"__0_0.distcp has {len(data) - 1} bytes instead of {len(data)}"]
+    )
     path.unlink()
     assert incomplete(folder) == ["it has no __0_0.distcp"]
-    for text in ("{", "[]", "{}", '{"files": {"a": 3}}', '{"files": {"a": {"bytes": "x", "crc32": 1}}}', ""):
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"files": {"a": 3}}',
+        '{"files": {"a": {"bytes": "x", "crc32": 1}}}',
+        "",
+    ):
         (tmp_path / "checkpoint.json").write_text(text)
         assert incomplete(folder) == ["it has a damaged checkpoint.json"]
     write_manifest(folder, {})

@@ -43,24 +43,36 @@ def test_eos_ids_of_both_files(config, generation, ends, wanted_config, wanted_g
     assert made["eos_token_id"] == wanted_generation
     assert made.get("temperature") == (None if other is None else 0.6)
     stops = stop_ids(base, other, ends)
-    assert stops == (wanted_generation if isinstance(wanted_generation, list) else [wanted_generation])
+    assert stops == (
+        wanted_generation if isinstance(wanted_generation, list) else [wanted_generation]
+    )
     assert json.dumps([base, other]) == before
 
 
 def test_a_text_config_that_has_them():
-    base = {"eos_token_id": None, "text_config": {"eos_token_id": 5, "pad_token_id": 0}, "vision_config": {}}
+    base = {
+        "eos_token_id": None,
+        "text_config": {"eos_token_id": 5, "pad_token_id": 0},
+        "vision_config": {},
+    }
     changed, made = with_ends(base, None, [6])
     assert changed == base | {"text_config": {"eos_token_id": [5, 6], "pad_token_id": 0}}
     assert made == {"eos_token_id": [5, 6], "pad_token_id": 0}
     both = {"eos_token_id": 4, "text_config": {"eos_token_id": 5}}
-    assert with_ends(both, None, [6])[0] == {"eos_token_id": [4, 6], "text_config": {"eos_token_id": [5, 6]}}
+    assert with_ends(both, None, [6])[0] == {
+        "eos_token_id": [4, 6],
+        "text_config": {"eos_token_id": [5, 6]},
+    }
     elsewhere = {"text_config": {"hidden_size": 3}}
     assert with_ends(elsewhere, None, [6])[0] == elsewhere | {"eos_token_id": [6]}
 
 
 def test_without_any_end_nothing_is_written():
     assert with_ends({"hidden_size": 3}, None, []) == ({"hidden_size": 3}, None)
-    assert with_ends({"eos_token_id": 3}, {"top_p": 0.9}, []) == ({"eos_token_id": 3}, {"top_p": 0.9})
+    assert with_ends({"eos_token_id": 3}, {"top_p": 0.9}, []) == (
+        {"eos_token_id": 3},
+        {"top_p": 0.9},
+    )
 
 
 @pytest.mark.parametrize("value", ["</s>", 2.0, True, [2, "x"], {"id": 2}])
@@ -69,17 +81,24 @@ def test_what_is_no_id_is_refused(value):
         ({"eos_token_id": value}, None, "config.json"),
         ({}, {"eos_token_id": value}, "generation"),
     ):
-        with pytest.raises(InputError, match=f"{file}.* has eos_token_id .*, where an id or a list of ids is needed"):
+        with pytest.raises(
+            InputError,
+            match=f"{file}.* has eos_token_id .*, where an id or a list of ids is needed",
+        ):
             with_ends(config, generation, [3])
 
 
 def test_an_export_has_them_and_keeps_everything_else(tmp_path):
     source = write_tiny_model(tmp_path / "source")
     change_config(source, eos_token_id=258, pad_token_id=3)
-    (source / "generation_config.json").write_text('{"eos_token_id": 258, "top_p": 0.95, "custom": [1]}')
+    (source / "generation_config.json").write_text(
+        '{"eos_token_id": 258, "top_p": 0.95, "custom": [1]}'
+    )
     model = torchsft.load_model(source)
     export(model, tmp_path / "same", torch.float32, source, ends=[258])
-    assert (tmp_path / "same" / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    assert (tmp_path / "same" / "generation_config.json").read_bytes() == (
+        source / "generation_config.json"
+    ).read_bytes()
     export(model, tmp_path / "hf", torch.float32, source, ends=[257, 258])
     read = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert read == {"eos_token_id": [258, 257], "top_p": 0.95, "custom": [1]}
@@ -104,7 +123,9 @@ def test_an_export_has_them_and_keeps_everything_else(tmp_path):
         ({"eos_token_id": 257, "pad_token_id": 3}, {"pad_token_id": None}, 0),
     ],
 )
-def test_a_pad_token_that_ended_trained_turns_is_told_wherever_it_is_named(config, generation, told):
+def test_a_pad_token_that_ended_trained_turns_is_told_wherever_it_is_named(
+    config, generation, told
+):
     """The tokenizer's own pad is another token."""
     said = about(config, generation, [257], byte_tokenizer())
     assert said.count("stays the pad token too") == told

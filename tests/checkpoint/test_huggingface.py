@@ -37,27 +37,45 @@ VARIANTS = {
         "q_lora_rank": None,
     },
     "fp16": {"dtype": torch.float16, "sharded": False, "mtp": False},
-    "bf16-tied-sharded": {"dtype": torch.bfloat16, "sharded": True, "mtp": False, "tie_word_embeddings": True},
-    "fp32-mtp-without-q-lora": {"dtype": torch.float32, "sharded": False, "mtp": True, "q_lora_rank": None},
+    "bf16-tied-sharded": {
+        "dtype": torch.bfloat16,
+        "sharded": True,
+        "mtp": False,
+        "tie_word_embeddings": True,
+    },
+    "fp32-mtp-without-q-lora": {
+        "dtype": torch.float32,
+        "sharded": False,
+        "mtp": True,
+        "q_lora_rank": None,
+    },
 }
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
     options = VARIANTS[request.param]
-    return write_source(tmp_path_factory.mktemp(request.param) / "source", **options), options["dtype"]
+    return write_source(tmp_path_factory.mktemp(request.param) / "source", **options), options[
+        "dtype"
+    ]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return write_source(
-        tmp_path_factory.mktemp("source") / "source", torch.bfloat16, sharded=True, mtp=True, num_hidden_layers=3
+        tmp_path_factory.mktemp("source") / "source",
+        torch.bfloat16,
+        sharded=True,
+        mtp=True,
+        num_hidden_layers=3,
     )
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("single") / "source", torch.float32, sharded=False, mtp=False)
+    return write_source(
+        tmp_path_factory.mktemp("single") / "source", torch.float32, sharded=False, mtp=False
+    )
 
 
 def meta_model(directory):
@@ -75,22 +93,31 @@ def refusal(directory, model=None):
 
 def test_round_trip_is_bit_identical(variant, tmp_path):
     directory, dtype = variant
-    export(torchsft.load_model(directory), tmp_path / "hf", dtype, directory, max_shard_bytes=50_000)
+    export(
+        torchsft.load_model(directory), tmp_path / "hf", dtype, directory, max_shard_bytes=50_000
+    )
     before, after = read_tensors(directory), read_tensors(tmp_path / "hf")
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert same_bits(tensor, after[key]), key
-    assert max(path.stat().st_size for path in weight_files(tmp_path / "hf")) < 50_000 + 20_000  # data + header
+    # data + header
+    assert max(path.stat().st_size for path in weight_files(tmp_path / "hf")) < 50_000 + 20_000
 
 
 def test_index_names_every_tensor_and_its_file(source, tmp_path):
-    export(torchsft.load_model(source), tmp_path / "hf", torch.bfloat16, source, max_shard_bytes=50_000)
+    export(
+        torchsft.load_model(source), tmp_path / "hf", torch.bfloat16, source, max_shard_bytes=50_000
+    )
     index = json.loads((tmp_path / "hf" / INDEX).read_text())
-    assert index["weight_map"].keys() == json.loads((source / INDEX).read_text())["weight_map"].keys()
+    assert (
+        index["weight_map"].keys() == json.loads((source / INDEX).read_text())["weight_map"].keys()
+    )
     tensors = read_tensors(tmp_path / "hf")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     files = weight_files(tmp_path / "hf")
-    assert [p.name for p in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert [p.name for p in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
     assert set(index["weight_map"].values()) == {path.name for path in files}
 
 
@@ -105,26 +132,45 @@ def test_transformers_loads_the_export_and_agrees(variant, tmp_path):
     with torch.no_grad():
         expected = original(tokens[None]).logits[0]
         assert torch.equal(reference(tokens[None]).logits[0], expected)
-        logits = model(tokens, positions=torch.arange(40), cu_seqlens=torch.tensor([0, 40], dtype=torch.int32))
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)  # the project's bound for fp32 logits
+        logits = model(
+            tokens, positions=torch.arange(40), cu_seqlens=torch.tensor([0, 40], dtype=torch.int32)
+        )
+    # the project's bound for fp32 logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     chat = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False).startswith("<s><|im_start|>user")
-    generated = reference.generate(tokens[None, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    generated = reference.generate(
+        tokens[None, :4], max_new_tokens=3, do_sample=False, pad_token_id=0
+    )
     assert generated.shape == (1, 7)
 
 
 def test_everything_that_is_not_weights_is_taken_over(source, tmp_path):
     changed = copy(source, tmp_path / "source")
-    change_config(changed, torch_dtype="float32", quantization_config={"quant_method": "fp8"}, auto_map={"a": "b.C"})
+    change_config(
+        changed,
+        torch_dtype="float32",
+        quantization_config={"quant_method": "fp8"},
+        auto_map={"a": "b.C"},
+    )
     (changed / "tiktoken.model").write_bytes(b"\0\1")
     (changed / "additional_chat_templates").mkdir()
     (changed / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (changed / "pytorch_model.bin.index.json").write_text("{}")
     export(torchsft.load_model(source), tmp_path / "hf", torch.bfloat16, changed)
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
-    for name in ("configuration_deepseek.py", "tiktoken.model", "additional_chat_templates/tools.jinja"):
+    for name in (
+        "configuration_deepseek.py",
+        "tiktoken.model",
+        "additional_chat_templates/tools.jinja",
+    ):
         assert (tmp_path / "hf" / name).read_bytes() == (changed / name).read_bytes()
     assert not (tmp_path / "hf" / "pytorch_model.bin.index.json").exists()
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -143,7 +189,9 @@ def test_masters_are_rounded_once_and_the_bias_not_at_all(single, tmp_path):
 
 def test_loading_in_bf16_keeps_the_bias_fp32(single):
     model = torchsft.load_model(single, dtype=torch.bfloat16)
-    assert not model.training and all(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    assert not model.training and all(
+        p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
+    )
     tensors = read_tensors(single)
     for layer in (1, 2):
         key = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
@@ -179,7 +227,9 @@ def test_an_older_export_is_replaced_and_other_directories_are_not(single, tmp_p
     model = torchsft.load_model(single)
     export(model, tmp_path / "hf", torch.float32, single, max_shard_bytes=50_000)
     export(model, tmp_path / "hf", torch.bfloat16, single)
-    assert [path.name for path in weight_files(tmp_path / "hf")] == ["model-00001-of-00001.safetensors"]
+    assert [path.name for path in weight_files(tmp_path / "hf")] == [
+        "model-00001-of-00001.safetensors"
+    ]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="holds no exported model"):
@@ -189,7 +239,9 @@ def test_an_older_export_is_replaced_and_other_directories_are_not(single, tmp_p
 
 
 def test_an_export_to_a_remote_folder(source, tmp_path, monkeypatch):
-    """Written in place, config.json last, so that an interrupted one is not taken for complete; the next one replaces it."""
+    """Written in place, config.json last, so that an interrupted one is not taken for complete; the
+    next one replaces it.
+    """
     model, url = torchsft.load_model(source), "memory://bucket/run/hf"
     system = fsspec.filesystem("memory")
     system.makedirs("/bucket/run")
@@ -202,7 +254,10 @@ def test_an_export_to_a_remote_folder(source, tmp_path, monkeypatch):
     export(model, url, torch.bfloat16, source, max_shard_bytes=50_000)
     export(model, tmp_path / "local", torch.bfloat16, source, max_shard_bytes=50_000)
     system.get("/bucket/run/hf", str(tmp_path / "fetched"), recursive=True)
-    local, fetched = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("local", "fetched"))
+    local, fetched = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+        for name in ("local", "fetched")
+    )
     assert local == fetched and "tokenizer.json" in local
     system.pipe_file("/bucket/precious/thesis.tex", b"precious")
     with pytest.raises(InputError, match="holds no exported model"):
@@ -211,11 +266,17 @@ def test_an_export_to_a_remote_folder(source, tmp_path, monkeypatch):
 
 def memory(field):
     """A line of /proc/self/status in bytes: VmRSS is resident now, VmHWM its maximum."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures memory the way Linux does")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="measures memory the way Linux does"
+)
 def test_export_holds_one_tensor_at_a_time(single, tmp_path):
     wide = {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 64}
     bare = copy(single, tmp_path / "bare")
@@ -246,9 +307,16 @@ def test_missing_unexpected_and_misshapen_keys_are_all_named(source, tmp_path):
         },
     )
     text = refusal(bad)
-    assert "2 missing" in text and "model.layers.1.mlp.experts.5.up_proj.weight" in text and "model.norm.weight" in text
+    assert (
+        "2 missing" in text
+        and "model.layers.1.mlp.experts.5.up_proj.weight" in text
+        and "model.norm.weight" in text
+    )
     assert "1 unexpected: model.layers.0.mlp.extra.weight" in text
-    assert "1 of another shape: model.layers.2.self_attn.o_proj.weight ((32, 63) instead of (32, 64))" in text
+    assert (
+        "1 of another shape: model.layers.2.self_attn.o_proj.weight ((32, 63) instead of (32, 64))"
+        in text
+    )
 
 
 def test_a_long_list_is_cut_with_its_count(source, tmp_path):
@@ -260,9 +328,17 @@ def test_a_long_list_is_cut_with_its_count(source, tmp_path):
 
 
 def test_a_tied_head_on_disk_must_equal_the_embedding(tmp_path):
-    tied = write_source(tmp_path / "tied", torch.bfloat16, sharded=False, mtp=False, tie_word_embeddings=True)
+    tied = write_source(
+        tmp_path / "tied", torch.bfloat16, sharded=False, mtp=False, tie_word_embeddings=True
+    )
     embedding = read_tensors(tied)["model.embed_tokens.weight"]
-    change_tensors(tied, {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    change_tensors(
+        tied,
+        {
+            "lm_head.weight": embedding.clone(),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        },
+    )
     export(torchsft.load_model(tied), tmp_path / "hf", torch.bfloat16, tied)
     assert "lm_head.weight" not in read_tensors(tmp_path / "hf")
     head = embedding.clone()
@@ -272,7 +348,9 @@ def test_a_tied_head_on_disk_must_equal_the_embedding(tmp_path):
 
 
 def test_unknown_tensors_are_taken_over_with_a_note(source, tmp_path, capsys):
-    """Named as no weight of the model could be; of any dtype. What looks like one of its own is refused (above)."""
+    """Named as no weight of the model could be; of any dtype. What looks like one of its own is
+    refused (above).
+    """
     unknown = {
         "model.vision.weight": torch.arange(6).reshape(2, 3),
         "router_statistics": torch.tensor(2.5, dtype=torch.float64),
@@ -304,7 +382,9 @@ def test_configurations_that_cannot_be_read_are_refused(tmp_path):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
+@pytest.mark.parametrize(
+    "key", ["model.embed_tokens.weight", "model.layers.1.mlp.gate.e_score_correction_bias"]
+)
 def test_weights_that_are_not_finite_are_refused(source, tmp_path, key):
     """A nan in an unused embedding row or in the routing bias would not show in the loss."""
     bad = copy(source, tmp_path / "bad")

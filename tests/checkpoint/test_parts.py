@@ -1,4 +1,6 @@
-"""Loading, exporting, saving and restoring under pipeline and tensor parallelism and with replicas, on 4 ranks."""
+"""Loading, exporting, saving and restoring under pipeline and tensor parallelism and with replicas,
+on 4 ranks.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,16 @@ LAYOUTS = {
 }
 SAVED = ["pp2-ep2", "tp2-fsdp2-ep2", "replicas-ep2"]
 
-# 274 rows are 137 on each of two tensor-parallel ranks, which FSDP divides unevenly; so are the 9 rows of q_a_proj.
+# 274 rows are 137 on each of two tensor-parallel ranks, which FSDP divides unevenly; so are the 9
+# rows of q_a_proj.
 SIZES = {"num_hidden_layers": 4, "vocab_size": 274, "q_lora_rank": 9}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("parts") / "source", torch.float32, sharded=True, mtp=True, **SIZES)
+    return write_source(
+        tmp_path_factory.mktemp("parts") / "source", torch.float32, sharded=True, mtp=True, **SIZES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,9 @@ def work(tmp_path_factory):
 def layout(request, ranks, source, work):
     """Name of the layout and what each rank saw."""
     name = request.param
-    return name, ranks(RANKS, parts.weights, source=str(source), work=str(work), name=name, **LAYOUTS[name])
+    return name, ranks(
+        RANKS, parts.weights, source=str(source), work=str(work), name=name, **LAYOUTS[name]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,10 @@ def checkpoints(ranks, source, work):
     made = {}
     for name in SAVED:
         directory = str(work / name / "checkpoints")
-        made[name] = directory, ranks(RANKS, parts.save, source=str(source), directory=directory, **LAYOUTS[name])
+        made[name] = (
+            directory,
+            ranks(RANKS, parts.save, source=str(source), directory=directory, **LAYOUTS[name]),
+        )
     return made
 
 
@@ -79,7 +89,9 @@ def assert_close(found, expected):
 
 
 def test_the_layouts_are_what_they_should_be(layout):
-    """Ranks of a pipeline hold different tensors, and FSDP strides over what tensor parallelism has cut."""
+    """Ranks of a pipeline hold different tensors, and FSDP strides over what tensor parallelism has
+    cut.
+    """
     name, seen = layout
     names = [set(rank["loaded"]) for rank in seen]
     if name.startswith("pp2"):
@@ -89,7 +101,9 @@ def test_the_layouts_are_what_they_should_be(layout):
     if name == "pp2-ep2":
         assert {"model.embed_tokens.weight", "lm_head.weight"} < names[0]
     placements = seen[0]["placements"]["model.embed_tokens.weight"]
-    assert ("StridedShard" in placements) == ("tp2" in name) and placements.count("Replicate") == name.startswith("replicas")
+    assert ("StridedShard" in placements) == ("tp2" in name) and placements.count(
+        "Replicate"
+    ) == name.startswith("replicas")
 
 
 def test_parts_load_the_weights_of_the_model(layout, source):
@@ -103,7 +117,9 @@ def test_each_rank_reads_only_what_it_holds(layout, source):
     whole = torchsft.load_model(source).state_dict()
     if name == "pp2-ep2":  # FSDP divides all but the routing bias over the two ranks of a stage
         copies = collections.Counter({key: 2 for key in whole if key.endswith("bias")})
-        assert sum(rank["read"] for rank in seen) == sum(tensor.nbytes * (copies[key] or 1) for key, tensor in whole.items())
+        assert sum(rank["read"] for rank in seen) == sum(
+            tensor.nbytes * (copies[key] or 1) for key, tensor in whole.items()
+        )
     if name == "replicas-ep2":
         assert sum(rank["read"] for rank in seen[:2]) == sum(rank["read"] for rank in seen[2:])
     total = sum(tensor.nbytes for tensor in whole.values())
@@ -113,13 +129,18 @@ def test_each_rank_reads_only_what_it_holds(layout, source):
 def test_random_weights_do_not_depend_on_the_layout(layout, source):
     _, seen = layout
     model = torchsft.load_model(source)
-    expected = {name: initial_value(name, tuple(t.shape), model.config, 7) for name, t in model.state_dict().items()}
+    expected = {
+        name: initial_value(name, tuple(t.shape), model.config, 7)
+        for name, t in model.state_dict().items()
+    }
     assert_same(merged(rank["initial"] for rank in seen), expected)
 
 
 def test_parts_export_what_one_process_exports(layout, source, work, tmp_path):
     name, seen = layout
-    huggingface.export(torchsft.load_model(source), tmp_path / "hf", torch.bfloat16, source, max_shard_bytes=30_000)
+    huggingface.export(
+        torchsft.load_model(source), tmp_path / "hf", torch.bfloat16, source, max_shard_bytes=30_000
+    )
     expected, found = read_tensors(tmp_path / "hf"), read_tensors(work / name / "hf")
     assert expected.keys() == found.keys() == read_tensors(source).keys()
     assert [key for key in expected if not same_bits(expected[key], found[key])] == []
@@ -130,7 +151,9 @@ def test_parts_export_what_one_process_exports(layout, source, work, tmp_path):
 
 
 def test_an_export_moves_only_what_it_must(layout):
-    """Nothing between stages and between replicas; of the experts nothing but the halves that two ranks have of each."""
+    """Nothing between stages and between replicas; of the experts nothing but the halves that two
+    ranks have of each.
+    """
     name, seen = layout
     neighbours = [[1], [0], [3], [2]]
     if name != "tp2-fsdp2-ep2":
@@ -154,35 +177,57 @@ def test_updates_do_not_depend_on_the_layout(checkpoints, source, name):
     model = torchsft.load_model(source)
     optimizer = optimizer_for(model)
     update(model, optimizer, 2)
-    assert_close(merged(tensors for tensors, _ in checkpoints[name][1]), everything(model, optimizer))
+    assert_close(
+        merged(tensors for tensors, _ in checkpoints[name][1]), everything(model, optimizer)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "into"),
-    [("pp2-ep2", "tp2-fsdp2-ep2"), ("tp2-fsdp2-ep2", "pp2-ep2"), ("replicas-ep2", "pp2-tp2"), ("pp2-ep2", "replicas-ep2")],
+    [
+        ("pp2-ep2", "tp2-fsdp2-ep2"),
+        ("tp2-fsdp2-ep2", "pp2-ep2"),
+        ("replicas-ep2", "pp2-tp2"),
+        ("pp2-ep2", "replicas-ep2"),
+    ],
 )
 def test_a_checkpoint_restores_into_another_layout(ranks, checkpoints, source, name, into):
     directory, saved = checkpoints[name]
     seen = ranks(RANKS, parts.restore, source=str(source), directory=directory, **LAYOUTS[into])
-    assert_same(merged(restored for restored, _, _ in seen), merged(tensors for tensors, _ in saved))
-    assert [torch.equal(rank[2], drawn) for rank, (_, drawn) in zip(seen, saved, strict=True)] == [True] * RANKS
+    assert_same(
+        merged(restored for restored, _, _ in seen), merged(tensors for tensors, _ in saved)
+    )
+    assert [torch.equal(rank[2], drawn) for rank, (_, drawn) in zip(seen, saved, strict=True)] == [
+        True
+    ] * RANKS
     model = torchsft.load_model(source)
     optimizer = optimizer_for(model)
     update(model, optimizer, 3)
     assert_close(merged(continued for _, continued, _ in seen), everything(model, optimizer))
 
 
-def test_every_rank_refuses_the_checkpoint_of_another_model_with_the_same_sentence(ranks, checkpoints, source):
+def test_every_rank_refuses_the_checkpoint_of_another_model_with_the_same_sentence(
+    ranks, checkpoints, source
+):
     """It names what any rank lacks; layers that another rank holds are not unexpected."""
     models = [{"num_hidden_layers": layers} for layers in (3, 5)] + [{"vocab_size": 300}, {}]
     directory, _ = checkpoints["pp2-ep2"]
-    options = {"source": str(source), "directory": directory, "models": models, "pp": 2, "pp_schedule": "1F1B"}
+    options = {
+        "source": str(source),
+        "directory": directory,
+        "models": models,
+        "pp": 2,
+        "pp_schedule": "1F1B",
+    }
     sentences = ranks(2, parts.refusals, **options)
     fewer, more, wider = sentences[0]  # and none for the model itself
     assert sentences[0] == sentences[1]
     assert "unexpected: model.model.layers.3." in fewer and "missing" not in fewer
     assert "missing: model.model.layers.4." in more and "unexpected" not in more
-    assert "6 of another shape" in wider and "model.lm_head.weight ((274, 32) instead of (300, 32))" in wider
+    assert (
+        "6 of another shape" in wider
+        and "model.lm_head.weight ((274, 32) instead of (300, 32))" in wider
+    )
 
 
 @pytest.mark.parametrize("name", SAVED)

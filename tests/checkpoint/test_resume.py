@@ -1,4 +1,6 @@
-"""How a run starts in a directory that an earlier one has used: anew, in its place, longer, or from another checkpoint."""
+"""How a run starts in a directory that an earlier one has used: anew, in its place, longer, or from
+another checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def run(inputs, tmp_path, monkeypatch, capsys):
             "--optim.schedule": "constant",
             "--output": tmp_path / "run",
         }
-        fixed = [word for name, value in usual.items() if name not in options for word in (name, value)]
+        fixed = [
+            word for name, value in usual.items() if name not in options for word in (name, value)
+        ]
         run_recipe(monkeypatch, *fixed, *options)
         return capsys.readouterr()
 
@@ -55,7 +59,9 @@ def run(inputs, tmp_path, monkeypatch, capsys):
 
 
 def steps(output: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def interrupt(monkeypatch, step):
@@ -70,7 +76,9 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(Trainer, "train_step", broken)
 
 
-def test_where_no_checkpoint_was_left_the_same_output_starts_anew_with_other_options(run, tmp_path, monkeypatch):
+def test_where_no_checkpoint_was_left_the_same_output_starts_anew_with_other_options(
+    run, tmp_path, monkeypatch
+):
     output = tmp_path / "run"
     with monkeypatch.context() as context, pytest.raises(ArithmeticError):
         interrupt(context, 2)
@@ -81,14 +89,23 @@ def test_where_no_checkpoint_was_left_the_same_output_starts_anew_with_other_opt
     assert steps(output) == [1] and len(old_events) == 1
     out, _ = run("--train.steps", 2, "--train.seed", 2)
     assert "left no checkpoint, so it starts anew (train.seed: 1 -> 2)" in out
-    assert steps(output) == [1, 2] and json.loads((output / "config.json").read_text())["train"]["seed"] == 2
+    assert (
+        steps(output) == [1, 2]
+        and json.loads((output / "config.json").read_text())["train"]["seed"] == 2
+    )
     assert (output / "mine.txt").exists() and not (output / "answers-before.jsonl").exists()
     assert not old_events & set((output / "tensorboard").iterdir())
-    with pytest.raises(InputError, match=r"another run, which differs in train.seed: 2 -> 3; .* --overwrite to replace"):
+    with pytest.raises(
+        InputError,
+        match=r"another run, which differs in train.seed: 2 -> 3; .* "
+        r"--overwrite to replace",
+    ):
         run("--train.steps", 2, "--train.seed", 3)
 
 
-def test_the_config_json_of_a_model_is_not_taken_for_a_run_without_checkpoints(run, inputs, tmp_path):
+def test_the_config_json_of_a_model_is_not_taken_for_a_run_without_checkpoints(
+    run, inputs, tmp_path
+):
     before = (inputs / "model" / "config.json").read_bytes()
     for more in ([], ["--overwrite"]):
         with pytest.raises(InputError, match="is not the configuration of a run of torchsft"):
@@ -111,17 +128,28 @@ def test_overwrite_replaces_a_run_once_and_then_continues_its_own(run, tmp_path,
     out, err = run(*again)  # as torchrun --max-restarts does
     assert "continuing from" in out and "step-00000002 at step 2 of 4" in out
     assert "it is continued, not replaced" in err and steps(output) == [1, 2, 3, 4]
-    out, _ = run("--train.steps", 3, "--train.seed", 1, "--overwrite")  # the run found is another one again
+    # the run found is another one again
+    out, _ = run("--train.steps", 3, "--train.seed", 1, "--overwrite")
     assert "--overwrite: the earlier run" in out and steps(output) == [1, 2, 3]
 
 
 def test_overwrite_does_not_delete_what_the_run_reads(run, inputs, tmp_path):
     run("--train.steps", 2, "--checkpoint.export", "fp32")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
-    with pytest.raises(InputError, match=r"would delete .*checkpoints, but this run reads .*step-00000002 there"):
+    with pytest.raises(
+        InputError,
+        match=r"would delete .*checkpoints, but this run reads "
+        r".*step-00000002 there",
+    ):
         run("--train.steps", 4, "--overwrite", "--checkpoint.resume", checkpoint)
     with pytest.raises(InputError, match=r"would delete .*hf, but this run reads .*hf there"):
-        run("--train.steps", 4, "--overwrite", "--model.path", tmp_path / "run" / "checkpoints" / ".." / "hf")
+        run(
+            "--train.steps",
+            4,
+            "--overwrite",
+            "--model.path",
+            tmp_path / "run" / "checkpoints" / ".." / "hf",
+        )
     assert checkpoint.exists() and (tmp_path / "run" / "hf" / "config.json").exists()
 
 
@@ -150,7 +178,9 @@ def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):
         (output / path.name).symlink_to(path)
     config = Config(output=str(output), overwrite=True)
     assert len(make_way(config, str(output / "checkpoints"))) == 5
-    assert [path.name for path in output.iterdir()] == ["checkpoints"] and not (output / "checkpoints").is_symlink()
+    assert [path.name for path in output.iterdir()] == ["checkpoints"] and not (
+        output / "checkpoints"
+    ).is_symlink()
     (output / "checkpoints" / "step-00000001").symlink_to(elsewhere)
     make_way(config, str(output / "checkpoints"))
     assert not list((output / "checkpoints").iterdir()) and sorted(elsewhere.rglob("*")) == before
@@ -162,18 +192,28 @@ def test_overwrite_removes_remote_checkpoints(tmp_path):
     system = fsspec.filesystem("memory")
     for name in ("step-00000001/checkpoint.json", "step-00000001/trainer.json", "mine/file"):
         system.pipe(f"/overwritten/checkpoints/{name}", b"{}")
-    config = Config(output=str(tmp_path), overwrite=True, checkpoint=Checkpoint(remote="memory://overwritten"))
+    config = Config(
+        output=str(tmp_path), overwrite=True, checkpoint=Checkpoint(remote="memory://overwritten")
+    )
     removed = make_way(config, "memory://overwritten/checkpoints")
     assert removed == ["memory://overwritten/checkpoints/step-00000001"]
     assert [path.rsplit("/", 1)[-1] for path in system.find("/overwritten")] == ["file"]
 
 
 def test_a_finished_run_that_is_extended_is_the_longer_run(run, tmp_path):
-    """With a constant learning rate the course is the same: weights and moments bit for bit, here and from another output."""
+    """With a constant learning rate the course is the same: weights and moments bit for bit, here
+    and from another output.
+    """
     longer = ["--train.steps", 7]
     run(*longer, "--output", tmp_path / "whole")
     run("--train.steps", 4)
-    out, _ = run(*longer, "--output", tmp_path / "other", "--checkpoint.resume", tmp_path / "run/checkpoints/step-00000004")
+    out, _ = run(
+        *longer,
+        "--output",
+        tmp_path / "other",
+        "--checkpoint.resume",
+        tmp_path / "run/checkpoints/step-00000004",
+    )
     assert "step-00000004 at step 4 of 7" in out and steps(tmp_path / "other") == [5, 6, 7]
     out, _ = run(*longer)
     assert "train.steps: 4 -> 7: its constant schedule now ends at step 7" in out
@@ -190,33 +230,69 @@ def test_the_new_course_of_the_schedule_is_said_and_followed(run, tmp_path):
     run("--train.steps", 4, "--optim.schedule", "linear")
     out, _ = run("--train.steps", 8, "--optim.schedule", "linear")
     assert "goes on at 0.0005 and ends at 0.000125" in out  # 1 - 4/8 and 1 - 7/8 of 1e-3
-    lines = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["lr"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
 
 
-def test_a_run_from_anothers_checkpoint_continues_its_own_when_it_is_started_again(run, tmp_path, monkeypatch):
+def test_a_run_from_anothers_checkpoint_continues_its_own_when_it_is_started_again(
+    run, tmp_path, monkeypatch
+):
     run("--train.steps", 2)
-    other = ["--output", tmp_path / "other", "--checkpoint.resume", tmp_path / "run" / "checkpoints" / "step-00000002"]
+    other = [
+        "--output",
+        tmp_path / "other",
+        "--checkpoint.resume",
+        tmp_path / "run" / "checkpoints" / "step-00000002",
+    ]
     with monkeypatch.context() as context, pytest.raises(ArithmeticError):
         interrupt(context, 6)
         run("--train.steps", 6, *other)
     out, _ = run("--train.steps", 6, *other)
-    assert "other/checkpoints/step-00000004 at step 4 of 6" in out and steps(tmp_path / "other") == [3, 4, 5, 6]
+    assert "other/checkpoints/step-00000004 at step 4 of 6" in out and steps(
+        tmp_path / "other"
+    ) == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("length", [["--train.steps", 3], ["--train.steps", "None", "--train.epochs", 1]])
+@pytest.mark.parametrize(
+    "length", [["--train.steps", 3], ["--train.steps", "None", "--train.epochs", 1]]
+)
 def test_a_run_is_not_shortened_below_what_it_has_reached(run, tmp_path, monkeypatch, length):
     run("--train.steps", 24, "--checkpoint.every", 24)
-    monkeypatch.setattr("torchsft.checkpoint.huggingface.load_weights", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match=r"but it has reached step 24 \(.*step-00000024\); give at least that many"):
+    monkeypatch.setattr(
+        "torchsft.checkpoint.huggingface.load_weights",
+        lambda *_: pytest.fail("weights were loaded"),
+    )
+    with pytest.raises(
+        InputError,
+        match=r"but it has reached step 24 \(.*step-00000024\); give at "
+        r"least that many",
+    ):
         run(*length)
 
 
 def test_the_debug_run_is_extended_into_another_output(tmp_path, monkeypatch, capsys):
     """Its generated inputs lie in the output directory, and are the same in every one."""
-    options = ["debug", "--eval.answers", 0, "--checkpoint.export", "none", "--optim.warmup-steps", 0, "--checkpoint.every", 0]
+    options = [
+        "debug",
+        "--eval.answers",
+        0,
+        "--checkpoint.export",
+        "none",
+        "--optim.warmup-steps",
+        0,
+        "--checkpoint.every",
+        0,
+    ]
     run_recipe(monkeypatch, *options, "--train.steps", 1, "--output", tmp_path / "a")
-    more = ["--checkpoint.resume", tmp_path / "a" / "checkpoints" / "step-00000001", "--output", tmp_path / "b"]
+    more = [
+        "--checkpoint.resume",
+        tmp_path / "a" / "checkpoints" / "step-00000001",
+        "--output",
+        tmp_path / "b",
+    ]
     run_recipe(monkeypatch, *options, "--train.steps", 2, *more)
     assert steps(tmp_path / "b") == [2]
     assert "train.steps: 1 -> 2" in capsys.readouterr().out

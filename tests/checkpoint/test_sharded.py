@@ -1,4 +1,6 @@
-"""Loading, exporting, saving and restoring models that are spread over 4 ranks, in every layout, in one launch."""
+"""Loading, exporting, saving and restoring models that are spread over 4 ranks, in every layout, in
+one launch.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_every_layout_exports_what_one_process_exports(results, source, work, tm
 def test_ranks_share_the_writing(results, work, ep):
     """No rank writes more than its quarter and one of the largest tensors."""
     tensors = read_tensors(work / f"hf-{ep}")
-    total, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
+    total, largest = (
+        sum(t.nbytes for t in tensors.values()),
+        max(t.nbytes for t in tensors.values()),
+    )
     written = [r[ep]["written"] for r in results]
     assert total <= sum(written) < 1.1 * total  # headers
     assert max(written) <= 1.1 * (total / RANKS + largest)

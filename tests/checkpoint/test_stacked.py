@@ -1,4 +1,6 @@
-"""Experts that `transformers` stored stacked: the same model as with experts one by one, and what is refused by name."""
+"""Experts that `transformers` stored stacked: the same model as with experts one by one, and what
+is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ QUIET = {"workers": 1, "progress": False}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """`single` and `stacked`: the same bf16 model, both as transformers writes it, the latter in several files."""
+    """`single` and `stacked`: the same bf16 model, both as transformers writes it, the latter in
+    several files.
+    """
     directory = tmp_path_factory.mktemp("stacked")
     write_tiny_model(directory / "single", dtype=torch.bfloat16)
     model = DeepseekV3ForCausalLM.from_pretrained(directory / "single", dtype=torch.bfloat16)
@@ -60,7 +64,12 @@ def test_a_slice_of_an_expert_reads_only_its_bytes(inputs):
 def test_there_and_back_in_the_published_layout(inputs, tmp_path):
     to_dcp(inputs / "stacked", tmp_path / "dcp", **QUIET)
     to_hf(tmp_path / "dcp", tmp_path / "hf", **QUIET)
-    export(torchsft.load_model(inputs / "stacked"), tmp_path / "exported", torch.bfloat16, inputs / "stacked")
+    export(
+        torchsft.load_model(inputs / "stacked"),
+        tmp_path / "exported",
+        torch.bfloat16,
+        inputs / "stacked",
+    )
     keys = read_tensors(inputs / "single").keys()
     for directory in (tmp_path / "hf", tmp_path / "exported"):
         assert read_tensors(directory).keys() == keys
@@ -78,7 +87,9 @@ def test_verify_names_the_expert_that_differs(inputs, tmp_path):
     changed[6, 20, 3] += 1  # row 20 of 32: the upper half is the gate
     change_tensors(other, {key: changed})
     found = verify(inputs / "single", other, **QUIET).differences
-    assert len(found) == 1 and found[0].startswith(f"{EXPERTS}.6.up_proj.weight: 1 of 512 elements differ"), found
+    assert len(found) == 1 and found[0].startswith(
+        f"{EXPERTS}.6.up_proj.weight: 1 of 512 elements differ"
+    ), found
     assert "the first at [4, 3]" in found[0]
 
 
@@ -95,12 +106,28 @@ def test_what_is_no_whole_stack_is_refused_with_names(inputs, tmp_path):
     up, down = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"
     fp8 = tensors[up].to(torch.float8_e4m3fn)
     cases = {
-        "both": (single, rf"stacked \(.*gate_up_proj.*\) and one by one \({re.escape(next(iter(single)))}\)"),
+        "both": (
+            single,
+            rf"stacked \(.*gate_up_proj.*\) and one by one "
+            rf"\({re.escape(next(iter(single)))}\)",
+        ),
         "lonely": ({down: None}, rf"stored stacked, but {re.escape(down)} is absent"),
-        "few": ({up: tensors[up][:7], down: tensors[down][:7]}, r"missing: .*experts\.7\.gate_proj\.weight"),
+        "few": (
+            {up: tensors[up][:7], down: tensors[down][:7]},
+            r"missing: "
+            r".*experts\.7\.gate_proj\.weight",
+        ),
         "many": ({up: tensors[up].repeat(2, 1, 1)}, r"unexpected: .*experts\.8\.gate_proj\.weight"),
-        "narrow": ({up: tensors[up][:, :30]}, r"gate_proj\.weight \(\(15, 32\) instead of \(16, 32\)\)"),
-        "odd": ({up: tensors[up][:, :31]}, rf"{re.escape(up)} \(BF16, \(8, 31, 32\)\) cannot be split into experts"),
+        "narrow": (
+            {up: tensors[up][:, :30]},
+            r"gate_proj\.weight \(\(15, 32\) instead of \(16, "
+            r"32\)\)",
+        ),
+        "odd": (
+            {up: tensors[up][:, :31]},
+            rf"{re.escape(up)} \(BF16, \(8, 31, 32\)\) cannot be "
+            rf"split into experts",
+        ),
         "flat": ({up: tensors[up].flatten(0, 1)}, r"cannot be split into experts"),
         "fp8": ({up: fp8}, rf"{re.escape(up)} holds stacked experts in fp8"),
         "scaled": ({f"{up}_scale_inv": torch.ones(8, 1, 1)}, r"holds stacked experts in fp8"),
@@ -111,16 +138,32 @@ def test_what_is_no_whole_stack_is_refused_with_names(inputs, tmp_path):
         for path in directory.glob("*.safetensors"):
             path.unlink()
         kept = {key: tensor for key, tensor in (tensors | changes).items() if tensor is not None}
-        save_file({key: tensor.contiguous() for key, tensor in kept.items()}, directory / "model.safetensors")
+        save_file(
+            {key: tensor.contiguous() for key, tensor in kept.items()},
+            directory / "model.safetensors",
+        )
         assert re.search(sentence, refusal(directory)), (name, refusal(directory))
 
 
 def test_stacks_of_one_layer_do_not_excuse_single_experts_of_another(inputs, tmp_path):
-    """A directory of two halves was put together by mistake; which of them is meant cannot be known."""
+    """A directory of two halves was put together by mistake; which of them is meant cannot be
+    known.
+    """
     directory = copy(inputs / "stacked", tmp_path / "halves")
-    of_layer_1 = {k: v for k, v in read_tensors(inputs / "single").items() if k.startswith("model.layers.1.mlp.experts.")}
-    gone = dict.fromkeys(("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"))
-    tensors = {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items() if k not in gone}
+    of_layer_1 = {
+        k: v
+        for k, v in read_tensors(inputs / "single").items()
+        if k.startswith("model.layers.1.mlp.experts.")
+    }
+    gone = dict.fromkeys(
+        ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
+    )
+    tensors = {
+        k: v
+        for path in directory.glob("*.safetensors")
+        for k, v in load_file(path).items()
+        if k not in gone
+    }
     for path in directory.glob("*.safetensors*"):
         path.unlink()
     save_file(tensors | of_layer_1, directory / "model.safetensors")

@@ -38,7 +38,10 @@ class Toy(nn.Module):
 def build(seed, width=6):
     torch.manual_seed(seed)
     model = Toy(width)
-    matrices, rest = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
+    matrices, rest = (
+        [p for p in model.parameters() if p.ndim > 1],
+        [p for p in model.parameters() if p.ndim == 1],
+    )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     return model, torch.optim.AdamW(groups, lr=0.05)
 
@@ -59,7 +62,9 @@ def begin(directory, **options):
 def save(directory, step, model, optimizer, score=None, options=(), **extra):
     """Written at once; the checkpoint's path."""
     checkpointer = begin(directory, **dict(options))
-    assert checkpointer.save(step, model, optimizer, extra=extra, config={"train": {"seed": 3}}, score=score)
+    assert checkpointer.save(
+        step, model, optimizer, extra=extra, config={"train": {"seed": 3}}, score=score
+    )
     (report,) = checkpointer.reports()
     assert (report.step, report.error) == (step, None)
     return report.path
@@ -95,7 +100,9 @@ def test_a_restored_run_continues_bit_for_bit(world, tmp_path, recwarn):
 
 
 def test_loading_touches_neither_options_nor_other_state(tmp_path):
-    """State is created by a step with zero learning rate: weight decay must not act, and the options must come back."""
+    """State is created by a step with zero learning rate: weight decay must not act, and the
+    options must come back.
+    """
     model, optimizer = build(0)
     train(model, optimizer, 2)
     path = save(tmp_path, 2, model, optimizer)
@@ -104,7 +111,8 @@ def test_loading_touches_neither_options_nor_other_state(tmp_path):
     for group in other_optimizer.param_groups:
         group["lr"] = 0.7
     other.transient += 4
-    other.up.weight.grad = torch.ones_like(other.up.weight)  # a left-over gradient must not stop the state's creation
+    # a left-over gradient must not stop the state's creation
+    other.up.weight.grad = torch.ones_like(other.up.weight)
     state.load(path, other, other_optimizer)
     assert all(torch.equal(v, saved[k]) for k, v in other.state_dict().items())
     assert [g["lr"] for g in other_optimizer.param_groups] == [0.7, 0.7]
@@ -170,24 +178,37 @@ def test_dcp_itself_loads_a_checkpoint(tmp_path):
     model, optimizer = build(0)
     train(model, optimizer, 2)
     path = save(tmp_path, 2, model, optimizer)
-    targets = {f"model.{name}": torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    moments = {f"optimizer.state.{n}.exp_avg_sq": optimizer.state[p]["exp_avg_sq"] for n, p in model.named_parameters()}
+    targets = {
+        f"model.{name}": torch.zeros_like(tensor) for name, tensor in model.state_dict().items()
+    }
+    moments = {
+        f"optimizer.state.{n}.exp_avg_sq": optimizer.state[p]["exp_avg_sq"]
+        for n, p in model.named_parameters()
+    }
     targets |= {name: torch.zeros_like(tensor) for name, tensor in moments.items()}
     dcp.load(targets, checkpoint_id=path)
-    for name, tensor in {**{f"model.{n}": t for n, t in model.state_dict().items()}, **moments}.items():
+    for name, tensor in {
+        **{f"model.{n}": t for n, t in model.state_dict().items()},
+        **moments,
+    }.items():
         assert torch.equal(targets[name], tensor), name
 
 
-# ------------------------------------------------------------------------------------------------------- asynchronous
+# --------------------------------------------------------------------------------------------------
+# asynchronous
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
-    """The thread writes only after everything has changed. The host buffers are those of the save before."""
+    """The thread writes only after everything has changed. The host buffers are those of the save
+    before.
+    """
     model, optimizer = build(0)
     train(model, optimizer, 2)
     checkpointer = begin(tmp_path, mode="async")
     write, may_write = ChunkWriter.write, threading.Event()
-    monkeypatch.setattr(ChunkWriter, "write", lambda *arguments: may_write.wait(60) and write(*arguments))
+    monkeypatch.setattr(
+        ChunkWriter, "write", lambda *arguments: may_write.wait(60) and write(*arguments)
+    )
     states, random_states, buffers, path = {}, {}, {}, None
     for step in (2, 3):
         states[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -201,14 +222,21 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
         buffers[step] = [tensor.data_ptr() for tensor in checkpointer._host.values()]
         (report,) = checkpointer.reports()
         path = report.path
-        assert report.error is None and path == str(tmp_path / f"step-{step:08d}") == state.find_latest(tmp_path)[0]
-        assert report.bytes == sum(file.stat().st_size for file in Path(path).iterdir() if file.name != "checkpoint.json")
+        assert (
+            report.error is None
+            and path == str(tmp_path / f"step-{step:08d}") == state.find_latest(tmp_path)[0]
+        )
+        assert report.bytes == sum(
+            file.stat().st_size for file in Path(path).iterdir() if file.name != "checkpoint.json"
+        )
         assert report.stall_seconds > 0 and report.write_seconds > 0
     assert buffers[2] == buffers[3] and checkpointer.reports() == []
     for step in (2, 3):
         other, other_optimizer = build(1)
         assert state.load(tmp_path / f"step-{step:08d}", other, other_optimizer) == {"step": step}
-        assert all(torch.equal(tensor, states[step][name]) for name, tensor in other.state_dict().items())
+        assert all(
+            torch.equal(tensor, states[step][name]) for name, tensor in other.state_dict().items()
+        )
         assert {float(entry["step"]) for entry in other_optimizer.state.values()} == {step}
         assert torch.equal(torch.get_rng_state(), random_states[step])
 
@@ -230,18 +258,37 @@ def test_a_gpu_is_copied_to_pinned_memory(tmp_path):
                 parameter.fill_(torch.nan)
         checkpointer.wait()
         assert [report.error for report in checkpointer.reports()] == [None]
-        buffers.append({name: tensor.data_ptr() for name, tensor in checkpointer._host.items() if tensor.is_pinned()})
+        buffers.append(
+            {
+                name: tensor.data_ptr()
+                for name, tensor in checkpointer._host.items()
+                if tensor.is_pinned()
+            }
+        )
         state.load(tmp_path / f"step-{step:08d}", model, optimizer)
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert buffers[0] == buffers[1] and "model.up.weight" in buffers[0] and "rng.0.cuda" not in buffers[0]
+        assert all(
+            torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items()
+        )
+    assert (
+        buffers[0] == buffers[1]
+        and "model.up.weight" in buffers[0]
+        and "rng.0.cuda" not in buffers[0]
+    )
 
 
 def test_a_synchronous_save_copies_nothing(tmp_path):
     model, optimizer = build(0)
-    for checkpointer, now in ((begin(tmp_path / "a"), False), (begin(tmp_path / "b", mode="async"), True)):
+    for checkpointer, now in (
+        (begin(tmp_path / "a"), False),
+        (begin(tmp_path / "b", mode="async"), True),
+    ):
         checkpointer.save(1, model, optimizer, extra={}, config={}, now=now)
         (report,) = checkpointer.reports()
-        assert not checkpointer._host and report.error is None and report.stall_seconds == report.write_seconds
+        assert (
+            not checkpointer._host
+            and report.error is None
+            and report.stall_seconds == report.write_seconds
+        )
 
 
 RANKS = 4
@@ -266,16 +313,23 @@ def test_ranks_save_the_state_at_the_call(saved):
 
 
 def test_replicas_share_the_writing(saved):
-    """The bias of 370 numbers with its moments is the most that cannot be cut; every rank has a random state of 5 KB."""
+    """The bias of 370 numbers with its moments is the most that cannot be cut; every rank has a
+    random state of 5 KB.
+    """
     sizes = [seen["own bytes"] for seen in saved]
     assert max(sizes) - min(sizes) < 2 * (37 * 24 * 4) + 10 * 1500
 
 
 def test_a_save_beside_another_is_skipped_or_waits_on_all_ranks(saved):
     assert same([seen["skip"] for seen in saved]) == [True, False, True]
-    assert [(r.step, r.error) for r in same([seen["skip reports"] for seen in saved])] == [(1, None), (3, None)]
+    assert [(r.step, r.error) for r in same([seen["skip reports"] for seen in saved])] == [
+        (1, None),
+        (3, None),
+    ]
     assert same([seen["wait"] for seen in saved]) == ([True, True], [1])
-    assert [(r.step, r.error) for r in same([seen["wait reports"] for seen in saved])] == [(2, None)]
+    assert [(r.step, r.error) for r in same([seen["wait reports"] for seen in saved])] == [
+        (2, None)
+    ]
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
@@ -284,22 +338,40 @@ def test_all_ranks_learn_the_failure_of_one(saved, mode):
     assert names == ["step-00000001", "step-00000005"]
     errors = {report.step: report.error for report in reports}
     assert errors.pop(1) is None and errors.pop(5) is None
-    assert "step-00000002 could not be written (rank 2: OSError: [Errno 28] No space left on device); older" in errors.pop(2)
-    assert "step-00000003 could not be written (rank 0: PermissionError: [Errno 13] no)" in errors.pop(3)
+    assert (
+        "step-00000002 could not be written (rank 2: OSError: [Errno 28] No space left on device); "
+        "older" in errors.pop(2)
+    )
+    assert (
+        "step-00000003 could not be written (rank 0: PermissionError: [Errno 13] no)"
+        in errors.pop(3)
+    )
     if mode == "async":
-        assert "step-00000004 could not be written (rank 1: MemoryError: no host memory)" in errors.pop(4)
+        assert (
+            "step-00000004 could not be written (rank 1: MemoryError: no host memory)"
+            in errors.pop(4)
+        )
     assert not errors
-    assert same([seen[f"{mode} restored"] for seen in saved]) == (([], {"step": 1}), ([], {"step": 5}))
+    assert same([seen[f"{mode} restored"] for seen in saved]) == (
+        ([], {"step": 1}),
+        ([], {"step": 5}),
+    )
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_vanished_directory_is_said_and_not_made_again(saved, mode):
     (report,), exists = same([seen[f"{mode} vanished"] for seen in saved])
-    assert "step-00000006 could not be written (rank 0: FileNotFoundError" in report.error and not exists
+    assert (
+        "step-00000006 could not be written (rank 0: FileNotFoundError" in report.error
+        and not exists
+    )
 
 
 def test_all_ranks_refuse_what_one_cannot_read(saved):
-    assert same([seen["refused"] for seen in saved]) == ["rank 1 cannot read it", "removed for rank 2"]
+    assert same([seen["refused"] for seen in saved]) == [
+        "rank 1 cannot read it",
+        "removed for rank 2",
+    ]
 
 
 def test_the_death_of_a_rank_ends_a_save_and_leaves_the_older_one(ranks, tmp_path):
@@ -310,9 +382,13 @@ def test_the_death_of_a_rank_ends_a_save_and_leaves_the_older_one(ranks, tmp_pat
 
 
 def test_each_rank_reads_the_bytes_of_its_shards(ranks, tmp_path):
-    """4 ranks write rows; 2 ranks read halves of the rows, or of the columns. Headers are counted."""
+    """4 ranks write rows; 2 ranks read halves of the rows, or of the columns. Headers are
+    counted.
+    """
     rows = 20_000
-    (report, expected), *_ = ranks(RANKS, savers.write, directory=str(tmp_path), layout="rows", rows=rows)
+    (report, expected), *_ = ranks(
+        RANKS, savers.write, directory=str(tmp_path), layout="rows", rows=rows
+    )
     layouts = ["rows of two", "columns of two"]
     seen = ranks(2, savers.read, path=report.path, layouts=layouts, rows=rows)
     sharded = 2 * 3 * rows * 24 * 4  # two matrices and their moments
@@ -327,7 +403,8 @@ def test_each_rank_reads_the_bytes_of_its_shards(ranks, tmp_path):
         assert part + replicated < count < 1.02 * (part + replicated)
 
 
-# ------------------------------------------------------------------------------------------------------- retention
+# --------------------------------------------------------------------------------------------------
+# retention
 
 
 def retained(directory, saves, **options):
@@ -376,7 +453,10 @@ def test_incomplete_ones_do_not_count_and_are_left_alone(tmp_path):
     (tmp_path / "notes").mkdir()
     model, optimizer = build(0)
     save(tmp_path, 4, model, optimizer, options={"keep": 2})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", *(f"step-{step:08d}" for step in (2, 3, 4))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "notes",
+        *(f"step-{step:08d}" for step in (2, 3, 4)),
+    ]
 
 
 def test_a_checkpoint_that_is_read_stays_until_it_has_been_read(tmp_path, monkeypatch):
@@ -413,7 +493,8 @@ def test_a_checkpoint_of_the_same_step_is_replaced(place):
     assert Folder(place).names() == ["step-00000001"]
 
 
-# ------------------------------------------------------------------------------------------------------- finding one
+# --------------------------------------------------------------------------------------------------
+# finding one
 
 
 def test_the_newest_complete_checkpoint_is_found(place):
@@ -426,7 +507,9 @@ def test_the_newest_complete_checkpoint_is_found(place):
     assert state.saved_config(f"{place}/step-00000010") == {"train": {"seed": 3}}
 
 
-@pytest.mark.parametrize("fault", [".metadata", "trainer.json", "config.json", "__0_0.distcp", "short", "longer"])
+@pytest.mark.parametrize(
+    "fault", [".metadata", "trainer.json", "config.json", "__0_0.distcp", "short", "longer"]
+)
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, fault):
     model, optimizer = build(0)
     older, newer = save(tmp_path, 1, model, optimizer), Path(save(tmp_path, 2, model, optimizer))
@@ -441,7 +524,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, fault):
     latest, (sentence,) = state.find_latest(tmp_path)
     assert latest == older and sentence == f"checkpoint {newer} is damaged: {problem}"
     shutil.rmtree(older)
-    with pytest.raises(InputError, match=r"is damaged: .*; there is no complete one before it: delete it to start anew"):
+    with pytest.raises(
+        InputError,
+        match=r"is damaged: .*; there is no complete one before it: "
+        r"delete it to start anew",
+    ):
         state.find_latest(tmp_path)
 
 
@@ -454,7 +541,9 @@ def test_several_damaged_ones_are_passed_over(tmp_path):
 
 
 def test_a_remote_checkpoint_without_its_manifest_was_never_completed():
-    """It is written in place, so this is what a killed run leaves: another start must not stumble over it."""
+    """It is written in place, so this is what a killed run leaves: another start must not stumble
+    over it.
+    """
     place = "memory://never/checkpoints"
     try:
         path = save(place, 1, *build(0))
@@ -470,7 +559,8 @@ def test_a_remote_checkpoint_without_its_manifest_was_never_completed():
         fsspec.filesystem("memory").store.clear()
 
 
-# ------------------------------------------------------------------------------------------------------- failures
+# --------------------------------------------------------------------------------------------------
+# failures
 
 
 def test_a_failed_save_leaves_nothing_that_looks_complete(place, monkeypatch):
@@ -485,7 +575,8 @@ def test_a_failed_save_leaves_nothing_that_looks_complete(place, monkeypatch):
     assert checkpointer.save(2, model, optimizer, extra={}, config={})
     (report,) = checkpointer.reports()
     assert report.error == (
-        f"checkpoint {place}/step-00000002 could not be written (rank 0: OSError: [Errno 28] No space left on device); older "
+        f"checkpoint {place}/step-00000002 could not be written (rank 0: OSError: [Errno 28] No "
+        f"space left on device); older "
         "ones are untouched"
     )
     assert state.find_latest(place) == (first, []) and Folder(place).names() == ["step-00000001"]
@@ -498,7 +589,10 @@ def test_a_file_that_cannot_grow_is_a_failed_save(tmp_path):
     """The system's own error, in the middle of a file."""
     model = nn.Linear(300, 300)
     optimizer = torch.optim.AdamW(model.parameters())
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
         checkpointer = begin(tmp_path, mode="async")
@@ -519,7 +613,11 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(state, "remove_unread", refuse)
-    with pytest.warns(UserWarning, match=r"an old checkpoint in .* could not be removed \(\[Errno 13\] Permission denied\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"an old checkpoint in .* could not be removed \(\[Errno "
+        r"13\] Permission denied\)",
+    ):
         save(tmp_path, 2, model, optimizer, options={"keep": 1})
     assert steps_in(tmp_path) == [1, 2]
 
@@ -527,16 +625,24 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch
 def test_an_old_checkpoint_with_a_wrong_score_is_no_failure(tmp_path):
     trainer = Path(save(tmp_path, 1, *build(0), score=1.5)) / "trainer.json"
     trainer.write_text(trainer.read_text().replace("1.5", '"5"'))  # of the same size
-    with pytest.warns(UserWarning, match=r"an old checkpoint in .* could not be removed \('<' not supported"):
+    with pytest.warns(
+        UserWarning,
+        match=r"an old checkpoint in .* could not be removed \('<' not "
+        r"supported",
+    ):
         save(tmp_path, 2, *build(0), score=2.0, options={"keep": 1, "keep_best": 1})
     assert steps_in(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("place", ["memory"], indirect=True)
 def test_the_manifest_of_a_failed_remote_save_goes_first(place, monkeypatch):
-    removed = []  # else what is left, if the removal fails too, looks like a damaged checkpoint, at which `auto` stops
+    # else what is left, if the removal fails too, looks like a damaged checkpoint, at which `auto`
+    # stops
+    removed = []
     monkeypatch.setattr(state, "publish", lambda *_: (_ for _ in ()).throw(OSError("lost")))
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "rm", lambda _, path, **__: removed.append(path))
+    monkeypatch.setattr(
+        type(fsspec.filesystem("memory")), "rm", lambda _, path, **__: removed.append(path)
+    )
     checkpointer = begin(place)
     checkpointer.save(1, *build(0), extra={}, config={})
     assert "rank 0: OSError: lost" in checkpointer.reports()[0].error
@@ -591,7 +697,9 @@ def test_unusable_checkpoints_are_refused_in_one_sentence(tmp_path):
     for data in path.glob("*.distcp"):
         content = data.read_bytes()
         data.write_bytes(bytes(len(content)))
-        assert "is damaged: model.kept cannot be read from __0_0.distcp" in refusal(path, model, optimizer)
+        assert "is damaged: model.kept cannot be read from __0_0.distcp" in refusal(
+            path, model, optimizer
+        )
         data.write_bytes(content[:-3000])
         assert "__0_0.distcp has " in refusal(path, model, optimizer)
         data.write_bytes(content)

@@ -37,12 +37,17 @@ def test_files_go_out_and_come_back(place):
     with folder.writer("a") as out:
         assert out.write(data[:5]) == 5
         out.write(memoryview(data)[5:1_000_000])
-        out.write(torch.frombuffer(bytearray(data[1_000_000:]), dtype=torch.int32).numpy())  # any buffer
+        # any buffer
+        out.write(torch.frombuffer(bytearray(data[1_000_000:]), dtype=torch.int32).numpy())
     assert (out.size, out.crc32) == (len(data), zlib.crc32(data))
     with fsspec.open(f"{place}/a", "rb") as file:  # what others see
         assert file.read() == data
     assert folder.has("a") and not folder.has("b") and folder.size("a") == len(data)
-    assert folder.read("a") == data and folder.read("a", 7, 19) == data[7:19] and folder.read("a", 2_999_990) == data[-10:]
+    assert (
+        folder.read("a") == data
+        and folder.read("a", 7, 19) == data[7:19]
+        and folder.read("a", 2_999_990) == data[-10:]
+    )
     target = bytearray(100)
     folder.read_into("a", 500, memoryview(target))
     assert target == data[500:600]
@@ -58,7 +63,11 @@ def test_files_go_out_and_come_back(place):
     child = folder.child("child")
     child.make()
     child.write_text("d", "x")
-    assert str(child) == f"{place}/child" and child.names() == ["d"] and folder.names() == ["a", "b", "child"]
+    assert (
+        str(child) == f"{place}/child"
+        and child.names() == ["d"]
+        and folder.names() == ["a", "b", "child"]
+    )
     assert not folder.has("child")  # no file
     folder.remove("b")
     folder.remove("b")
@@ -113,9 +122,16 @@ def test_what_is_replaced_while_it_is_read_is_not_taken_for_one_checkpoint(tmp_p
         with published(tmp_path / what) as staging:
             staging.write_text("trainer.json", "{}")
     folder = Folder(tmp_path / "replaced")
-    with pytest.raises(InputError, match="has just been removed or replaced"), reading(folder), published(folder) as staging:
+    with (
+        pytest.raises(InputError, match="has just been removed or replaced"),
+        reading(folder),
+        published(folder) as staging,
+    ):
         staging.write_text("trainer.json", "{}")
-    with pytest.raises(InputError, match="removed has just been removed"), reading(Folder(tmp_path / "removed")):
+    with (
+        pytest.raises(InputError, match="removed has just been removed"),
+        reading(Folder(tmp_path / "removed")),
+    ):
         Folder(tmp_path / "removed").remove()
 
 
@@ -135,12 +151,19 @@ def test_threads_share_the_connection_of_their_folder():
 
 
 def test_full_and_absent_places_say_so(tmp_path):
-    with pytest.raises(OSError, match="No space left on device"), Folder("/dev").writer("full") as out:
+    with (
+        pytest.raises(OSError, match="No space left on device"),
+        Folder("/dev").writer("full") as out,
+    ):
         out.write(b"x" * 10_000)
     with pytest.raises(FileNotFoundError), Folder(tmp_path / "gone").writer("file"):
         pass
 
 
 def test_a_url_of_an_unknown_kind_is_refused():
-    with pytest.raises(InputError, match=r"nonsense://bucket/x cannot be reached \(.*\); install what it needs or use a local"):
+    with pytest.raises(
+        InputError,
+        match=r"nonsense://bucket/x cannot be reached \(.*\); install "
+        r"what it needs or use a local",
+    ):
         Folder("nonsense://bucket/x")

@@ -1,4 +1,6 @@
-"""Safetensors files: slices against safetensors' own loader, damaged directories, and files that are written."""
+"""Safetensors files: slices against safetensors' own loader, damaged directories, and files that
+are written.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint.deepseek_format import BLOCK, dequantised, quantised
 from tests.checkpoint.sources import INDEX, same_bits
 from torchsft.checkpoint.storage import Folder
-from torchsft.checkpoint.weight_files import DTYPES, SafetensorsWriter, WeightIndex, file_order, has_weights
+from torchsft.checkpoint.weight_files import (
+    DTYPES,
+    SafetensorsWriter,
+    WeightIndex,
+    file_order,
+    has_weights,
+)
 from torchsft.config import InputError
 from torchsft.precision.blockwise import dequantise
 
@@ -31,9 +39,13 @@ def write(directory, *files, index=True, quantization=FP8):
     for name, tensors in zip(names, files, strict=True):
         save_file(tensors, directory / name)
     if index:
-        weight_map = {key: name for name, tensors in zip(names, files, strict=True) for key in tensors}
+        weight_map = {
+            key: name for name, tensors in zip(names, files, strict=True) for key in tensors
+        }
         (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps({"quantization_config": quantization} if quantization else {}))
+    (directory / "config.json").write_text(
+        json.dumps({"quantization_config": quantization} if quantization else {})
+    )
     return directory
 
 
@@ -51,19 +63,39 @@ def directory(tmp_path_factory):
     torch.manual_seed(0)
     q, scale = quantised(torch.randn(300, 270))
     bits = torch.randint(0, 256, (2, 5, 64), dtype=torch.uint8)
-    first = {word: bits.clone().view(dtype) for word, dtype in DTYPES.items() if dtype not in (torch.bool,)}
-    first |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "BOOL": bits > 100, "w.weight": q}
+    first = {
+        word: bits.clone().view(dtype)
+        for word, dtype in DTYPES.items()
+        if dtype not in (torch.bool,)
+    }
+    first |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "BOOL": bits > 100,
+        "w.weight": q,
+    }
     del first["F8_E4M3"]  # without scales
-    return write(tmp_path_factory.mktemp("files") / "d", first, {"w.weight_scale_inv": scale, "x": torch.randn(6, 7, 8)})
+    return write(
+        tmp_path_factory.mktemp("files") / "d",
+        first,
+        {"w.weight_scale_inv": scale, "x": torch.randn(6, 7, 8)},
+    )
 
 
 def test_every_tensor_is_as_safetensors_reads_it(directory):
     index = WeightIndex(directory)
-    expected = {key: tensor for path in directory.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    expected = {
+        key: tensor
+        for path in directory.glob("*.safetensors")
+        for key, tensor in load_file(path).items()
+    }
     assert index.tensors.keys() == expected.keys() and len(expected) == len(DTYPES) + 4
     for key, tensor in expected.items():
         assert same_bits(index.read_whole(key), tensor), key
-        assert index.tensors[key].shape == tuple(tensor.shape) and DTYPES[index.tensors[key].dtype] == tensor.dtype
+        assert (
+            index.tensors[key].shape == tuple(tensor.shape)
+            and DTYPES[index.tensors[key].dtype] == tensor.dtype
+        )
     assert index.bytes_read == sum(tensor.nbytes for tensor in expected.values())
     assert index.fp8 == {"w.weight"} and index.scales("x") is None
     assert same_bits(index.scales("w.weight"), expected["w.weight_scale_inv"])
@@ -77,12 +109,18 @@ def test_slices_read_their_bytes_and_no_more(directory, bounds):
     with safe_open(directory / index.tensors["x"].file, "pt") as file:
         expected = file.get_tensor("x")[part]
     found = index.read("x", part)
-    assert found.is_contiguous() and same_bits(found, expected.contiguous()) and index.bytes_read == expected.nbytes
+    assert (
+        found.is_contiguous()
+        and same_bits(found, expected.contiguous())
+        and index.bytes_read == expected.nbytes
+    )
 
 
 def test_contiguous_bytes_are_read_at_once(directory, monkeypatch):
     index, read, calls = WeightIndex(directory), os.preadv, []
-    monkeypatch.setattr(os, "preadv", lambda *arguments: calls.append(arguments[1][0].nbytes) or read(*arguments))
+    monkeypatch.setattr(
+        os, "preadv", lambda *arguments: calls.append(arguments[1][0].nbytes) or read(*arguments)
+    )
     for part, sizes in [
         ((), [6 * 7 * 32]),
         ((slice(2, 5),), [3 * 7 * 32]),
@@ -98,15 +136,24 @@ def test_contiguous_bytes_are_read_at_once(directory, monkeypatch):
 def test_the_kernel_may_give_less_at_once(directory, monkeypatch):
     index, read = WeightIndex(directory), os.preadv
     expected = index.read_whole("x")
-    monkeypatch.setattr(os, "preadv", lambda descriptor, parts, at: read(descriptor, [parts[0][:100]], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda descriptor, parts, at: read(descriptor, [parts[0][:100]], at)
+    )
     assert same_bits(index.read_whole("x"), expected)
 
 
-@given(st.tuples(st.integers(0, 300), st.integers(0, 300)), st.tuples(st.integers(0, 270), st.integers(0, 270)))
+@given(
+    st.tuples(st.integers(0, 300), st.integers(0, 300)),
+    st.tuples(st.integers(0, 270), st.integers(0, 270)),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_slice_of_an_fp8_weight_is_the_slice_of_its_values(directory, rows, cols):
     index = WeightIndex(directory)
-    tensors = {key: tensor for path in directory.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    tensors = {
+        key: tensor
+        for path in directory.glob("*.safetensors")
+        for key, tensor in load_file(path).items()
+    }
     whole = dequantised(tensors["w.weight"], tensors["w.weight_scale_inv"])
     part = slice(min(rows), max(rows)), slice(min(cols), max(cols))
     assert same_bits(index.values("w.weight", part), whole[part].contiguous())
@@ -115,13 +162,20 @@ def test_a_slice_of_an_fp8_weight_is_the_slice_of_its_values(directory, rows, co
     assert same_bits(index.values("w.weight", part[:1]), whole[part[0]].contiguous())
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures memory the way Linux does")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="measures memory the way Linux does"
+)
 def test_reading_leaves_nothing_in_memory(tmp_path):
     """As mapped pages would, which count as resident."""
-    index = WeightIndex(write(tmp_path / "d", {str(i): torch.ones(1 << 18) for i in range(64)}))  # 64 MB
+    # 64 MB
+    index = WeightIndex(write(tmp_path / "d", {str(i): torch.ones(1 << 18) for i in range(64)}))
 
     def resident(field):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        line = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(field)
+        )
         return int(line.split()[1]) * 1024
 
     index.read_whole("0")
@@ -137,19 +191,26 @@ def test_other_block_sizes(tmp_path):
     scale = torch.rand(3, 3)
     sized = FP8 | {"weight_block_size": [2, 3]}
     index = WeightIndex(write(tmp_path / "d", {"w": q, "w_scale_inv": scale}, quantization=sized))
-    expected = torch.stack([torch.stack([q[i, j].float() * scale[i // 2, j // 3] for j in range(7)]) for i in range(5)])
+    expected = torch.stack(
+        [torch.stack([q[i, j].float() * scale[i // 2, j // 3] for j in range(7)]) for i in range(5)]
+    )
     assert same_bits(index.values("w", ()), expected)
     assert same_bits(index.values("w", (slice(1, 4), slice(2, 7))), expected[1:4, 2:7].contiguous())
     assert same_bits(dequantise(q, scale, (2, 3)), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------
+# bad input
 
 
 def test_a_directory_without_weights(tmp_path):
-    assert "does not exist" in refusal(tmp_path / "nowhere") and not has_weights(tmp_path / "nowhere")
+    assert "does not exist" in refusal(tmp_path / "nowhere") and not has_weights(
+        tmp_path / "nowhere"
+    )
     (tmp_path / "empty").mkdir()
-    assert "it has no weights" in refusal(tmp_path / "empty") and not has_weights(tmp_path / "empty")
+    assert "it has no weights" in refusal(tmp_path / "empty") and not has_weights(
+        tmp_path / "empty"
+    )
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"x")
     assert "only pytorch_model.bin" in refusal(tmp_path / "empty")
 
@@ -163,18 +224,33 @@ def entry(start, end, shape=(2,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
-TWICE = b'{"a": ' + json.dumps(entry(0, 8)).encode() + b', "a": ' + json.dumps(entry(8, 16)).encode() + b"}"
+TWICE = (
+    b'{"a": '
+    + json.dumps(entry(0, 8)).encode()
+    + b', "a": '
+    + json.dumps(entry(8, 16)).encode()
+    + b"}"
+)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "its header should have 0 bytes, but the file has 0"),
-        (header({"a": entry(0, 8)}, b"", 1 << 40), "should have 1099511627776 bytes, but the file has"),
+        (
+            header({"a": entry(0, 8)}, b"", 1 << 40),
+            "should have 1099511627776 bytes, but the file has",
+        ),
         (header({"a": entry(0, 8)}, bytes(7)), "bytes, but has"),
         (header({"a": entry(0, 8)}, bytes(9)), "bytes, but has"),
-        (header({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "b begins at byte 4 of the data, where 8 bytes lie"),
-        (header({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)), "b begins at byte 12 of the data, where 8 bytes lie"),
+        (
+            header({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
+            "b begins at byte 4 of the data, where 8 bytes lie",
+        ),
+        (
+            header({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),
+            "b begins at byte 12 of the data, where 8 bytes lie",
+        ),
         (header({"a": entry(-8, 0)}, b""), "a begins at byte -8"),
         (header({"a": entry(0, 4)}, bytes(4)), r"a (F32, (2,)) has 4 bytes"),
         (header({"a": entry(0, 8, (-2,))}, bytes(8)), r"a (F32, (-2,)) has 8 bytes"),
@@ -193,7 +269,11 @@ TWICE = b'{"a": ' + json.dumps(entry(0, 8)).encode() + b', "a": ' + json.dumps(e
 def test_damaged_files(tmp_path, content, reason):
     (tmp_path / "model.safetensors").write_bytes(content)
     text = refusal(tmp_path)
-    assert "model.safetensors cannot be read as safetensors" in text and reason in text and "download it again" in text
+    assert (
+        "model.safetensors cannot be read as safetensors" in text
+        and reason in text
+        and "download it again" in text
+    )
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
@@ -225,8 +305,13 @@ def test_an_index_and_its_files(tmp_path):
 
 
 def test_a_key_in_two_files(tmp_path):
-    text = refusal(write(tmp_path / "d", {"a": torch.ones(2), "c": torch.ones(1)}, {"a": torch.ones(2)}))
-    assert "a is both in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors" in text
+    text = refusal(
+        write(tmp_path / "d", {"a": torch.ones(2), "c": torch.ones(1)}, {"a": torch.ones(2)})
+    )
+    assert (
+        "a is both in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +320,11 @@ def test_a_key_in_two_files(tmp_path):
         ({"w_scale_inv": None}, FP8, "fp8 weights without their scales (w)"),
         ({"w": None}, FP8, "scales without their fp8 weights (w_scale_inv)"),
         ({"w": torch.ones(300, 270)}, FP8, "scales without their fp8 weights (w_scale_inv)"),
-        ({"w_scale_inv": torch.ones(3, 2)}, FP8, "w_scale_inv (F32 (3, 2) for a weight (300, 270))"),
+        (
+            {"w_scale_inv": torch.ones(3, 2)},
+            FP8,
+            "w_scale_inv (F32 (3, 2) for a weight (300, 270))",
+        ),
         ({"w_scale_inv": torch.ones(3, 3).bfloat16()}, FP8, "w_scale_inv (BF16 (3, 3)"),
         ({"w": torch.ones(300).to(torch.float8_e4m3fn)}, FP8, "for a weight (300,))"),
         ({}, FP8 | {"weight_block_size": [64, 64]}, "one for each block of 64 x 64"),
@@ -246,20 +335,26 @@ def test_a_key_in_two_files(tmp_path):
     ],
 )
 def test_fp8_and_scales_must_fit(tmp_path, changes, quantization, reason):
-    tensors = {"w": torch.zeros(300, 270).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(3, 3)} | changes
+    tensors = {
+        "w": torch.zeros(300, 270).to(torch.float8_e4m3fn),
+        "w_scale_inv": torch.ones(3, 3),
+    } | changes
     given = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     assert reason in refusal(write(tmp_path / "d", given, quantization=quantization))
 
 
 def test_dtypes_that_torch_lacks_are_no_fault_until_they_are_read(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(header({"a": entry(0, 1, (2,), "F4"), "b": entry(1, 9)}, bytes(9)))
+    (tmp_path / "model.safetensors").write_bytes(
+        header({"a": entry(0, 1, (2,), "F4"), "b": entry(1, 9)}, bytes(9))
+    )
     index = WeightIndex(tmp_path)
     assert index.read_whole("b").tolist() == [0, 0]
     with pytest.raises(InputError, match="a has dtype F4, which cannot be read"):
         index.read_whole("a")
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------
+# writing
 
 
 def contents(tensors):
@@ -288,18 +383,25 @@ def test_written_files_are_aligned_and_as_safetensors_reads_them(tmp_path, tenso
     folder.make()
     with SafetensorsWriter(folder, "x.safetensors", known) as writer:
         for key in known:
-            rows = tensors[key].split(2) if tensors[key].ndim == 2 and len(tensors[key]) else [tensors[key]]
+            rows = (
+                tensors[key].split(2)
+                if tensors[key].ndim == 2 and len(tensors[key])
+                else [tensors[key]]
+            )
             for part in rows:
                 writer.write(key, part)
     data = folder.read("x.safetensors")
     assert len(data) == folder.size("x.safetensors")
     (tmp_path / "y.safetensors").write_bytes(data)
     found = load_file(tmp_path / "y.safetensors")
-    assert found.keys() == tensors.keys() and all(same_bits(found[key], tensor) for key, tensor in tensors.items())
+    assert found.keys() == tensors.keys() and all(
+        same_bits(found[key], tensor) for key, tensor in tensors.items()
+    )
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
     assert entries.pop("__metadata__") == {"format": "pt"} and start % 8 == 0
-    assert list(entries) == ["c", "q", "q_scale_inv", "b", "d", "a", "byte"]  # scales behind their weight
+    # scales behind their weight
+    assert list(entries) == ["c", "q", "q_scale_inv", "b", "d", "a", "byte"]
     for key, tensor in tensors.items():
         assert (start + entries[key]["data_offsets"][0]) % tensor.itemsize == 0
 
@@ -311,7 +413,11 @@ def test_what_was_promised_is_written_and_nothing_else(tmp_path, tensors):
         SafetensorsWriter(Folder(tmp_path), "y", known) as w,
     ):
         w.write("c", tensors["c"])
-    for key, values in [("b", tensors["b"]), ("c", tensors["c"].float()), ("c", torch.tensor([1, 2]))]:
+    for key, values in [
+        ("b", tensors["b"]),
+        ("c", tensors["c"].float()),
+        ("c", torch.tensor([1, 2])),
+    ]:
         with pytest.raises(AssertionError), SafetensorsWriter(Folder(tmp_path), "y", known) as w:
             w.write(key, values)
 

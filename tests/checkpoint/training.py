@@ -1,4 +1,6 @@
-"""What the ranks do in test_convert.py. Without `transformers`, whose import costs each rank seconds."""
+"""What the ranks do in test_convert.py. Without `transformers`, whose import costs each rank
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,15 @@ def checkpoint_and_export(source, work, dtypes):
         optimizer = optimizer_for(model)
         update(model, optimizer, 2)
         checkpoints = Checkpointer(work, group=dist.new_group(backend="gloo"))
-        checkpoints.save(2, model, optimizer, extra={}, config={"model": {"path": source}}, now=True)
+        checkpoints.save(
+            2, model, optimizer, extra={}, config={"model": {"path": source}}, now=True
+        )
         assert [report.error for report in checkpoints.reports()] == [None]
         for dtype in dtypes:
-            huggingface.export(model, f"{work}/export-{dtype}", EXPORT_DTYPES[dtype], source, max_shard_bytes=80_000)
+            huggingface.export(
+                model,
+                f"{work}/export-{dtype}",
+                EXPORT_DTYPES[dtype],
+                source,
+                max_shard_bytes=80_000,
+            )

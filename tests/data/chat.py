@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a template stands as it is published)
 """Chat templates in the styles of well-known models, and tiny tokenizers for them."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -9,46 +10,77 @@ from torchsft.data.template import ChatTokenizer, Encoded, Sample
 
 SPECIAL = [
     *("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|User|>", "<|Assistant|>", "<think>", "</think>"),
-    *("<|calls|>", "<|call|>", "<|sep|>", "<|end_call|>", "<|end_calls|>", "<|output|>", "<|end_output|>"),
+    *(
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|User|>",
+        "<|Assistant|>",
+        "<think>",
+        "</think>",
+    ),
+    *(
+        "<|calls|>",
+        "<|call|>",
+        "<|sep|>",
+        "<|end_call|>",
+        "<|end_calls|>",
+        "<|output|>",
+        "<|end_output|>",
+    ),
     *("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
 ]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATML_GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% "
+    "endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif "
+    "%}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Blocks as people write them: without the end-of-turn token, with the newline behind it, with the header.
+# Blocks as people write them: without the end-of-turn token, with the newline behind it, with the
+# header.
 CHATML_GENERATION_WITHOUT_END = CHATML_GENERATION.replace(
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+    "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
 )
-CHATML_GENERATION_WITH_NEWLINE = CHATML_GENERATION.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}")
+CHATML_GENERATION_WITH_NEWLINE = CHATML_GENERATION.replace(
+    "{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}"
+)
 CHATML_GENERATION_WITH_HEADER = CHATML_GENERATION.replace(
-    "{{ '<|im_start|>assistant\n' }}{% generation %}", "{% generation %}{{ '<|im_start|>assistant\n' }}"
+    "{{ '<|im_start|>assistant\n' }}{% generation %}",
+    "{% generation %}{{ '<|im_start|>assistant\n' }}",
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + "
+    "'<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
+    "endif %}"
 )
 LLAMA3_GENERATION = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% "
+    "endgeneration %}"
     "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
+    "endif %}"
 )
 # The system turn has no header and is gathered from wherever it stands.
 DEEPSEEK_V3 = (
     "{% set ns = namespace(system='') %}"
-    "{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = ns.system + m['content'] %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = ns.system + "
+    "m['content'] %}{% endif %}"
     "{% endfor %}{{ bos_token }}{{ ns.system }}"
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}"
-    "{% elif m['role'] == 'assistant' %}{{ '<|Assistant|>' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|Assistant|>' + m['content'] + eos_token }}{% endif "
+    "%}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"
 )
 DEEPSEEK_V3_GENERATION = DEEPSEEK_V3.replace(
@@ -56,32 +88,41 @@ DEEPSEEK_V3_GENERATION = DEEPSEEK_V3.replace(
     "{{ '<|Assistant|>' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}",
 )
 # Reasoning is cut out of every answer, yet the generation prompt opens one.
-DEEPSEEK_R1 = DEEPSEEK_V3.replace("m['content'] + eos_token", "m['content'].split('</think>')[-1] + eos_token").replace(
-    "{{ '<|Assistant|>' }}{% endif %}", "{{ '<|Assistant|><think>\n' }}{% endif %}"
-)
+DEEPSEEK_R1 = DEEPSEEK_V3.replace(
+    "m['content'] + eos_token", "m['content'].split('</think>')[-1] + eos_token"
+).replace("{{ '<|Assistant|>' }}{% endif %}", "{{ '<|Assistant|><think>\n' }}{% endif %}")
 # Reasoning is cut out of the history only.
 KEEPS_LAST_REASONING = DEEPSEEK_R1.replace(
-    "m['content'].split('</think>')[-1]", "(m['content'] if loop.last else m['content'].split('</think>')[-1])"
+    "m['content'].split('</think>')[-1]",
+    "(m['content'] if loop.last else m['content'].split('</think>')[-1])",
 )
-# A default system turn, and an empty reasoning block in front of the last answer where it brings none of its own.
+# A default system turn, and an empty reasoning block in front of the last answer where it brings
+# none of its own.
 QWEN3 = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif "
+    "%}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last and '</think>' not in m['content'] %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ (m['content'] if m['role'] != 'assistant' or loop.last else m['content'].split('</think>')[-1].lstrip('\n'))"
-    " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ (m['content'] if m['role'] != 'assistant' or loop.last else "
+    "m['content'].split('</think>')[-1].lstrip('\n'))"
+    " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' "
+    "}}{% endif %}"
 )
 QWEN3_GENERATION = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}"
-    "{% if loop.last and '</think>' not in m['content'] %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ (m['content'] if loop.last else m['content'].split('</think>')[-1].lstrip('\n')) + '<|im_end|>' }}"
-    "{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if loop.last and '</think>' not in m['content'] %}{{ '<think>\n\n</think>\n\n' }}{% endif "
+    "%}"
+    "{{ (m['content'] if loop.last else m['content'].split('</think>')[-1].lstrip('\n')) + "
+    "'<|im_end|>' }}"
+    "{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# In the style of Qwen3, with tools: reasoning from its field or the content, kept since the last question only, with an
-# empty block for the last answer; tool calls as JSON, results gathered in user turns.
+# In the style of Qwen3, with tools: reasoning from its field or the content, kept since the last
+# question only, with an empty block for the last answer; tool calls as JSON, results gathered in
+# user turns.
 QWEN3_TOOLS = """
 {%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -125,8 +166,9 @@ QWEN3_TOOLS = """
     {{- '<|im_start|>assistant\n' }}
     {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}"""
-# In the style of DeepSeek-V3.1: the prompt opens or closes a reasoning block, which is closed and empty in every answer; calls
-# go behind it, arguments as a JSON string; answers to tool results have no header at all.
+# In the style of DeepSeek-V3.1: the prompt opens or closes a reasoning block, which is closed and
+# empty in every answer; calls go behind it, arguments as a JSON string; answers to tool results
+# have no header at all.
 DEEPSEEK_V31 = """
 {{- bos_token }}
 {%- set ns = namespace(asked=false) %}
@@ -156,7 +198,8 @@ DEEPSEEK_V31 = """
 {%- if add_generation_prompt and ns.asked %}
     {{- '<|Assistant|>' + ('<think>' if thinking is defined and thinking else '</think>') }}
 {%- endif %}"""
-# In the style of Llama 3.1: one call a turn, arguments as an object, results under a role of their own and as JSON.
+# In the style of Llama 3.1: one call a turn, arguments as an object, results under a role of their
+# own and as JSON.
 LLAMA31 = """
 {{- bos_token }}
 {%- for m in messages %}
@@ -185,7 +228,8 @@ TAGS = """
     {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# In the style of gpt-oss: reasoning in a channel without tags, kept for the last answer only, which ends with another token.
+# In the style of gpt-oss: reasoning in a channel without tags, kept for the last answer only, which
+# ends with another token.
 CHANNELS = """
 {%- for m in messages %}
     {%- if m.role == 'assistant' %}
@@ -198,22 +242,30 @@ CHANNELS = """
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
-# No header at all before an answer, a space on both sides of it; the system turn is part of the first question.
+# No header at all before an answer, a space on both sides of it; the system turn is part of the
+# first question.
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ '[INST] ' + m['content'] + '\n\n' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ '[INST] ' + "
+    "m['content'] + '\n\n' }}"
     "{% elif m['role'] == 'user' %}"
-    "{{ ('' if loop.index0 == 1 and messages[0]['role'] == 'system' else '[INST] ') + m['content'] + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+    "{{ ('' if loop.index0 == 1 and messages[0]['role'] == 'system' else '[INST] ') + m['content'] "
+    "+ ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% "
+    "endfor %}"
 )
 # One more token at the very end of the conversation.
 PHI3 = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+    "}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% "
+    "endif %}"
 )
 
 
 def word_tokenizer(template: str, words: str) -> PreTrainedTokenizerFast:
-    """One token for each word, white-space character and punctuation mark of `words`, and for each special token."""
+    """One token for each word, white-space character and punctuation mark of `words`, and for each
+    special token.
+    """
     split = pre_tokenizers.Split(Regex(r"\w+|[^\w]"), "isolated")
     found = sorted({piece for piece, _ in split.pre_tokenize_str(words)})
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *found])}))
@@ -223,8 +275,12 @@ def word_tokenizer(template: str, words: str) -> PreTrainedTokenizerFast:
     return wrap(tokenizer, template)
 
 
-def byte_tokenizer(template: str, trim_offsets: bool = True, add_bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose merges include runs of newlines and spaces, as those of large models do."""
+def byte_tokenizer(
+    template: str, trim_offsets: bool = True, add_bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose merges include runs of newlines and spaces, as those of large models
+    do.
+    """
     text = [
         "the answer is\n\nhello\n\n\nyou  and   me",
         "user\n",
@@ -242,12 +298,16 @@ def byte_tokenizer(template: str, trim_offsets: bool = True, add_bos: bool = Fal
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     if add_bos:
         bos = ("<bos>", tokenizer.token_to_id("<bos>"))
-        tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A $B", special_tokens=[bos])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<bos> $A", "<bos> $A $B", special_tokens=[bos]
+        )
     return wrap(tokenizer, template)
 
 
@@ -259,9 +319,14 @@ def wrap(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def conversation(*contents: str, system: str | None = None, name: str = "chat.jsonl:7") -> Conversation:
+def conversation(
+    *contents: str, system: str | None = None, name: str = "chat.jsonl:7"
+) -> Conversation:
     """User and assistant turns in alternation, after a system turn if there is one."""
-    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     return Conversation(name, messages)
@@ -272,13 +337,17 @@ def call(name: str, arguments: dict | str) -> dict:
     return {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast, mask: str = "assistant", **options) -> Sample:
+def tokenize(
+    example: Example, tokenizer: PreTrainedTokenizerFast, mask: str = "assistant", **options
+) -> Sample:
     """The only sample of one example; a fault is raised."""
     [(tokens, weights)] = encode(example, tokenizer, mask, **options).samples
     return Sample(example.id, tokens, weights)
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerFast, mask: str = "assistant", **options) -> Encoded:
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerFast, mask: str = "assistant", **options
+) -> Encoded:
     """What becomes of one example; a fault is raised."""
     [found] = ChatTokenizer(tokenizer, mask=mask, **options).encode([example])
     if isinstance(found, RowError):

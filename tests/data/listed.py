@@ -34,7 +34,9 @@ class Listed:
 
 @dataclass
 class Read:
-    """Like `prepare.Stream`: rows of one or several samples each; notes at which rows it was opened."""
+    """Like `prepare.Stream`: rows of one or several samples each; notes at which rows it was
+    opened.
+    """
 
     rows: Sequence[Sequence[Sample]]
     weight: float = 1.0
@@ -49,5 +51,10 @@ class Read:
 
 
 def numbered(lengths: Sequence[int], name: str = "s", first: int = 1000) -> list[Sample]:
-    """Samples of these lengths: token first + k is in sample k alone, so that a batch shows which samples it holds."""
-    return [Sample(f"{name}:{k}", [first + k] * n, [0.0] + [1.0] * (n - 1)) for k, n in enumerate(lengths)]
+    """Samples of these lengths: token first + k is in sample k alone, so that a batch shows which
+    samples it holds.
+    """
+    return [
+        Sample(f"{name}:{k}", [first + k] * n, [0.0] + [1.0] * (n - 1))
+        for k, n in enumerate(lengths)
+    ]

@@ -1,4 +1,6 @@
-"""Arrow's values, not its storage: the same rows as JSONL, Parquet and a saved data set are the same rows."""
+"""Arrow's values, not its storage: the same rows as JSONL, Parquet and a saved data set are the
+same rows.
+"""
 
 import json
 import random
@@ -15,8 +17,17 @@ from torchsft.data.sources import Source
 from torchsft.data.specs import parse_spec
 
 TOOLS = [
-    {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}},
-    {"type": "function", "function": {"name": "g", "parameters": {"properties": {"b": {"enum": [1, "one"]}}}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
+        },
+    },
+    {
+        "type": "function",
+        "function": {"name": "g", "parameters": {"properties": {"b": {"enum": [1, "one"]}}}},
+    },
 ]
 
 
@@ -27,10 +38,14 @@ def read_all(path):
 
 
 def written(rows, tmp_path):
-    """The rows as JSONL, and as `datasets` stores them: in a directory, as Parquet, as JSONL again."""
+    """The rows as JSONL, and as `datasets` stores them: in a directory, as Parquet, as JSONL
+    again.
+    """
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    kept = datasets.load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")
+    )
     kept.save_to_disk(tmp_path / "saved")
     kept.to_parquet(tmp_path / "rows.parquet")
     kept.to_json(tmp_path / "again.jsonl")
@@ -69,11 +84,21 @@ def test_json_columns_in_nested_places_are_what_datasets_shows(tmp_path):
     features = datasets.Features(
         {
             "text": datasets.Json(),
-            "deep": {"list": datasets.List({"value": datasets.Json(), "plain": datasets.Value("string")})},
+            "deep": {
+                "list": datasets.List({"value": datasets.Json(), "plain": datasets.Value("string")})
+            },
         }
     )
     rows = [
-        {"text": "hi", "deep": {"list": [{"value": {"a": [1, None]}, "plain": '{"a": 1}'}, {"value": "x", "plain": "y"}]}},
+        {
+            "text": "hi",
+            "deep": {
+                "list": [
+                    {"value": {"a": [1, None]}, "plain": '{"a": 1}'},
+                    {"value": "x", "plain": "y"},
+                ]
+            },
+        },
         {"text": "three", "deep": {"list": []}},
     ]
     kept = datasets.Dataset.from_list(rows, features=features)
@@ -82,7 +107,8 @@ def test_json_columns_in_nested_places_are_what_datasets_shows(tmp_path):
     wanted = [{"text": row["text"], "deep": row["deep"]} for row in kept]
     assert wanted == rows
     assert read_all(tmp_path / "saved") == read_all(tmp_path / "rows.parquet") == wanted
-    # the extension type is lost where a tool rewrites the file; what datasets has noted in the schema is not
+    # the extension type is lost where a tool rewrites the file; what datasets has noted in the
+    # schema is not
     table = pq.read_table(tmp_path / "rows.parquet")
     column = pa.chunked_array([pa.array(['"hi"', '"three"'])])
     plain = table.set_column(0, pa.field("text", pa.string()), column)
@@ -93,7 +119,9 @@ def test_json_columns_in_nested_places_are_what_datasets_shows(tmp_path):
 def test_maps_unions_dictionaries_and_extension_types(tmp_path):
     maps = pa.array([[("a", 1), ("b", None)], None], pa.map_(pa.string(), pa.int64()))
     inside = pa.StructArray.from_arrays([maps], ["arguments"])
-    union = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [pa.array(["x", "y"]), pa.array([1, 2])])
+    union = pa.UnionArray.from_sparse(
+        pa.array([0, 1], pa.int8()), [pa.array(["x", "y"]), pa.array([1, 2])]
+    )
     batch = pa.RecordBatch.from_arrays(
         [
             inside,
@@ -112,7 +140,12 @@ def test_maps_unions_dictionaries_and_extension_types(tmp_path):
     assert first["call"] == {"arguments": {"a": 1, "b": Null.SAID}}
     assert clean(first, padded=True)[0]["call"] == {"arguments": {"a": 1, "b": None}}
     assert (first["union"], second["union"]) == ("x", 2)
-    assert (first["dictionary"], first["large"], first["view"], first["opaque"]) == ("p", "large", "view", "o")
+    assert (first["dictionary"], first["large"], first["view"], first["opaque"]) == (
+        "p",
+        "large",
+        "view",
+        "o",
+    )
     assert first["uuid"] == "30303030-3030-3030-3030-303030303030" and second["uuid"] is None
 
 
@@ -122,7 +155,8 @@ def test_what_cannot_be_an_object_is_refused_with_its_row(tmp_path):
     source = Source(parse_spec(str(tmp_path / "rows.parquet")))
     faults = [payload for _, payload in source.rows()]
     assert [str(fault) for fault in faults if isinstance(fault, RowError)] == [
-        f"{tmp_path / 'rows.parquet'}, row {n}: a value cannot be read (a map has the key {n}, but keys must be text);"
+        f"{tmp_path / 'rows.parquet'}, row {n}: a value cannot be read (a map has the key {n}, but "
+        f"keys must be text);"
         " repair it or leave the row out"
         for n in (1, 2)
     ]

@@ -22,7 +22,12 @@ def test_a_batch_by_hand():
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 9]
     assert batch.max_seqlen == 4
-    types = [batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype, batch.loss_weights.dtype]
+    types = [
+        batch.tokens.dtype,
+        batch.labels.dtype,
+        batch.positions.dtype,
+        batch.loss_weights.dtype,
+    ]
     assert types == [torch.int64, torch.int64, torch.int64, torch.float32]
     assert batch.cu_seqlens.dtype == torch.int32
 
@@ -36,12 +41,18 @@ def test_a_batch_without_documents_is_padding_alone():
     assert batch.max_seqlen == 0
 
 
-samples = st.lists(st.tuples(st.integers(1, 100), st.sampled_from([0.0, 0.25, 1.0])), min_size=1, max_size=5).map(
-    lambda pairs: Sample("s", [token for token, _ in pairs], [0.0, *(weight for _, weight in pairs[1:])])
+samples = st.lists(
+    st.tuples(st.integers(1, 100), st.sampled_from([0.0, 0.25, 1.0])), min_size=1, max_size=5
+).map(
+    lambda pairs: Sample(
+        "s", [token for token, _ in pairs], [0.0, *(weight for _, weight in pairs[1:])]
+    )
 )
 
 
-@given(rows=st.lists(st.lists(samples, max_size=3), min_size=1, max_size=4), pad=st.integers(0, 100))
+@given(
+    rows=st.lists(st.lists(samples, max_size=3), min_size=1, max_size=4), pad=st.integers(0, 100)
+)
 def test_no_label_crosses_a_boundary_and_no_weight_is_lost(rows, pad):
     """Also where the pad token occurs as a real token and target."""
     batch = collate(rows, seq_len=15, pad_token_id=pad)
@@ -62,10 +73,14 @@ def test_no_label_crosses_a_boundary_and_no_weight_is_lost(rows, pad):
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
     batch = collate([[Sample("a", [1, 2], [0, 1])]], seq_len=4, pad_token_id=0).to("meta")
-    assert {value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert {
+        value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)
+    } == {"meta"}
     assert batch.max_seqlen == 2
 
 
 def test_a_row_that_is_too_long_is_refused():
     with pytest.raises(InputError, match=r"a row has 4 tokens, but --data\.seq-len is 3"):
-        collate([[Sample("a", [1, 2], [0, 1]), Sample("b", [1, 2], [0, 1])]], seq_len=3, pad_token_id=0)
+        collate(
+            [[Sample("a", [1, 2], [0, 1]), Sample("b", [1, 2], [0, 1])]], seq_len=3, pad_token_id=0
+        )

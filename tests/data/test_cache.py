@@ -1,4 +1,6 @@
-"""The cache: what is read is what was written, one process builds, nothing half or damaged is ever opened."""
+"""The cache: what is read is what was written, one process builds, nothing half or damaged is ever
+opened.
+"""
 
 import os
 import subprocess
@@ -15,7 +17,8 @@ from torchsft.data import cache
 from torchsft.data.cache import Samples, fingerprint, open_or_build, pack_block
 from torchsft.data.sources import Source
 
-# A build in a process of its own: CODE may do anything on the way. Arguments: the directory, and a file of notes.
+# A build in a process of its own: CODE may do anything on the way. Arguments: the directory, and a
+# file of notes.
 PROCESS = """
 import os, resource, signal, sys, time
 from pathlib import Path
@@ -48,9 +51,18 @@ def random_samples(n, seed=0, longest=30):
     found = []
     for row in range(1, n + 1):
         length = int(rng.integers(1, longest))
-        weights = np.repeat(rng.choice([0, 0, 1, 0.5], length), rng.integers(1, 4, length))[:length].astype(np.float32)
+        weights = np.repeat(rng.choice([0, 0, 1, 0.5], length), rng.integers(1, 4, length))[
+            :length
+        ].astype(np.float32)
         weights[rng.integers(length)] = 1.0
-        found.append((row * 3, int(rng.integers(3)), rng.integers(0, 2**31, length).astype(np.int32), weights))
+        found.append(
+            (
+                row * 3,
+                int(rng.integers(3)),
+                rng.integers(0, 2**31, length).astype(np.int32),
+                weights,
+            )
+        )
     return found
 
 
@@ -84,12 +96,18 @@ def check(samples, expected, name="a.jsonl"):
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_what_is_read_is_what_was_written(tmp_path, size):
     expected = random_samples(60)
-    made, report, digest = open_or_build(tmp_path / "new" / "cache", "key", "a.jsonl", build_of(expected, size, {"rows": 9}))
+    made, report, digest = open_or_build(
+        tmp_path / "new" / "cache", "key", "a.jsonl", build_of(expected, size, {"rows": 9})
+    )
     opened, again, same = open_or_build(tmp_path / "new" / "cache", "key", "a.jsonl", never)
     assert (report, digest) == (again, same) == ({"rows": 9}, digest)
     check(made, expected)
     check(opened, expected)
-    check(open_or_build(tmp_path / "new" / "cache", "key", "moved.jsonl", never)[0], expected, "moved.jsonl")
+    check(
+        open_or_build(tmp_path / "new" / "cache", "key", "moved.jsonl", never)[0],
+        expected,
+        "moved.jsonl",
+    )
 
 
 def test_samples_are_copies_and_indexed_like_a_list(tmp_path):
@@ -115,7 +133,11 @@ def test_the_digest_is_of_the_content_alone(tmp_path):
     assert digest("in other blocks", samples, 11) == plain
     row, part, tokens, weights = samples[20]
     half = np.where(np.arange(len(weights)) == weights.argmax(), 0.25, weights).astype(np.float32)
-    changes = [(row + 1, part, tokens, weights), (row, part + 1, tokens, weights), (row, part, tokens ^ 1, weights)]
+    changes = [
+        (row + 1, part, tokens, weights),
+        (row, part + 1, tokens, weights),
+        (row, part, tokens ^ 1, weights),
+    ]
     for i, change in enumerate([*changes, (row, part, tokens, half)]):
         assert digest(f"change {i}", [*samples[:20], change, *samples[21:]]) != plain
 
@@ -141,7 +163,8 @@ def test_a_damaged_cache_is_made_again_with_a_warning(tmp_path, file, damage):
     digest = open_or_build(tmp_path, "key", "a.jsonl", build_of(expected))[2]
     before = (tmp_path / "key" / file).read_bytes()
     damage(tmp_path / "key" / file)
-    if damage is flip and file == "meta.json":  # may be JSON still, with another report: the rest is told by hashes
+    # may be JSON still, with another report: the rest is told by hashes
+    if damage is flip and file == "meta.json":
         (tmp_path / "key" / file).write_bytes(before.replace(b"[", b"{"))
     with pytest.warns(UserWarning, match=r"key is damaged; a\.jsonl is tokenised again"):
         samples, _, again = open_or_build(tmp_path, "key", "a.jsonl", build_of(expected))
@@ -161,7 +184,11 @@ def test_of_a_large_file_only_the_size_is_checked(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_builder_left_is_not_opened(tmp_path):
-    died = process("for _ in range(200): " + WRITE + "\n    os.kill(os.getpid(), 9)", tmp_path, tmp_path / "notes")
+    died = process(
+        "for _ in range(200): " + WRITE + "\n    os.kill(os.getpid(), 9)",
+        tmp_path,
+        tmp_path / "notes",
+    )
     assert died.communicate()[0] == ""
     assert died.returncode == -9
     assert (tmp_path / "key.partial" / "tokens.bin").stat().st_size > 0
@@ -172,7 +199,9 @@ def test_what_a_killed_builder_left_is_not_opened(tmp_path):
 
 
 def test_of_several_processes_one_builds_and_the_next_takes_over_when_it_is_killed(tmp_path):
-    """The first one to build dies in the middle, while the others wait for it (or come later: the result is the same)."""
+    """The first one to build dies in the middle, while the others wait for it (or come later: the
+    result is the same).
+    """
     code = WRITE + "; time.sleep(0.5); notes.read_text() == 'built\\n' and os.kill(os.getpid(), 9)"
     running = [process(code, tmp_path / "cache", tmp_path / "notes") for _ in range(4)]
     said = [each.communicate()[0].strip() for each in running]
@@ -184,15 +213,27 @@ def test_of_several_processes_one_builds_and_the_next_takes_over_when_it_is_kill
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
-    full = process("resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); " + WRITE, tmp_path / "cache", tmp_path / "notes")
+    full = process(
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); " + WRITE,
+        tmp_path / "cache",
+        tmp_path / "notes",
+    )
     said = full.communicate()[0]
-    assert said == f"refused: the cache in {tmp_path}/cache cannot be used (File too large); free space or set --data.cache\n"
+    assert (
+        said
+        == f"refused: the cache in {tmp_path}/cache cannot be used (File too large); free space or "
+        f"set --data.cache\n"
+    )
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key.lock"]
 
 
 def test_a_cache_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file cannot be used \(Not a directory\); .* --data\.cache$"):
+    with pytest.raises(
+        InputError,
+        match=r"file cannot be used \(Not a directory\); .* "
+        r"--data\.cache$",
+    ):
         open_or_build(tmp_path / "file", "key", "a.jsonl", never)
 
 
@@ -217,7 +258,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 
         tracemalloc.start()
         opened = open_or_build(tmp_path, f"key{times}", "a.jsonl", build)[0]
-        assert sum(int(sample.tokens[0]) for sample in opened) == times * sum(int(tokens[0]) for _, _, tokens, _ in samples)
+        assert sum(int(sample.tokens[0]) for sample in opened) == times * sum(
+            int(tokens[0]) for _, _, tokens, _ in samples
+        )
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
@@ -232,7 +275,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 
 def source_of(path, split=None):
     """A source that counts how often it is read for its fingerprint."""
-    source = SimpleNamespace(spec=SimpleNamespace(path=str(path), split=split), kind="jsonl", reads=0)
+    source = SimpleNamespace(
+        spec=SimpleNamespace(path=str(path), split=split), kind="jsonl", reads=0
+    )
 
     def read():
         source.reads += 1
@@ -275,7 +320,10 @@ def test_a_directory_changes_with_any_of_its_files(tmp_path):
 
 def test_without_a_file_or_a_writable_directory_a_fingerprint_is_made_each_time(tmp_path):
     (tmp_path / "file").write_text("")
-    for source, directory in ((source_of(Path("org/name")), tmp_path), (source_of(tmp_path / "file"), tmp_path / "file")):
+    for source, directory in (
+        (source_of(Path("org/name")), tmp_path),
+        (source_of(tmp_path / "file"), tmp_path / "file"),
+    ):
         fingerprint(directory, source)
         fingerprint(directory, source)
         assert source.reads == 2
@@ -287,7 +335,11 @@ def test_a_key_changes_with_the_code(monkeypatch):
     assert before == cache.key_of(1, {"a": 2}) != cache.key_of(1, {"a": 3})
     read = Path.read_text
     for changed in ("sources", "formats", "template", "prepare", "cache"):
-        monkeypatch.setattr(Path, "read_text", lambda path, name=changed: read(path) + "#" * (path.name == f"{name}.py"))
+        monkeypatch.setattr(
+            Path,
+            "read_text",
+            lambda path, name=changed: read(path) + "#" * (path.name == f"{name}.py"),
+        )
         cache._code.cache_clear()
         assert cache.key_of(1, {"a": 2}) != before
     monkeypatch.undo()

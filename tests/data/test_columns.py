@@ -15,16 +15,29 @@ def made(row, text):
 
 def test_columns_become_turns_and_other_columns_stay():
     row = {"question": "hi", "answer": "yes", "source": "web"}
-    assert made(row, "question=user,answer=assistant") == {"source": "web", "messages": [USER, ANSWER]}
+    assert made(row, "question=user,answer=assistant") == {
+        "source": "web",
+        "messages": [USER, ANSWER],
+    }
     row = {"a": "be brief", "q": "h", "more": "i", "r": "yes", "x": 1}
     found = made(row, " a=system , q=user, more=user,r=assistant,x=ignore")
-    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "h\n\ni"}, ANSWER]
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "h\n\ni"},
+        ANSWER,
+    ]
     assert found == {"messages": turns}
-    assert made({"a": "", "q": "hi", "r": "yes"}, "a=system,q=user,r=assistant")["messages"] == [USER, ANSWER]
+    assert made({"a": "", "q": "hi", "r": "yes"}, "a=system,q=user,r=assistant")["messages"] == [
+        USER,
+        ANSWER,
+    ]
 
 
 def test_columns_become_keys_of_a_format():
-    assert made({"chat": [USER, ANSWER], "n": 1}, "chat=messages") == {"messages": [USER, ANSWER], "n": 1}
+    assert made({"chat": [USER, ANSWER], "n": 1}, "chat=messages") == {
+        "messages": [USER, ANSWER],
+        "n": 1,
+    }
     assert made({"body": "x"}, "body=text") == {"text": "x"}
     row = made({"q": "a", "r": "b", "context": "c"}, "q=prompt,r=completion,context=system")
     assert row == {"prompt": "a", "completion": "b", "system": "c"}
@@ -47,7 +60,11 @@ def test_a_map_that_says_nothing_is_refused(text, says):
 @pytest.mark.parametrize(
     ("row", "text", "says"),
     [
-        ({"question": "a"}, "question=user,answer=assistant", "names the column 'answer', but the row has question"),
+        (
+            {"question": "a"},
+            "question=user,answer=assistant",
+            "names the column 'answer', but the row has question",
+        ),
         ({"q": 3, "r": "b"}, "q=user,r=assistant", "holds no text but 3"),
         ({"q": "a", "r": None}, "q=user,r=assistant", "holds no text but None"),
         ({"q": "a", "r": "b", "messages": []}, "q=user,r=assistant", "but the row has messages"),
@@ -66,7 +83,10 @@ def test_a_row_that_the_map_does_not_fit_is_refused(row, text, says):
         ({"question": "a", "answer": "b"}, "--data.map question=user,answer=assistant"),
         ({"input": "a", "output": "b", "id": 3}, "--data.map input=user,output=assistant"),
         ({"instruction": "a", "response": "b"}, "--data.map instruction=user,response=assistant"),
-        ({"query": "a", "response": "b", "system": "c"}, "--data.map system=system,query=user,response=assistant"),
+        (
+            {"query": "a", "response": "b", "system": "c"},
+            "--data.map system=system,query=user,response=assistant",
+        ),
         ({"Question": "a", "Answer": "b"}, "--data.map Question=user,Answer=assistant"),
         ({"frage": "a", "antwort": "b"}, "--data.map frage=user,antwort=assistant"),
     ],
@@ -82,7 +102,11 @@ def test_the_refusal_of_an_unknown_format_prints_the_option_that_would_do(row, o
 def test_a_system_text_is_given_or_stands_in_a_file(tmp_path):
     file = tmp_path / "system.txt"
     file.write_text("Be brief.\n")
-    assert Data(system=str(file)).system_text() == Data(system="Be brief.").system_text() == "Be brief."
+    assert (
+        Data(system=str(file)).system_text()
+        == Data(system="Be brief.").system_text()
+        == "Be brief."
+    )
     file.write_bytes(b"\xff")
     with pytest.raises(InputError, match="cannot be read"):
         Data(system=str(file)).system_text()

@@ -1,4 +1,6 @@
-"""Directories and globs as one source, CSV and TSV, names of evaluation sets, and a hub that cannot be reached."""
+"""Directories and globs as one source, CSV and TSV, names of evaluation sets, and a hub that cannot
+be reached.
+"""
 
 import csv
 import gzip
@@ -38,7 +40,10 @@ def lines(path, *rows):
 def read(source, start=0):
     """(place, row or reason) of every row."""
     return [
-        (source.where(number), payload.reason if isinstance(payload, RowError) else decode(payload, ""))
+        (
+            source.where(number),
+            payload.reason if isinstance(payload, RowError) else decode(payload, ""),
+        )
         for number, payload in source.rows(start)
     ]
 
@@ -74,11 +79,17 @@ def test_a_glob_is_one_source_and_what_is_no_data_is_told(directory):
     (directory / "README.md").write_text("about")
     with pytest.warns(UserWarning, match=r"left out, as no files of rows: README\.md"):
         assert len(read(open_source(parse_spec(str(directory))))) == 4
-    assert [row for _, row in read(open_source(parse_spec(f"{directory}/*.jsonl")))] == [talk("two"), talk("three")]
+    assert [row for _, row in read(open_source(parse_spec(f"{directory}/*.jsonl")))] == [
+        talk("two"),
+        talk("three"),
+    ]
     assert len(read(open_source(parse_spec(f"{directory}/**/*.jsonl")))) == 3
     spec = parse_spec(f"{directory}/*.jsonl:2.0")
     assert (spec.path, spec.weight) == (f"{directory}/*.jsonl", 2.0)
-    for empty, says in ((f"{directory}/*.csv", "holds no file of rows"), (str(directory.parent / "none"), "does not exist")):
+    for empty, says in (
+        (f"{directory}/*.csv", "holds no file of rows"),
+        (str(directory.parent / "none"), "does not exist"),
+    ):
         (directory.parent / "other").mkdir(exist_ok=True)
         with pytest.raises(InputError, match=says):
             open_source(parse_spec(empty))
@@ -86,7 +97,9 @@ def test_a_glob_is_one_source_and_what_is_no_data_is_told(directory):
         open_source(parse_spec(str(directory.parent / "other")))
 
 
-def test_the_fingerprint_of_a_glob_is_remembered_until_one_of_its_files_changes(directory, tmp_path):
+def test_the_fingerprint_of_a_glob_is_remembered_until_one_of_its_files_changes(
+    directory, tmp_path
+):
     found = []
     for change in (None, None, "other"):
         if change:
@@ -117,14 +130,23 @@ def test_a_directory_that_cannot_be_read_is_refused(directory, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(InputError, match=r"/data/a cannot be read \(Permission denied\); check its permissions$"):
+    with pytest.raises(
+        InputError,
+        match=r"/data/a cannot be read \(Permission denied\); check its "
+        r"permissions$",
+    ):
         open_source(parse_spec(str(directory)))
 
 
 def test_samples_of_a_directory_are_cached_until_one_of_its_files_changes(directory, tmp_path):
     tokenizer, options = chat.byte_tokenizer(chat.CHATML), Data(cache=str(tmp_path / "cache"))
     [first] = prepare([str(directory)], tokenizer, options)
-    assert [sample.id for sample in first.samples] == ["data:1:1", "data:2:1", "data:2:2", "data:3:1"]
+    assert [sample.id for sample in first.samples] == [
+        "data:1:1",
+        "data:2:1",
+        "data:2:2",
+        "data:3:1",
+    ]
     assert first.report.rows == 4
     [again] = prepare([str(directory)], tokenizer, options)
     assert again.digest == first.digest
@@ -194,11 +216,19 @@ def test_a_table_is_trained_by_the_option_that_its_refusal_prints(tmp_path):
 def test_a_directory_of_training_and_test_rows_is_refused_until_one_is_named(tmp_path):
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         (tmp_path / "data").mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist([{"text": name}]), tmp_path / "data" / f"{name}.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([{"text": name}]), tmp_path / "data" / f"{name}.parquet"
+        )
     (tmp_path / "dataset_infos.json").write_text("{}")  # the hub's, no row
-    with pytest.raises(InputError, match=rf"holds the splits test, train; give {tmp_path}:test, name its files, or"):
+    with pytest.raises(
+        InputError,
+        match=rf"holds the splits test, train; give {tmp_path}:test, "
+        rf"name its files, or",
+    ):
         open_source(parse_spec(str(tmp_path)))
-    assert [row["text"] for _, row in read(open_source(parse_spec(f"{tmp_path}/data/train-*.parquet")))] == [
+    assert [
+        row["text"] for _, row in read(open_source(parse_spec(f"{tmp_path}/data/train-*.parquet")))
+    ] == [
         "train-00000-of-00002",
         "train-00001-of-00002",
     ]
@@ -215,7 +245,9 @@ def test_a_link_that_leads_nowhere_is_not_left_out_in_silence(tmp_path):
 
 def test_a_file_in_two_sources_is_refused(tmp_path):
     one = lines(tmp_path / "a.jsonl", talk("x"))
-    with pytest.raises(InputError, match=rf"a\.jsonl is in both {tmp_path} and {one}; name it once"):
+    with pytest.raises(
+        InputError, match=rf"a\.jsonl is in both {tmp_path} and {one}; name it once"
+    ):
         open_sources([str(tmp_path), str(one)])
 
 
@@ -225,7 +257,10 @@ def test_nul_is_no_text_of_a_table():
 
 def test_what_lies_behind_a_broken_table_is_not_lost_in_silence():
     def told(text):
-        return [(line, row[1] if isinstance(row, tuple) else row) for line, row in table_rows([text], ",")]
+        return [
+            (line, row[1] if isinstance(row, tuple) else row)
+            for line, row in table_rows([text], ",")
+        ]
 
     good = (2, {"a": "1", "b": "2"})
     unclosed = "a quote is opened and not closed, so that all that follows belongs to it; close it"
@@ -239,10 +274,19 @@ def test_what_lies_behind_a_broken_table_is_not_lost_in_silence():
 
 
 def test_evaluation_sets_of_one_file_name_are_told_apart(tmp_path):
-    paths = [str(lines(tmp_path / where / "held.jsonl", talk("x"))) for where in ("a/x", "b/x", "c")]
-    assert evaluation_sets(paths) == {"a/x/held": paths[:1], "b/x/held": paths[1:2], "c/held": paths[2:]}
+    paths = [
+        str(lines(tmp_path / where / "held.jsonl", talk("x"))) for where in ("a/x", "b/x", "c")
+    ]
+    assert evaluation_sets(paths) == {
+        "a/x/held": paths[:1],
+        "b/x/held": paths[1:2],
+        "c/held": paths[2:],
+    }
     assert evaluation_sets(paths[2:]) == {"held": paths[2:]}
-    assert evaluation_sets([paths[0], f"mine={paths[1]}"]) == {"held": paths[:1], "mine": paths[1:2]}
+    assert evaluation_sets([paths[0], f"mine={paths[1]}"]) == {
+        "held": paths[:1],
+        "mine": paths[1:2],
+    }
     assert evaluation_sets(["org/name:test", "org/name:validation"]) == {
         "name:test": ["org/name:test"],
         "name:validation": ["org/name:validation"],
@@ -251,8 +295,12 @@ def test_evaluation_sets_of_one_file_name_are_told_apart(tmp_path):
 
 
 def test_what_differs_has_different_names_and_what_the_user_named_is_his(tmp_path):
-    files = [str(lines(tmp_path / name, talk("x"))) for name in ("a/held.jsonl", "a/held.json", "b/dev.jsonl")]
-    assert evaluation_sets(files[:2]) == {files[0]: files[:1], files[1]: files[1:2]}  # only the ending tells them apart
+    files = [
+        str(lines(tmp_path / name, talk("x")))
+        for name in ("a/held.jsonl", "a/held.json", "b/dev.jsonl")
+    ]
+    # only the ending tells them apart
+    assert evaluation_sets(files[:2]) == {files[0]: files[:1], files[1]: files[1:2]}
     assert evaluation_sets([f"dev={files[0]}", files[2]]) == {"dev": files[:1], "b/dev": files[2:]}
     everything = [f"{tmp_path}/a/*.jsonl", f"{tmp_path}/b/**/*"]
     assert evaluation_sets(everything) == {"a": everything[:1], "b": everything[1:]}
@@ -269,11 +317,19 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_that_names_the_network(tmp
         "except ValueError as error: print(error)\n"
     )
     proxies = {name for name in os.environ if name.lower().endswith("_proxy")}
-    environment = {name: value for name, value in os.environ.items() if name not in proxies and name != "HF_HUB_OFFLINE"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in proxies and name != "HF_HUB_OFFLINE"
+    }
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment
+    )
     said = done.stdout.strip()
-    assert said.startswith("org/name:train cannot be opened, as the hub of data sets cannot be reached (127.0.0.1: ")
+    assert said.startswith(
+        "org/name:train cannot be opened, as the hub of data sets cannot be reached (127.0.0.1: "
+    )
     assert "check the network" in said and "HF_HUB_OFFLINE=1" in said and "\n" not in said
 
 
@@ -283,14 +339,23 @@ def test_offline_without_a_copy_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(InputError, match=r"^org/name:train is not in the local cache, and offline mode .* download it"):
+    with pytest.raises(
+        InputError,
+        match=r"^org/name:train is not in the local cache, and offline "
+        r"mode .* download it",
+    ):
         open_source(parse_spec("org/name:train"))
 
 
-def test_a_proxy_that_is_not_there_is_found_out_at_once_and_an_answer_of_any_kind_is_one(monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")] + ["HF_HUB_OFFLINE"]:
+def test_a_proxy_that_is_not_there_is_found_out_at_once_and_an_answer_of_any_kind_is_one(
+    monkeypatch,
+):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")] + [
+        "HF_HUB_OFFLINE"
+    ]:
         monkeypatch.delenv(name, raising=False)
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501 to everything
+    # which answers 501 to everything
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *_: None)
         threading.Thread(target=server.handle_request, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")

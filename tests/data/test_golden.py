@@ -1,4 +1,6 @@
-"""Golden masks, written by hand: texts in pieces, each trained or not, in the styles of the templates of large models."""
+"""Golden masks, written by hand: texts in pieces, each trained or not, in the styles of the
+templates of large models.
+"""
 
 import json
 
@@ -39,23 +41,35 @@ FIRST, SECOND, LAST = 1, 3, 5  # assistant messages of the two rounds
 def with_reasoning(messages, **reasoning):
     """The messages with reasoning: `m1="..."` that of message 1."""
     texts = {int(key[1:]): text for key, text in reasoning.items()}
-    return [m | ({"reasoning_content": texts[i]} if i in texts else {}) for i, m in enumerate(messages)]
+    return [
+        m | ({"reasoning_content": texts[i]} if i in texts else {}) for i, m in enumerate(messages)
+    ]
 
 
-CHATML_HEAD = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-QWEN3_ROUNDS = '<|im_start|>system\n# Tools\n{"type": "function", "function": {"name": "add"}}\n<|im_end|>\n'
+CHATML_HEAD = (
+    "<|im_start|>system\nBe "
+    "brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+)
+QWEN3_ROUNDS = (
+    '<|im_start|>system\n# Tools\n{"type": "function", "function": {"name": "add"}}\n<|im_end|>\n'
+)
 QWEN3_ROUNDS += "<|im_start|>user\nAdd 1, 2 and 3.<|im_end|>\n<|im_start|>assistant\n"
 QWEN3_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
 QWEN3_CALL_2 = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 3}}\n</tool_call><|im_end|>'
-QWEN3_RESULT = "\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
-QWEN3_RESULT_2 = "\n<|im_start|>user\n<tool_response>\n6\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+QWEN3_RESULT = (
+    "\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+)
+QWEN3_RESULT_2 = (
+    "\n<|im_start|>user\n<tool_response>\n6\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+)
 V31_CALL = '<|calls|><|call|>add<|sep|>{"a": 1, "b": 2}<|end_call|><|end_calls|><eos>'
 V31_CALL_2 = '<|calls|><|call|>add<|sep|>{"a": 3, "b": 3}<|end_call|><|end_calls|><eos>'
 LLAMA_CALL = '{"name": "add", "parameters": {"a": 1, "b": 2}}<|eot_id|>'
 LLAMA_CALL_2 = '{"name": "add", "parameters": {"a": 3, "b": 3}}<|eot_id|>'
 LLAMA_ANSWER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
-# name: template, its variables, messages, tools, samples (pieces, each with whether it is trained), notes
+# name: template, its variables, messages, tools, samples (pieces, each with whether it is trained),
+# notes
 GOLDEN = {
     "chatml": (
         *(chat.CHATML, {}, TWO_TURNS, None),
@@ -90,7 +104,10 @@ GOLDEN = {
                 ("<bos><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>", False),
                 ("<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>" + LLAMA_ANSWER, False),
                 ("Hello you.<|eot_id|>", True),
-                ("<|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|>" + LLAMA_ANSWER, False),
+                (
+                    "<|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|>" + LLAMA_ANSWER,
+                    False,
+                ),
                 ("Bye.<|eot_id|>", True),
             ]
         ],
@@ -101,11 +118,21 @@ GOLDEN = {
         [
             [
                 ("<bos><|start_header_id|>user<|end_header_id|>\n\n", False),
-                ('[{"type": "function", "function": {"name": "add"}}]\nAdd 1, 2 and 3.<|eot_id|>' + LLAMA_ANSWER, False),
+                (
+                    '[{"type": "function", "function": {"name": "add"}}]\nAdd 1, 2 and 3.<|eot_id|>'
+                    + LLAMA_ANSWER,
+                    False,
+                ),
                 (LLAMA_CALL, True),
-                ('<|start_header_id|>ipython<|end_header_id|>\n\n"3"<|eot_id|>' + LLAMA_ANSWER, False),
+                (
+                    '<|start_header_id|>ipython<|end_header_id|>\n\n"3"<|eot_id|>' + LLAMA_ANSWER,
+                    False,
+                ),
                 (LLAMA_CALL_2, True),
-                ('<|start_header_id|>ipython<|end_header_id|>\n\n"6"<|eot_id|>' + LLAMA_ANSWER, False),
+                (
+                    '<|start_header_id|>ipython<|end_header_id|>\n\n"6"<|eot_id|>' + LLAMA_ANSWER,
+                    False,
+                ),
                 ("It is 6.<|eot_id|>", True),
             ]
         ],
@@ -126,9 +153,15 @@ GOLDEN = {
     "deepseek r1": (
         *(chat.DEEPSEEK_R1, {}, THINKING, None),
         [
-            [("<bos><|User|>Hi<|Assistant|><think>\n", False), ("A greeting.\n</think>\n\nHello.<eos>", True)],
             [
-                ("<bos><|User|>Hi<|Assistant|>Hello.<eos><|User|>And now?<|Assistant|><think>\n", False),
+                ("<bos><|User|>Hi<|Assistant|><think>\n", False),
+                ("A greeting.\n</think>\n\nHello.<eos>", True),
+            ],
+            [
+                (
+                    "<bos><|User|>Hi<|Assistant|>Hello.<eos><|User|>And now?<|Assistant|><think>\n",
+                    False,
+                ),
                 ("The end.\n</think>\n\nBye.<eos>", True),
             ],
         ],
@@ -149,14 +182,24 @@ GOLDEN = {
         (),
     ),
     "deepseek v3.1, reasoning before two tool rounds": (
-        *(chat.DEEPSEEK_V31, {"thinking": True}, with_reasoning(TWO_ROUNDS, m1="First the small ones."), None),
+        *(
+            chat.DEEPSEEK_V31,
+            {"thinking": True},
+            with_reasoning(TWO_ROUNDS, m1="First the small ones."),
+            None,
+        ),
         [
             [
                 ("<bos><|User|>Add 1, 2 and 3.<|Assistant|><think>", False),
                 ("First the small ones.</think>" + V31_CALL, True),
             ],
             [
-                ("<bos><|User|>Add 1, 2 and 3.<|Assistant|></think>" + V31_CALL + "<|output|>3<|end_output|>", False),
+                (
+                    "<bos><|User|>Add 1, 2 and 3.<|Assistant|></think>"
+                    + V31_CALL
+                    + "<|output|>3<|end_output|>",
+                    False,
+                ),
                 (V31_CALL_2, True),
                 ("<|output|>6<|end_output|>", False),
                 ("It is 6.<eos>", True),
@@ -173,7 +216,10 @@ GOLDEN = {
                 ("\n", False),
             ],
             [
-                ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n", False),
+                (
+                    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n",
+                    False,
+                ),
                 ("<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n", False),
                 ("<think>\nThe end.\n</think>\n\nBye.<|im_end|>", True),
                 ("\n", False),
@@ -183,11 +229,22 @@ GOLDEN = {
     ),
     "qwen 3, thinking switched off": (
         *(chat.QWEN3_TOOLS, {"enable_thinking": False}, TWO_TURNS[:3], None),
-        [[(CHATML_HEAD + "<think>\n\n</think>\n\n", False), ("Hello you.<|im_end|>", True), ("\n", False)]],
+        [
+            [
+                (CHATML_HEAD + "<think>\n\n</think>\n\n", False),
+                ("Hello you.<|im_end|>", True),
+                ("\n", False),
+            ]
+        ],
         (),
     ),
     "qwen 3, reasoning in two tool rounds": (
-        *(chat.QWEN3_TOOLS, {}, with_reasoning(TWO_ROUNDS, m1="Small ones.", m3="Then 3.", m5="Done."), TOOLS),
+        *(
+            chat.QWEN3_TOOLS,
+            {},
+            with_reasoning(TWO_ROUNDS, m1="Small ones.", m3="Then 3.", m5="Done."),
+            TOOLS,
+        ),
         [
             [
                 (QWEN3_ROUNDS, False),
@@ -227,7 +284,10 @@ GOLDEN = {
                 ("<|start|>assistant<|channel|>final<|message|>Hello.<|return|>", True),
             ],
             [
-                ("<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello.<|end|>", False),
+                (
+                    "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello.<|end|>",
+                    False,
+                ),
                 ("<|start|>user<|message|>And now?<|end|><|start|>assistant", False),
                 ("<|channel|>analysis<|message|>The end.<|end|>", True),
                 ("<|start|>assistant<|channel|>final<|message|>Bye.<|return|>", True),
@@ -252,7 +312,9 @@ GOLDEN = {
 
 
 def expected(tokenizer, pieces):
-    """Ids and weights of a text in pieces; the word tokenizer makes the same tokens of the parts as of the whole."""
+    """Ids and weights of a text in pieces; the word tokenizer makes the same tokens of the parts as
+    of the whole.
+    """
     ids, weights = [], []
     for text, trained in pieces:
         part = tokenizer(text, add_special_tokens=False).input_ids
@@ -278,21 +340,34 @@ def test_masks_are_the_golden_ones(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_golden_texts_are_what_transformers_renders(name):
-    """Of a conversation that is not split, the rendering of the whole; of the others the last sample, unless put together."""
+    """Of a conversation that is not split, the rendering of the whole; of the others the last
+    sample, unless put together.
+    """
     template, variables, messages, tools, samples, notes = GOLDEN[name]
     if "reasoning written" in name or "closed-reasoning" in notes:
         pytest.skip("the text is made of the rendering and the reasoning")
     tokenizer = word_tokenizer(template, words_of(samples))
     if "v3.1" in name:  # whose template takes arguments as JSON only
-        messages = [m | ({"tool_calls": json_arguments(m["tool_calls"])} if "tool_calls" in m else {}) for m in messages]
+        messages = [
+            m | ({"tool_calls": json_arguments(m["tool_calls"])} if "tool_calls" in m else {})
+            for m in messages
+        ]
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **variables)
     assert "".join(piece for piece, _ in samples[-1]) == text
 
 
 @pytest.mark.parametrize(
-    "name", ["deepseek r1", "qwen 3, thinking", "deepseek v3.1, reasoning before two tool rounds", "channels"]
+    "name",
+    [
+        "deepseek r1",
+        "qwen 3, thinking",
+        "deepseek v3.1, reasoning before two tool rounds",
+        "channels",
+    ],
 )
-@pytest.mark.parametrize("opening, closing", [("<think>\n", "\n</think>\n\n"), ("<think>", "</think>")])
+@pytest.mark.parametrize(
+    "opening, closing", [("<think>\n", "\n</think>\n\n"), ("<think>", "</think>")]
+)
 def test_reasoning_in_the_content_is_the_same_as_in_its_field(name, opening, closing):
     template, variables, messages, tools, samples, notes = GOLDEN[name]
     tokenizer = word_tokenizer(template, words_of(samples))
@@ -300,7 +375,9 @@ def test_reasoning_in_the_content_is_the_same_as_in_its_field(name, opening, clo
     for m in messages:
         inside.append({key: value for key, value in m.items() if key != "reasoning_content"})
         if "reasoning_content" in m:
-            inside[-1]["content"] = opening + m["reasoning_content"] + closing + (m["content"] or "")
+            inside[-1]["content"] = (
+                opening + m["reasoning_content"] + closing + (m["content"] or "")
+            )
     found = encode(Conversation("a:1", inside, tools), tokenizer, template_kwargs=variables)
     assert [(ids.tolist(), weights.tolist()) for ids, weights in found.samples] == [
         expected(tokenizer, pieces) for pieces in samples
@@ -309,7 +386,10 @@ def test_reasoning_in_the_content_is_the_same_as_in_its_field(name, opening, clo
 
 
 def json_arguments(calls):
-    return [c | {"function": c["function"] | {"arguments": json.dumps(c["function"]["arguments"])}} for c in calls]
+    return [
+        c | {"function": c["function"] | {"arguments": json.dumps(c["function"]["arguments"])}}
+        for c in calls
+    ]
 
 
 # What is masked with the reasoning, of the golden pieces.
@@ -318,9 +398,16 @@ REASONING = {
     "deepseek v3.1, reasoning before two tool rounds": ["First the small ones.</think>"],
     "qwen 3, thinking": ["<think>\nA greeting.\n</think>\n\n", "<think>\nThe end.\n</think>\n\n"],
     "qwen 3, two tool rounds without reasoning": ["<think>\n\n</think>\n\n"],
-    "chatml, reasoning written into the content": ["<think>\nA greeting.\n</think>\n\n", "<think>\nThe end.\n</think>\n\n"],
+    "chatml, reasoning written into the content": [
+        "<think>\nA greeting.\n</think>\n\n",
+        "<think>\nThe end.\n</think>\n\n",
+    ],
     "qwen 3, reasoning in two tool rounds": [
-        *("<think>\nSmall ones.\n</think>\n\n", "<think>\nThen 3.\n</think>\n\n", "<think>\nDone.\n</think>\n\n")
+        *(
+            "<think>\nSmall ones.\n</think>\n\n",
+            "<think>\nThen 3.\n</think>\n\n",
+            "<think>\nDone.\n</think>\n\n",
+        )
     ],
     "channels": [
         "<|channel|>analysis<|message|>A greeting.<|end|>",
@@ -341,7 +428,9 @@ def test_masked_reasoning_is_context_of_the_same_text(name):
         for text, trained in pieces:
             head = next((part for part in REASONING[name] if trained and text.startswith(part)), "")
             masked[-1] += [(head, False), (text[len(head) :], trained)]
-    found = encode(Conversation("a:1", messages, tools), tokenizer, reasoning="mask", template_kwargs=variables)
+    found = encode(
+        Conversation("a:1", messages, tools), tokenizer, reasoning="mask", template_kwargs=variables
+    )
     assert [(ids.tolist(), weights.tolist()) for ids, weights in found.samples] == [
         expected(tokenizer, pieces) for pieces in masked
     ]
@@ -350,13 +439,18 @@ def test_masked_reasoning_is_context_of_the_same_text(name):
 @pytest.mark.parametrize("name", [name for name in GOLDEN if "rounds" in name])
 @pytest.mark.parametrize("arguments", ["object", "json"])
 def test_two_tool_rounds_are_the_same_after_parquet(name, arguments, tmp_path):
-    """Arrow gives every message every key, None where it had none; templates ask whether a key is there."""
+    """Arrow gives every message every key, None where it had none; templates ask whether a key is
+    there.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     template, variables, messages, tools, samples, _ = GOLDEN[name]
     if arguments == "json":
-        messages = [m | ({"tool_calls": json_arguments(m["tool_calls"])} if "tool_calls" in m else {}) for m in messages]
+        messages = [
+            m | ({"tool_calls": json_arguments(m["tool_calls"])} if "tool_calls" in m else {})
+            for m in messages
+        ]
     row = {"messages": messages, "tools": tools}
     pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "a.parquet")
     source = Source(parse_spec(str(tmp_path / "a.parquet")))

@@ -1,4 +1,6 @@
-"""Every key of a row is followed, refused with a reason, or listed; a misspelling is refused with the name that was meant."""
+"""Every key of a row is followed, refused with a reason, or listed; a misspelling is refused with
+the name that was meant.
+"""
 
 import copy
 import json
@@ -25,19 +27,34 @@ def answers(*flags, **row):
 
 FOLLOWED = {
     "system beside messages": (CHAT | {"system": "be brief"}, messages(SYSTEM, USER, ANSWER)),
-    "system as parts (Bedrock)": (CHAT | {"system": [{"text": "be "}, {"text": "brief"}]}, messages(SYSTEM, USER, ANSWER)),
+    "system as parts (Bedrock)": (
+        CHAT | {"system": [{"text": "be "}, {"text": "brief"}]},
+        messages(SYSTEM, USER, ANSWER),
+    ),
     "system_prompt": (CHAT | {"system_prompt": "be brief"}, messages(SYSTEM, USER, ANSWER)),
-    "system twice, the same": (messages(SYSTEM, USER, ANSWER) | {"system": "be brief"}, messages(SYSTEM, USER, ANSWER)),
+    "system twice, the same": (
+        messages(SYSTEM, USER, ANSWER) | {"system": "be brief"},
+        messages(SYSTEM, USER, ANSWER),
+    ),
     "empty system": (CHAT | {"system": "", "tools": []}, CHAT),
     "functions": (CHAT | {"functions": [TOOLS[0]["function"]]}, CHAT | {"tools": TOOLS}),
-    "functions and tools, the same": (CHAT | {"functions": [TOOLS[0]["function"]], "tools": TOOLS}, CHAT | {"tools": TOOLS}),
-    "parts without type": (messages({"role": "user", "content": [{"text": "h"}, {"text": "i"}]}, ANSWER), CHAT),
+    "functions and tools, the same": (
+        CHAT | {"functions": [TOOLS[0]["function"]], "tools": TOOLS},
+        CHAT | {"tools": TOOLS},
+    ),
+    "parts without type": (
+        messages({"role": "user", "content": [{"text": "h"}, {"text": "i"}]}, ANSWER),
+        CHAT,
+    ),
     "parts that are strings": (messages({"role": "user", "content": ["h", "i"]}, ANSWER), CHAT),
     "parts as Responses has them": (
         messages({"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, ANSWER),
         CHAT,
     ),
-    "roles of other tools": (messages({"role": "Human", "content": "hi"}, {"role": "gpt", "content": "yes"}), CHAT),
+    "roles of other tools": (
+        messages({"role": "Human", "content": "hi"}, {"role": "gpt", "content": "yes"}),
+        CHAT,
+    ),
     "call roles (ms-swift)": (
         messages(
             USER,
@@ -49,21 +66,41 @@ FOLLOWED = {
         ),
         messages(
             USER,
-            {"role": "assistant", "content": None, "tool_calls": [call("f", {"a": 1}), call("g", {})]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [call("f", {"a": 1}), call("g", {})],
+            },
             {"role": "tool", "content": "1"},
             {"role": "tool", "content": "2"},
             ANSWER,
         ),
     ),
     "reasoning as a part": (
-        messages(USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"text": "yes"}]}),
+        messages(
+            USER,
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "hm"}, {"text": "yes"}],
+            },
+        ),
         messages(USER, ANSWER | {"reasoning_content": "hm"}),
     ),
     "no arguments": (
-        messages(USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": " \n"}}]}),
+        messages(
+            USER,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "f", "arguments": " \n"}}],
+            },
+        ),
         messages(USER, {"role": "assistant", "content": "", "tool_calls": [call("f", {})]}),
     ),
-    "defaults said aloud": (CHAT | {"label": True, "kto_tag": True, "unmask": False, "mask": "User", "images": []}, CHAT),
+    "defaults said aloud": (
+        CHAT | {"label": True, "kto_tag": True, "unmask": False, "mask": "User", "images": []},
+        CHAT,
+    ),
 }
 
 
@@ -95,7 +132,13 @@ def test_an_answer_is_excluded_by_the_flag_of_any_tool(flag):
 
 
 @pytest.mark.parametrize(
-    "flag", [{"loss": None}, {"trainable": True}, {"loss": True, "weight": 1}, {"loss_weight": 1, "masked": False}]
+    "flag",
+    [
+        {"loss": None},
+        {"trainable": True},
+        {"loss": True, "weight": 1},
+        {"loss_weight": 1, "masked": False},
+    ],
 )
 def test_an_answer_that_is_to_be_trained_is(flag):
     weights = read(answers(*flag.items())).weights
@@ -104,7 +147,12 @@ def test_an_answer_that_is_to_be_trained_is(flag):
 
 def test_a_mask_is_followed_where_the_users_turns_show_what_it_means():
     for trained in (0, 1):
-        row = messages(USER | {"mask": 1 - trained}, ANSWER | {"mask": 1 - trained}, USER, ANSWER | {"mask": trained})
+        row = messages(
+            USER | {"mask": 1 - trained},
+            ANSWER | {"mask": 1 - trained},
+            USER,
+            ANSWER | {"mask": trained},
+        )
         assert read(row).weights == (None, 0.0, None, None)
     for unclear in (
         messages(USER, ANSWER | {"mask": 1}),
@@ -117,7 +165,9 @@ def test_a_mask_is_followed_where_the_users_turns_show_what_it_means():
 def test_a_list_of_masks_beside_the_messages():
     for key in ("loss_mask", "message_loss_mask"):
         assert read(answers(**{key: [0, 0, 0, 1]})).weights == (None, 0.0, None, None)
-        with pytest.raises(RowError, match=f"{key} must have a 0 or 1 for each of the 4 messages, but has 2 values"):
+        with pytest.raises(
+            RowError, match=f"{key} must have a 0 or 1 for each of the 4 messages, but has 2 values"
+        ):
             read(answers(**{key: [0, 1]}))
     with pytest.raises(RowError, match="contradicts the weight"):
         read(answers(("weight", 1), loss_mask=[0, 0, 0, 1]))
@@ -138,49 +188,114 @@ def test_the_weight_of_a_row_counts_with_every_format(key):
 
 def test_variables_and_documents_reach_the_template():
     documents = [{"title": "a", "text": "b"}]
-    example = read(CHAT | {"chat_template_kwargs": {"enable_thinking": False}, "documents": documents})
+    example = read(
+        CHAT | {"chat_template_kwargs": {"enable_thinking": False}, "documents": documents}
+    )
     assert example.template_kwargs == {"enable_thinking": False} and example.documents == documents
-    packed = read(CHAT | {"chat_template_kwargs": '{"enable_thinking": false}', "documents": json.dumps(documents)})
+    packed = read(
+        CHAT
+        | {"chat_template_kwargs": '{"enable_thinking": false}', "documents": json.dumps(documents)}
+    )
     assert packed == example
 
 
 def test_what_is_odd_but_clear_is_a_note():
-    assert read(messages(USER, {"role": "assistant", "content": None}, USER, ANSWER)).notes == ("empty-answer",)
+    assert read(messages(USER, {"role": "assistant", "content": None}, USER, ANSWER)).notes == (
+        "empty-answer",
+    )
     assert read(messages(USER | {"weight": 1}, ANSWER)).notes == ("weight-on-context",)
     assert read(messages(USER | {"weight": 0}, ANSWER)).notes == ()
     assert read(messages(USER, USER, ANSWER)).notes == ("unusual-order",)
     assert read(messages(ANSWER, USER, ANSWER, ANSWER)).notes == ("unusual-order",)
     in_prompt = {"prompt": [USER, ANSWER | {"weight": 1}, USER], "completion": [ANSWER]}
-    assert read(in_prompt).weights == (0.0, 0.0, 0.0, None) and read(in_prompt).notes == ("weight-on-context",)
+    assert read(in_prompt).weights == (0.0, 0.0, 0.0, None) and read(in_prompt).notes == (
+        "weight-on-context",
+    )
 
 
 # ---------------------------------------------------------------- refused
 
 REFUSED = {
-    "image of a row": (CHAT | {"images": ["a.png"]}, "not-text", "images holds 1 of them, but only text can be trained"),
-    "audio of a message": (messages(USER, ANSWER | {"audio": {"id": "x"}}), "not-text", "message 2: audio holds an object"),
+    "image of a row": (
+        CHAT | {"images": ["a.png"]},
+        "not-text",
+        "images holds 1 of them, but only text can be trained",
+    ),
+    "audio of a message": (
+        messages(USER, ANSWER | {"audio": {"id": "x"}}),
+        "not-text",
+        "message 2: audio holds an object",
+    ),
     "image of a part": (
-        messages({"role": "user", "content": [{"text": "see"}, {"image": {"format": "png"}}]}, ANSWER),
+        messages(
+            {"role": "user", "content": [{"text": "see"}, {"image": {"format": "png"}}]}, ANSWER
+        ),
         "bad-content",
         "message 1, part 2: a content part has type 'image'",
     ),
     "part with its own flag": (
-        messages(USER, {"role": "assistant", "content": [{"type": "text", "text": "a", "train": False}]}),
+        messages(
+            USER, {"role": "assistant", "content": [{"type": "text", "text": "a", "train": False}]}
+        ),
         "unsupported-key",
         "a content part has train",
     ),
-    "other system": (CHAT | {"system": "a", "system_prompt": "b"}, "bad-system", "says something else"),
-    "other tools": (CHAT | {"functions": [{"name": "f"}], "tools": TOOLS}, "bad-tools", "different things"),
-    "tools of Bedrock": (CHAT | {"toolConfig": {"tools": []}}, "unsupported-key", "Bedrock's tools are not read"),
-    "unwanted answer": (CHAT | {"label": False}, "unsupported-key", "marks an answer that is not wanted"),
+    "other system": (
+        CHAT | {"system": "a", "system_prompt": "b"},
+        "bad-system",
+        "says something else",
+    ),
+    "other tools": (
+        CHAT | {"functions": [{"name": "f"}], "tools": TOOLS},
+        "bad-tools",
+        "different things",
+    ),
+    "tools of Bedrock": (
+        CHAT | {"toolConfig": {"tools": []}},
+        "unsupported-key",
+        "Bedrock's tools are not read",
+    ),
+    "unwanted answer": (
+        CHAT | {"label": False},
+        "unsupported-key",
+        "marks an answer that is not wanted",
+    ),
     "everything trained": (CHAT | {"unmask": True}, "unsupported-key", "--data.mask all"),
-    "refusal": (messages(USER, {"role": "assistant", "content": None, "refusal": "No."}), "unsupported-key", "refusal"),
-    "offsets": (messages(USER, ANSWER | {"train_detail": [{"begin_offset": 0}]}), "unsupported-key", "train_detail"),
-    "template's own": (CHAT | {"chat_template_kwargs": {"tools": []}}, "bad-chat_template_kwargs", "'tools'"),
-    "tools of a text": ({"text": "a", "tools": TOOLS}, "unsupported-key", "tools stands beside text"),
-    "system of strings": ({"prompt": "a", "completion": "b", "system": "c"}, "unsupported-key", "system stands beside"),
-    "two roles": (messages(USER | {"from": "gpt"}, ANSWER), "bad-role", "role and from are two spellings"),
-    "masked and weighted": (answers(("masked", True), ("weight", 1)), "bad-weight", "masked is True"),
+    "refusal": (
+        messages(USER, {"role": "assistant", "content": None, "refusal": "No."}),
+        "unsupported-key",
+        "refusal",
+    ),
+    "offsets": (
+        messages(USER, ANSWER | {"train_detail": [{"begin_offset": 0}]}),
+        "unsupported-key",
+        "train_detail",
+    ),
+    "template's own": (
+        CHAT | {"chat_template_kwargs": {"tools": []}},
+        "bad-chat_template_kwargs",
+        "'tools'",
+    ),
+    "tools of a text": (
+        {"text": "a", "tools": TOOLS},
+        "unsupported-key",
+        "tools stands beside text",
+    ),
+    "system of strings": (
+        {"prompt": "a", "completion": "b", "system": "c"},
+        "unsupported-key",
+        "system stands beside",
+    ),
+    "two roles": (
+        messages(USER | {"from": "gpt"}, ANSWER),
+        "bad-role",
+        "role and from are two spellings",
+    ),
+    "masked and weighted": (
+        answers(("masked", True), ("weight", 1)),
+        "bad-weight",
+        "masked is True",
+    ),
 }
 
 
@@ -206,7 +321,9 @@ MISSPELT = {
     "tool_call": messages(USER, ANSWER | {"tool_call": [call("f", {})]}),
     "reasoning_contents": messages(USER, ANSWER | {"reasoning_contents": "hm"}),
     "trainble": messages(USER, ANSWER | {"trainble": False}),
-    "argumnets": messages(USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "argumnets": {"a": 1}}}]}),
+    "argumnets": messages(
+        USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "argumnets": {"a": 1}}}]}
+    ),
     "lables": {"input_ids": [1, 2], "lables": [1, 2]},
     "atention_mask": {"input_ids": [1, 2], "atention_mask": [0, 1]},
 }
@@ -225,17 +342,35 @@ def test_a_misspelt_key_is_refused_with_the_one_that_was_meant(key):
 def test_every_other_key_is_listed_also_inside():
     row = messages(
         USER | {"timestamp": 1, "id": "a"},
-        {"role": "assistant", "content": "", "tool_calls": [{"index": 0, "function": {"name": "f"}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"index": 0, "function": {"name": "f"}}],
+        },
     )
-    row |= {"id": 7, "source": "web", "lang": "en", "metadata": {"a": 1}, "text": "beside", "score": None, "label": 3}
+    row |= {
+        "id": 7,
+        "source": "web",
+        "lang": "en",
+        "metadata": {"a": 1},
+        "text": "beside",
+        "score": None,
+        "label": 3,
+    }
     wanted = {"id", "source", "lang", "metadata", "text", "label"}
     wanted |= {"messages[].timestamp", "messages[].id", "tool_calls[].index"}
     assert set(read(row).ignored) == wanted
 
 
 def test_ordinary_names_are_no_misspellings():
-    names = "id source lang language test texts context next rank height tool model date url title topic category split tag"
-    names += " license author subset turn turns num_turns tokens length hash uuid version type kind roles notes comment"
+    names = (
+        "id source lang language test texts context next rank height tool model date url title "
+        "topic category split tag"
+    )
+    names += (
+        " license author subset turn turns num_turns tokens length hash uuid version type kind "
+        "roles notes comment"
+    )
     row = CHAT | dict.fromkeys(names.split(), "x")
     assert set(read(row).ignored) == set(names.split())
     known = frozenset({"text", "name", "role", "loss", "mask", "train", "weight", "tools"})
@@ -243,11 +378,15 @@ def test_ordinary_names_are_no_misspellings():
         assert misspelt(word, known) is None
 
 
-# ---------------------------------------------------------------- anything moved, renamed, nulled, nested
+# ---------------------------------------------------------------- anything moved, renamed, nulled,
+# nested
 
 ROWS = [
     messages(SYSTEM, USER, ANSWER | {"weight": 0}, USER, ANSWER) | {"tools": TOOLS, "id": 3},
-    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}], "system": "be brief"},
+    {
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}],
+        "system": "be brief",
+    },
     {"instruction": "add", "input": "1 2", "output": "3", "history": [["q", "a"]]},
     {"prompt": [USER], "completion": [ANSWER], "chat_template_kwargs": {"a": 1}},
     {"prompt": "hi", "completion": "yes", "weight": 0.5},
@@ -279,7 +418,9 @@ def _change(row, rng):
     if how == "move":
         rng.choice(list(_objects(row)))[key] = place.pop(key)
     elif how == "rename":
-        place[rng.choice([key + "s", key[:-1], key.upper(), "extra", key[1:] + key[:1], "x_" + key])] = place.pop(key)
+        place[
+            rng.choice([key + "s", key[:-1], key.upper(), "extra", key[1:] + key[:1], "x_" + key])
+        ] = place.pop(key)
     elif how == "null":
         place[key] = None
     elif how == "nest":
@@ -306,16 +447,48 @@ def test_nothing_is_trained_that_the_row_does_not_say_and_nothing_is_dropped_sil
         return
     said = json.dumps(row)
     if form == "tokens":
-        given = row["input_ids"] if isinstance(row["input_ids"], list) else json.loads(row["input_ids"])
+        given = (
+            row["input_ids"] if isinstance(row["input_ids"], list) else json.loads(row["input_ids"])
+        )
         assert example.tokens.tolist() == given
         return
-    shown = [example.prompt, example.completion] if isinstance(example, Text) else _texts(example.messages)
+    shown = (
+        [example.prompt, example.completion]
+        if isinstance(example, Text)
+        else _texts(example.messages)
+    )
     for text in shown:  # alpaca joins two texts
         for part in text.split("\n\n"):
-            assert part in ("user", "assistant", "system", "developer", "tool", "function") or json.dumps(part)[1:-1] in said
-    kept = json.dumps([shown, getattr(example, "tools", None), getattr(example, "template_kwargs", None)])
+            assert (
+                part in ("user", "assistant", "system", "developer", "tool", "function")
+                or json.dumps(part)[1:-1] in said
+            )
+    kept = json.dumps(
+        [shown, getattr(example, "tools", None), getattr(example, "template_kwargs", None)]
+    )
     own = {key for keys in KEYS.values() for key in keys}
     for text in _texts({key: row[key] for key in row if key not in _listed(example)}):
-        below_listed = any(text in json.dumps(each[key]) for each in _objects(row) for key in each if key in _listed(example))
-        roles = ("user", "assistant", "system", "human", "gpt", "function", "number", "object", "string")
-        assert text in roles or json.dumps(text)[1:-1] in kept or text[:1] in "[{" or below_listed or own & {text}
+        below_listed = any(
+            text in json.dumps(each[key])
+            for each in _objects(row)
+            for key in each
+            if key in _listed(example)
+        )
+        roles = (
+            "user",
+            "assistant",
+            "system",
+            "human",
+            "gpt",
+            "function",
+            "number",
+            "object",
+            "string",
+        )
+        assert (
+            text in roles
+            or json.dumps(text)[1:-1] in kept
+            or text[:1] in "[{"
+            or below_listed
+            or own & {text}
+        )

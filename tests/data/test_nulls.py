@@ -23,39 +23,64 @@ def calls(row):
 
 
 def asked(arguments, tools=()):
-    return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call("f", arguments)]}], "tools": [*tools]}
+    return {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [call("f", arguments)]},
+        ],
+        "tools": [*tools],
+    }
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_argument_that_the_tool_declares_stays_and_one_that_it_has_not_goes(padded):
-    row, notes = clean(asked({"a": "1", "b": None, "c": None}, [tool("f", "a", "b"), tool("g", "c")]), padded)
+    row, notes = clean(
+        asked({"a": "1", "b": None, "c": None}, [tool("f", "a", "b"), tool("g", "c")]), padded
+    )
     assert calls(row) == [{"a": "1", "b": None}]
     assert notes == ((DOUBT,) if padded else ())  # Arrow may have put in that of b as well
 
 
 def test_without_a_declaration_doubt_is_a_note_and_json_keeps_what_it_says():
-    assert clean(asked({"a": "1", "b": None}), padded=False) == (asked({"a": "1", "b": None}), (DOUBT,))
+    assert clean(asked({"a": "1", "b": None}), padded=False) == (
+        asked({"a": "1", "b": None}),
+        (DOUBT,),
+    )
     row, notes = clean(asked({"a": "1", "b": None}), padded=True)
     assert (calls(row), notes) == ([{"a": "1"}], (DOUBT,))
-    said, notes = clean(asked({"a": "1", "b": Null.SAID}), padded=True)  # in a JSON column nothing is padding
+    # in a JSON column nothing is padding
+    said, notes = clean(asked({"a": "1", "b": Null.SAID}), padded=True)
     assert (calls(said), notes) == ([{"a": "1", "b": None}], (DOUBT,))
     assert clean(asked('{"b": null}'), padded=True)[0] == asked('{"b": null}')  # text is what it is
 
 
 def test_nested_arguments_follow_the_nested_declaration():
-    where = {"type": "object", "properties": {"lat": {"type": "number"}, "name": {"type": "string"}}}
+    where = {
+        "type": "object",
+        "properties": {"lat": {"type": "number"}, "name": {"type": "string"}},
+    }
     tools = [tool("f")]
-    tools[0]["function"]["parameters"]["properties"] = {"where": where, "all": {"type": "array", "items": where}}
+    tools[0]["function"]["parameters"]["properties"] = {
+        "where": where,
+        "all": {"type": "array", "items": where},
+    }
     given = {"where": {"lat": 1, "name": None, "x": None}, "all": [{"lat": None, "x": None}]}
     row, notes = clean(asked(given, tools), padded=False)
-    assert (calls(row), notes) == ([{"where": {"lat": 1, "name": None}, "all": [{"lat": None}]}], ())
+    assert (calls(row), notes) == (
+        [{"where": {"lat": 1, "name": None}, "all": [{"lat": None}]}],
+        (),
+    )
 
 
 def test_nulls_of_messages_and_tools_are_absent_keys():
     padding = {"tool_calls": None, "name": None}
     padded_tool = tool("f", "a")
     padded_tool["function"]["parameters"]["properties"] |= {"b": None, "default": None}
-    padded_tool["function"]["parameters"]["properties"]["a"] |= {"enum": None, "items": None, "description": None}
+    padded_tool["function"]["parameters"]["properties"]["a"] |= {
+        "enum": None,
+        "items": None,
+        "description": None,
+    }
     row = {"messages": [USER | padding, ANSWER | padding], "tools": [padded_tool], "id": None}
     wanted = {"messages": [USER, ANSWER], "tools": [tool("f", "a")]}
     assert clean(row, padded=True) == (wanted, ())
@@ -74,7 +99,9 @@ def test_json_says_a_default_of_null():
 
 
 def test_rows_that_datasets_wrote_are_as_they_were(tmp_path):
-    """Two tools with other parameters: Arrow gives each call and each tool the keys of the other."""
+    """Two tools with other parameters: Arrow gives each call and each tool the keys of the
+    other.
+    """
     tools = [tool("f", "a"), tool("g", "b")]
     rows = []
     for name, arguments in (("f", {"a": "1"}), ("g", {"b": "2"})):
@@ -104,7 +131,9 @@ def test_doubt_is_counted_and_a_warning_of_the_inspector(tmp_path):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_tools_in_strings_declare_as_well(padded):
-    """As LLaMA-Factory and ms-swift keep them: all of them as one JSON text, each one, or only its parameters."""
+    """As LLaMA-Factory and ms-swift keep them: all of them as one JSON text, each one, or only its
+    parameters.
+    """
     declared = tool("f", "a", "b")
     parameters = declared["function"]["parameters"]
     in_a_string = tool("f")
@@ -117,4 +146,5 @@ def test_tools_in_strings_declare_as_well(padded):
     parameters["properties"]["c"] = None  # of another tool; nobody declared it
     row = asked({"a": "1", "b": "2", "c": None}) | {"tools": json.dumps([declared])}
     assert calls(clean(row, padded)[0]) == [{"a": "1", "b": "2"}]
-    assert clean(asked({"a": None}) | {"tools": "[{"}, padded)[1] == (DOUBT,)  # refused where tools are read
+    # refused where tools are read
+    assert clean(asked({"a": None}) | {"tools": "[{"}, padded)[1] == (DOUBT,)

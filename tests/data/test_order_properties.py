@@ -1,4 +1,6 @@
-"""Properties of the order of training, for sources, weights, sizes and points of continuation that hypothesis chooses."""
+"""Properties of the order of training, for sources, weights, sizes and points of continuation that
+hypothesis chooses.
+"""
 
 import json
 from collections import Counter
@@ -20,7 +22,10 @@ LENGTHS = st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=40)
 @st.composite
 def sources(draw, weights=(0.25, 0.5, 1.0, 2.0, 3.0), most=3):
     kinds = draw(st.lists(st.tuples(LENGTHS, st.sampled_from(weights)), min_size=1, max_size=most))
-    return [Listed(numbered(lengths, f"{s}", 1000 * (s + 1)), weight, f"{s}") for s, (lengths, weight) in enumerate(kinds)]
+    return [
+        Listed(numbered(lengths, f"{s}", 1000 * (s + 1)), weight, f"{s}")
+        for s, (lengths, weight) in enumerate(kinds)
+    ]
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -107,7 +112,8 @@ def test_weights_are_exact_over_the_epochs_that_make_them_whole(of, options):
         for source in of:
             counts = [drawn[sample.id] for sample in source.samples]
             times = epoch * Fraction(source.weight)
-            if min(1, len(counts) * source.weight) == 1:  # fewer than one draw an epoch would be none
+            # fewer than one draw an epoch would be none
+            if min(1, len(counts) * source.weight) == 1:
                 assert abs(sum(counts) - times * len(counts)) <= Fraction(1, 2)
                 if times.denominator == 1:
                     assert set(counts) == {int(times)}
@@ -129,8 +135,15 @@ def test_the_stream_is_the_same_for_any_number_of_ranks_and_workers(of, options)
 
 
 @FEW
-@given(of=sources(), options=OPTIONS, workers=st.sampled_from([0, 1, 3]), ranks=st.sampled_from([1, 2, 4]))
-def test_a_continuation_from_any_step_on_any_number_of_ranks_is_the_same_stream(of, options, workers, ranks):
+@given(
+    of=sources(),
+    options=OPTIONS,
+    workers=st.sampled_from([0, 1, 3]),
+    ranks=st.sampled_from([1, 2, 4]),
+)
+def test_a_continuation_from_any_step_on_any_number_of_ranks_is_the_same_stream(
+    of, options, workers, ranks
+):
     first = loader(of, options)
     epoch = first.steps_in_epoch(0)
     steps = min(epoch + 3, 14)
@@ -156,7 +169,9 @@ def test_balancing_changes_which_rank_has_a_row_and_nothing_else(of, options, ra
 
     plain = stream([loader(of, options)], 5)
     dealt = stream([loader(of, options, rank, ranks, cost=cost) for rank in range(ranks)], 5)
-    assert [(epoch, sorted(rows)) for epoch, rows in dealt] == [(epoch, sorted(rows)) for epoch, rows in plain]
+    assert [(epoch, sorted(rows)) for epoch, rows in dealt] == [
+        (epoch, sorted(rows)) for epoch, rows in plain
+    ]
     state = stream_state(loader(of, options), 5)
     assert state == stream_state(loader(of, options, 1, ranks, cost=cost), 5)
 
@@ -168,7 +183,9 @@ def stream_state(of, steps):
 @FEW
 @given(of=sources(weights=(1.0,)), options=OPTIONS)
 def test_a_sample_does_not_leave_its_windows_neighbourhood_and_rows_stay_full(of, options):
-    """What is emitted by the end of window w is all that windows 0..w drew, but for the one open row."""
+    """What is emitted by the end of window w is all that windows 0..w drew, but for the one open
+    row.
+    """
     train = loader(of, options | {"global_batch_size": 1})
     total = sum(len(source.samples) for source in of)
     while train.cursor["epoch"] == 0:
@@ -176,13 +193,17 @@ def test_a_sample_does_not_leave_its_windows_neighbourhood_and_rows_stay_full(of
         if train.row == 0 and train.cursor["epoch"] == 0:
             drawn = train.cursor["window"] * options["buffer"]
             assert train.taken and sum(train.taken) == drawn - len(train.remainder)
-            assert sum(len(train.sources[s].samples[i].tokens) for s, i in train.remainder) <= SEQ_LEN
+            assert (
+                sum(len(train.sources[s].samples[i].tokens) for s, i in train.remainder) <= SEQ_LEN
+            )
     assert sum(train.taken) == total
 
 
 @st.composite
 def streams(draw):
-    kinds = draw(st.lists(st.tuples(LENGTHS, st.sampled_from([0.5, 1.0, 3.0])), min_size=1, max_size=3))
+    kinds = draw(
+        st.lists(st.tuples(LENGTHS, st.sampled_from([0.5, 1.0, 3.0])), min_size=1, max_size=3)
+    )
     made = []
     for s, (lengths, weight) in enumerate(kinds):
         samples, rows = numbered(lengths, f"{s}", 1000 * (s + 1)), []
@@ -195,8 +216,12 @@ def streams(draw):
 
 
 @FEW
-@given(of=streams(), options=OPTIONS, ranks=st.sampled_from([1, 2, 4]), workers=st.sampled_from([0, 2]))
-def test_streaming_sources_give_the_same_stream_on_any_ranks_workers_and_continuation(of, options, ranks, workers):
+@given(
+    of=streams(), options=OPTIONS, ranks=st.sampled_from([1, 2, 4]), workers=st.sampled_from([0, 2])
+)
+def test_streaming_sources_give_the_same_stream_on_any_ranks_workers_and_continuation(
+    of, options, ranks, workers
+):
     first = loader(of, options)
     straight = stream([loader(of, options)], 8)
     beside = [Background(loader(of, options, rank, ranks), workers) for rank in range(ranks)]

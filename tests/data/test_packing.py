@@ -1,4 +1,6 @@
-"""Packing: nothing lost, nothing too long, rows full, the same each time; and rows dealt so that ranks have equal work."""
+"""Packing: nothing lost, nothing too long, rows full, the same each time; and rows dealt so that
+ranks have equal work.
+"""
 
 from itertools import combinations
 
@@ -23,7 +25,11 @@ METHODS = ["best-fit", "first-fit", "none"]
 )
 def test_every_sample_is_in_exactly_one_row_that_can_hold_it(lengths, method, opened, seed):
     order = np.random.default_rng(seed).permutation(len(lengths))
-    opened = 0 if method == "none" or sum(lengths[i] for i in order[:opened]) > 50 else min(opened, len(lengths))
+    opened = (
+        0
+        if method == "none" or sum(lengths[i] for i in order[:opened]) > 50
+        else min(opened, len(lengths))
+    )
     rows = pack(lengths, order, 50, method, opened)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(row and sum(lengths[i] for i in row) <= 50 for row in rows)
@@ -39,7 +45,11 @@ def test_every_sample_is_in_exactly_one_row_that_can_hold_it(lengths, method, op
 
 def test_only_the_samples_of_the_order_are_packed():
     for method in METHODS:
-        assert sorted(i for row in pack([3, 1, 4, 1, 5], [4, 0, 2], 6, method) for i in row) == [0, 2, 4]
+        assert sorted(i for row in pack([3, 1, 4, 1, 5], [4, 0, 2], 6, method) for i in row) == [
+            0,
+            2,
+            4,
+        ]
     assert pack([], [], 6) == []
 
 
@@ -72,7 +82,8 @@ def test_the_quick_ways_are_the_textbook_ways(lengths):
 
 RNG = np.random.default_rng(0)
 LENGTHS = {
-    "gsm8k-like": np.clip(RNG.lognormal(5.03, 0.37, 20_000).astype(int), 51, 521).tolist(),  # its shortest, middle, longest
+    # its shortest, middle, longest
+    "gsm8k-like": np.clip(RNG.lognormal(5.03, 0.37, 20_000).astype(int), 51, 521).tolist(),
     "long-tailed": np.clip(RNG.lognormal(5.5, 1.2, 20_000).astype(int), 1, 4096).tolist(),
 }
 
@@ -81,7 +92,9 @@ LENGTHS = {
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_rows_of_an_epoch_are_filled_to_99_percent(lengths, buffer):
     sizes = {"seq_len": 4096, "global_batch_size": 1, "micro_batch_size": 1, "buffer": buffer}
-    loader = TrainLoader([Listed(numbered(lengths))], data_rank=0, data_size=1, seed=0, pad_token_id=0, **sizes)
+    loader = TrainLoader(
+        [Listed(numbered(lengths))], data_rank=0, data_size=1, seed=0, pad_token_id=0, **sizes
+    )
     assert sum(lengths) / (loader.steps_in_epoch(0) * 4096) >= 0.99
 
 
@@ -96,7 +109,9 @@ def test_a_sample_longer_than_a_row_is_refused_with_both_numbers():
     ranks=st.integers(1, 5),
     together=st.integers(1, 3),
 )
-def test_every_row_is_dealt_once_and_no_rank_does_more_than_a_row_beyond_another(costs, ranks, together):
+def test_every_row_is_dealt_once_and_no_rank_does_more_than_a_row_beyond_another(
+    costs, ranks, together
+):
     costs = costs + [0.0] * (-len(costs) % (ranks * together))
     dealt = deal(costs, ranks, together)
     assert {len(rows) for rows in dealt} == {len(costs) // ranks}
@@ -105,7 +120,8 @@ def test_every_row_is_dealt_once_and_no_rank_does_more_than_a_row_beyond_another
         sorted((costs[r] for rows in dealt for r in rows[i : i + together]), reverse=True)
         for i in range(0, len(dealt[0]), together)
     ]
-    assert [cost for each in rounds for cost in each] == sorted(costs, reverse=True)  # like rows at the same time
+    # like rows at the same time
+    assert [cost for each in rounds for cost in each] == sorted(costs, reverse=True)
     totals = [sum(costs[r] for r in rows) for rows in dealt]
     if together == 1:
         assert max(totals) - min(totals) <= max(costs) + 1e-9
@@ -118,8 +134,12 @@ def test_dealing_by_cost_is_nearer_to_equal_than_dealing_in_a_row():
     order = np.random.default_rng(0).permutation(256)
 
     def slowest(dealt):
-        """Time of a step over that of equal ranks, where ranks wait for each other at every microbatch."""
-        return sum(max(costs[rows[i]] for rows in dealt) for i in range(len(dealt[0]))) / (sum(costs) / len(dealt))
+        """Time of a step over that of equal ranks, where ranks wait for each other at every
+        microbatch.
+        """
+        return sum(max(costs[rows[i]] for rows in dealt) for i in range(len(dealt[0]))) / (
+            sum(costs) / len(dealt)
+        )
 
     assert slowest(deal(costs, 8, 1)) < 1.1 < 1.5 < slowest(order.reshape(8, 32).tolist())
     totals = [sum(costs[row] for row in rows) for rows in deal(costs, 8, 1)]

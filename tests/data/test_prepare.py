@@ -1,4 +1,7 @@
-"""Sources to samples: policies, counts, what is refused, the cache, further processes, streams; and GSM8K."""
+# ruff: noqa: E501 (programs in strings)
+"""Sources to samples: policies, counts, what is refused, the cache, further processes, streams; and
+GSM8K.
+"""
 
 import json
 import os
@@ -22,13 +25,22 @@ from tests.data.chat import byte_tokenizer
 from torchsft.config import Data, InputError
 from torchsft.data import prepare as module
 from torchsft.data.packing import pack
-from torchsft.data.prepare import Preparer, Report, open_sources, open_streams, prepare, prepare_eval
+from torchsft.data.prepare import (
+    Preparer,
+    Report,
+    open_sources,
+    open_streams,
+    prepare,
+    prepare_eval,
+)
 from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer
 
 TOKENIZER = byte_tokenizer(chat.DEEPSEEK_V3)
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
-needs_gsm8k = pytest.mark.skipif(not GSM8K.is_file(), reason=f"{GSM8K} is not there: GSM8K is not part of the project")
+needs_gsm8k = pytest.mark.skipif(
+    not GSM8K.is_file(), reason=f"{GSM8K} is not there: GSM8K is not part of the project"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +50,9 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def many_processes(monkeypatch):
-    """Chunks of 4 rows, tokenised by two further processes whatever the machine and however little there is to do."""
+    """Chunks of 4 rows, tokenised by two further processes whatever the machine and however little
+    there is to do.
+    """
     monkeypatch.setattr(module, "FEW_CHUNKS", 1)
     monkeypatch.setattr(module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
@@ -49,7 +63,9 @@ def row(*turns):
 
 
 def write(path, *rows):
-    path.write_text("".join(json.dumps(each) + "\n" if isinstance(each, dict) else each + "\n" for each in rows))
+    path.write_text(
+        "".join(json.dumps(each) + "\n" if isinstance(each, dict) else each + "\n" for each in rows)
+    )
     return str(path)
 
 
@@ -75,13 +91,22 @@ def test_counts_and_the_line_that_is_shown(tmp_path):
     first = write(tmp_path / "first.jsonl", talk(1), talk(20), talk(3))
     second = write(tmp_path / "second.jsonl", talk(2))
     a, b = prepare([first, f"{second}:2.5"], TOKENIZER, Data(seq_len=16))
-    assert [sample.id for sample in [*a.samples, *b.samples]] == ["first.jsonl:1", "first.jsonl:3", "second.jsonl:1"]
+    assert [sample.id for sample in [*a.samples, *b.samples]] == [
+        "first.jsonl:1",
+        "first.jsonl:3",
+        "second.jsonl:1",
+    ]
     assert (a.name, a.weight, b.name, b.weight) == ("first.jsonl", 1.0, "second.jsonl", 2.5)
     largest = int(max(a.samples[1].tokens))
     ends = {str(TOKENIZER.eos_token_id): 2}  # of the two turns that are trained
     numbers = (3, 2, (6 + 1) + (6 + 3), 2 + 4, 9, largest)
-    assert a.report == Report("first.jsonl", first, "messages", *numbers, {"too-long": 1}, ends=ends)
-    assert str(a.report) == ("first.jsonl (messages): 3 rows, 2 samples, 16 tokens (37.5 % supervised), longest 9; too-long 1")
+    assert a.report == Report(
+        "first.jsonl", first, "messages", *numbers, {"too-long": 1}, ends=ends
+    )
+    assert str(a.report) == (
+        "first.jsonl (messages): 3 rows, 2 samples, 16 tokens (37.5 % "
+        "supervised), longest 9; too-long 1"
+    )
     assert a.digest != b.digest
 
 
@@ -97,16 +122,28 @@ def test_samples_are_compact_arrays(tmp_path):
         ("drop", {"a:1": "77"}, {"too-long": 2}),
         ("right", {"a:1": "77", "a:2": "345"}, {"truncated": 2, "no-targets": 1}),
         ("left", {"a:1": "77", "a:2": "9012345", "a:3": "7"}, {"truncated": 2}),
-        # Of a:3 the first piece is question alone; the first token of a piece is predicted from nothing.
-        ("split", {"a:1": "77", "a:2/1": "345", "a:2/2": "7890123", "a:2/3": "5", "a:3": "7"}, {"split": 2, "no-targets": 1}),
+        # Of a:3 the first piece is question alone; the first token of a piece is predicted from
+        # nothing.
+        (
+            "split",
+            {"a:1": "77", "a:2/1": "345", "a:2/2": "7890123", "a:2/3": "5", "a:3": "7"},
+            {"split": 2, "no-targets": 1},
+        ),
     ],
 )
 def test_truncation(tmp_path, truncation, expected, counts):
-    """Of <bos> <|User|> 4 2 <|Assistant|> 3456789012345 <eos> and <bos> <|User|> 44444444 <|Assistant|> 7 <eos>, in eights."""
-    path = write(tmp_path / "a.jsonl", row("42", "77"), row("42", "3456789012345"), row("4" * 8, "7"))
+    """Of <bos> <|User|> 4 2 <|Assistant|> 3456789012345 <eos> and <bos> <|User|> 44444444
+    <|Assistant|> 7 <eos>, in eights.
+    """
+    path = write(
+        tmp_path / "a.jsonl", row("42", "77"), row("42", "3456789012345"), row("4" * 8, "7")
+    )
     seq_len = {"left": 9}.get(truncation, 8)
     prepared = one(path, seq_len=seq_len, truncation=truncation)
-    trained = {s.id.replace(".jsonl", ""): TOKENIZER.decode(s.tokens[s.weights > 0]) for s in prepared.samples}
+    trained = {
+        s.id.replace(".jsonl", ""): TOKENIZER.decode(s.tokens[s.weights > 0])
+        for s in prepared.samples
+    }
     ends = {"a:1", "a:3", "a:2" if truncation == "left" else "a:2/3"}
     assert trained == {name: text + "<eos>" * (name in ends) for name, text in expected.items()}
     assert prepared.report.counts == counts
@@ -117,21 +154,36 @@ def test_a_sample_of_exactly_seq_len_tokens_is_kept_whole(tmp_path):
     path = write(tmp_path / "a.jsonl", talk(10))
     for truncation in ("drop", "left", "right", "split", "raise"):
         report = one(path, seq_len=16, truncation=truncation).report
-        assert (report.samples, report.tokens, report.supervised_tokens, report.counts) == (1, 16, 11, {})
+        assert (report.samples, report.tokens, report.supervised_tokens, report.counts) == (
+            1,
+            16,
+            11,
+            {},
+        )
 
 
 def test_truncation_raise_names_the_line_and_both_numbers(tmp_path):
     path = write(tmp_path / "a.jsonl", talk(3), talk(20))
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: 26 tokens, but --data\.seq-len is 16; .* --data\.truncation"):
+    with pytest.raises(
+        InputError,
+        match=r"a\.jsonl, line 2: 26 tokens, but --data\.seq-len is 16; "
+        r".* --data\.truncation",
+    ):
         one(path, seq_len=16, truncation="raise")
 
 
 def test_a_source_without_a_supervised_token_is_refused_with_its_counts(tmp_path):
-    with pytest.raises(InputError, match=r"no supervised token is left: .*; too-long 1 .*seq-len 8"):
+    with pytest.raises(
+        InputError, match=r"no supervised token is left: .*; too-long 1 .*seq-len 8"
+    ):
         one(write(tmp_path / "a.jsonl", talk(20)), seq_len=8)
     with pytest.raises(InputError, match=r"no supervised token is left: .*; no-targets 1"):
         one(write(tmp_path / "b.jsonl", row("4" * 20, "7")), seq_len=8, truncation="right")
-    with pytest.raises(InputError, match=r"no supervised token is left: .*; skipped 1 .*; first fault: .*line 1: not JSON"):
+    with pytest.raises(
+        InputError,
+        match=r"no supervised token is left: .*; skipped 1 .*; first "
+        r"fault: .*line 1: not JSON",
+    ):
         one(write(tmp_path / "c.jsonl", "{]"), on_error="skip")
 
 
@@ -147,11 +199,18 @@ def test_an_empty_file_and_a_file_given_twice_are_refused(tmp_path):
 
 
 def test_token_ids_that_the_model_does_not_have_are_refused_with_their_row(tmp_path):
-    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [1, 7, 2], "labels": [-100, 7, 2]}]
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        {"input_ids": [1, 7, 2], "labels": [-100, 7, 2]},
+    ]
     path = write(tmp_path / "a.jsonl", *rows)
     assert one(path).report.max_id == 7
     assert prepare([path], TOKENIZER, Data(), vocab_size=8)[0].report.max_id == 7
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: token id 7, but the model's vocabulary has 7;"):
+    with pytest.raises(
+        InputError,
+        match=r"a\.jsonl, line 2: token id 7, but the model's "
+        r"vocabulary has 7;",
+    ):
         prepare([path], TOKENIZER, Data(), vocab_size=7)
 
 
@@ -170,9 +229,16 @@ def test_the_same_rows_give_the_same_samples_from_any_kind_of_source(tmp_path):
     write(tmp_path / "a.jsonl", *rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    splits = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:2])}
+    splits = {
+        "train": datasets.Dataset.from_list(rows),
+        "test": datasets.Dataset.from_list(rows[:2]),
+    }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "a")
-    found = prepare([f"{tmp_path}/a{end}" for end in (".jsonl", ".json", ".parquet", ":train", ":test")], TOKENIZER, Data())
+    found = prepare(
+        [f"{tmp_path}/a{end}" for end in (".jsonl", ".json", ".parquet", ":train", ":test")],
+        TOKENIZER,
+        Data(),
+    )
     *same, shorter = found
     assert len({each.digest for each in same}) == 1 < len({each.digest for each in found})
     assert [each.name for each in found[-2:]] == [f"{tmp_path}/a:train", f"{tmp_path}/a:test"]
@@ -186,12 +252,15 @@ def test_the_same_rows_give_the_same_samples_from_any_kind_of_source(tmp_path):
 
 BAD = ("{]", {"text": "another format"}, row("refuse", "me"))
 REFUSING = byte_tokenizer(
-    "{% if 'refuse' in messages[0]['content'] %}{{ raise_exception('I refuse') }}{% endif %}" + chat.DEEPSEEK_V3
+    "{% if 'refuse' in messages[0]['content'] %}{{ raise_exception('I refuse') }}{% endif %}"
+    + chat.DEEPSEEK_V3
 )
 
 
 def test_every_fault_names_file_and_line_and_ends_the_run(tmp_path):
-    for bad, said in zip(BAD, ("not JSON", "format text where the rows before are messages", "I refuse"), strict=True):
+    for bad, said in zip(
+        BAD, ("not JSON", "format text where the rows before are messages", "I refuse"), strict=True
+    ):
         path = write(tmp_path / "a.jsonl", talk(2), bad, talk(3))
         with pytest.raises(RowError, match=rf"^{path}, line 2: .*{said}"):
             prepare([path], REFUSING, Data())
@@ -204,17 +273,25 @@ def test_skipped_rows_are_counted_and_listed_and_the_others_are_all_there(tmp_pa
         [prepared] = prepare([path], REFUSING, options)
         assert [s.id for s in prepared.samples] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:6"]
         assert (prepared.report.rows, prepared.report.counts["skipped"]) == (6, 3)
-        assert [fault.split(":")[0] for fault in prepared.report.faults] == [f"{path}, line {n}" for n in (2, 4, 5)]
+        assert [fault.split(":")[0] for fault in prepared.report.faults] == [
+            f"{path}, line {n}" for n in (2, 4, 5)
+        ]
     os.rename(path, tmp_path / "b.jsonl")
     [moved] = prepare([str(tmp_path / "b.jsonl")], REFUSING, options)
     assert moved.samples[0].id == "b.jsonl:1"
     assert moved.report.faults[0].startswith(f"{tmp_path}/b.jsonl, line 2: not JSON")
-    with pytest.raises(InputError, match=r"b\.jsonl, line 2: not JSON"):  # what was skipped then is raised now
+    # what was skipped then is raised now
+    with pytest.raises(InputError, match=r"b\.jsonl, line 2: not JSON"):
         prepare([str(tmp_path / "b.jsonl")], REFUSING, Data(truncation="raise", seq_len=10))
 
 
 def test_a_row_that_is_bad_for_its_length_does_not_spoil_its_neighbours(tmp_path):
-    prepared = one(write(tmp_path / "a.jsonl", talk(2), talk(50), talk(3)), seq_len=16, truncation="raise", on_error="skip")
+    prepared = one(
+        write(tmp_path / "a.jsonl", talk(2), talk(50), talk(3)),
+        seq_len=16,
+        truncation="raise",
+        on_error="skip",
+    )
     assert [s.id for s in prepared.samples] == ["a.jsonl:1", "a.jsonl:3"]
     assert "line 2: 56 tokens" in prepared.report.faults[0]
 
@@ -277,7 +354,12 @@ def test_whatever_decides_the_samples_decides_the_key(tmp_path):
     special.bos_token = "<pad>"
     words = byte_tokenizer(chat.DEEPSEEK_V3)
     words.add_tokens(["42"])
-    for tokenizer in (byte_tokenizer(chat.CHATML), byte_tokenizer(chat.DEEPSEEK_V3, add_bos=True), special, words):
+    for tokenizer in (
+        byte_tokenizer(chat.CHATML),
+        byte_tokenizer(chat.DEEPSEEK_V3, add_bos=True),
+        special,
+        words,
+    ):
         prepare([path], tokenizer, Data())
         assert len(keys(tmp_path)) == len(found) + 1
         found = keys(tmp_path)
@@ -311,7 +393,10 @@ def test_data_cache_names_another_directory(tmp_path):
 
 def mixed_rows(n):
     """Some are bad, some are cut, some have no target in their first piece."""
-    return ["{]" if i % 9 == 4 else row("4" * i, "7", "2", "7" * 9) if i % 5 == 3 else talk(1 + i % 29) for i in range(n)]
+    return [
+        "{]" if i % 9 == 4 else row("4" * i, "7", "2", "7" * 9) if i % 5 == 3 else talk(1 + i % 29)
+        for i in range(n)
+    ]
 
 
 def test_further_processes_give_the_same(tmp_path, many_processes):
@@ -327,7 +412,9 @@ def test_further_processes_give_the_same(tmp_path, many_processes):
 
 def test_further_processes_are_used_and_end(tmp_path, many_processes, monkeypatch):
     started, Popen = [], subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **o: started.append(Popen(*a, **o)) or started[-1])
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **o: started.append(Popen(*a, **o)) or started[-1]
+    )
     one(write(tmp_path / "a.jsonl", *[talk(3)] * 40))
     assert len(started) == 2
     assert all(child.poll() is not None for child in started)
@@ -339,7 +426,10 @@ def test_a_fault_in_another_process_names_the_first_bad_line(tmp_path, many_proc
         one(path)
 
 
-@pytest.mark.parametrize("code", ["raise SystemExit", "import os, sys; sys.stdin.buffer.read(1000); os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize(
+    "code",
+    ["raise SystemExit", "import os, sys; sys.stdin.buffer.read(1000); os.kill(os.getpid(), 9)"],
+)
 def test_a_killed_process_is_one_sentence(tmp_path, many_processes, monkeypatch, code):
     monkeypatch.setattr(module, "SERVER", [sys.executable, "-c", code])
     with pytest.raises(InputError, match=r"^a process that tokenises a\.jsonl ended"):
@@ -395,7 +485,11 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     line = json.dumps(row("42" * 100, "7" * 500)).encode()
 
     def peak(rows):
-        monkeypatch.setattr(module.Source, "rows", lambda source, start: ((n, line + b" ") for n in range(1, rows + 1)))
+        monkeypatch.setattr(
+            module.Source,
+            "rows",
+            lambda source, start: ((n, line + b" ") for n in range(1, rows + 1)),
+        )
         path = write(tmp_path / f"{rows}.jsonl", talk(rows))
         tracemalloc.start()
         assert len(one(path).samples) == rows
@@ -413,14 +507,21 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
 
 
 def test_evaluation_sets_have_names_and_several_sources(tmp_path):
-    a, b, c = (write(tmp_path / name, talk(n)) for n, name in enumerate(("a.jsonl", "b.jsonl", "a=b.jsonl"), start=1))
+    a, b, c = (
+        write(tmp_path / name, talk(n))
+        for n, name in enumerate(("a.jsonl", "b.jsonl", "a=b.jsonl"), start=1)
+    )
     sets = prepare_eval([f"test={a}", b, f"test={b}", c], TOKENIZER, Data())
     assert {name: [each.name for each in found] for name, found in sets.items()} == {
         "test": ["a.jsonl", "b.jsonl"],
         "b": ["b.jsonl"],
         "a=b": ["a=b.jsonl"],
     }
-    with pytest.raises(InputError, match=r"a\.jsonl:2\.0 has weight 2, but every row is evaluated once"):
+    with pytest.raises(
+        InputError,
+        match=r"a\.jsonl:2\.0 has weight 2, but every row is evaluated "
+        r"once",
+    ):
         prepare_eval([f"test={a}:2.0"], TOKENIZER, Data())
     with pytest.raises(InputError, match="does not exist"):
         prepare_eval([f"test={tmp_path}/none.jsonl"], TOKENIZER, Data())
@@ -434,11 +535,19 @@ def test_a_stream_gives_what_the_cache_gives_from_any_row_on(tmp_path, monkeypat
     [prepared] = prepare([path], TOKENIZER, options)
     [stream] = open_streams([f"{path}:0.5"], TOKENIZER, options)
     assert (stream.name, stream.weight) == ("a.jsonl", 0.5)
-    with pytest.warns(UserWarning, match=r"^skipped: .*line \d+: not JSON") if start < 58 else nothing():
+    with (
+        pytest.warns(UserWarning, match=r"^skipped: .*line \d+: not JSON")
+        if start < 58
+        else nothing()
+    ):
         found = list(stream.open(start))
-    expected = [s for s, n in zip(prepared.samples, prepared.samples.rows, strict=True) if n > start]
+    expected = [
+        s for s, n in zip(prepared.samples, prepared.samples.rows, strict=True) if n > start
+    ]
     assert shown(sample for _, _, sample in found) == shown(expected)
-    assert [f"a.jsonl:{number}" + f"/{part}" * (part > 0) for number, part, _ in found] == [s.id for s in expected]
+    assert [f"a.jsonl:{number}" + f"/{part}" * (part > 0) for number, part, _ in found] == [
+        s.id for s in expected
+    ]
     if start == 0:
         assert stream.report == prepared.report
 
@@ -473,7 +582,12 @@ def test_progress_is_shown_on_a_terminal_only_when_asked_for(tmp_path, capfd, mo
     monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
 
     def shown_by(progress):
-        prepare([path], TOKENIZER, Data(cache=str(tmp_path / str(time.monotonic_ns()))), progress=progress)
+        prepare(
+            [path],
+            TOKENIZER,
+            Data(cache=str(tmp_path / str(time.monotonic_ns()))),
+            progress=progress,
+        )
         return capfd.readouterr().err
 
     assert shown_by(True) == ""
@@ -493,14 +607,18 @@ def test_progress_is_shown_on_a_terminal_only_when_asked_for(tmp_path, capfd, mo
 @pytest.mark.parametrize("template", [chat.DEEPSEEK_V3, chat.CHATML, chat.LLAMA3_GENERATION])
 def test_gsm8k_trains_every_answer_with_its_end_and_nothing_else(tmp_path, template):
     rows = [json.loads(line) for line in GSM8K.read_text().splitlines()[:60]]
-    path = write(tmp_path / "train.jsonl", *[row(each["question"], each["answer"]) for each in rows])
+    path = write(
+        tmp_path / "train.jsonl", *[row(each["question"], each["answer"]) for each in rows]
+    )
     tokenizer = byte_tokenizer(template)
     [prepared] = prepare([path], tokenizer, Data(seq_len=4096), vocab_size=len(tokenizer))
     assert len(prepared.samples) == len(rows)
     for each, sample in zip(rows, prepared.samples, strict=True):
         [(prompt, answer)] = answer_prompts(sample)
         messages = [{"role": "user", "content": each["question"]}]
-        assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
         target = tokenizer.decode(answer)
         assert target.startswith(each["answer"])
         assert target.removeprefix(each["answer"]) in ("<eos>", "<|im_end|>", "<|eot_id|>")

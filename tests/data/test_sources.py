@@ -1,4 +1,6 @@
-"""Reading rows of every kind of source: all of them, in order, each with its number; and faults that cost no other row."""
+"""Reading rows of every kind of source: all of them, in order, each with its number; and faults
+that cost no other row.
+"""
 
 import gzip
 import json
@@ -20,10 +22,16 @@ from torchsft.data.sources import Source
 from torchsft.data.specs import Spec, parse_spec
 
 ROWS = [
-    {"text": f'row {i} é "quoted" \\ [brackets}}, \u2028 😀', "n": i, "deep": {"a": [{"b": i}], "c": ["[]"]}}
+    {
+        "text": f'row {i} é "quoted" \\ [brackets}}, \u2028 😀',
+        "n": i,
+        "deep": {"a": [{"b": i}], "c": ["[]"]},
+    }
     for i in range(150)
 ]
-fuzzed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,26 +58,46 @@ def write(path, data):
 WRITERS = {
     "a.jsonl": lambda path: write(path, jsonl(ROWS)),
     "a.jsonl.gz": lambda path: write(path, gzip.compress(jsonl(ROWS))),
-    "two.jsonl.gz": lambda path: write(path, gzip.compress(jsonl(ROWS[:70])) + gzip.compress(jsonl(ROWS[70:]))),
+    "two.jsonl.gz": lambda path: write(
+        path, gzip.compress(jsonl(ROWS[:70])) + gzip.compress(jsonl(ROWS[70:]))
+    ),
     "a.jsonl.zst": lambda path: write(path, zstd(jsonl(ROWS))),
     "two.jsonl.zst": lambda path: write(path, zstd(jsonl(ROWS[:70])) + zstd(jsonl(ROWS[70:]))),
     "dense.json": lambda path: write(path, json.dumps(ROWS, separators=(",", ":")).encode()),
-    "pretty.json": lambda path: write(path, b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=2, ensure_ascii=False).encode()),
+    "pretty.json": lambda path: write(
+        path, b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=2, ensure_ascii=False).encode()
+    ),
     "lines.json": lambda path: write(path, jsonl(ROWS)),
     "a.json.gz": lambda path: write(path, gzip.compress(json.dumps(ROWS).encode())),
-    "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=40) or str(path),
+    "a.parquet": lambda path: (
+        pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=40) or str(path)
+    ),
     "one.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path) or str(path),
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path) or str(path),
-    "shards": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path, num_shards=3) or str(path),
-    "numpy": lambda path: datasets.Dataset.from_list(ROWS).with_format("numpy").save_to_disk(path) or str(path),
+    "shards": lambda path: (
+        datasets.Dataset.from_list(ROWS).save_to_disk(path, num_shards=3) or str(path)
+    ),
+    "numpy": lambda path: (
+        datasets.Dataset.from_list(ROWS).with_format("numpy").save_to_disk(path) or str(path)
+    ),
     "splits": lambda path: (
         datasets.DatasetDict(
-            {"test": datasets.Dataset.from_list(ROWS[:1]), "train": datasets.Dataset.from_list(ROWS)}
+            {
+                "test": datasets.Dataset.from_list(ROWS[:1]),
+                "train": datasets.Dataset.from_list(ROWS),
+            }
         ).save_to_disk(path)
         or f"{path}:train"
     ),
 }
-KINDS = {".json": "json", ".gz": "jsonl", ".jsonl": "jsonl", ".zst": "jsonl", ".parquet": "parquet", "": "datasets"}
+KINDS = {
+    ".json": "json",
+    ".gz": "jsonl",
+    ".jsonl": "jsonl",
+    ".zst": "jsonl",
+    ".parquet": "parquet",
+    "": "datasets",
+}
 
 
 def read(source, start=0):
@@ -91,13 +119,17 @@ def read(source, start=0):
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_of_source_gives_all_rows_from_any_start(tmp_path, name):
     source = Source(parse_spec(WRITERS[name](tmp_path / name) + ":2.0"))
-    assert source.kind == {"a.json.gz": "json", "lines.json": "jsonl"}.get(name, KINDS[(tmp_path / name).suffix])
+    assert source.kind == {"a.json.gz": "json", "lines.json": "jsonl"}.get(
+        name, KINDS[(tmp_path / name).suffix]
+    )
     assert source.name == name and source.spec.weight == 2.0
     everything = dict(enumerate(ROWS, start=1))
     assert read(source) == everything
     assert source.read_bytes == source.total_bytes > 0
     for start in (1, 39, 40, 63, 64, 65, 128, 149, 150, 151, 1000):
-        assert read(source, start) == {number: row for number, row in everything.items() if number > start}
+        assert read(source, start) == {
+            number: row for number, row in everything.items() if number > start
+        }
 
 
 def test_streamed_datasets_give_the_same_rows(tmp_path):
@@ -116,14 +148,23 @@ def test_a_dataset_of_the_hub_is_asked_for_by_name_configuration_and_split(monke
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources, "unreachable", lambda: "")
-    for text in ("org/chats:train", "org/chats:train[:10%]:0.5", "org/chats/main:train", "squad:test"):
+    for text in (
+        "org/chats:train",
+        "org/chats:train[:10%]:0.5",
+        "org/chats/main:train",
+        "squad:test",
+    ):
         source = Source(parse_spec(text), streaming=streaming)
         assert source.kind == "datasets" and (source.total_bytes is None) == streaming
         assert read(source) == dict(enumerate(ROWS, start=1))
         assert read(source, 149) == {150: ROWS[149]} and read(source, 150) == {}
         assert source.fingerprint()
     assert source.where(7) == "squad:test, row 7"
-    names = [("org/chats", None, "train"), ("org/chats", None, "train[:10%]"), ("org/chats", "main", "train")]
+    names = [
+        ("org/chats", None, "train"),
+        ("org/chats", None, "train[:10%]"),
+        ("org/chats", "main", "train"),
+    ]
     assert calls == [(*asked, streaming) for asked in [*names, ("squad", None, "test")]]
 
 
@@ -134,7 +175,11 @@ def test_what_the_hub_says_becomes_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources, "unreachable", lambda: "")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with pytest.raises(InputError, match=r"^a/b:train cannot be opened as a dataset \(ConnectionError: no route\); check"):
+    with pytest.raises(
+        InputError,
+        match=r"^a/b:train cannot be opened as a dataset "
+        r"\(ConnectionError: no route\); check",
+    ):
         Source(parse_spec("a/b:train"))
 
 
@@ -145,7 +190,9 @@ def test_specs(tmp_path, monkeypatch):
     (tmp_path / "dir").mkdir()
     assert parse_spec("chats.jsonl") == Spec("chats.jsonl")
     assert parse_spec("chats.jsonl:2.0") == Spec("chats.jsonl", 2.0)
-    assert parse_spec("chats.jsonl:.5") == parse_spec("chats.jsonl:5e-1") == Spec("chats.jsonl", 0.5)
+    assert (
+        parse_spec("chats.jsonl:.5") == parse_spec("chats.jsonl:5e-1") == Spec("chats.jsonl", 0.5)
+    )
     assert parse_spec("dir:2") == Spec("dir", 2.0)
     assert parse_spec("dir:train") == Spec("dir", 1.0, "train")
     assert parse_spec("org/name:split") == Spec("org/name", 1.0, "split")
@@ -156,7 +203,16 @@ def test_specs(tmp_path, monkeypatch):
     assert parse_spec("odd:2.0:3") == Spec("odd:2.0", 3.0)
     assert parse_spec("odd:train") == Spec("odd:train")
     assert parse_spec("a:b/c.jsonl") == Spec("a:b/c.jsonl")
-    for text in ("", ":", ":2", "chats.jsonl:0", "chats.jsonl:-1", "chats.jsonl:nan", "chats.jsonl:inf", "chats.jsonl:1e999"):
+    for text in (
+        "",
+        ":",
+        ":2",
+        "chats.jsonl:0",
+        "chats.jsonl:-1",
+        "chats.jsonl:nan",
+        "chats.jsonl:inf",
+        "chats.jsonl:1e999",
+    ):
         if text == ":":
             with pytest.raises(InputError, match="does not exist"):
                 Source(parse_spec(text))
@@ -181,7 +237,8 @@ def test_what_cannot_be_opened_is_refused_with_one_sentence(tmp_path, monkeypatc
         "a.jsonl:train": "a.jsonl:train cannot be used, as a file has no splits",
         "saved:train": "saved:train cannot be used, as the dataset has no splits",
         "splits": "splits cannot be used, as the dataset has the splits test, train; give one as",
-        "splits:dev": "splits:dev cannot be used, as the dataset has the splits test, train; give one as",
+        "splits:dev": "splits:dev cannot be used, as the dataset has the splits test, train; give "
+        "one as",
         "broken": r"broken cannot be opened as a dataset \(",
     }
     for text, sentence in says.items():
@@ -192,7 +249,13 @@ def test_what_cannot_be_opened_is_refused_with_one_sentence(tmp_path, monkeypatc
 
 def test_blank_lines_are_numbered_and_left_out_and_line_ends_may_be_of_any_system(tmp_path):
     text = '{"a": "x\\u2028y\x85"}'.encode()
-    lines = [b"\xef\xbb\xbf" + text + b"\r", b"", b" \t\r", b"\xef\xbb\xbf" + text, text.replace(b": ", b":\r")]
+    lines = [
+        b"\xef\xbb\xbf" + text + b"\r",
+        b"",
+        b" \t\r",
+        b"\xef\xbb\xbf" + text,
+        text.replace(b": ", b":\r"),
+    ]
     source = Source(parse_spec(write(tmp_path / "a.jsonl", b"\n".join(lines))))
     row = {"a": "x\u2028y\x85"}
     assert read(source) == {1: row, 4: row, 5: row}
@@ -204,14 +267,20 @@ def test_blank_lines_are_numbered_and_left_out_and_line_ends_may_be_of_any_syste
 def test_an_empty_file_has_no_rows(tmp_path, name):
     content = {"a.json": b" [ ]\n", "a.jsonl.gz": gzip.compress(b"")}.get(name, b"")
     if name == "a.parquet":
-        pq.write_table(pa.Table.from_pylist([], pa.schema([("text", pa.string())])), tmp_path / name)
+        pq.write_table(
+            pa.Table.from_pylist([], pa.schema([("text", pa.string())])), tmp_path / name
+        )
     else:
         write(tmp_path / name, content)
     assert read(Source(parse_spec(str(tmp_path / name)))) == {}
 
 
 BAD_LINES = {
-    "cut off": (b'{"messages": [{"role": "user", "con', "not-json", "not JSON (Unterminated string"),
+    "cut off": (
+        b'{"messages": [{"role": "user", "con',
+        "not-json",
+        "not JSON (Unterminated string",
+    ),
     "single quotes": (b"{'a': 1}", "not-json", "not JSON (Expecting property name"),
     "a list": (b"[1]", "not-json", "not a JSON object, but a list"),
     "null": (b"null", "not-json", "not a JSON object, but null"),
@@ -228,8 +297,16 @@ BAD_LINES = {
     "surrogate in a key": (b'{"\\udc00": 1}', "surrogate", "half a surrogate pair (0xdc00)"),
     "lists without end": (b"[" * 200_000, "not-json", "nested too deeply"),
     "deep": (b'{"a": ' * 5000 + b"1" + b"}" * 5000, "not-json", "nested too deeply"),
-    "a number of many digits": (b'{"a": ' + b"1" * 10_000 + b"}", "not-json", "not JSON (Exceeds the limit"),
-    "a key twice": (b'{"m": [{"role": 1, "x": 2, "role": 3}]}', "not-json", "key 'role' is given twice"),
+    "a number of many digits": (
+        b'{"a": ' + b"1" * 10_000 + b"}",
+        "not-json",
+        "not JSON (Exceeds the limit",
+    ),
+    "a key twice": (
+        b'{"m": [{"role": 1, "x": 2, "role": 3}]}',
+        "not-json",
+        "key 'role' is given twice",
+    ),
 }
 
 
@@ -247,11 +324,17 @@ def test_a_bad_line_is_one_fault_and_costs_no_other_row(tmp_path, name):
 
 
 @fuzzed
-@given(st.lists(st.one_of(st.sampled_from(ROWS), st.binary(max_size=30)), max_size=8), st.integers(0, 9), st.integers(1, 40))
+@given(
+    st.lists(st.one_of(st.sampled_from(ROWS), st.binary(max_size=30)), max_size=8),
+    st.integers(0, 9),
+    st.integers(1, 40),
+)
 def test_any_bytes_between_lines_cost_only_their_own_lines(tmp_path, lines, start, portion):
     junk = [line.replace(b"\n", b"") if isinstance(line, bytes) else line for line in lines]
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in junk))
+    path.write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in junk)
+    )
     source = in_portions(Source(Spec(str(path))), portion)
     found = read(source, start)
     for number, line in enumerate(junk, start=1):
@@ -261,18 +344,34 @@ def test_any_bytes_between_lines_cost_only_their_own_lines(tmp_path, lines, star
             assert found[number] == line
         else:
             assert isinstance(found[number], str | dict)  # a reason, or what json makes of it
-            assert isinstance(found[number], str) or found[number] == json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            assert isinstance(found[number], str) or found[number] == json.loads(
+                line.removeprefix(b"\xef\xbb\xbf")
+            )
 
 
 def in_portions(source, size):
-    """The same source, read `size` bytes at a time: a multi-byte character or an escape may lie across two reads."""
+    """The same source, read `size` bytes at a time: a multi-byte character or an escape may lie
+    across two reads.
+    """
     whole = source._chunks
-    source._chunks = lambda: (chunk[i : i + size] for chunk in whole() for i in range(0, len(chunk), size))
+    source._chunks = lambda: (
+        chunk[i : i + size] for chunk in whole() for i in range(0, len(chunk), size)
+    )
     return source
 
 
 BALANCED = st.sampled_from(
-    [b"{'a': 1}", b"{1: [}]", b'"\xff"', b'{"a": "\xff"}', b"[[[]]]", b"tru", b'{"a": "\\"}, {"}', b"{}{}", b'{"a": "x\ny"}']
+    [
+        b"{'a': 1}",
+        b"{1: [}]",
+        b'"\xff"',
+        b'{"a": "\xff"}',
+        b"[[[]]]",
+        b"tru",
+        b'{"a": "\\"}, {"}',
+        b"{}{}",
+        b'{"a": "x\ny"}',
+    ]
 )
 
 
@@ -283,7 +382,10 @@ BALANCED = st.sampled_from(
     st.integers(1, 60),
 )
 def test_a_bad_element_of_an_array_costs_no_other_row(tmp_path, elements, space, portion):
-    texts = [e if isinstance(e, bytes) else json.dumps(e, indent=len(space) or None).encode() for e in elements]
+    texts = [
+        e if isinstance(e, bytes) else json.dumps(e, indent=len(space) or None).encode()
+        for e in elements
+    ]
     path = tmp_path / "a.json"
     path.write_bytes(b"[" + space + (space + b"," + space).join(texts) + space + b"]" + space)
     found = read(in_portions(Source(Spec(str(path))), portion))
@@ -302,20 +404,31 @@ def test_an_array_that_is_cut_off_gives_the_rows_before_the_cut(tmp_path, cut, p
     path.write_bytes(json.dumps(ROWS[:9]).encode()[:cut])
     found = read(in_portions(Source(Spec(str(path))), portion))
     whole = len(found) - 1
-    assert found.pop(whole + 1) == "truncated-file" and found == dict(enumerate(ROWS[:whole], start=1))
-    ends = [len(json.dumps(ROWS[:n])) for n in range(1, 10)]  # one byte for the bracket, or the comma in its place
+    assert found.pop(whole + 1) == "truncated-file" and found == dict(
+        enumerate(ROWS[:whole], start=1)
+    )
+    # one byte for the bracket, or the comma in its place
+    ends = [len(json.dumps(ROWS[:n])) for n in range(1, 10)]
     assert whole == sum(end <= cut for end in ends)
 
 
 def test_text_behind_an_array_is_a_fault(tmp_path):
-    for text in (b'[{"a": 1},\n{"a": 2}]\n[{"a": 3}]', b'[{"a": 1}, {"a": 2}}, {"a": 3}]', b'[{"a": 1}, {"a": 2}] x'):
+    for text in (
+        b'[{"a": 1},\n{"a": 2}]\n[{"a": 3}]',
+        b'[{"a": 1}, {"a": 2}}, {"a": 3}]',
+        b'[{"a": 1}, {"a": 2}] x',
+    ):
         source = Source(parse_spec(write(tmp_path / "a.json", text)))
         assert read(source) == {1: {"a": 1}, 2: {"a": 2}, 3: "truncated-file"}
-        assert "row 3: this and all that follows cannot be read (text follows the end" in str([*source.rows()][-1][1])
+        assert "row 3: this and all that follows cannot be read (text follows the end" in str(
+            [*source.rows()][-1][1]
+        )
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_compressed_file_that_is_cut_off_or_damaged_gives_the_rows_before_and_one_fault(tmp_path, kind):
+def test_a_compressed_file_that_is_cut_off_or_damaged_gives_the_rows_before_and_one_fault(
+    tmp_path, kind
+):
     rows = [{"text": f"{i} {(i * 7919) % 10007}"} for i in range(20_000)]
     whole = gzip.compress(jsonl(rows)) if kind == "gz" else zstd(jsonl(rows))
     path = tmp_path / f"a.jsonl.{kind}"
@@ -335,7 +448,9 @@ def test_a_compressed_file_that_is_cut_off_or_damaged_gives_the_rows_before_and_
     )
     path.write_bytes(whole + b"junk at the end")
     found = read(source)
-    assert found.pop(len(found)) == "truncated-file" and found == dict(enumerate(rows[: len(found)], start=1))
+    assert found.pop(len(found)) == "truncated-file" and found == dict(
+        enumerate(rows[: len(found)], start=1)
+    )
     assert len(found) > 0.8 * len(rows)
 
 
@@ -372,7 +487,8 @@ def test_a_parquet_file_that_is_cut_off_or_damaged(tmp_path):
     source = Source(parse_spec(str(path)))
     found = read(source)
     assert found.pop(len(found)) == "truncated-file"
-    assert found == dict(enumerate(rows[: len(found)], start=1)) and len(found) >= 1900  # of 2000; less than a batch is lost
+    # of 2000; less than a batch is lost
+    assert found == dict(enumerate(rows[: len(found)], start=1)) and len(found) >= 1900
     assert read(source, 3000) == dict(enumerate(rows[3000:], start=3001))
     assert read(source, 2500) == {2501: "truncated-file"}
 
@@ -381,13 +497,20 @@ def test_a_string_in_parquet_that_is_not_utf8_costs_only_its_row(tmp_path):
     texts = pa.array([b"a", b"b\xff", b"c", None, b"e"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": texts, "n": pa.array(range(5))}), tmp_path / "a.parquet")
     found = read(Source(parse_spec(str(tmp_path / "a.parquet"))))
-    assert found == {1: {"text": "a", "n": 0}, 2: "not-utf-8", 3: {"text": "c", "n": 2}, 4: {"n": 3}, 5: {"text": "e", "n": 4}}
+    assert found == {
+        1: {"text": "a", "n": 0},
+        2: "not-utf-8",
+        3: {"text": "c", "n": 2},
+        4: {"n": 3},
+        5: {"text": "e", "n": 4},
+    }
 
 
 def test_keys_that_arrow_filled_with_none_are_taken_out_and_those_inside_json_are_not():
     row = {"a": None, "b": [{"c": None, "d": 0, "e": [None, "", False]}], "f": {}}
     assert decode(row, "") == {"b": [{"d": 0, "e": [None, "", False]}], "f": {}}
-    assert decode(json.dumps(row).encode(), "") == {"b": row["b"], "f": {}}  # a key of the row that is null says nothing
+    # a key of the row that is null says nothing
+    assert decode(json.dumps(row).encode(), "") == {"b": row["b"], "f": {}}
     assert math.isnan(decode(b'{"score": NaN}', "")["score"])  # which is refused where it is used
 
 
@@ -425,7 +548,9 @@ def test_memory_stays_flat_over_long_lines_and_large_files(tmp_path):
 
 def test_a_parquet_file_of_one_large_row_group_is_not_loaded_as_a_whole(tmp_path):
     texts = pa.array([f"{i}" * 500 for i in range(20_000)])
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    pq.write_table(
+        pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", use_dictionary=False
+    )
     del texts
     before, most = pa.total_allocated_bytes(), 0
     for _, _ in Source(parse_spec(str(tmp_path / "a.parquet"))).rows():
@@ -444,9 +569,15 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     write(other, jsonl(ROWS[:-1]))
     assert of(one) != of(other)
     write(tmp_path / "a.json", jsonl(ROWS)), write(tmp_path / "a.parquet", jsonl(ROWS))
-    assert of(tmp_path / "a.json") == of(one) != of(tmp_path / "a.parquet")  # the same bytes, read in another way
+    # the same bytes, read in another way
+    assert of(tmp_path / "a.json") == of(one) != of(tmp_path / "a.parquet")
     for name, rows in (("same", ROWS), ("less", ROWS[:-1])):
-        both = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:3])}
+        both = {
+            "train": datasets.Dataset.from_list(rows),
+            "test": datasets.Dataset.from_list(rows[:3]),
+        }
         datasets.DatasetDict(both).save_to_disk(tmp_path / name)
-    assert of(f"{tmp_path}/same:test") == of(f"{tmp_path}/less:test") != of(f"{tmp_path}/same:train")
+    assert (
+        of(f"{tmp_path}/same:test") == of(f"{tmp_path}/less:test") != of(f"{tmp_path}/same:train")
+    )
     assert of(f"{tmp_path}/same:train") != of(f"{tmp_path}/less:train")

@@ -1,4 +1,6 @@
-"""Loaders: what a step holds, states, faults, streaming sources, threads, evaluation. Orders: test_order_properties.py."""
+"""Loaders: what a step holds, states, faults, streaming sources, threads, evaluation. Orders:
+test_order_properties.py.
+"""
 
 import json
 import subprocess
@@ -26,23 +28,33 @@ SIZES = {"seq_len": 64, "global_batch_size": 8, "micro_batch_size": 2, "seed": 3
 
 
 def loader(data_rank=0, data_size=1, sources=None, **changes):
-    return TrainLoader(sources or [Listed(SAMPLES)], data_rank=data_rank, data_size=data_size, **SIZES | changes)
+    return TrainLoader(
+        sources or [Listed(SAMPLES)], data_rank=data_rank, data_size=data_size, **SIZES | changes
+    )
 
 
 def streamed(data_rank=0, data_size=1, sources=None, **changes):
     sources = sources or [Read([[sample] for sample in SAMPLES])]
-    return StreamLoader(sources, data_rank=data_rank, data_size=data_size, **SIZES | {"buffer": 20} | changes)
+    return StreamLoader(
+        sources, data_rank=data_rank, data_size=data_size, **SIZES | {"buffer": 20} | changes
+    )
 
 
 def ids(loaders, steps):
     """Sample ids of each step, over all ranks."""
-    return [[name for step in each for name in step.sample_ids] for each in islice(zip(*loaders, strict=True), steps)]
+    return [
+        [name for step in each for name in step.sample_ids]
+        for each in islice(zip(*loaders, strict=True), steps)
+    ]
 
 
 def held(batches):
     """Ids of the samples in some batches, from their tokens."""
     tokens = [batch.tokens[: int(batch.cu_seqlens[-1])] for batch in batches]
-    return [f"s:{int(token) - 1000}" for token in torch.cat([torch.zeros(0, dtype=torch.int64), *tokens]).unique()]
+    return [
+        f"s:{int(token) - 1000}"
+        for token in torch.cat([torch.zeros(0, dtype=torch.int64), *tokens]).unique()
+    ]
 
 
 # ---------------------------------------------------------------- steps
@@ -64,7 +76,8 @@ def test_every_sample_comes_exactly_once_an_epoch_although_rows_do_not_divide():
     for epoch in range(3):
         steps = [next(stream) for _ in range(stream.steps_in_epoch(epoch))]
         assert {step.epoch for step in steps} == {epoch}
-        assert any(batch.max_seqlen == 0 for batch in steps[-1].microbatches)  # the last batch was filled up
+        # the last batch was filled up
+        assert any(batch.max_seqlen == 0 for batch in steps[-1].microbatches)
         orders.append([name for step in steps for name in step.sample_ids])
         assert sorted(orders[-1]) == sorted(sample.id for sample in SAMPLES)
     assert len({tuple(order) for order in orders}) == 3
@@ -119,20 +132,30 @@ def test_a_row_costs_what_its_documents_do_and_the_rows_of_a_step_stay_the_same(
         assert Counter(name for step in steps for name in step.sample_ids) == expected
         longest = [[batch.max_seqlen for batch in step.microbatches] for step in steps]
         pairs = sorted((cost for pair in zip(*longest, strict=True) for cost in pair), reverse=True)
-        assert [n for pair in zip(*longest, strict=True) for n in sorted(pair, reverse=True)] == pairs  # like beside like
+        # like beside like
+        assert [
+            n for pair in zip(*longest, strict=True) for n in sorted(pair, reverse=True)
+        ] == pairs
     assert {n for lengths in seen for n in lengths} <= set(length.values())
     assert all(0 < sum(lengths) <= 64 for lengths in seen)
 
 
 def test_packing_none_gives_rows_of_one_sample():
     stream = loader(packing="none", seq_len=32)
-    documents = [len(b.cu_seqlens) - 1 for _ in range(stream.steps_in_epoch(0)) for b in next(stream).microbatches]
+    documents = [
+        len(b.cu_seqlens) - 1
+        for _ in range(stream.steps_in_epoch(0))
+        for b in next(stream).microbatches
+    ]
     assert sum(documents) == 97 and max(documents) == 2
     assert stream.steps_in_epoch(0) == -(-97 // 8)
 
 
 def test_epochs_are_counted_for_each_source():
-    sources = [Listed(SAMPLES[:40], weight=2.0, name="a"), Listed(SAMPLES[40:], weight=0.5, name="b")]
+    sources = [
+        Listed(SAMPLES[:40], weight=2.0, name="a"),
+        Listed(SAMPLES[40:], weight=0.5, name="b"),
+    ]
     stream = loader(sources=sources)
     assert stream.source_epochs(stream.state_dict()) == {"a": 0.0, "b": 0.0}
     for _ in range(stream.steps_in_epoch(0)):
@@ -144,7 +167,11 @@ def test_epochs_are_counted_for_each_source():
 
 
 def test_sizes_that_do_not_divide_and_no_samples_are_refused_with_a_remedy():
-    with pytest.raises(InputError, match=r"global-batch-size \(10\) must divide by .*\(2\) .* ranks \(4\); set it to 16"):
+    with pytest.raises(
+        InputError,
+        match=r"global-batch-size \(10\) must divide by .*\(2\) .* "
+        r"ranks \(4\); set it to 16",
+    ):
         loader(data_size=4, global_batch_size=10)
     for none in ([Listed([])], [Listed(SAMPLES), Listed([])]):
         with pytest.raises(InputError, match=r"--data\.train has no samples"):
@@ -175,8 +202,16 @@ def test_the_state_is_plain_small_and_begins_an_epoch_at_its_first_row():
 @pytest.mark.parametrize(
     "change, numbers",
     [
-        ({"sources": [Listed(SAMPLES[:-1])]}, r"96 samples \(digest \w+\) at weight 1 .* then, 97 samples"),
-        ({"sources": [Listed(SAMPLES[::-1])]}, r"97 samples \(digest \w+\) at weight 1 .* then, 97 samples"),
+        (
+            {"sources": [Listed(SAMPLES[:-1])]},
+            r"96 samples \(digest \w+\) at weight 1 .* then, 97 "
+            r"samples",
+        ),
+        (
+            {"sources": [Listed(SAMPLES[::-1])]},
+            r"97 samples \(digest \w+\) at weight 1 .* then, 97 "
+            r"samples",
+        ),
         ({"sources": [Listed(SAMPLES, weight=2.0)]}, "at weight 2 .* then, .* at weight 1 "),
         ({"sources": [Listed(SAMPLES), Listed(SAMPLES)]}, r"\+ 97 samples .* then, 97 samples"),
         ({"seq_len": 65}, "--data.seq-len 65,.* then, .*--data.seq-len 64,"),
@@ -186,7 +221,9 @@ def test_the_state_is_plain_small_and_begins_an_epoch_at_its_first_row():
     ],
 )
 def test_a_state_of_other_data_or_of_another_order_is_refused(change, numbers):
-    with pytest.raises(InputError, match=f"training data changed since the checkpoint: .*{numbers}"):
+    with pytest.raises(
+        InputError, match=f"training data changed since the checkpoint: .*{numbers}"
+    ):
         loader().load_state_dict(loader(**change).state_dict())
 
 
@@ -200,7 +237,12 @@ def test_a_continuation_may_change_the_size_of_a_step():
     before = ids([stream], 1)[0]
     more = loader(global_batch_size=16)
     more.load_state_dict(stream.state_dict())
-    rest = [name for step in range(more.steps_in_epoch(0)) for name in next(more).sample_ids if more.taken[0] <= 97]
+    rest = [
+        name
+        for step in range(more.steps_in_epoch(0))
+        for name in next(more).sample_ids
+        if more.taken[0] <= 97
+    ]
     assert sorted(before + rest) == sorted(sample.id for sample in SAMPLES)
 
 
@@ -223,10 +265,16 @@ def test_a_stream_begins_again_and_its_sources_are_mixed_by_weight():
     steps = [next(stream) for _ in range(30)]
     drawn = [name for step in steps for name in step.sample_ids]
     assert Counter(name[0] for name in drawn) == {"a": 160, "b": 80}
-    assert all(Counter(name[0] for name in drawn[i : i + 3]) == {"a": 2, "b": 1} for i in range(0, 240, 3))
-    assert [set(Counter(name for name in drawn if name[0] == k).values()) for k in "ab"] == [{5, 6}, {2}]
+    assert all(
+        Counter(name[0] for name in drawn[i : i + 3]) == {"a": 2, "b": 1} for i in range(0, 240, 3)
+    )
+    assert [set(Counter(name for name in drawn if name[0] == k).values()) for k in "ab"] == [
+        {5, 6},
+        {2},
+    ]
     epochs = [step.epoch for step in steps]
-    assert epochs == sorted(epochs) and set(epochs) == {0, 1}  # b has ended once when 120 samples are drawn
+    # b has ended once when 120 samples are drawn
+    assert epochs == sorted(epochs) and set(epochs) == {0, 1}
     assert 120 <= 8 * epochs.index(1) <= 120 + 8
     assert stream.source_epochs(stream.state_dict()) == {"a": 160 / 30, "b": 2.0}
 
@@ -245,7 +293,9 @@ def test_a_stream_continues_where_it_was_also_within_a_row_of_several_samples():
         for one, other in zip(step.microbatches, steps[done + 1].microbatches, strict=True):
             assert all(
                 torch.equal(a, b)
-                for a, b in zip(one.model_inputs().values(), other.model_inputs().values(), strict=True)
+                for a, b in zip(
+                    one.model_inputs().values(), other.model_inputs().values(), strict=True
+                )
                 if isinstance(a, torch.Tensor)
             )
 
@@ -268,14 +318,20 @@ def test_a_stream_that_changed_or_is_empty_is_refused():
         state = next(stream).state
     again = streamed(sources=[Read([[sample] for sample in SAMPLES[:5]])])
     again.load_state_dict(state)
-    with pytest.raises(InputError, match=r"changed since the checkpoint: s has no sample \d+/0 now"):
+    with pytest.raises(
+        InputError, match=r"changed since the checkpoint: s has no sample \d+/0 now"
+    ):
         next(again)
     wide, narrow = ([[sample] for sample in numbered([n] * 100)] for n in (60, 5))
     again = streamed(sources=[Read(narrow)])
     wider = streamed(sources=[Read(wide)])
     next(wider)
     again.load_state_dict(next(wider).state)
-    with pytest.raises(InputError, match=r"changed since the checkpoint: 16 rows are done of a window that has 1 now"):
+    with pytest.raises(
+        InputError,
+        match=r"changed since the checkpoint: 16 rows are done of a "
+        r"window that has 1 now",
+    ):
         next(again)
     with pytest.raises(InputError, match=r"s streamed at weight 1 .* then, t streamed"):
         streamed(sources=[Read([[SAMPLES[0]]], name="t")]).load_state_dict(state)
@@ -324,9 +380,16 @@ def test_threads_change_neither_steps_nor_states(workers, make):
     assert beside.state_dict() == straight.state_dict()
     for _ in range(12):
         ours, theirs = next(beside), next(straight)
-        assert (ours.sample_ids, ours.epoch, ours.state) == (theirs.sample_ids, theirs.epoch, theirs.state)
+        assert (ours.sample_ids, ours.epoch, ours.state) == (
+            theirs.sample_ids,
+            theirs.epoch,
+            theirs.state,
+        )
         assert beside.state_dict() == straight.state_dict()  # not that of what is prepared already
-        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(ours.microbatches, theirs.microbatches, strict=True))
+        assert all(
+            torch.equal(a.tokens, b.tokens)
+            for a, b in zip(ours.microbatches, theirs.microbatches, strict=True)
+        )
 
 
 def test_steps_keep_their_order_although_later_ones_are_ready_first():
@@ -407,10 +470,14 @@ def test_the_wait_for_a_step_is_measured():
 
 
 def test_steps_for_a_gpu_are_pinned_by_a_thread_that_belongs_to_it(monkeypatch):
-    """Pinned in a thread whose device is the default, rank 3's memory would need a context on GPU 0."""
+    """Pinned in a thread whose device is the default, rank 3's memory would need a context on GPU
+    0.
+    """
     device, pinned = threading.local(), []
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: setattr(device, "chosen", chosen))
-    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append((device.chosen, batch)) or batch)
+    monkeypatch.setattr(
+        Batch, "pin_memory", lambda batch: pinned.append((device.chosen, batch)) or batch
+    )
     beside = Background(loader(), 2, torch.device("cuda", 3))
     batches = [batch for _ in range(3) for batch in next(beside).microbatches]
     beside.close()
@@ -441,7 +508,9 @@ class Late(TrainLoader):
 next(Background(Late([Listed(SAMPLES)], data_rank=0, data_size=1, **SIZES), 32))
 print("over", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.partition("over")[2].count("plan") < 20
 
@@ -451,8 +520,15 @@ print("over", flush=True)
 
 @pytest.mark.parametrize("data_size", [1, 2, 4, 64])
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_evaluation_holds_every_sample_once_and_gives_ranks_equally_many_batches(data_size, micro_batch_size):
-    sizes = {"seq_len": 64, "micro_batch_size": micro_batch_size, "data_size": data_size, "pad_token_id": 0}
+def test_evaluation_holds_every_sample_once_and_gives_ranks_equally_many_batches(
+    data_size, micro_batch_size
+):
+    sizes = {
+        "seq_len": 64,
+        "micro_batch_size": micro_batch_size,
+        "data_size": data_size,
+        "pad_token_id": 0,
+    }
     sources = [Listed(SAMPLES[:30], weight=2.0), Listed(SAMPLES[30:])]
     ranks = [EvalSet(sources, data_rank=rank, **sizes) for rank in range(data_size)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -466,9 +542,17 @@ def test_evaluation_holds_every_sample_once_and_gives_ranks_equally_many_batches
 
 def test_evaluation_reads_a_sample_only_when_its_batch_is_asked_for():
     sources = [Listed(SAMPLES)]
-    sizes = {"seq_len": 64, "micro_batch_size": 2, "data_rank": 0, "data_size": 1, "pad_token_id": 0}
+    sizes = {
+        "seq_len": 64,
+        "micro_batch_size": 2,
+        "data_rank": 0,
+        "data_size": 1,
+        "pad_token_id": 0,
+    }
     batches = EvalSet(sources, **sizes)
-    assert torch.equal(batches[1].tokens, list(batches)[1].tokens) and torch.equal(batches[-1].tokens, list(batches)[-1].tokens)
+    assert torch.equal(batches[1].tokens, list(batches)[1].tokens) and torch.equal(
+        batches[-1].tokens, list(batches)[-1].tokens
+    )
     with pytest.raises(IndexError):
         batches[len(batches)]
     sources[0].samples[:] = [None] * 97

@@ -1,6 +1,9 @@
-"""What is trained of a conversation in one text: masks by hand, tokens across a boundary, BOS, and what is refused.
+# ruff: noqa: E501 (a template stands as it is published)
+"""What is trained of a conversation in one text: masks by hand, tokens across a boundary, BOS, and
+what is refused.
 
-Conversations with tools, with reasoning, or split by turn: `test_golden.py`, `test_template_properties.py`.
+Conversations with tools, with reasoning, or split by turn: `test_golden.py`,
+`test_template_properties.py`.
 """
 
 import json
@@ -20,10 +23,13 @@ from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer, Sample
 from torchsft.data.tokenizer import load_tokenizer
 
-# The text that each template must produce, written by hand; what is trained of it stands between [[ and ]].
+# The text that each template must produce, written by hand; what is trained of it stands between [[
+# and ]].
 CHATML_TEXT = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    "[[Hello you.<|im_end|>]]\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n[[Bye.<|im_end|>]]\n"
+    "<|im_start|>system\nBe "
+    "brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    "[[Hello you.<|im_end|>]]\n<|im_start|>user\nAnd "
+    "now?<|im_end|>\n<|im_start|>assistant\n[[Bye.<|im_end|>]]\n"
 )
 LLAMA3_TEXT = (
     "<bos><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
@@ -32,21 +38,28 @@ LLAMA3_TEXT = (
     "<|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[Bye.<|eot_id|>]]"
 )
-DEEPSEEK_TEXT = "<bos>Be brief.<|User|>Hi<|Assistant|>[[Hello you.<eos>]]<|User|>And now?<|Assistant|>[[Bye.<eos>]]"
+DEEPSEEK_TEXT = (
+    "<bos>Be brief.<|User|>Hi<|Assistant|>[[Hello you.<eos>]]<|User|>And "
+    "now?<|Assistant|>[[Bye.<eos>]]"
+)
 GOLDEN = {
     "chatml": (chat.CHATML, CHATML_TEXT),
     "chatml, generation block": (chat.CHATML_GENERATION, CHATML_TEXT),
     "chatml, block without end of turn": (chat.CHATML_GENERATION_WITHOUT_END, CHATML_TEXT),
     "chatml, block with the newline": (chat.CHATML_GENERATION_WITH_NEWLINE, CHATML_TEXT),
     "chatml, block with the header": (chat.CHATML_GENERATION_WITH_HEADER, CHATML_TEXT),
-    "chatml, generation prompt unknown": (chat.CHATML.split("{% if add_generation_prompt")[0], CHATML_TEXT),
+    "chatml, generation prompt unknown": (
+        chat.CHATML.split("{% if add_generation_prompt")[0],
+        CHATML_TEXT,
+    ),
     "llama 3": (chat.LLAMA3, LLAMA3_TEXT),
     "llama 3, generation block": (chat.LLAMA3_GENERATION, LLAMA3_TEXT),
     "deepseek v3": (chat.DEEPSEEK_V3, DEEPSEEK_TEXT),
     "deepseek v3, generation block": (chat.DEEPSEEK_V3_GENERATION, DEEPSEEK_TEXT),
     "mistral": (
         chat.MISTRAL,
-        "<bos>[INST] Be brief.\n\nHi [/INST][[ Hello you. <eos>]][INST] And now? [/INST][[ Bye. <eos>]]",
+        "<bos>[INST] Be brief.\n\nHi [/INST][[ Hello you. <eos>]][INST] And now? [/INST][[ Bye. "
+        "<eos>]]",
     ),
     "phi 3": (chat.PHI3, CHATML_TEXT + "<eos>"),
 }
@@ -55,7 +68,9 @@ EVERY_TEMPLATE = {name: template for name, (template, _) in GOLDEN.items()}
 
 
 def golden(tokenizer, text: str) -> tuple[list[int], list[float]]:
-    """Ids and weights of an annotated text; the word tokenizer makes the same tokens of the parts as of the whole."""
+    """Ids and weights of an annotated text; the word tokenizer makes the same tokens of the parts
+    as of the whole.
+    """
     ids, weights = [], []
     for i, part in enumerate(re.split(r"\[\[|\]\]", text)):
         part_ids = tokenizer(part, add_special_tokens=False).input_ids
@@ -101,7 +116,9 @@ def test_a_trailing_user_turn_is_not_trained_and_the_answer_before_it_is():
 
 def test_a_word_of_the_answer_in_header_and_question_is_not_trained_there():
     tokenizer = word_tokenizer(chat.CHATML, "system user assistant\n")
-    sample = tokenize(conversation("assistant", "assistant", "user", "user"), tokenizer, "assistant")
+    sample = tokenize(
+        conversation("assistant", "assistant", "user", "user"), tokenizer, "assistant"
+    )
     _, weights = golden(
         tokenizer,
         "<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\n[[assistant<|im_end|>]]\n"
@@ -114,7 +131,9 @@ def test_generation_blocks_agree_with_the_mask_of_transformers():
     tokenizer = byte_tokenizer(chat.LLAMA3_GENERATION)
     talk = conversation("hello", "the answer is you", "and?", "me", system="be")
     sample = tokenize(talk, tokenizer, "assistant")
-    reference = tokenizer.apply_chat_template(talk.messages, return_dict=True, return_assistant_tokens_mask=True)
+    reference = tokenizer.apply_chat_template(
+        talk.messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     assert sample.tokens.tolist() == reference["input_ids"]
     assert sample.weights.tolist() == reference["assistant_masks"]
 
@@ -175,29 +194,45 @@ def test_answer_prompts_gives_each_answer_with_all_that_precedes_it():
 @pytest.mark.parametrize("answer", ["\nhello", "\n\n", " hello", "hello\n", "\n"])
 def test_no_token_joins_header_and_answer(answer, trim_offsets):
     tokenizer = byte_tokenizer(chat.CHATML, trim_offsets=trim_offsets)
-    [(prompt, target)] = answer_prompts(tokenize(conversation("hello", answer), tokenizer, "assistant"))
+    [(prompt, target)] = answer_prompts(
+        tokenize(conversation("hello", answer), tokenizer, "assistant")
+    )
     assert tokenizer.decode(prompt).endswith("assistant\n")
     assert tokenizer.decode(target) == answer + "<|im_end|>"
 
 
 def test_a_space_before_the_answer_that_belongs_to_the_header_is_not_trained():
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    )
     template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = byte_tokenizer(template)
-    assert " hello" in [tokenizer.decode(i) for i in tokenizer("assistant: hello").input_ids]  # joined, left to itself
-    [(prompt, target)] = answer_prompts(tokenize(conversation("you", "hello"), tokenizer, "assistant"))
-    assert (tokenizer.decode(prompt), tokenizer.decode(target)) == ("user: you<eos>assistant: ", "hello<eos>")
+    # joined, left to itself
+    assert " hello" in [tokenizer.decode(i) for i in tokenizer("assistant: hello").input_ids]
+    [(prompt, target)] = answer_prompts(
+        tokenize(conversation("you", "hello"), tokenizer, "assistant")
+    )
+    assert (tokenizer.decode(prompt), tokenizer.decode(target)) == (
+        "user: you<eos>assistant: ",
+        "hello<eos>",
+    )
 
 
 def test_a_tokenizer_that_changes_the_text_when_split_is_refused():
     vocabulary = ["<unk>", *chat.SPECIAL, "▁user:hi", "▁assistant:yes", "▁assistant:", "▁yes"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     tokenizer.add_special_tokens(chat.SPECIAL)
     template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    with pytest.raises(InputError, match=r"chat\.jsonl:7: a token reaches from the prompt into an assistant turn"):
+    with pytest.raises(
+        InputError,
+        match=r"chat\.jsonl:7: a token reaches from the prompt into an "
+        r"assistant turn",
+    ):
         tokenize(conversation("hi", "yes"), chat.wrap(tokenizer, template), "assistant")
 
 
@@ -206,13 +241,20 @@ def test_a_tokenizer_that_changes_the_text_when_split_is_refused():
 
 @pytest.mark.parametrize("system", [None, "be"])
 @pytest.mark.parametrize("mask", ["assistant", "all"])
-@pytest.mark.parametrize("template", [chat.DEEPSEEK_V3, chat.CHATML], ids=["template writes it", "template does not"])
-def test_a_conversation_has_the_bos_of_its_template_whatever_the_tokenizer_adds(template, mask, system):
+@pytest.mark.parametrize(
+    "template", [chat.DEEPSEEK_V3, chat.CHATML], ids=["template writes it", "template does not"]
+)
+def test_a_conversation_has_the_bos_of_its_template_whatever_the_tokenizer_adds(
+    template, mask, system
+):
     tokenizer = byte_tokenizer(template, add_bos=True)
     assert tokenizer("hello").input_ids[0] == tokenizer.bos_token_id
     talk = conversation("hello", "you", system=system)
     sample = tokenize(talk, tokenizer, mask)
-    assert sample.tokens.tolist() == tokenizer.apply_chat_template(talk.messages, return_dict=True)["input_ids"]
+    assert (
+        sample.tokens.tolist()
+        == tokenizer.apply_chat_template(talk.messages, return_dict=True)["input_ids"]
+    )
     assert sample.weights[0] == 0
     if mask == "assistant":
         assert tokenizer.decode(sample.tokens[sample.weights > 0]).startswith("you<")
@@ -220,15 +262,21 @@ def test_a_conversation_has_the_bos_of_its_template_whatever_the_tokenizer_adds(
 
 def test_no_bos_where_neither_template_nor_tokenizer_writes_one():
     tokenizer = byte_tokenizer(chat.CHATML)
-    assert tokenizer.bos_token_id not in tokenize(conversation("hello", "you"), tokenizer, "assistant").tokens
+    assert (
+        tokenizer.bos_token_id
+        not in tokenize(conversation("hello", "you"), tokenizer, "assistant").tokens
+    )
 
 
 def test_two_bos_from_the_template_are_refused():
     with pytest.raises(InputError, match=r"chat\.jsonl:7: the text begins with two BOS tokens"):
-        tokenize(conversation("a", "b"), byte_tokenizer("{{ bos_token }}" + chat.LLAMA3), "assistant")
+        tokenize(
+            conversation("a", "b"), byte_tokenizer("{{ bos_token }}" + chat.LLAMA3), "assistant"
+        )
 
 
-# ---------------------------------------------------------------- reasoning, and templates that rewrite
+# ---------------------------------------------------------------- reasoning, and templates that
+# rewrite
 
 
 def targets(tokenizer, encoded):
@@ -247,22 +295,29 @@ def test_reasoning_that_a_template_cuts_out_with_nothing_to_open_it_is_refused_o
     template = chat.DEEPSEEK_R1.replace("<think>\n", "")
     found = fault(talk, template)
     assert found.reason == "reasoning-lost"
-    assert str(found).startswith("chat.jsonl:7: message 2: the chat template leaves out or changes its reasoning ('the');")
+    assert str(found).startswith(
+        "chat.jsonl:7: message 2: the chat template leaves out or changes its reasoning ('the');"
+    )
     tokenizer = byte_tokenizer(template)
     assert targets(tokenizer, encode(talk, tokenizer, reasoning="mask")) == ["answer<eos>"]
 
 
 @pytest.mark.parametrize("template", [chat.KEEPS_LAST_REASONING, chat.QWEN3, chat.QWEN3_GENERATION])
-def test_history_without_reasoning_gives_each_answer_a_sample_with_the_context_of_inference(template):
+def test_history_without_reasoning_gives_each_answer_a_sample_with_the_context_of_inference(
+    template,
+):
     tokenizer = byte_tokenizer(template)
     talk = conversation("hi", "<think>\nthe\n</think>answer", "and", "<think>\nme\n</think>\n\nyou")
     first, second = encode(talk, tokenizer).samples
     assert tokenize(talk, tokenizer, "last-turn").tokens.tolist() == second[0].tolist()
     for (ids, weights), answer in zip((first, second), (1, 3), strict=True):
         [(prompt, target)] = answer_prompts(Sample("a", ids, weights))
-        rendered = tokenizer.apply_chat_template(talk.messages[:answer], add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            talk.messages[:answer], add_generation_prompt=True, tokenize=False
+        )
         assert tokenizer.decode(prompt) == rendered
-        # What the generation prompt already says is not trained: "<think>\n" of the R1-like template.
+        # What the generation prompt already says is not trained: "<think>\n" of the R1-like
+        # template.
         opened = template == chat.KEEPS_LAST_REASONING
         assert rendered.endswith("<think>\n") == opened
         text = talk.messages[answer]["content"].removeprefix("<think>\n" if opened else "")
@@ -270,7 +325,9 @@ def test_history_without_reasoning_gives_each_answer_a_sample_with_the_context_o
 
 
 def test_reasoning_that_the_generation_prompt_opens_is_trained_behind_that_opening():
-    """The template keeps contents as they are: only the conversation itself shows that the prompt is a prefix."""
+    """The template keeps contents as they are: only the conversation itself shows that the prompt
+    is a prefix.
+    """
     tokenizer = byte_tokenizer(chat.DEEPSEEK_R1.replace(".split('</think>')[-1]", ""))
     found = encode(conversation("hi", "<think>\nme\n</think>you"), tokenizer)
     assert (targets(tokenizer, found), found.notes) == (["me\n</think>you<eos>"], ())
@@ -282,53 +339,90 @@ def test_an_answer_without_reasoning_closes_the_block_that_its_prompt_opens():
     found = encode(talk, tokenizer)
     assert targets(tokenizer, found) == ["\n</think>\n\n the answer<eos>", "\n</think>\n\nyou<eos>"]
     assert found.notes == ("split-by-turn", "closed-reasoning")
-    assert targets(tokenizer, encode(talk, tokenizer, reasoning="mask")) == [" the answer<eos>", "you<eos>"]
+    assert targets(tokenizer, encode(talk, tokenizer, reasoning="mask")) == [
+        " the answer<eos>",
+        "you<eos>",
+    ]
 
 
 def test_reasoning_that_the_template_writes_in_another_way_than_its_prompt_opens_it_follows_the_prompt():
-    writes = "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m['content']"
-    tokenizer = byte_tokenizer(chat.DEEPSEEK_R1.replace("m['content'].split('</think>')[-1]", writes))
+    writes = (
+        "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + "
+        "m['content']"
+    )
+    tokenizer = byte_tokenizer(
+        chat.DEEPSEEK_R1.replace("m['content'].split('</think>')[-1]", writes)
+    )
     messages = conversation("hi", "you").messages
     messages[1]["reasoning_content"] = "me"
     found = encode(Conversation("a:1", messages), tokenizer)
-    assert (targets(tokenizer, found), found.notes) == (["me\n</think>\n\nyou<eos>"], ("closed-reasoning",))
+    assert (targets(tokenizer, found), found.notes) == (
+        ["me\n</think>\n\nyou<eos>"],
+        ("closed-reasoning",),
+    )
 
 
 @pytest.mark.parametrize("block", ["<think></think>", "</think>"])
-def test_reasoning_is_not_written_into_a_content_before_which_the_template_writes_its_own_block(block):
-    template = chat.CHATML.replace("m['content'] +", f"('{block}' if m['role'] == 'assistant' else '') + m['content'] +")
-    assert fault(conversation("hi", "<think>\nme\n</think>\n\nyou"), template).reason == "reasoning-lost"
+def test_reasoning_is_not_written_into_a_content_before_which_the_template_writes_its_own_block(
+    block,
+):
+    template = chat.CHATML.replace(
+        "m['content'] +", f"('{block}' if m['role'] == 'assistant' else '') + m['content'] +"
+    )
+    assert (
+        fault(conversation("hi", "<think>\nme\n</think>\n\nyou"), template).reason
+        == "reasoning-lost"
+    )
 
 
 @pytest.mark.parametrize("block", ["<think>\n", "<think>\n\n</think>\n\n"])
 def test_reasoning_that_a_block_of_the_template_stands_for_follows_the_prompt_that_opens_it(block):
     """The rendering begins with the prompt, yet has no reasoning."""
-    template = chat.DEEPSEEK_R1.replace("'<|Assistant|>' + m['content']", f"'<|Assistant|>{block}' + m['content']")
+    template = chat.DEEPSEEK_R1.replace(
+        "'<|Assistant|>' + m['content']", f"'<|Assistant|>{block}' + m['content']"
+    )
     tokenizer = byte_tokenizer(template)
     found = encode(conversation("hi", "<think>\nme\n</think>\n\nyou"), tokenizer)
-    assert (targets(tokenizer, found), found.notes) == (["me\n</think>\n\nyou<eos>"], ("closed-reasoning",))
+    assert (targets(tokenizer, found), found.notes) == (
+        ["me\n</think>\n\nyou<eos>"],
+        ("closed-reasoning",),
+    )
 
 
 def test_the_refusals_of_a_prompt_and_of_an_end_show_where():
     template = chat.CHATML.replace("assistant\n' }}{% endif", "assistant:' }}{% endif")
-    assert r"the turn ('\nhello<|im_end|>\n') in another way than its generation prompt (':')" in str(
-        fault(conversation("hi", "hello"), template)
+    assert (
+        r"the turn ('\nhello<|im_end|>\n') in another way than its generation prompt (':')"
+        in str(fault(conversation("hi", "hello"), template))
     )
     template = chat.CHATML.replace("<|im_end|>", "")
-    assert "such as the token with which the next turn begins" in str(fault(conversation("hi", "hello"), template))
+    assert "such as the token with which the next turn begins" in str(
+        fault(conversation("hi", "hello"), template)
+    )
 
 
 def test_a_template_that_trims_trains_the_trimmed_answer_also_with_reasoning():
-    tokenizer = byte_tokenizer(chat.QWEN3.replace("m['content'] if m['role']", "m['content'] | trim if m['role']"))
-    sample = tokenize(conversation(" hi ", " \n<think>\nme\n</think>you \n"), tokenizer, "assistant")
-    assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "<think>\nme\n</think>you<|im_end|>"
-    sample = tokenize(conversation(" hi ", " \n<think>\nme\n</think>you \n"), tokenizer, reasoning="mask")
+    tokenizer = byte_tokenizer(
+        chat.QWEN3.replace("m['content'] if m['role']", "m['content'] | trim if m['role']")
+    )
+    sample = tokenize(
+        conversation(" hi ", " \n<think>\nme\n</think>you \n"), tokenizer, "assistant"
+    )
+    assert (
+        tokenizer.decode(sample.tokens[sample.weights > 0]) == "<think>\nme\n</think>you<|im_end|>"
+    )
+    sample = tokenize(
+        conversation(" hi ", " \n<think>\nme\n</think>you \n"), tokenizer, reasoning="mask"
+    )
     assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "you<|im_end|>"
 
 
 def test_an_end_of_turn_that_only_the_last_answer_has_splits_the_conversation():
     tokenizer = byte_tokenizer(
-        chat.CHATML.replace("<|im_end|>\n' }}", "' + ('<|im_end|>' if loop.last or m['role'] == 'user' else '\n') }}")
+        chat.CHATML.replace(
+            "<|im_end|>\n' }}",
+            "' + ('<|im_end|>' if loop.last or m['role'] == 'user' else '\n') }}",
+        )
     )
     found = encode(conversation("hi", "hello", "and", "you"), tokenizer)
     assert targets(tokenizer, found) == ["hello<|im_end|>", "you<|im_end|>"]
@@ -341,9 +435,11 @@ def test_an_end_of_turn_that_only_the_last_answer_has_splits_the_conversation():
         (chat.CHATML.replace("<|im_end|>", "### end"), "no-end-of-turn"),
         (chat.CHATML.replace("m['content']", "m['content'] | upper"), "text-lost"),
         (chat.CHATML.replace("m['content']", "''"), "text-lost"),
-        (chat.CHATML_GENERATION.replace("{% generation %}", "{% generation %}{% endgeneration %}{% if 1 %}").replace(
+        (chat.CHATML_GENERATION.replace("{% generation %}", "{% generation %}{% endgeneration %}{% "
+                                                            "if 1 %}").replace(
             "'<|im_end|>' }}{% endgeneration %}", "'<|im_end|>' }}{% endif %}"), "generation-blocks"),
-        (chat.CHATML_GENERATION.replace("{% generation %}{{ m['content'] +", "{{ m['content'] }}{% generation %}{{"),
+        (chat.CHATML_GENERATION.replace("{% generation %}{{ m['content'] +", "{{ m['content'] }}{% "
+                                                                             "generation %}{{"),
             "generation-blocks"),
         (chat.CHATML.replace("assistant\n' }}{% endif", "assistant:' }}{% endif"), "not-prefix-stable"),
         ("{{ raise_exception('no system turns, please') }}", "template"),
@@ -363,7 +459,8 @@ def test_an_unusable_template_is_refused_and_the_conversation_named(template, re
 @pytest.mark.parametrize(
     "template, calls, reason",
     [
-        (chat.CHATML.replace("m['content']", "(m['content'] or '')"), [call("add", {"a": 1})], "text-lost"),  # knows no calls
+        # knows no calls
+        (chat.CHATML.replace("m['content']", "(m['content'] or '')"), [call("add", {"a": 1})], "text-lost"),
         (chat.QWEN3_TOOLS.replace("call.function.arguments | tojson", "'{}'").replace("is string", "is number"),
             [call("add", {"a": {"b": ["deep"]}})], "text-lost"),
         (chat.LLAMA31, [call("add", "{not JSON")], "tool-arguments"),
@@ -372,17 +469,28 @@ def test_an_unusable_template_is_refused_and_the_conversation_named(template, re
     ],
 )  # fmt: skip
 def test_tool_calls_that_do_not_come_out_are_refused(template, calls, reason):
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
     assert fault(Conversation("a:1", messages), template).reason == reason
 
 
 @pytest.mark.parametrize("template", [chat.QWEN3_TOOLS, chat.LLAMA31, chat.DEEPSEEK_V31])
-@pytest.mark.parametrize("arguments", [{"a": 'é "x"\n', "n": 1.5}, '{"a": "é \\"x\\"\\n", "n": 1.5}'])
+@pytest.mark.parametrize(
+    "arguments", [{"a": 'é "x"\n', "n": 1.5}, '{"a": "é \\"x\\"\\n", "n": 1.5}']
+)
 def test_arguments_are_the_same_as_an_object_and_as_json(template, arguments):
     tokenizer = byte_tokenizer(template)
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call("add", arguments)]}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [call("add", arguments)]},
+    ]
     [found] = targets(tokenizer, encode(Conversation("a:1", messages), tokenizer, reasoning="mask"))
-    assert json.loads(found[found.index('{"a"') : found.index("1.5}") + 4]) == {"a": 'é "x"\n', "n": 1.5}
+    assert json.loads(found[found.index('{"a"') : found.index("1.5}") + 4]) == {
+        "a": 'é "x"\n',
+        "n": 1.5,
+    }
 
 
 def called(arguments, content=None, reasoning=None):
@@ -398,7 +506,8 @@ def called(arguments, content=None, reasoning=None):
     [
         "m.content | string",  # the word None
         "(raise_exception('no content') if m.content is none else m.content)",
-        "(raise_exception('content beside calls') if m.tool_calls and m.content is not none else m.content or '')",
+        "(raise_exception('content beside calls') if m.tool_calls and m.content is not none else "
+        "m.content or '')",
     ],
 )
 def test_no_content_beside_tool_calls_is_given_as_the_template_takes_it(writes, content):
@@ -417,19 +526,30 @@ def test_reasoning_is_masked_where_the_template_writes_no_content_beside_tool_ca
 @pytest.mark.parametrize("content", ["m.content or ''", "m.content"])  # the second refuses None
 def test_arguments_that_a_template_writes_without_quotes_are_given_as_an_object(content):
     writes = (
-        "{{- '{' }}{%- for name, value in call.function.arguments.items() %}{{- name + ':' + value }}{%- endfor %}{{- '}' }}"
+        "{{- '{' }}{%- for name, value in call.function.arguments.items() %}{{- name + ':' + value "
+        "}}{%- endfor %}{{- '}' }}"
     )
-    as_string = "{%- if call.function.arguments is string %}{{- call.function.arguments }}{%- else %}" + writes + "{%- endif %}"
-    start, end = chat.TAGS.index("        {%- for name, value"), chat.TAGS.index("    {%- endfor %}\n    {{- '<|im_end|>")
+    as_string = (
+        "{%- if call.function.arguments is string %}{{- call.function.arguments }}{%- else %}"
+        + writes
+        + "{%- endif %}"
+    )
+    start, end = (
+        chat.TAGS.index("        {%- for name, value"),
+        chat.TAGS.index("    {%- endfor %}\n    {{- '<|im_end|>"),
+    )
     template = (chat.TAGS[:start] + as_string + chat.TAGS[end:]).replace("m.content or ''", content)
     tokenizer = byte_tokenizer(template)
     for arguments in ({"a": "x"}, '{"a": "x"}'):
-        assert targets(tokenizer, encode(called(arguments), tokenizer)) == ["<function=add>{a:x}<|im_end|>"]
+        assert targets(tokenizer, encode(called(arguments), tokenizer)) == [
+            "<function=add>{a:x}<|im_end|>"
+        ]
 
 
 def test_masked_reasoning_that_is_written_behind_the_tool_calls_is_refused():
     template = chat.TAGS.replace("(m.content or '')", "''").replace(
-        "{{- '<|im_end|>\n' }}", "{{- (m.reasoning_content or '') + (m.content or '') + '<|im_end|>\n' }}"
+        "{{- '<|im_end|>\n' }}",
+        "{{- (m.reasoning_content or '') + (m.content or '') + '<|im_end|>\n' }}",
     )
     assert len(encode(called({"a": "x"}, reasoning="me"), byte_tokenizer(template)).samples) == 1
     found = fault(called({"a": "x"}, reasoning="me"), template, reasoning="mask")
@@ -448,23 +568,33 @@ def test_message_weights_are_those_of_their_turns():
         weighted = Conversation(talk.id, talk.messages, None, (None, None, first, 0.0, second))
         sample = tokenize(weighted, tokenizer)
         values = [1.0 if value is None else value for value in (first, second)]
-        turn = np.cumsum(np.diff([0.0, *golden_weights]) > 0) - 1  # which trained turn a token is of, or follows
+        # which trained turn a token is of, or follows
+        turn = np.cumsum(np.diff([0.0, *golden_weights]) > 0) - 1
         assert sample.tokens.tolist() == ids
-        assert sample.weights.tolist() == [values[t] if w else 0.0 for t, w in zip(turn, golden_weights, strict=True)]
+        assert sample.weights.tolist() == [
+            values[t] if w else 0.0 for t, w in zip(turn, golden_weights, strict=True)
+        ]
 
 
 def test_no_weight_at_all_leaves_a_sample_without_targets():
     talk = conversation("hi", "hello")
-    sample = tokenize(Conversation(talk.id, talk.messages, None, (None, 0.0)), byte_tokenizer(chat.CHATML))
+    sample = tokenize(
+        Conversation(talk.id, talk.messages, None, (None, 0.0)), byte_tokenizer(chat.CHATML)
+    )
     assert len(sample.tokens) and not sample.weights.any()
 
 
 def test_a_message_of_weight_0_is_neither_checked_nor_given_a_sample():
-    talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer", "and", "<think>\nme\n</think>\n\nyou")
+    talk = conversation(
+        "hi", "<think>\nthe\n</think>\n\nanswer", "and", "<think>\nme\n</think>\n\nyou"
+    )
     weighted = Conversation(talk.id, talk.messages, None, (None, 0.0, None, None))
     tokenizer = byte_tokenizer(chat.QWEN3_TOOLS)
     found = encode(weighted, tokenizer)
-    assert (targets(tokenizer, found), found.notes) == (["<think>\nme\n</think>\n\nyou<|im_end|>"], ())
+    assert (targets(tokenizer, found), found.notes) == (
+        ["<think>\nme\n</think>\n\nyou<|im_end|>"],
+        (),
+    )
     lossy = chat.CHATML.replace("m['content']", "m['content'] | replace('answer', '')")
     assert fault(talk, lossy).reason == "text-lost"
     assert len(encode(weighted, byte_tokenizer(lossy)).samples) == 1
@@ -472,17 +602,28 @@ def test_a_message_of_weight_0_is_neither_checked_nor_given_a_sample():
 
 def test_last_turn_trains_the_tool_rounds_of_the_last_answered_question():
     tokenizer = byte_tokenizer(chat.DEEPSEEK_V31)
-    messages = [*conversation("hi", "hello", "add").messages, {"role": "assistant", "tool_calls": [call("add", {"a": 1})]}]
-    messages += [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "one"}, {"role": "user", "content": "ok"}]
+    messages = [
+        *conversation("hi", "hello", "add").messages,
+        {"role": "assistant", "tool_calls": [call("add", {"a": 1})]},
+    ]
+    messages += [
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "ok"},
+    ]
     found = encode(Conversation("a:1", messages), tokenizer, "last-turn")
-    assert targets(tokenizer, found) == ['<|calls|><|call|>add<|sep|>{"a": 1}<|end_call|><|end_calls|><eos>one<eos>']
+    assert targets(tokenizer, found) == [
+        '<|calls|><|call|>add<|sep|>{"a": 1}<|end_call|><|end_calls|><eos>one<eos>'
+    ]
 
 
 @pytest.mark.parametrize("template", [chat.CHATML, chat.PHI3, chat.LLAMA3])
 def test_with_the_mask_all_weights_are_those_of_any_message(template):
     tokenizer = byte_tokenizer(template)
     talk = conversation(*TURNS, system="Be brief.")
-    sample = tokenize(Conversation(talk.id, talk.messages, None, (0.0, None, 0.5, None, None)), tokenizer, "all")
+    sample = tokenize(
+        Conversation(talk.id, talk.messages, None, (0.0, None, 0.5, None, None)), tokenizer, "all"
+    )
     text = {w: tokenizer.decode(sample.tokens[sample.weights == w]) for w in (0.0, 0.5, 1.0)}
     assert text[0.5] in ("Hello you.<|im_end|>", "Hello you.<|eot_id|>")
     assert "Be brief." in text[0.0] and "Hi" not in text[0.0] and "Bye." not in text[0.0]
@@ -494,14 +635,19 @@ def test_with_the_mask_all_reasoning_can_be_masked(template):
     talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer")
     tokenizer = byte_tokenizer(template)
     sample = tokenize(talk, tokenizer, "all", reasoning="mask")
-    assert tokenizer.decode(sample.tokens[1:][sample.weights[1:] == 0]) == "<think>\nthe\n</think>\n\n"
+    assert (
+        tokenizer.decode(sample.tokens[1:][sample.weights[1:] == 0]) == "<think>\nthe\n</think>\n\n"
+    )
 
 
 def test_with_the_mask_all_a_message_that_is_rewritten_later_can_have_no_weight():
     talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer", "and", "you")
     weighted = Conversation(talk.id, talk.messages, None, (None, 0.5, None, None))
     for example, reasoning in ((weighted, "train"), (talk, "mask")):
-        assert fault(example, chat.QWEN3_TOOLS, mask="all", reasoning=reasoning).reason == "not-prefix-stable"
+        assert (
+            fault(example, chat.QWEN3_TOOLS, mask="all", reasoning=reasoning).reason
+            == "not-prefix-stable"
+        )
 
 
 def test_with_the_mask_all_nothing_that_an_assistant_says_may_be_lost():
@@ -509,10 +655,13 @@ def test_with_the_mask_all_nothing_that_an_assistant_says_may_be_lost():
     found = fault(talk, chat.QWEN3_TOOLS, mask="all")
     assert found.reason == "reasoning-lost"
     assert str(found).endswith(
-        "message 2: the chat template leaves out or changes its reasoning ('me'); set --data.mask assistant"
+        "message 2: the chat template leaves out or changes its reasoning ('me'); set --data.mask "
+        "assistant"
     )
     lossy = chat.CHATML.replace("m['content']", "m['content'] | replace('answer', '')")
-    assert fault(conversation("hi", "answer", "and", "you"), lossy, mask="all").reason == "text-lost"
+    assert (
+        fault(conversation("hi", "answer", "and", "you"), lossy, mask="all").reason == "text-lost"
+    )
     silent = chat.TAGS.replace("m.tool_calls or []", "[]")
     assert fault(called({"a": "x"}, "answer"), silent, mask="all").reason == "text-lost"
 
@@ -525,9 +674,15 @@ def test_with_the_mask_all_nothing_that_an_assistant_says_may_be_lost():
 def test_text_trains_the_completion_and_the_end(completion, add_bos):
     tokenizer = byte_tokenizer(chat.CHATML, add_bos=add_bos)
     sample = tokenize(Text("a:1", "the answer is\n", completion, 0.5), tokenizer)
-    assert tokenizer.decode(sample.tokens[sample.weights > 0]) == completion.removesuffix("<eos>") + "<eos>"
+    assert (
+        tokenizer.decode(sample.tokens[sample.weights > 0])
+        == completion.removesuffix("<eos>") + "<eos>"
+    )
     assert set(sample.weights.tolist()) == {0.0, 0.5}
-    assert tokenizer.decode(sample.tokens[sample.weights == 0]) == "<bos>" * add_bos + "the answer is\n"
+    assert (
+        tokenizer.decode(sample.tokens[sample.weights == 0])
+        == "<bos>" * add_bos + "the answer is\n"
+    )
 
 
 def test_text_without_a_prompt_trains_all_but_the_first_token():
@@ -538,8 +693,15 @@ def test_text_without_a_prompt_trains_all_but_the_first_token():
 
 
 def test_tokens_stay_as_they_are_and_nothing_predicts_the_first():
-    [(ids, weights)] = encode(Tokens("a:1", [5, 6, 7], [1.0, 0.0, 0.5]), byte_tokenizer(chat.CHATML)).samples
-    assert (ids.tolist(), ids.dtype, weights.tolist(), weights.dtype) == ([5, 6, 7], np.int32, [0.0, 0.0, 0.5], np.float32)
+    [(ids, weights)] = encode(
+        Tokens("a:1", [5, 6, 7], [1.0, 0.0, 0.5]), byte_tokenizer(chat.CHATML)
+    ).samples
+    assert (ids.tolist(), ids.dtype, weights.tolist(), weights.dtype) == (
+        [5, 6, 7],
+        np.int32,
+        [0.0, 0.0, 0.5],
+        np.float32,
+    )
 
 
 # ---------------------------------------------------------------- loading a tokenizer
@@ -554,7 +716,12 @@ def save_like_deepseek(directory):
         "eos_token": "<eos>",
         "pad_token": "<eos>",
     }
-    settings |= {"add_bos_token": True, "add_eos_token": False, "legacy": True, "chat_template": chat.DEEPSEEK_V3}
+    settings |= {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "chat_template": chat.DEEPSEEK_V3,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     (directory / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
     return settings
@@ -565,8 +732,15 @@ def test_load_tokenizer_reads_a_deepseek_directory_as_transformers_does(tmp_path
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     text = "hello  you\n\n and me, 12345 é"
     # theirs has lost add_bos_token
-    assert ours(text).input_ids == [ours.bos_token_id, *theirs(text, add_special_tokens=False).input_ids]
-    assert (ours.bos_token, ours.eos_token, ours.chat_template) == ("<bos>", "<eos>", chat.DEEPSEEK_V3)
+    assert ours(text).input_ids == [
+        ours.bos_token_id,
+        *theirs(text, add_special_tokens=False).input_ids,
+    ]
+    assert (ours.bos_token, ours.eos_token, ours.chat_template) == (
+        "<bos>",
+        "<eos>",
+        chat.DEEPSEEK_V3,
+    )
     sample = tokenize(conversation("hello", "you", system="be"), ours, "assistant")
     assert np.flatnonzero(sample.tokens == ours.bos_token_id).tolist() == [0]
 
@@ -576,7 +750,9 @@ def test_load_tokenizer_refuses_code_of_a_model_directory_and_does_not_run_it(tm
     (tmp_path / "tiktoken.model").write_text("aGVsbG8= 0\n")
     (tmp_path / "tokenization_kimi.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     auto_map = {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map, "chat_template": chat.CHATML}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": auto_map, "chat_template": chat.CHATML})
+    )
     with pytest.raises(InputError, match=r"has no tokenizer\.json, only tiktoken\.model; convert"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -588,7 +764,9 @@ def test_load_tokenizer_names_what_is_wrong_with_a_directory(tmp_path):
     with pytest.raises(InputError, match=r"has no tokenizer\.json; convert"):
         load_tokenizer(tmp_path)
     settings = save_like_deepseek(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: settings[k] for k in settings if k != "chat_template"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({k: settings[k] for k in settings if k != "chat_template"})
+    )
     with pytest.raises(InputError, match=r"has no chat template; add"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

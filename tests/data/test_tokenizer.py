@@ -1,4 +1,6 @@
-"""What is loaded of a model directory: flags that transformers 5 drops, chat templates by name or file, the date, eos ids."""
+"""What is loaded of a model directory: flags that transformers 5 drops, chat templates by name or
+file, the date, eos ids.
+"""
 
 import datetime
 import json
@@ -15,13 +17,22 @@ from torchsft.data.formats import Conversation, Text
 from torchsft.data.template import ChatTokenizer
 from torchsft.data.tokenizer import at_day, eos_ids, load_tokenizer
 
-TOOLS = [{"type": "function", "function": {"name": "find_hat", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "find_hat", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 
 
 def save(directory, *, add_bos=False, template=chat.CHATML, **settings):
-    """A directory with these further settings; `add_bos`: whether tokenizer.json itself adds a BOS."""
+    """A directory with these further settings; `add_bos`: whether tokenizer.json itself adds a
+    BOS.
+    """
     directory.mkdir(exist_ok=True)
-    byte_tokenizer(chat.CHATML, add_bos=add_bos).backend_tokenizer.save(str(directory / "tokenizer.json"))
+    byte_tokenizer(chat.CHATML, add_bos=add_bos).backend_tokenizer.save(
+        str(directory / "tokenizer.json")
+    )
     known = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": template}
     (directory / "tokenizer_config.json").write_text(json.dumps(known | settings))
     return directory
@@ -40,21 +51,33 @@ def save(directory, *, add_bos=False, template=chat.CHATML, **settings):
     ],
 )
 def test_add_bos_token_is_followed_for_texts_exactly_once(tmp_path, adds, flag, kind, expected):
-    tokenizer = load_tokenizer(save(tmp_path, add_bos=adds, add_bos_token=flag, tokenizer_class=kind))
-    for example in (Text("a:1", "", "hello you"), Text("a:2", "hello", " you"), Text("a:3", "", "<bos>hello you")):
+    tokenizer = load_tokenizer(
+        save(tmp_path, add_bos=adds, add_bos_token=flag, tokenizer_class=kind)
+    )
+    for example in (
+        Text("a:1", "", "hello you"),
+        Text("a:2", "hello", " you"),
+        Text("a:3", "", "<bos>hello you"),
+    ):
         sample = tokenize(example, tokenizer)
         wanted = max(expected, example.completion.count("<bos>"))
         assert np.flatnonzero(sample.tokens == tokenizer.bos_token_id).tolist() == [0] * wanted
         assert sample.tokens[-1] == tokenizer.eos_token_id
     served = tokenizer("hello you").input_ids
-    assert tokenize(Text("a:1", "", "hello you"), tokenizer).tokens.tolist() == [*served, tokenizer.eos_token_id]
+    assert tokenize(Text("a:1", "", "hello you"), tokenizer).tokens.tolist() == [
+        *served,
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_add_bos_token_does_not_change_a_conversation(tmp_path):
-    tokenizer = load_tokenizer(save(tmp_path, add_bos_token=True, tokenizer_class="LlamaTokenizerFast"))
+    tokenizer = load_tokenizer(
+        save(tmp_path, add_bos_token=True, tokenizer_class="LlamaTokenizerFast")
+    )
     talk = conversation("hello", "you")
     assert (
-        tokenize(talk, tokenizer).tokens.tolist() == tokenizer.apply_chat_template(talk.messages, return_dict=True)["input_ids"]
+        tokenize(talk, tokenizer).tokens.tolist()
+        == tokenizer.apply_chat_template(talk.messages, return_dict=True)["input_ids"]
     )
 
 
@@ -64,16 +87,22 @@ def test_add_bos_token_without_a_bos_token_adds_nothing(tmp_path):
 
 
 def test_add_prefix_space_is_followed(tmp_path):
-    plain, spaced = (load_tokenizer(save(tmp_path / str(flag), add_prefix_space=flag)) for flag in (False, True))
+    plain, spaced = (
+        load_tokenizer(save(tmp_path / str(flag), add_prefix_space=flag)) for flag in (False, True)
+    )
     assert spaced("hello").input_ids == plain(" hello").input_ids != plain("hello").input_ids
-    assert tokenize(Text("a:1", "", "hello"), spaced).tokens[:-1].tolist() == plain(" hello").input_ids
+    assert (
+        tokenize(Text("a:1", "", "hello"), spaced).tokens[:-1].tolist() == plain(" hello").input_ids
+    )
 
 
 # ---------------------------------------------------------------- chat templates
 
 
 def named(tmp_path, **templates):
-    return save(tmp_path, template=[{"name": name, "template": text} for name, text in templates.items()])
+    return save(
+        tmp_path, template=[{"name": name, "template": text} for name, text in templates.items()]
+    )
 
 
 def test_a_row_with_tools_gets_the_template_for_tools_as_in_apply_chat_template(tmp_path):
@@ -83,17 +112,25 @@ def test_a_row_with_tools_gets_the_template_for_tools_as_in_apply_chat_template(
     for tools in (TOOLS, None):
         talk = conversation("hello", "you")
         [found] = both.encode([Conversation("a:1", talk.messages, tools)])
-        reference = tokenizer.apply_chat_template(talk.messages, tools=tools, return_dict=True)["input_ids"]
+        reference = tokenizer.apply_chat_template(talk.messages, tools=tools, return_dict=True)[
+            "input_ids"
+        ]
         assert found.samples[0][0].tolist() == reference
         assert ("find_hat" in tokenizer.decode(reference)) == bool(tools)
 
 
 def test_templates_without_a_default_are_named_in_one_sentence(tmp_path):
     directory = named(tmp_path, rag=chat.CHATML, tool_use=chat.CHATML)
-    with pytest.raises(InputError, match="chat templates named rag, tool_use, but none named default; name one of them"):
+    with pytest.raises(
+        InputError,
+        match="chat templates named rag, tool_use, but none named default; name one of them",
+    ):
         load_tokenizer(directory)
     (tmp_path / "own.jinja").write_text(chat.CHATML)
-    assert load_tokenizer(directory, chat_template=str(tmp_path / "own.jinja")).chat_template == chat.CHATML
+    assert (
+        load_tokenizer(directory, chat_template=str(tmp_path / "own.jinja")).chat_template
+        == chat.CHATML
+    )
 
 
 def test_a_chat_template_of_ones_own(tmp_path):
@@ -103,7 +140,9 @@ def test_a_chat_template_of_ones_own(tmp_path):
     tokenizer = load_tokenizer(bare, chat_template=str(own))
     talk = conversation("hello", "you")
     text = tokenizer.decode(tokenize(talk, tokenizer).tokens)
-    assert text == tokenizer.apply_chat_template(talk.messages, chat_template=chat.LLAMA3, tokenize=False)
+    assert text == tokenizer.apply_chat_template(
+        talk.messages, chat_template=chat.LLAMA3, tokenize=False
+    )
     own.write_text(" \n")
     with pytest.raises(InputError, match=r"--data\.chat-template .*own\.jinja is empty"):
         load_tokenizer(bare, chat_template=str(own))
@@ -120,8 +159,12 @@ def test_a_template_that_asks_for_the_date_gets_the_given_day(tmp_path):
     text = tokenizer.decode(tokenize(conversation("hello", "you"), tokenizer).tokens)
     assert text.startswith("On 29 Feb 2024.<|im_start|>user\nhello")
     today = load_tokenizer(tmp_path)
-    served = today.apply_chat_template(conversation("hello", "you").messages, chat_template=template, tokenize=False)
-    assert today.apply_chat_template(conversation("hello", "you").messages, tokenize=False) == served
+    served = today.apply_chat_template(
+        conversation("hello", "you").messages, chat_template=template, tokenize=False
+    )
+    assert (
+        today.apply_chat_template(conversation("hello", "you").messages, tokenize=False) == served
+    )
 
 
 def test_only_a_plain_format_of_the_date_can_be_answered():
@@ -129,12 +172,18 @@ def test_only_a_plain_format_of_the_date_can_be_answered():
     assert at_day("{{ strftime_now( \"%Y\" ) if strftime_now is defined else '' }}", day) == (
         "{{ \"2024\" if strftime_now is defined else '' }}"
     )
-    with pytest.raises(InputError, match="calls strftime_now with a format that is not a plain string"):
+    with pytest.raises(
+        InputError, match="calls strftime_now with a format that is not a plain string"
+    ):
         at_day("{{ strftime_now(form) }}", day)
 
 
 def test_a_day_that_is_none_is_refused():
-    with pytest.raises(InputError, match=r"--data\.template-date is '2024-02-30', but it must be a day"):
+    with pytest.raises(
+        InputError,
+        match=r"--data\.template-date is '2024-02-30', but it must be a "
+        r"day",
+    ):
         Data(template_date="2024-02-30")
 
 
@@ -167,22 +216,36 @@ def test_variables_of_a_row_win_over_those_of_the_run_and_do_not_reach_other_row
 
 def test_a_variable_that_the_template_does_not_read_is_counted_and_a_reserved_one_refused():
     tokenizer, messages = byte_tokenizer(chat.CHATML), conversation("hello", "you").messages
-    assert encode(Conversation("a:1", messages, template_kwargs={"mood": "glad"}), tokenizer).notes == ("unread-variable",)
+    assert encode(
+        Conversation("a:1", messages, template_kwargs={"mood": "glad"}), tokenizer
+    ).notes == ("unread-variable",)
     # A name of the template's own loop is none of its variables.
-    assert encode(Conversation("a:1", messages, template_kwargs={"m": "glad"}), tokenizer).notes == ("unread-variable",)
-    with pytest.raises(InputError, match="the row's variables of the chat template have 'messages'"):
+    assert encode(
+        Conversation("a:1", messages, template_kwargs={"m": "glad"}), tokenizer
+    ).notes == ("unread-variable",)
+    with pytest.raises(
+        InputError, match="the row's variables of the chat template have 'messages'"
+    ):
         encode(Conversation("a:1", messages, template_kwargs={"messages": []}), tokenizer)
 
 
 def test_documents_are_handed_to_the_template_or_the_row_is_refused():
-    messages, documents = conversation("hello", "you").messages, [{"title": "A", "text": "the answer is"}]
-    shows = "{% for d in documents or [] %}{{ d.title + ': ' + d.text + '\n' }}{% endfor %}" + chat.CHATML
+    messages, documents = (
+        conversation("hello", "you").messages,
+        [{"title": "A", "text": "the answer is"}],
+    )
+    shows = (
+        "{% for d in documents or [] %}{{ d.title + ': ' + d.text + '\n' }}{% endfor %}"
+        + chat.CHATML
+    )
     tokenizer = byte_tokenizer(shows)
     [(ids, _)] = encode(Conversation("a:1", messages, documents=documents), tokenizer).samples
     reference = tokenizer.apply_chat_template(messages, documents=documents, tokenize=False)
     assert tokenizer.decode(ids) == reference
     assert reference.startswith("A: the answer is")
-    with pytest.raises(InputError, match="the chat template leaves out the document 'the answer is'"):
+    with pytest.raises(
+        InputError, match="the chat template leaves out the document 'the answer is'"
+    ):
         encode(Conversation("a:1", messages, documents=documents), byte_tokenizer(chat.CHATML))
 
 

@@ -1,4 +1,7 @@
-"""Turns under templates that order, end, rewrite or lose messages in their own ways, by hand and by `apply_chat_template`."""
+# ruff: noqa: E501 (a template stands as it is published)
+"""Turns under templates that order, end, rewrite or lose messages in their own ways, by hand and by
+`apply_chat_template`.
+"""
 
 import re
 
@@ -12,8 +15,8 @@ from torchsft.data.formats import Conversation, Tokens
 from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer
 
-# In the style of GLM-4.5: a turn has no end of its own; the token that opens the next one ends it. Reasoning is kept behind
-# the last question alone.
+# In the style of GLM-4.5: a turn has no end of its own; the token that opens the next one ends it.
+# Reasoning is kept behind the last question alone.
 GLM = """
 {%- set ns = namespace(asked=-1) %}
 {%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}{%- endfor %}
@@ -36,7 +39,8 @@ GLM = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
 GLM_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-# In the style of gpt-oss: reasoning before a call is kept until an answer follows; the token that ends a call is its own.
+# In the style of gpt-oss: reasoning before a call is kept until an answer follows; the token that
+# ends a call is its own.
 HARMONY = """
 {%- for m in messages %}
     {%- if m.role == 'assistant' and m.tool_calls %}
@@ -59,7 +63,8 @@ HARMONY = """
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
-# In the style of Mistral-Nemo: the system turn stands in the question that comes last of all, so not once it is answered.
+# In the style of Mistral-Nemo: the system turn stands in the question that comes last of all, so
+# not once it is answered.
 NEMO = """
 {{- bos_token }}
 {%- if messages[0].role == 'system' %}{%- set system, rest = messages[0].content, messages[1:] %}
@@ -123,8 +128,20 @@ def bare(text):
 ORDERS = {
     "two users": [user("hi"), user("there"), assistant("you")],
     "assistant first": [assistant("you"), user("hi"), assistant("me")],
-    "two assistants": [user("hi"), assistant("you"), assistant("me"), user("and"), assistant("the")],
-    "system later": [user("hi"), assistant("you"), {"role": "system", "content": "be"}, user("and"), assistant("me")],
+    "two assistants": [
+        user("hi"),
+        assistant("you"),
+        assistant("me"),
+        user("and"),
+        assistant("the"),
+    ],
+    "system later": [
+        user("hi"),
+        assistant("you"),
+        {"role": "system", "content": "be"},
+        user("and"),
+        assistant("me"),
+    ],
     "ends with a user": [user("hi"), assistant("you"), user("and"), user("me")],
     "system last": [user("hi"), assistant("you"), {"role": "system", "content": "be"}],
     "tool without a call": [tool("the"), assistant("you")],
@@ -133,7 +150,12 @@ ORDERS = {
 
 def chatml(messages):
     parts = [
-        (m["role"], f"[[{m['content']}<|im_end|>]]" if m["role"] == "assistant" else m["content"] + "<|im_end|>")
+        (
+            m["role"],
+            f"[[{m['content']}<|im_end|>]]"
+            if m["role"] == "assistant"
+            else m["content"] + "<|im_end|>",
+        )
         for m in messages
     ]
     return "".join(f"<|im_start|>{role}\n{text}\n" for role, text in parts)
@@ -141,10 +163,17 @@ def chatml(messages):
 
 def llama3(messages):
     parts = [
-        (m["role"], f"[[{m['content']}<|eot_id|>]]" if m["role"] == "assistant" else m["content"] + "<|eot_id|>")
+        (
+            m["role"],
+            f"[[{m['content']}<|eot_id|>]]"
+            if m["role"] == "assistant"
+            else m["content"] + "<|eot_id|>",
+        )
         for m in messages
     ]
-    return "<bos>" + "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}" for role, text in parts)
+    return "<bos>" + "".join(
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}" for role, text in parts
+    )
 
 
 @pytest.mark.parametrize("template, by_hand", [(chat.CHATML, chatml), (chat.LLAMA3, llama3)])
@@ -170,7 +199,9 @@ def test_a_system_turn_that_the_template_gathers_splits_the_turns_before_it():
 
 def test_an_assistant_who_begins_behind_what_the_template_writes_first():
     tokenizer = byte_tokenizer(chat.QWEN3)  # refuses no messages at all
-    [text] = shown(tokenizer, encode(Conversation("a:1", ORDERS["assistant first"]), tokenizer, "assistant"))[:1]
+    [text] = shown(
+        tokenizer, encode(Conversation("a:1", ORDERS["assistant first"]), tokenizer, "assistant")
+    )[:1]
     assert text.startswith(
         "<|im_start|>system\nHelp.<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nyou<|im_end|>]]"
     )
@@ -184,9 +215,16 @@ def test_an_end_of_turn_that_is_not_marked_special_serves(eos):
     special = byte_tokenizer(chat.CHATML)
     plain = byte_tokenizer(chat.CHATML)
     backend = plain.backend_tokenizer
-    plain.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<|im_start|>", "<|im_end|>")])
+    plain.add_tokens(
+        [
+            AddedToken(token, special=False, normalized=False)
+            for token in ("<|im_start|>", "<|im_end|>")
+        ]
+    )
     plain.eos_token = eos
-    assert not backend.get_added_tokens_decoder()[plain.convert_tokens_to_ids("<|im_start|>")].special
+    assert not backend.get_added_tokens_decoder()[
+        plain.convert_tokens_to_ids("<|im_start|>")
+    ].special
     talk = conversation("hello", "you", "and", "me")
     ours, theirs = encode(talk, plain), encode(talk, special)
     assert [ids.tolist() for ids, _ in ours.samples] == [ids.tolist() for ids, _ in theirs.samples]
@@ -229,11 +267,14 @@ def test_the_token_that_opens_the_next_turn_ends_each_turn_once(mask):
 def test_a_tool_call_ends_with_the_token_that_opens_its_result():
     tokenizer, ids = glm()
     messages = [user("hello"), calls("add", "I see", a=1), tool("2"), calls("add", a=3)]
-    tools = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}]
+    tools = [
+        {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}
+    ]
     found = encode(Conversation("a:1", messages, tools), tokenizer, **ids)
     [text] = shown(tokenizer, found)
     assert text.partition("<|user|>")[2] == (
-        "\nhello<|assistant|>[[\n<think>I see</think>\n<tool_call>add\na: 1\n</tool_call><|observation|>]]\n2"
+        "\nhello<|assistant|>[[\n<think>I see</think>\n<tool_call>add\na: "
+        "1\n</tool_call><|observation|>]]\n2"
         "<|assistant|>[[\n<think></think>\n<tool_call>add\na: 3\n</tool_call><|observation|>]]"
     )
     assert found.ends == (tokenizer.convert_tokens_to_ids("<|observation|>"),) * 2
@@ -241,7 +282,12 @@ def test_a_tool_call_ends_with_the_token_that_opens_its_result():
 
 def test_rewritten_history_and_openers_together():
     tokenizer, ids = glm()
-    messages = [user("hello"), assistant("you", reasoning_content="I see"), user("and"), assistant("me")]
+    messages = [
+        user("hello"),
+        assistant("you", reasoning_content="I see"),
+        user("and"),
+        assistant("me"),
+    ]
     assert shown(tokenizer, encode(Conversation("a:1", messages), tokenizer, **ids)) == [
         "<|user|>\nhello<|assistant|>[[\n<think>I see</think>\nyou<|user|>]]",
         "<|user|>\nhello<|assistant|>\n<think></think>\nyou<|user|>\nand<|assistant|>[[\n<think></think>\nme<|user|>]]",
@@ -258,7 +304,8 @@ def test_an_opener_at_which_servers_do_not_stop_ends_nothing(eos):
     assert "eos_token_id of generation_config.json" in str(found)
 
 
-# ---------------------------------------------------------------- rewritten as soon as the answer is there
+# ---------------------------------------------------------------- rewritten as soon as the answer
+# is there
 
 
 @pytest.mark.parametrize("reasoning", ["train", "mask"])
@@ -285,7 +332,10 @@ def test_reasoning_before_calls_that_goes_once_there_is_an_answer(reasoning):
     assert first == start + called + result + answered
     assert second == tokenizer.apply_chat_template(messages, tokenize=False)
     for i, text in ((3, start + called + result), (5, second.rpartition("<|channel|>")[0])):
-        assert tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) == text
+        assert (
+            tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            == text
+        )
     if reasoning == "train":
         assert shown(tokenizer, found)[0] == f"{start}[[{called}]]{result}[[{answered}]]"
     else:
@@ -304,7 +354,10 @@ def test_a_system_turn_that_stands_in_the_last_question_alone():
         "<bos>[INST]hi[/INST] you<eos>[INST]be\n\nand[/INST][[ me<eos>]]",
     ]
     for i, text in zip((2, 4), shown(tokenizer, found), strict=True):
-        assert tokenizer.apply_chat_template(talk.messages[:i], tokenize=False) == text.partition("[[")[0]
+        assert (
+            tokenizer.apply_chat_template(talk.messages[:i], tokenize=False)
+            == text.partition("[[")[0]
+        )
     assert found.notes == ("split-by-turn", "context-restored")
 
 
@@ -324,12 +377,23 @@ def test_white_space_behind_tool_results_that_depends_on_what_follows():
 
 
 SKIPS = "{% for m in messages if m['role'] in ('user', 'assistant') %}"
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds a.", "parameters": {"properties": {"a": {}}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds a.",
+            "parameters": {"properties": {"a": {}}},
+        },
+    }
+]
 
 
 def skipping(*roles):
     kept = tuple({"system", "developer", "user", "tool", "assistant"} - set(roles))
-    return chat.TAGS.replace("{%- for m in messages %}", f"{{%- for m in messages if m.role in {kept} %}}")
+    return chat.TAGS.replace(
+        "{%- for m in messages %}", f"{{%- for m in messages if m.role in {kept} %}}"
+    )
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
@@ -340,14 +404,17 @@ def test_a_message_that_the_template_leaves_out_is_told(role, tools):
     shows = "{{- tools | tojson if tools else '' }}" + skipping(role)
     [found] = ChatTokenizer(byte_tokenizer(shows)).encode([Conversation("a:1", messages, tools)])
     assert isinstance(found, RowError) and found.reason == "context-lost"
-    assert f"what the {role} message says" in str(found) and "--data.on-lost-context keep" in str(found)
+    assert f"what the {role} message says" in str(found) and "--data.on-lost-context keep" in str(
+        found
+    )
     tokenizer = byte_tokenizer(shows)
     kept = encode(Conversation("a:1", messages, tools), tokenizer, on_lost_context="keep")
     assert "context-lost" in kept.notes and len(kept.kept) >= 1
     assert (
         len(
             encode(
-                Conversation("a:1", messages, tools), byte_tokenizer("{{- tools | tojson if tools else '' }}" + chat.TAGS)
+                Conversation("a:1", messages, tools),
+                byte_tokenizer("{{- tools | tojson if tools else '' }}" + chat.TAGS),
             ).kept
         )
         == 0
@@ -356,7 +423,9 @@ def test_a_message_that_the_template_leaves_out_is_told(role, tools):
 
 def test_many_conversations_of_one_shape_are_checked_too():
     tokenizer = ChatTokenizer(byte_tokenizer(chat.CHATML.replace("{% for m in messages %}", SKIPS)))
-    talks = [conversation("say hi", "hi", system=system) for system in ("say hi", "hi", " ", "go on")]
+    talks = [
+        conversation("say hi", "hi", system=system) for system in ("say hi", "hi", " ", "go on")
+    ]
     found = tokenizer.encode([*talks, conversation("say hi", "hi")])
     # "say hi" stands in the text, but as what the user says.
     assert [isinstance(one, RowError) for one in found] == [True, True, False, True, False]
@@ -370,7 +439,8 @@ def test_many_conversations_of_one_shape_are_checked_too():
         (chat.CHATML.replace("m['content']", "(m['content'] or m.tool_calls | tojson)"), True),
         ("{{- tools | tojson }}" + chat.TAGS, False),
         ("{{- tools | string }}" + chat.TAGS, False),  # as Python writes it
-        ("{% for t in tools %}{{ t.function.name }}{% endfor %}" + chat.TAGS, True),  # neither description nor parameters
+        # neither description nor parameters
+        ("{% for t in tools %}{{ t.function.name }}{% endfor %}" + chat.TAGS, True),
     ],
 )
 def test_tools_that_the_template_leaves_out_are_told(template, lost):
@@ -383,26 +453,39 @@ def test_tools_that_the_template_leaves_out_are_told(template, lost):
 
 def test_reasoning_of_earlier_turns_is_no_lost_context():
     talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer", "and", "you", system="be")
-    assert "context-lost" not in encode(talk, byte_tokenizer(chat.QWEN3_TOOLS), on_lost_context="keep").notes
+    assert (
+        "context-lost"
+        not in encode(talk, byte_tokenizer(chat.QWEN3_TOOLS), on_lost_context="keep").notes
+    )
 
 
 def test_white_space_and_escapes_are_no_loss():
     template = chat.CHATML.replace(
-        "m['content']", "(m['content'].split() | join(' ') if m['role'] == 'system' else m['content'])"
+        "m['content']",
+        "(m['content'].split() | join(' ') if m['role'] == 'system' else m['content'])",
     )
-    assert len(encode(conversation("hi", "you", system='be  brief\n and "kind"'), byte_tokenizer(template)).samples) == 1
+    assert (
+        len(
+            encode(
+                conversation("hi", "you", system='be  brief\n and "kind"'), byte_tokenizer(template)
+            ).samples
+        )
+        == 1
+    )
     results = [user("hi"), calls("add", a=1), tool('{"é": "x"}\n'), assistant("you")]
     assert len(encode(Conversation("a:1", results), byte_tokenizer(chat.LLAMA31)).samples) == 1
 
 
 def test_a_template_that_reads_contents_as_parts_gets_parts():
     template = chat.CHATML.replace(
-        "m['content']", "(m['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join)"
+        "m['content']",
+        "(m['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join)",
     )
     tokenizer = byte_tokenizer(template)
     [text] = shown(tokenizer, encode(conversation("hi", "you", system="be"), tokenizer))
     assert (
-        text == "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[you<|im_end|>]]\n"
+        text
+        == "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[you<|im_end|>]]\n"
     )
 
 
@@ -411,7 +494,12 @@ def test_rows_of_tokens_tell_only_tokens_that_end_turns():
     tokenizer = chat.byte_tokenizer(chat.CHATML)
     end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>"])
     made = ChatTokenizer(tokenizer)
-    for last, wanted in ((end, (end,)), (other, ()), (tokenizer.eos_token_id, (tokenizer.eos_token_id,)), (65, ())):
+    for last, wanted in (
+        (end, (end,)),
+        (other, ()),
+        (tokenizer.eos_token_id, (tokenizer.eos_token_id,)),
+        (65, ()),
+    ):
         row = Tokens("a", np.array([65, 66, last], np.int32), np.array([0, 1, 1], np.float32))
         [found] = made.encode([row])
         assert found.ends == wanted

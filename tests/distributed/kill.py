@@ -1,8 +1,10 @@
-"""Plays torchrun for a run of the recipe, and kills: starts the ranks, SIGKILLs one at a random moment, starts them again.
+"""Plays torchrun for a run of the recipe, and kills: starts the ranks, SIGKILLs one at a random
+moment, starts them again.
 
-The ranks are forks of a process that has imported everything, so that a start costs a second instead of ten. They publish
-what they are doing in shared memory. Long phases are hit at a random time: the rank is stopped (SIGSTOP) before it is killed,
-so that what it was doing is known for certain. Short ones are hit at a random Python call in them, however fast the machine.
+The ranks are forks of a process that has imported everything, so that a start costs a second
+instead of ten. They publish what they are doing in shared memory. Long phases are hit at a random
+time: the rank is stopped (SIGSTOP) before it is killed, so that what it was doing is known for
+certain. Short ones are hit at a random Python call in them, however fast the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from torchsft import trainer
 from torchsft.checkpoint import huggingface, state
 from torchsft.interruption import guarded
 
-# What the main thread of a rank does, and what the thread that writes checkpoints does ("sync": the main thread is that one).
+# What the main thread of a rank does, and what the thread that writes checkpoints does ("sync": the
+# main thread is that one).
 MAIN = ("starting", "between", "step", "evaluation", "save", "export")
 WRITER = ("idle", "writing", "publishing")
 SHORT = ("save", "export", "writing", "publishing")
@@ -50,9 +53,24 @@ def options(inputs: Path, output: Path, steps: int, *more: str) -> list[str]:
     """Of a run that evaluates and saves every second step; `more` replaces what is said here."""
     own = [
         *("--model.path", str(inputs / "model"), "--data.train", str(inputs / "train.jsonl")),
-        *("--data.eval", str(inputs / "eval.jsonl"), "--data.seq-len", "192", "--train.steps", str(steps)),
+        *(
+            "--data.eval",
+            str(inputs / "eval.jsonl"),
+            "--data.seq-len",
+            "192",
+            "--train.steps",
+            str(steps),
+        ),
         *("--train.global-batch-size", "2", "--optim.lr", "1e-3", "--parallel.ep", "2"),
-        *("--checkpoint.every", "2", "--eval.every", "2", "--checkpoint.export", "fp32", "--metrics.no-tensorboard"),
+        *(
+            "--checkpoint.every",
+            "2",
+            "--eval.every",
+            "2",
+            "--checkpoint.export",
+            "fp32",
+            "--metrics.no-tensorboard",
+        ),
         *("--metrics.no-progress", "--output", str(output)),
     ]
     for name in set(more) & {option for option in own if option.startswith("--")}:
@@ -64,13 +82,23 @@ def options(inputs: Path, output: Path, steps: int, *more: str) -> list[str]:
 def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, as torch's own reader gives them."""
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+    }
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
     return tensors
 
 
-def assert_same_run(output: Path, undisturbed: Path, steps: int, evaluations: bool = True, remote: Path | None = None) -> None:
-    """Bit-identical weights and moments, the same export, and every step once in metrics.jsonl with the same numbers.
+def assert_same_run(
+    output: Path,
+    undisturbed: Path,
+    steps: int,
+    evaluations: bool = True,
+    remote: Path | None = None,
+) -> None:
+    """Bit-identical weights and moments, the same export, and every step once in metrics.jsonl with
+    the same numbers.
 
     Args:
         evaluations: whether the same steps were evaluated.
@@ -78,20 +106,32 @@ def assert_same_run(output: Path, undisturbed: Path, steps: int, evaluations: bo
     """
     name, saved = f"checkpoints/step-{steps:08d}", remote or output
     tensors, expected = stored(saved / name), stored(undisturbed / name)
-    assert tensors.keys() == expected.keys() and any(name.startswith("optimizer.") for name in tensors)
+    assert tensors.keys() == expected.keys() and any(
+        name.startswith("optimizer.") for name in tensors
+    )
     assert not [name for name in tensors if not torch.equal(tensors[name], expected[name])]
     for file in (undisturbed / "hf").iterdir():
         assert (saved / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
     lines, wanted = (records(directory) for directory in (output, undisturbed))
     if not evaluations:
-        lines, wanted = ([{k: v for k, v in line.items() if "eval" not in k} for line in all_] for all_ in (lines, wanted))
+        lines, wanted = (
+            [{k: v for k, v in line.items() if "eval" not in k} for line in all_]
+            for all_ in (lines, wanted)
+        )
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert lines == wanted
 
 
 def records(output: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key and key != "data_wait_share"} for line in lines]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if "second" not in key and key != "data_wait_share"
+        }
+        for line in lines
+    ]
 
 
 @dataclass
@@ -105,7 +145,9 @@ class Kill:
 
 
 class Phases:
-    """What each rank is doing, and how many Python calls the short phases of rank 0 take; shared with forks."""
+    """What each rank is doing, and how many Python calls the short phases of rank 0 take; shared
+    with forks.
+    """
 
     def __init__(self, ranks: int) -> None:
         self._now = RawArray("q", 2 * ranks)
@@ -121,8 +163,12 @@ class Phases:
     def reset(self) -> None:
         self._now[:] = [0] * len(self._now)
 
-    def around(self, rank: int, phase: str, function: Callable[..., Any], at: int) -> Callable[..., Any]:
-        """`function`, which publishes that this is `phase` and, at its `at`-th Python call (0: never), kills its process."""
+    def around(
+        self, rank: int, phase: str, function: Callable[..., Any], at: int
+    ) -> Callable[..., Any]:
+        """`function`, which publishes that this is `phase` and, at its `at`-th Python call (0:
+        never), kills its process.
+        """
         names, place = (MAIN, 2 * rank) if phase in MAIN else (WRITER, 2 * rank + 1)
 
         def phased(*args: Any, **kwargs: Any) -> Any:
@@ -160,8 +206,18 @@ def _counted(at: int) -> Iterator[list[int]]:
         sys.setprofile(before)
 
 
-def _rank(rank: int, size: int, port: int, argv: Sequence[str], log: Path, phases: Phases, trap: tuple[str, int]) -> None:
-    """Become a rank of the recipe; `trap` names a short phase (or none) and the call in it at which to die."""
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    argv: Sequence[str],
+    log: Path,
+    phases: Phases,
+    trap: tuple[str, int],
+) -> None:
+    """Become a rank of the recipe; `trap` names a short phase (or none) and the call in it at which
+    to die.
+    """
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -194,7 +250,11 @@ def _rank(rank: int, size: int, port: int, argv: Sequence[str], log: Path, phase
 
 
 def start(
-    size: int, argv: Sequence[str], log: Path, phases: Phases, traps: Mapping[int, tuple[str, int]] | None = None
+    size: int,
+    argv: Sequence[str],
+    log: Path,
+    phases: Phases,
+    traps: Mapping[int, tuple[str, int]] | None = None,
 ) -> list[int]:
     """Fork the ranks; their process ids."""
     phases.reset()
@@ -211,7 +271,9 @@ def start(
 
 
 def end(pids: Sequence[int], grace: float = 5.0) -> list[int]:
-    """Exit codes of the ranks; as soon as one is not 0, the others get SIGTERM and, after `grace` seconds, SIGKILL."""
+    """Exit codes of the ranks; as soon as one is not 0, the others get SIGTERM and, after `grace`
+    seconds, SIGKILL.
+    """
     codes: dict[int, int] = {}
     deadline = None
     while len(codes) < len(pids):
@@ -235,8 +297,11 @@ def _ended(pids: Sequence[int]) -> bool:
     return any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids)
 
 
-def _kill_in(phase: str, rank: int, draw: random.Random, pids: Sequence[int], phases: Phases) -> tuple[str, str] | None:
-    """Kill `rank` at a random moment of its next or second pass through `phase`, or ("any") of the next seconds.
+def _kill_in(
+    phase: str, rank: int, draw: random.Random, pids: Sequence[int], phases: Phases
+) -> tuple[str, str] | None:
+    """Kill `rank` at a random moment of its next or second pass through `phase`, or ("any") of the
+    next seconds.
 
     Returns:
         What it was doing; None where a rank ended before.
@@ -263,15 +328,22 @@ def _kill_in(phase: str, rank: int, draw: random.Random, pids: Sequence[int], ph
 
 
 def supervise(
-    size: int, argv: Sequence[str], log: str, plan: Sequence[str], calls: Mapping[str, int] | None = None, seed: int = 0
+    size: int,
+    argv: Sequence[str],
+    log: str,
+    plan: Sequence[str],
+    calls: Mapping[str, int] | None = None,
+    seed: int = 0,
 ) -> tuple[list[Kill], dict[str, int]]:
-    """Start the recipe again and again until it ends well; the first `len(plan)` times a rank is killed in that phase.
+    """Start the recipe again and again until it ends well; the first `len(plan)` times a rank is
+    killed in that phase.
 
     Args:
         argv: of the recipe.
         log: file that receives what the ranks print.
         plan: names of phases, or "any" for any moment of the first seconds.
-        calls: how many Python calls the short phases take, with asynchronous checkpoints; as an earlier run returned it.
+        calls: how many Python calls the short phases take, with asynchronous checkpoints; as an
+            earlier run returned it.
         seed: of the kills.
 
     Raises:
@@ -295,7 +367,9 @@ def supervise(
             doing = _kill_in(phase, rank, draw, pids, phases)
         codes = end(pids)
         if doing is None:
-            assert not any(codes), f"ranks ended with {codes}, but none was killed:\n{Path(log).read_text()[-5000:]}"
+            assert not any(codes), (
+                f"ranks ended with {codes}, but none was killed:\n{Path(log).read_text()[-5000:]}"
+            )
             break
         kills.append(Kill(rank, *doing, mode))
     assert doing is None, "the plan ended, but not the run"
@@ -303,12 +377,17 @@ def supervise(
 
 
 def attend(
-    size: int, argv: Sequence[str], log: str, deed: Callable[..., Any] | None = None, **arguments: Any
+    size: int,
+    argv: Sequence[str],
+    log: str,
+    deed: Callable[..., Any] | None = None,
+    **arguments: Any,
 ) -> tuple[list[int], float]:
     """Start the recipe once and call `deed(pids, phases, **arguments)` beside it.
 
     Returns:
-        Exit codes of the ranks (minus the signal for a rank that was killed), and how long they went on after the deed.
+        Exit codes of the ranks (minus the signal for a rank that was killed), and how long they
+        went on after the deed.
     """
     phases = Phases(size)
     pids = start(size, argv, Path(log), phases)

@@ -1,6 +1,8 @@
-"""Frozen parameters and groups of parameters: every layout trains what one process trains, and moves nothing else.
+"""Frozen parameters and groups of parameters: every layout trains what one process trains, and
+moves nothing else.
 
-A job trains all cases on one set of ranks. What one process does is held to `transformers` in tests/test_trainer.py.
+A job trains all cases on one set of ranks. What one process does is held to `transformers` in
+tests/test_trainer.py.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ CASES = {
 
 
 def train(directory: str, **sizes: Any) -> dict[str, dict[str, Any]]:
-    """Two steps of each case: numbers, gradients of the first step, parameters and moments at the end, as far as here."""
+    """Two steps of each case: numbers, gradients of the first step, parameters and moments at the
+    end, as far as here.
+    """
     results = {}
     sizes = {"seq_len": 128, "global_batch_size": 4} | sizes
     with World(config_for(directory, **sizes).parallel, 0) as world:
@@ -47,19 +51,27 @@ def two_steps(trainer: SilentTrainer) -> dict[str, Any]:
     update = trainer.optimizer.step
 
     def keep_gradients_and_update() -> None:
-        gradients.append({n: full(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {n: full(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None}
+        )
         update()
 
     backward: set[str] = set()  # layers whose output takes part in the backward pass
     for name, layer in trainer.model.model.layers.items():
-        layer.register_forward_hook(lambda _, __, output, name=name: backward.update([name] if output.requires_grad else []))
+        layer.register_forward_hook(
+            lambda _, __, output, name=name: backward.update([name] if output.requires_grad else [])
+        )
     trainer.optimizer.step = keep_gradients_and_update
     trainer.config.train.aux_loss = 0.05
     records = [trainer.train_step(next(trainer.loader))[0] for _ in range(2)]
     named = dict(trainer.model.named_parameters())
     still = sorted(name for name, p in named.items() if torch.equal(full(p), before[name]))
     state = {name: full(p) for name, p in named.items()}
-    moments = {n: full(trainer.optimizer.state[p]["exp_avg"]) for n, p in named.items() if p in trainer.optimizer.state}
+    moments = {
+        n: full(trainer.optimizer.state[p]["exp_avg"])
+        for n, p in named.items()
+        if p in trainer.optimizer.state
+    }
     return {
         "numbers": [(r["loss"], r["grad_norm"], r["lr"], r["aux_loss"]) for r in records],
         "still": still,
@@ -114,7 +126,8 @@ def test_what_is_frozen_is_left_alone_and_all_else_is_trained(one_process):
         assert norm == pytest.approx(0.05, rel=1e-4)  # clipped, over what is trained
 
 
-# Schedules that split the backward pass, frozen parts in FSDP's groups, replicated and partial gradients.
+# Schedules that split the backward pass, frozen parts in FSDP's groups, replicated and partial
+# gradients.
 MATRIX = [
     layout(pp=2, pp_schedule="1F1B"),
     layout(pp=2, pp_schedule="InterleavedZeroBubble"),
@@ -125,13 +138,17 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("n", "sizes"), MATRIX)
-def test_no_layout_changes_what_is_frozen_or_how_the_rest_is_trained(ranks, inputs, one_process, n, sizes):
+def test_no_layout_changes_what_is_frozen_or_how_the_rest_is_trained(
+    ranks, inputs, one_process, n, sizes
+):
     """fp32 sums in another order, as in test_layouts.py."""
     results = on_ranks(ranks, n, directory=inputs, **sizes)
     wrong = []
     for case, expected in one_process.items():
         result = results[case]
-        assert (result["still"], result["backward"]) == (expected["still"], expected["backward"]), case
+        assert (result["still"], result["backward"]) == (expected["still"], expected["backward"]), (
+            case
+        )
         for got, wanted in zip(result["numbers"], expected["numbers"], strict=True):
             assert got == pytest.approx(wanted, rel=1e-5), case
         for key, tolerance in (("gradients", 1e-5), ("state", 1e-5), ("moments", 1e-4)):
@@ -144,8 +161,14 @@ def test_no_layout_changes_what_is_frozen_or_how_the_rest_is_trained(ranks, inpu
 
 
 def test_a_run_in_two_layouts_is_the_run_in_one(ranks, inputs, tmp_path):
-    """A rank of the first has nothing to train: its stage is frozen whole. The last leg comes back to it."""
-    options = {"directory": inputs, "freeze": ("embeddings", "layers.0-1", "router"), "groups": ("*norm*:lr=0.05",)}
+    """A rank of the first has nothing to train: its stage is frozen whole. The last leg comes back
+    to it.
+    """
+    options = {
+        "directory": inputs,
+        "freeze": ("embeddings", "layers.0-1", "router"),
+        "groups": ("*norm*:lr=0.05",),
+    }
     options |= {"global_batch_size": 4}
     (whole,) = ranks(1, train_leg, output=str(tmp_path / "whole"), start=0, stop=4, **options)
     run = {"output": str(tmp_path / "run")} | options
@@ -153,7 +176,12 @@ def test_a_run_in_two_layouts_is_the_run_in_one(ranks, inputs, tmp_path):
     metadata = FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000002").read_metadata()
     names = metadata.state_dict_metadata.keys()
     assert "optimizer.state.lm_head.weight.exp_avg" in names
-    assert not [n for n in names if n.startswith("optimizer.") and any(part in n for part in (".gate.", ".layers.1.", "embed"))]
+    assert not [
+        n
+        for n in names
+        if n.startswith("optimizer.")
+        and any(part in n for part in (".gate.", ".layers.1.", "embed"))
+    ]
     numbers = ranks(2, train_leg, start=2, stop=3, ep=2, **run)[0]["numbers"]
     results = ranks(2, train_leg, start=3, stop=4, pp=2, pp_schedule="1F1B", **run)
     numbers += results[0]["numbers"]

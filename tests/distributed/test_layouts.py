@@ -1,7 +1,8 @@
 """The invariance matrix: every layout of ranks computes the training step of one process.
 
-Through the real `Trainer`: same weights, same rows, fp32. Compared with one process on one rank: loss, norm, every element of
-every gradient, where every token is routed and, after three optimizer steps, every parameter; with and without balance loss.
+Through the real `Trainer`: same weights, same rows, fp32. Compared with one process on one rank:
+loss, norm, every element of every gradient, where every token is routed and, after three optimizer
+steps, every parameter; with and without balance loss.
 """
 
 from __future__ import annotations
@@ -16,14 +17,32 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.tiny import write_conversations, write_tiny_model
-from torchsft.config import Checkpoint, Config, Data, InputError, Metrics, Model, Optim, Parallel, Precision, Train
+from torchsft.config import (
+    Checkpoint,
+    Config,
+    Data,
+    InputError,
+    Metrics,
+    Model,
+    Optim,
+    Parallel,
+    Precision,
+    Train,
+)
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
 STEPS = 3
 ROWS = 8  # of a step; an epoch fills about 6, so every step has microbatches without any document
 AUX_LOSS = 0.05
-SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+SCHEDULES = [
+    "GPipe",
+    "1F1B",
+    "Interleaved1F1B",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+]
 
 
 class SilentTrainer(Trainer):
@@ -41,16 +60,27 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
     """`changes`: fields of Parallel, some of Train, groups, compute and output."""
     base, groups = Path(directory), changes.pop("groups", ())
-    train = {"micro_batch_size": 1, "global_batch_size": ROWS, "activation_checkpointing": "none", "freeze": ()}
+    train = {
+        "micro_batch_size": 1,
+        "global_batch_size": ROWS,
+        "activation_checkpointing": "none",
+        "freeze": (),
+    }
     train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
-    compute, output = changes.pop("compute", "fp32"), changes.pop("output", str(base / "unused-output"))
+    compute, output = (
+        changes.pop("compute", "fp32"),
+        changes.pop("output", str(base / "unused-output")),
+    )
     return Config(
         model=Model(path=str(base / model)),
         data=Data(train=(str(base / "train.jsonl"),), seq_len=changes.pop("seq_len", 192)),
         train=Train(steps=STEPS, **train),
         parallel=Parallel(**({"timeout_seconds": 60} | changes)),
-        # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of elements without a gradient.
-        optim=Optim(lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear", groups=groups),
+        # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of
+        # elements without a gradient.
+        optim=Optim(
+            lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear", groups=groups
+        ),
         precision=Precision(compute=compute),
         checkpoint=Checkpoint(export="none"),
         metrics=Metrics(tensorboard=False, progress=False),
@@ -62,19 +92,22 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     """A step with the balance loss that changes nothing, then three without that do.
 
     Returns:
-        [without, with] the balance loss: losses, norms, where tokens were routed and gradients (after clipping) of the first
-        step, the latter and the final weights as far as this rank has the layers.
+        [without, with] the balance loss: losses, norms, where tokens were routed and gradients
+        (after clipping) of the first step, the latter and the final weights as far as this rank has
+        the layers.
     """
     trainer = SilentTrainer(config, world)
     moes = trainer.model.moe_layers()
     routing: dict[str, list[torch.Tensor]] = {name: [] for name in moes}
-    again: dict[str, list[torch.Tensor]] = {name: [] for name in moes}  # where activation checkpointing routes them
+    # where activation checkpointing routes them
+    again: dict[str, list[torch.Tensor]] = {name: [] for name in moes}
 
     def keep_routing(name: str, chosen: torch.Tensor) -> None:
         (routing if moes[name].counting else again)[name].append(chosen.sort().values)
 
     hooks = [
-        moe.gate.register_forward_hook(lambda _, __, out, name=name: keep_routing(name, out[1])) for name, moe in moes.items()
+        moe.gate.register_forward_hook(lambda _, __, out, name=name: keep_routing(name, out[1]))
+        for name, moe in moes.items()
     ]
     gradients: list[dict[str, torch.Tensor]] = []
     update = trainer.optimizer.step
@@ -95,7 +128,10 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     balanced = common | reported([first], [trainer.train_step(first)[0]])
     balanced["routing"] = {name: torch.stack(seen) for name, seen in routing.items()}
     if config.train.activation_checkpointing == "full":
-        assert all(torch.equal(torch.stack(again[name]), seen) for name, seen in balanced["routing"].items())
+        assert all(
+            torch.equal(torch.stack(again[name]), seen)
+            for name, seen in balanced["routing"].items()
+        )
     trainer.config.train.aux_loss = 0.0
     for hook in hooks:
         hook.remove()
@@ -114,7 +150,10 @@ def reported(steps: list[Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     keys = {"losses": "loss", "norms": "grad_norm", "tokens": "tokens", "aux": "aux_loss"}
     ids = [step.sample_ids for step in steps]
     empty = sum(int(b.cu_seqlens[-1]) == 0 for step in steps for b in step.microbatches)
-    return {name: [r.get(key) for r in records] for name, key in keys.items()} | {"ids": ids, "empty": empty}
+    return {name: [r.get(key) for r in records] for name, key in keys.items()} | {
+        "ids": ids,
+        "empty": empty,
+    }
 
 
 def train(directory: str, **options: Any) -> list[dict[str, Any]]:
@@ -125,8 +164,11 @@ def train(directory: str, **options: Any) -> list[dict[str, Any]]:
 
 
 def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks say, put together: every rank the same numbers, and each pipeline rank its layers."""
-    assert len({str((r["losses"], r["norms"], r["tokens"], r["aux"])) for r in results}) == 1  # all ranks report the same
+    """What the ranks say, put together: every rank the same numbers, and each pipeline rank its
+    layers.
+    """
+    # all ranks report the same
+    assert len({str((r["losses"], r["norms"], r["tokens"], r["aux"])) for r in results}) == 1
     whole = {key: results[0][key] for key in ("losses", "norms", "tokens", "aux")}
     for key in ("gradients", "state"):
         if not any(key in r for r in results):
@@ -136,14 +178,23 @@ def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
         assert len(whole[key]) == sum(map(len, parts))  # no tensor on two pipeline ranks
     # Rows in the global order: data rank, microbatch, then the slices of a row.
     ordered = sorted(results, key=lambda r: (r["data_rank"], r["place"]["cp"], r["place"]["tp"]))
-    readers = {rank: [r for r in ordered if r["data_rank"] == rank] for rank in {r["data_rank"] for r in results}}
+    readers = {
+        rank: [r for r in ordered if r["data_rank"] == rank]
+        for rank in {r["data_rank"] for r in results}
+    }
     whole["routing"] = {}
     for name in sorted({name for r in results for name in r.get("routing", {})}):
-        rows = [torch.cat([r["routing"][name] for r in part if name in r["routing"]], dim=1) for part in readers.values()]
+        rows = [
+            torch.cat([r["routing"][name] for r in part if name in r["routing"]], dim=1)
+            for part in readers.values()
+        ]
         whole["routing"][name] = torch.cat(rows)
     # Peers of a pipeline, tensor or context group read the same rows, data ranks one part each.
     assert all(len({str(r["ids"]) for r in part}) == 1 for part in readers.values())
-    whole["ids"] = [[i for part in readers.values() for i in part[0]["ids"][step]] for step in range(len(results[0]["ids"]))]
+    whole["ids"] = [
+        [i for part in readers.values() for i in part[0]["ids"][step]]
+        for step in range(len(results[0]["ids"]))
+    ]
     whole["empty"] = sum(part[0]["empty"] for part in readers.values())
     return whole
 
@@ -157,8 +208,19 @@ def on_ranks(ranks, n: int, **options: Any) -> list[dict[str, Any]]:
 def inputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("layouts")
     write_tiny_model(directory / "model", num_hidden_layers=8, first_k_dense_replace=2)
-    other = {"tie_word_embeddings": True, "q_lora_rank": None, "attention_bias": True, "n_group": 1, "topk_group": 1}
-    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    other = {
+        "tie_word_embeddings": True,
+        "q_lora_rank": None,
+        "attention_bias": True,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
     write_tiny_model(directory / "other", rope_parameters=yarn, **other)
     write_tiny_model(directory / "shallow")
     write_conversations(directory / "train.jsonl", 10)
@@ -171,7 +233,9 @@ def one_process(inputs, ranks):
 
 
 def compare(result: dict[str, Any], reference: dict[str, Any], label: str = "") -> None:
-    """fp32 sums in another order: 1e-6 of the loss and norm, 1e-5 of each tensor's largest gradient."""
+    """fp32 sums in another order: 1e-6 of the loss and norm, 1e-5 of each tensor's largest
+    gradient.
+    """
     assert result["losses"] == pytest.approx(reference["losses"], rel=1e-6)
     assert result["norms"] == pytest.approx(reference["norms"], rel=1e-6)
     if reference["aux"][0] is not None:
@@ -190,7 +254,13 @@ def compare(result: dict[str, Any], reference: dict[str, Any], label: str = "") 
     assert not wrong, "gradients differ:\n" + "\n".join(wrong)
     assert result.keys() == reference.keys()
     for name, expected in reference.get("state", {}).items():
-        torch.testing.assert_close(result["state"][name], expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            result["state"][name],
+            expected,
+            rtol=0,
+            atol=1e-5,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def layout(**sizes: Any) -> Any:
@@ -201,7 +271,8 @@ def layout(**sizes: Any) -> Any:
     return pytest.param(n, sizes, id=name)
 
 
-# Several rows a microbatch where ranks share its tokens: each of them computes every microbatch, which takes the test's time.
+# Several rows a microbatch where ranks share its tokens: each of them computes every microbatch,
+# which takes the test's time.
 MATRIX = [
     # one axis alone
     *(layout(pp=pp, pp_schedule=schedule) for pp in (2, 4) for schedule in SCHEDULES),
@@ -268,7 +339,9 @@ MATRIX = [
 @pytest.mark.parametrize(("n", "sizes"), MATRIX)
 def test_step_does_not_depend_on_the_layout(ranks, inputs, one_process, n, sizes):
     results = on_ranks(ranks, n, directory=inputs, **sizes)
-    for result, reference, label in zip(results, one_process, ("without", "with balance loss"), strict=True):
+    for result, reference, label in zip(
+        results, one_process, ("without", "with balance loss"), strict=True
+    ):
         compare(result, reference, label)
         if sizes.get("micro_batch_size", 1) > 1:
             continue  # the documents of several rows lie together: other places, same tokens
@@ -278,20 +351,31 @@ def test_step_does_not_depend_on_the_layout(ranks, inputs, one_process, n, sizes
 
 
 def test_the_batches_were_hard(one_process):
-    """Microbatches without a document, gradients everywhere, an active clip, and a balance loss that matters."""
+    """Microbatches without a document, gradients everywhere, an active clip, and a balance loss
+    that matters.
+    """
     without, balanced = one_process
     assert without["empty"] >= STEPS
     assert max(without["norms"]) > 0.05
     for result in one_process:
         assert all(g.abs().max() > 0 for g in result["gradients"].values())
-    assert balanced["norms"][0] > 1.001 * without["norms"][0] or balanced["norms"][0] < 0.999 * without["norms"][0]
+    assert (
+        balanced["norms"][0] > 1.001 * without["norms"][0]
+        or balanced["norms"][0] < 0.999 * without["norms"][0]
+    )
     assert balanced["losses"][0] == without["losses"][0]  # reported apart
 
 
-@pytest.mark.parametrize(("n", "sizes"), [layout(dp_shard=4, ep=2), layout(cp=2, tp=2, ep=4, micro_batch_size=4)])
-def test_a_tied_model_with_yarn_and_biases_and_without_q_lora_does_not_depend_on_the_layout_either(ranks, inputs, n, sizes):
+@pytest.mark.parametrize(
+    ("n", "sizes"), [layout(dp_shard=4, ep=2), layout(cp=2, tp=2, ep=4, micro_batch_size=4)]
+)
+def test_a_tied_model_with_yarn_and_biases_and_without_q_lora_does_not_depend_on_the_layout_either(
+    ranks, inputs, n, sizes
+):
     options = {"directory": inputs, "model": "other"}
-    for result, reference in zip(on_ranks(ranks, n, **sizes, **options), on_ranks(ranks, 1, **options), strict=True):
+    for result, reference in zip(
+        on_ranks(ranks, n, **sizes, **options), on_ranks(ranks, 1, **options), strict=True
+    ):
         compare(result, reference)
 
 
@@ -305,8 +389,13 @@ def test_a_tied_model_with_yarn_and_biases_and_without_q_lora_does_not_depend_on
     ],
 )
 def test_bf16_compute_stays_close_to_fp32_on_several_ranks(ranks, inputs, one_process, n, sizes):
-    """bf16 keeps 8 bits: 2 % of the loss; gradients of the right size, which a wrong factor of 2 or ep would not be."""
-    result, expected_result = on_ranks(ranks, n, directory=inputs, compute="bf16", **sizes)[0], one_process[0]
+    """bf16 keeps 8 bits: 2 % of the loss; gradients of the right size, which a wrong factor of 2 or
+    ep would not be.
+    """
+    result, expected_result = (
+        on_ranks(ranks, n, directory=inputs, compute="bf16", **sizes)[0],
+        one_process[0],
+    )
     assert result["losses"] == pytest.approx(expected_result["losses"], rel=0.02)
     assert result["losses"] != expected_result["losses"]
     for name, expected in expected_result["gradients"].items():
@@ -327,9 +416,13 @@ def poison_one_rank(directory: str) -> dict[str, Any]:
         before = {name: full(t) for name, t in trainer.model.state_dict().items()}
         weight = trainer.model.model.layers["2"].mlp.experts.down_proj
         if world.rank == world.size - 1:
-            weight.register_post_accumulate_grad_hook(lambda p: p.grad.to_local().view(-1)[:1].fill_(float("nan")))
+            weight.register_post_accumulate_grad_hook(
+                lambda p: p.grad.to_local().view(-1)[:1].fill_(float("nan"))
+            )
         record, _ = trainer.train_step(next(trainer.loader))
-        unchanged = all(torch.equal(full(t), before[name]) for name, t in trainer.model.state_dict().items())
+        unchanged = all(
+            torch.equal(full(t), before[name]) for name, t in trainer.model.state_dict().items()
+        )
         return {
             "norm": record["grad_norm"],
             "unchanged": unchanged,
@@ -362,15 +455,34 @@ def refused(directory: str, model: str = "model", **sizes: Any) -> str:
             {"ep": 3, "global_batch_size": 6},
             "model.layers.2.mlp has 8 experts, which do not divide over --parallel.ep 3 ranks",
         ),
-        (3, {"global_batch_size": 6}, "dim 1 of layer 2's experts.gate_up_proj is 32, which does not divide over the 3 ranks"),
+        (
+            3,
+            {"global_batch_size": 6},
+            "dim 1 of layer 2's experts.gate_up_proj is 32, which does not divide over the 3 ranks",
+        ),
         (
             4,
             {"pp": 3},
-            "multiply to 3, but 4 ranks were started; start 6 ranks or lower pp, dp_replicate, cp or tp (together 3)",
+            "multiply to 3, but 4 ranks were started; start 6 ranks or lower pp, dp_replicate, cp "
+            "or tp (together 3)",
         ),
-        (4, {"tp": 2, "ep": 3}, "--parallel.ep is 3, but it must divide dp_shard * cp * tp = 4; set it to one of 1, 2, 4"),
-        (3, {"tp": 3}, "num_attention_heads = 4, which --parallel.tp 3 x --parallel.cp 1 = 3 ranks do not divide; set"),
-        (3, {"cp": 3, "global_batch_size": 6}, "num_attention_heads = 4, which --parallel.tp 1 x --parallel.cp 3 = 3 ranks"),
+        (
+            4,
+            {"tp": 2, "ep": 3},
+            "--parallel.ep is 3, but it must divide dp_shard * cp * tp = 4; "
+            "set it to one of 1, 2, 4",
+        ),
+        (
+            3,
+            {"tp": 3},
+            "num_attention_heads = 4, which --parallel.tp 3 x --parallel.cp 1 = 3 ranks "
+            "do not divide; set",
+        ),
+        (
+            3,
+            {"cp": 3, "global_batch_size": 6},
+            "num_attention_heads = 4, which --parallel.tp 1 x --parallel.cp 3 = 3 ranks",
+        ),
         (
             2,
             {"pp": 2, "pp_schedule": "1F1B", "micro_batch_size": 8},
@@ -383,18 +495,30 @@ def refused(directory: str, model: str = "model", **sizes: Any) -> str:
             "--parallel.pp-layers is 4 5, together 9, but it must place 8",
         ),
         (2, {"pp": 2, "model": "other"}, "tie_word_embeddings"),
-        (2, {"pp": 2, "model": "shallow"}, "has 4 stages, the model 3 layers; set --parallel.pp to at most 1"),
-        (4, {"cp": 2, "dp_shard": 2, "seq_len": 191}, "the 191 tokens of a microbatch do not divide over cp 2 x tp 1 ranks"),
+        (
+            2,
+            {"pp": 2, "model": "shallow"},
+            "has 4 stages, the model 3 layers; set --parallel.pp to at most 1",
+        ),
+        (
+            4,
+            {"cp": 2, "dp_shard": 2, "seq_len": 191},
+            "the 191 tokens of a microbatch do not divide over cp 2 x tp 1 ranks",
+        ),
     ],
 )
-def test_impossible_layouts_are_refused_on_every_rank_with_numbers_and_a_neighbour(ranks, inputs, n, options, sentence):
+def test_impossible_layouts_are_refused_on_every_rank_with_numbers_and_a_neighbour(
+    ranks, inputs, n, options, sentence
+):
     told = ranks(n, refused, directory=inputs, **options)
     assert all(sentence in words for words in told), told[0]
     assert all(words.count(". ") == 0 for words in told)  # one sentence
 
 
 def silent_peer(directory: str) -> tuple[str, float]:
-    """Rank 1 stops answering in the second step; what the other rank meets, and after how many seconds."""
+    """Rank 1 stops answering in the second step; what the other rank meets, and after how many
+    seconds.
+    """
     config = config_for(directory, pp=2, pp_schedule="1F1B", timeout_seconds=5)
     world = World(config.parallel, 0)
     trainer = SilentTrainer(config, world)
@@ -417,9 +541,15 @@ def test_a_peer_that_stops_answering_ends_the_step_within_the_timeout(ranks, inp
 
 
 def group_timeouts(directory: str) -> set[float]:
-    """Seconds that a collective may take in each group of all meshes; reads torch-private options."""
+    """Seconds that a collective may take in each group of all meshes; reads torch-private
+    options.
+    """
     with World(config_for(directory, ep=2).parallel, 0) as world:
-        groups = [g for mesh in (world.dense, world.parameter, world.expert, world.sequence) for g in mesh.get_all_groups()]
+        groups = [
+            g
+            for mesh in (world.dense, world.parameter, world.expert, world.sequence)
+            for g in mesh.get_all_groups()
+        ]
         return {g._get_backend(world.device).options._timeout.total_seconds() for g in groups}
 
 

@@ -1,4 +1,6 @@
-"""A run that is told to end (SIGTERM, SIGUSR1) saves and ends well; continued, it is the run that was never told."""
+"""A run that is told to end (SIGTERM, SIGUSR1) saves and ends well; continued, it is the run that
+was never told.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.kill import Phases, assert_same_run, attend, options, records, steps_in, until, write_inputs
+from tests.distributed.kill import (
+    Phases,
+    assert_same_run,
+    attend,
+    options,
+    records,
+    steps_in,
+    until,
+    write_inputs,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 14
@@ -22,12 +33,16 @@ def inputs(tmp_path_factory, ranks):
     """Model, data, and the undisturbed run."""
     directory = write_inputs(tmp_path_factory.mktemp("preemption"))
     log = str(directory / "log.txt")
-    ((codes, _),) = ranks(1, attend, size=2, argv=options(directory, directory / "undisturbed", STEPS), log=log)
+    ((codes, _),) = ranks(
+        1, attend, size=2, argv=options(directory, directory / "undisturbed", STEPS), log=log
+    )
     assert codes == [0, 0], Path(log).read_text()[-3000:]
     return directory
 
 
-def send(pids: list[int], phases: Phases, output: str, number: int, to: list[int], phase: str) -> None:
+def send(
+    pids: list[int], phases: Phases, output: str, number: int, to: list[int], phase: str
+) -> None:
     """A signal to some ranks within `phase`, after three steps."""
     until(lambda: steps_in(Path(output)) >= 3 and phase in phases.of(to[0]), pids)
     for rank in to:
@@ -37,16 +52,23 @@ def send(pids: list[int], phases: Phases, output: str, number: int, to: list[int
 @pytest.mark.parametrize(
     ("number", "to", "phase", "every"),
     [
-        (signal.SIGTERM, [0, 1], "step", 100),  # as torchrun passes it on; nothing has been saved before
+        # as torchrun passes it on; nothing has been saved before
+        (signal.SIGTERM, [0, 1], "step", 100),
         (signal.SIGINT, [0, 1], "step", 100),  # Ctrl-C
         (signal.SIGUSR1, [1], "step", 2),  # one rank alone: all learn of it
         (signal.SIGTERM, [0], "evaluation", 2),
         (signal.SIGTERM, [0, 1], "writing", 2),  # a checkpoint is being written
     ],
 )
-def test_the_step_is_finished_and_saved_and_the_same_command_continues(inputs, ranks, tmp_path, number, to, phase, every):
+def test_the_step_is_finished_and_saved_and_the_same_command_continues(
+    inputs, ranks, tmp_path, number, to, phase, every
+):
     log, output = tmp_path / "log.txt", tmp_path / "run"
-    run = {"size": 2, "argv": options(inputs, output, STEPS, "--checkpoint.every", str(every)), "log": str(log)}
+    run = {
+        "size": 2,
+        "argv": options(inputs, output, STEPS, "--checkpoint.every", str(every)),
+        "log": str(log),
+    }
     deed = {"output": str(output), "number": number, "to": to, "phase": phase}
     ((codes, seconds),) = ranks(1, attend, deed=send, **run, **deed)
     text = log.read_text()
@@ -55,8 +77,12 @@ def test_the_step_is_finished_and_saved_and_the_same_command_continues(inputs, r
     steps = steps_in(output)
     assert 3 <= steps < STEPS and not (output / "hf").exists()
     name = number.name if 0 in to else "a signal to another rank"
-    assert text.count(f"{number.name}: this step is finished and saved, then the run ends") == (0 in to)
-    assert f"ended by {name}" in text and f"after step {steps} of {STEPS} and its checkpoint" in text
+    assert text.count(f"{number.name}: this step is finished and saved, then the run ends") == (
+        0 in to
+    )
+    assert (
+        f"ended by {name}" in text and f"after step {steps} of {STEPS} and its checkpoint" in text
+    )
     saved = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert saved[-1] == f"step-{steps:08d}"
     ((codes, _),) = ranks(1, attend, **run)
@@ -66,7 +92,9 @@ def test_the_step_is_finished_and_saved_and_the_same_command_continues(inputs, r
 
 
 def send_again(pids: list[int], phases: Phases, output: str) -> None:
-    """Rank 1 stands still, so rank 0 waits for it in a collective: the first signals change nothing, a later one ends it."""
+    """Rank 1 stands still, so rank 0 waits for it in a collective: the first signals change
+    nothing, a later one ends it.
+    """
     until(lambda: steps_in(Path(output)) >= 3, pids)
     os.kill(pids[1], signal.SIGSTOP)
     for _ in range(3):  # Slurm and torchrun tell the same at the same time
@@ -100,7 +128,9 @@ def test_an_evaluation_that_a_signal_meets_is_finished(inputs, ranks, tmp_path):
 
 
 def send_at_once(pids: list[int], phases: Phases) -> None:
-    """Ctrl-C while rank 0 tokenises and the others wait for it, or while they load; then they are alive for some seconds."""
+    """Ctrl-C while rank 0 tokenises and the others wait for it, or while they load; then they are
+    alive for some seconds.
+    """
     time.sleep(1.0)
     for pid in pids:
         os.kill(pid, signal.SIGINT)
@@ -109,7 +139,11 @@ def send_at_once(pids: list[int], phases: Phases) -> None:
 def test_ctrl_c_before_training_is_one_line(inputs, ranks, tmp_path):
     """Whatever the ranks are doing, in collectives too: no traceback of any."""
     log, output = tmp_path / "log.txt", tmp_path / "run"
-    run = {"size": 2, "argv": [*options(inputs, output, STEPS), "--data.cache", str(tmp_path / "cache")], "log": str(log)}
+    run = {
+        "size": 2,
+        "argv": [*options(inputs, output, STEPS), "--data.cache", str(tmp_path / "cache")],
+        "log": str(log),
+    }
     ((codes, _),) = ranks(1, attend, deed=send_at_once, **run)
     text = log.read_text()
     assert codes == [130, 130], text[-3000:]
@@ -119,8 +153,18 @@ def test_ctrl_c_before_training_is_one_line(inputs, ranks, tmp_path):
 def test_ctrl_c_under_torchrun_saves_and_leaves_only_torchruns_own_traceback(inputs, tmp_path):
     """To the whole group of processes, as a terminal sends it."""
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *options(inputs, output, 5000, "--checkpoint.every", "5000")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [
+        str(ROOT / "recipes" / "deepseek_v3_sft.py"),
+        *options(inputs, output, 5000, "--checkpoint.every", "5000"),
+    ]
     log = tmp_path / "log.txt"
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -133,7 +177,9 @@ def test_ctrl_c_under_torchrun_saves_and_leaves_only_torchruns_own_traceback(inp
         try:
             deadline = time.monotonic() + 120
             while steps_in(output) < 3:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[
+                    -3000:
+                ]
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGINT)
             process.wait(timeout=60)
@@ -141,7 +187,10 @@ def test_ctrl_c_under_torchrun_saves_and_leaves_only_torchruns_own_traceback(inp
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     text, steps = log.read_text(), steps_in(output)
-    assert f"after step {steps} of 5000 and its checkpoint; the same command continues from there" in text
+    assert (
+        f"after step {steps} of 5000 and its checkpoint; the same command continues from there"
+        in text
+    )
     assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     assert text.count("SIGINT: this step is finished and saved") == 1
     assert text.count("Traceback") == 1 and text.rstrip().endswith("got signal: 2")  # torchrun's

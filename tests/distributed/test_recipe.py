@@ -1,4 +1,6 @@
-"""The recipe as a user runs it: `torchrun recipes/deepseek_v3_sft.py ...`, on generated and on real conversations."""
+"""The recipe as a user runs it: `torchrun recipes/deepseek_v3_sft.py ...`, on generated and on real
+conversations.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,29 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
 
 def launch(ranks: int, *options: object, seconds: int = 240) -> subprocess.CompletedProcess:
-    """Run the recipe under torchrun; a run that outlasts `seconds` is ended with all its ranks and fails the test."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    """Run the recipe under torchrun; a run that outlasts `seconds` is ended with all its ranks and
+    fails the test.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
     command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *map(str, options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = {k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=seconds)
@@ -69,30 +87,77 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
         output,
     )
     assert out.count("held-out answers are exactly right") == 2
-    for expected in ("loss   ", "eval loss   ", "tokens/s   ", f"tensorboard --logdir {output}/tensorboard"):
+    for expected in (
+        "loss   ",
+        "eval loss   ",
+        "tokens/s   ",
+        f"tensorboard --logdir {output}/tensorboard",
+    ):
         assert expected in out
     lines = records(output)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    expected = {"step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "tokens_per_second", "step_seconds", "epoch"}
+    expected = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "supervised_tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "epoch",
+    }
     assert all(expected <= line.keys() and math.isfinite(line["loss"]) for line in lines)
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
-    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-00000003", "step-00000006"}
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {
+        "step-00000003",
+        "step-00000006",
+    }
     board = EventAccumulator(str(output / "tensorboard"))
     board.Reload()
-    wanted = {"train/loss", "eval/loss", "optim/lr", "optim/grad_norm", "speed/tokens_per_second", "speed/step_seconds"}
-    wanted |= {"checkpoint/stall_seconds", "checkpoint/write_seconds", "speed/data_wait_share", "data/epochs/train.jsonl"}
-    wanted |= {"speed/supervised_tokens_per_second", "expert_load/layer_1_max_over_mean", "expert_load/layer_2_max_over_mean"}
-    wanted |= {"memory/peak_resident_gib"} if not torch.cuda.is_available() else {"memory/peak_allocated_gib", "speed/mfu"}
+    wanted = {
+        "train/loss",
+        "eval/loss",
+        "optim/lr",
+        "optim/grad_norm",
+        "speed/tokens_per_second",
+        "speed/step_seconds",
+    }
+    wanted |= {
+        "checkpoint/stall_seconds",
+        "checkpoint/write_seconds",
+        "speed/data_wait_share",
+        "data/epochs/train.jsonl",
+    }
+    wanted |= {
+        "speed/supervised_tokens_per_second",
+        "expert_load/layer_1_max_over_mean",
+        "expert_load/layer_2_max_over_mean",
+    }
+    wanted |= (
+        {"memory/peak_resident_gib"}
+        if not torch.cuda.is_available()
+        else {"memory/peak_allocated_gib", "speed/mfu"}
+    )
     assert wanted <= set(board.Tags()["scalars"])
-    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
-    assert all(1 <= event.value <= 8 for event in board.Scalars("expert_load/layer_1_max_over_mean"))
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(
+        [line["loss"] for line in lines]
+    )
+    assert all(
+        1 <= event.value <= 8 for event in board.Scalars("expert_load/layer_1_max_over_mean")
+    )
     assert any("config" in tag for tag in board.Tags()["tensors"])
-    for config in (output / "config.json", output / "checkpoints" / "step-00000006" / "config.json"):
+    for config in (
+        output / "config.json",
+        output / "checkpoints" / "step-00000006" / "config.json",
+    ):
         assert json.loads(config.read_text())["parallel"]["ep"] == 2
 
     model = AutoModelForCausalLM.from_pretrained(output / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(output / "hf")
-    answers = [json.loads(line) for line in (output / "answers-after.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line) for line in (output / "answers-after.jsonl").read_text().splitlines()
+    ]
     assert len(answers) >= 6
     for answer in answers:
         prompt = torch.tensor([answer["prompt"]])
@@ -107,13 +172,21 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
         assert full[0, prompt.shape[1] :].tolist() == answer["generated"]
 
 
-def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what_one_rank_prints(tmp_path):
-    """Same seed, data and global batch, fp32: losses and norms to 1e-5, the same held-out answers and exported weights."""
+def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what_one_rank_prints(
+    tmp_path,
+):
+    """Same seed, data and global batch, fp32: losses and norms to 1e-5, the same held-out answers
+    and exported weights.
+    """
     shared = (
-        "--train.steps 5 --optim.warmup-steps 1 --train.global-batch-size 8 --train.micro-batch-size 1 --train.aux-loss 0.01"
+        "--train.steps 5 --optim.warmup-steps 1 --train.global-batch-size 8 "
+        "--train.micro-batch-size 1 --train.aux-loss 0.01"
     )
     shared = f"{shared} --eval.answers 6 --eval.every 4".split()
-    layouts = {"one": (1, []), "eight": (8, ["--parallel.pp", 2, "--parallel.tp", 2, "--parallel.ep", 2])}
+    layouts = {
+        "one": (1, []),
+        "eight": (8, ["--parallel.pp", 2, "--parallel.tp", 2, "--parallel.ep", 2]),
+    }
     for name, (ranks, options) in layouts.items():
         succeed(ranks, *shared, *options, "--output", tmp_path / name)
     one, eight = (records(tmp_path / name) for name in layouts)
@@ -125,10 +198,15 @@ def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what
     answers = [(tmp_path / name / "answers-after.jsonl").read_text() for name in layouts]
     assert answers[0] == answers[1]
     models = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "hf", dtype=torch.float32).state_dict() for name in layouts
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / name / "hf", dtype=torch.float32
+        ).state_dict()
+        for name in layouts
     ]
     for name, expected in models[0].items():
-        torch.testing.assert_close(models[1][name], expected, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            models[1][name], expected, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # The recipe, but rank 1 fails in its third step.
@@ -150,7 +228,9 @@ deepseek_v3_sft.guarded(deepseek_v3_sft.main)
 
 @pytest.mark.parametrize("fault", ["killed", "raises"])
 def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path, fault):
-    """In the middle of a pipeline's training: torchrun ends the other rank at once, and the one that died is named."""
+    """In the middle of a pipeline's training: torchrun ends the other rank at once, and the one
+    that died is named.
+    """
     script = ROOT / "recipes" / "deepseek_v3_sft.py"
     if fault == "raises":
         script = tmp_path / "faulty.py"
@@ -165,10 +245,24 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path, fault)
         "--output",
         str(tmp_path / "run"),
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        *options,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         told = "the third step of rank 1 broke"
@@ -188,7 +282,8 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(tmp_path, fault)
     assert process.returncode != 0
     assert told in err
     dead = [line for line in err.splitlines() if line.startswith("error: a rank has died")]
-    if fault == "killed":  # gloo's own words and traceback are not shown: the only one is torchrun's
+    # gloo's own words and traceback are not shown: the only one is torchrun's
+    if fault == "killed":
         assert len(dead) == 1 and err.count("Traceback") == 1 and "Connection closed" not in err
     else:
         assert not dead and told in err.split("Root Cause")[1]
@@ -199,15 +294,22 @@ def environ_of(pid: str) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K conversations lie beside the repository, not in it")
+@pytest.mark.skipif(
+    not GSM8K.exists(), reason="the GSM8K conversations lie beside the repository, not in it"
+)
 def test_gsm8k_from_a_transformers_model_on_2_and_4_ranks(tmp_path):
-    """Same losses on both, loss falls, and `transformers` finds the final eval loss in the exported directory."""
+    """Same losses on both, loss falls, and `transformers` finds the final eval loss in the exported
+    directory.
+    """
     write_tiny_model(tmp_path / "model")
     rows = [json.loads(line) for line in GSM8K.read_text().splitlines()[:300]]
     for name, part in {"train": rows[:280], "eval": rows[280:]}.items():
         with open(tmp_path / f"{name}.jsonl", "w") as file:
             for row in part:
-                messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+                messages = [
+                    {"role": "user", "content": row["question"]},
+                    {"role": "assistant", "content": row["answer"]},
+                ]
                 file.write(json.dumps({"messages": messages}) + "\n")
     losses = {}
     for ranks, ep in ((2, 2), (4, 2)):
@@ -216,9 +318,21 @@ def test_gsm8k_from_a_transformers_model_on_2_and_4_ranks(tmp_path):
             ranks,
             *("--model.path", tmp_path / "model", "--data.train", tmp_path / "train.jsonl"),
             *("--data.eval", tmp_path / "eval.jsonl", "--data.seq-len", 1024, "--train.steps", 6),
-            *("--optim.lr", 3e-3, "--parallel.ep", ep, "--checkpoint.export", "fp32", "--output", output),
+            *(
+                "--optim.lr",
+                3e-3,
+                "--parallel.ep",
+                ep,
+                "--checkpoint.export",
+                "fp32",
+                "--output",
+                output,
+            ),
         )
-        losses[ranks] = [(line["loss"], line["grad_norm"], line.get("eval_loss", 0.0)) for line in records(output)]
+        losses[ranks] = [
+            (line["loss"], line["grad_norm"], line.get("eval_loss", 0.0))
+            for line in records(output)
+        ]
     assert losses[2][-1][2] > 0
     for two, four in zip(losses[2], losses[4], strict=True):
         assert four == pytest.approx(two, rel=1e-5)
@@ -235,7 +349,9 @@ def test_gsm8k_from_a_transformers_model_on_2_and_4_ranks(tmp_path):
             if len(prompt) + len(answer) + 1 > 1024:  # the newline after the end of turn counts too
                 continue
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits, torch.tensor(answer), reduction="sum"
+            ).item()
             count += len(answer)
     assert records(output)[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
@@ -249,15 +365,21 @@ def test_gsm8k_from_a_transformers_model_on_2_and_4_ranks(tmp_path):
 )
 def test_bad_input_ends_all_ranks_with_one_sentence(tmp_path, options, sentence):
     """Told once, no hang, exit code not 0."""
-    result = launch(2, *(o.format(tmp=tmp_path) for o in options), "--output", tmp_path / "run", seconds=60)
+    result = launch(
+        2, *(o.format(tmp=tmp_path) for o in options), "--output", tmp_path / "run", seconds=60
+    )
     assert result.returncode != 0
     told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and sentence in told[0], result.stderr[-3000:]
-    last = result.stderr.rstrip("=\n").splitlines()[-1]  # of torchrun's report: nothing is looked for further up
+    # of torchrun's report: nothing is looked for further up
+    last = result.stderr.rstrip("=\n").splitlines()[-1]
     assert last == f"  traceback : {told[0]}"
 
 
 def test_unknown_option_is_refused_with_a_suggestion():
     result = launch(2, "--train.step", 3, seconds=60)
     assert result.returncode != 0
-    assert result.stderr.count("error: there is no option --train.step; did you mean --train.steps") == 1
+    assert (
+        result.stderr.count("error: there is no option --train.step; did you mean --train.steps")
+        == 1
+    )

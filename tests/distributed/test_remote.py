@@ -1,4 +1,6 @@
-"""Checkpoints and export at a URL: the run is the one that writes to a directory, killed and continued too."""
+"""Checkpoints and export at a URL: the run is the one that writes to a directory, killed and
+continued too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import pytest
 import torch
 
 from recipes import deepseek_v3_sft
-from tests.distributed.kill import assert_same_run, attend, options, steps_in, supervise, write_inputs
+from tests.distributed.kill import (
+    assert_same_run,
+    attend,
+    options,
+    steps_in,
+    supervise,
+    write_inputs,
+)
 from torchsft.config import InputError
 from torchsft.trainer import Trainer
 
@@ -24,15 +33,24 @@ def inputs(tmp_path_factory, ranks):
     """Model, data, and the run that writes to a directory."""
     directory = write_inputs(tmp_path_factory.mktemp("remote"))
     log = str(directory / "log.txt")
-    ((codes, _),) = ranks(1, attend, size=2, argv=options(directory, directory / "undisturbed", STEPS), log=log)
+    ((codes, _),) = ranks(
+        1, attend, size=2, argv=options(directory, directory / "undisturbed", STEPS), log=log
+    )
     assert codes == [0, 0], Path(log).read_text()[-3000:]
     return directory
 
 
 def test_file_urls_on_two_ranks_with_kills_while_saving(inputs, ranks, tmp_path):
     output, remote = tmp_path / "run", tmp_path / "bucket"
-    argv = [*options(inputs, output, STEPS), "--checkpoint.remote", f"file://{remote}", "--checkpoint.keep", "1"]
-    calls = {"save": 500, "writing": 1000, "publishing": 1000}  # about; the killed one is in the first half
+    argv = [
+        *options(inputs, output, STEPS),
+        "--checkpoint.remote",
+        f"file://{remote}",
+        "--checkpoint.keep",
+        "1",
+    ]
+    # about; the killed one is in the first half
+    calls = {"save": 500, "writing": 1000, "publishing": 1000}
     log = tmp_path / "log.txt"
     plan = ["writing", "publishing", "save", "publishing"]
     ((kills, _),) = ranks(1, supervise, size=2, argv=argv, log=str(log), plan=plan, calls=calls)
@@ -43,7 +61,9 @@ def test_file_urls_on_two_ranks_with_kills_while_saving(inputs, ranks, tmp_path)
 
 
 def in_memory(argv: list[str], output: str, copy: str) -> None:
-    """On one rank: train to step 5, continue from memory:// to the end, and copy what is there to `copy`."""
+    """On one rank: train to step 5, continue from memory:// to the end, and copy what is there to
+    `copy`.
+    """
     take_step = Trainer.train_step
 
     def step_and_signal(self, step):
@@ -56,11 +76,16 @@ def in_memory(argv: list[str], output: str, copy: str) -> None:
     deepseek_v3_sft.main()
     assert steps_in(Path(output)) in (5, 6)  # the listening thread may hear of it a moment later
     Trainer.train_step = take_step
-    for other, found in ((argv[: argv.index("--checkpoint.remote")], "memory://bucket/run/checkpoints"), (argv, None)):
+    for other, found in (
+        (argv[: argv.index("--checkpoint.remote")], "memory://bucket/run/checkpoints"),
+        (argv, None),
+    ):
         sys.argv = ["deepseek_v3_sft.py", *other]
         if found:
             with pytest.raises(
-                InputError, match=f"has checkpoints in {found}, but none in .*--checkpoint.resume {found}/step-"
+                InputError,
+                match=f"has checkpoints in {found}, but none in .*--checkpoint.resume "
+                f"{found}/step-",
             ):
                 deepseek_v3_sft.main()
             torch.distributed.destroy_process_group()

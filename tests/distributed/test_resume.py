@@ -17,14 +17,18 @@ from torchsft.trainer import Trainer
 STEPS = 6
 
 
-def train(directory: str, output: str, start: int, stop: int, mode: str = "sync", **sizes: Any) -> dict[str, Any]:
+def train(
+    directory: str, output: str, start: int, stop: int, mode: str = "sync", **sizes: Any
+) -> dict[str, Any]:
     """Steps `start` + 1 to `stop` of 6 through the public pieces, with a checkpoint at `stop`.
 
-    Where that is written beside training, a further step is trained meanwhile, as in a run that is killed there.
+    Where that is written beside training, a further step is trained meanwhile, as in a run that is
+    killed there.
     """
     config = config_for(directory, output=output, **sizes)
     config.train.steps, config.checkpoint.mode = STEPS, mode
-    config.data.workers = {"sync": 0, "async": 3}[mode]  # legs of one run prepare their data in different ways
+    # legs of one run prepare their data in different ways
+    config.data.workers = {"sync": 0, "async": 3}[mode]
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
         world.barrier()
@@ -73,7 +77,9 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs, ranks):
-    return ranks(4, train, directory=str(inputs), output=str(inputs / "whole"), ep=2, start=0, stop=STEPS)
+    return ranks(
+        4, train, directory=str(inputs), output=str(inputs / "whole"), ep=2, start=0, stop=STEPS
+    )
 
 
 # (ranks, layout)
@@ -92,7 +98,8 @@ TP2_EP4 = (4, {"tp": 2, "ep": 4})
 @pytest.mark.parametrize(
     "legs",
     [
-        # Each leg: the step at which it stops, its layout, its way of saving. An epoch ends at steps 3 and 6.
+        # Each leg: the step at which it stops, its layout, its way of saving. An epoch ends at
+        # steps 3 and 6.
         [(2, DP4_EP2, "async"), (STEPS, DP4_EP2, "sync")],
         [(3, DP4_EP2, "sync"), (4, DP4_EP2, "async"), (STEPS, DP4_EP2, "async")],
         [(2, DP4, "async"), (STEPS, DP2, "async")],
@@ -101,10 +108,14 @@ TP2_EP4 = (4, {"tp": 2, "ep": 4})
         [(1, ONE, "async"), (4, HSDP_CP2, "sync"), (STEPS, PP2_TP2, "async")],
         [(4, PP2_TP2, "async"), (STEPS, ONE, "sync")],
     ],
-    ids=lambda legs: " -> ".join(f"{stop}:{layout[0]}{layout[1]}" for stop, layout, _ in legs).replace("'", ""),
+    ids=lambda legs: " -> ".join(
+        f"{stop}:{layout[0]}{layout[1]}" for stop, layout, _ in legs
+    ).replace("'", ""),
 )
 def test_a_run_in_legs_is_the_run_in_one(inputs, ranks, undisturbed, tmp_path, legs):
-    """The same samples in the same order; numbers and weights bit-identical on one layout, else to the order of fp32 sums."""
+    """The same samples in the same order; numbers and weights bit-identical on one layout, else to
+    the order of fp32 sums.
+    """
     run = {"directory": str(inputs), "output": str(tmp_path / "run")}
     start, numbers, ids = 0, [], []
     for stop, (size, layout), mode in legs:
@@ -119,8 +130,12 @@ def test_a_run_in_legs_is_the_run_in_one(inputs, ranks, undisturbed, tmp_path, l
     state = {name: tensor for result in results for name, tensor in result["state"].items()}
     assert state.keys() == undisturbed[0]["state"].keys()
     for name, expected in undisturbed[0]["state"].items():
-        torch.testing.assert_close(state[name], expected, rtol=0, atol=0 if exact else 2e-5, msg=name)
-    lines = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]
+        torch.testing.assert_close(
+            state[name], expected, rtol=0, atol=0 if exact else 2e-5, msg=name
+        )
+    lines = [
+        json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
 
 

@@ -1,4 +1,6 @@
-"""What only a GPU can show; `pytest -m gpu` on a machine that has one. Elsewhere skipped, with a sentence."""
+"""What only a GPU can show; `pytest -m gpu` on a machine that has one. Elsewhere skipped, with a
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def batch(device):
     tokens = torch.randint(0, 272, (total,), generator=generator)
     labels = torch.randint(0, 272, (total,), generator=generator)
     labels[sum(LENGTHS) :] = -100
-    positions = torch.cat([torch.arange(n) for n in LENGTHS] + [torch.zeros(PADDING, dtype=torch.int64)])
+    positions = torch.cat(
+        [torch.arange(n) for n in LENGTHS] + [torch.zeros(PADDING, dtype=torch.int64)]
+    )
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     return {
         "tokens": tokens.to(device),
@@ -91,23 +95,33 @@ def compare(got, reference, tolerance):
 
 
 def test_fp32_on_the_gpu_equals_the_cpu(directory, reference):
-    """Full fp32 products (no TF32), `auto` attention (one SDPA call per document): only the order of sums differs."""
+    """Full fp32 products (no TF32), `auto` attention (one SDPA call per document): only the order
+    of sums differs.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     compare(results(load_model(directory, device="cuda"), "cuda"), reference, 1e-4)
 
 
 def test_experts_and_documents_without_tokens_get_zero_gradients(directory):
-    """Every parameter has a gradient, an expert that no token chose a zero one (kernels may leave it uninitialised)."""
+    """Every parameter has a gradient, an expert that no token chose a zero one (kernels may leave
+    it uninitialised).
+    """
     model = with_attention(directory, "varlen", torch.bfloat16, "cuda")
     inputs = batch("cuda")
     gate = model.model.layers["1"].mlp.gate
     gate.e_score_correction_bias[3] = -100.0
     for documents in (
         inputs,
-        inputs | {"cu_seqlens": inputs["cu_seqlens"][:1], "max_seqlen": 0, "labels": inputs["labels"] * 0 - 100},
+        inputs
+        | {
+            "cu_seqlens": inputs["cu_seqlens"][:1],
+            "max_seqlen": 0,
+            "labels": inputs["labels"] * 0 - 100,
+        },
     ):
         model.zero_grad()
-        torch.full((1 << 28,), float("nan"), device="cuda")  # freed at once: uninitialised memory is then not zero
+        # freed at once: uninitialised memory is then not zero
+        torch.full((1 << 28,), float("nan"), device="cuda")
         model(**documents).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
     assert all((p.grad == 0).all() for p in model.parameters())
@@ -118,12 +132,16 @@ def test_experts_and_documents_without_tokens_get_zero_gradients(directory):
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen", "flex"])
 def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(directory, reference, attention):
-    """bf16 routing can flip near ties, so the bound is what the CPU's bf16 reference itself is off by, doubled."""
+    """bf16 routing can flip near ties, so the bound is what the CPU's bf16 reference itself is off
+    by, doubled.
+    """
     cpu = results(with_attention(directory, "sdpa", torch.bfloat16, "cpu"), "cpu")
     got = results(with_attention(directory, attention, torch.bfloat16, "cuda"), "cuda")
     assert got[1] == pytest.approx(reference[1], rel=2e-2)
     pairs = {"logits": (cpu[0], got[0], reference[0])}
-    pairs |= {name: (cpu[2][name], got[2][name], expected) for name, expected in reference[2].items()}
+    pairs |= {
+        name: (cpu[2][name], got[2][name], expected) for name, expected in reference[2].items()
+    }
     wrong = {}
     for name, (on_cpu, on_gpu, expected) in pairs.items():
         largest = expected.abs().max()
@@ -147,11 +165,27 @@ def test_the_step_does_not_wait_for_the_device(directory):
 
 
 def test_debug_preset_trains_over_nccl_on_one_rank(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+    ]
     command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), "--output", str(tmp_path / "run")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
-    answers = [json.loads(line) for line in (tmp_path / "run" / "answers-after.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "answers-after.jsonl").read_text().splitlines()
+    ]
     assert sum(a["correct"] for a in answers) >= 0.9 * len(answers)
 
 
@@ -165,12 +199,17 @@ def test_debug_preset_trains_over_nccl_on_one_rank(tmp_path):
     ],
 )
 def test_layouts_over_nccl_equal_one_gpu(tmp_path, sizes):
-    """The invariance matrix on real ranks; fp32 without TF32, where only the order of sums differs. Never run so far."""
+    """The invariance matrix on real ranks; fp32 without TF32, where only the order of sums differs.
+    Never run so far.
+    """
     write_tiny_model(tmp_path / "model", num_hidden_layers=8, first_k_dense_replace=2)
     write_conversations(tmp_path / "train.jsonl", 10)
     pool = RankPool()
     try:
-        one, four = (test_layouts.on_ranks(pool.run, n, directory=str(tmp_path), **part) for n, part in ((1, {}), (4, sizes)))
+        one, four = (
+            test_layouts.on_ranks(pool.run, n, directory=str(tmp_path), **part)
+            for n, part in ((1, {}), (4, sizes))
+        )
     finally:
         pool.close()
     for got, expected in zip(four, one, strict=True):

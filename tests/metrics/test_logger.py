@@ -51,7 +51,9 @@ def write(output, steps, **options):
 
 
 def events(output):
-    reader = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    reader = EventAccumulator(
+        str(output / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}
+    )
     reader.Reload()
     return reader
 
@@ -60,8 +62,8 @@ def test_one_json_object_a_step_with_the_promised_keys(tmp_path):
     write(tmp_path, range(1, 7))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    keys = "step loss grad_norm lr tokens supervised_tokens tokens_per_second step_seconds epoch".split()
-    assert list(lines[0]) == keys
+    keys = "step loss grad_norm lr tokens supervised_tokens tokens_per_second step_seconds epoch"
+    assert list(lines[0]) == keys.split()
     assert [("eval_loss" in line) for line in lines] == [False, False, True, False, False, True]
     assert lines[3] == {"step": 4, **record(4)}
 
@@ -79,11 +81,15 @@ def test_resume_at_step_2_leaves_the_files_of_an_uninterrupted_run(tmp_path, kil
     write(tmp_path / "whole", range(1, 7), tensorboard=True)
     write(tmp_path / "parts", range(1, killed_after + 1), tensorboard=True)
     write(tmp_path / "parts", range(3, 7), tensorboard=True)
-    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (
+        tmp_path / "whole/metrics.jsonl"
+    ).read_bytes()
     whole, parts = events(tmp_path / "whole"), events(tmp_path / "parts")
     assert whole.Tags()["scalars"] == parts.Tags()["scalars"]
     for tag in whole.Tags()["scalars"]:
-        assert [(e.step, e.value) for e in parts.Scalars(tag)] == [(e.step, e.value) for e in whole.Scalars(tag)]
+        assert [(e.step, e.value) for e in parts.Scalars(tag)] == [
+            (e.step, e.value) for e in whole.Scalars(tag)
+        ]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path):
@@ -163,7 +169,9 @@ def test_without_a_terminal_about_twenty_plain_lines_are_printed(tmp_path, capsy
     lines = out.splitlines()
     assert err == "" and "\r" not in out
     assert len(lines) == 20 + 3  # each tenth; the first, the evaluation, the message
-    assert re.match(r"\d\d:\d\d:\d\d step 1/200, loss 2.0000, norm 0.50, lr 1.00e-03, 1,234 tok/s", lines[0])
+    assert re.match(
+        r"\d\d:\d\d:\d\d step 1/200, loss 2.0000, norm 0.50, lr 1.00e-03, 1,234 tok/s", lines[0]
+    )
     assert "eval loss 0.7500" in lines[1] and lines[-1] == "a message"
 
 
@@ -195,16 +203,22 @@ def test_a_terminal_of_no_columns_gets_lines_as_a_file_does(tmp_path, capsys, mo
 def test_each_of_several_evaluation_sets_is_on_the_console(tmp_path, capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     log = logger(tmp_path, total_steps=9, progress=True)
-    log.step(1, record(1, **{"eval_loss": 0.5, "eval_loss/chats": 0.25, "eval_loss/maths": 0.75}), {})
+    log.step(
+        1, record(1, **{"eval_loss": 0.5, "eval_loss/chats": 0.25, "eval_loss/maths": 0.75}), {}
+    )
     log.close()
     assert "eval loss 0.5000 (chats 0.2500, maths 0.7500)" in capsys.readouterr().out
 
 
-def test_what_is_waited_for_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(capsys, monkeypatch):
+def test_what_is_waited_for_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
+    capsys, monkeypatch
+):
     for terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         now = iter([0.0, 1.0, 12.0, 13.0])
-        monkeypatch.setattr("torchsft.metrics.logger.time.monotonic", lambda now=now: next(now, 99.0))
+        monkeypatch.setattr(
+            "torchsft.metrics.logger.time.monotonic", lambda now=now: next(now, 99.0)
+        )
         with Waiting("answers", 32, "answers", shown=True) as waiting:
             for done in (0, 5, 6):
                 waiting.done(done, "9 under way")
@@ -213,7 +227,14 @@ def test_what_is_waited_for_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsew
         if terminal:
             assert "5/32" in err and "9 under way" in err and out == ""
         else:
-            assert re.fullmatch(r"\d\d:\d\d:\d\d answers: 5 of 32 answers, 9 under way, 00:12 so far\n", out) and err == ""
+            assert (
+                re.fullmatch(
+                    r"\d\d:\d\d:\d\d answers: 5 of 32 answers, 9 under way, 00:12 so "
+                    r"far\n",
+                    out,
+                )
+                and err == ""
+            )
 
 
 def test_without_progress_only_messages_are_printed(tmp_path, capsys):
@@ -240,7 +261,11 @@ def test_a_line_that_a_full_disk_cut_short_is_written_whole_as_soon_as_there_is_
     log.step(1, record(1), {})
     with files_end_at((tmp_path / "metrics.jsonl").stat().st_size + 20):
         for step in (2, 3):
-            with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written or has vanished \(File too large\)"):
+            with pytest.raises(
+                OSError,
+                match=r"metrics\.jsonl cannot be written or has vanished "
+                r"\(File too large\)",
+            ):
                 log.step(step, record(step), {})
     log.step(4, record(4), {})
     log.close()
@@ -261,10 +286,18 @@ def test_a_vanished_file_is_told_at_the_next_step(tmp_path, replaced):
 
 
 def test_a_run_goes_on_without_tensorboard_where_its_file_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # its thread says what went wrong, too
+    # its thread says what went wrong, too
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
     log = logger(tmp_path, tensorboard=True)
     log.step(1, record(1), {})
-    with files_end_at(1000), pytest.raises(OSError, match=r"TensorBoard's file in .* cannot be written"):
+    with (
+        files_end_at(1000),
+        pytest.raises(
+            OSError,
+            match=r"TensorBoard's file in .* cannot be "
+            r"written",
+        ),
+    ):
         for _ in range(10_000):  # its thread writes when its buffer is full
             log.scalars(2, {"a/b": 1.0})
     log.step(2, record(2), {"a/b": 1.0})

@@ -1,4 +1,6 @@
-"""A tiny DeepSeek-V3 of `transformers` with nothing trivial in it, and ours with the same weights."""
+"""A tiny DeepSeek-V3 of `transformers` with nothing trivial in it, and ours with the same
+weights.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 VOCABULARY = 61
 
 
-def hf_model(*, bias: tuple[float, float] = (0.0, 0.3), seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
-    """Random weights, norms around 1, biases around 0; correction biases normal with (mean, deviation) = bias."""
+def hf_model(
+    *, bias: tuple[float, float] = (0.0, 0.3), seed: int = 0, **changes: Any
+) -> DeepseekV3ForCausalLM:
+    """Random weights, norms around 1, biases around 0; correction biases normal with (mean,
+    deviation) = bias.
+    """
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(tiny_config(vocab_size=VOCABULARY, **changes))
     with torch.no_grad():
@@ -41,8 +47,12 @@ def our_model(hf: DeepseekV3ForCausalLM, **options: Any) -> DeepseekV3:
     return model
 
 
-def packed(lengths: list[int], padding: int = 0, first_position: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Model inputs: random tokens, labels (some -100) and loss weights (some 0) of documents and padding."""
+def packed(
+    lengths: list[int], padding: int = 0, first_position: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """Model inputs: random tokens, labels (some -100) and loss weights (some 0) of documents and
+    padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths) + padding
     labels = torch.randint(0, VOCABULARY, (total,), generator=generator)
@@ -50,7 +60,9 @@ def packed(lengths: list[int], padding: int = 0, first_position: int = 0, seed: 
     labels[sum(lengths) :] = -100
     loss_weights = torch.rand(total, generator=generator)
     loss_weights[::6] = 0
-    positions = [torch.arange(n) + first_position for n in lengths] + [torch.zeros(padding, dtype=torch.int64)]
+    positions = [torch.arange(n) + first_position for n in lengths] + [
+        torch.zeros(padding, dtype=torch.int64)
+    ]
     return {
         "tokens": torch.randint(0, VOCABULARY, (total,), generator=generator),
         "positions": torch.cat(positions),
@@ -63,7 +75,9 @@ def packed(lengths: list[int], padding: int = 0, first_position: int = 0, seed: 
 
 def logits_of(model: DeepseekV3, inputs: dict[str, Any]) -> Tensor:
     """Logits [T, V] without the labels."""
-    return model(**{key: value for key, value in inputs.items() if key not in ("labels", "loss_weights")})
+    return model(
+        **{key: value for key, value in inputs.items() if key not in ("labels", "loss_weights")}
+    )
 
 
 def hf_logits(model: DeepseekV3ForCausalLM, inputs: dict[str, Any]) -> Tensor:
@@ -72,7 +86,11 @@ def hf_logits(model: DeepseekV3ForCausalLM, inputs: dict[str, Any]) -> Tensor:
     documents = [slice(*pair) for pair in itertools.pairwise(bounds)]
     return torch.cat(
         [
-            model(inputs["tokens"][None, rows], position_ids=inputs["positions"][None, rows], use_cache=False).logits[0]
+            model(
+                inputs["tokens"][None, rows],
+                position_ids=inputs["positions"][None, rows],
+                use_cache=False,
+            ).logits[0]
             for rows in documents
         ]
     )
@@ -81,5 +99,7 @@ def hf_logits(model: DeepseekV3ForCausalLM, inputs: dict[str, Any]) -> Tensor:
 def hf_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
     """The weighted loss sum from full logits."""
     real = len(logits)
-    nll = torch.nn.functional.cross_entropy(logits, inputs["labels"][:real], reduction="none", ignore_index=-100)
+    nll = torch.nn.functional.cross_entropy(
+        logits, inputs["labels"][:real], reduction="none", ignore_index=-100
+    )
     return (nll * inputs["loss_weights"][:real]).sum()

@@ -110,9 +110,13 @@ MOONLIGHT = V3 | {
 }
 
 
-@pytest.mark.parametrize(("config", "billions"), [(V3, 671.0), (KIMI_K2, 1026.4), (MOONLIGHT, 15.96)])
+@pytest.mark.parametrize(
+    ("config", "billions"), [(V3, 671.0), (KIMI_K2, 1026.4), (MOONLIGHT, 15.96)]
+)
 def test_official_models_have_their_published_number_of_parameters(config, billions):
-    """671 B (main model), 1 T and 16 B as their reports say, without MTP layers; built on the meta device."""
+    """671 B (main model), 1 T and 16 B as their reports say, without MTP layers; built on the meta
+    device.
+    """
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(config))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
@@ -121,10 +125,19 @@ def test_official_models_have_their_published_number_of_parameters(config, billi
 def test_both_spellings_of_rope_mean_the_same():
     official = DeepseekV3Config.from_hf(V3)
     assert official.rope.theta == 10000.0
-    assert official.rope.yarn == Yarn(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0)
+    assert official.rope.yarn == Yarn(
+        factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0
+    )
     scaling = {key: value for key, value in V3["rope_scaling"].items() if key != "type"}
-    modern = {key: value for key, value in V3.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    modern |= {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 10000.0}, "dtype": "bfloat16"}
+    modern = {
+        key: value
+        for key, value in V3.items()
+        if key not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
+    modern |= {
+        "rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 10000.0},
+        "dtype": "bfloat16",
+    }
     assert DeepseekV3Config.from_hf(modern) == official
     assert DeepseekV3Config.from_hf(MOONLIGHT).rope == Rope(dim=64, theta=50000.0)
 
@@ -133,8 +146,13 @@ def test_absent_fields_mean_what_transformers_assumes():
     from transformers import DeepseekV3Config as Reference
 
     reference = Reference(**SIZES | {"first_k_dense_replace": Reference().first_k_dense_replace})
-    config = DeepseekV3Config.from_hf({key: value for key, value in SIZES.items() if key != "first_k_dense_replace"})
-    names = "q_lora_rank n_shared_experts first_k_dense_replace norm_topk_prob routed_scaling_factor rms_norm_eps"
+    config = DeepseekV3Config.from_hf(
+        {key: value for key, value in SIZES.items() if key != "first_k_dense_replace"}
+    )
+    names = (
+        "q_lora_rank n_shared_experts first_k_dense_replace norm_topk_prob routed_scaling_factor "
+        "rms_norm_eps"
+    )
     for name in [*names.split(), "initializer_range", "attention_bias", "tie_word_embeddings"]:
         assert getattr(config, name) == getattr(reference, name), name
     assert config.rope == Rope(dim=8, theta=reference.rope_parameters["rope_theta"])
@@ -143,12 +161,38 @@ def test_absent_fields_mean_what_transformers_assumes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*only DeepseekV3ForCausalLM is supported"),
-        ({"architectures": None, "model_type": "llama"}, "model_type 'llama'.*DeepseekV3ForCausalLM"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r'quantization_config = {"quant_method": "fp8"}.*bf16 or fp32'),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantization_config = .*awq.*only DeepSeek's fp8"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, r'"weight_block_size": \[128\]}'),
-        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}}, "e4m3"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "LlamaForCausalLM.*only DeepseekV3ForCausalLM is supported",
+        ),
+        (
+            {"architectures": None, "model_type": "llama"},
+            "model_type 'llama'.*DeepseekV3ForCausalLM",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config = "
+            r'{"quant_method": "fp8"}.*bf16 or fp32',
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            r"quantization_config = "
+            r".*awq.*only DeepSeek's fp8",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            r'"weight_block_size": \[128\]}',
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "fp8",
+                    "fmt": "e5m2",
+                    "weight_block_size": [128, 128],
+                }
+            },
+            "e4m3",
+        ),
         ({"hidden_size": None, "v_head_dim": None}, "lacks hidden_size, v_head_dim"),
         ({"n_group": 3}, "8 n_routed_experts, which n_group \\(3\\)"),
         ({"topk_group": 5}, "topk_group = 5, but only 4 groups"),
@@ -157,8 +201,14 @@ def test_absent_fields_mean_what_transformers_assumes():
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7.*even"),
         ({"v_head_dim": 64}, "v_head_dim = 64 above the 20"),
         ({"num_key_value_heads": 2}, "2 num_key_value_heads for 4 heads"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'.*'default' and 'yarn'"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "rope type 'linear'.*'default' and 'yarn'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
         ({"scoring_func": "softmax"}, "scoring_func = 'softmax', but only 'sigmoid'"),
         ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but only 'silu'"),
@@ -180,11 +230,15 @@ def test_widths_that_grouped_mm_cannot_take_are_refused_with_the_remedy():
 
 
 def test_flops_equal_a_count_by_hand():
-    """Matrices of SIZES with q_lora 24 and one dense layer of three; two documents of 10 and 6 tokens.
+    """Matrices of SIZES with q_lora 24 and one dense layer of three; two documents of 10 and 6
+    tokens.
 
-    Attention: q_a 32x24, q_b 24x80, kv_a 32x28, kv_b 20x112, o 64x32 = 768 + 1920 + 896 + 2240 + 2048 = 7872.
-    Dense: 3x32x48 = 4608. MoE: (3 routed + 1 shared) x 3x32x16 + router 32x8 = 6144 + 256 = 6400. Head: 32x64 = 2048.
-    Tokens: 16 x (3 x 7872 + 4608 + 2 x 6400 + 2048). Scores and values: 3 layers x 4 heads x (50 + 18) pairs x 36.
+    Attention: q_a 32x24, q_b 24x80, kv_a 32x28, kv_b 20x112, o 64x32 = 768 + 1920 + 896 + 2240 +
+    2048 = 7872.
+    Dense: 3x32x48 = 4608. MoE: (3 routed + 1 shared) x 3x32x16 + router 32x8 = 6144 + 256 = 6400.
+    Head: 32x64 = 2048.
+    Tokens: 16 x (3 x 7872 + 4608 + 2 x 6400 + 2048). Scores and values: 3 layers x 4 heads x (50 +
+    18) pairs x 36.
     """
     config = DeepseekV3Config.from_hf(SIZES | {"q_lora_rank": 24})
     multiply_adds = 16 * (3 * 7872 + 4608 + 2 * 6400 + 2048) + 3 * 4 * (50 + 18) * (20 + 16)
@@ -197,9 +251,16 @@ def test_flops_equal_a_count_by_hand():
 YARN = V3["rope_scaling"]
 NEW_YARN = {key: value for key, value in YARN.items() if key != "type"} | {"rope_type": "yarn"}
 AGREEING = {
-    "both tables": {"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_scaling": YARN, "rope_theta": 50000},
+    "both tables": {
+        "rope_parameters": NEW_YARN | {"rope_theta": 5e4},
+        "rope_scaling": YARN,
+        "rope_theta": 50000,
+    },
     "both types": {"rope_scaling": YARN | {"rope_type": "yarn"}, "rope_theta": 5e4},
-    "theta inside and outside": {"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_theta": 5e4},
+    "theta inside and outside": {
+        "rope_parameters": NEW_YARN | {"rope_theta": 5e4},
+        "rope_theta": 5e4,
+    },
     "theta inside": {"rope_scaling": YARN | {"rope_theta": 5e4}},
     "nothing in one": {"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_scaling": None},
 }
@@ -212,8 +273,15 @@ def test_two_spellings_of_rope_that_agree_mean_what_transformers_reads(name):
     sizes = SIZES | {"max_position_embeddings": 163840}
     ours = DeepseekV3Config.from_hf(sizes | AGREEING[name]).rope
     theirs = Reference(**json.loads(json.dumps(sizes | AGREEING[name]))).rope_parameters
-    assert (ours.theta, ours.yarn.factor, theirs["rope_type"]) == (theirs["rope_theta"], theirs["factor"], "yarn")
-    assert ours.theta == 5e4 and ours.yarn.original_context == theirs["original_max_position_embeddings"]
+    assert (ours.theta, ours.yarn.factor, theirs["rope_type"]) == (
+        theirs["rope_theta"],
+        theirs["factor"],
+        "yarn",
+    )
+    assert (
+        ours.theta == 5e4
+        and ours.yarn.original_context == theirs["original_max_position_embeddings"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,18 +291,36 @@ def test_two_spellings_of_rope_that_agree_mean_what_transformers_reads(name):
             {"rope_parameters": NEW_YARN, "rope_scaling": YARN | {"factor": 32}},
             "factor = 40 in rope_parameters and 32 in rope_scal",
         ),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN}, "beta_fast = None in rope_parameters and 32"),
-        ({"rope_parameters": NEW_YARN | {"mscale": None}, "rope_scaling": YARN}, "mscale = None .* and 1.0"),
-        ({"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_scaling": YARN}, "rope_theta = 50000.0 .* and 10000.0"),
-        ({"rope_scaling": YARN | {"rope_type": "default"}}, "type = 'yarn' and rope_type = 'default' in rope_scaling"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN},
+            "beta_fast = None in rope_parameters and 32",
+        ),
+        (
+            {"rope_parameters": NEW_YARN | {"mscale": None}, "rope_scaling": YARN},
+            "mscale = None .* and 1.0",
+        ),
+        (
+            {"rope_parameters": NEW_YARN | {"rope_theta": 5e4}, "rope_scaling": YARN},
+            "rope_theta = 50000.0 .* and 10000.0",
+        ),
+        (
+            {"rope_scaling": YARN | {"rope_type": "default"}},
+            "type = 'yarn' and rope_type = 'default' in rope_scaling",
+        ),
         (
             {"rope_parameters": NEW_YARN | {"rope_theta": 1e4}, "rope_theta": 5e4},
             "rope_theta = 50000.0 and another one, 10000.0",
         ),
         ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn', but it must be an object"),
-        ({"num_local_experts": 16}, "n_routed_experts = 8 and num_local_experts = 16, two names of one setting"),
+        (
+            {"num_local_experts": 16},
+            "n_routed_experts = 8 and num_local_experts = 16, two names of one setting",
+        ),
         ({"num_nextn_predict_layers": 1, "num_mtp_layers": 2}, "num_mtp_layers = 2"),
-        ({"dtype": "bfloat16", "torch_dtype": "float32"}, "dtype = 'bfloat16' and torch_dtype = 'float32'"),
+        (
+            {"dtype": "bfloat16", "torch_dtype": "float32"},
+            "dtype = 'bfloat16' and torch_dtype = 'float32'",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ],
 )

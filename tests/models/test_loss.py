@@ -30,12 +30,16 @@ def test_loss_and_gradients_equal_full_logits(chunk, weighted):
     torch.testing.assert_close(got, expected)
     # A factor behind the loss, as the normaliser is.
     got_gradients = torch.autograd.grad(got * 0.37, (hidden, weight))
-    torch.testing.assert_close(got_gradients, torch.autograd.grad(expected * 0.37, (hidden, weight)))
+    torch.testing.assert_close(
+        got_gradients, torch.autograd.grad(expected * 0.37, (hidden, weight))
+    )
 
 
 def test_tokens_without_weight_contribute_exactly_nothing():
     hidden, weight, labels, loss_weights = inputs(torch.float32)
-    gradient = torch.autograd.grad(vocabulary_loss(hidden, weight, labels, loss_weights, 8), hidden)[0]
+    gradient = torch.autograd.grad(
+        vocabulary_loss(hidden, weight, labels, loss_weights, 8), hidden
+    )[0]
     silent = (labels == -100) | (loss_weights == 0)
     assert (gradient[silent] == 0).all() and (gradient[~silent] != 0).any(-1).all()
 
@@ -51,13 +55,17 @@ def test_a_frozen_output_embedding_gets_no_gradient():
     hidden, weight, labels, loss_weights = inputs()
     loss = vocabulary_loss(hidden, weight.detach(), labels, loss_weights, 8)
     expected = vocabulary_loss_reference(hidden, weight.detach(), labels, loss_weights)
-    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
+    )
 
 
 def test_bf16_gradients_are_within_bf16_rounding_of_exact_ones():
     """Logits and their gradient are rounded to bf16 once each (2^-8 relative), sums stay fp32."""
     hidden, weight, labels, loss_weights = inputs()
-    exact = torch.autograd.grad(vocabulary_loss_reference(hidden, weight, labels, loss_weights), (hidden, weight))
+    exact = torch.autograd.grad(
+        vocabulary_loss_reference(hidden, weight, labels, loss_weights), (hidden, weight)
+    )
     low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
     got = torch.autograd.grad(vocabulary_loss(*low, labels, loss_weights, 8), low)
     for value, reference in zip(got, exact, strict=True):
@@ -77,10 +85,14 @@ def test_a_second_backward_is_refused():
 def test_gradients_can_be_taken_in_two_passes(first):
     """As zero-bubble pipelines do: of the hidden states, and later of the weight."""
     hidden, weight, labels, loss_weights = inputs()
-    expected = torch.autograd.grad(vocabulary_loss_reference(hidden, weight, labels, loss_weights.double()), (hidden, weight))
+    expected = torch.autograd.grad(
+        vocabulary_loss_reference(hidden, weight, labels, loss_weights.double()), (hidden, weight)
+    )
     loss = vocabulary_loss(hidden, weight, labels, loss_weights.double(), 8)
     for one in (first, 1 - first):
-        torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)[one], retain_graph=True)[0], expected[one])
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, (hidden, weight)[one], retain_graph=True)[0], expected[one]
+        )
     with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(loss, weight)
 

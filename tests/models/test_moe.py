@@ -22,7 +22,9 @@ def router(mean: float, **changes) -> Router:
 @pytest.mark.parametrize("mean", [0.0, 3.0, -0.5, -10.0])
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2), (2, 2)])
 def test_choice_and_weights_equal_a_loop_over_tokens(mean, groups):
-    """The definition (DeepSeek-V3 report, 2.1.2), one token at a time: groups by their two best, then experts."""
+    """The definition (DeepSeek-V3 report, 2.1.2), one token at a time: groups by their two best,
+    then experts.
+    """
     gate = router(mean, groups=groups[0], top_groups=groups[1])
     x = torch.randn(T, D)
     weights_TK, experts_TK, _ = gate(x)
@@ -41,7 +43,9 @@ def test_choice_and_weights_equal_a_loop_over_tokens(mean, groups):
 
 
 def test_scores_are_fp32_for_bf16_tokens():
-    """bf16 has 8 bits: two experts whose scores differ by 2^-12 would tie and the choice would be the index."""
+    """bf16 has 8 bits: two experts whose scores differ by 2^-12 would tie and the choice would be
+    the index.
+    """
     gate = router(0.0)
     x = torch.randn(T, D).bfloat16()
     weights, experts, _ = gate(x)
@@ -76,15 +80,22 @@ def test_padding_gets_the_shared_experts_alone_and_goes_round_the_experts():
 
     layer.exchange = exchange
     x, factors = torch.randn(T, 16), torch.ones(T, 4)
-    routed = layer(x, packing("sdpa", factors, factors, torch.tensor([0, 10]), None)) - layer.shared_experts(x)
-    torch.testing.assert_close(routed[:10], torch.full((10, 16), 2.5), rtol=1e-4, atol=1e-3)  # weights sum to the scale
+    routed = layer(
+        x, packing("sdpa", factors, factors, torch.tensor([0, 10]), None)
+    ) - layer.shared_experts(x)
+    # weights sum to the scale
+    torch.testing.assert_close(routed[:10], torch.full((10, 16), 2.5), rtol=1e-4, atol=1e-3)
     assert routed[10:].abs().max() < 1e-4
     padding_rows = seen[0] - layer.expert_load
     assert padding_rows.sum() == 40 * 3 and padding_rows.max() - padding_rows.min() <= 1
 
 
-def documents_loss(scores: list[list[float]], chosen: list[set[int]], lengths: list[int], top_k: int) -> float:
-    """The balance loss by its definition, document by document: sum over documents of L * sum_e f_e P_e."""
+def documents_loss(
+    scores: list[list[float]], chosen: list[set[int]], lengths: list[int], top_k: int
+) -> float:
+    """The balance loss by its definition, document by document: sum over documents of L * sum_e f_e
+    P_e.
+    """
     total, begin = 0.0, 0
     for length in lengths:
         mine = range(begin, begin + length)
@@ -97,7 +108,9 @@ def documents_loss(scores: list[list[float]], chosen: list[set[int]], lengths: l
 
 
 def test_the_balance_loss_is_that_of_each_document_and_reaches_the_router_whatever_the_loss_is():
-    """Against the definition in plain Python, and its gradient against finite differences of it (float64)."""
+    """Against the definition in plain Python, and its gradient against finite differences of it
+    (float64).
+    """
     torch.manual_seed(0)
     gate = Router(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
     layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
@@ -125,7 +138,9 @@ def test_the_balance_loss_is_that_of_each_document_and_reaches_the_router_whatev
         for row, column in [(0, 0), (3, 5), (7, 15)]:
             step = torch.zeros(E, 16, dtype=torch.float64)
             step[row, column] = 1e-4
-            slope = (definition(gate.weight.double() + step) - definition(gate.weight.double() - step)) / 2e-4
+            slope = (
+                definition(gate.weight.double() + step) - definition(gate.weight.double() - step)
+            ) / 2e-4
             assert added[row, column].item() == pytest.approx(2 * slope, rel=1e-3, abs=1e-3)
     layer.eval()
     assert torch.equal(router_gradient(2.0), router_gradient(0.0))  # evaluation has no balance loss

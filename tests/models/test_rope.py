@@ -25,20 +25,26 @@ def test_rotate_equals_its_reference_and_keeps_the_entries_before():
 
 
 def test_rotated_products_depend_on_the_distance_alone():
-    """RoPE's own definition: <rotate(q, m), rotate(k, n)> is a function of m - n. Complex numbers are the oracle."""
+    """RoPE's own definition: <rotate(q, m), rotate(k, n)> is a function of m - n. Complex numbers
+    are the oracle.
+    """
     rope = Rope(dim=8, theta=10000.0)
     q, k = torch.randn(8), torch.randn(8)
     cos, sin = RotaryEmbedding(rope)(torch.tensor([9, 4, 105, 100]))
     turned = rotate(torch.stack([q, k, q, k]), cos, sin)
     as_complex = [torch.view_as_complex(x.view(4, 2)) for x in (q, k)]
     angles = 5 * 10000.0 ** (-torch.arange(4) / 4)
-    expected = (as_complex[0] * torch.polar(torch.ones(4), angles) * as_complex[1].conj()).real.sum()
+    expected = (
+        as_complex[0] * torch.polar(torch.ones(4), angles) * as_complex[1].conj()
+    ).real.sum()
     torch.testing.assert_close(turned[0] @ turned[1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(turned[2] @ turned[3], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_yarn_keeps_fast_frequencies_and_divides_slow_ones():
-    """V3's numbers: 64 rope entries, factor 40 from 4096, bounds at pairs floor(10.4) and ceil(22.5)."""
+    """V3's numbers: 64 rope entries, factor 40 from 4096, bounds at pairs floor(10.4) and
+    ceil(22.5).
+    """
     yarn = Yarn(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0)
     plain = inverse_frequencies(Rope(dim=64, theta=10000.0))
     scaled = inverse_frequencies(Rope(dim=64, theta=10000.0, yarn=yarn))

@@ -35,7 +35,10 @@ def test_combine_equals_its_reference():
     _, order_R, row_TK = routing(1)
     y = torch.randn(T * K, D, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(T, K, dtype=torch.float64, requires_grad=True)
-    got, expected = combine(y, weights, order_R, row_TK), combine_reference(y, weights, order_R, row_TK)
+    got, expected = (
+        combine(y, weights, order_R, row_TK),
+        combine_reference(y, weights, order_R, row_TK),
+    )
     torch.testing.assert_close(got, expected)
     assert torch.autograd.gradcheck(lambda y, w: combine(y, w, order_R, row_TK), (y, weights))
 

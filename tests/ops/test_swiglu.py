@@ -17,7 +17,9 @@ def test_swiglu_equals_its_reference():
 
 @pytest.mark.parametrize("counts", [[3, 0, 9, 4], [0, 0, 0, 5], [0, 0, 0, 0]])
 def test_grouped_swiglu_equals_its_float64_reference(counts):
-    """Also with experts, or a whole rank, without rows. fp32 sums over at most 16 terms: 1e-5 of the largest entry."""
+    """Also with experts, or a whole rank, without rows. fp32 sums over at most 16 terms: 1e-5 of
+    the largest entry.
+    """
     torch.manual_seed(0)
     shapes = [(sum(counts), D), (len(counts), 2 * F, D), (len(counts), D, F)]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -27,14 +29,18 @@ def test_grouped_swiglu_equals_its_float64_reference(counts):
     upstream = torch.randn(got.shape)
     got_gradients = torch.autograd.grad(got, inputs, upstream)
     expected_gradients = torch.autograd.grad(expected, exact, upstream.double())
-    for value, reference in zip([got, *got_gradients], [expected, *expected_gradients], strict=True):
+    for value, reference in zip(
+        [got, *got_gradients], [expected, *expected_gradients], strict=True
+    ):
         largest = reference.abs().max() if reference.numel() else 1
         assert ((value - reference).abs() <= 1e-5 * largest).all()
 
 
 def test_an_expanded_gradient_is_accepted():
     """`y.sum()` sends a gradient of stride 0, which grouped_mm itself refuses."""
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]]
+    inputs = [
+        torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]
+    ]
     grouped_swiglu(*inputs, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in inputs)
 
@@ -42,18 +48,26 @@ def test_an_expanded_gradient_is_accepted():
 def test_frozen_experts_get_no_gradient_and_rows_still_do():
     """2 grouped products in the backward pass, in place of 4."""
     x = torch.randn(4, D, requires_grad=True)
-    gate_up, down, offs = torch.randn(2, 2 * F, D), torch.randn(2, D, F), torch.tensor([1, 4], dtype=torch.int32)
+    gate_up, down, offs = (
+        torch.randn(2, 2 * F, D),
+        torch.randn(2, D, F),
+        torch.tensor([1, 4], dtype=torch.int32),
+    )
     loss = grouped_swiglu(x, gate_up, down, offs).square().sum()
     with Operations() as backward:
         (got,) = torch.autograd.grad(loss, x)
     assert backward.count["aten::_grouped_mm"] == 2
-    (expected,) = torch.autograd.grad(grouped_swiglu_reference(x, gate_up, down, offs).square().sum(), x)
+    (expected,) = torch.autograd.grad(
+        grouped_swiglu_reference(x, gate_up, down, offs).square().sum(), x
+    )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_backward_through_one_graph_is_refused():
     """The backward pass overwrites what it saved; silently reusing it would be a wrong gradient."""
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]]
+    inputs = [
+        torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]
+    ]
     y = grouped_swiglu(*inputs, torch.tensor([1, 4], dtype=torch.int32)).sum()
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -62,9 +76,13 @@ def test_a_second_backward_through_one_graph_is_refused():
 
 @pytest.mark.parametrize("passes", [[[0], [1, 2]], [[1, 2], [0]], [[0], [1], [2]], [[2], [0, 1]]])
 def test_gradients_can_be_taken_in_several_passes(passes):
-    """As zero-bubble pipelines do: of the rows, and later of the weights; each as in one pass, bit by bit."""
+    """As zero-bubble pipelines do: of the rows, and later of the weights; each as in one pass, bit
+    by bit.
+    """
     torch.manual_seed(0)
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(9, D), (3, 2 * F, D), (3, D, F)]]
+    inputs = [
+        torch.randn(shape, requires_grad=True) for shape in [(9, D), (3, 2 * F, D), (3, D, F)]
+    ]
     offs, upstream = torch.tensor([2, 2, 9], dtype=torch.int32), torch.randn(9, D)
     expected = torch.autograd.grad(grouped_swiglu(*inputs, offs), inputs, upstream)
     y = grouped_swiglu(*inputs, offs)
@@ -76,7 +94,9 @@ def test_gradients_can_be_taken_in_several_passes(passes):
 
 def test_two_passes_cost_what_one_does():
     """4 grouped products, the two of the forward pass not counted; nothing is computed twice."""
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(9, D), (3, 2 * F, D), (3, D, F)]]
+    inputs = [
+        torch.randn(shape, requires_grad=True) for shape in [(9, D), (3, 2 * F, D), (3, D, F)]
+    ]
     offs = torch.tensor([2, 2, 9], dtype=torch.int32)
     y = grouped_swiglu(*inputs, offs).sum()
     with Operations() as rows:
@@ -88,7 +108,9 @@ def test_two_passes_cost_what_one_does():
 
 
 def test_rows_in_two_passes_cannot_be_asked_for_twice():
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]]
+    inputs = [
+        torch.randn(shape, requires_grad=True) for shape in [(4, D), (2, 2 * F, D), (2, D, F)]
+    ]
     y = grouped_swiglu(*inputs, torch.tensor([1, 4], dtype=torch.int32)).sum()
     for wanted in (inputs[:1], inputs[1:]):
         torch.autograd.grad(y, wanted, retain_graph=True)

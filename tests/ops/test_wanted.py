@@ -1,4 +1,6 @@
-"""What `torchsft.ops.wanted` says inside a backward pass: it rests on a private function of torch."""
+"""What `torchsft.ops.wanted` says inside a backward pass: it rests on a private function of
+torch.
+"""
 
 import pytest
 import torch
@@ -40,17 +42,29 @@ def test_each_pass_of_two_wants_its_own(leaves):
     torch.autograd.grad(y.sum(), (x, w), retain_graph=True)
     y.sum().backward(retain_graph=True)
     y.sum().backward(inputs=[w])
-    assert Product.asked == [[True, False], [False, True], [True, True], [True, True], [False, True]]
+    assert Product.asked == [
+        [True, False],
+        [False, True],
+        [True, True],
+        [True, True],
+        [False, True],
+    ]
 
 
-@pytest.mark.skipif(not weight_pass_possible(), reason="torch 2.11 cannot start a pass at an autograd Function")
+@pytest.mark.skipif(
+    not weight_pass_possible(), reason="torch 2.11 cannot start a pass at an autograd Function"
+)
 def test_from_the_edges_of_a_pipeline_too():
-    """torch's weight pass starts at a node inside the graph and ends at the weight's accumulator."""
+    """torch's weight pass starts at a node inside the graph and ends at the weight's
+    accumulator.
+    """
     x, w = (torch.randn(3, requires_grad=True) for _ in range(2))
     y = Product.apply(x.exp(), w, 2)
     node = y.grad_fn
     end = torch.autograd.graph.get_gradient_edge(w)
-    torch.autograd.grad([torch.autograd.graph.GradientEdge(node, 0)], [end], grad_outputs=[torch.ones(3)])
+    torch.autograd.grad(
+        [torch.autograd.graph.GradientEdge(node, 0)], [end], grad_outputs=[torch.ones(3)]
+    )
     assert Product.asked == [[False, True]]
 
 
@@ -68,6 +82,8 @@ def test_recomputation_asks_once_in_the_backward_pass():
 
 
 def test_a_weight_pass_is_possible_since_torch_2_13():
-    """If a later torch takes it away, zero-bubble schedules would lose their point; 2.12 was not tried."""
+    """If a later torch takes it away, zero-bubble schedules would lose their point; 2.12 was not
+    tried.
+    """
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
         assert weight_pass_possible()

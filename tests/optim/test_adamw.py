@@ -52,7 +52,12 @@ def test_five_steps_equal_adamw_in_float64_with_decay_on_matrices_only():
             gradients[name].append(parameter.grad.clone())
         optimizer.step()
     for name, parameter in model.named_parameters():
-        expected = adamw_float64(before.get_parameter(name).detach(), gradients[name], optim, name in ("experts", "matrix"))
+        expected = adamw_float64(
+            before.get_parameter(name).detach(),
+            gradients[name],
+            optim,
+            name in ("experts", "matrix"),
+        )
         # five fp32 roundings of values near 1
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -87,11 +92,15 @@ def test_a_part_of_which_nothing_is_trained_has_an_optimizer_that_does_nothing()
     optimizer = build_optimizer(model, Optim())
     set_lr(optimizer, 0.5)
     optimizer.step()
-    assert not optimizer.state and all(torch.equal(a, b) for a, b in zip(model.parameters(), Small().parameters(), strict=True))
+    assert not optimizer.state and all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), Small().parameters(), strict=True)
+    )
 
 
 def test_learning_rate_of_1e_7_moves_fp32_masters():
-    """It would be lost in bf16, whose spacing near 1 is 2^-8; here it is about the spacing of fp32, 2^-23."""
+    """It would be lost in bf16, whose spacing near 1 is 2^-8; here it is about the spacing of fp32,
+    2^-23.
+    """
     model = Small()
     model.matrix.data.fill_(0.5)
     optimizer = build_optimizer(model, Optim(lr=1e-7, weight_decay=0.0))
@@ -105,7 +114,9 @@ def test_learning_rate_of_1e_7_moves_fp32_masters():
 
 
 def _step_on_two_meshes():
-    """One step of DTensors of two meshes beside plain tensors, and of the same values as plain tensors alone."""
+    """One step of DTensors of two meshes beside plain tensors, and of the same values as plain
+    tensors alone.
+    """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -114,7 +125,9 @@ def _step_on_two_meshes():
     dense = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
     expert = init_device_mesh("cpu", (1, 2), mesh_dim_names=("edp", "ep"))
     plain, sharded = Small(), Small()
-    sharded.experts = nn.Parameter(distribute_tensor(sharded.experts.detach(), expert, [Shard(1), Shard(0)]))
+    sharded.experts = nn.Parameter(
+        distribute_tensor(sharded.experts.detach(), expert, [Shard(1), Shard(0)])
+    )
     sharded.matrix = nn.Parameter(distribute_tensor(sharded.matrix.detach(), dense, [Shard(0)]))
     sharded.norm = nn.Parameter(distribute_tensor(sharded.norm.detach(), dense, [Shard(0)]))
     optim = Optim(lr=0.01)
@@ -122,10 +135,16 @@ def _step_on_two_meshes():
     for step in range(3):
         set_gradients(plain, step)
         for a, b in zip(plain.parameters(), sharded.parameters(), strict=True):
-            b.grad = distribute_tensor(a.grad, b.device_mesh, b.placements) if isinstance(b, DTensor) else a.grad.clone()
+            b.grad = (
+                distribute_tensor(a.grad, b.device_mesh, b.placements)
+                if isinstance(b, DTensor)
+                else a.grad.clone()
+            )
         for optimizer in optimizers:
             optimizer.step()
-    full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in sharded.named_parameters()}
+    full = {
+        n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in sharded.named_parameters()
+    }
     return {name: (p.detach(), full[name].detach()) for name, p in plain.named_parameters()}
 
 

@@ -21,11 +21,17 @@ def meta_model():
 
 SHAPES = {name: tuple(parameter.shape) for name, parameter in meta_model().named_parameters()}
 ROUTERS = {f"model.layers.{i}.mlp.gate.weight" for i in range(1, 12)}
-EXPERTS = {f"model.layers.{i}.mlp.experts.{part}" for i in range(1, 12) for part in ("gate_up_proj", "down_proj")}
+EXPERTS = {
+    f"model.layers.{i}.mlp.experts.{part}"
+    for i in range(1, 12)
+    for part in ("gate_up_proj", "down_proj")
+}
 
 
 def of_layers(*numbers):
-    return {name for name in SHAPES if name.startswith(tuple(f"model.layers.{i}." for i in numbers))}
+    return {
+        name for name in SHAPES if name.startswith(tuple(f"model.layers.{i}." for i in numbers))
+    }
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,10 @@ def of_layers(*numbers):
         ("model.layers.3.mlp.experts.down_proj", {"model.layers.3.mlp.experts.down_proj"}),
         ("*.mlp.experts.*", EXPERTS),
         ("*norm*", {name for name in SHAPES if "norm" in name}),
-        ("model.layers.[45].self_attn.o_proj", {f"model.layers.{i}.self_attn.o_proj.weight" for i in (4, 5)}),
+        (
+            "model.layers.[45].self_attn.o_proj",
+            {f"model.layers.{i}.self_attn.o_proj.weight" for i in (4, 5)},
+        ),
     ],
 )
 def test_a_pattern_means_these_names(pattern, names):
@@ -58,7 +67,10 @@ def chosen(freeze=(), groups=()):
 
 
 def test_the_first_group_that_matches_decides_and_frozen_parameters_have_none():
-    selection = chosen(["layers.0-9", "router"], ["experts:lr=1e-4", "layers.11:weight_decay=0,lr=1e-3", "*:lr=0.5"])
+    selection = chosen(
+        ["layers.0-9", "router"],
+        ["experts:lr=1e-4", "layers.11:weight_decay=0,lr=1e-3", "*:lr=0.5"],
+    )
     assert selection.frozen == of_layers(*range(10)) | ROUTERS
     assert selection.groups.keys() == SHAPES.keys() - selection.frozen
     of = {name: (group.lr, group.weight_decay) for name, group in selection.groups.items()}
@@ -73,7 +85,10 @@ def test_a_frozen_parameter_takes_memory_for_its_weight_alone():
     chosen(["experts"]).apply(model)
     experts = sum(math.prod(SHAPES[name]) for name in EXPERTS)
     others = sum(map(math.prod, SHAPES.values())) - experts
-    assert held_bytes(model, torch.bfloat16, reshard_after_forward=True) == (4 * experts + 16 * others, 0)
+    assert held_bytes(model, torch.bfloat16, reshard_after_forward=True) == (
+        4 * experts + 16 * others,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,15 +102,43 @@ def test_a_frozen_parameter_takes_memory_for_its_weight_alone():
         ),
         (["gate"], [], "words: router, embeddings, experts, layers, layers.N, layers.A-B"),
         (["qqqq"], [], "a name is such as model.embed_tokens.weight"),
-        (["layers.12"], [], "--train.freeze 'layers.12' names layer 12, but the model's are 0 to 11"),
-        (["layers.10-61"], [], "--train.freeze 'layers.10-61' names layer 12, but the model's are 0 to 11"),
+        (
+            ["layers.12"],
+            [],
+            "--train.freeze 'layers.12' names layer 12, but the model's are 0 to 11",
+        ),
+        (
+            ["layers.10-61"],
+            [],
+            "--train.freeze 'layers.10-61' names layer 12, but the model's are 0 to 11",
+        ),
         (["layers.3-1"], [], "'layers.3-1' ends before it begins; write layers.1-3"),
         (["*"], [], "--train.freeze leaves no parameter to train"),
-        (["layers", "embeddings", "lm_head", "model.norm"], [], "--train.freeze leaves no parameter to train"),
-        (["experts"], ["*.mlp.experts:lr=1"], "'*.mlp.experts' matches only parameters that --train.freeze freezes"),
-        ([], ["layers:lr=1", "router:lr=2"], "'router' matches only parameters that groups before it have taken; the first"),
-        ([], ["*norm*:weight_decay=0.1"], "'*norm*' sets weight_decay, but matches only norms and biases"),
-        ([], ["rooter:lr=1"], "--optim.groups 'rooter' matches no parameter; similar names: router"),
+        (
+            ["layers", "embeddings", "lm_head", "model.norm"],
+            [],
+            "--train.freeze leaves no parameter to train",
+        ),
+        (
+            ["experts"],
+            ["*.mlp.experts:lr=1"],
+            "'*.mlp.experts' matches only parameters that --train.freeze freezes",
+        ),
+        (
+            [],
+            ["layers:lr=1", "router:lr=2"],
+            "'router' matches only parameters that groups before it have taken; the first",
+        ),
+        (
+            [],
+            ["*norm*:weight_decay=0.1"],
+            "'*norm*' sets weight_decay, but matches only norms and biases",
+        ),
+        (
+            [],
+            ["rooter:lr=1"],
+            "--optim.groups 'rooter' matches no parameter; similar names: router",
+        ),
     ],
 )
 def test_patterns_that_do_nothing_are_refused_in_a_sentence(freeze, groups, sentence):
@@ -107,7 +150,10 @@ def test_patterns_that_do_nothing_are_refused_in_a_sentence(freeze, groups, sent
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("router", "'router', but it must be PATTERN:lr=NUMBER,weight_decay=NUMBER (or one of the two)"),
+        (
+            "router",
+            "'router', but it must be PATTERN:lr=NUMBER,weight_decay=NUMBER (or one of the two)",
+        ),
         (":lr=1", "must be PATTERN:lr=NUMBER"),
         ("router:", "must be PATTERN:lr=NUMBER"),
         ("router:lr", "lr = '' is not a number"),

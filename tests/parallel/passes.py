@@ -1,4 +1,6 @@
-"""One forward and backward pass of a tiny random model over several microbatches, on any layout of ranks without a pipeline."""
+"""One forward and backward pass of a tiny random model over several microbatches, on any layout of
+ranks without a pipeline.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ from torchsft.parallel.gradients import global_norm
 from torchsft.parallel.world import World
 
 TOKENS = 96
-# Bounds of 2 and 4 ranks (every 24 tokens) fall into documents; padding on one rank alone, on most, everywhere, nowhere.
+# Bounds of 2 and 4 ranks (every 24 tokens) fall into documents; padding on one rank alone, on most,
+# everywhere, nowhere.
 DOCUMENTS = ((5, 40, 1, 33, 2), (30,), (), (7, 89))
 
 
 def build(**changes: Any) -> DeepseekV3:
     """A tiny model on the meta device; changes to tests/tiny.py's sizes."""
-    config = DeepseekV3Config.from_hf(tiny_config(**changes).to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]})
+    config = DeepseekV3Config.from_hf(
+        tiny_config(**changes).to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
+    )
     with torch.device("meta"):
         return DeepseekV3(config, loss_chunk=20)  # does not divide the tokens of any rank
 
@@ -59,7 +64,12 @@ def microbatch(number: int) -> dict[str, Any]:
         "tokens": tokens,
         "labels": torch.where(weights == 0, -100, labels),
         "loss_weights": weights,
-        "positions": torch.cat([*(torch.arange(n) for n in lengths), torch.zeros(TOKENS - sum(lengths), dtype=torch.int64)]),
+        "positions": torch.cat(
+            [
+                *(torch.arange(n) for n in lengths),
+                torch.zeros(TOKENS - sum(lengths), dtype=torch.int64),
+            ]
+        ),
         "cu_seqlens": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         "max_seqlen": max(lengths, default=0),
     }
@@ -71,7 +81,10 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def training_pass(
-    parallel: dict[str, int], balance: float = 0.0, compute: torch.dtype = torch.float32, **changes: Any
+    parallel: dict[str, int],
+    balance: float = 0.0,
+    compute: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Loss sum, gradients, their norm and expert loads of all microbatches together; for `ranks`.
 
@@ -87,7 +100,9 @@ def training_pass(
         fill(model)
         for moe in model.moe_layers().values():
             moe.balance_scale = balance
-        mine = [microbatch(number) for number in range(world.data_rank, len(DOCUMENTS), world.data_size)]
+        mine = [
+            microbatch(number) for number in range(world.data_rank, len(DOCUMENTS), world.data_size)
+        ]
         loss = torch.zeros((), dtype=torch.float64)
         for batch in mine:
             batch_loss = model(**batch)
@@ -112,8 +127,11 @@ def training_pass(
 
 
 def compare(results: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str, float]:
-    """fp32 sums in another order: 1e-6 of the loss and the norm, 1e-5 of each gradient's largest element; returns these."""
-    assert {(r["loss"], r["norm"]) for r in results} == {(results[0]["loss"], results[0]["norm"])}  # every rank says the same
+    """fp32 sums in another order: 1e-6 of the loss and the norm, 1e-5 of each gradient's largest
+    element; returns these.
+    """
+    # every rank says the same
+    assert {(r["loss"], r["norm"]) for r in results} == {(results[0]["loss"], results[0]["norm"])}
     result = results[0]
     assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert result["norm"] == pytest.approx(expected["norm"], rel=1e-6)

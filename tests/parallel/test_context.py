@@ -1,4 +1,6 @@
-"""Context parallelism: rows over several ranks, with documents that cross them; and what travels between the ranks."""
+"""Context parallelism: rows over several ranks, with documents that cross them; and what travels
+between the ranks.
+"""
 
 import math
 from dataclasses import replace
@@ -27,9 +29,12 @@ def one_process(ranks):
 
 
 @pytest.mark.parametrize(
-    ("size", "parallel"), [(2, {"cp": 2}), (4, {"cp": 4, "ep": 2}), (4, {"cp": 2, "dp_shard": 2, "ep": 4})]
+    ("size", "parallel"),
+    [(2, {"cp": 2}), (4, {"cp": 4, "ep": 2}), (4, {"cp": 2, "dp_shard": 2, "ep": 4})],
 )
-def test_loss_and_gradients_do_not_depend_on_context_parallelism(ranks, one_process, size, parallel):
+def test_loss_and_gradients_do_not_depend_on_context_parallelism(
+    ranks, one_process, size, parallel
+):
     compare(ranks(size, training_pass, parallel=parallel, balance=3.0), one_process)
 
 
@@ -67,27 +72,39 @@ def shared_attention(size, qkv, weights_THd):
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(2, 4), (2, 2), (4, 2), (4, 1), (4, 8)])
 def test_exchanged_heads_give_the_attention_of_one_process(ranks, size, kv_heads):
-    """Key/value heads are split, one each, or on several ranks; values have a width of their own. fp32 rounding: 1e-6."""
+    """Key/value heads are split, one each, or on several ranks; values have a width of their own.
+    fp32 rounding: 1e-6.
+    """
     torch.manual_seed(0)
-    qkv = [torch.randn(24, heads, width) for heads, width in ((8, 16), (kv_heads, 16), (kv_heads, 12))]
+    qkv = [
+        torch.randn(24, heads, width) for heads, width in ((8, 16), (kv_heads, 16), (kv_heads, 12))
+    ]
     weights = torch.randn(24, 8, 12)
     inputs = [x.clone().requires_grad_() for x in qkv]
     expected = grouped_query_attention(*inputs)
     (expected * weights).sum().backward()
     results = ranks(size, shared_attention, size=size, qkv=qkv, weights_THd=weights)
-    torch.testing.assert_close(torch.cat([out for out, _, _ in results]), expected.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat([out for out, _, _ in results]), expected.detach(), rtol=0, atol=1e-6
+    )
     for number, x in enumerate(inputs):
         gradient = torch.cat([gradients[number] for _, gradients, _ in results])
         torch.testing.assert_close(gradient, x.grad, rtol=0, atol=1e-6 * x.grad.abs().max().item())
-    assert {counts for _, _, counts in results} == {(8 // size, max(kv_heads // size, 1), max(kv_heads // size, 1))}
+    assert {counts for _, _, counts in results} == {
+        (8 // size, max(kv_heads // size, 1), max(kv_heads // size, 1))
+    }
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "good"), [(8, 2, 3, "1, 2, 4, 8"), (12, 6, 4, "1, 2, 3, 6, 12"), (12, 4, 8, "1, 2, 4, 12")]
+    ("heads", "kv_heads", "size", "good"),
+    [(8, 2, 3, "1, 2, 4, 8"), (12, 6, 4, "1, 2, 3, 6, 12"), (12, 4, 8, "1, 2, 4, 12")],
 )
 def test_heads_that_do_not_divide_are_refused(heads, kv_heads, size, good):
     q, k, v = (torch.zeros(4, n, 8) for n in (heads, kv_heads, kv_heads))
-    sentence = f"{heads} query heads and {kv_heads} key/value heads .* --parallel.cp {size} ranks; set .* one of {good}$"
+    sentence = (
+        f"{heads} query heads and {kv_heads} key/value heads .* --parallel.cp {size} ranks; set .* "
+        f"one of {good}$"
+    )
     with pytest.raises(InputError, match=sentence):
         exchange_heads(q, k, v, SimpleNamespace(size=lambda: size))
 
@@ -96,7 +113,9 @@ def test_heads_that_do_not_divide_are_refused(heads, kv_heads, size, good):
 
 
 class ReceivedValues(TorchDispatchMode):
-    """Counts the values that this rank receives from others, by collective; refuses those that it does not know."""
+    """Counts the values that this rank receives from others, by collective; refuses those that it
+    does not know.
+    """
 
     def __init__(self):
         super().__init__()
@@ -105,7 +124,10 @@ class ReceivedValues(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         namespace, _, name = function._schema.name.partition("::")
-        if namespace in ("_c10d_functional", "c10d") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+        if namespace in ("_c10d_functional", "c10d") and name not in (
+            "wait_tensor",
+            "_wrap_tensor_autograd",
+        ):
             if name == "all_gather_into_tensor":
                 count = result.numel() - args[0].numel()
             elif name == "reduce_scatter_tensor":
@@ -121,7 +143,9 @@ class ReceivedValues(TorchDispatchMode):
 
 
 def attention_traffic(cp, tp, tokens):
-    """Values that one rank receives per token of the row in V3's attention, by pass and collective: on meta, one process."""
+    """Values that one rank receives per token of the row in V3's attention, by pass and collective:
+    on meta, one process.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -142,7 +166,9 @@ def attention_traffic(cp, tp, tokens):
     if cp > 1:
         apply_context_parallel(model, world)
     angles = torch.zeros(tokens, 32)
-    documents = packing("sdpa", angles, angles, torch.tensor([0, tokens], dtype=torch.int32), tokens, model.layout)
+    documents = packing(
+        "sdpa", angles, angles, torch.tensor([0, tokens], dtype=torch.int32), tokens, model.layout
+    )
     documents = replace(documents, cos_TP=angles.to("meta"), sin_TP=angles.to("meta"))
     x_SD = torch.empty(tokens // (cp * tp), 7168, device="meta", requires_grad=True)
     with ReceivedValues() as forward:
@@ -150,22 +176,37 @@ def attention_traffic(cp, tp, tokens):
     assert out_SD.shape == x_SD.shape
     with ReceivedValues() as backward:
         out_SD.sum().backward()
-    return [{name: count / tokens for name, count in counted.received.items()} for counted in (forward, backward)]
+    return [
+        {name: count / tokens for name, count in counted.received.items()}
+        for counted in (forward, backward)
+    ]
 
 
 @pytest.mark.parametrize(("cp", "tp"), [(2, 1), (8, 1), (4, 2), (1, 8)])
 def test_latents_travel_and_not_keys_and_values(ranks, cp, tp):
-    """Measured from the collectives themselves for V3's sizes, against the formula of parallel/context.py."""
+    """Measured from the collectives themselves for V3's sizes, against the formula of
+    parallel/context.py.
+    """
     n = cp * tp
     ((forward, backward),) = ranks(1, attention_traffic, cp=cp, tp=tp, tokens=64)
     latents = (1536 + 512 + 64) * (n - 1) / n
     outputs = 128 * 128 / n * (cp - 1) / cp
     summed = 7168 / cp * (tp - 1) / tp
     gathered = 128 * (192 + 128) * (cp - 1) / cp  # keys and values instead
-    there = {"all_gather_into_tensor": latents, "all_to_all_single": outputs, "reduce_scatter_tensor": summed}
-    back = {"reduce_scatter_tensor": latents, "all_to_all_single": outputs, "all_gather_into_tensor": summed}
+    there = {
+        "all_gather_into_tensor": latents,
+        "all_to_all_single": outputs,
+        "reduce_scatter_tensor": summed,
+    }
+    back = {
+        "reduce_scatter_tensor": latents,
+        "all_to_all_single": outputs,
+        "all_gather_into_tensor": summed,
+    }
     assert forward == {name: count for name, count in there.items() if count}
     assert backward == {name: count for name, count in back.items() if count}
-    assert math.isclose(latents + outputs, {(2, 1): 5152, (8, 1): 3640, (4, 2): 3384, (1, 8): 1848}[cp, tp])
+    assert math.isclose(
+        latents + outputs, {(2, 1): 5152, (8, 1): 3640, (4, 2): 3384, (1, 8): 1848}[cp, tp]
+    )
     if cp == 8:
         assert (latents + outputs) * 9 < gathered == 35840

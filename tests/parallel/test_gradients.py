@@ -20,7 +20,8 @@ def parameter(gradient):
 def test_norm_and_clip_on_one_rank():
     torch.manual_seed(0)
     gradients = [torch.randn(5, 7), torch.randn(3), torch.zeros(0, 2)]
-    parameters = [parameter(g.clone()) for g in gradients] + [nn.Parameter(torch.ones(2))]  # the last has no gradient
+    # the last has no gradient
+    parameters = [parameter(g.clone()) for g in gradients] + [nn.Parameter(torch.ones(2))]
     expected = torch.cat([g.double().flatten() for g in gradients]).norm()
     norm = global_norm(parameters)
     assert norm.item() == pytest.approx(expected.item(), rel=1e-7)
@@ -47,7 +48,10 @@ def norms_of_sharded_gradients(gradients):
             (square, [Replicate(), Shard(0)]),
             (line, [Replicate()]),
         ]
-        return [global_norm([parameter(distribute_tensor(g, *way)) for g in gradients]).item() for way in ways]
+        return [
+            global_norm([parameter(distribute_tensor(g, *way)) for g in gradients]).item()
+            for way in ways
+        ]
 
 
 def test_norm_counts_every_element_once_however_it_is_sharded(ranks):

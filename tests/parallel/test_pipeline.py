@@ -1,4 +1,6 @@
-"""Pipelines of every schedule against the same model on one process; balance against brute force; what is refused."""
+"""Pipelines of every schedule against the same model on one process; balance against brute force;
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,17 @@ from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_afte
 from torchsft.parallel.stages import StagePlan, balance
 from torchsft.parallel.world import World
 
-SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+SCHEDULES = [
+    "GPipe",
+    "1F1B",
+    "Interleaved1F1B",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+]
 TOKENS = 24
-DOCUMENTS = [[24], [5, 7], [], [1, 1, 20], [10, 3], [2], [11, 12], [6, 6, 6, 6]]  # of each microbatch: one has none
+# of each microbatch: one has none
+DOCUMENTS = [[24], [5, 7], [], [1, 1, 20], [10, 3], [2], [11, 12], [6, 6, 6, 6]]
 WEIGHT = 17.0
 BALANCE = 1e-3
 PROMPT = {
@@ -46,7 +56,10 @@ def model_config(layers: int = 8, **changes: Any) -> DeepseekV3Config:
 
 def batches(count: int, data_rank: int = 0) -> list[Batch]:
     documents = [DOCUMENTS[i % len(DOCUMENTS)] for i in range(count)]
-    return [Batch(**packed(d, TOKENS - sum(d), seed=100 * data_rank + i)) for i, d in enumerate(documents)]
+    return [
+        Batch(**packed(d, TOKENS - sum(d), seed=100 * data_rank + i))
+        for i, d in enumerate(documents)
+    ]
 
 
 def set_balance_loss(model: DeepseekV3) -> None:
@@ -63,7 +76,9 @@ def update(model: DeepseekV3) -> None:
 
 
 def one_process(microbatches: int, data_size: int) -> dict[str, Any]:
-    """Without any parallelism: loss and gradients, loss of one batch more and logits; loss and gradients after an update."""
+    """Without any parallelism: loss and gradients, loss of one batch more and logits; loss and
+    gradients after an update.
+    """
     model = DeepseekV3(model_config())
     initialise_weights(model, 0, initial_value)
     set_balance_loss(model)
@@ -75,11 +90,16 @@ def one_process(microbatches: int, data_size: int) -> dict[str, Any]:
             one = model(**batch.model_inputs())
             (one / WEIGHT).backward()
             loss += one.item()
-        result[when] = {"loss": loss, "gradients": {name: p.grad for name, p in model.named_parameters()}}
+        result[when] = {
+            "loss": loss,
+            "gradients": {name: p.grad for name, p in model.named_parameters()},
+        }
         if when == "first":
             model.eval()
             with torch.no_grad():
-                result["evaluated"] = sum(model(**batch.model_inputs()).item() for batch in batches(microbatches + 1))
+                result["evaluated"] = sum(
+                    model(**batch.model_inputs()).item() for batch in batches(microbatches + 1)
+                )
                 result["logits"] = model(**PROMPT)
             model.train()
             update(model)
@@ -124,7 +144,12 @@ def build(case: Case, world: World) -> tuple[DeepseekV3, Any, StagePlan]:
 def step(model: DeepseekV3, pipeline: Any, rows: list[Batch]) -> dict[str, Any]:
     loss = pipeline.step(rows, WEIGHT).item()
     gradients = ((name, p.grad) for name, p in model.named_parameters())
-    return {"loss": loss, "gradients": {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients}}
+    return {
+        "loss": loss,
+        "gradients": {
+            name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients
+        },
+    }
 
 
 def run(cases: list[Case]) -> list[dict[str, Any]]:
@@ -135,19 +160,29 @@ def run(cases: list[Case]) -> list[dict[str, Any]]:
             model, pipeline, plan = build(case, world)
             computed: collections.Counter[str] = collections.Counter()
             for name, layer in model.model.layers.items():
-                layer.self_attn.register_forward_pre_hook(lambda *_, name=name, computed=computed: computed.update([name]))
+                layer.self_attn.register_forward_pre_hook(
+                    lambda *_, name=name, computed=computed: computed.update([name])
+                )
             rows = batches(case.microbatches, world.data_rank)
-            result = {"first": step(model, pipeline, rows), "computed": dict(computed), "ranks": plan.ranks}
+            result = {
+                "first": step(model, pipeline, rows),
+                "computed": dict(computed),
+                "ranks": plan.ranks,
+            }
             result["evaluated"] = pipeline.evaluate(batches(case.microbatches + 1)).item()
             result["nothing"] = pipeline.evaluate([]).item()
             result["logits"] = pipeline.logits(**PROMPT)
             update(model)
             result["again"] = step(model, pipeline, rows)
-            result["load"] = {name: moe.expert_load.clone() for name, moe in model.moe_layers().items()}
+            result["load"] = {
+                name: moe.expert_load.clone() for name, moe in model.moe_layers().items()
+            }
             if case.parallel.pp > 1:
                 placed = pipeline.stages[0].stage_index_to_group_rank
                 result["torch_ranks"] = tuple(placed[stage] for stage in range(len(placed)))
-                with pytest.raises(InputError, match=f"over 25 tokens, but in this layout one has {TOKENS};"):
+                with pytest.raises(
+                    InputError, match=f"over 25 tokens, but in this layout one has {TOKENS};"
+                ):
                     pipeline.logits(**(PROMPT | {"tokens": torch.zeros(25, dtype=torch.int64)}))
             results.append(result)
     return results
@@ -162,18 +197,28 @@ def largest_error(gradients: dict[str, Tensor], reference: dict[str, Tensor]) ->
     """Relative to the tensor's largest entry, and of which tensor."""
     assert gradients.keys() == reference.keys()
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-    return max((((gradients[n] - g).abs().max() / g.abs().max()).item(), n) for n, g in reference.items())
+    return max(
+        (((gradients[n] - g).abs().max() / g.abs().max()).item(), n) for n, g in reference.items()
+    )
 
 
 def compare(case: Case, results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
-    """fp32 rounds 2^-24; sums of 24 x 8 tokens through 8 layers stay within the bounds below where nothing is wrong."""
+    """fp32 rounds 2^-24; sums of 24 x 8 tokens through 8 layers stay within the bounds below where
+    nothing is wrong.
+    """
     copies = case.parallel.dp_shard
     for when in ("first", "again"):
-        assert sum(r[when]["loss"] for r in results) == pytest.approx(reference[when]["loss"], rel=1e-6)
-        error, name = largest_error(merged([r[when] for r in results]), reference[when]["gradients"])
+        assert sum(r[when]["loss"] for r in results) == pytest.approx(
+            reference[when]["loss"], rel=1e-6
+        )
+        error, name = largest_error(
+            merged([r[when] for r in results]), reference[when]["gradients"]
+        )
         print(f"{case.parallel.pp_schedule} pp {case.parallel.pp} {when}: {error:.1e} ({name})")
         assert error <= 1e-5, (when, name)
-    assert sum(r["evaluated"] for r in results) / copies == pytest.approx(reference["evaluated"], rel=1e-6)
+    assert sum(r["evaluated"] for r in results) / copies == pytest.approx(
+        reference["evaluated"], rel=1e-6
+    )
     assert all(r["nothing"] == 0 for r in results)
     for name, load in reference["load"].items():  # of the two steps: evaluation does not count
         assert sum(r["load"][name] for r in results if name in r["load"]).equal(load)
@@ -182,20 +227,25 @@ def compare(case: Case, results: list[dict[str, Any]], reference: dict[str, Any]
         assert r.get("torch_ranks", r["ranks"]) == r["ranks"]
     last = results[0]["ranks"][-1]
     tellers = [rank for rank, r in enumerate(results) if r["first"]["loss"] != 0]
-    assert tellers == list(range(last * copies, (last + 1) * copies))  # the loss is known where the last stage is
+    # the loss is known where the last stage is
+    assert tellers == list(range(last * copies, (last + 1) * copies))
 
 
 def check(ranks: Any, cases: list[Case]) -> list[list[dict[str, Any]]]:
     parallel = cases[0].parallel
     by_case = list(zip(*ranks(parallel.pp * parallel.dp_shard, run, cases=cases), strict=True))
-    references = {m: one_process(m, parallel.dp_shard) for m in {case.microbatches for case in cases}}
+    references = {
+        m: one_process(m, parallel.dp_shard) for m in {case.microbatches for case in cases}
+    }
     for case, results in zip(cases, by_case, strict=True):
         compare(case, results, references[case.microbatches])
     return by_case
 
 
 def parallel_of(schedule: str, pp: int = 2, **others: Any) -> Parallel:
-    return Parallel(**({"pp": pp, "pp_schedule": schedule, "dp_shard": 1, "timeout_seconds": 60} | others))
+    return Parallel(
+        **({"pp": pp, "pp_schedule": schedule, "dp_shard": 1, "timeout_seconds": 60} | others)
+    )
 
 
 @pytest.mark.parametrize("pp", [2, 4])
@@ -205,7 +255,13 @@ def test_every_schedule_computes_the_step_of_one_process(ranks, pp):
 
 
 def test_pipelines_of_sharded_experts_compute_the_step_of_one_process(ranks):
-    check(ranks, [Case(parallel_of(schedule, 2, dp_shard=2, ep=2), 4) for schedule in ("1F1B", "ZBVZeroBubble", "DualPipeV")])
+    check(
+        ranks,
+        [
+            Case(parallel_of(schedule, 2, dp_shard=2, ep=2), 4)
+            for schedule in ("1F1B", "ZBVZeroBubble", "DualPipeV")
+        ],
+    )
 
 
 def test_without_a_pipeline_the_step_is_that_of_one_process(ranks):
@@ -213,7 +269,9 @@ def test_without_a_pipeline_the_step_is_that_of_one_process(ranks):
 
 
 def test_layers_placed_by_hand_and_few_microbatches(ranks):
-    """Three stages a rank, one stage a rank, stages of nothing but embedding or head, fewer microbatches than ranks."""
+    """Three stages a rank, one stage a rank, stages of nothing but embedding or head, fewer
+    microbatches than ranks.
+    """
     check(
         ranks,
         [
@@ -226,8 +284,13 @@ def test_layers_placed_by_hand_and_few_microbatches(ranks):
 
 
 def test_layers_that_are_computed_again_are_so_once(ranks):
-    """torch's own weight pass would compute a layer again for each of its parameters (14 times here)."""
-    cases = [Case(parallel_of(schedule), 4, recompute=True) for schedule in ("1F1B", "ZBVZeroBubble", "DualPipeV")]
+    """torch's own weight pass would compute a layer again for each of its parameters (14 times
+    here).
+    """
+    cases = [
+        Case(parallel_of(schedule), 4, recompute=True)
+        for schedule in ("1F1B", "ZBVZeroBubble", "DualPipeV")
+    ]
     for case, results in zip(cases, check(ranks, cases), strict=True):
         twice = {str(layer): 2 * case.microbatches for layer in range(8)}
         assert {name: n for result in results for name, n in result["computed"].items()} == twice
@@ -243,7 +306,8 @@ def step_in_bf16(schedules: list[str]) -> list[dict[str, Any]]:
 
 
 def test_weight_gradients_in_bf16_are_summed_in_fp32(ranks):
-    """The weight passes of DualPipeV come several in a row, and torch would add them up in bf16 (7e-4 off where 2 are).
+    """The weight passes of DualPipeV come several in a row, and torch would add them up in bf16
+    (7e-4 off where 2 are).
 
     What is added is the same in both schedules, so only fp32 sums in another order may differ.
     """
@@ -283,14 +347,17 @@ def test_balance_is_that_of_brute_force():
 
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "n_shared_experts": 2}])
 def test_costs_are_the_matrix_entries_that_a_token_meets(changes):
-    """Counted from the parameters: each entry of a matrix is one multiply-add, of the experts K of E are met."""
+    """Counted from the parameters: each entry of a matrix is one multiply-add, of the experts K of
+    E are met.
+    """
     config = model_config(3, **changes)
     with torch.device("meta"):
         model = DeepseekV3(config)
     met = config.num_experts_per_tok / config.n_routed_experts
     for layer, cost in zip(model.model.layers.values(), config.layer_costs(), strict=True):
         matrices = [p for p in layer.parameters() if p.ndim > 1]
-        assert cost == sum(p.numel() * (met if p.ndim == 3 else 1) for p in matrices)  # 3 dims: stacked experts
+        # 3 dims: stacked experts
+        assert cost == sum(p.numel() * (met if p.ndim == 3 else 1) for p in matrices)
     assert config.head_cost == model.lm_head.weight.numel()
     assert 0 < config.embedding_cost < min(config.layer_costs())
 
@@ -325,7 +392,8 @@ def test_every_layer_of_v3_is_on_one_rank(schedule, pp):
     assert sorted(layer for part in parts for layer in part["layers"]) == list(range(61))
     assert sum(part["first"] for part in parts) == sum(part["last"] for part in parts) == 1
     assert parts[0]["first"] and parts[0 if schedule in planning.V_SHAPED else pp - 1]["last"]
-    # 61 layers, and a head that costs as much as 1.6 of them, in as many stages: the best cannot be better than an even share.
+    # 61 layers, and a head that costs as much as 1.6 of them, in as many stages: the best cannot be
+    # better than an even share.
     costs = [sum(config.layer_costs()[layer] for layer in stage) for stage in plan.layers]
     costs[-1] += config.head_cost
     assert max(costs) <= sum(costs) / len(costs) + max(config.layer_costs())
@@ -335,7 +403,8 @@ REFUSED = [
     (
         parallel_of("1F1B", 4),
         3,
-        "cannot do 3 microbatches a step, but 4; set --train.global-batch-size to 4 times --train.micro-batch-size",
+        "cannot do 3 microbatches a step, but 4; set --train.global-batch-size to 4 times "
+        "--train.micro-batch-size",
     ),
     (
         parallel_of("DualPipeV", 2, dp_shard=2, dp_replicate=3),
@@ -349,17 +418,41 @@ REFUSED = [
         16,
         "has 16 stages, the model 8 layers; set --parallel.pp to at most 4 or --par",
     ),
-    (parallel_of("GPipe", 16), 16, "has 16 stages, the model 8 layers; set --parallel.pp to at most 8$"),
-    (parallel_of("1F1B", 2, pp_layers=(4, 3)), 4, "is 4 3, together 7, but it must place 8 layers .* give 2, such as 4 4$"),
-    (parallel_of("Interleaved1F1B", 2, pp_layers=(4, 0, 0, 4)), 4, "none of the middle stages empty; give 4, such as 2 2 2 2$"),
-    (parallel_of("ZBVZeroBubble", 2, pp_layers=(4, 4)), 4, "has 2 number.s., .* has 4 stage.s.; give 4, such as 2 2 2 2$"),
+    (
+        parallel_of("GPipe", 16),
+        16,
+        "has 16 stages, the model 8 layers; set --parallel.pp to at most 8$",
+    ),
+    (
+        parallel_of("1F1B", 2, pp_layers=(4, 3)),
+        4,
+        "is 4 3, together 7, but it must place 8 layers .* give 2, such as 4 4$",
+    ),
+    (
+        parallel_of("Interleaved1F1B", 2, pp_layers=(4, 0, 0, 4)),
+        4,
+        "none of the middle stages empty; give 4, such as 2 2 2 2$",
+    ),
+    (
+        parallel_of("ZBVZeroBubble", 2, pp_layers=(4, 4)),
+        4,
+        "has 2 number.s., .* has 4 stage.s.; give 4, such as 2 2 2 2$",
+    ),
     (
         parallel_of("Interleaved1F1B", 2, pp_layers=(2, 2, 2, 1, 1)),
         4,
         "has 5 number.s., .* has 4 stage.s.; give 4, such as",
     ),
-    (Parallel(dp_shard=1, pp_layers=(4, 4)), 4, "has 2 number.s., .* has 1 stage.s.; give 1, such as 8$"),
-    (parallel_of("Interleaved1F1B", 8, pp_layers=(1,) * 16), 16, "together 16, but it must place 8 layers .*; leave it out$"),
+    (
+        Parallel(dp_shard=1, pp_layers=(4, 4)),
+        4,
+        "has 2 number.s., .* has 1 stage.s.; give 1, such as 8$",
+    ),
+    (
+        parallel_of("Interleaved1F1B", 8, pp_layers=(1,) * 16),
+        16,
+        "together 16, but it must place 8 layers .*; leave it out$",
+    ),
 ]
 
 
@@ -396,5 +489,9 @@ def test_tied_embeddings_and_unknown_schedules_are_refused(monkeypatch):
         raise ValueError(f"Unknown schedule name '{name}'")
 
     monkeypatch.setattr(planning, "get_schedule_class", without_it)
-    with pytest.raises(InputError, match=r"--parallel.pp-schedule DualPipeV does not exist .* to Interleaved1F1B"):
+    with pytest.raises(
+        InputError,
+        match=r"--parallel.pp-schedule DualPipeV does not exist .* to "
+        r"Interleaved1F1B",
+    ):
         plan_stages(parallel_of("DualPipeV"), model_config(), 8)

@@ -1,4 +1,6 @@
-"""The presets for real models: built and sharded on the meta device of one process, under a fake process group."""
+"""The presets for real models: built and sharded on the meta device of one process, under a fake
+process group.
+"""
 
 from types import SimpleNamespace
 
@@ -39,7 +41,9 @@ MOONLIGHT = dict(
 
 def model_config(name):
     if name == "moonlight":
-        return DeepseekV3Config.from_hf(hf_config(MOONLIGHT, experts=64, moe_layers=26) | {"n_shared_experts": 2})
+        return DeepseekV3Config.from_hf(
+            hf_config(MOONLIGHT, experts=64, moe_layers=26) | {"n_shared_experts": 2}
+        )
     config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=58)
     return DeepseekV3Config.from_hf(config | {"num_hidden_layers": 61, "first_k_dense_replace": 3})
 
@@ -47,7 +51,9 @@ def model_config(name):
 def plan_of(name, parallel):
     """The preset's stages; what does not fit is refused."""
     train = PRESETS[name]().train
-    microbatches = microbatches_per_step(train.global_batch_size, train.micro_batch_size, parallel.dp_shard)
+    microbatches = microbatches_per_step(
+        train.global_batch_size, train.micro_batch_size, parallel.dp_shard
+    )
     return plan_stages(parallel, model_config(name), microbatches)
 
 
@@ -67,7 +73,12 @@ def share_of_a_rank(name, rank, changes):
     with torch.device("meta"):
         model = DeepseekV3(model_config(name), **plan.model_part(pp_rank))
         stages = split(model, plan, pp_rank)
-    parallelize(stages, SimpleNamespace(**meshes), torch.bfloat16, reshard_after_forward=reshard_after_forward(parallel))
+    parallelize(
+        stages,
+        SimpleNamespace(**meshes),
+        torch.bfloat16,
+        reshard_after_forward=reshard_after_forward(parallel),
+    )
     parameters = dict(model.named_parameters())
     experts = next(p for fqn, p in parameters.items() if fqn.endswith("experts.gate_up_proj"))
     return {
@@ -87,11 +98,18 @@ def share_of_a_rank(name, rank, changes):
         ("v3_128", {}, 40, (16, 4096, 7168)),
         ("moonlight", {}, 5, (8, 2816, 2048)),
         ("v3_256", {"pp": 1, "dp_shard": 256, "ep": 64}, 5, (4, 1024, 7168)),
-        ("v3_256", {"pp": 8, "dp_shard": 8, "tp": 4, "ep": 32, "pp_schedule": "DualPipeV"}, 77, (8, 4096, 7168)),
+        (
+            "v3_256",
+            {"pp": 8, "dp_shard": 8, "tp": 4, "ep": 32, "pp_schedule": "DualPipeV"},
+            77,
+            (8, 4096, 7168),
+        ),
     ],
 )
 def test_a_rank_holds_its_share_and_no_more(ranks, name, changes, rank, experts):
-    """1 / (ranks of its stage) of the stage, within 1 % for what tp replicates and what does not divide."""
+    """1 / (ranks of its stage) of the stage, within 1 % for what tp replicates and what does not
+    divide.
+    """
     parallel = Parallel(**changes) if changes else PRESETS[name]().parallel
     (result,) = ranks(1, share_of_a_rank, name=name, changes=changes, rank=rank)
     replicated = 1.06 if parallel.tp > 1 else 1.01
@@ -100,14 +118,19 @@ def test_a_rank_holds_its_share_and_no_more(ranks, name, changes, rank, experts)
     assert result["stages"] == (1 if parallel.pp == 1 else 2)
 
 
-@pytest.mark.parametrize(("name", "gigabytes"), [("v3_256", 63), ("v3_128", 114), ("v3_64", 217), ("moonlight", 32)])
+@pytest.mark.parametrize(
+    ("name", "gigabytes"), [("v3_256", 63), ("v3_128", 114), ("v3_64", 217), ("moonlight", 32)]
+)
 def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
-    """On the fullest pipeline rank; by hand: 16 bytes for each parameter of its share and, with a pipeline, 2 for each that is
-    gathered and 4 for its waiting gradient."""
+    """On the fullest pipeline rank; by hand: 16 bytes for each parameter of its share and, with a
+    pipeline, 2 for each that is gathered and 4 for its waiting gradient.
+    """
     parallel = PRESETS[name]().parallel
     plan = plan_of(name, parallel)
     with torch.device("meta"):
-        parts = [DeepseekV3(model_config(name), **plan.model_part(rank)) for rank in range(parallel.pp)]
+        parts = [
+            DeepseekV3(model_config(name), **plan.model_part(rank)) for rank in range(parallel.pp)
+        ]
     counts = [sum(p.numel() for p in part.parameters()) for part in parts]
     if name != "moonlight":
         assert sum(counts) == V3_PARAMETERS
@@ -115,7 +138,10 @@ def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
     fullest = counts.index(max(counts))
     expected = 16 * counts[fullest] / parallel.dp_shard
     if parallel.pp > 1:
-        experts = sum(p.numel() for fqn, p in parts[fullest].named_parameters() if ".experts." in fqn) / parallel.ep
+        experts = (
+            sum(p.numel() for fqn, p in parts[fullest].named_parameters() if ".experts." in fqn)
+            / parallel.ep
+        )
         others = counts[fullest] - experts * parallel.ep
         expected += 2 * (experts + others) + 4 * others * (1 - 1 / parallel.dp_shard)
     (result,) = ranks(1, share_of_a_rank, name=name, changes={}, rank=fullest * parallel.dp_shard)
@@ -124,10 +150,24 @@ def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
 
 
 def test_more_ranks_than_experts_are_refused(ranks):
-    with pytest.raises(AssertionError, match=r"has 64 experts, which do not divide over --parallel\.ep 128 ranks"):
-        ranks(1, share_of_a_rank, name="moonlight", changes={"dp_shard": 32, "tp": 4, "ep": 128}, rank=0)
+    with pytest.raises(
+        AssertionError,
+        match=r"has 64 experts, which do not divide over "
+        r"--parallel\.ep 128 ranks",
+    ):
+        ranks(
+            1,
+            share_of_a_rank,
+            name="moonlight",
+            changes={"dp_shard": 32, "tp": 4, "ep": 128},
+            rank=0,
+        )
 
 
 def test_layouts_that_v3_cannot_have_are_refused_with_numbers():
-    with pytest.raises(InputError, match=r"has 128 stages, the model 61 layers; set --parallel\.pp to at most 30"):
+    with pytest.raises(
+        InputError,
+        match=r"has 128 stages, the model 61 layers; set --parallel\.pp "
+        r"to at most 30",
+    ):
         plan_of("v3_256", Parallel(pp=64, dp_shard=4))

@@ -1,4 +1,6 @@
-"""Tensor and sequence parallelism, alone and with the other axes: the training pass of one process."""
+"""Tensor and sequence parallelism, alone and with the other axes: the training pass of one
+process.
+"""
 
 from functools import partial
 from types import SimpleNamespace
@@ -42,12 +44,16 @@ def test_loss_and_gradients_do_not_depend_on_tensor_parallelism(ranks, one_proce
 
 
 @pytest.mark.parametrize("parallel", [{"tp": 4, "ep": 4}, {"tp": 2, "cp": 2}])
-def test_neither_do_those_of_a_tied_model_with_biases_and_without_a_query_latent(ranks, one_process_other, parallel):
+def test_neither_do_those_of_a_tied_model_with_biases_and_without_a_query_latent(
+    ranks, one_process_other, parallel
+):
     compare(ranks(4, training_pass, parallel=parallel, **OTHER), one_process_other)
 
 
 def test_the_balance_loss_was_large_enough_to_be_seen(ranks, one_process):
-    """Ten times the tolerance of `compare` in every router: a balance loss that is lost or doubled would fail there."""
+    """Ten times the tolerance of `compare` in every router: a balance loss that is lost or doubled
+    would fail there.
+    """
     without = ranks(1, training_pass, parallel={})[0]["gradients"]
     for name, gradient in one_process["gradients"].items():
         if name.endswith("gate.weight"):
@@ -55,8 +61,12 @@ def test_the_balance_loss_was_large_enough_to_be_seen(ranks, one_process):
 
 
 def test_bf16_gradients_have_the_right_size(ranks, one_process):
-    """bf16 keeps 8 bits and flips some routings: 2 % of the loss, 15 % of a gradient's size; a lost factor would be 100 %."""
-    result = ranks(4, training_pass, parallel={"tp": 2, "cp": 2, "ep": 2}, balance=3.0, compute=torch.bfloat16)[0]
+    """bf16 keeps 8 bits and flips some routings: 2 % of the loss, 15 % of a gradient's size; a lost
+    factor would be 100 %.
+    """
+    result = ranks(
+        4, training_pass, parallel={"tp": 2, "cp": 2, "ep": 2}, balance=3.0, compute=torch.bfloat16
+    )[0]
     assert result["loss"] == pytest.approx(one_process["loss"], rel=0.02)
     for name, expected in one_process["gradients"].items():
         got = result["gradients"][name]
@@ -69,12 +79,22 @@ def placements():
     with World(Parallel(tp=2, timeout_seconds=60), 0) as world:
         model = build()
         apply_tensor_parallel(model, world)
-        return {name: p.placements[0] if isinstance(p, DTensor) else None for name, p in model.named_parameters()}
+        return {
+            name: p.placements[0] if isinstance(p, DTensor) else None
+            for name, p in model.named_parameters()
+        }
 
 
 def test_heads_and_inner_widths_are_split_and_the_rest_is_replicated(ranks):
     (found, _) = ranks(2, placements)
-    names = ("embed_tokens", "lm_head", "q_b_proj", "kv_b_proj", "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+    names = (
+        "embed_tokens",
+        "lm_head",
+        "q_b_proj",
+        "kv_b_proj",
+        "layers.0.mlp.gate_proj",
+        "layers.0.mlp.up_proj",
+    )
     for name, placement in found.items():
         if ".experts." in name:
             expected = None
@@ -88,7 +108,9 @@ def test_heads_and_inner_widths_are_split_and_the_rest_is_replicated(ranks):
 
 
 def moved_tokens(x_nTD):
-    """`gather_tokens` and `scatter_sum` of this rank's slice and summand, and gradients; each rank weighs otherwise."""
+    """`gather_tokens` and `scatter_sum` of this rank's slice and summand, and gradients; each rank
+    weighs otherwise.
+    """
     with World(Parallel(tp=2, timeout_seconds=60), 0) as world:
         mesh, rank = world.dense["tp"], world.rank
         own = x_nTD[0].chunk(2)[rank].clone().requires_grad_()
@@ -103,7 +125,9 @@ def moved_tokens(x_nTD):
 
 def test_gathering_sums_gradients_and_summing_gathers_them(ranks):
     x = torch.randn(2, 6, 3)
-    for rank, (gathered, gradient, slices, summand_gradient) in enumerate(ranks(2, moved_tokens, x_nTD=x)):
+    for rank, (gathered, gradient, slices, summand_gradient) in enumerate(
+        ranks(2, moved_tokens, x_nTD=x)
+    ):
         assert torch.equal(gathered, x[0])
         assert torch.equal(gradient, (x[0] + x[1]).chunk(2)[rank])
         assert torch.equal(slices, (x[0] + x[1]).chunk(2)[rank])
@@ -116,13 +140,15 @@ def test_gathering_sums_gradients_and_summing_gathers_them(ranks):
         (
             {"tp": 3},
             {},
-            "num_attention_heads = 4, which --parallel.tp 3 x --parallel.cp 1 = 3 ranks do not divide; "
+            "num_attention_heads = 4, which --parallel.tp 3 x --parallel.cp 1 = 3 ranks do not "
+            "divide; "
             "set --parallel.tp 1 --parallel.cp 1 --parallel.dp-shard -1",
         ),
         (
             {"tp": 4, "cp": 2, "dp_shard": 2},
             {},
-            "num_attention_heads = 4, which --parallel.tp 4 x --parallel.cp 2 = 8 ranks do not divide; "
+            "num_attention_heads = 4, which --parallel.tp 4 x --parallel.cp 2 = 8 ranks do not "
+            "divide; "
             "set --parallel.tp 4 --parallel.cp 1 --parallel.dp-shard -1",
         ),
         (

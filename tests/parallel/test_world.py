@@ -26,7 +26,9 @@ from torchsft.parallel.world import World, fresh_store, mesh_sizes
 )
 def test_mesh_sizes(world_size, parallel, dp_shard, edp):
     meshes = mesh_sizes(Parallel(**parallel), world_size)
-    pp, dp_replicate, cp, tp, ep = (parallel.get(axis, 1) for axis in ("pp", "dp_replicate", "cp", "tp", "ep"))
+    pp, dp_replicate, cp, tp, ep = (
+        parallel.get(axis, 1) for axis in ("pp", "dp_replicate", "cp", "tp", "ep")
+    )
     assert meshes == {
         "dense": {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp},
         "parameter": {"pp": pp, "dp_replicate": dp_replicate, "fsdp": dp_shard * cp, "tp": tp},
@@ -39,10 +41,25 @@ def test_mesh_sizes(world_size, parallel, dp_shard, edp):
 @pytest.mark.parametrize(
     ("world_size", "parallel", "sentence"),
     [
-        (4, {"dp_shard": 3}, "multiply to 3, but 4 ranks were started; set --parallel.dp-shard -1 or 4, or start 3 ranks"),
-        (8, {"pp": 3, "tp": 2}, r"multiply to 6, but 8 ranks were started; start 12 ranks or lower .* \(together 6\)"),
+        (
+            4,
+            {"dp_shard": 3},
+            "multiply to 3, but 4 ranks were started; set --parallel.dp-shard -1 "
+            "or 4, or start 3 ranks",
+        ),
+        (
+            8,
+            {"pp": 3, "tp": 2},
+            r"multiply to 6, but 8 ranks were started; start 12 ranks or lower "
+            r".* \(together 6\)",
+        ),
         (2, {"pp": 4}, "multiply to 4, but 2 ranks were started; start 4 ranks or lower pp"),
-        (4, {"ep": 3}, r"ep is 3, but it must divide dp_shard \* cp \* tp = 4; set it to one of 1, 2, 4"),
+        (
+            4,
+            {"ep": 3},
+            r"ep is 3, but it must divide dp_shard \* cp \* tp = 4; set it to one of 1, "
+            r"2, 4",
+        ),
         (2, {"ep": 4}, r"ep is 4, but it must divide"),
     ],
 )
@@ -63,7 +80,9 @@ def test_a_world_of_one_rank_needs_no_torchrun(monkeypatch):
 
 
 def test_restarted_ranks_find_nothing_of_those_before():
-    """torchrun's store outlives the ranks, and what dead ranks wrote in it. Some attempts end before all ranks have come."""
+    """torchrun's store outlives the ranks, and what dead ranks wrote in it. Some attempts end
+    before all ranks have come.
+    """
     store, size, seen = dist.HashStore(), 4, []
 
     def start(rank, timeout=20.0):
@@ -72,10 +91,14 @@ def test_restarted_ranks_find_nothing_of_those_before():
     with ThreadPoolExecutor(size) as threads:
         for attempt, ranks in enumerate([range(4), (1, 2, 3), range(4), (0, 2), (2,), range(4)]):
             complete = len(ranks) == size
-            starts = [threads.submit(start, rank, 20.0 if complete else 0.3) for rank in reversed(ranks)]
+            starts = [
+                threads.submit(start, rank, 20.0 if complete else 0.3) for rank in reversed(ranks)
+            ]
             if not complete:
                 failures = [s.exception() for s in starts]
-                assert any(isinstance(f, TimeoutError) and "look at their logs" in str(f) for f in failures)
+                assert any(
+                    isinstance(f, TimeoutError) and "look at their logs" in str(f) for f in failures
+                )
                 continue
             stores = [s.result() for s in starts]
             assert not any(s.check(["address"]) for s in stores)
@@ -90,7 +113,14 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        for name, value in {
+            "RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(InputError, match=f"port {port} is in use by another program .* --standalone"):
+        with pytest.raises(
+            InputError, match=f"port {port} is in use by another program .* --standalone"
+        ):
             World(Parallel(), 0)

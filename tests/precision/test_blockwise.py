@@ -18,7 +18,11 @@ BLOCK = 128
 def weight(rows, cols, seed=0):
     """Values whose size differs from block to block."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, cols, generator=generator) * torch.rand(rows, 1, generator=generator) * 0.05
+    return (
+        torch.randn(rows, cols, generator=generator)
+        * torch.rand(rows, 1, generator=generator)
+        * 0.05
+    )
 
 
 def test_every_code_has_torch_s_value():
@@ -41,7 +45,9 @@ def test_every_code_has_torch_s_value():
 def test_a_part_is_the_part_of_the_whole(shape, cuts):
     """Parts that begin and end anywhere, empty ones too."""
     q, scale = quantised(weight(*shape))
-    (top, bottom), (left, right) = (sorted(round(cut * n) for cut in cuts[i::2]) for i, n in enumerate(shape))
+    (top, bottom), (left, right) = (
+        sorted(round(cut * n) for cut in cuts[i::2]) for i, n in enumerate(shape)
+    )
     blocks = scale[top // BLOCK : -(-bottom // BLOCK), left // BLOCK : -(-right // BLOCK)]
     found = dequantise(q[top:bottom, left:right], blocks, origin=(top, left))
     assert same_bits(found, dequantised(q, scale)[top:bottom, left:right].contiguous())
@@ -60,23 +66,31 @@ def test_quantised_as_a_plain_loop_does(shape, power_of_two):
 
 
 def test_the_largest_error_is_half_a_step():
-    """e4m3 has 3 bits behind the leading one, so values err by at most 1/16 of themselves, small ones by 2^-10 scales."""
+    """e4m3 has 3 bits behind the leading one, so values err by at most 1/16 of themselves, small
+    ones by 2^-10 scales.
+    """
     w = weight(256, 256)
     q, scale = quantise(w)
     error = (dequantised(q, scale) - w).abs()
     scales = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     assert (error <= torch.maximum(w.abs() / 16, scales * 2.0**-10) * (1 + 1e-6)).all()
-    largest = dequantised(q, scale).unfold(0, BLOCK, BLOCK).unfold(1, BLOCK, BLOCK).abs().amax((2, 3))
+    largest = (
+        dequantised(q, scale).unfold(0, BLOCK, BLOCK).unfold(1, BLOCK, BLOCK).abs().amax((2, 3))
+    )
     torch.testing.assert_close(largest, 448 * scale)
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_what_was_not_changed_keeps_its_bytes(power_of_two, seed):
-    """Also where the stored scale is not the one that the largest value asks for: a published scale may come from anywhere."""
+    """Also where the stored scale is not the one that the largest value asks for: a published scale
+    may come from anywhere.
+    """
     q, scale = quantised(weight(300, 270, seed), power_of_two)
     scale *= torch.rand(scale.shape) * 1e-3 if seed % 2 else 1
-    again, scale_again = quantise(dequantised(q, scale), power_of_two=power_of_two, known_scale=scale)
+    again, scale_again = quantise(
+        dequantised(q, scale), power_of_two=power_of_two, known_scale=scale
+    )
     assert same_bits(again, q) and same_bits(scale_again, scale)
 
 
@@ -128,11 +142,21 @@ def test_the_keys_are_those_of_the_published_index():
     attention = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     networks = ("mlp.", "mlp.experts.255.", "mlp.shared_experts.")
     quantised_keys = [f"{layer}self_attn.{name}.weight" for name in attention]
-    quantised_keys += [f"{layer}{network}{name}_proj.weight" for network in networks for name in ("gate", "up", "down")]
+    quantised_keys += [
+        f"{layer}{network}{name}_proj.weight"
+        for network in networks
+        for name in ("gate", "up", "down")
+    ]
     others = [
         *("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"),
-        *(f"{layer}{name}.weight" for name in ("input_layernorm", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm")),
-        *(f"{layer}{name}.weight" for name in ("mlp.gate", "eh_proj", "enorm", "shared_head.head", "embed_tokens")),
+        *(
+            f"{layer}{name}.weight"
+            for name in ("input_layernorm", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm")
+        ),
+        *(
+            f"{layer}{name}.weight"
+            for name in ("mlp.gate", "eh_proj", "enorm", "shared_head.head", "embed_tokens")
+        ),
         *(f"{layer}mlp.gate.e_score_correction_bias", f"{layer}self_attn.o_proj.bias"),
         scale_key(quantised_keys[0]),
     ]

@@ -39,7 +39,10 @@ def test_the_checkpoint_is_one_of_deepseek_v3(tmp_path):
 
 def test_memory_and_faults_of_a_command_are_seen():
     child = "x = bytearray(50_000_000); import time; time.sleep(1)"
-    parent = f"y = bytearray(100_000_000); import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = (
+        f"y = bytearray(100_000_000); import subprocess, sys; subprocess.run([sys.executable, "
+        f"'-c', {child!r}])"
+    )
     seconds, peak = watched([sys.executable, "-c", parent])
     assert seconds > 1 and 150e6 < peak < 250e6
     with pytest.raises(subprocess.CalledProcessError):
@@ -48,7 +51,9 @@ def test_memory_and_faults_of_a_command_are_seen():
 
 def test_saves_are_reported(ranks, tmp_path):
     for mode in ("sync", "async"):
-        first, second = ranks(2, save, directory=str(tmp_path / mode), config=SMALL, mode=mode, repeats=2)[0]
+        first, second = ranks(
+            2, save, directory=str(tmp_path / mode), config=SMALL, mode=mode, repeats=2
+        )[0]
         parameters = sum(p.numel() for p in meta_model(SMALL).parameters())
         assert first["bytes"] == pytest.approx(12 * parameters, rel=0.1)  # weight and two moments
         assert second["stall"] > 0 and second["write"] >= 0

@@ -1,4 +1,6 @@
-"""The data benchmark on a few conversations, without TRL: it runs, and its counts are those of the data."""
+"""The data benchmark on a few conversations, without TRL: it runs, and its counts are those of the
+data.
+"""
 
 import json
 
@@ -19,7 +21,10 @@ def inputs(tmp_path, monkeypatch):
 
 def test_our_side_prepares_and_packs_what_was_written(inputs):
     report = benchmark_data.torchsft_side(inputs)
-    assert report["samples"] == 120 and len({*(inputs / "chats.jsonl").read_text().splitlines()}) == 120
+    assert (
+        report["samples"] == 120
+        and len({*(inputs / "chats.jsonl").read_text().splitlines()}) == 120
+    )
     assert report["rows"] == 1 and 0 < report["fill"] < 1 and report["supervised"] > 120
     speeds = benchmark_data.encode_side(inputs)
     assert len(speeds) == 2 and min(speeds.values()) > 0

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from tools.benchmark_gpu import QWEN3, ROW, V3, build, document_lengths, hf_config, largest_that_fits, measure_step
+from tools.benchmark_gpu import (
+    QWEN3,
+    ROW,
+    V3,
+    build,
+    document_lengths,
+    hf_config,
+    largest_that_fits,
+    measure_step,
+)
 from torchsft.config import Parallel
 from torchsft.parallel.world import World
 
@@ -19,7 +28,9 @@ def test_the_gpu_benchmark_fills_an_80_gb_device_with_real_widths(case):
 def test_the_gpu_benchmark_measures_a_step_wherever_it_runs(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    sizes = V3.sizes | dict(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=2)
+    sizes = V3.sizes | dict(
+        hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=2
+    )
     sizes |= dict(num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16, vocab_size=64)
     sizes |= dict(qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
     with World(Parallel(), seed=0) as world:

@@ -5,7 +5,11 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
+from torch.distributed._functional_collectives import (
+    all_to_all_single,
+    all_to_all_single_autograd,
+    wait_tensor,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
 
 from tools.benchmark_layouts import SentBytes, layout, run
@@ -38,10 +42,15 @@ def single_collectives():
         y = torch.ones(6, 5, requires_grad=True)
 
         def there_and_back():
-            wait_tensor(all_to_all_single_autograd(y, taken, given, dist.group.WORLD)).sum().backward()
+            wait_tensor(
+                all_to_all_single_autograd(y, taken, given, dist.group.WORLD)
+            ).sum().backward()
 
         def neighbours():
-            send, receive = dist.isend(x, 1 - world.rank), dist.irecv(torch.empty(6, 5), 1 - world.rank)
+            send, receive = (
+                dist.isend(x, 1 - world.rank),
+                dist.irecv(torch.empty(6, 5), 1 - world.rank),
+            )
             send.wait(), receive.wait()
 
         calls = {
@@ -51,10 +60,19 @@ def single_collectives():
             "exchange": lambda: wait_tensor(all_to_all_single(x, None, None, dist.group.WORLD)),
             "uneven": there_and_back,
             "send": neighbours,
-            "placements": lambda: DTensor.from_local(x, mesh, [Shard(0)]).redistribute(placements=[Replicate()]),
-            "sum": lambda: DTensor.from_local(x, mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local() + 1,
+            "placements": lambda: DTensor.from_local(x, mesh, [Shard(0)]).redistribute(
+                placements=[Replicate()]
+            ),
+            "sum": lambda: (
+                DTensor.from_local(x, mesh, [Partial()])
+                .redistribute(placements=[Replicate()])
+                .to_local()
+                + 1
+            ),
             "inside": lambda: DTensor.from_local(x, mesh, [Shard(0)]).sum().full_tensor(),
-            "nobody": lambda: dist.all_reduce(x, group=dist.new_group([world.rank], use_local_synchronization=True)),
+            "nobody": lambda: dist.all_reduce(
+                x, group=dist.new_group([world.rank], use_local_synchronization=True)
+            ),
         }
         return {name: counted(call) for name, call in calls.items()}
 
@@ -71,7 +89,8 @@ def test_what_a_collective_sends_is_counted(ranks):
         assert result["sum"] == ({"all-reduce": 120}, {"all-reduce": 1})
         assert result["inside"] == ({"all-reduce": 4}, {"all-reduce": 1})  # of one number
         assert result["nobody"] == ({}, {})
-    # Forward the rows for the other rank, backward those that came from there: 2 and 1 rows of 20 bytes.
+    # Forward the rows for the other rank, backward those that came from there: 2 and 1 rows of 20
+    # bytes.
     assert first["uneven"] == second["uneven"] == ({"all-to-all": 60}, {"all-to-all": 2})
 
 
@@ -89,8 +108,15 @@ def test_what_is_not_known_is_not_passed_over(ranks):
 
 def test_layouts_send_what_they_have_to(tmp_path):
     """Numbers of a 4-layer model by hand, and those of `expected_bytes`."""
-    layouts = [layout(), layout(dp_shard=2), layout(dp_shard=2, ep=2), layout(pp=2, tp=2, pp_schedule="1F1B")]
-    report = run(tmp_path / "layouts.json", 1, layouts, row=128, num_hidden_layers=4, first_k_dense_replace=1)
+    layouts = [
+        layout(),
+        layout(dp_shard=2),
+        layout(dp_shard=2, ep=2),
+        layout(pp=2, tp=2, pp_schedule="1F1B"),
+    ]
+    report = run(
+        tmp_path / "layouts.json", 1, layouts, row=128, num_hidden_layers=4, first_k_dense_replace=1
+    )
     assert json.loads((tmp_path / "layouts.json").read_text()) == json.loads(json.dumps(report))
     one, sharded, expert, both = report["results"]
     assert [r["ranks"] for r in report["results"]] == [1, 2, 2, 4]
@@ -100,7 +126,8 @@ def test_layouts_send_what_they_have_to(tmp_path):
     # Nothing is computed twice.
     assert {r["multiply_adds"] for r in report["results"]} == {one["multiply_adds"]}
 
-    # By hand. Parameters: query, key/value, output and norms; experts; embedding, head, dense layer, routers, shared experts.
+    # By hand. Parameters: query, key/value, output and norms; experts; embedding, head, dense
+    # layer, routers, shared experts.
     attention = 128 * 64 + 64 * 4 * 32 + 128 * 80 + 64 * 4 * 48 + 4 * 32 * 128 + (64 + 64 + 2 * 128)
     experts = 3 * 8 * 3 * 128 * 64
     others = 2 * 1024 * 128 + 128 + 4 * attention + 3 * 128 * 256 + 3 * (8 * 128 + 3 * 128 * 64)
@@ -109,10 +136,16 @@ def test_layouts_send_what_they_have_to(tmp_path):
     assert sharded["sent"]["all-gather"] == 4 * (2 * (others + experts) - 2 * 1024 * 128 - 128) * 2
     assert expert["sent"]["reduce-scatter"] == 4 * others * 2
     # Of 3 layers half of the rows, there and back, twice (about: routing), and 8 counts.
-    assert expert["sent"]["all-to-all"] == pytest.approx(4 * 3 * (4 * 128 * 2 * 128 * 4 + 8 * 8) / 2, rel=0.2)
-    # 8 microbatches of 64 x 128 numbers, forward from one half of the ranks and backward from the other.
+    assert expert["sent"]["all-to-all"] == pytest.approx(
+        4 * 3 * (4 * 128 * 2 * 128 * 4 + 8 * 8) / 2, rel=0.2
+    )
+    # 8 microbatches of 64 x 128 numbers, forward from one half of the ranks and backward from the
+    # other.
     assert both["sent"]["point-to-point"] == 8 * 64 * 128 * 4
 
     for r in (sharded, expert, both):
         for kind in ("all-gather", "reduce-scatter", "all-reduce", "point-to-point"):
-            assert r["sent"].get(kind, 0) == pytest.approx(r["expected"].get(kind, 0), rel=1e-3), (r["layout"], kind)
+            assert r["sent"].get(kind, 0) == pytest.approx(r["expected"].get(kind, 0), rel=1e-3), (
+                r["layout"],
+                kind,
+            )

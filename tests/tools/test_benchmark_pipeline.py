@@ -1,4 +1,6 @@
-"""The pipeline benchmark: its bubbles against formulas and orders written by hand, and that it runs."""
+"""The pipeline benchmark: its bubbles against formulas and orders written by hand, and that it
+runs.
+"""
 
 import json
 
@@ -35,12 +37,18 @@ def all_forward_all_backward(p, m):
 
 @pytest.mark.parametrize(("p", "m"), [(2, 2), (2, 4), (3, 5), (4, 16)])
 def test_orders_written_by_hand_have_the_bubble_of_their_formula(p, m):
-    assert ideal_bubble(all_forward_all_backward(p, m)) == pytest.approx(formula("GPipe", p, m, 1), abs=1e-12)
-    assert ideal_bubble(one_forward_one_backward(p, m)) == pytest.approx(formula("1F1B", p, m, 1), abs=1e-12)
+    assert ideal_bubble(all_forward_all_backward(p, m)) == pytest.approx(
+        formula("GPipe", p, m, 1), abs=1e-12
+    )
+    assert ideal_bubble(one_forward_one_backward(p, m)) == pytest.approx(
+        formula("1F1B", p, m, 1), abs=1e-12
+    )
 
 
 def test_what_is_computed_together_is_sent_together():
-    """Rank 1 begins after both forward passes of rank 0: a step of 10 units instead of 9, for 6 units of work."""
+    """Rank 1 begins after both forward passes of rank 0: a step of 10 units instead of 9, for 6
+    units of work.
+    """
     first, second = all_forward_all_backward(2, 2)
     together = [first[0] + first[1], *first[2:]]
     assert ideal_bubble([first, second]) == pytest.approx(1 - 6 / 9)
@@ -60,7 +68,9 @@ def test_actions_follow_from_each_other_on_the_clock_of_all_ranks():
     steps = [timed for ((_, (step,)),) in ranks for timed in step]
     when = {timed.action: timed for timed in steps}
     assert len(when) == len(steps)
-    assert {a for a in when if a.kind == "F"} == {Action("F", stage, i) for stage in range(4) for i in range(m)}
+    assert {a for a in when if a.kind == "F"} == {
+        Action("F", stage, i) for stage in range(4) for i in range(m)
+    }
     for (kind, stage, i), (_, begin, end) in when.items():
         if kind == "F" and stage:
             assert when["F", stage - 1, i].end <= begin
@@ -68,14 +78,17 @@ def test_actions_follow_from_each_other_on_the_clock_of_all_ranks():
             assert when["W", stage, i].begin >= end
             if stage < 3:
                 assert when["I", stage + 1, i].end <= begin
-        assert end - begin >= duration(Action(kind, stage, i), weight_pass_possible()) * unit  # a sleep is never shorter
+        # a sleep is never shorter
+        assert end - begin >= duration(Action(kind, stage, i), weight_pass_possible()) * unit
 
 
 def test_every_schedule_runs_in_the_order_that_its_formula_assumes(tmp_path):
     report = run(tmp_path / "pipeline.json", repeats=1, unit=0.001, sizes=(2, 4))
     assert json.loads((tmp_path / "pipeline.json").read_text()) == json.loads(json.dumps(report))
     cases = [(r["schedule"], r["pp"], r["microbatches"]) for r in report["results"]]
-    assert cases == [(schedule, p, m) for p in (2, 4) for schedule in SCHEDULES for m in (2 * p, 4 * p)]
+    assert cases == [
+        (schedule, p, m) for p in (2, 4) for schedule in SCHEDULES for m in (2 * p, 4 * p)
+    ]
     for r in report["results"]:
         if weight_pass_possible() or r["schedule"] in ("GPipe", "1F1B", "Interleaved1F1B"):
             assert r["its_order"] == pytest.approx(r["formula"], abs=1e-12), r

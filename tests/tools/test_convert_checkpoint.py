@@ -1,4 +1,6 @@
-"""tools/convert_checkpoint.py as a command: help, the whole way with two processes, exit codes and sentences."""
+"""tools/convert_checkpoint.py as a command: help, the whole way with two processes, exit codes and
+sentences.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ TOOL = str(Path(convert_checkpoint.__file__))
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("source") / "hf", torch.bfloat16, sharded=True, mtp=True)
+    return write_source(
+        tmp_path_factory.mktemp("source") / "hf", torch.bfloat16, sharded=True, mtp=True
+    )
 
 
 def command(*arguments):
     """A process of its own: exit code, stdout, stderr."""
-    ended = subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
     return ended.returncode, ended.stdout, ended.stderr
 
 
@@ -45,11 +51,15 @@ def call(monkeypatch, capsys):
 def test_the_whole_way_with_two_processes(source, tmp_path):
     code, out, err = command("to-dcp", source, tmp_path / "dcp", "--workers", "2")
     assert code == 0 and f"{tmp_path / 'dcp'}: 1 files of weights" in out and "Traceback" not in err
-    code, out, err = command("to-hf", tmp_path / "dcp", tmp_path / "hf", "--max-shard-size", "60KB", "--workers", "2")
+    code, out, err = command(
+        "to-hf", tmp_path / "dcp", tmp_path / "hf", "--max-shard-size", "60KB", "--workers", "2"
+    )
     assert code == 0 and f"{tmp_path / 'hf'}: 4 files of weights" in out, err
     assert "%" not in err and "\r" not in err  # no bar off a terminal
     before, after = read_tensors(source), read_tensors(tmp_path / "hf")
-    assert before.keys() == after.keys() and all(same_bits(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and all(
+        same_bits(before[key], after[key]) for key in before
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dcp", "hf"]
 
 
@@ -63,9 +73,16 @@ def test_help_of_every_command(call):
 
 def test_help_needs_no_torch():
     """It comes at once."""
-    code = f"import sys; sys.argv = ['x', '--help']; sys.path.insert(0, {str(Path(TOOL).parent)!r})\n"
-    code += "import convert_checkpoint\ntry: convert_checkpoint.main()\nexcept SystemExit: print('torch' in sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    code = (
+        f"import sys; sys.argv = ['x', '--help']; sys.path.insert(0, {str(Path(TOOL).parent)!r})\n"
+    )
+    code += (
+        "import convert_checkpoint\ntry: convert_checkpoint.main()\nexcept SystemExit: "
+        "print('torch' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert ended.stdout.endswith("False\n"), ended.stderr
 
 
@@ -81,7 +98,11 @@ def test_exit_codes_and_sentences(source, tmp_path, call):
     change_tensors(other, {"model.norm.weight": torch.ones(32, dtype=torch.bfloat16)})
     change_tensors(other, {"model.norm.weight": None})
     code, out, _ = call("verify", tmp_path / "dcp", other, *one)
-    assert code == 1 and "has 1 tensor (model.norm.weight)" in out and out.endswith("not the same, or damaged\n")
+    assert (
+        code == 1
+        and "has 1 tensor (model.norm.weight)" in out
+        and out.endswith("not the same, or damaged\n")
+    )
 
     for arguments, sentence in (
         (("to-dcp", other, tmp_path / "no"), "1 missing: model.norm.weight"),
@@ -117,6 +138,12 @@ def test_command_lines_that_are_refused(call, arguments, sentence):
 
 
 def test_sizes():
-    assert [convert_checkpoint.size(text) for text in ("5GB", "500mb", "4GiB", "1.5K", "7")] == [5e9, 5e8, 4 * 2**30, 1500, 7]
+    assert [convert_checkpoint.size(text) for text in ("5GB", "500mb", "4GiB", "1.5K", "7")] == [
+        5e9,
+        5e8,
+        4 * 2**30,
+        1500,
+        7,
+    ]
     with pytest.raises(argparse.ArgumentTypeError):
         convert_checkpoint.size("GB")

@@ -1,4 +1,6 @@
-"""Work on many files by several processes: shares for each, a progress bar, and a journal by which it continues."""
+"""Work on many files by several processes: shares for each, a progress bar, and a journal by which
+it continues.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Progress = Callable[[int], None]
 Item = TypeVar("Item")
 
 
-def shares(items: Sequence[Item], sizes: Sequence[int], limit: float, multiple: int = 4) -> list[list[Item]]:
+def shares(
+    items: Sequence[Item], sizes: Sequence[int], limit: float, multiple: int = 4
+) -> list[list[Item]]:
     """Consecutive items in groups of about equal size, none above `limit` unless an item is.
 
     Args:
@@ -47,7 +51,8 @@ def shares(items: Sequence[Item], sizes: Sequence[int], limit: float, multiple: 
 
 
 class Journal:
-    """The records of finished files in a directory that is being filled, one JSON object a line. A context manager.
+    """The records of finished files in a directory that is being filled, one JSON object a line. A
+    context manager.
 
     Args:
         directory: made if it is not there. What it holds from other plans is removed.
@@ -73,7 +78,9 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
-            raise InputError(f"another process is writing {self.directory}; wait for it or choose another output") from error
+            raise InputError(
+                f"another process is writing {self.directory}; wait for it or choose another output"
+            ) from error
         except OSError:
             pass  # a file system without locks
         self._file.seek(0)
@@ -95,7 +102,9 @@ class Journal:
         return self
 
     def add(self, record: dict[str, Any]) -> None:
-        """Note that a file, `record["file"]`, is complete on the disk with `record["bytes"]` bytes."""
+        """Note that a file, `record["file"]`, is complete on the disk with `record["bytes"]`
+        bytes.
+        """
         self.records[record["file"]] = record
         self._write(json.dumps(record))
 
@@ -109,13 +118,17 @@ class Journal:
 
 
 class Bar:
-    """A progress bar of bytes on stderr, with rate and time left; where that is no terminal, a line now and then."""
+    """A progress bar of bytes on stderr, with rate and time left; where that is no terminal, a line
+    now and then.
+    """
 
     SECONDS = 60  # between lines
 
     def __init__(self, what: str, total: int, shown: bool) -> None:
         on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not (shown and on_terminal))
+        self._bar = tqdm(
+            desc=what, total=total, unit="B", unit_scale=True, disable=not (shown and on_terminal)
+        )
         self._what, self._total, self._lines = what, total, shown and not on_terminal
         self._done, self._told = 0, time.monotonic()
 
@@ -131,18 +144,28 @@ class Bar:
         self._done += count
         if self._lines and time.monotonic() - self._told >= self.SECONDS:
             self._told = time.monotonic()
-            print(f"{self._what}: {self._done / 1e9:.3f} of {self._total / 1e9:.3f} GB", file=sys.stderr, flush=True)
+            print(
+                f"{self._what}: {self._done / 1e9:.3f} of {self._total / 1e9:.3f} GB",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def run(
-    make: Callable[..., Any], arguments: tuple[Any, ...], tasks: Sequence[Any], workers: int, progress: Progress
+    make: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    tasks: Sequence[Any],
+    workers: int,
+    progress: Progress,
 ) -> Iterator[tuple[Any, Any]]:
-    """Do tasks in several processes, or in this one; yields each task and its result as they are done, in any order.
+    """Do tasks in several processes, or in this one; yields each task and its result as they are
+    done, in any order.
 
     Where a task fails, those that have begun are still brought to their end.
 
     Args:
-        make: called with `arguments` in each process; its result's `work(task, progress)` does a task.
+        make: called with `arguments` in each process; its result's `work(task, progress)` does a
+            task.
         workers: 1 works in this process.
         progress: told of bytes, by this process.
 
@@ -155,7 +178,8 @@ def run(
         for task in tasks:
             yield task, worker.work(task, progress)
         return
-    context = multiprocessing.get_context("forkserver")  # forks of a process that has these imports and no threads
+    # forks of a process that has these imports and no threads
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     count = context.Value("q", 0)
     workers = min(workers, len(tasks))
@@ -182,7 +206,8 @@ def run(
         progress(count.value - shown)
     if isinstance(failure, BrokenProcessPool):
         raise InputError(
-            "a worker process was killed from outside, by the system if memory ran out; give the same command again, which "
+            "a worker process was killed from outside, by the system if memory ran out; give the "
+            "same command again, which "
             "keeps what is finished (fewer --workers need less memory)"
         ) from failure
     if failure is not None:

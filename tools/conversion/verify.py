@@ -1,5 +1,5 @@
-"""What a directory holds, whether it is undamaged, and where two differ: Hugging Face directories, converted directories and
-training checkpoints, on either side."""
+"""What a directory holds, whether it is undamaged, and where two differ: Hugging Face directories,
+converted directories and training checkpoints, on either side."""
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ from torchsft.checkpoint.hf_directory import Weights, is_model_key, is_mtp, read
 from torchsft.checkpoint.huggingface import check_weights, open_weights
 from torchsft.checkpoint.publish import reading
 from torchsft.checkpoint.storage import Folder
-from torchsft.checkpoint.weight_files import DTYPE_NAMES, DTYPES, FP8, StoredTensor, WeightIndex, fp8_block, tensor_bytes
+from torchsft.checkpoint.weight_files import (
+    DTYPE_NAMES,
+    DTYPES,
+    FP8,
+    StoredTensor,
+    WeightIndex,
+    fp8_block,
+    tensor_bytes,
+)
 from torchsft.config import differences
 from torchsft.precision.blockwise import SCALE_SUFFIX
 
@@ -45,24 +53,35 @@ class Findings:
 
 
 class RawTensors:
-    """The tensors of a DCP directory under their own names, with what a comparison needs of `WeightIndex`."""
+    """The tensors of a DCP directory under their own names, with what a comparison needs of
+    `WeightIndex`.
+    """
 
     fp8: frozenset[str] = frozenset()
 
     def __init__(self, directory: Path) -> None:
         self.reader = ChunkReader(Folder(directory))
-        self.tensors = {n: StoredTensor(n, s.shape, DTYPE_NAMES[s.dtype]) for n, s in self.reader.tensors.items()}
+        self.tensors = {
+            n: StoredTensor(n, s.shape, DTYPE_NAMES[s.dtype])
+            for n, s in self.reader.tensors.items()
+        }
 
     def values(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """One slice of a tensor, in its stored dtype."""
-        return self.reader.read(name, Box(tuple(i.start for i in index), tuple(i.stop - i.start for i in index)))
+        return self.reader.read(
+            name, Box(tuple(i.start for i in index), tuple(i.stop - i.start for i in index))
+        )
 
     read = values
 
 
 def _open(directory: Path, config: Mapping[str, Any] | None) -> Weights | RawTensors:
     """A side of a comparison by Hugging Face key, or, without config, by DCP name."""
-    return RawTensors(directory) if config is None else open_weights(directory, meta_model(config).checkpoint_pieces())
+    return (
+        RawTensors(directory)
+        if config is None
+        else open_weights(directory, meta_model(config).checkpoint_pieces())
+    )
 
 
 def verify(
@@ -76,14 +95,15 @@ def verify(
 ) -> Findings:
     """Check a directory, or compare two.
 
-    Each is checked first: of DCP directories sizes and checksums of all files, of Hugging Face directories their headers. One
-    directory alone must also have all weights that its config.json asks for. Two are compared by keys, shapes, dtypes, values
-    and config.json; fp8 by bytes and scales where both sides have it, else by its fp32 values. A training checkpoint is
-    compared with another one by all its tensors, with other directories by the model's weights.
+    Each is checked first: of DCP directories sizes and checksums of all files, of Hugging Face
+    directories their headers. One directory alone must also have all weights that its config.json
+    asks for. Two are compared by keys, shapes, dtypes, values and config.json; fp8 by bytes and
+    scales where both sides have it, else by its fp32 values. A training checkpoint is compared with
+    another one by all its tensors, with other directories by the model's weights.
 
     Args:
-        tolerance: 0 compares bits and dtypes. Else values may differ by this share of the largest value of their tensor, and
-            other dtypes are only noted.
+        tolerance: 0 compares bits and dtypes. Else values may differ by this share of the largest
+            value of their tensor, and other dtypes are only noted.
         workers: processes.
         part_elements: most elements of a tensor that a process holds of either side.
         progress: whether bars are shown on stderr.
@@ -105,12 +125,21 @@ def verify(
                 findings.notes.append(f"{sides[0]}: sizes and checksums of its files are right")
             else:
                 check_weights(sides[0], meta_model(read_config(sides[0])))
-                checked = "sizes and checksums of its files are right" if is_dcp(sides[0]) else "its headers are sound"
-                findings.notes.append(f"{sides[0]}: {checked}, and it holds the weights that its config.json describes")
+                checked = (
+                    "sizes and checksums of its files are right"
+                    if is_dcp(sides[0])
+                    else "its headers are sound"
+                )
+                findings.notes.append(
+                    f"{sides[0]}: {checked}, and it holds the weights that its "
+                    f"config.json describes"
+                )
             return findings
         configs = _configs(*sides)
         _compare_configs(*sides, tolerance, findings)
-        _compare(*zip(sides, configs, strict=True), tolerance, workers, part_elements, progress, findings)
+        _compare(
+            *zip(sides, configs, strict=True), tolerance, workers, part_elements, progress, findings
+        )
     return findings
 
 
@@ -123,16 +152,24 @@ def _check(side: Path, findings: Findings, progress: bool) -> None:
     if faults := incomplete(folder):
         findings.differences += [f"{side}: {fault}" for fault in faults]
         return
-    with Bar(f"checksums of {side.name}", sum(size for size, _ in read_manifest(folder).values()), progress) as bar:
+    with Bar(
+        f"checksums of {side.name}",
+        sum(size for size, _ in read_manifest(folder).values()),
+        progress,
+    ) as bar:
         findings.differences += [f"{side}: {fault}" for fault in damaged(folder, bar.add)]
     for name, stored in ChunkReader(folder).tensors.items():
         held = sum(math.prod(chunk.box.shape) for chunk in stored.chunks)
         if held != math.prod(stored.shape):
-            findings.differences.append(f"{side}: {name} has {held} of its {math.prod(stored.shape)} elements")
+            findings.differences.append(
+                f"{side}: {name} has {held} of its {math.prod(stored.shape)} elements"
+            )
 
 
 def damaged(folder: Folder, progress: Callable[[int], None] | None = None) -> list[str]:
-    """As `incomplete`, and the checksums of all files: every byte is read, and `progress` told of how many."""
+    """As `incomplete`, and the checksums of all files: every byte is read, and `progress` told of
+    how many.
+    """
     if problems := incomplete(folder):
         return problems
     for name, (size, expected) in read_manifest(folder).items():
@@ -148,7 +185,9 @@ def damaged(folder: Folder, progress: Callable[[int], None] | None = None) -> li
 
 
 def _configs(a: Path, b: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """By which config.json each side's keys are found; a training checkpoint has none, so the other's."""
+    """By which config.json each side's keys are found; a training checkpoint has none, so the
+    other's.
+    """
     if is_training(a) and is_training(b):
         return None, None
     return read_config(b if is_training(a) else a), read_config(a if is_training(b) else b)
@@ -159,11 +198,15 @@ def _compare_configs(a: Path, b: Path, tolerance: float, findings: Findings) -> 
         return
     one, other = read_config(a), read_config(b)
     if is_training(a):
-        findings.notes += [f"of another run: {difference}" for difference in differences(one, other)]
+        findings.notes += [
+            f"of another run: {difference}" for difference in differences(one, other)
+        ]
         return
     for key in sorted(one.keys() | other.keys()):
         if one.get(key) != other.get(key):
-            values = [json.dumps(config[key]) if key in config else "absent" for config in (one, other)]
+            values = [
+                json.dumps(config[key]) if key in config else "absent" for config in (one, other)
+            ]
             listed = findings.notes if tolerance and key in _FORMAT else findings.differences
             listed.append(f"config.json: {key} is {values[0]} in {a} and {values[1]} in {b}")
 
@@ -183,9 +226,15 @@ def _compare(
         only = sorted(here - there)
         config = side[1]
         training = is_training(absent_from[0])
-        spare = {key for key in only if (key.startswith("rng.") if config is None else _is_spare(key, config, training))}
+        spare = {
+            key
+            for key in only
+            if (key.startswith("rng.") if config is None else _is_spare(key, config, training))
+        }
         if spare:
-            findings.notes.append(f"{absent_from[0]} has none of {_some(sorted(spare))}, and need not")
+            findings.notes.append(
+                f"{absent_from[0]} has none of {_some(sorted(spare))}, and need not"
+            )
         only = [key for key in only if key not in spare]
         if only:
             findings.differences.append(f"only {side[0]} has {_some(only)}")
@@ -205,12 +254,20 @@ def _compare(
 
 def _weight_keys(weights: Weights | RawTensors) -> set[str]:
     """Keys without the scales, which are part of their weights."""
-    return {k for k in weights.tensors if not (k.endswith(SCALE_SUFFIX) and k.removesuffix(SCALE_SUFFIX) in weights.fp8)}
+    return {
+        k
+        for k in weights.tensors
+        if not (k.endswith(SCALE_SUFFIX) and k.removesuffix(SCALE_SUFFIX) in weights.fp8)
+    }
 
 
 def _is_spare(key: str, config: Mapping[str, Any], training: bool) -> bool:
-    """Whether the side that lacks a key can do without it: a training checkpoint has only the model's own weights."""
-    doubled = key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and bool(config.get("tie_word_embeddings")))
+    """Whether the side that lacks a key can do without it: a training checkpoint has only the
+    model's own weights.
+    """
+    doubled = key.endswith("rotary_emb.inv_freq") or (
+        key == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
+    )
     return doubled or (training and not is_model_key(key, config["num_hidden_layers"]))
 
 
@@ -223,12 +280,17 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 class _Comparison:
     """Compares tensors of two sides in a process."""
 
-    def __init__(self, a: tuple[Path, Any], b: tuple[Path, Any], tolerance: float, part_elements: int) -> None:
+    def __init__(
+        self, a: tuple[Path, Any], b: tuple[Path, Any], tolerance: float, part_elements: int
+    ) -> None:
         self.names = a[0], b[0]
         self.sides = _open(*a), _open(*b)
-        self.tolerance, self.part_elements = tolerance, max(1, part_elements // 4)  # of two sides, and what is computed
+        # of two sides, and what is computed
+        self.tolerance, self.part_elements = tolerance, max(1, part_elements // 4)
 
-    def work(self, task: Sequence[tuple[str, int]], progress: Progress) -> tuple[list[str], list[str]]:
+    def work(
+        self, task: Sequence[tuple[str, int]], progress: Progress
+    ) -> tuple[list[str], list[str]]:
         """Differences, a sentence each, and keys that have another dtype."""
         differences, retyped = [], []
         for key, size in task:
@@ -237,9 +299,15 @@ class _Comparison:
             if self.tolerance or words.count(FP8) == 1:
                 words = ["F32" if word == FP8 else word for word in words]
             if one.shape != other.shape:
-                differences.append(f"{key}: shape {one.shape} in {self.names[0]} and {other.shape} in {self.names[1]}")
+                differences.append(
+                    f"{key}: shape {one.shape} in {self.names[0]} and {other.shape} "
+                    f"in {self.names[1]}"
+                )
             elif words[0] != words[1] and not self.tolerance:
-                differences.append(f"{key}: dtype {one.dtype} in {self.names[0]} and {other.dtype} in {self.names[1]}")
+                differences.append(
+                    f"{key}: dtype {one.dtype} in {self.names[0]} and {other.dtype} "
+                    f"in {self.names[1]}"
+                )
             else:
                 if one.dtype != other.dtype and self.tolerance:
                     retyped.append(key)
@@ -253,14 +321,18 @@ class _Comparison:
         found = self._equal(key, as_stored)
         if key in self.sides[0].fp8 and key in self.sides[1].fp8:
             one, other = (side.scales(key) for side in self.sides)
-            if one.shape != other.shape or not torch.equal(one.view(torch.int32), other.view(torch.int32)):
+            if one.shape != other.shape or not torch.equal(
+                one.view(torch.int32), other.view(torch.int32)
+            ):
                 found.append(f"{key}: its fp8 scales differ")
         return found
 
     def _equal(self, key: str, as_stored: bool) -> list[str]:
         count, first, shape = 0, "", self.sides[0].tensors[key].shape
         for index in slices(shape, self.part_elements):
-            one, other = ((side.read if as_stored else side.values)(key, index) for side in self.sides)
+            one, other = (
+                (side.read if as_stored else side.values)(key, index) for side in self.sides
+            )
             bits = _BITS[one.itemsize]
             if torch.equal(one.contiguous().view(bits), other.contiguous().view(bits)):
                 continue
@@ -269,7 +341,10 @@ class _Comparison:
                 place = tuple(odd.nonzero()[0].tolist())
                 values = one[place].item(), other[place].item()
                 at = [i + part.start for i, part in itertools.zip_longest(place, index)]
-                first = f"the first at {at}: {values[0]} in {self.names[0]} and {values[1]} in {self.names[1]}"
+                first = (
+                    f"the first at {at}: {values[0]} in {self.names[0]} and {values[1]} in "
+                    f"{self.names[1]}"
+                )
             count += int(odd.sum())
         return [f"{key}: {count} of {math.prod(shape)} elements differ, {first}"] if count else []
 
@@ -290,7 +365,9 @@ class _Comparison:
             largest = max(largest, *bounds)
         if difference <= self.tolerance * largest:
             return []
-        return [f"{key}: values differ by up to {difference:.3g}, where the largest is {largest:.3g}"]
+        return [
+            f"{key}: values differ by up to {difference:.3g}, where the largest is {largest:.3g}"
+        ]
 
 
 def _bounds(*tensors: Tensor) -> list[float]:
@@ -300,10 +377,15 @@ def _bounds(*tensors: Tensor) -> list[float]:
 
 def _wide(values: Tensor) -> Tensor:
     """In fp32, or in fp64 where that may not hold the values."""
-    return values.float() if values.dtype.is_floating_point and values.itemsize <= 4 else values.double()
+    return (
+        values.float()
+        if values.dtype.is_floating_point and values.itemsize <= 4
+        else values.double()
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- info
+# --------------------------------------------------------------------------------------------------
+# info
 
 
 def info(directory: str | Path) -> list[str]:
@@ -320,20 +402,32 @@ def info(directory: str | Path) -> list[str]:
     else:
         index = WeightIndex(directory)
         tensors, stacked = index.tensors, index.stacked
-    kind = "training checkpoint" if is_training(directory) else "converted directory" if is_dcp(directory) else "Hugging Face"
+    kind = (
+        "training checkpoint"
+        if is_training(directory)
+        else "converted directory"
+        if is_dcp(directory)
+        else "Hugging Face"
+    )
     lines = [f"{directory}: {kind}"]
     if is_dcp(directory):
         lines += [f"  not complete: {fault}" for fault in incomplete(Folder(directory))]
     if is_training(directory):
         step = json.loads((directory / TRAINER).read_text(encoding="utf-8"))["step"]
-        lines.append(f"  after step {step} of a run that began with {(config.get('model') or {}).get('path')}")
+        lines.append(
+            f"  after step {step} of a run that began with "
+            f"{(config.get('model') or {}).get('path')}"
+        )
     else:
         lines.append(
-            f"  {', '.join(config.get('architectures') or ['no architecture'])}, {config.get('num_hidden_layers')} layers"
+            f"  {', '.join(config.get('architectures') or ['no architecture'])}, "
+            f"{config.get('num_hidden_layers')} layers"
         )
     groups: dict[str, list[StoredTensor]] = {}
     for key, tensor in tensors.items():
-        groups.setdefault(_group(key, is_dcp(directory), config.get("num_hidden_layers") or math.inf), []).append(tensor)
+        groups.setdefault(
+            _group(key, is_dcp(directory), config.get("num_hidden_layers") or math.inf), []
+        ).append(tensor)
     for group, members in groups.items():
         elements = sum(math.prod(tensor.shape) for tensor in members)
         sizes = Counter[str]()
@@ -342,7 +436,10 @@ def info(directory: str | Path) -> list[str]:
         listed = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in sizes.most_common())
         lines.append(f"  {group}: {len(members)} tensors of {elements:,} elements; {listed}")
     if stacked:
-        lines.append(f"  the experts are stored stacked, in {len(stacked)} tensors, and counted one by one here")
+        lines.append(
+            f"  the experts are stored stacked, in {len(stacked)} tensors, and counted "
+            f"one by one here"
+        )
     if any(tensor.dtype == FP8 for tensor in tensors.values()):
         lines.append("  fp8 in blocks of {} x {}".format(*fp8_block(directory)))
     return lines

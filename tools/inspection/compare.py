@@ -1,7 +1,9 @@
-"""Our mask beside that of another tool, token by token: what is trained on one side only, and why, as far as it shows.
+"""Our mask beside that of another tool, token by token: what is trained on one side only, and why,
+as far as it shows.
 
-Documents of the other tool find our samples by the row they were made of, by equal tokens, by tokens that they share, or by
-order. Of a pair, tokens are put side by side; a token that differs is in one of them only, or trained in one of them only.
+Documents of the other tool find our samples by the row they were made of, by equal tokens, by
+tokens that they share, or by order. Of a pair, tokens are put side by side; a token that differs is
+in one of them only, or trained in one of them only.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ REASONS = {
     "reasoning": "Reasoning",
     "tool-result": "Tool result",
     "context": "System or user turn, or prompt",
-    "answer": "A whole answer (a weight of 0, --data.mask last-turn, a tool that trains fewer turns)",
+    "answer": "A whole answer (a weight of 0, --data.mask last-turn, a tool that trains fewer "
+    "turns)",
     "part-of-answer": "Part of an answer",
     "bos": "BOS",
     "eos": "EOS or other tokens behind the last turn",
@@ -105,7 +108,12 @@ class Comparison:
         different = sum(pair.differs for pair in whole)
         ours = sum(pair.theirs is None for pair in self.pairs)
         theirs = sum(pair.ours is None for pair in self.pairs)
-        return {"equal": len(whole) - different, "different": different, "only ours": ours, "only theirs": theirs}
+        return {
+            "equal": len(whole) - different,
+            "different": different,
+            "only ours": ours,
+            "only theirs": theirs,
+        }
 
     def trained(self) -> dict[str, int]:
         """How many tokens both train, we alone, they alone."""
@@ -128,19 +136,35 @@ class Comparison:
         """A note for each of our samples that differs."""
         for pair in self.pairs:
             if pair.ours is not None and pair.differs:
-                parts = [f"{reason}: {n:,} only {side}" for (reason, side), n in pair.tally().items()]
-                yield Finding("mask-differs", pair.source, pair.ours.id, pair.missing or f"tokens, {', '.join(parts)}")
+                parts = [
+                    f"{reason}: {n:,} only {side}" for (reason, side), n in pair.tally().items()
+                ]
+                yield Finding(
+                    "mask-differs",
+                    pair.source,
+                    pair.ours.id,
+                    pair.missing or f"tokens, {', '.join(parts)}",
+                )
 
 
-def compare(other: Other, sources: Sequence[Inspected], reader: Reader, findings: Sequence[Finding] = ()) -> Comparison:
+def compare(
+    other: Other, sources: Sequence[Inspected], reader: Reader, findings: Sequence[Finding] = ()
+) -> Comparison:
     """Put the samples of sources beside the documents of another tool.
 
     Args:
         findings: ours, to say why a row gave no sample.
     """
-    faults = {(f.source, int(place[1])): f"{f.reason}: {f.text}" for f in findings if (place := PLACE.search(f.sample))}
+    faults = {
+        (f.source, int(place[1])): f"{f.reason}: {f.text}"
+        for f in findings
+        if (place := PLACE.search(f.sample))
+    }
     samples = [(source.name, sample) for source in sources for sample in source.samples]
-    pairs = [Pair(source, sample, document) for source, sample, document in _matched(samples, other.documents)]
+    pairs = [
+        Pair(source, sample, document)
+        for source, sample, document in _matched(samples, other.documents)
+    ]
     present = {_row(pair) for pair in pairs if pair.ours is not None and pair.theirs is not None}
     for pair in pairs:
         if pair.ours is not None and pair.theirs is not None:
@@ -169,16 +193,22 @@ Match = tuple[str, "Sample | None", "Document | None"]
 
 
 def _matched(samples: Sequence[tuple[str, Sample]], documents: Sequence[Document]) -> list[Match]:
-    """Each sample and document once, in the order of the samples; those of theirs without one come last."""
+    """Each sample and document once, in the order of the samples; those of theirs without one come
+    last.
+    """
     if all(document.row for document in documents):
         chosen, left = _by_row(samples, documents)
     else:
         chosen, left = _by_content(samples, documents)
-    found: list[Match] = [(source, sample, chosen.get(i)) for i, (source, sample) in enumerate(samples)]
+    found: list[Match] = [
+        (source, sample, chosen.get(i)) for i, (source, sample) in enumerate(samples)
+    ]
     return found + [(document.row[0] if document.row else "", None, document) for document in left]
 
 
-def _by_row(samples: Sequence[tuple[str, Sample]], documents: Sequence[Document]) -> tuple[dict[int, Document], list[Document]]:
+def _by_row(
+    samples: Sequence[tuple[str, Sample]], documents: Sequence[Document]
+) -> tuple[dict[int, Document], list[Document]]:
     """The last sample of a row, which has all of its messages, is that of the row's document."""
     last = {}
     for i, (source, sample) in enumerate(samples):
@@ -196,7 +226,9 @@ def _by_content(
         places[_bytes(sample.tokens)].append(i)
     chosen: dict[int, Document] = {}
     left: list[Document] = []
-    for document in itertools.chain.from_iterable(_unpacked(document, places) for document in documents):
+    for document in itertools.chain.from_iterable(
+        _unpacked(document, places) for document in documents
+    ):
         same = places.get(_bytes(document.tokens))
         if same:
             chosen[same.popleft()] = document
@@ -211,7 +243,9 @@ def _by_content(
 
 
 def _unpacked(document: Document, places: dict[bytes, deque[int]]) -> Iterator[Document]:
-    """A row that is packed without saying where documents begin, taken apart at those that are samples of ours."""
+    """A row that is packed without saying where documents begin, taken apart at those that are
+    samples of ours.
+    """
     if _bytes(document.tokens) in places:
         yield document
         return
@@ -219,7 +253,11 @@ def _unpacked(document: Document, places: dict[bytes, deque[int]]) -> Iterator[D
     firsts = {int(np.frombuffer(key[:8], np.int64)[0]) for key in places}
     cuts, at = [0], 0
     while at < len(document.tokens):
-        sizes = (n for n in lengths if at + n <= len(document.tokens)) if int(document.tokens[at]) in firsts else ()
+        sizes = (
+            (n for n in lengths if at + n <= len(document.tokens))
+            if int(document.tokens[at]) in firsts
+            else ()
+        )
         size = next((n for n in sizes if _bytes(document.tokens[at : at + n]) in places), 0)
         if size:
             cuts += [at, at + size]
@@ -234,7 +272,9 @@ def _unpacked(document: Document, places: dict[bytes, deque[int]]) -> Iterator[D
 
 
 def _alike(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> dict[int, int]:
-    """theirs -> ours of the texts that share most; what many share, such as a system prompt, is not counted."""
+    """theirs -> ours of the texts that share most; what many share, such as a system prompt, is not
+    counted.
+    """
     index: dict[bytes, list[int]] = defaultdict(list)
     sizes = []
     for i, tokens in enumerate(ours):
@@ -289,7 +329,11 @@ def _side_by_side(pair: Pair) -> None:
         pair.sides += ["ours"] * (b - a) + ["theirs"] * (d - c)
         mine += [*weights[a:b].tolist(), *[False] * (d - c)]
         other += [*[False] * (b - a), *trained[c:d].tolist()]
-    pair.tokens, pair.mine, pair.other = np.array(tokens, np.int64), np.array(mine, bool), np.array(other, bool)
+    pair.tokens, pair.mine, pair.other = (
+        np.array(tokens, np.int64),
+        np.array(mine, bool),
+        np.array(other, bool),
+    )
     if len(tokens) and pair.sides[0] == "both":
         pair.mine[0] = pair.other[0] = False  # nothing comes before it, whatever its label
 
@@ -317,7 +361,9 @@ def _operations(ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, int
     if max(len(a), len(b)) > MOST_ALIGNED:
         yield "replace", head, head + len(a), head, head + len(b)
     else:
-        for tag, *at in difflib.SequenceMatcher(None, a.tolist(), b.tolist(), autojunk=False).get_opcodes():
+        for tag, *at in difflib.SequenceMatcher(
+            None, a.tolist(), b.tolist(), autojunk=False
+        ).get_opcodes():
             yield tag, *(head + i for i in at)
     yield "equal", len(ours) - tail, len(ours), len(theirs) - tail, len(theirs)
 
@@ -337,7 +383,14 @@ def _explain(pair: Pair, reader: Reader) -> list[str]:
     blank = [not reader.piece(token).strip() for token in tokens]
     shared = np.array([not each for each in one_sided])
     all_of = {"ours": pair.mine[shared][1:].all(), "theirs": pair.other[shared][1:].all()}
-    tail = next((i + 1 for i in range(n - 1, -1, -1) if not one_sided[i] or pair.sides[i] != pair.sides[-1]), 0)
+    tail = next(
+        (
+            i + 1
+            for i in range(n - 1, -1, -1)
+            if not one_sided[i] or pair.sides[i] != pair.sides[-1]
+        ),
+        0,
+    )
     several = pair.ours is not None and "/" in pair.ours.id.rpartition(":")[2]
 
     def of_tokens(i: int) -> str:
@@ -352,7 +405,9 @@ def _explain(pair: Pair, reader: Reader) -> list[str]:
         if all_of[who]:
             return "everything-trained"
         if i < block.content:
-            opens = i == block.start and ends[i] and i > 0 and (pair.mine[i - 1] or pair.other[i - 1])
+            opens = (
+                i == block.start and ends[i] and i > 0 and (pair.mine[i - 1] or pair.other[i - 1])
+            )
             return "end-of-turn" if opens else "header"
         if thinking[i]:
             return "reasoning"

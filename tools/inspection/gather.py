@@ -1,4 +1,6 @@
-"""From the names of sources to their samples, by the code that training uses, and to the rows that gave none."""
+"""From the names of sources to their samples, by the code that training uses, and to the rows that
+gave none.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,16 @@ class Facts:
 
 
 def facts(model: str) -> Facts:
-    """Read config.json (and its text_config) and generation_config.json. Raises InputError: one is no JSON object."""
+    """Read config.json (and its text_config) and generation_config.json. Raises InputError: one is
+    no JSON object.
+    """
     config = _json(Path(model) / "config.json")
     text = config.get("text_config")
     config = {**(text if isinstance(text, dict) else {}), **config}
     numbers = [config.get(name) for name in ("vocab_size", "max_position_embeddings")]
-    vocab_size, positions = (number if isinstance(number, int) and number > 0 else None for number in numbers)
+    vocab_size, positions = (
+        number if isinstance(number, int) and number > 0 else None for number in numbers
+    )
     eos = _json(Path(model) / "generation_config.json").get("eos_token_id")
     eos = eos if isinstance(eos, list) else [eos]
     return Facts(vocab_size, positions, frozenset(token for token in eos if isinstance(token, int)))
@@ -56,7 +62,9 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore the model's configuration") from None
+        raise InputError(
+            f"{path} cannot be read ({error}); restore the model's configuration"
+        ) from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no JSON object; restore the model's configuration")
     return found
@@ -84,13 +92,20 @@ def gather(
     sets = evaluation_sets(data.eval)
     if not data.train and not sets:
         raise InputError("there is nothing to inspect; name data with --data.train or --data.eval")
-    opened = [("", *each) for each in zip(data.train, open_sources(data.train, data.streaming), strict=True)]
+    opened = [
+        ("", *each)
+        for each in zip(data.train, open_sources(data.train, data.streaming), strict=True)
+    ]
     for name, specs in sets.items():
-        opened += [(name, *each) for each in zip(specs, open_sources(specs, data.streaming), strict=True)]
+        opened += [
+            (name, *each) for each in zip(specs, open_sources(specs, data.streaming), strict=True)
+        ]
     data, sources, findings = replace(data, on_error="skip"), [], []
     for name, spec, source in opened:
         preparer = Preparer(tokenizer, data, source, vocab_size)
-        inspected, refused = _first(source, preparer, most) if most else _all(spec, source, preparer, progress)
+        inspected, refused = (
+            _first(source, preparer, most) if most else _all(spec, source, preparer, progress)
+        )
         inspected.evaluation = bool(name)
         inspected.origin = preparer
         # Ids tell training and evaluation apart, where both have a file of this name.
@@ -102,7 +117,9 @@ def gather(
 
 
 def _told(source: Inspected) -> list[Finding]:
-    """What is to be known of a source as a whole: keys that mean nothing, and codes that its rows have."""
+    """What is to be known of a source as a whole: keys that mean nothing, and codes that its rows
+    have.
+    """
     found = [
         Finding("ignored-key", source.name, source.path, f"{key!r} in {plural(rows, 'row')}")
         for key, rows in sorted(source.ignored.items())
@@ -115,14 +132,17 @@ def _told(source: Inspected) -> list[Finding]:
     return found
 
 
-def _all(spec: str, source: Source, preparer: Preparer, progress: bool) -> tuple[Inspected, list[Finding]]:
+def _all(
+    spec: str, source: Source, preparer: Preparer, progress: bool
+) -> tuple[Inspected, list[Finding]]:
     """Every sample, by way of the cache."""
     try:
         options = {"vocab_size": preparer.vocab_size, "progress": progress}
         [prepared] = prepare([spec], preparer.tokenizer, preparer.data, **options)
     except InputError as error:
         found, findings = _first(source, preparer, None)
-        if len(found.samples) or not findings:  # else every row is refused, which is what is to be shown
+        # else every row is refused, which is what is to be shown
+        if len(found.samples) or not findings:
             raise error from None
         return found, findings
     prepared.samples.name = source.name  # the whole path where several files have one name
@@ -132,7 +152,8 @@ def _all(spec: str, source: Source, preparer: Preparer, progress: bool) -> tuple
     found.digest = prepared.digest
     if not report.counts.get("skipped") and not report.counts.get("no-targets"):
         return found, []
-    # The report has sentences and numbers; for reasons and places, what gave no sample is prepared once more.
+    # The report has sentences and numbers; for reasons and places, what gave no sample is prepared
+    # once more.
     usable = set(prepared.samples.rows.tolist())
     preparer.format = report.format
     missing = ((number, payload) for number, payload in source.rows() if number not in usable)
@@ -151,7 +172,9 @@ def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspec
     ignored: Counter[str] = Counter()
     kept: list[str] = []
     read, rows = 0, source.rows()
-    while (most is None or len(samples) < most) and (batch := list(itertools.islice(rows, ROWS_AT_ONCE))):
+    while (most is None or len(samples) < most) and (
+        batch := list(itertools.islice(rows, ROWS_AT_ONCE))
+    ):
         for result in preparer(batch):
             if most is not None and len(samples) >= most:
                 break
@@ -161,24 +184,52 @@ def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspec
             kept += result.kept
             findings += _finding(source, result)
             first = int(len(result.samples) > 1)
-            samples += [(result.number, part, *each) for part, each in enumerate(result.samples, start=first)]
+            samples += [
+                (result.number, part, *each)
+                for part, each in enumerate(result.samples, start=first)
+            ]
     if not read:
-        raise InputError(f"{source.spec.path} holds no rows; remove it or give a file with at least one")
+        raise InputError(
+            f"{source.spec.path} holds no rows; remove it or give a file with at least one"
+        )
     made = Samples(source.name, pack_block(samples[:most]))
     found = _inspected(source, preparer.format, read, made, dict(counts))
     found.ignored, found.kept = dict(ignored), kept
     return found, findings
 
 
-def _inspected(source: Source, kind: str | None, rows: int, samples: Samples, counts: dict[str, int]) -> Inspected:
-    return Inspected(source.name, source.spec.path, kind or "", source.spec.weight, False, rows, samples, counts=counts)
+def _inspected(
+    source: Source, kind: str | None, rows: int, samples: Samples, counts: dict[str, int]
+) -> Inspected:
+    return Inspected(
+        source.name,
+        source.spec.path,
+        kind or "",
+        source.spec.weight,
+        False,
+        rows,
+        samples,
+        counts=counts,
+    )
 
 
 def _finding(source: Source, result: Result) -> list[Finding]:
     if result.fault:
         found = Finding(result.fault.reason, source.name, result.fault.where, result.fault.text)
-        refused = "; training refuses the row unless --data.on-error skip" if found.level == "warning" else ""
+        refused = (
+            "; training refuses the row unless --data.on-error skip"
+            if found.level == "warning"
+            else ""
+        )
         return [replace(found, text=found.text + refused)]
-    if not result.samples and set(result.notes) == {"no-targets"}:  # else it was cut, which is counted
-        return [Finding("no-targets", source.name, source.where(result.number), "no token has a weight above 0")]
+    # else it was cut, which is counted
+    if not result.samples and set(result.notes) == {"no-targets"}:
+        return [
+            Finding(
+                "no-targets",
+                source.name,
+                source.where(result.number),
+                "no token has a weight above 0",
+            )
+        ]
     return []

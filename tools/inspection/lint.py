@@ -1,12 +1,13 @@
 """What is wrong with samples, judged from their tokens, weights and text alone.
 
-The code that made the mask is not asked: headers come from a probe of the chat template, everything else from what a
-model would be trained on. What that code refused (a `RowError`) is a finding too, under the reason that it gave.
+The code that made the mask is not asked: headers come from a probe of the chat template, everything
+else from what a model would be trained on. What that code refused (a `RowError`) is a finding too,
+under the reason that it gave.
 
-errors      no-end-of-turn, header-in-targets, double-bos, no-targets, unknown-token, negative-weight, and every refused row
-            serving-differs (of `serving`)
-warnings    duplicate, in-training-data, near-empty, non-finite-weight (also of a refused row), cut-off, after-end-of-turn,
-            special-token-in-content, beyond-positions
+errors      no-end-of-turn, header-in-targets, double-bos, no-targets, unknown-token,
+            negative-weight, and every refused row; serving-differs (of `serving`)
+warnings    duplicate, in-training-data, near-empty, non-finite-weight (also of a refused row),
+            cut-off, after-end-of-turn, special-token-in-content, beyond-positions
 notes       what is as it should be and worth knowing: NOTES below
 """
 
@@ -89,7 +90,9 @@ class Finding:
 
     @property
     def level(self) -> Literal["error", "warning", "note"]:
-        """Whether it makes the inspection fail (error), should be looked at (warning), or is only told (note)."""
+        """Whether it makes the inspection fail (error), should be looked at (warning), or is only
+        told (note).
+        """
         if self.reason in NOTES:
             return "note"
         return "warning" if self.reason in WARNINGS else "error"
@@ -104,13 +107,23 @@ class Linter:
     """Checks samples one after the other; it remembers a hash of each, to know duplicates.
 
     Args:
-        mask: of config.Data: under `all`, headers and what follows an end of turn are trained on purpose.
+        mask: of config.Data: under `all`, headers and what follows an end of turn are trained on
+            purpose.
         seq_len: a sample of this length may have been cut.
         vocab_size: rows of the model's embedding; None: not known, not checked.
-        eos_ids: tokens at which generation stops; one of them may open the next turn (GLM) and is trained as the end then.
+        eos_ids: tokens at which generation stops; one of them may open the next turn (GLM) and is
+            trained as the end then.
     """
 
-    def __init__(self, reader: Reader, *, mask: str, seq_len: int, vocab_size: int | None, eos_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        mask: str,
+        seq_len: int,
+        vocab_size: int | None,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
         self.reader, self.mask, self.seq_len, self.vocab_size = reader, mask, seq_len, vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.special = np.array(sorted(reader.special), dtype=np.int64)
@@ -118,21 +131,31 @@ class Linter:
         self._seen: dict[bytes, tuple[str, bool]] = {}
         self._spellings: list[tuple[Header, np.ndarray]] = []
         for header in reader.headers:
-            ids = np.array(reader.backend.encode(header.core, add_special_tokens=False).ids, dtype=np.int64)
+            ids = np.array(
+                reader.backend.encode(header.core, add_special_tokens=False).ids, dtype=np.int64
+            )
             rare = ids[np.isin(ids, self.special)]
             # A token that is in the header for certain: only samples that train it need to be read.
             self._spellings.append((header, rare[:1]))
-        # Where every header begins with a special token, an answer behind the whole generation prompt is clean at its start.
-        self._prompt = np.array(reader.backend.encode(reader.prompt, add_special_tokens=False).ids, dtype=np.int64)
-        if not all(header.core.startswith(tuple(reader.special_texts)) for header in reader.headers):
+        # Where every header begins with a special token, an answer behind the whole generation
+        # prompt is clean at its start.
+        self._prompt = np.array(
+            reader.backend.encode(reader.prompt, add_special_tokens=False).ids, dtype=np.int64
+        )
+        if not all(
+            header.core.startswith(tuple(reader.special_texts)) for header in reader.headers
+        ):
             self._prompt = self._prompt[:0]
 
-    def check(self, samples: Iterable[Sample], source: str, kind: str = "", evaluation: bool = False) -> list[Finding]:
+    def check(
+        self, samples: Iterable[Sample], source: str, kind: str = "", evaluation: bool = False
+    ) -> list[Finding]:
         """Findings of samples, in order.
 
         Args:
             source: name of where they come from.
-            kind: format of the source: plain text has no headers, and the weights of pre-tokenised rows are the user's.
+            kind: format of the source: plain text has no headers, and the weights of pre-tokenised
+                rows are the user's.
             evaluation: of a held-out set, which should not be trained on.
         """
         found = []
@@ -152,7 +175,10 @@ class Linter:
             return
         if self.mask == "all" or kind in ("text", "tokens"):
             if not np.isin(tokens[weights > 0], self.added).any() and len(tokens) < self.seq_len:
-                yield "no-end-of-turn", "no added token is trained, so the model never learns to stop"
+                yield (
+                    "no-end-of-turn",
+                    "no added token is trained, so the model never learns to stop",
+                )
         else:
             for start, end in runs:
                 yield from self._end(tokens, start, end)
@@ -173,10 +199,17 @@ class Linter:
     def _tokens(self, tokens: np.ndarray) -> Iterable[tuple[str, str]]:
         bos = self.reader.bos
         if bos is not None and tokens[:2].tolist() == [bos, bos]:
-            yield "double-bos", f"it begins with two tokens {bos}; the chat template or the data writes one too many"
+            yield (
+                "double-bos",
+                f"it begins with two tokens {bos}; the chat template or the data writes one too "
+                f"many",
+            )
         largest = int(tokens.max(initial=-1))
         if self.vocab_size is not None and largest >= self.vocab_size:
-            yield "unknown-token", f"token id {largest}, but the model's vocabulary has {self.vocab_size}"
+            yield (
+                "unknown-token",
+                f"token id {largest}, but the model's vocabulary has {self.vocab_size}",
+            )
 
     def _duplicate(self, sample: Sample, evaluation: bool) -> Iterable[tuple[str, str]]:
         content = sample.tokens.tobytes() + b"|" + sample.weights.tobytes()
@@ -196,71 +229,117 @@ class Linter:
         if tokens[end - 1] in self.reader.added and not self._is_end(tokens[end:]):
             return  # any added token may end a turn, unless one that certainly does comes next
         if end == len(tokens) and len(tokens) >= self.seq_len:
-            yield "cut-off", f"the answer at token {start} is cut at --data.seq-len ({self.seq_len}) and does not end"
+            yield (
+                "cut-off",
+                f"the answer at token {start} is cut at --data.seq-len ({self.seq_len}) and does "
+                f"not end",
+            )
             return
-        behind = next((i for i in range(end - 1, start, -1) if self.reader.piece(int(tokens[i])).strip()), start)
+        behind = next(
+            (i for i in range(end - 1, start, -1) if self.reader.piece(int(tokens[i])).strip()),
+            start,
+        )
         last = self.reader.text(tokens[max(start, end - 4) : end])
         if tokens[behind] in self.reader.special:
             yield "after-end-of-turn", f"the answer at token {start} ends with {last!r}"
         else:
-            yield "no-end-of-turn", f"the answer at token {start} ends with {last!r}, which is no end-of-turn token"
+            yield (
+                "no-end-of-turn",
+                f"the answer at token {start} ends with {last!r}, which is no end-of-turn token",
+            )
 
     def _is_end(self, behind: np.ndarray) -> bool:
         """Whether the first of these tokens that is no white space ends turns."""
-        first = next((int(token) for token in behind if self.reader.piece(int(token)).strip()), None)
+        first = next(
+            (int(token) for token in behind if self.reader.piece(int(token)).strip()), None
+        )
         return first in self.reader.special
 
-    def _headers(self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]) -> Iterable[tuple[str, str]]:
+    def _headers(
+        self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]
+    ) -> Iterable[tuple[str, str]]:
         length = len(self._prompt)
         for start, end in runs:
             run, near = tokens[start:end], None
-            if int(run[-1]) in self.eos_ids:  # the end of the answer, also where it begins the next header
+            # the end of the answer, also where it begins the next header
+            if int(run[-1]) in self.eos_ids:
                 run = run[:-1]
             if not len(run):
                 continue
             if length and start >= length and run[0] not in self.reader.special:
-                near = ("", "") if np.array_equal(tokens[start - length : start], self._prompt) else None
+                near = (
+                    ("", "")
+                    if np.array_equal(tokens[start - length : start], self._prompt)
+                    else None
+                )
             for header, rare in self._spellings:
                 if len(rare) and (run == rare[0]).any() and header.core in self.reader.text(run):
-                    yield "header-in-targets", f"the answer at token {start} holds the {header.role} header {header.core!r}"
+                    yield (
+                        "header-in-targets",
+                        f"the answer at token {start} holds the {header.role} header "
+                        f"{header.core!r}",
+                    )
                     return
                 if near is None:
-                    near = self.reader.text(tokens[max(0, start - WINDOW) : start]), self.reader.text(run[:WINDOW])
+                    near = (
+                        self.reader.text(tokens[max(0, start - WINDOW) : start]),
+                        self.reader.text(run[:WINDOW]),
+                    )
                 if near[1] and (part := _part(header, self.reader.prompt, *near)):
-                    yield "header-in-targets", f"the answer at token {start} begins with {part!r} of the {header.role} header"
+                    yield (
+                        "header-in-targets",
+                        f"the answer at token {start} begins with {part!r} of the {header.role} "
+                        f"header",
+                    )
                     return
 
-    def _inner_end(self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]) -> Iterable[tuple[str, str]]:
-        """A token that ends a turn, before the one that does: content with its text in it forges turns."""
+    def _inner_end(
+        self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]
+    ) -> Iterable[tuple[str, str]]:
+        """A token that ends a turn, before the one that does: content with its text in it forges
+        turns.
+        """
         for start, end in runs:
-            last = start + int(np.flatnonzero(np.isin(tokens[start:end], self.special)).max(initial=0))
+            last = start + int(
+                np.flatnonzero(np.isin(tokens[start:end], self.special)).max(initial=0)
+            )
             ends = {int(tokens[last]), self.reader.eos} & self.reader.special
             if inner := [i for i in range(start, last) if tokens[i] in ends]:
                 said = self.reader.text(tokens[inner[0] : inner[0] + 1])
                 yield (
                     "special-token-in-content",
-                    f"the answer at token {start} holds {said!r} at token {inner[0]}, before its end",
+                    f"the answer at token {start} holds {said!r} at token {inner[0]}, before its "
+                    f"end",
                 )
                 return
 
-    def _short(self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]) -> Iterable[tuple[str, str]]:
+    def _short(
+        self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]
+    ) -> Iterable[tuple[str, str]]:
         for start, end in runs:
             if end - start <= SHORT:
-                said = self.reader.text([i for i in tokens[start:end] if i not in self.reader.special]).strip()
+                said = self.reader.text(
+                    [i for i in tokens[start:end] if i not in self.reader.special]
+                ).strip()
                 if len(said) < 2 or not any(character.isalnum() for character in said):
                     yield "near-empty", f"the answer at token {start} is {said!r}"
                     return
 
 
 def beyond_positions(samples: Samples, source: str, positions: int) -> list[Finding]:
-    """A finding for each sample with more tokens than the model has positions, the longest first."""
+    """A finding for each sample with more tokens than the model has positions, the longest
+    first.
+    """
     lengths = samples.lengths
     beyond = np.flatnonzero(lengths > positions)
     order = beyond[np.argsort(-lengths[beyond], kind="stable")]
     limit = f"max_position_embeddings of the model is {positions:,}"
     among = f"{len(beyond):,} such samples, the longest of {int(lengths.max(initial=0)):,} tokens"
     texts = [f"{int(lengths[i]):,} tokens, but {limit} ({among})" for i in order]
-    return [Finding("beyond-positions", source, samples.id(i), text) for i, text in zip(order, texts, strict=True)]
+    return [
+        Finding("beyond-positions", source, samples.id(i), text)
+        for i, text in zip(order, texts, strict=True)
+    ]
 
 
 def runs_of(weights: np.ndarray) -> list[tuple[int, int]]:
@@ -271,8 +350,11 @@ def runs_of(weights: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _part(header: Header, prompt: str, before: str, run: str) -> str:
-    """The part of a header with which a run of trained text begins, if the rest of the header stands before it."""
-    # What the generation prompt writes is the header to its last character; of others, the last space may be content's.
+    """The part of a header with which a run of trained text begins, if the rest of the header
+    stands before it.
+    """
+    # What the generation prompt writes is the header to its last character; of others, the last
+    # space may be content's.
     whole = header.text if header.text == prompt else header.core
     for cut in range(len(whole)):
         if run.startswith(whole[cut:]) and before.endswith(whole[:cut]):

@@ -1,4 +1,6 @@
-"""What another tool makes of the data: TRL's own code run on the same rows, or a dump of input_ids and labels."""
+"""What another tool makes of the data: TRL's own code run on the same rows, or a dump of input_ids
+and labels.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,12 @@ class Other:
 
 
 def open_other(option: Sequence[str]) -> Callable[[Sequence[Inspected], str, Data], Other] | None:
-    """What `--compare` asks for, as a function of sources, model directory and data options; None: nothing.
+    """What `--compare` asks for, as a function of sources, model directory and data options; None:
+    nothing.
 
     Raises:
-        InputError: it is not `trl`, FILE or `axolotl-file FILE`; TRL is not installed; the file is no dump.
+        InputError: it is not `trl`, FILE or `axolotl-file FILE`; TRL is not installed; the file is
+            no dump.
     """
     if not option:
         return None
@@ -73,7 +77,10 @@ def open_other(option: Sequence[str]) -> Callable[[Sequence[Inspected], str, Dat
         return run_trl
     *kind, path = option
     if path == "axolotl-file" or kind not in ([], ["axolotl-file"]):
-        raise InputError(f"--compare is {' '.join(option)}, but it takes trl, FILE or axolotl-file FILE; name one")
+        raise InputError(
+            f"--compare is {' '.join(option)}, but it takes trl, FILE or axolotl-file "
+            f"FILE; name one"
+        )
     found = Other(path, read_dump(path))
     return lambda sources, model, data: found
 
@@ -82,10 +89,12 @@ def open_other(option: Sequence[str]) -> Callable[[Sequence[Inspected], str, Dat
 
 
 def read_dump(path: str) -> list[Document]:
-    """The documents of a JSONL, JSON, Parquet or Arrow file or a `save_to_disk` directory, in order.
+    """The documents of a JSONL, JSON, Parquet or Arrow file or a `save_to_disk` directory, in
+    order.
 
-    Padding is taken out, packed rows are split where position_ids, seq_lengths, cu_seqlens, document_ids or a numbered
-    attention_mask (axolotl's) say so. What is trained is said by labels, else by masks; without any, everything is.
+    Padding is taken out, packed rows are split where position_ids, seq_lengths, cu_seqlens,
+    document_ids or a numbered attention_mask (axolotl's) say so. What is trained is said by labels,
+    else by masks; without any, everything is.
 
     Raises:
         InputError: it cannot be read, or its columns do not fit together.
@@ -94,7 +103,9 @@ def read_dump(path: str) -> list[Document]:
     for where, row in _rows(path):
         found += _documents(where, row)
     if not found:
-        raise InputError(f"{path} holds no rows; give --compare the dump of a tool, with input_ids and labels")
+        raise InputError(
+            f"{path} holds no rows; give --compare the dump of a tool, with input_ids and labels"
+        )
     return found
 
 
@@ -120,7 +131,9 @@ def _arrow(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = table.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         said = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as an Arrow file ({said}); give --compare a file that exists") from None
+        raise InputError(
+            f"{path} cannot be read as an Arrow file ({said}); give --compare a file that exists"
+        ) from None
     yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, start=1))
 
 
@@ -128,7 +141,10 @@ def _documents(where: str, row: dict[str, Any]) -> Iterator[Document]:
     key = next((key for key in IDS if row.get(key) is not None), None)
     if key is None:
         has = ", ".join(row) or "none"
-        raise InputError(f"{where}: no input_ids (keys: {has}); --compare needs the tokens of a tool, with labels or a mask")
+        raise InputError(
+            f"{where}: no input_ids (keys: {has}); --compare needs the tokens of a "
+            f"tool, with labels or a mask"
+        )
     tokens = _array(row[key], key, where)
     trained = _trained(row, tokens, where)
     attention = _beside(row, "attention_mask", tokens, where)
@@ -153,11 +169,16 @@ def _trained(row: dict[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
     if (labels[:-1][trained[:-1]] == tokens[shifted]).all():
         return shifted
     i = int(np.flatnonzero(trained & (labels != tokens))[0])
-    said = f"label {labels[i]} of token {i + 1} is neither -100 nor its id {tokens[i]} nor that of the next token"
+    said = (
+        f"label {labels[i]} of token {i + 1} is neither -100 nor its id {tokens[i]} nor that of "
+        f"the next token"
+    )
     raise InputError(f"{where}: {said}; dump labels as the loss takes them")
 
 
-def _bounds(row: dict[str, Any], attention: np.ndarray | None, tokens: np.ndarray, where: str) -> np.ndarray:
+def _bounds(
+    row: dict[str, Any], attention: np.ndarray | None, tokens: np.ndarray, where: str
+) -> np.ndarray:
     """Where documents begin behind the first one."""
     if row.get("cu_seqlens") is not None:
         return _array(row["cu_seqlens"], "cu_seqlens", where)[1:-1]
@@ -179,7 +200,9 @@ def _beside(row: dict[str, Any], key: str, tokens: np.ndarray, where: str) -> np
         return None
     found = _array(row[key], key, where)
     if len(found) != len(tokens):
-        raise InputError(f"{where}: {len(tokens)} input_ids, but {len(found)} {key}; give one for each token")
+        raise InputError(
+            f"{where}: {len(tokens)} input_ids, but {len(found)} {key}; give one for each token"
+        )
     return found
 
 
@@ -190,7 +213,9 @@ def _array(value: Any, key: str, where: str) -> np.ndarray:
             found = found[0]
         if found.ndim == 1 and found.size and found.dtype.kind in "iufb":
             return found.astype(np.float64 if found.dtype.kind == "f" else np.int64)
-    raise InputError(f"{where}: {key} is no list of numbers; dump the token ids of one row or batch a line")
+    raise InputError(
+        f"{where}: {key} is no list of numbers; dump the token ids of one row or batch a line"
+    )
 
 
 # ---------------------------------------------------------------- TRL
@@ -199,25 +224,32 @@ def _array(value: Any, key: str, where: str) -> np.ndarray:
 def run_trl(sources: Sequence[Inspected], model: str, data: Data) -> Other:
     """What TRL's SFTTrainer trains of the rows of these sources.
 
-    It is the trainer itself, with its own choice of template and masks, beside a model of a few parameters. Its loss is
-    on assistant messages only, unless --data.mask is all; on completions for rows of prompt and completion.
+    It is the trainer itself, with its own choice of template and masks, beside a model of a few
+    parameters. Its loss is on assistant messages only, unless --data.mask is all; on completions
+    for rows of prompt and completion.
 
     Raises:
         InputError: TRL is not installed, or cannot mask this chat template.
     """
     found = Other(f"TRL {_trl_version()}", [])
     for source in sources:
-        # Arrow gives every row the keys of all others: rows with other variables are prepared apart.
+        # Arrow gives every row the keys of all others: rows with other variables are prepared
+        # apart.
         alike: dict[str, list[dict[str, Any]]] = {}
         for number, example in read_examples(source, most=None):
             made = _trl_row(example, data)
             if made is None:
-                raise InputError(f"{source.name} has tokens, which TRL takes as they are; leave it out of --compare trl")
+                raise InputError(
+                    f"{source.name} has tokens, which TRL takes as they are; leave it "
+                    f"out of --compare trl"
+                )
             key = json.dumps([sorted(made), made.get("chat_template_kwargs")], sort_keys=True)
             alike.setdefault(key, []).append({**made, "torchsft_row": number})
         for rows in alike.values():
             with _quiet(), tempfile.TemporaryDirectory() as where:
-                found.documents += _trl_documents(source.name, rows, Server(model, data), where, found.refused)
+                found.documents += _trl_documents(
+                    source.name, rows, Server(model, data), where, found.refused
+                )
     return found
 
 
@@ -263,15 +295,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _trl_documents(
-    name: str, rows: list[dict[str, Any]], server: Server, where: str, refused: dict[tuple[str, int], str]
+    name: str,
+    rows: list[dict[str, Any]],
+    server: Server,
+    where: str,
+    refused: dict[tuple[str, int], str],
 ) -> Iterator[Document]:
-    """Of these rows; where TRL fails on some, it is asked for each half, until those are found that it fails on."""
+    """Of these rows; where TRL fails on some, it is asked for each half, until those are found that
+    it fails on.
+    """
     try:
         made = _prepare(rows, server, where)
     except Exception as error:  # of its checks, of Arrow, of the chat template
         said = " ".join(str(error).split())
         if "chat template is not" in said:
-            raise InputError(f"TRL cannot mask this chat template ({said}); compare with --data.mask all, or a dump") from None
+            raise InputError(
+                f"TRL cannot mask this chat template ({said}); compare with "
+                f"--data.mask all, or a dump"
+            ) from None
         if len(rows) == 1:
             refused[name, rows[0]["torchsft_row"]] = said
             return
@@ -282,7 +323,12 @@ def _trl_documents(
     for row in made:
         number = row["torchsft_row"]
         tokens = np.array(row["input_ids"], np.int64)
-        yield Document(f"TRL's row {number}", tokens, _trained(row, tokens, f"TRL's row {number}"), (name, number))
+        yield Document(
+            f"TRL's row {number}",
+            tokens,
+            _trained(row, tokens, f"TRL's row {number}"),
+            (name, number),
+        )
     missing = {row["torchsft_row"] for row in rows} - {row["torchsft_row"] for row in made}
     refused |= {(name, number): "no token of it has a label" for number in missing}
 
@@ -305,5 +351,7 @@ def _prepare(rows: list[dict[str, Any]], server: Server, where: str) -> Any:
         bf16=False,
     )
     dataset = Dataset.from_list(rows)
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=server.tokenizer)
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=dataset, processing_class=server.tokenizer
+    )
     return trainer.train_dataset

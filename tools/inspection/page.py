@@ -1,4 +1,6 @@
-"""The page: one HTML file that loads nothing and keeps training data from being anything else than text."""
+"""The page: one HTML file that loads nothing and keeps training data from being anything else than
+text.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,24 @@ MOST_SAMPLES, MOST_TOKENS, MOST_FAULTS = 10_000, 5_000_000, 1_000
 
 
 def render(inspection: Inspection) -> str:
-    """The page as text. It holds every sample, or as many as a browser takes: those with findings, then the first rows."""
+    """The page as text. It holds every sample, or as many as a browser takes: those with findings,
+    then the first rows.
+    """
     chosen = _choose(inspection)
-    data = json.dumps(_data(inspection, chosen), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    data = json.dumps(
+        _data(inspection, chosen), ensure_ascii=True, separators=(",", ":"), allow_nan=False
+    )
     template = TEMPLATE.read_text(encoding="utf-8")
     # No end tag can stand in the data: without "<", nothing that HTML knows can.
-    return template.replace("__POLICY__", _policy(template)).replace("__DATA__", data.replace("<", "\\u003c"))
+    return template.replace("__POLICY__", _policy(template)).replace(
+        "__DATA__", data.replace("<", "\\u003c")
+    )
 
 
 def _policy(template: str) -> str:
-    """A content security policy under which the page's own style and script run, and nothing else does or is loaded."""
+    """A content security policy under which the page's own style and script run, and nothing else
+    does or is loaded.
+    """
 
     def digest(tag: str) -> str:
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
@@ -87,19 +97,34 @@ def _data(inspection: Inspection, chosen: dict[tuple[int, int], int]) -> dict[st
     for s, i in chosen:
         source = inspection.sources[s]
         sample = source.samples[i]
-        found = [(finding.reason, finding.text) for finding in by_sample.pop((source.name, sample.id), [])]
+        found = [
+            (finding.reason, finding.text)
+            for finding in by_sample.pop((source.name, sample.id), [])
+        ]
         found += [(note, "") for note in notes(source, sample, inspection.data.seq_len)]
-        samples.append(_sample(inspection, sample, vocabulary) | {"source": s, "findings": found, "row": places.get((s, i))})
-    elsewhere = [finding for found in by_sample.values() for finding in found if finding.level != "note"]
+        samples.append(
+            _sample(inspection, sample, vocabulary)
+            | {"source": s, "findings": found, "row": places.get((s, i))}
+        )
+    elsewhere = [
+        finding for found in by_sample.values() for finding in found if finding.level != "note"
+    ]
     faults = [(finding.reason, finding.sample, finding.text) for finding in elsewhere]
     trained = inspection.trained
-    examples = {finding.reason: f"{finding.sample}: {finding.text}" for finding in reversed(inspection.findings)}
+    examples = {
+        finding.reason: f"{finding.sample}: {finding.text}"
+        for finding in reversed(inspection.findings)
+    }
     reasons = {
         reason: {"title": title(reason), "level": level, "count": n, "example": examples[reason]}
         for level, reason, n in inspection.tally()
     }
     for note, text in NOTES.items():
-        reasons[note] = {"title": text, "level": "note", "count": sum((note, "") in sample["findings"] for sample in samples)}
+        reasons[note] = {
+            "title": text,
+            "level": "note",
+            "count": sum((note, "") in sample["findings"] for sample in samples),
+        }
     everything = sum(len(source.samples) for source in inspection.sources)
     return {
         "model": inspection.model,
@@ -129,7 +154,11 @@ def _data(inspection: Inspection, chosen: dict[tuple[int, int], int]) -> dict[st
 
 
 def _of(shown: int, total: int, word: str) -> str:
-    return plural(total, word) if shown == total else f"{shown:,} of {plural(total, word)} are on this page"
+    return (
+        plural(total, word)
+        if shown == total
+        else f"{shown:,} of {plural(total, word)} are on this page"
+    )
 
 
 def _sample(inspection: Inspection, sample: Sample, vocabulary: dict[int, str]) -> dict[str, Any]:
@@ -143,5 +172,10 @@ def _sample(inspection: Inspection, sample: Sample, vocabulary: dict[int, str]) 
             joined.append((at, piece.count, piece.text))
         at += piece.count
     blocks = reader.blocks(pieces)
-    found = {"id": sample.id, "tokens": tokens, "weights": weight_runs(sample.weights), "blocks": blocks}
+    found = {
+        "id": sample.id,
+        "tokens": tokens,
+        "weights": weight_runs(sample.weights),
+        "blocks": blocks,
+    }
     return found | {"joined": joined} if joined else found

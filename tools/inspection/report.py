@@ -1,4 +1,6 @@
-"""What an inspection found, as data: numbers of each source, findings, and the rows that training will begin with."""
+"""What an inspection found, as data: numbers of each source, findings, and the rows that training
+will begin with.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ OUTCOMES = {  # of data.prepare's counts, as sentences; numbers stand before the
     "split": "cut into pieces",
     "split-by-turn": "split by turn: the chat template rewrites history",
     "closed-reasoning": "reasoning closed as in inference",
-    "context-restored": "behind the prompt of inference, which the rendering of the whole conversation changes",
+    "context-restored": "behind the prompt of inference, which the rendering of the whole "
+    "conversation changes",
     "split-into-documents": "split where their documents begin",
 }
 NOTES = {  # what can be told of one sample
@@ -87,7 +90,9 @@ class Inspected:
 
     def outcomes(self) -> list[str]:
         """Sentences on what did not become a sample as it was."""
-        known = [f"{n:,} {OUTCOMES[what]}" for what, n in self.counts.items() if n and what in OUTCOMES]
+        known = [
+            f"{n:,} {OUTCOMES[what]}" for what, n in self.counts.items() if n and what in OUTCOMES
+        ]
         return known or ["every row became a sample"]
 
 
@@ -114,7 +119,9 @@ class Plan:
 
 @dataclass
 class Inspection:
-    """Everything that is shown. `data` and `training` are options; `left_out`: why not every sample was read, as a sentence."""
+    """Everything that is shown. `data` and `training` are options; `left_out`: why not every sample
+    was read, as a sentence.
+    """
 
     model: str
     data: Data
@@ -143,7 +150,9 @@ class Inspection:
 
     def wrong(self) -> set[tuple[str, str]]:
         """(source, sample) of errors and warnings: what is to be looked at first."""
-        return {(finding.source, finding.sample) for finding in self.findings if finding.level != "note"}
+        return {
+            (finding.source, finding.sample) for finding in self.findings if finding.level != "note"
+        }
 
     def plan_text(self) -> str:
         """Steps in words."""
@@ -153,7 +162,16 @@ class Inspection:
 
     def options(self) -> list[tuple[str, str]]:
         """Those of --data that shape samples, as on the command line."""
-        names = ("map", "system", "seq_len", "mask", "reasoning", "template_kwargs", "chat_template", "template_date")
+        names = (
+            "map",
+            "system",
+            "seq_len",
+            "mask",
+            "reasoning",
+            "template_kwargs",
+            "chat_template",
+            "template_date",
+        )
         names += ("on_lost_context", "truncation", "packing", "packing_buffer")
         values = [(name.replace("_", "-"), getattr(self.data, name)) for name in names]
         return [(name, str(value)) for name, value in values if value not in ("", None)]
@@ -179,7 +197,9 @@ def histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
     return [i * width for i in range(len(counts) + 1)], counts.tolist()
 
 
-def lint(linter: Linter, sources: Sequence[Inspected], watch: Any, positions: int | None = None) -> list[Finding]:
+def lint(
+    linter: Linter, sources: Sequence[Inspected], watch: Any, positions: int | None = None
+) -> list[Finding]:
     """Check every sample of every source, training first, and count on the way.
 
     Args:
@@ -196,7 +216,13 @@ def lint(linter: Linter, sources: Sequence[Inspected], watch: Any, positions: in
 
 
 def plan(
-    sources: Sequence[Inspected], data: Data, *, global_batch_size: int, seed: int, steps: int | None, epochs: float | None
+    sources: Sequence[Inspected],
+    data: Data,
+    *,
+    global_batch_size: int,
+    seed: int,
+    steps: int | None,
+    epochs: float | None,
 ) -> Plan:
     """Rows and steps, from the loader that training uses."""
     numbers = [i for i, source in enumerate(sources) if len(source.samples)]
@@ -225,10 +251,14 @@ def plan(
 
 
 def write_json(path: Path, inspection: Inspection) -> None:
-    """One JSON object a line for each sample: id, source, tokens, weights, text, the keys that are ignored in its source (with
-    the number of rows that have them), and where another tool differs."""
+    """One JSON object a line for each sample: id, source, tokens, weights, text, the keys that are
+    ignored in its source (with the number of rows that have them), and where another tool
+    differs.
+    """
     pairs = inspection.comparison.pairs if inspection.comparison is not None else ()
-    different = {(pair.source, pair.ours.id): _differences(pair) for pair in pairs if pair.ours is not None}
+    different = {
+        (pair.source, pair.ours.id): _differences(pair) for pair in pairs if pair.ours is not None
+    }
     with path.open("w", encoding="utf-8") as file:
         for source in inspection.sources:
             for sample in source.samples:
@@ -249,7 +279,9 @@ def _differences(pair: Pair) -> list[dict[str, Any]]:
     """Each stretch of tokens that differ; `at`: in the tokens of both sides, put side by side."""
     found = []
     for start, end, reason, side in pair.stretches():
-        found.append({"at": start, "tokens": pair.tokens[start:end].tolist(), "reason": reason, "only": side})
+        found.append(
+            {"at": start, "tokens": pair.tokens[start:end].tolist(), "reason": reason, "only": side}
+        )
     return found
 
 
@@ -269,7 +301,11 @@ def weight_runs(weights: np.ndarray) -> list[list[Any]]:
 
 def as_dict(source: Inspected) -> dict[str, Any]:
     """The numbers of a source, JSON-able."""
-    plain = {each.name: getattr(source, each.name) for each in dataclasses.fields(source) if each.name not in UNSHOWN}
+    plain = {
+        each.name: getattr(source, each.name)
+        for each in dataclasses.fields(source)
+        if each.name not in UNSHOWN
+    }
     edges, counts = source.histogram
     return plain | {
         "samples": len(source.samples),

@@ -1,9 +1,10 @@
 """What a server would give the model for the rows of a source, beside what training gives it.
 
-A server renders a conversation up to the answer by `apply_chat_template(..., add_generation_prompt=True)`, and tokenises
-plain text by `tokenizer(text)`. Training must put the same tokens before each answer. The tokenizer here is the one that
-`AutoTokenizer` loads, with the flags of tokenizer_config.json that transformers 5 drops; the code that makes samples has no
-part in it, but for the reading of rows.
+A server renders a conversation up to the answer by `apply_chat_template(...,
+add_generation_prompt=True)`, and tokenises plain text by `tokenizer(text)`. Training must put the
+same tokens before each answer. The tokenizer here is the one that `AutoTokenizer` loads, with the
+flags of tokenizer_config.json that transformers 5 drops; the code that makes samples has no part in
+it, but for the reading of rows.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Server:
         day = date.fromisoformat(data.template_date) if data.template_date else date.today()
         templates = self.tokenizer.chat_template
         if isinstance(templates, dict):
-            self.tokenizer.chat_template = {name: at_day(text, day) for name, text in templates.items()}
+            self.tokenizer.chat_template = {
+                name: at_day(text, day) for name, text in templates.items()
+            }
         elif templates:
             self.tokenizer.chat_template = at_day(templates, day)
         config = Path(model) / "tokenizer_config.json"
@@ -59,7 +62,8 @@ class Server:
         self.spaced = _with_prefix_space(self.tokenizer, self.flags)
 
     def check(self, source: Inspected) -> list[Finding]:
-        """A finding for each row of which training makes another text than serving; `source.served` counts the rows.
+        """A finding for each row of which training makes another text than serving; `source.served`
+        counts the rows.
 
         Samples that were cut are left out: their beginnings are what fitted.
         """
@@ -76,7 +80,9 @@ class Server:
         return found
 
     def compare(self, example: Example, samples: Sequence[Sample]) -> str:
-        """What differs between an example's samples and serving, as a sentence; "" where nothing does."""
+        """What differs between an example's samples and serving, as a sentence; "" where nothing
+        does.
+        """
         if isinstance(example, Text):
             return self._text(example, samples[0])
         if not isinstance(example, Conversation):
@@ -92,7 +98,9 @@ class Server:
         return ""
 
     def _trained(self, example: Conversation) -> list[int]:
-        """The messages that are answers to learn; the first message of all has no prompt, an empty one no answer."""
+        """The messages that are answers to learn; the first message of all has no prompt, an empty
+        one no answer.
+        """
         weights = example.weights or (None,) * len(example.messages)
         roles = [message["role"] for message in example.messages]
         answers = [i for i, role in enumerate(roles) if role == "assistant"]
@@ -100,10 +108,16 @@ class Server:
             asked = [i for i, role in enumerate(roles) if role == "user" and i < answers[-1]]
             answers = [i for i in answers if i > max(asked, default=-1)]
         said = ("content", "tool_calls", "reasoning_content")
-        return [i for i in answers if i and weights[i] != 0 and any(example.messages[i].get(key) for key in said)]
+        return [
+            i
+            for i in answers
+            if i and weights[i] != 0 and any(example.messages[i].get(key) for key in said)
+        ]
 
     def _is_too_long(self, example: Conversation, i: int) -> bool:
-        """Whether an answer has no sample because it does not fit, as --data.truncation leaves such samples out."""
+        """Whether an answer has no sample because it does not fit, as --data.truncation leaves such
+        samples out.
+        """
         lengths = [len(tokens) for tokens in self._renderings(example, i + 1, prompt=False)]
         return max(lengths, default=0) >= self.data.seq_len
 
@@ -112,9 +126,15 @@ class Server:
         variables = {**self.data.template_variables(), **example.template_kwargs}
         given = {"tools": example.tools, "documents": example.documents}
         for messages in _forms(example.messages[:stop]):
-            with contextlib.suppress(Exception):  # the template is a program of the model's author: it can fail in any way
+            # the template is a program of the model's author: it can fail in any way
+            with contextlib.suppress(Exception):
                 yield self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=prompt, tokenize=True, return_dict=False, **given, **variables
+                    messages,
+                    add_generation_prompt=prompt,
+                    tokenize=True,
+                    return_dict=False,
+                    **given,
+                    **variables,
                 )
 
     def _text(self, example: Text, sample: Sample) -> str:
@@ -125,7 +145,9 @@ class Server:
         return _difference(whole, [sample], self.tokenizer, "the text", trained_from=0)
 
     def _plain(self, text: str) -> Iterator[list[int]]:
-        """`tokenizer(text)` with the flags of tokenizer_config.json, without the EOS that some put behind every text."""
+        """`tokenizer(text)` with the flags of tokenizer_config.json, without the EOS that some put
+        behind every text.
+        """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         flag = self.flags.get("add_bos_token")
         for backend in self.spaced:
@@ -145,13 +167,16 @@ class Server:
 
 
 def read_examples(source: Inspected, most: int | None = MOST_ROWS) -> Iterator[tuple[int, Example]]:
-    """Rows of a source as training reads them: (number, example), without those that it cannot read.
+    """Rows of a source as training reads them: (number, example), without those that it cannot
+    read.
 
     Args:
-        most: so many of the rows that gave samples, all over the source where it has more; None: every row.
+        most: so many of the rows that gave samples, all over the source where it has more; None:
+            every row.
     """
     opened = source.origin.source
-    preparer: Preparer = copy.copy(source.origin)  # as for another process: without source and chat tokenizer
+    # as for another process: without source and chat tokenizer
+    preparer: Preparer = copy.copy(source.origin)
     preparer.format = source.format or None
     listener = vars(preparer)["chat"] = _Listener()
     if most is None:
@@ -171,7 +196,9 @@ def read_examples(source: Inspected, most: int | None = MOST_ROWS) -> Iterator[t
         yield from _heard(preparer, listener, (row for row in rows if row[0] in wanted))
 
 
-def _heard(preparer: Preparer, listener: _Listener, rows: Iterator[Any]) -> Iterator[tuple[int, Example]]:
+def _heard(
+    preparer: Preparer, listener: _Listener, rows: Iterator[Any]
+) -> Iterator[tuple[int, Example]]:
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
         preparer(batch)
         numbers = {row_id(preparer.name, number): number for number, _ in batch}
@@ -181,12 +208,16 @@ def _heard(preparer: Preparer, listener: _Listener, rows: Iterator[Any]) -> Iter
 
 def samples_of(source: Inspected, number: int) -> list[Sample]:
     """The samples that a row gave."""
-    first, behind = (int(np.searchsorted(source.samples.rows, number, side)) for side in ("left", "right"))
+    first, behind = (
+        int(np.searchsorted(source.samples.rows, number, side)) for side in ("left", "right")
+    )
     return source.samples[first:behind]
 
 
 class _Listener:
-    """Stands where a preparer has its chat tokenizer: it keeps the examples and tokenises nothing."""
+    """Stands where a preparer has its chat tokenizer: it keeps the examples and tokenises
+    nothing.
+    """
 
     def __init__(self) -> None:
         self.heard: list[Example] = []
@@ -207,10 +238,13 @@ def _load(model: str) -> PreTrainedTokenizerBase:
         logging.set_verbosity(level)
 
 
-def _with_prefix_space(tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]) -> list[Tokenizer]:
+def _with_prefix_space(
+    tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
+) -> list[Tokenizer]:
     """The backends that `add_prefix_space` of tokenizer_config.json allows.
 
-    transformers 4 sets the flag of the pre-tokenizer, but not of one within a sequence; there both are right.
+    transformers 4 sets the flag of the pre-tokenizer, but not of one within a sequence; there both
+    are right.
     """
     plain = tokenizer.backend_tokenizer
     flag = flags.get("add_prefix_space")
@@ -228,8 +262,8 @@ def _with_prefix_space(tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
     """The messages in the forms of which templates take one or another; alike ones once.
 
-    Arguments of tool calls are objects (what most servers make of them) or JSON; reasoning stands in its field or in the
-    content; no content is null or empty.
+    Arguments of tool calls are objects (what most servers make of them) or JSON; reasoning stands
+    in its field or in the content; no content is null or empty.
     """
     seen: list[list[Message]] = []
     for as_json, inside, empty in itertools.product((False, True), (None, True, False), (None, "")):
@@ -275,11 +309,13 @@ def _difference(
     what: str,
     trained_from: int | None = None,
 ) -> str:
-    """A sentence on the first difference between serving and the sample that is nearest to it; "" where one agrees.
+    """A sentence on the first difference between serving and the sample that is nearest to it; ""
+    where one agrees.
 
     Args:
         served: the tokens that serving may give; the first are what it mostly gives.
-        trained_from: None: `served` ends where a stretch of trained tokens begins; else it is compared, and no more.
+        trained_from: None: `served` ends where a stretch of trained tokens begins; else it is
+            compared, and no more.
     """
     first: tuple[int, Sample, list[int]] | None = None
     for tokens in served:
@@ -290,10 +326,16 @@ def _difference(
             if first is None or (tokens is first[2] and same > first[0]):
                 first = same, sample, tokens
     if first is None:
-        return f"the chat template refuses {what}, so that no server can ask for it; change the data or the chat template"
+        return (
+            f"the chat template refuses {what}, so that no server can ask for it; change the data "
+            f"or the chat template"
+        )
     same, sample, tokens = first
     if same == len(tokens):
-        return f"{what} ends at token {same} in serving, but no trained text begins there; check the mask"
+        return (
+            f"{what} ends at token {same} in serving, but no trained text begins there; check the "
+            f"mask"
+        )
     trained = tokenizer.decode(sample.tokens[same : same + SHOWN])
     given = tokenizer.decode(tokens[same : same + SHOWN])
     return f"{what} differs at token {same}: training has {trained!r} where serving has {given!r}"
@@ -307,6 +349,10 @@ def _common(one: Sequence[int], other: np.ndarray) -> int:
 
 
 def _begins_answer(sample: Sample, at: int) -> bool:
-    """Whether the tokens from `at` on are context up to the next trained one, and those before it are over."""
+    """Whether the tokens from `at` on are context up to the next trained one, and those before it
+    are over.
+    """
     runs = runs_of(sample.weights)
-    return any(behind <= at <= start for (_, behind), (start, _) in itertools.pairwise([(0, 0), *runs]))
+    return any(
+        behind <= at <= start for (_, behind), (start, _) in itertools.pairwise([(0, 0), *runs])
+    )

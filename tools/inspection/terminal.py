@@ -1,4 +1,6 @@
-"""What is printed: numbers of each source, findings, and chosen samples with trained tokens coloured."""
+"""What is printed: numbers of each source, findings, and chosen samples with trained tokens
+coloured.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ STYLES = {
     "ours": "48;5;24;38;5;195",
     "theirs": "48;5;88;38;5;224",
 }
-LEGEND = "⟦both train⟧ ⟦+only we train⟧ ⟦-only they train⟧ {+a token of ours alone} {-of theirs alone}"
+LEGEND = (
+    "⟦both train⟧ ⟦+only we train⟧ ⟦-only they train⟧ {+a token of ours alone} {-of theirs alone}"
+)
 
 
 class Pen:
@@ -44,9 +48,13 @@ class Pen:
 
 
 def visible(text: str) -> str:
-    """Without anything that moves the cursor, changes colours or turns the direction of writing: that is in the data."""
+    """Without anything that moves the cursor, changes colours or turns the direction of writing:
+    that is in the data.
+    """
     return "".join(
-        character if character in "\n\t" or unicodedata.category(character)[0] != "C" else f"<U+{ord(character):04X}>"
+        character
+        if character in "\n\t" or unicodedata.category(character)[0] != "C"
+        else f"<U+{ord(character):04X}>"
         for character in text
     )
 
@@ -57,14 +65,20 @@ def overview(inspection: Inspection, pen: Pen) -> Iterator[str]:
         yield from _source(source, pen)
     plan, data = inspection.plan, inspection.data
     if plan.rows:
-        how = data.packing if data.packing == "none" else f"{data.packing} over {plural(data.packing_buffer, 'sample')}"
+        how = (
+            data.packing
+            if data.packing == "none"
+            else f"{data.packing} over {plural(data.packing_buffer, 'sample')}"
+        )
         filled = f"{100 * plan.fill(data.seq_len):.1f} % filled"
-        yield f"{pen('bold', 'packing'):<10} {plural(len(plan.rows), 'row')} of {data.seq_len:,} tokens, {filled} ({how})"
+        rows = f"{plural(len(plan.rows), 'row')} of {data.seq_len:,} tokens"
+        yield f"{pen('bold', 'packing'):<10} {rows}, {filled} ({how})"
         yield f"{pen('bold', 'training'):<10} {inspection.plan_text()}"
         if len(inspection.trained) > 1:
             for source in inspection.trained:
                 times = source.weight * plan.epochs
-                yield f"           {times:g} time{'s' * (times != 1)} through {visible(source.name)}"
+                often = f"{times:g} time{'s' * (times != 1)}"
+                yield f"           {often} through {visible(source.name)}"
         if inspection.left_out:
             yield f"           of the samples that were read: {inspection.left_out}"
         yield ""
@@ -76,7 +90,8 @@ def overview(inspection: Inspection, pen: Pen) -> Iterator[str]:
 def _source(source: Inspected, pen: Pen) -> Iterator[str]:
     kind = f"{source.format or 'no known format'}{', evaluation' * source.evaluation}"
     weight = f", weight {source.weight:g}" if source.weight != 1 else ""
-    yield f"{pen('bold', visible(source.name))} ({kind}{weight}) {pen('faint', visible(source.path))}"
+    name, path = pen("bold", visible(source.name)), pen("faint", visible(source.path))
+    yield f"{name} ({kind}{weight}) {path}"
     share = 100 * source.supervised_tokens / max(1, source.tokens)
     numbers = (source.rows, "row"), (len(source.samples), "sample"), (source.tokens, "token")
     yield f"  {', '.join(plural(*each) for each in numbers)}, {share:.1f} % of them trained"
@@ -87,7 +102,8 @@ def _source(source: Inspected, pen: Pen) -> Iterator[str]:
     yield from (f"  {text}" for text in source.outcomes())
     if source.served:
         gave = len(set(source.samples.rows.tolist()))
-        yield f"  {source.served:,} of {plural(gave, 'row')} compared with what serving gives the model"
+        of_rows = f"{source.served:,} of {plural(gave, 'row')}"
+        yield f"  {of_rows} compared with what serving gives the model"
     yield ""
 
 
@@ -122,7 +138,8 @@ def comparison_lines(comparison: Comparison, pen: Pen) -> Iterator[str]:
     alone = [pair for pair in comparison.pairs if pair.ours is None or pair.theirs is None]
     for pair in alone[:EXAMPLES]:
         name = pair.ours.id if pair.ours is not None else pair.theirs.name
-        yield f"    {visible(name)}: {textwrap.shorten(visible(pair.missing), MOST_CHARACTERS, placeholder=' ...')}"
+        missing = textwrap.shorten(visible(pair.missing), MOST_CHARACTERS, placeholder=" ...")
+        yield f"    {visible(name)}: {missing}"
     if len(alone) > EXAMPLES:
         yield pen("faint", f"    and {len(alone) - EXAMPLES:,} more on one side only")
     yield ""
@@ -130,19 +147,28 @@ def comparison_lines(comparison: Comparison, pen: Pen) -> Iterator[str]:
 
 def pair_lines(pair: Pair, other: str, reader: Reader, pen: Pen) -> Iterator[str]:
     """The tokens of both sides as text: a line for each turn, and below it what differs and why."""
-    names = [*([pair.ours.id] if pair.ours is not None else []), *([pair.theirs.name] if pair.theirs is not None else [])]
+    names = [
+        *([pair.ours.id] if pair.ours is not None else []),
+        *([pair.theirs.name] if pair.theirs is not None else []),
+    ]
     yield f"{pen('bold', visible(' beside '.join(names)))}  {pen('faint', LEGEND)}"
     if pair.missing:
         yield f"{visible(pair.missing)} ({visible(other)})"
     for start, end, reason, who in pair.stretches()[:MOST_STRETCHES]:
         side = "only ours" if who == "ours" else "only theirs"
-        said = textwrap.shorten(visible(repr(reader.text(pair.tokens[start:end]))), MOST_CHARACTERS, placeholder=" ...")
+        said = textwrap.shorten(
+            visible(repr(reader.text(pair.tokens[start:end]))), MOST_CHARACTERS, placeholder=" ..."
+        )
         yield f"{pen(who, side)} {reason}: {plural(end - start, 'token')} at {start:,}: {said}"
     pieces = reader.pieces(pair.tokens[:MOST_TOKENS])
     starts = [0, *itertools.accumulate(piece.count for piece in pieces)]
     kinds = [_kind(pair, i) for i in range(len(pair.tokens))]
     for block in reader.blocks(pieces):
-        within = [(kinds[i], piece) for i, piece in zip(starts, pieces, strict=False) if block.start <= i < block.end]
+        within = [
+            (kinds[i], piece)
+            for i, piece in zip(starts, pieces, strict=False)
+            if block.start <= i < block.end
+        ]
         said = ""
         for kind, group in itertools.groupby(within, key=lambda each: each[0]):
             said += _marked(kind, visible("".join(piece.text for _, piece in group)), pen)
@@ -164,7 +190,13 @@ def _marked(kind: tuple[str, str], text: str, pen: Pen) -> str:
     side, trained = kind
     signs = {"both": "", "ours": "+", "theirs": "-"}
     if pen.colour:
-        style = "trained" if (side, trained) == ("both", "both") else trained if side == "both" else side
+        style = (
+            "trained"
+            if (side, trained) == ("both", "both")
+            else trained
+            if side == "both"
+            else side
+        )
         return "\n".join(pen(style, line) for line in text.split("\n")) if style else text
     if side != "both":
         return f"{{{signs[side]}{f'⟦{text}⟧' if trained else text}}}"
@@ -182,10 +214,18 @@ def choose(inspection: Inspection, wanted: Sequence[str]) -> list[tuple[Inspecte
         if each.isdecimal():
             found += itertools.islice(_interesting(inspection), int(each))
             continue
-        named = ((source, sample) for source in inspection.sources for sample in source.samples if sample.id == each)
+        named = (
+            (source, sample)
+            for source in inspection.sources
+            for sample in source.samples
+            if sample.id == each
+        )
         match = next(named, None)
         if match is None:
-            first = next((sample.id for source in inspection.sources for sample in source.samples), "none at all")
+            first = next(
+                (sample.id for source in inspection.sources for sample in source.samples),
+                "none at all",
+            )
             raise InputError(f"there is no sample {each}; ids are of the kind {first}")
         found.append(match)
     return found
@@ -195,24 +235,44 @@ def _interesting(inspection: Inspection) -> Iterator[tuple[Inspected, Sample]]:
     wrong = inspection.wrong()
     if inspection.comparison is not None:  # what is asked for comes first
         pairs = inspection.comparison.pairs
-        wrong = {(pair.source, pair.ours.id) for pair in pairs if pair.differs and pair.ours is not None} or wrong
+        wrong = {
+            (pair.source, pair.ours.id) for pair in pairs if pair.differs and pair.ours is not None
+        } or wrong
     named = {name for name, _ in wrong}
     for first in (True, False):
-        for source in inspection.sources if not first else [s for s in inspection.sources if s.name in named]:
-            yield from ((source, sample) for sample in source.samples if ((source.name, sample.id) in wrong) is first)
+        for source in (
+            inspection.sources if not first else [s for s in inspection.sources if s.name in named]
+        ):
+            yield from (
+                (source, sample)
+                for sample in source.samples
+                if ((source.name, sample.id) in wrong) is first
+            )
 
 
-def sample_lines(sample: Sample, reader: Reader, findings: Sequence[Finding], pen: Pen) -> Iterator[str]:
-    """A sample as text: a line for each turn with its role, trained tokens coloured (without colour: in ⟦ ⟧)."""
+def sample_lines(
+    sample: Sample, reader: Reader, findings: Sequence[Finding], pen: Pen
+) -> Iterator[str]:
+    """A sample as text: a line for each turn with its role, trained tokens coloured (without
+    colour: in ⟦ ⟧).
+    """
     runs = weight_runs(sample.weights)
     trained = sum(end - start for start, end, _ in runs)
-    yield f"{pen('bold', visible(sample.id))}  {plural(len(sample.tokens), 'token')}, {trained:,} trained"
-    yield from (f"{pen(finding.level, finding.level)} {finding.reason}: {visible(finding.text)}" for finding in findings)
+    tokens = plural(len(sample.tokens), "token")
+    yield f"{pen('bold', visible(sample.id))}  {tokens}, {trained:,} trained"
+    yield from (
+        f"{pen(finding.level, finding.level)} {finding.reason}: {visible(finding.text)}"
+        for finding in findings
+    )
     pieces = reader.pieces(sample.tokens[:MOST_TOKENS])
     starts = [0, *itertools.accumulate(piece.count for piece in pieces)]
     weights = sample.weights.tolist()
     for block in reader.blocks(pieces):
-        within = [(weights[i], piece) for i, piece in zip(starts, pieces, strict=False) if block.start <= i < block.end]
+        within = [
+            (weights[i], piece)
+            for i, piece in zip(starts, pieces, strict=False)
+            if block.start <= i < block.end
+        ]
         said = ""
         for weight, group in itertools.groupby(within, key=lambda each: each[0]):
             text = visible("".join(piece.text for _, piece in group))
@@ -223,5 +283,7 @@ def sample_lines(sample: Sample, reader: Reader, findings: Sequence[Finding], pe
         role = block.role or "text"
         yield f"{pen('role', f'{role:<10}')} " + said.rstrip("\n").replace("\n", "\n           ")
     if len(sample.tokens) > MOST_TOKENS:
-        yield pen("faint", f"           and {plural(len(sample.tokens) - MOST_TOKENS, 'more token')}")
+        yield pen(
+            "faint", f"           and {plural(len(sample.tokens) - MOST_TOKENS, 'more token')}"
+        )
     yield ""

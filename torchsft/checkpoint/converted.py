@@ -1,9 +1,10 @@
 """Weights that lie in a DCP directory, seen as the tensors of a Hugging Face directory.
 
-A *converted directory* is what `tools/convert_checkpoint.py to-dcp` writes: the files of a Hugging Face directory besides its
-weights, and these as DCP files. `model.FQN` are the model's parameters and buffers, in the source's dtype (fp8: fp32), and
-`carried.KEY` is what the model has no place for: MTP layers, unknown tensors and the scales of fp8 weights. A training
-checkpoint has the same `model.FQN`, in fp32, and nothing carried.
+A *converted directory* is what `tools/convert_checkpoint.py to-dcp` writes: the files of a Hugging
+Face directory besides its weights, and these as DCP files. `model.FQN` are the model's parameters
+and buffers, in the source's dtype (fp8: fp32), and `carried.KEY` is what the model has no place
+for: MTP layers, unknown tensors and the scales of fp8 weights. A training checkpoint has the same
+`model.FQN`, in fp32, and nothing carried.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,14 @@ from torch import Tensor
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.dcp_files import METADATA, ChunkReader, incomplete
 from torchsft.checkpoint.storage import Folder
-from torchsft.checkpoint.weight_files import DTYPE_NAMES, FP8, StoredTensor, Weights, bounds, listing
+from torchsft.checkpoint.weight_files import (
+    DTYPE_NAMES,
+    FP8,
+    StoredTensor,
+    Weights,
+    bounds,
+    listing,
+)
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
 from torchsft.precision.blockwise import scale_key
@@ -28,15 +36,20 @@ def is_dcp(directory: str | Path) -> bool:
 
 
 class ConvertedWeights(Weights):
-    """The weights of a converted directory or a training checkpoint, known from `.metadata` alone. A tensor's `file` is its
-    name in the DCP directory. The scales of the model's own weights are not among `tensors`, since these have been dequantised;
-    `scales` has them. `fp8` are the weights that were fp8 in the source, or are. `pieces`: `checkpoint_pieces()` of the model.
-    An InputError: incomplete or damaged, or weights of another model."""
+    """The weights of a converted directory or a training checkpoint, known from `.metadata` alone.
+    A tensor's `file` is its name in the DCP directory. The scales of the model's own weights are
+    not among `tensors`, since these have been dequantised; `scales` has them. `fp8` are the weights
+    that were fp8 in the source, or are. `pieces`: `checkpoint_pieces()` of the model.
+    An InputError: incomplete or damaged, or weights of another model.
+    """
 
     def __init__(self, directory: str | Path, pieces: Mapping[str, Sequence[Piece]]) -> None:
         self.directory = Path(directory)
         if faults := incomplete(Folder(self.directory)):
-            raise InputError(f"{self.directory} is not a complete checkpoint: {listing(faults, most=3)}; write it again")
+            raise InputError(
+                f"{self.directory} is not a complete checkpoint: "
+                f"{listing(faults, most=3)}; write it again"
+            )
         self._reader = ChunkReader(Folder(self.directory))
         self.tensors: dict[str, StoredTensor] = {}
         self._starts: dict[str, tuple[int, ...]] = {}
@@ -46,22 +59,43 @@ class ConvertedWeights(Weights):
             if name.startswith(CARRIED):
                 parts = [Piece(name.removeprefix(CARRIED), tensor.shape, (0,) * len(tensor.shape))]
             for piece in parts:
-                self.tensors[piece.key] = StoredTensor(name, piece.hf_shape, DTYPE_NAMES[tensor.dtype])
+                self.tensors[piece.key] = StoredTensor(
+                    name, piece.hf_shape, DTYPE_NAMES[tensor.dtype]
+                )
                 self._starts[piece.key] = piece.start
-        own = [key for key, tensor in self.tensors.items() if tensor.file.startswith(MODEL) and scale_key(key) in self.tensors]
+        own = [
+            key
+            for key, tensor in self.tensors.items()
+            if tensor.file.startswith(MODEL) and scale_key(key) in self.tensors
+        ]
         self._scales = {key: self.tensors.pop(scale_key(key)) for key in own}
-        self.fp8 = frozenset(self._scales) | {key for key, tensor in self.tensors.items() if tensor.dtype == FP8}
+        self.fp8 = frozenset(self._scales) | {
+            key for key, tensor in self.tensors.items() if tensor.dtype == FP8
+        }
 
     def _check_model(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
         """Compare names and shapes of the model's tensors with those that the pieces make up."""
         expected = {}
         for name, parts in pieces.items():
-            ends = [[a + n for a, n in zip(b.start, b.shape, strict=True)] for b in map(piece_box, parts)]
+            ends = [
+                [a + n for a, n in zip(b.start, b.shape, strict=True)]
+                for b in map(piece_box, parts)
+            ]
             expected[MODEL + name] = tuple(map(max, zip(*ends, strict=True)))
-        found = {name: s.shape for name, s in self._reader.tensors.items() if name.startswith(MODEL)}
-        if differing := sorted(name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)):
-            odd = [f"{name} is {found.get(name, 'absent')} instead of {expected.get(name, 'absent')}" for name in differing]
-            fault = f"another model than its config.json (or the one of --base) describes: {listing(odd, most=3)}"
+        found = {
+            name: s.shape for name, s in self._reader.tensors.items() if name.startswith(MODEL)
+        }
+        if differing := sorted(
+            name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)
+        ):
+            odd = [
+                f"{name} is {found.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
+                for name in differing
+            ]
+            fault = (
+                f"another model than its config.json (or the one of --base) describes: "
+                f"{listing(odd, most=3)}"
+            )
             raise InputError(f"{self.directory} holds {fault}; use the two that belong together")
 
     @property
@@ -76,7 +110,9 @@ class ConvertedWeights(Weights):
         shape = tuple(max(0, end - start) for start, end in ranges)
         leading = len(origin) - len(shape)
         starts = tuple(o + start for o, (start, _) in zip(origin[leading:], ranges, strict=True))
-        return self._reader.read(tensor.file, Box(origin[:leading] + starts, (1,) * leading + shape)).reshape(shape)
+        return self._reader.read(
+            tensor.file, Box(origin[:leading] + starts, (1,) * leading + shape)
+        ).reshape(shape)
 
     def scales(self, key: str) -> Tensor | None:
         """The fp32 scales with which the source stored a weight; None for one that was not fp8."""

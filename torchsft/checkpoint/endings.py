@@ -1,8 +1,8 @@
 """At which tokens the answers of an exported model end when it is served.
 
-`transformers` and servers stop at the `eos_token_id` of generation_config.json (vLLM and SGLang also at config.json's and the
-tokenizer's). What ended the turns that were trained has to be among them: where a base model's end of text is another token,
-its fine-tuned answers would never end.
+`transformers` and servers stop at the `eos_token_id` of generation_config.json (vLLM and SGLang
+also at config.json's and the tokenizer's). What ended the turns that were trained has to be among
+them: where a base model's end of text is another token, its fine-tuned answers would never end.
 """
 
 import json
@@ -27,7 +27,9 @@ def read_generation_config(hf_dir: str | Path) -> dict[str, Any] | None:
     return read_json_object(path) if path.is_file() else None
 
 
-def stop_ids(config: Mapping[str, Any], generation: Mapping[str, Any] | None, ends: Iterable[int]) -> list[int]:
+def stop_ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any] | None, ends: Iterable[int]
+) -> list[int]:
     """Ids of the tokens at which generation with an export's files stops.
 
     Args:
@@ -35,7 +37,8 @@ def stop_ids(config: Mapping[str, Any], generation: Mapping[str, Any] | None, en
         ends: ids of the tokens that ended trained turns.
 
     Returns:
-        Those that generation_config.json (else config.json) names, then the others that ended trained turns.
+        Those that generation_config.json (else config.json) names, then the others that ended
+        trained turns.
 
     Raises:
         InputError: one of the files has an `eos_token_id` that is neither an id nor a list of ids.
@@ -47,12 +50,14 @@ def stop_ids(config: Mapping[str, Any], generation: Mapping[str, Any] | None, en
 def with_ends(
     config: Mapping[str, Any], generation: Mapping[str, Any] | None, ends: Iterable[int]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Both files' contents as an export has them: `eos_token_id` names all of `ends` too, wherever the base keeps it.
+    """Both files' contents as an export has them: `eos_token_id` names all of `ends` too, wherever
+    the base keeps it.
 
     Arguments and errors as of `stop_ids`.
 
     Returns:
-        config.json, and generation_config.json: one is made where the base has none. Without `ends`, as they were.
+        config.json, and generation_config.json: one is made where the base has none. Without
+            `ends`, as they were.
     """
     ends = list(ends)
     if not ends:
@@ -70,7 +75,9 @@ def with_ends(
         _name(generation, stops, ends, GENERATION)
     else:
         base = _holder(config)
-        others = {key: base[key] for key in ("bos_token_id", "pad_token_id") if base.get(key) is not None}
+        others = {
+            key: base[key] for key in ("bos_token_id", "pad_token_id") if base.get(key) is not None
+        }
         generation = {_KEY: base[_KEY]} | others
     return config, generation
 
@@ -81,7 +88,9 @@ def about(
     ends: Iterable[int],
     tokenizer: "PreTrainedTokenizerBase",
 ) -> str:
-    """What is to be said of an export's ends, in words that go on a sentence: what its base lacks, and what is odd."""
+    """What is to be said of an export's ends, in words that go on a sentence: what its base lacks,
+    and what is odd.
+    """
 
     def shown(token: int) -> str:
         return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
@@ -89,16 +98,27 @@ def about(
     known, said = stop_ids(config, generation, ()), ""
     if added := [shown(token) for token in ends if token not in known]:
         said += f"; its eos ids name {', '.join(added)} too, with which trained turns ended"
-    pads = (tokenizer.pad_token_id, _holder(config).get("pad_token_id"), (generation or {}).get("pad_token_id"))
+    pads = (
+        tokenizer.pad_token_id,
+        _holder(config).get("pad_token_id"),
+        (generation or {}).get("pad_token_id"),
+    )
     for pad in dict.fromkeys(pads):
         if pad in ends:
-            said += f"; {shown(pad)}, with which trained turns ended, stays the pad token too, so that a tool which leaves"
+            said += (
+                f"; {shown(pad)}, with which trained turns ended, stays the pad token too, so that "
+                f"a tool which leaves"
+            )
             said += " padding out of the loss by its id would not train it"
     return said
 
 
-def write_generation_config(generation: Mapping[str, Any] | None, source: Path, folder: Folder) -> None:
-    """Write it in place of the one that was copied from the `source`; not where that is the same."""
+def write_generation_config(
+    generation: Mapping[str, Any] | None, source: Path, folder: Folder
+) -> None:
+    """Write it in place of the one that was copied from the `source`; not where that is the
+    same.
+    """
     if generation is not None and generation != read_generation_config(source):
         folder.write_text(GENERATION, json.dumps(generation, indent=2) + "\n")
 
@@ -106,7 +126,11 @@ def write_generation_config(generation: Mapping[str, Any] | None, source: Path, 
 def _holder(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that has the model's special tokens."""
     text = config.get("text_config")
-    return text if config.get(_KEY) is None and isinstance(text, Mapping) and text.get(_KEY) is not None else config
+    return (
+        text
+        if config.get(_KEY) is None and isinstance(text, Mapping) and text.get(_KEY) is not None
+        else config
+    )
 
 
 def _name(place: dict[str, Any], stops: list[int], ends: list[int], file: str) -> None:
@@ -126,4 +150,7 @@ def _ids(value: Any, file: str) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if all(type(each) is int for each in ids):
         return ids
-    raise InputError(f"{file} of the model has eos_token_id {value!r}, where an id or a list of ids is needed; correct it")
+    raise InputError(
+        f"{file} of the model has eos_token_id {value!r}, where an id or a list of "
+        f"ids is needed; correct it"
+    )

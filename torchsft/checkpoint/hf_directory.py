@@ -1,4 +1,6 @@
-"""What a Hugging Face directory holds beside the model's own weights, and what an export of a model holds."""
+"""What a Hugging Face directory holds beside the model's own weights, and what an export of a model
+holds.
+"""
 
 import re
 import shutil
@@ -10,14 +12,23 @@ import torch
 
 from torchsft.checkpoint.converted import ConvertedWeights, is_dcp
 from torchsft.checkpoint.storage import Folder
-from torchsft.checkpoint.weight_files import DTYPES, FP8, Contents, WeightIndex, Weights, has_weights, listing, read_json_object
+from torchsft.checkpoint.weight_files import (
+    DTYPES,
+    FP8,
+    Contents,
+    WeightIndex,
+    Weights,
+    has_weights,
+    listing,
+    read_json_object,
+)
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
 from torchsft.models.deepseek_v3 import described_block
 from torchsft.precision.blockwise import BLOCK, is_quantised, scale_key, scale_shape
 
-# What an export takes over from its source besides config.json. Python files belong to the configuration's `auto_map`
-# (other tools may need them); they are copied, never run.
+# What an export takes over from its source besides config.json. Python files belong to the
+# configuration's `auto_map` (other tools may need them); they are copied, never run.
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "additional_chat_templates/*.jinja")
 _OTHERS = {"config.json", "checkpoint.json", "trainer.json"}  # written anew, or of a DCP directory
 ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote
@@ -28,51 +39,81 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         fault = "has no config.json" if path.parent.is_dir() else "does not exist"
-        raise InputError(f"model directory {path.parent} {fault}; give a Hugging Face model directory")
+        raise InputError(
+            f"model directory {path.parent} {fault}; give a Hugging Face model directory"
+        )
     return read_json_object(path)
 
 
-def open_weights(directory: str | Path, pieces: Mapping[str, Sequence[Piece]], optional: bool = False) -> Weights | None:
-    """The weights of a Hugging Face directory, or of a converted one of a model of these `pieces`; None where there are none
-    and they are `optional`."""
+def open_weights(
+    directory: str | Path, pieces: Mapping[str, Sequence[Piece]], optional: bool = False
+) -> Weights | None:
+    """The weights of a Hugging Face directory, or of a converted one of a model of these `pieces`;
+    None where there are none and they are `optional`.
+    """
     if is_dcp(directory):
         return ConvertedWeights(directory, pieces)
     return None if optional and not has_weights(directory) else WeightIndex(directory)
 
 
-def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...] | None]) -> str:
+def mismatches(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...] | None]
+) -> str:
     """What is missing, unexpected and of another shape, in words; empty where the two agree."""
-    missing, unexpected = [key for key in expected if key not in found], [key for key in found if key not in expected]
-    odd = [f"{key} ({found[key]} instead of {shape})" for key, shape in expected.items() if found.get(key, shape) != shape]
+    missing, unexpected = (
+        [key for key in expected if key not in found],
+        [key for key in found if key not in expected],
+    )
+    odd = [
+        f"{key} ({found[key]} instead of {shape})"
+        for key, shape in expected.items()
+        if found.get(key, shape) != shape
+    ]
     groups = {"missing": missing, "unexpected": unexpected, "of another shape": odd}
-    return "; ".join(f"{len(keys)} {word}: {listing(keys)}" for word, keys in groups.items() if keys)
+    return "; ".join(
+        f"{len(keys)} {word}: {listing(keys)}" for word, keys in groups.items() if keys
+    )
 
 
 def is_mtp(key: str, layers: int) -> bool:
-    """Whether a key belongs to a multi-token-prediction layer, which follows the model's `layers` layers."""
+    """Whether a key belongs to a multi-token-prediction layer, which follows the model's `layers`
+    layers.
+    """
     match = re.match(r"model\.layers\.(\d+)\.", key)
     return match is not None and int(match[1]) >= layers
 
 
 def is_model_key(key: str, layers: int) -> bool:
-    """Whether a key is named as the weights of a model of `layers` layers are, so that the model must have a place for it."""
-    named = re.match(r"(model\.layers\.\d+|model\.embed_tokens|model\.norm|lm_head)\.", key) is not None
+    """Whether a key is named as the weights of a model of `layers` layers are, so that the model
+    must have a place for it.
+    """
+    named = (
+        re.match(r"(model\.layers\.\d+|model\.embed_tokens|model\.norm|lm_head)\.", key) is not None
+    )
     return named and not is_mtp(key, layers) and not key.endswith(ROTARY)
 
 
 def is_carried(key: str, layers: int) -> bool:
-    """Whether an export takes a tensor over from its source: MTP layers and what is unknown, but no rotary buffers."""
+    """Whether an export takes a tensor over from its source: MTP layers and what is unknown, but no
+    rotary buffers.
+    """
     return not is_model_key(key, layers) and not key.endswith(ROTARY)
 
 
 def copy_side_files(source: Path, target: Folder, chat_template: str | None = None) -> None:
-    """Copy everything that is not weights or config.json: see SIDE_FILES. `chat_template`: text in place of all templates of
-    the source; loaders take chat_template.jinja before what stands in tokenizer_config.json."""
+    """Copy everything that is not weights or config.json: see SIDE_FILES. `chat_template`: text in
+    place of all templates of the source; loaders take chat_template.jinja before what stands in
+    tokenizer_config.json.
+    """
     for pattern in SIDE_FILES:
         if chat_template is not None and pattern.endswith(".jinja"):
             continue
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in _OTHERS and not path.name.endswith(".index.json"):
+            if (
+                path.is_file()
+                and path.name not in _OTHERS
+                and not path.name.endswith(".index.json")
+            ):
                 folder = target if path.parent == source else target.child(path.parent.name)
                 folder.make()
                 with open(path, "rb") as file, folder.writer(path.name) as copy:
@@ -83,33 +124,60 @@ def copy_side_files(source: Path, target: Folder, chat_template: str | None = No
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config.json with the exported dtype, under the name(s) that it uses. `quantization_config` is there in fp8
-    alone (what is not fp8 is bf16 then): the source's, where that describes DeepSeek's fp8, else DeepSeek-V3's."""
+    """The source's config.json with the exported dtype, under the name(s) that it uses.
+    `quantization_config` is there in fp8 alone (what is not fp8 is bf16 then): the source's, where
+    that describes DeepSeek's fp8, else DeepSeek-V3's.
+    """
     exported = {key: value for key, value in config.items() if key != "quantization_config"}
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     if dtype == torch.float8_e4m3fn:
-        fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
-        exported["quantization_config"] = config["quantization_config"] if described_block(config) else fp8
+        fp8 = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": list(BLOCK),
+        }
+        exported["quantization_config"] = (
+            config["quantization_config"] if described_block(config) else fp8
+        )
         dtype = torch.bfloat16
     return exported | dict.fromkeys(names, str(dtype).removeprefix("torch."))
 
 
 def fp8_format(exported: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
-    """Of an fp8 export's config.json: rows and columns of a block, and whether scales are powers of two."""
+    """Of an fp8 export's config.json: rows and columns of a block, and whether scales are powers of
+    two.
+    """
     return described_block(exported), exported["quantization_config"].get("scale_fmt") == "ue8m0"
 
 
-def contents_of(key: str, dtype: torch.dtype, shape: tuple[int, ...], block: tuple[int, int]) -> Contents:
-    """What an export has in `dtype` for a tensor: itself, and in fp8 the fp32 scales of its blocks."""
-    scales = {scale_key(key): (torch.float32, scale_shape(shape, block))} if dtype == torch.float8_e4m3fn else {}
+def contents_of(
+    key: str, dtype: torch.dtype, shape: tuple[int, ...], block: tuple[int, int]
+) -> Contents:
+    """What an export has in `dtype` for a tensor: itself, and in fp8 the fp32 scales of its
+    blocks.
+    """
+    scales = (
+        {scale_key(key): (torch.float32, scale_shape(shape, block))}
+        if dtype == torch.float8_e4m3fn
+        else {}
+    )
     return {key: (dtype, shape)} | scales
 
 
-def exported_dtype(key: str, dtype: torch.dtype, source: Weights | None, buffer: bool) -> torch.dtype:
-    """In which dtype an export in `dtype` has a tensor of the model: in fp8 as an fp8 source has it, else by DeepSeek's rule or
-    bf16. A `buffer` (the routing bias, whose values training does not change) keeps the source's, and is fp32 without one."""
+def exported_dtype(
+    key: str, dtype: torch.dtype, source: Weights | None, buffer: bool
+) -> torch.dtype:
+    """In which dtype an export in `dtype` has a tensor of the model: in fp8 as an fp8 source has
+    it, else by DeepSeek's rule or bf16. A `buffer` (the routing bias, whose values training does
+    not change) keeps the source's, and is fp32 without one.
+    """
     if buffer:
-        return DTYPES[source.tensors[key].dtype] if source is not None and key in source.tensors else torch.float32
+        return (
+            DTYPES[source.tensors[key].dtype]
+            if source is not None and key in source.tensors
+            else torch.float32
+        )
     if dtype != torch.float8_e4m3fn:
         return dtype
     if source is not None and source.fp8 and key in source.tensors:
@@ -118,11 +186,16 @@ def exported_dtype(key: str, dtype: torch.dtype, source: Weights | None, buffer:
 
 
 def carried_dtype(key: str, dtype: torch.dtype, source: Weights) -> torch.dtype:
-    """In which dtype an export in `dtype` has a tensor of the source. As it is, except that loaders expect like weights in one
-    format: fp8 becomes `dtype`, and in fp8, what DeepSeek quantises is quantised. A dtype that torch lacks is an InputError."""
+    """In which dtype an export in `dtype` has a tensor of the source. As it is, except that loaders
+    expect like weights in one
+    format: fp8 becomes `dtype`, and in fp8, what DeepSeek quantises is quantised. A dtype that
+    torch lacks is an InputError.
+    """
     stored = source.tensors[key].dtype
     if stored not in DTYPES:
-        raise InputError(f"{source.directory}: {key} has dtype {stored}, which cannot be exported; remove it")
+        raise InputError(
+            f"{source.directory}: {key} has dtype {stored}, which cannot be exported; remove it"
+        )
     floating = DTYPES[stored] in (torch.float32, torch.float16, torch.bfloat16)
     quantised = dtype == torch.float8_e4m3fn and not source.fp8 and floating and is_quantised(key)
     return dtype if quantised or stored == FP8 else DTYPES[stored]

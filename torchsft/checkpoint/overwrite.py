@@ -1,4 +1,6 @@
-"""What an earlier run has left in an output directory makes way for a new run: nothing that torchsft has not written."""
+"""What an earlier run has left in an output directory makes way for a new run: nothing that
+torchsft has not written.
+"""
 
 import itertools
 import os
@@ -15,7 +17,8 @@ from torchsft.data.specs import evaluation_sets, files_of, is_several, parse_spe
 
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d+\.(incomplete|removed)")
 _EXPORT = re.compile(r"hf-step-\d{8,}|\.hf-step-\d{8,}\.(incomplete|removed)")
-FILES = ("metrics.jsonl", "answers-before.jsonl", "answers-after.jsonl")  # and config.json, which the new run's replaces
+# and config.json, which the new run's replaces
+FILES = ("metrics.jsonl", "answers-before.jsonl", "answers-after.jsonl")
 
 
 def _strings(options: Mapping[str, Any]) -> Iterator[str]:
@@ -30,7 +33,9 @@ def _strings(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _inputs_in(config: Config, place: str) -> list[str]:
-    """What `config` names in the directory or URL `place`: a path, NAME=PATH, or files that are one source."""
+    """What `config` names in the directory or URL `place`: a path, NAME=PATH, or files that are one
+    source.
+    """
     asked = to_dict(config)
     del asked["output"], asked["checkpoint"]["remote"]
     inside = []
@@ -55,8 +60,11 @@ def _files_of_sources(config: Config) -> Iterator[str]:
 
 
 def refuse_to_delete_inputs(config: Config, checkpoints: str) -> None:
-    """An InputError: what `config` reads would be deleted by --overwrite. `checkpoints`: their directory or URL."""
-    beside = checkpoints.removesuffix("/checkpoints") + "/hf"  # elsewhere than in the output where that is remote
+    """An InputError: what `config` reads would be deleted by --overwrite. `checkpoints`: their
+    directory or URL.
+    """
+    # elsewhere than in the output where that is remote
+    beside = checkpoints.removesuffix("/checkpoints") + "/hf"
     exports = [str(path) for path in Path(config.output).glob("hf-step-*")]
     for place in (checkpoints, beside, str(Path(config.output) / "hf"), *exports):
         if inside := _inputs_in(config, place):
@@ -68,7 +76,8 @@ def make_way(config: Config, checkpoints: str) -> list[str]:
     """Remove an earlier run from the output directory; links are removed, not followed.
 
     Args:
-        config: of the new run. Without --overwrite only what a run without a checkpoint leaves is removed.
+        config: of the new run. Without --overwrite only what a run without a checkpoint leaves is
+            removed.
         checkpoints: directory or URL of the new run's checkpoints.
 
     Returns:
@@ -89,7 +98,10 @@ def make_way(config: Config, checkpoints: str) -> list[str]:
         for export in [beside.child(name) for name in beside.names() if _EXPORT.fullmatch(name)]:
             export.remove()
             removed.append(str(export))
-    directories = [output / "hf", *(output / name for name in sorted(os.listdir(output)) if _EXPORT.fullmatch(name))]
+    directories = [
+        output / "hf",
+        *(output / name for name in sorted(os.listdir(output)) if _EXPORT.fullmatch(name)),
+    ]
     if not _inputs_in(config, str(output / "generated")):
         directories.append(output / "generated")
     for directory in directories:
@@ -138,7 +150,10 @@ def _remove_checkpoints(place: str) -> list[str]:
         elif not folder.remote and checkpoint.has("trainer.json"):
             remove_unread(checkpoint)
             if checkpoint.names():
-                raise InputError(f"checkpoint {checkpoint} is being read; wait for that, then give the same command again")
+                raise InputError(
+                    f"checkpoint {checkpoint} is being read; wait for that, then give "
+                    f"the same command again"
+                )
         else:
             discard(checkpoint)
         removed.append(str(checkpoint))

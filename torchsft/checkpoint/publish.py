@@ -22,7 +22,9 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The values of all ranks, by rank, on every rank; collective over a group of all ranks (None: the default one)."""
+    """The values of all ranks, by rank, on every rank; collective over a group of all ranks (None:
+    the default one).
+    """
     values = [value] * rank_and_size()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value, group)
@@ -40,8 +42,10 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def claimed(output: Path, main: bool) -> Iterator[None]:
-    """On the `main` rank: make a run's directory and keep other runs out until this one leaves or its process ends. An
-    InputError: another process has claimed it, or it cannot be written."""
+    """On the `main` rank: make a run's directory and keep other runs out until this one leaves or
+    its process ends. An
+    InputError: another process has claimed it, or it cannot be written.
+    """
     if not main:
         yield
         return
@@ -49,20 +53,26 @@ def claimed(output: Path, main: bool) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")  # noqa: SIM115 (held open as long as the claim)
     except OSError as error:
-        fault = "is a file" if isinstance(error, FileExistsError) else f"cannot be written ({error})"
+        fault = (
+            "is a file" if isinstance(error, FileExistsError) else f"cannot be written ({error})"
+        )
         raise InputError(f"--output {output} {fault}; choose another --output") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another run is writing to {output}; wait for it or choose another --output") from error
+            raise InputError(
+                f"another run is writing to {output}; wait for it or choose another --output"
+            ) from error
         yield
 
 
 @contextmanager
 def reading(folder: Folder) -> Iterator[None]:
-    """Keep a training checkpoint from being removed by its run while it is read. Raises InputError where it was removed or
-    replaced all the same, before or meanwhile. Of a remote one nothing is known."""
+    """Keep a training checkpoint from being removed by its run while it is read. Raises InputError
+    where it was removed or replaced all the same, before or meanwhile. Of a remote one nothing is
+    known.
+    """
     if folder.remote or not (path := folder.path / "trainer.json").is_file():
         yield
         return
@@ -70,7 +80,9 @@ def reading(folder: Folder) -> Iterator[None]:
 
         def check() -> None:
             if not (path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-                raise InputError(f"checkpoint {folder} has just been removed or replaced; use a newer one")
+                raise InputError(
+                    f"checkpoint {folder} has just been removed or replaced; use a newer one"
+                )
 
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -80,17 +92,22 @@ def reading(folder: Folder) -> Iterator[None]:
 
 
 def discard(folder: Folder) -> None:
-    """Remove a folder, first what makes it complete: at no time does it look like a damaged checkpoint."""
+    """Remove a folder, first what makes it complete: at no time does it look like a damaged
+    checkpoint.
+    """
     folder.remove(MANIFEST)
     folder.remove()
 
 
 def remove_unread(folder: Folder) -> None:
-    """Remove a training checkpoint, unless it is being read; never half of it. Raises OSError where it cannot be removed."""
+    """Remove a training checkpoint, unless it is being read; never half of it. Raises OSError where
+    it cannot be removed.
+    """
     if folder.remote:
         discard(folder)
         return
-    with open(folder.path / "trainer.json", "r+") as file:  # NFS locks exclusively only what may be written
+    # NFS locks exclusively only what may be written
+    with open(folder.path / "trainer.json", "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,13 +126,21 @@ def _hide(path: Path) -> Path:
 
 
 def staging_of(target: Folder) -> Folder:
-    """The folder in which what becomes `target` is written: a hidden one beside it; remote ones know no rename."""
-    return target if target.remote else Folder(target.path.with_name(f".{target.path.name}.incomplete"))
+    """The folder in which what becomes `target` is written: a hidden one beside it; remote ones
+    know no rename.
+    """
+    return (
+        target
+        if target.remote
+        else Folder(target.path.with_name(f".{target.path.name}.incomplete"))
+    )
 
 
 def publish(staging: Folder, target: Folder) -> None:
-    """Let a complete staging folder take `target`'s place, on the disk too; there is nothing left to do for a remote one. A
-    `target` that is there already is exchanged in one step on Linux; elsewhere it is away for a moment."""
+    """Let a complete staging folder take `target`'s place, on the disk too; there is nothing left
+    to do for a remote one. A `target` that is there already is exchanged in one step on Linux;
+    elsewhere it is away for a moment.
+    """
     if target.remote:
         return
     sync_directory(staging.path)
@@ -133,7 +158,10 @@ def _exchange(one: Path, other: Path) -> bool:
     """Swap two directories' names in one step; False where the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    return (
+        renameat2 is not None
+        and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    )
 
 
 class SharedError(OSError):
@@ -142,7 +170,9 @@ class SharedError(OSError):
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Collective: an OSError in here on one rank becomes a SharedError, when all ranks have come to the end."""
+    """Collective: an OSError in here on one rank becomes a SharedError, when all ranks have come to
+    the end.
+    """
     failure = None
     try:
         yield
@@ -158,10 +188,13 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def published(place: str | Path | Folder) -> Iterator[Folder]:
-    """Collective: yields an empty folder that takes the place of `place` when all ranks are done, and have flushed
-    their files. A remote `place` is emptied first and written in place: write last what makes it complete. An OSError on
-    one rank is a SharedError on all of them: a local `place` stays as it was, and nothing is left beside it. After another
-    failure, of which the other ranks do not learn, the next attempt removes the hidden directory."""
+    """Collective: yields an empty folder that takes the place of `place` when all ranks are done,
+    and have flushed their files. A remote `place` is emptied first and written in place: write last
+    what makes it complete. An OSError on
+    one rank is a SharedError on all of them: a local `place` stays as it was, and nothing is left
+    beside it. After another failure, of which the other ranks do not learn, the next attempt
+    removes the hidden directory.
+    """
     main = rank_and_size()[0] == 0
     target = place if isinstance(place, Folder) else Folder(place)
     staging = staging_of(target)

@@ -1,4 +1,6 @@
-"""How a run starts: anew, from its newest checkpoint or from another run's; and what is in its output directory before."""
+"""How a run starts: anew, from its newest checkpoint or from another run's; and what is in its
+output directory before.
+"""
 
 import json
 import sys
@@ -22,7 +24,8 @@ class Start:
 
     checkpoint: str | None  # to continue from
     replaces: str = ""  # why the files of an earlier run in the output make way; empty: they stay
-    longer: str = ""  # how the length of the run differs from what it was when the checkpoint was written; empty: not
+    # how the length of the run differs from what it was when the checkpoint was written; empty: not
+    longer: str = ""
 
 
 def checkpoints_of(output: str | Path, remote: str | None) -> str:
@@ -31,11 +34,13 @@ def checkpoints_of(output: str | Path, remote: str | None) -> str:
 
 
 def find_start(config: Config, tell: bool) -> Start:
-    """What the run starts from; to be called by every rank before one writes to the output directory.
+    """What the run starts from; to be called by every rank before one writes to the output
+    directory.
 
     Args:
         config: resolved, as it is compared with the configurations found.
-        tell: whether to print (on stderr) that a checkpoint is passed over, or an option not followed.
+        tell: whether to print (on stderr) that a checkpoint is passed over, or an option not
+            followed.
 
     Raises:
         InputError: what is found is damaged, of another run, or later than what shall be continued.
@@ -48,38 +53,63 @@ def find_start(config: Config, tell: bool) -> Start:
         if found is None or changes or not found.get("overwrite"):
             return _start_over(config, where)
         if tell:
-            said = f"{output} holds this same run, which --overwrite has started: it is continued, not replaced"
+            said = (
+                f"{output} holds this same run, which --overwrite has started: it is continued, "
+                f"not replaced"
+            )
             print(f"{said} (to start it anew, delete {output})", file=sys.stderr, flush=True)
     before = checkpoints_of(output, found["checkpoint"].get("remote")) if found else where
     if changes and not _got_somewhere(output, {before, where}):
-        replaces = f"the earlier run in {output} left no checkpoint, so it starts anew ({'; '.join(changes)})"
+        replaces = (
+            f"the earlier run in {output} left no checkpoint, so it starts anew "
+            f"({'; '.join(changes)})"
+        )
         if options.resume in ("auto", "never"):
             return Start(None, replaces)
         return Start(options.resume, replaces, _other_run(config))
     if different := [change for change in changes if not change.startswith(LENGTH)]:
         fault = f"{output} holds another run, which differs in {'; '.join(different)}"
-        raise InputError(f"{fault}; choose another --output, or give --overwrite to replace that run")
+        raise InputError(
+            f"{fault}; choose another --output, or give --overwrite to replace that run"
+        )
     latest, passed_over = state.find_latest(where)
     for sentence in passed_over if tell else ():
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
     if options.resume == "never":
         if latest is None:
             return Start(None)
-        remedy = "choose another --output, --overwrite to replace that run, or --checkpoint.resume auto to continue it"
-        raise InputError(f"{where} already holds checkpoints, but --checkpoint.resume is never; {remedy}")
+        remedy = (
+            "choose another --output, --overwrite to replace that run, or --checkpoint.resume auto "
+            "to continue it"
+        )
+        raise InputError(
+            f"{where} already holds checkpoints, but --checkpoint.resume is never; {remedy}"
+        )
     if options.resume == "auto":
         if latest is None and before != where and (elsewhere := state.find_latest(before)[0]):
             # a run must not begin anew, unasked, since --checkpoint.remote changed
-            fault = f"this run has checkpoints in {before}, but none in {where}, where --checkpoint.remote puts them now"
-            raise InputError(f"{fault}; continue with --checkpoint.resume {elsewhere}, or choose another --output")
+            fault = (
+                f"this run has checkpoints in {before}, but none in {where}, where "
+                f"--checkpoint.remote puts them now"
+            )
+            raise InputError(
+                f"{fault}; continue with --checkpoint.resume {elsewhere}, or choose "
+                f"another --output"
+            )
         return Start(latest, longer="; ".join(changes) if latest else "")
     longer = _other_run(config)
     if latest and state.saved_step(latest) > state.saved_step(options.resume):
         own = options.resume.startswith(f"{where}/")
-        if found and not own and found["checkpoint"].get("resume") == options.resume:  # that run, started again
+        # that run, started again
+        if found and not own and found["checkpoint"].get("resume") == options.resume:
             return Start(latest, longer="; ".join(changes))
-        fault = f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than {options.resume}"
-        raise InputError(f"{fault}; choose another --output, or give --checkpoint.resume auto to continue that one")
+        fault = (
+            f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than {options.resume}"
+        )
+        raise InputError(
+            f"{fault}; choose another --output, or give --checkpoint.resume auto to "
+            f"continue that one"
+        )
     return Start(options.resume, longer=longer)
 
 
@@ -93,16 +123,22 @@ def _found_config(output: Path, config: Config) -> dict[str, Any] | None:
     except InputError as error:
         if config.overwrite:
             return None
-        remedy = "delete it (each checkpoint has a copy), choose another --output or give --overwrite"
+        remedy = (
+            "delete it (each checkpoint has a copy), choose another --output or give --overwrite"
+        )
         raise InputError(f"{saved} is damaged; {remedy}") from error
     if not isinstance(found.get("checkpoint"), dict) or not isinstance(found.get("train"), dict):
-        raise InputError(f"{saved} is not the configuration of a run of torchsft (a model's?); choose another --output")
+        raise InputError(
+            f"{saved} is not the configuration of a run of torchsft (a model's?); "
+            f"choose another --output"
+        )
     return found
 
 
 def _changes(found: Mapping[str, Any], config: Config) -> list[str]:
-    """What makes the run with `config` another one than that with `found`; the inputs that a preset generated in the output
-    directory are the same in any directory."""
+    """What makes the run with `config` another one than that with `found`; the inputs that a preset
+    generated in the output directory are the same in any directory.
+    """
     old, new = (_elsewhere(options) for options in (found, to_dict(config)))
     return differences(old, new)
 
@@ -113,7 +149,9 @@ def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _got_somewhere(output: Path, places: set[str]) -> bool:
-    """Whether an earlier run has left a complete checkpoint or an export. An InputError: a checkpoint is damaged."""
+    """Whether an earlier run has left a complete checkpoint or an export. An InputError: a
+    checkpoint is damaged.
+    """
     return (output / "hf").exists() or any(state.find_latest(place)[0] for place in sorted(places))
 
 
@@ -127,10 +165,15 @@ def _start_over(config: Config, where: str) -> Start:
 
 
 def _other_run(config: Config) -> str:
-    """How the length of the run whose checkpoint --checkpoint.resume names differs. An InputError: other things do."""
+    """How the length of the run whose checkpoint --checkpoint.resume names differs. An InputError:
+    other things do.
+    """
     place = config.checkpoint.resume
     changes = _changes(state.saved_config(place), config)
     if different := [change for change in changes if not change.startswith(LENGTH)]:
         fault = f"checkpoint {place} is of another run, which differs in {'; '.join(different)}"
-        raise InputError(f"{fault}; give the options of that run, or train from its exported weights with --model.path")
+        raise InputError(
+            f"{fault}; give the options of that run, or train from its exported "
+            f"weights with --model.path"
+        )
     return "; ".join(changes)

@@ -1,12 +1,15 @@
 """Experts that a directory stores stacked, seen one by one.
 
-transformers 5 keeps a layer's experts in two tensors, and `save_pretrained(save_original_format=False)` writes them so:
+transformers 5 keeps a layer's experts in two tensors, and
+`save_pretrained(save_original_format=False)` writes them so:
 
-    model.layers.3.mlp.experts.gate_up_proj    [experts, 2 x width of an expert, width]: its gate above its up projection
+    model.layers.3.mlp.experts.gate_up_proj    [experts, 2 x width of an expert, width]: its gate
+                                               above its up projection
     model.layers.3.mlp.experts.down_proj       [experts, width, width of an expert]
 
-Published directories store each expert by itself, as `model.layers.3.mlp.experts.17.gate_proj.weight` and so on. Each of these
-is a run of bytes of a stacked tensor, so that reading one reads nothing else.
+Published directories store each expert by itself, as
+`model.layers.3.mlp.experts.17.gate_proj.weight` and so on. Each of these is a run of bytes of a
+stacked tensor, so that reading one reads nothing else.
 """
 
 import math
@@ -32,8 +35,8 @@ def unstacked(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The same tensors, with a tensor for each expert in place of the stacked ones.
 
     Raises:
-        ValueError: what is wrong, in words: experts both stacked and one by one, a stacked tensor without the other one, of
-            another shape, or in fp8.
+        ValueError: what is wrong, in words: experts both stacked and one by one, a stacked tensor
+            without the other one, of another shape, or in fp8.
     """
     stacked = stacked_in(tensors)
     if not stacked:
@@ -47,14 +50,25 @@ def unstacked(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _check(tensors: Mapping[str, StoredTensor], stacked: list[str]) -> None:
     layers = {key.rpartition(".")[0] for key in stacked}
-    singles = [key for key in tensors if (match := _EXPERTS.fullmatch(key)) and match[2][0].isdigit()]
+    singles = [
+        key for key in tensors if (match := _EXPERTS.fullmatch(key)) and match[2][0].isdigit()
+    ]
     if singles:
-        both = f"experts are stored stacked ({listing(stacked, 2)}) and one by one ({listing(singles, 2)})"
+        both = (
+            f"experts are stored stacked ({listing(stacked, 2)}) and one by one "
+            f"({listing(singles, 2)})"
+        )
         raise ValueError(f"{both}; use one of the two directories that this was put together from")
-    if absent := sorted(f"{layer}.{part}" for layer in layers for part in _PARTS if f"{layer}.{part}" not in tensors):
-        raise ValueError(f"its experts are stored stacked, but {listing(absent)} is absent; {_REMEDY}")
+    if absent := sorted(
+        f"{layer}.{part}" for layer in layers for part in _PARTS if f"{layer}.{part}" not in tensors
+    ):
+        raise ValueError(
+            f"its experts are stored stacked, but {listing(absent)} is absent; {_REMEDY}"
+        )
     if scaled := [key for key in stacked if tensors[key].dtype == FP8 or scale_key(key) in tensors]:
-        raise ValueError(f"{listing(scaled, 2)} holds stacked experts in fp8, which is not supported; {_REMEDY}")
+        raise ValueError(
+            f"{listing(scaled, 2)} holds stacked experts in fp8, which is not supported; {_REMEDY}"
+        )
     odd = [key for key in stacked if not _fits(key, tensors[key])]
     if odd:
         shapes = [f"{key} ({tensors[key].dtype}, {tensors[key].shape})" for key in odd]

@@ -1,4 +1,6 @@
-"""Folders by path or URL: local ones, and through fsspec remote ones (s3://, gs://, memory://, ...)."""
+"""Folders by path or URL: local ones, and through fsspec remote ones (s3://, gs://, memory://,
+...).
+"""
 
 import copy
 import os
@@ -20,7 +22,9 @@ def told(failure: Exception) -> str:
 
 
 class Output:
-    """A file being written from start to end, which knows its `size` in bytes and, if asked for, its `crc32`, so far."""
+    """A file being written from start to end, which knows its `size` in bytes and, if asked for,
+    its `crc32`, so far.
+    """
 
     def __init__(self, file: BinaryIO, checksum: bool) -> None:
         self._file, self._checksum = file, checksum
@@ -41,10 +45,12 @@ class Output:
 
 
 class Folder:
-    """A directory, or the objects of a remote file system whose names begin alike; `remote` says which. Local files are flushed
-    to the disk when they are closed. Remote file systems know no rename and no flush: an object is there when it is closed.
-    Files are meant by their names in it; what cannot be read or written raises an OSError. `place` is a path, or a URL of any
-    file system that fsspec knows; an InputError: fsspec lacks what it needs, or takes it for a pattern."""
+    """A directory, or the objects of a remote file system whose names begin alike; `remote` says
+    which. Local files are flushed to the disk when they are closed. Remote file systems know no
+    rename and no flush: an object is there when it is closed. Files are meant by their names in it;
+    what cannot be read or written raises an OSError. `place` is a path, or a URL of any file system
+    that fsspec knows; an InputError: fsspec lacks what it needs, or takes it for a pattern.
+    """
 
     def __init__(self, place: str | Path) -> None:
         self.place = self._root = str(place).rstrip("/") or "/"
@@ -52,11 +58,17 @@ class Folder:
         if not self.remote:
             return
         if any(sign in self.place for sign in "*?["):
-            raise InputError(f"{self.place} has one of the signs * ? [, which mean several places; choose another URL")
+            raise InputError(
+                f"{self.place} has one of the signs * ? [, which mean several places; "
+                f"choose another URL"
+            )
         try:
             self._system, self._root = fsspec.core.url_to_fs(self.place)
         except (ImportError, ValueError) as error:
-            raise InputError(f"{self.place} cannot be reached ({error}); install what it needs or use a local path") from error
+            raise InputError(
+                f"{self.place} cannot be reached ({error}); install what it needs or "
+                f"use a local path"
+            ) from error
 
     def __str__(self) -> str:
         return self.place
@@ -81,12 +93,16 @@ class Folder:
         if not self.remote:
             return sorted(os.listdir(self._root)) if os.path.isdir(self._root) else []
         self._system.invalidate_cache()
-        entries = self._system.ls(self._root, detail=False) if self._system.isdir(self._root) else []
+        entries = (
+            self._system.ls(self._root, detail=False) if self._system.isdir(self._root) else []
+        )
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""})
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
-        return self._system.isfile(self._of(name)) if self.remote else os.path.isfile(self._of(name))
+        return (
+            self._system.isfile(self._of(name)) if self.remote else os.path.isfile(self._of(name))
+        )
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
@@ -116,7 +132,9 @@ class Folder:
             return file.read(-1 if end is None else end - start)
 
     def read_into(self, name: str, start: int, target: memoryview) -> None:
-        """Fill `target` (bytes) with what stands at `start` of a file; an OSError says how much it lacks."""
+        """Fill `target` (bytes) with what stands at `start` of a file; an OSError says how much it
+        lacks.
+        """
         done = 0
         if self.remote:
             done = len(data := self.read(name, start, start + target.nbytes))
@@ -131,8 +149,14 @@ class Folder:
 
     @contextmanager
     def writer(self, name: str, checksum: bool = True) -> Iterator[Output]:
-        """A new file, written from start to end; complete, and on a local disk, when the context is left."""
-        with self._system.open(self._of(name), "wb") if self.remote else open(self._of(name), "wb", buffering=0) as file:
+        """A new file, written from start to end; complete, and on a local disk, when the context is
+        left.
+        """
+        with (
+            self._system.open(self._of(name), "wb")
+            if self.remote
+            else open(self._of(name), "wb", buffering=0) as file
+        ):
             yield Output(file, checksum)
             if not self.remote:
                 os.fsync(file.fileno())

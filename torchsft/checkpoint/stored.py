@@ -7,10 +7,19 @@ import torch
 
 # The header's words for dtypes.
 FP8 = "F8_E4M3"
-WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}
+WEIGHT_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    FP8: torch.float8_e4m3fn,
+}
 DTYPES = WEIGHT_DTYPES | {"F64": torch.float64, "BOOL": torch.bool}
 DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
-DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for kind in ("int", "uint") for n in (8, 16, 32, 64)}
+DTYPES |= {
+    f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}")
+    for kind in ("int", "uint")
+    for n in (8, 16, 32, 64)
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -22,7 +31,9 @@ def listing(names: Sequence[str], most: int = 20) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of one tensor. `dtype` is its word for it, such as "BF16"; `start` is the first byte in the file."""
+    """What a header says of one tensor. `dtype` is its word for it, such as "BF16"; `start` is the
+    first byte in the file.
+    """
 
     file: str
     shape: tuple[int, ...]

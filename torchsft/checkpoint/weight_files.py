@@ -1,5 +1,6 @@
-"""Safetensors files: what a Hugging Face directory holds, slices of it, and writing a file tensor by tensor. The format:
-header length (8 bytes, little-endian), JSON header with the byte range of each tensor, data without gaps."""
+"""Safetensors files: what a Hugging Face directory holds, slices of it, and writing a file tensor
+by tensor. The format: header length (8 bytes, little-endian), JSON header with the byte range of
+each tensor, data without gaps."""
 
 import itertools
 import json
@@ -39,11 +40,15 @@ def size_of(contents: Contents) -> int:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an InputError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        content = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object; download it again")
+        raise InputError(
+            f"{path} holds a JSON {type(content).__name__}, not an object; download it again"
+        )
     return content
 
 
@@ -53,32 +58,49 @@ def has_weights(directory: str | Path) -> bool:
 
 
 def fp8_block(directory: str | Path) -> tuple[int, int]:
-    """Rows and columns of a block of a directory's fp8 weights; an InputError where config.json does not describe such."""
+    """Rows and columns of a block of a directory's fp8 weights; an InputError where config.json
+    does not describe such.
+    """
     config = read_json_object(Path(directory) / "config.json")
     if (block := described_block(config)) is None:
         found = f"quantization_config = {json.dumps(config.get('quantization_config'))}"
-        needed = '{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} or the like is needed'
-        raise InputError(f"{directory} holds fp8 weights, but its config.json has {found}, where {needed}; download it again")
+        needed = (
+            '{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} or the like '
+            "is needed"
+        )
+        raise InputError(
+            f"{directory} holds fp8 weights, but its config.json has {found}, where "
+            f"{needed}; download it again"
+        )
     return block
 
 
 class Weights:
-    """What a `WeightIndex` and `ConvertedWeights` share: weights by Hugging Face key, known without their values; of slices,
-    only their bytes are read. `tensors`: key -> `StoredTensor`; `fp8`: keys of the weights that have scales
-    (precision/blockwise.py); `bytes_read`: so far, headers not counted."""
+    """What a `WeightIndex` and `ConvertedWeights` share: weights by Hugging Face key, known without
+    their values; of slices,
+    only their bytes are read. `tensors`: key -> `StoredTensor`; `fp8`: keys of the weights that
+    have scales (precision/blockwise.py); `bytes_read`: so far, headers not counted.
+    """
 
     def read_whole(self, key: str) -> Tensor:
         """A whole tensor, on the CPU, in its stored dtype; see `read`."""
         return self.read(key, ())
 
     def values(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice of a tensor's values on the CPU: fp32 of one that is stored in fp8, else as stored; see `read`."""
+        """One slice of a tensor's values on the CPU: fp32 of one that is stored in fp8, else as
+        stored; see `read`.
+        """
         stored, raw = self.tensors[key], self.read(key, index)
         if stored.dtype != FP8:
             return raw
         ranges = bounds(index, stored.shape)
-        blocks = tuple(slice(start // n, -(-end // n)) for (start, end), n in zip(ranges, self._block, strict=True))
-        return dequantise(raw, self.read(scale_key(key), blocks), self._block, tuple(start for start, _ in ranges))
+        blocks = tuple(
+            slice(start // n, -(-end // n))
+            for (start, end), n in zip(ranges, self._block, strict=True)
+        )
+        return dequantise(
+            raw, self.read(scale_key(key), blocks), self._block, tuple(start for start, _ in ranges)
+        )
 
     @cached_property
     def _block(self) -> tuple[int, int]:
@@ -87,14 +109,19 @@ class Weights:
 
 def bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, int]]:
     """Where a slice begins and ends in each dim; dims that it does not name are whole."""
-    return [part.indices(size)[:2] for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None))]
+    return [
+        part.indices(size)[:2]
+        for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None))
+    ]
 
 
 class WeightIndex(Weights):
-    """The weights of a Hugging Face directory, known from the files' headers; `tensors` has the scales too. An InputError: no
-    safetensors weights, files absent or damaged, an index that does not fit them, a key twice, fp8 weights without scales or
-    config.json's description, scales without weight or of another shape or dtype, experts of no known form. Experts that are
-    stored stacked are seen one by one; `stacked` has the keys of what holds them."""
+    """The weights of a Hugging Face directory, known from the files' headers; `tensors` has the
+    scales too. An InputError: no safetensors weights, files absent or damaged, an index that does
+    not fit them, a key twice, fp8 weights without scales or config.json's description, scales
+    without weight or of another shape or dtype, experts of no known form. Experts that are stored
+    stacked are seen one by one; `stacked` has the keys of what holds them.
+    """
 
     def __init__(self, hf_dir: str | Path) -> None:
         self.directory, self.tensors, self.bytes_read = Path(hf_dir), {}, 0
@@ -102,14 +129,26 @@ class WeightIndex(Weights):
         weight_map = self._weight_map()
         files = sorted(set(weight_map.values())) or [SINGLE]
         if absent := [name for name in files if not (self.directory / name).is_file()]:
-            self._refuse(f"{INDEX} names {len(absent)} absent files ({listing(absent)}); download them again")
+            self._refuse(
+                f"{INDEX} names {len(absent)} absent files ({listing(absent)}); download them again"
+            )
         for name in files:
             for key, stored in _read_header(self.directory / name).items():
                 if key in self.tensors:
-                    self._refuse(f"{key} is both in {self.tensors[key].file} and in {name}; remove one of the files")
+                    self._refuse(
+                        f"{key} is both in {self.tensors[key].file} and in {name}; remove "
+                        f"one of the files"
+                    )
                 self.tensors[key] = stored
-        if strayed := [key for key, name in weight_map.items() if key not in self.tensors or self.tensors[key].file != name]:
-            self._refuse(f"{INDEX} places {listing(strayed)} in files that do not hold them; download index and files again")
+        if strayed := [
+            key
+            for key, name in weight_map.items()
+            if key not in self.tensors or self.tensors[key].file != name
+        ]:
+            self._refuse(
+                f"{INDEX} places {listing(strayed)} in files that do not hold them; "
+                f"download index and files again"
+            )
         self.stacked = stacked_in(self.tensors)
         try:
             self.tensors = unstacked(self.tensors)
@@ -128,16 +167,32 @@ class WeightIndex(Weights):
         path = self.directory / INDEX
         if path.is_file():
             weight_map = read_json_object(path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+            if (
+                not isinstance(weight_map, dict)
+                or not weight_map
+                or not all(isinstance(n, str) for n in weight_map.values())
+            ):
                 self._refuse(f"{INDEX} has no weight_map of keys to file names; download it again")
             if outside := sorted({name for name in weight_map.values() if Path(name).name != name}):
-                self._refuse(f"{INDEX} names files outside its directory ({listing(outside, most=2)}); download it again")
+                self._refuse(
+                    f"{INDEX} names files outside its directory "
+                    f"({listing(outside, most=2)}); download it again"
+                )
             return weight_map
         if not self.directory.is_dir():
-            raise InputError(f"model directory {self.directory} does not exist; give a Hugging Face directory")
-        others = [p.name for p in self.directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")]
+            raise InputError(
+                f"model directory {self.directory} does not exist; give a Hugging Face directory"
+            )
+        others = [
+            p.name
+            for p in self.directory.iterdir()
+            if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        ]
         found = f"it has only {listing(sorted(others), most=3)}" if others else "it has no weights"
-        self._refuse(f"there is neither {SINGLE} nor {INDEX} ({found}); give a directory with safetensors weights")
+        self._refuse(
+            f"there is neither {SINGLE} nor {INDEX} ({found}); give a directory with "
+            f"safetensors weights"
+        )
 
     def _check_scales(self) -> None:
         scales = {key for key in self.tensors if key.endswith(SCALE_SUFFIX)}
@@ -149,15 +204,26 @@ class WeightIndex(Weights):
         odd = []
         for name, key in needed.items():
             shape, scale = self.tensors[key].shape, self.tensors[name]
-            if len(shape) != 2 or scale.shape != scale_shape(shape, self._block) or scale.dtype != "F32":
+            if (
+                len(shape) != 2
+                or scale.shape != scale_shape(shape, self._block)
+                or scale.dtype != "F32"
+            ):
                 odd.append(f"{name} ({scale.dtype} {scale.shape} for a weight {shape})")
         if odd:
-            fault = f"scales must be F32, one for each block of {self._block[0]} x {self._block[1]}, but {listing(odd)} are not"
-            self._refuse(f"{fault}; weights and config.json are of different checkpoints, download both again")
+            fault = (
+                f"scales must be F32, one for each block of {self._block[0]} x {self._block[1]}, "
+                f"but {listing(odd)} are not"
+            )
+            self._refuse(
+                f"{fault}; weights and config.json are of different checkpoints, download "
+                f"both again"
+            )
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU, in its stored dtype. An InputError
-        where torch lacks that or the file has become shorter."""
+        """One slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU, in its
+        stored dtype. An InputError where torch lacks that or the file has become shorter.
+        """
         stored = self.tensors[key]
         if stored.dtype not in DTYPES:
             self._refuse(f"{key} has dtype {stored.dtype}, which cannot be read; remove it")
@@ -170,10 +236,15 @@ class WeightIndex(Weights):
         outer = len(ranges)
         while outer and (outer == len(ranges) or ranges[outer] == (0, stored.shape[outer])):
             outer -= 1
-        first = stored.start + sum(start * stride for (start, _), stride in zip(ranges, strides, strict=True))
+        first = stored.start + sum(
+            start * stride for (start, _), stride in zip(ranges, strides, strict=True)
+        )
         target = memoryview(values.reshape(-1).view(torch.uint8).numpy())
         length = target.nbytes // math.prod(values.shape[:outer])
-        steps = [range(0, n * stride, stride) for n, stride in zip(values.shape[:outer], strides[:outer], strict=True)]
+        steps = [
+            range(0, n * stride, stride)
+            for n, stride in zip(values.shape[:outer], strides[:outer], strict=True)
+        ]
         for i, step in enumerate(itertools.product(*steps)):
             self._fill(target[i * length : (i + 1) * length], first + sum(step), stored.file)
         self.bytes_read += target.nbytes
@@ -207,18 +278,30 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         data, end, tensors = 8 + length, 0, {}
         for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, dtype, (start, stop) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+            shape, dtype, (start, stop) = (
+                tuple(entry["shape"]),
+                entry["dtype"],
+                entry["data_offsets"],
+            )
             if start != end:
-                raise ValueError(f"{key} begins at byte {start} of the data, where {end} bytes lie before it")
+                raise ValueError(
+                    f"{key} begins at byte {start} of the data, where {end} bytes lie before it"
+                )
             numbers = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-            if not numbers or (dtype in DTYPES and stop - start != tensor_bytes(DTYPES[dtype], shape)):
+            if not numbers or (
+                dtype in DTYPES and stop - start != tensor_bytes(DTYPES[dtype], shape)
+            ):
                 raise ValueError(f"{key} ({dtype}, {shape}) has {stop - start} bytes")
             end = stop
             tensors[key] = StoredTensor(path.name, shape, dtype, data + start)
         if size != data + end:
             raise ValueError(f"it should have {data + end} bytes, but has {size}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = error if isinstance(error, OSError | ValueError) else "its header is no table of tensors"
+        reason = (
+            error
+            if isinstance(error, OSError | ValueError)
+            else "its header is no table of tensors"
+        )
         fault = f"{path} cannot be read as safetensors ({reason})"
         raise InputError(f"{fault}; it is incomplete or damaged, download it again") from error
     return tensors
@@ -229,31 +312,43 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it has {listing([name for name in found if names.count(name) > 1], most=2)} twice")
+        raise ValueError(
+            f"it has {listing([name for name in found if names.count(name) > 1], most=2)} twice"
+        )
     return found
 
 
 def file_order(contents: Contents) -> list[str]:
-    """Keys in an order in which every tensor is aligned to its elements and scales follow their fp8 weight; an InputError where
-    the scales would not be aligned."""
+    """Keys in an order in which every tensor is aligned to its elements and scales follow their fp8
+    weight; an InputError where the scales would not be aligned.
+    """
     scales = {name: key for key in contents if (name := scale_key(key)) in contents}
     if odd := sorted(key for key in scales.values() if tensor_bytes(*contents[key]) % 4):
-        raise InputError(f"{listing(odd)} cannot be written in fp8: the elements of each must be a multiple of 4; choose bf16")
-    width = {key: dtype.itemsize for key, (dtype, _) in contents.items()} | dict.fromkeys(scales.values(), 4)
+        raise InputError(
+            f"{listing(odd)} cannot be written in fp8: the elements of each must be a "
+            f"multiple of 4; choose bf16"
+        )
+    width = {key: dtype.itemsize for key, (dtype, _) in contents.items()} | dict.fromkeys(
+        scales.values(), 4
+    )
     ordered = sorted((key for key in contents if key not in scales), key=lambda key: -width[key])
     return [name for key in ordered for name in (key, scale_key(key)) if name in contents]
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file of known content from start to end, without holding any tensor. A context manager: leaving it
-    completes the file. `contents` is in the order in which it will be written (see `file_order`)."""
+    """Writes one safetensors file of known content from start to end, without holding any tensor. A
+    context manager: leaving it completes the file. `contents` is in the order in which it will be
+    written (see `file_order`).
+    """
 
     def __init__(self, folder: Folder, name: str, contents: Contents) -> None:
         self._file, self._contents = folder.writer(name, checksum=False), contents
         self._left = {key: tensor_bytes(*entry) for key, entry in contents.items()}
 
     def write(self, key: str, values: Tensor) -> None:
-        """Append a tensor or the next part of it: any shape of as many elements, any device, the dtype in `contents`."""
+        """Append a tensor or the next part of it: any shape of as many elements, any device, the
+        dtype in `contents`.
+        """
         expected = next(iter(self._left)), self._contents[key][0]
         assert (key, values.dtype) == expected and values.nbytes <= self._left[key], (key, expected)
         self._output.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -265,7 +360,11 @@ class SafetensorsWriter:
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for key, (dtype, shape) in self._contents.items():
             start, end = end, end + tensor_bytes(dtype, shape)
-            header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[key] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._output = self._file.__enter__()

@@ -1,7 +1,7 @@
 """Values of Arrow tables as `datasets` shows them, which is not always how they are stored.
 
-JSON columns are stored as text, maps as lists of pairs, and extension types as what they extend; all of these may stand
-inside lists and structs.
+JSON columns are stored as text, maps as lists of pairs, and extension types as what they extend;
+all of these may stand inside lists and structs.
 """
 
 import json
@@ -17,11 +17,14 @@ Convert = Callable[[Any], Any]
 
 
 def rows_of(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
-    """The rows of a batch as objects. Raises ValueError or OverflowError: one holds a value that cannot be read."""
+    """The rows of a batch as objects. Raises ValueError or OverflowError: one holds a value that
+    cannot be read.
+    """
     names = batch.schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two columns have the name {twice!r}")  # `to_pylist` would keep one of them
+        # `to_pylist` would keep one of them
+        raise ValueError(f"two columns have the name {twice!r}")
     rows = batch.to_pylist()
     for name, convert in _conversions(batch.schema).items():
         for row in rows:
@@ -37,7 +40,9 @@ def _conversions(schema: pa.Schema) -> dict[str, Convert]:
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What `datasets` has written of the columns into a schema: JSON columns are text where the extension type is lost."""
+    """What `datasets` has written of the columns into a schema: JSON columns are text where the
+    extension type is lost.
+    """
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -46,7 +51,9 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 
 def _conversion(kind: pa.DataType, feature: Any) -> Convert | None:
     """What makes values of a type; None: they are what `to_pylist` gives."""
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_text = (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
     marked = isinstance(feature, dict) and feature.get("_type") == "Json" and is_text
     if marked or getattr(kind, "extension_name", "") == "arrow.json":
         return _or_null(_json_value)

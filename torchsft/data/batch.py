@@ -1,4 +1,5 @@
-"""From rows of samples to the tensors of a microbatch: rows folded, documents marked, padding at the end.
+"""From rows of samples to the tensors of a microbatch: rows folded, documents marked, padding at
+the end.
 
 T = rows * seq_len tokens, N documents.
 """
@@ -18,17 +19,20 @@ NO_LABEL = -100
 
 @dataclass
 class Batch:
-    """One microbatch. The documents of all rows come first, one after the other; padding is collected behind them.
+    """One microbatch. The documents of all rows come first, one after the other; padding is
+    collected behind them.
 
     Attributes:
         tokens: int64 [T].
-        labels: int64 [T], the token to predict at each position: the next one of the same document. -100 where there is
-            none (last token of a document, padding) or where its weight is 0.
+        labels: int64 [T], the token to predict at each position: the next one of the same document.
+            -100 where there is none (last token of a document, padding) or where its weight is 0.
         loss_weights: float32 [T], the weight of `labels`; 0 where that is -100.
         positions: int64 [T], from 0 in each document; 0 in padding.
-        cu_seqlens: int32 [N + 1], document n is `tokens[cu_seqlens[n] : cu_seqlens[n + 1]]`; the last entry is the
-            number of real tokens. `[0]` where there is no document at all.
-        max_seqlen: tokens of the longest document, 0 where there is none; on the host, so that no device is asked."""
+        cu_seqlens: int32 [N + 1], document n is `tokens[cu_seqlens[n] : cu_seqlens[n + 1]]`; the
+            last entry is the number of real tokens. `[0]` where there is no document at all.
+        max_seqlen: tokens of the longest document, 0 where there is none; on the host, so that no
+            device is asked.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -38,14 +42,26 @@ class Batch:
     max_seqlen: int
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which a GPU copies beside its work (once: what is pinned stays)."""
-        return Batch(**{name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.model_inputs().items()})
+        """The same batch in page-locked memory, from which a GPU copies beside its work (once: what
+        is pinned stays).
+        """
+        return Batch(
+            **{
+                name: v.pin_memory() if isinstance(v, Tensor) else v
+                for name, v in self.model_inputs().items()
+            }
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; copies to a GPU go through pinned memory and are not waited for."""
+        """The same batch on `device`; copies to a GPU go through pinned memory and are not waited
+        for.
+        """
         pin = torch.device(device).type == "cuda"
         values = (self.pin_memory() if pin else self).model_inputs()
-        moved = {name: v.to(device, non_blocking=pin) if isinstance(v, Tensor) else v for name, v in values.items()}
+        moved = {
+            name: v.to(device, non_blocking=pin) if isinstance(v, Tensor) else v
+            for name, v in values.items()
+        }
         return Batch(**moved)
 
     def model_inputs(self) -> dict[str, Tensor | int]:
@@ -54,9 +70,12 @@ class Batch:
 
 
 def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -> Batch:
-    """The microbatch of some rows, each of samples of together at most seq_len tokens (else InputError); a row may be empty.
+    """The microbatch of some rows, each of samples of together at most seq_len tokens (else
+    InputError); a row may be empty.
 
-    `pad_token_id` stands in padding; nothing depends on it, it only has to be a token of the model."""
+    `pad_token_id` stands in padding; nothing depends on it, it only has to be a token of the
+    model.
+    """
     size, ends = len(rows) * seq_len, [0]
     tokens = np.full(size, pad_token_id, dtype=np.int64)
     labels = np.full(size, NO_LABEL, dtype=np.int64)
@@ -65,13 +84,17 @@ def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -
     for row in rows:
         filled = sum(len(sample.tokens) for sample in row)
         if filled > seq_len:
-            raise InputError(f"a row has {filled} tokens, but --data.seq-len is {seq_len}; pack the samples first")
+            raise InputError(
+                f"a row has {filled} tokens, but --data.seq-len is {seq_len}; pack "
+                f"the samples first"
+            )
         for sample in row:
             start, end = ends[-1], ends[-1] + len(sample.tokens)
             ends.append(end)
             tokens[start:end] = sample.tokens
             positions[start:end] = np.arange(end - start)
-            weights = sample.weights[1:]  # position t predicts token t + 1; the last position predicts nothing
+            # position t predicts token t + 1; the last position predicts nothing
+            weights = sample.weights[1:]
             loss_weights[start : end - 1] = weights
             labels[start : end - 1] = np.where(weights != 0, sample.tokens[1:], NO_LABEL)
     longest = max((len(sample.tokens) for row in rows for sample in row), default=0)

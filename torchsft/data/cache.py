@@ -1,11 +1,15 @@
-"""Tokenised samples on disk, memory-mapped: opened in milliseconds, in memory that does not grow with the data.
+"""Tokenised samples on disk, memory-mapped: opened in milliseconds, in memory that does not grow
+with the data.
 
 - <cache>/<key>/tokens.bin: the tokens of all samples, one sample after the other.
-- <cache>/<key>/runs.bin: stretches of equal loss weights other than 0, counted from the beginning of their sample.
+- <cache>/<key>/runs.bin: stretches of equal loss weights other than 0, counted from the beginning
+  of their sample.
 - <cache>/<key>/index.bin: a record for each sample, and one behind the last.
 - <cache>/<key>/meta.json: sizes and hashes of the three, and the report of the build.
-- <cache>/<key>.partial: the same while it is built. <key>.lock: held by the one process that builds.
-- <cache>/<hash of path, size and times>.fingerprint: of an unchanged source, so that a second start does not read it.
+- <cache>/<key>.partial: the same while it is built. <key>.lock: held by the one process that
+  builds.
+- <cache>/<hash of path, size and times>.fingerprint: of an unchanged source, so that a second start
+  does not read it.
 """
 
 import fcntl
@@ -28,15 +32,22 @@ from torchsft.data.template import Sample
 
 TOKEN = np.dtype("<i4")
 RUN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
-ROWS_OF_A_FILE = 10**9  # row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
-RECORD = np.dtype([("token", "<i8"), ("run", "<i8"), ("row", "<i8"), ("length", "<i4"), ("part", "<i4")])
+# row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
+ROWS_OF_A_FILE = 10**9
+RECORD = np.dtype(
+    [("token", "<i8"), ("run", "<i8"), ("row", "<i8"), ("length", "<i4"), ("part", "<i4")]
+)
 FILES = {"tokens.bin": TOKEN, "runs.bin": RUN, "index.bin": RECORD}
-HASHED_WHEN_OPENED = 2**26  # bytes; of larger files only the size is checked: hashing is slower than all else of a start
-DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError)  # what opening a directory raises that is not whole
+# bytes; of larger files only the size is checked: hashing is slower than all else of a start
+HASHED_WHEN_OPENED = 2**26
+# what opening a directory raises that is not whole
+DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError)
 
 
 class Block(NamedTuple):
-    """N samples as they are kept: TOKEN [T], RUN [R] and RECORD [N + 1], the last one as of a further sample."""
+    """N samples as they are kept: TOKEN [T], RUN [R] and RECORD [N + 1], the last one as of a
+    further sample.
+    """
 
     tokens: np.ndarray
     runs: np.ndarray
@@ -49,9 +60,12 @@ def pack_block(samples: Sequence[tuple[int, int, np.ndarray, np.ndarray]]) -> Bl
     if not samples:
         return Block(np.zeros(0, TOKEN), np.zeros(0, RUN), index)
     tokens, weights = (np.concatenate([sample[i] for sample in samples]) for i in (2, 3))
-    index["row"][:-1], index["part"][:-1], index["length"][:-1] = zip(*((s[0], s[1], len(s[2])) for s in samples), strict=True)
+    index["row"][:-1], index["part"][:-1], index["length"][:-1] = zip(
+        *((s[0], s[1], len(s[2])) for s in samples), strict=True
+    )
     first = index["token"] = np.cumsum(index["length"]) - index["length"]
-    begins = np.ones(len(weights), bool)  # where a weight differs from the one before it, and where a sample begins
+    # where a weight differs from the one before it, and where a sample begins
+    begins = np.ones(len(weights), bool)
     begins[1:] = weights[1:] != weights[:-1]
     begins[first[:-1]] = True
     starts = np.flatnonzero(begins)
@@ -79,14 +93,18 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, name: str, block: Block) -> None:
         self.name, self.block = name, block
-        self.rows, self.parts, self.lengths = (block.index[field][:-1] for field in ("row", "part", "length"))
+        self.rows, self.parts, self.lengths = (
+            block.index[field][:-1] for field in ("row", "part", "length")
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def id(self, i: int) -> str:
         """That of its row, with `/<part>` behind it where the row gave several samples."""
-        return row_id(self.name, int(self.rows[i])) + (f"/{part}" if (part := int(self.parts[i])) else "")
+        return row_id(self.name, int(self.rows[i])) + (
+            f"/{part}" if (part := int(self.parts[i])) else ""
+        )
 
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
@@ -103,17 +121,21 @@ class Samples(Sequence[Sample]):
 def open_or_build(
     directory: Path, key: str, name: str, build: Callable[[Callable[[Block], None]], dict[str, Any]]
 ) -> tuple[Samples, dict[str, Any], str]:
-    """The samples of `key`, the report of their build, and a hash of their tokens, weights and row numbers.
+    """The samples of `key`, the report of their build, and a hash of their tokens, weights and row
+    numbers.
 
-    Where they are not there, or not whole, one process builds them, while the others wait for it: `build` is called with a
-    function that takes the blocks, and returns the report. Raises InputError: `directory` (of all caches) cannot be used."""
+    Where they are not there, or not whole, one process builds them, while the others wait for it:
+    `build` is called with a function that takes the blocks, and returns the report. Raises
+    InputError: `directory` (of all caches) cannot be used.
+    """
     target, partial = directory / key, directory / f"{key}.partial"
     with _remedy(directory):
         with suppress(*DAMAGED):
             return _open(target, name)
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / f"{key}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, also by the end of a process that is killed
+            # let go when the file is closed, also by the end of a process that is killed
+            fcntl.flock(lock, fcntl.LOCK_EX)
             with suppress(*DAMAGED):
                 return _open(target, name)
             if target.exists():
@@ -131,7 +153,8 @@ def open_or_build(
 def _open(directory: Path, name: str) -> tuple[Samples, dict[str, Any], str]:
     meta, maps = json.loads((directory / "meta.json").read_bytes()), []
     for (file, dtype), (size, digest) in zip(FILES.items(), meta["files"], strict=True):
-        # asarray: slices of a memmap object cost ten times those of an array, and this is the same memory.
+        # asarray: slices of a memmap object cost ten times those of an array, and this is the same
+        # memory.
         content = np.asarray(np.memmap(directory / file, np.uint8, mode="r"))
         if len(content) != size or (size <= HASHED_WHEN_OPENED and _hash(content) != digest):
             raise ValueError(f"{file} is not what was written")
@@ -162,7 +185,9 @@ def _write(directory: Path, build: Callable[[Callable[[Block], None]], dict[str,
         for file in files:
             file.flush()
             os.fsync(file.fileno())  # a directory that gets its name is whole
-        written = [(file.tell(), digest.hexdigest()) for file, digest in zip(files, digests, strict=True)]
+        written = [
+            (file.tell(), digest.hexdigest()) for file, digest in zip(files, digests, strict=True)
+        ]
     (directory / "meta.json").write_text(json.dumps({"files": written, "report": report}))
 
 
@@ -173,7 +198,9 @@ def _remedy(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"the cache in {directory} cannot be used ({reason}); free space or set --data.cache") from error
+        raise InputError(
+            f"the cache in {directory} cannot be used ({reason}); free space or set --data.cache"
+        ) from error
 
 
 def cache_directory(option: str | None) -> Path:
@@ -194,7 +221,9 @@ def _code() -> str:
 
 
 def _hash(content: str | np.ndarray) -> str:
-    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        content.encode() if isinstance(content, str) else content, digest_size=16
+    ).hexdigest()
 
 
 def fingerprint(directory: Path, source: Source) -> str:

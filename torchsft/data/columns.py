@@ -1,4 +1,6 @@
-"""`--data.map`: columns of other names, such as question and answer, become messages or the keys of a format."""
+"""`--data.map`: columns of other names, such as question and answer, become messages or the keys of
+a format.
+"""
 
 from collections.abc import Sequence
 
@@ -6,8 +8,30 @@ from torchsft.data.rows import Row, RowError
 
 ROLES = ("system", "user", "assistant")
 # Columns that are known from files of the field: what is asked, and what is answered.
-QUESTIONS = ("question", "query", "instruction", "input", "prompt", "problem", "user", "human", "source", "request")
-ANSWERS = ("answer", "response", "output", "completion", "solution", "assistant", "gpt", "target", "reply", "text")
+QUESTIONS = (
+    "question",
+    "query",
+    "instruction",
+    "input",
+    "prompt",
+    "problem",
+    "user",
+    "human",
+    "source",
+    "request",
+)
+ANSWERS = (
+    "answer",
+    "response",
+    "output",
+    "completion",
+    "solution",
+    "assistant",
+    "gpt",
+    "target",
+    "reply",
+    "text",
+)
 SYSTEMS = ("system", "system_prompt")
 
 
@@ -28,34 +52,50 @@ def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
             continue
         if column not in row:
             has = ", ".join(sorted(row)) or "none"
-            raise RowError(where, "bad-map", f"--data.map names the column {column!r}, but the row has {has}")
+            raise RowError(
+                where, "bad-map", f"--data.map names the column {column!r}, but the row has {has}"
+            )
         value = row[column]
         if makes_turns and target in ROLES:
             if value is None and target == "system":
                 continue
             if not isinstance(value, str):
-                fault = f"the column {column!r}, which --data.map makes a turn, holds no text but {value!r:.60}"
+                fault = (
+                    f"the column {column!r}, which --data.map makes a turn, holds no text but "
+                    f"{value!r:.60}"
+                )
                 raise RowError(where, "bad-map", fault)
             turns[target].append(value)
         elif result.get(target) is not None:
-            fault = f"--data.map makes {column!r} the key {target!r}, but the row has that as well; map that to ignore"
+            fault = (
+                f"--data.map makes {column!r} the key {target!r}, but the row has that as well; "
+                f"map that to ignore"
+            )
             raise RowError(where, "bad-map", fault)
         else:
             result[target] = value
     if makes_turns:
         if result.get("messages") is not None:
-            raise RowError(where, "bad-map", "--data.map makes messages, but the row has messages; leave it out")
+            raise RowError(
+                where,
+                "bad-map",
+                "--data.map makes messages, but the row has messages; leave it out",
+            )
         texts = {role: "\n\n".join(text for text in turns[role] if text.strip()) for role in ROLES}
         named = {target for _, target in pairs}
         messages = [
-            {"role": role, "content": texts[role]} for role in ROLES if role in named and (texts[role] or role != "system")
+            {"role": role, "content": texts[role]}
+            for role in ROLES
+            if role in named and (texts[role] or role != "system")
         ]
         result["messages"] = messages
     return result
 
 
 def suggestion(row: Row) -> str:
-    """The option that would make messages of a row, as the end of a sentence; "" where none is evident."""
+    """The option that would make messages of a row, as the end of a sentence; "" where none is
+    evident.
+    """
     names = {str(key).lower(): str(key) for key, value in row.items() if isinstance(value, str)}
     asked = next((names[name] for name in QUESTIONS if name in names), None)
     answered = next((names[name] for name in ANSWERS if name in names), None)

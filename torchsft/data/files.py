@@ -16,7 +16,13 @@ from torchsft.data.sources import MAX_BYTES, Source
 from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_SPLITS = {"train": "train", "test": "test", "eval": "test", "validation": "validation", "valid": "validation"}
+_SPLITS = {
+    "train": "train",
+    "test": "test",
+    "eval": "test",
+    "validation": "validation",
+    "valid": "validation",
+}
 _SPLITS |= {"val": "validation", "dev": "validation"}
 
 
@@ -51,7 +57,10 @@ class Files:
             _one_split(spec.path, paths)
         if others and os.environ.get("RANK", "0") == "0":  # once, not by every rank
             more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
-            warnings.warn(f"{spec.path}: left out, as no files of rows: {', '.join(others[:LISTED])}{more}", stacklevel=2)
+            warnings.warn(
+                f"{spec.path}: left out, as no files of rows: {', '.join(others[:LISTED])}{more}",
+                stacklevel=2,
+            )
         self.members = [Source(Spec(path), streaming=streaming) for path in paths]
         self.total_bytes = sum(member.total_bytes or 0 for member in self.members)
 
@@ -93,17 +102,24 @@ def place_of(places: tuple[str, ...], number: int) -> str:
 
 
 def _one_split(directory: str, paths: list[str]) -> None:
-    """Raises InputError: files are named train and test, or the like, which nobody wants to train together unasked."""
+    """Raises InputError: files are named train and test, or the like, which nobody wants to train
+    together unasked.
+    """
     stems = (_SHARD.sub("", os.path.basename(path).partition(".")[0]) for path in paths)
     splits = sorted({_SPLITS[stem] for stem in stems if stem in _SPLITS})
     if len(splits) > 1:
         every = os.path.join(directory, "**/*")
-        remedy = f"give {directory}:{splits[0]}, name its files, or give '{every}' to take all as one"
+        remedy = (
+            f"give {directory}:{splits[0]}, name its files, or give '{every}' to take all as one"
+        )
         raise InputError(f"{directory} holds the splits {', '.join(splits)}; {remedy}")
 
 
-def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | tuple[str, str]]]:
-    """The rows of a CSV or TSV file: (line with which it begins, columns by name, or reason and sentence of a fault).
+def table_rows(
+    chunks: Iterable[bytes], delimiter: str
+) -> Iterator[tuple[int, dict[str, Any] | tuple[str, str]]]:
+    """The rows of a CSV or TSV file: (line with which it begins, columns by name, or reason and
+    sentence of a fault).
 
     Args:
         chunks: of the file, in UTF-8.
@@ -119,9 +135,15 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
         except StopIteration:
             return
         except csv.Error as error:
-            said = f"not a row of a table ({error}); quote fields that hold quotes, delimiters or line ends"
+            said = (
+                f"not a row of a table ({error}); quote fields that hold quotes, delimiters or "
+                f"line ends"
+            )
             if str(error) == "unexpected end of data":
-                said = "a quote is opened and not closed, so that all that follows belongs to it; close it"
+                said = (
+                    "a quote is opened and not closed, so that all that follows belongs to it; "
+                    "close it"
+                )
             elif header is None:
                 said = f"the header is {said}, and nothing behind it can be read"
             yield line, ("csv", said)
@@ -141,7 +163,10 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
         elif any("\0" in field for field in fields):
             yield line, ("nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it")
         elif len(fields) != len(header):
-            said = f"{len(fields)} fields, but the header names {len(header)} columns; quote fields that hold the delimiter"
+            said = (
+                f"{len(fields)} fields, but the header names {len(header)} columns; quote fields "
+                f"that hold the delimiter"
+            )
             yield line, ("csv-columns", said)
         else:
             yield line, dict(zip(header, fields, strict=True))
@@ -150,15 +175,22 @@ def table_rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, d
 def _header_fault(header: list[str]) -> str:
     for name in header:
         if re.search("[\udc80-\udcff]", name):
-            return "the header is not UTF-8, and nothing behind it can be read; convert the file to UTF-8"
+            return (
+                "the header is not UTF-8, and nothing behind it can be read; convert the file to "
+                "UTF-8"
+            )
         if not name or header.count(name) > 1:
             what = f"the column {name!r} twice" if name else "a column without a name"
-            return f"the header has {what}, and nothing behind it can be read; name each column once"
+            return (
+                f"the header has {what}, and nothing behind it can be read; name each column once"
+            )
     return ""
 
 
 def _text_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Lines with their ends; bytes that are no UTF-8 become surrogates, which their row is told of."""
+    """Lines with their ends; bytes that are no UTF-8 become surrogates, which their row is told
+    of.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     rest, is_first = "", True
     for chunk in chunks:

@@ -1,7 +1,9 @@
-"""Which keys of a row mean something: each is followed or refused, a misspelt one is refused, every other one is listed.
+"""Which keys of a row mean something: each is followed or refused, a misspelt one is refused, every
+other one is listed.
 
-Keys are those that OpenAI, TRL, axolotl, LLaMA-Factory, ms-swift, Fireworks, Amazon Bedrock and NeMo document for
-supervised fine-tuning, and what data sets on the hub have. A key whose value is null counts as absent.
+Keys are those that OpenAI, TRL, axolotl, LLaMA-Factory, ms-swift, Fireworks, Amazon Bedrock and
+NeMo document for supervised fine-tuning, and what data sets on the hub have. A key whose value is
+null counts as absent.
 """
 
 import functools
@@ -25,7 +27,8 @@ MEDIA = (
 )
 """Names of what is not text."""
 
-# What a key of a row says besides its format's own keys; the same for every format of conversations.
+# What a key of a row says besides its format's own keys; the same for every format of
+# conversations.
 _CONTEXT = {"system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs"}
 _TRAINED = {*WEIGHTS, "train", "trainable", "loss_mask", "message_loss_mask"}
 
@@ -98,30 +101,51 @@ def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]
     others = [key for key in others if key not in MEDIA or not is_empty(row[key])]
     for key in others:
         if key in MEDIA and not is_empty(row[key]) and not isinstance(row[key], bool):
-            said = f"{key} holds {_described(key, row[key])}, but only text can be trained; remove it or the row"
+            said = (
+                f"{key} holds {_described(key, row[key])}, but only text can be trained; remove it "
+                f"or the row"
+            )
             raise RowError(where, "not-text", said)
         if key in _REFUSED and not is_empty(row[key]):
             raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
         if form in ("text", "tokens") and key in _CONTEXT and not is_empty(row[key]):
-            said = f"{key} stands beside {form}, which no chat template renders; write messages or remove {key}"
+            said = (
+                f"{key} stands beside {form}, which no chat template renders; write messages or "
+                f"remove {key}"
+            )
             raise RowError(where, "unsupported-key", said)
     return _checked(others, row, known, _KNOWN_ROW_KEYS, where)
 
 
 def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
-    """Whether the key says what happens anyway. Raises RowError where it says that the row is to be trained otherwise."""
+    """Whether the key says what happens anyway. Raises RowError where it says that the row is to be
+    trained otherwise.
+    """
     fault = ""
-    if key in ("label", "kto_tag") and isinstance(value, bool):  # else the class of a classification, say
+    # else the class of a classification, say
+    if key in ("label", "kto_tag") and isinstance(value, bool):
         if not value:
-            fault = "marks an answer that is not wanted (KTO), which fine-tuning would teach; remove the row"
+            fault = (
+                "marks an answer that is not wanted (KTO), which fine-tuning would teach; remove "
+                "the row"
+            )
     elif key == "unmask" and isinstance(value, bool):
         if value:
-            fault = "asks to train every token of this row; --data.mask all does so for all rows of a run"
+            fault = (
+                "asks to train every token of this row; --data.mask all does so for all rows of a "
+                "run"
+            )
     elif key == "mask" and isinstance(value, str):  # NeMo: whose turns are not trained
         if value.lower() not in _HUMANS:
-            fault = "names whose turns are not trained, which here are all but the assistant's; remove it"
+            fault = (
+                "names whose turns are not trained, which here are all but the assistant's; remove "
+                "it"
+            )
     elif key == "mask":
-        fault = "means 'trained' to some tools and 'not trained' to others; write `train` into the messages"
+        fault = (
+            "means 'trained' to some tools and 'not trained' to others; write `train` into the "
+            "messages"
+        )
     else:
         return False
     if fault:
@@ -129,7 +153,9 @@ def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
     return True
 
 
-def other_keys_within(value: Mapping[str, Any], known: frozenset[str], path: str, where: str) -> tuple[str, ...]:
+def other_keys_within(
+    value: Mapping[str, Any], known: frozenset[str], path: str, where: str
+) -> tuple[str, ...]:
     """As `other_keys`, for an object inside a row: a message, content part, tool call or function.
 
     Args:
@@ -142,13 +168,20 @@ def other_keys_within(value: Mapping[str, Any], known: frozenset[str], path: str
         if key in _REFUSED and not is_empty(value[key]):
             raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
         if key in MEDIA and not is_empty(value[key]):
-            said = f"{key} holds {_described(key, value[key])}, but only text can be trained; remove it or the row"
+            said = (
+                f"{key} holds {_described(key, value[key])}, but only text can be trained; remove "
+                f"it or the row"
+            )
             raise RowError(where, "not-text", said)
     return tuple(path + key for key in _checked(others, value, known, known, where))
 
 
 def _checked(
-    others: list[str], value: Mapping[str, Any], known: frozenset[str], everywhere: frozenset[str], where: str
+    others: list[str],
+    value: Mapping[str, Any],
+    known: frozenset[str],
+    everywhere: frozenset[str],
+    where: str,
 ) -> tuple[str, ...]:
     """The keys, none of which is a misspelling of a key that is absent."""
     for key in others:
@@ -156,7 +189,10 @@ def _checked(
             continue
         meant = misspelt(key, known)
         if meant and value.get(meant) is None and _could_be(meant, value[key]):
-            said = f"key {key!r} is not known, but {meant!r} is; rename it, or rename it to something else if it is not that"
+            said = (
+                f"key {key!r} is not known, but {meant!r} is; rename it, or rename it to something "
+                f"else if it is not that"
+            )
             raise RowError(where, "misspelt-key", said)
     return tuple(others)
 
@@ -165,8 +201,10 @@ def _checked(
 def misspelt(key: str, known: Iterable[str]) -> str | None:
     """The known key that `key` is a misspelling of, if any.
 
-    Written in another style (toolCalls, tool-calls), or within one edit (two, from eight letters on) with the
-    same first letter: insertion, deletion, another letter, or two neighbours exchanged. Short names are taken for
+    Written in another style (toolCalls, tool-calls), or within one edit (two, from eight letters
+    on) with the
+    same first letter: insertion, deletion, another letter, or two neighbours exchanged. Short names
+    are taken for
     misspelt only if letters are exchanged: `test` is not `text`.
     """
     plain = _plain(key)
@@ -190,11 +228,15 @@ def _plain(key: str) -> str:
 
 def _is_doubled(longer: str, shorter: str) -> bool:
     """Whether one is the other with one letter written twice."""
-    return len(longer) == len(shorter) + 1 and any(shorter[: i + 1] + shorter[i:] == longer for i in range(len(shorter)))
+    return len(longer) == len(shorter) + 1 and any(
+        shorter[: i + 1] + shorter[i:] == longer for i in range(len(shorter))
+    )
 
 
 def _edits(a: str, b: str) -> int:
-    """Insertions, deletions, replaced letters and exchanged neighbours between two words (optimal string alignment)."""
+    """Insertions, deletions, replaced letters and exchanged neighbours between two words (optimal
+    string alignment).
+    """
     if abs(len(a) - len(b)) > 2:
         return 3
     before: list[int] = []
@@ -210,13 +252,36 @@ def _edits(a: str, b: str) -> int:
 
 
 def _could_be(meant: str, value: Any) -> bool:
-    """Whether a value is of the kind that the key takes: `tool: "search"` is no misspelling of `tools`."""
-    lists = {"messages", "conversations", "tools", "functions", "documents", "history", "tool_calls", "input_ids"}
+    """Whether a value is of the kind that the key takes: `tool: "search"` is no misspelling of
+    `tools`.
+    """
+    lists = {
+        "messages",
+        "conversations",
+        "tools",
+        "functions",
+        "documents",
+        "history",
+        "tool_calls",
+        "input_ids",
+    }
     lists |= {"labels", "loss_weights", "attention_mask", *TOKEN_MASKS, *DOCUMENT_BOUNDS}
-    texts = {"role", "from", "value", "name", "tool_call_id", "system", "system_prompt", "text", "instruction"}
+    texts = {
+        "role",
+        "from",
+        "value",
+        "name",
+        "tool_call_id",
+        "system",
+        "system_prompt",
+        "text",
+        "instruction",
+    }
     texts |= {"output", "input", *REASONING}
     if meant in lists:
-        return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] in ("[", "{"))
+        return isinstance(value, list) or (
+            isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+        )
     if meant in texts:
         return isinstance(value, str)
     if meant in (*SWITCHES, *WEIGHTS, "mask", "masked", "unmask", "label", "kto_tag"):

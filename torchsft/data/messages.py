@@ -1,4 +1,6 @@
-"""One message of a conversation, in OpenAI's or ShareGPT's shape, and what its neighbours say about it."""
+"""One message of a conversation, in OpenAI's or ShareGPT's shape, and what its neighbours say about
+it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +124,11 @@ def content_of(value: Any, what: str, where: str) -> str | None:
     """The text of a content: a string, or a list of parts."""
     text, reasoning, _ = _content(value, where)
     if reasoning:
-        raise RowError(where, f"bad-{what}", f"{what} holds reasoning, which only an assistant's message can have")
+        raise RowError(
+            where,
+            f"bad-{what}",
+            f"{what} holds reasoning, which only an assistant's message can have",
+        )
     return None if text is None else expect(str, text, what, where)
 
 
@@ -142,7 +148,9 @@ def _content(content: Any, where: str) -> tuple[str | None, list[str], list[str]
             reasoning.append(part[kind])
             continue
         texts.append(_part_text(part, place))
-        ignored += other_keys_within(part, PART_KEYS | {"content", "value"}, "messages[].content[].", place)
+        ignored += other_keys_within(
+            part, PART_KEYS | {"content", "value"}, "messages[].content[].", place
+        )
     return "".join(texts), reasoning, ignored
 
 
@@ -152,18 +160,27 @@ def _part_text(part: dict[str, Any], where: str) -> str:
     held = [key for key in MEDIA if not is_empty(part.get(key))]
     if (kind is not None and kind not in TEXT_PARTS) or held:
         name = held[0] if held and kind in (None, *TEXT_PARTS) else kind
-        said = f"a content part has type {name!r:.60}, but only text can be trained; remove it or the row"
+        said = (
+            f"a content part has type {name!r:.60}, but only text can be trained; remove it or the "
+            f"row"
+        )
         raise RowError(where, "bad-content", said)
     for key in (*SWITCHES, "weight", "loss_weight", "mask"):
         if part.get(key) is not None:
-            said = f"a content part has {key}, but only whole messages can be weighted; split the message in two"
+            said = (
+                f"a content part has {key}, but only whole messages can be weighted; split the "
+                f"message in two"
+            )
             raise RowError(where, "unsupported-key", said)
     texts = [part[key] for key in ("text", "content", "value") if part.get(key) is not None]
     if not texts:
         return expect(str, None, "text of a content part", where)
     if len(texts) > 1:
         keys = ", ".join(part) or "none"
-        said = f"a content part needs one text, but has the keys {keys}; write it as {{'type': 'text', 'text': ...}}"
+        said = (
+            f"a content part needs one text, but has the keys {keys}; write it as {{'type': "
+            f"'text', 'text': ...}}"
+        )
         raise RowError(where, "bad-content", said)
     return expect(str, texts[0], "text of a content part", where)
 
@@ -208,15 +225,21 @@ def _call(call: Any, where: str, ignored: list[str]) -> dict[str, Any]:
 
 
 def _weight(message: dict[str, Any], where: str) -> tuple[float | None, bool | None]:
-    """The weight, and what `mask` says. torchtune's `masked` is true where a message is not trained."""
+    """The weight, and what `mask` says. torchtune's `masked` is true where a message is not
+    trained.
+    """
     weight = weight_of(message, where, SWITCHES)
     masked, mask = message.get("masked"), message.get("mask")
     for key, value in (("masked", masked), ("mask", mask)):
         if value not in (None, 0, 1):
-            raise RowError(where, "bad-weight", f"{key} is {value!r:.60}, but must be true or false")
+            raise RowError(
+                where, "bad-weight", f"{key} is {value!r:.60}, but must be true or false"
+            )
     if masked is not None:
         if weight is not None and bool(weight) == bool(masked):
-            said = f"masked is {masked!r}, which contradicts the weight {weight:g}; keep one of them"
+            said = (
+                f"masked is {masked!r}, which contradicts the weight {weight:g}; keep one of them"
+            )
             raise RowError(where, "bad-weight", said)
         weight = (1.0 if weight is None else weight) if not masked else 0.0
     return weight, None if mask is None else bool(mask)
@@ -225,14 +248,22 @@ def _weight(message: dict[str, Any], where: str) -> tuple[float | None, bool | N
 def follow_masks(parsed: list[Parsed], where: str) -> None:
     """Turn `mask` of messages into weights.
 
-    In some files true means trained, in others not trained. What the row says of messages that are never trained (the
-    user's) shows which; where it says nothing of them, or contradicts itself, it is refused rather than guessed.
+    In some files true means trained, in others not trained. What the row says of messages that are
+    never trained (the user's) shows which; where it says nothing of them, or contradicts itself, it
+    is refused rather than guessed.
     """
-    if not any(message.mask is not None and message.fields["role"] == "assistant" for message in parsed):
+    if not any(
+        message.mask is not None and message.fields["role"] == "assistant" for message in parsed
+    ):
         return
-    of_context = {message.mask for message in parsed if message.fields["role"] != "assistant"} - {None}
+    of_context = {message.mask for message in parsed if message.fields["role"] != "assistant"} - {
+        None
+    }
     if len(of_context) != 1:
-        said = "`mask` of a message means 'trained' to some tools and 'not trained' to others; write `train`"
+        said = (
+            "`mask` of a message means 'trained' to some tools and 'not trained' to others; write "
+            "`train`"
+        )
         raise RowError(where, "bad-weight", said)
     untrained = of_context.pop()
     for message in parsed:
@@ -240,13 +271,16 @@ def follow_masks(parsed: list[Parsed], where: str) -> None:
             continue
         is_trained = message.mask is not untrained
         if message.weight is not None and bool(message.weight) != is_trained:
-            raise RowError(where, "bad-weight", "`mask` of a message contradicts its weight; keep one of them")
+            raise RowError(
+                where, "bad-weight", "`mask` of a message contradicts its weight; keep one of them"
+            )
         if not is_trained:
             message.weight = 0.0
 
 
 def merge_calls(parsed: list[Parsed], context: int) -> tuple[list[Parsed], int]:
-    """Neighbours that are nothing but tool calls become one message of the assistant, as one turn makes several calls.
+    """Neighbours that are nothing but tool calls become one message of the assistant, as one turn
+    makes several calls.
 
     Args:
         context: so many messages at the beginning are a prompt; nothing is merged across its end.
@@ -270,7 +304,9 @@ def merge_calls(parsed: list[Parsed], context: int) -> tuple[list[Parsed], int]:
 
 
 def notes_of(parsed: list[Parsed], context: int) -> tuple[str, ...]:
-    """Codes of what is to be told of a conversation: unusual-order, empty-answer, weight-on-context."""
+    """Codes of what is to be told of a conversation: unusual-order, empty-answer,
+    weight-on-context.
+    """
     notes = []
     wanted = FOLLOWS[""]
     for message in parsed:

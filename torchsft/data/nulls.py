@@ -1,14 +1,15 @@
 """Nulls of rows: which of them somebody said, and which Arrow put in.
 
-Arrow gives each struct the keys of all others in its column, so that a message without tool calls comes back with
-`tool_calls: null`, a call with the arguments of all other calls, and a tool with the properties of all other tools. Templates
-that ask whether a key is there go wrong then, and the nulls of arguments would be trained. `Dataset.to_json` writes such
-nulls into JSONL too.
+Arrow gives each struct the keys of all others in its column, so that a message without tool calls
+comes back with `tool_calls: null`, a call with the arguments of all other calls, and a tool with
+the properties of all other tools. Templates that ask whether a key is there go wrong then, and the
+nulls of arguments would be trained. `Dataset.to_json` writes such nulls into JSONL too.
 
-Everywhere but in the arguments of tool calls a null says that a key is absent. An argument that is null stays if the tool
-that the row declares has that parameter, and is taken out if the declared tool has no such parameter. Where no declaration
-shows it, a JSON row keeps it, a row of Arrow's structs loses it, and both are counted as doubtful. So is one that stays in
-a row of Arrow's structs, as it may be padding all the same.
+Everywhere but in the arguments of tool calls a null says that a key is absent. An argument that is
+null stays if the tool that the row declares has that parameter, and is taken out if the declared
+tool has no such parameter. Where no declaration shows it, a JSON row keeps it, a row of Arrow's
+structs loses it, and both are counted as doubtful. So is one that stays in a row of Arrow's
+structs, as it may be padding all the same.
 """
 
 import functools
@@ -22,7 +23,9 @@ _MAY_BE_NULL = ("default", "const", "example", "examples", "enum")
 
 
 class Null(Enum):
-    """A null that stands in a JSON value, where Arrow puts in none: in structs every absent key is null."""
+    """A null that stands in a JSON value, where Arrow puts in none: in structs every absent key is
+    null.
+    """
 
     SAID = "null"
 
@@ -49,7 +52,9 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
         if value is None or value is Null.SAID or key in found:
             continue
         in_messages = key in ("messages", "conversations", "prompt", "completion")
-        found[key] = _messages(value, declared, padded, notes) if in_messages else _other(value, padded)
+        found[key] = (
+            _messages(value, declared, padded, notes) if in_messages else _other(value, padded)
+        )
     ordered = {key: found[key] for key in row if key in found}
     return ordered, tuple(sorted(notes))
 
@@ -60,7 +65,9 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _unpacked(value: Any) -> Any:
-    """What stands in a string as JSON, as tools often do. What is no JSON is refused where it is used."""
+    """What stands in a string as JSON, as tools often do. What is no JSON is refused where it is
+    used.
+    """
     return _parsed(value) if isinstance(value, str) else value
 
 
@@ -76,7 +83,10 @@ def _other(value: Any, padded: bool) -> Any:
     """Without padding; what JSON says stays."""
     if isinstance(value, dict):
         kept = {key: inner for key, inner in value.items() if inner is not None or not padded}
-        return {key: None if inner is Null.SAID else _other(inner, padded) for key, inner in kept.items()}
+        return {
+            key: None if inner is Null.SAID else _other(inner, padded)
+            for key, inner in kept.items()
+        }
     return [_other(inner, padded) for inner in value] if isinstance(value, list) else value
 
 
@@ -105,14 +115,18 @@ def _declared(tools: list[Any]) -> dict[str, Any]:
             continue
         parameters = _unpacked(function.get("parameters"))
         if isinstance(parameters, dict):
-            found[function["name"]] = _schema(parameters, padded=True)  # a property that is null is none
+            # a property that is null is none
+            found[function["name"]] = _schema(parameters, padded=True)
     return found
 
 
 def _messages(value: Any, declared: dict[str, Any], padded: bool, notes: set[str]) -> Any:
     """Messages without keys that are null, but for the arguments of their calls."""
     if isinstance(value, list):
-        return [None if inner is Null.SAID else _messages(inner, declared, padded, notes) for inner in value]
+        return [
+            None if inner is Null.SAID else _messages(inner, declared, padded, notes)
+            for inner in value
+        ]
     if not isinstance(value, dict):
         return value
     found = {}
@@ -131,10 +145,15 @@ def _messages(value: Any, declared: dict[str, Any], padded: bool, notes: set[str
 
 
 def _arguments(value: Any, schema: Any, padded: bool, notes: set[str]) -> Any:
-    """Arguments of a call, or what stands inside them; `schema`: what the tool declares of it, None where it does not."""
+    """Arguments of a call, or what stands inside them; `schema`: what the tool declares of it, None
+    where it does not.
+    """
     if isinstance(value, list):
         items = schema.get("items") if isinstance(schema, dict) else None
-        return [None if inner is Null.SAID else _arguments(inner, items, padded, notes) for inner in value]
+        return [
+            None if inner is Null.SAID else _arguments(inner, items, padded, notes)
+            for inner in value
+        ]
     if not isinstance(value, dict):
         return value
     properties = schema.get("properties") if isinstance(schema, dict) else None

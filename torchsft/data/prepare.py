@@ -1,4 +1,6 @@
-"""From the names of sources to their samples: read, parsed, tokenised, cut to seq_len, counted, and kept in the cache."""
+"""From the names of sources to their samples: read, parsed, tokenised, cut to seq_len, counted, and
+kept in the cache.
+"""
 
 import functools
 import os
@@ -33,14 +35,16 @@ from torchsft.data.specs import evaluation_sets, parse_spec
 from torchsft.data.template import ChatTokenizer, Sample, templates_of
 from torchsft.data.tokenizer import eos_ids
 
-CHUNK_BYTES, CHUNK_ROWS = 2**20, 1024  # what is tokenised at once: the first of the two that is reached
+# what is tokenised at once: the first of the two that is reached
+CHUNK_BYTES, CHUNK_ROWS = 2**20, 1024
 FEW_CHUNKS = 8  # as many are tokenised before further processes would have started
 MAX_PROCESSES = 16  # more would wait for the one that reads and writes
 LISTED_FAULTS = 100
 SERVER = [sys.executable, "-c", "from torchsft.data import prepare; prepare.serve()"]
 
 Row = tuple[int, "bytes | dict[str, Any] | RowError"]  # with its number, as `Source.rows` yields it
-Chunk = tuple[list[Row], int]  # rows that are tokenised at once, and the bytes of the source that are read behind them
+# rows that are tokenised at once, and the bytes of the source that are read behind them
+Chunk = tuple[list[Row], int]
 
 
 @dataclass
@@ -68,10 +72,12 @@ Made = tuple[cache.Block, Tally]  # samples, and what became of the rows that th
 class Report:
     """What became of the rows of one source; tokens are those of the samples that are left.
 
-    `counts`: what happened how often, to samples (too-long, truncated, split, no-targets) or rows (notes of the template,
-    skipped). `ignored`: keys that no format knows, with the number of rows that have them. `ends`: ids of the tokens that end
-    trained turns (as strings, for JSON), with the number of these turns. `faults`: the first skipped rows. `kept`: the first
-    rows that have a fault and are kept nevertheless."""
+    `counts`: what happened how often, to samples (too-long, truncated, split, no-targets) or rows
+    (notes of the template, skipped). `ignored`: keys that no format knows, with the number of rows
+    that have them. `ends`: ids of the tokens that end trained turns (as strings, for JSON), with
+    the number of these turns. `faults`: the first skipped rows. `kept`: the first rows that have a
+    fault and are kept nevertheless.
+    """
 
     name: str
     path: str
@@ -98,14 +104,17 @@ class Report:
         self.max_id = max(self.max_id, int(block.tokens.max(initial=0)))
         self.counts = dict(Counter(self.counts) + tally.counts)
         self.ignored = dict(Counter(self.ignored) + tally.ignored)
-        self.ends = dict(Counter(self.ends) + Counter({str(token): n for token, n in tally.ends.items()}))
+        self.ends = dict(
+            Counter(self.ends) + Counter({str(token): n for token, n in tally.ends.items()})
+        )
         self.faults = (self.faults + [str(fault) for fault in tally.faults])[:LISTED_FAULTS]
         self.kept = (self.kept + tally.kept)[:LISTED_FAULTS]
 
     def __str__(self) -> str:
         supervised = 100 * self.supervised_tokens / max(self.tokens, 1)
         return (
-            f"{self.name} ({self.format}): {self.rows:,} rows, {self.samples:,} samples, {self.tokens:,} tokens"
+            f"{self.name} ({self.format}): {self.rows:,} rows, {self.samples:,} samples, "
+            f"{self.tokens:,} tokens"
             f" ({supervised:.1f} % supervised), longest {self.longest:,}"
         ) + "".join(f"; {text}" for text in [*self._counted(), *self._ignored()])
 
@@ -122,7 +131,9 @@ class Report:
 
 @dataclass
 class Result:
-    """What one row gave: samples of at most seq_len tokens (int32 [n], float32 [n]), or the fault that makes it useless."""
+    """What one row gave: samples of at most seq_len tokens (int32 [n], float32 [n]), or the fault
+    that makes it useless.
+    """
 
     number: int
     samples: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -135,7 +146,9 @@ class Result:
 
 @dataclass
 class Prepared:
-    """The samples of one source, each with a supervised token. An epoch takes each `weight` times."""
+    """The samples of one source, each with a supervised token. An epoch takes each `weight`
+    times.
+    """
 
     name: str
     weight: float
@@ -145,12 +158,23 @@ class Prepared:
 
 
 class Preparer:
-    """Makes samples of the rows of one source. Can be pickled. The first good row decides the `format` of all."""
+    """Makes samples of the rows of one source. Can be pickled. The first good row decides the
+    `format` of all.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, data: Data, source: Source | Files, vocab_size: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Data,
+        source: Source | Files,
+        vocab_size: int | None = None,
     ) -> None:
-        self.tokenizer, self.data, self.source, self.vocab_size = tokenizer, data, source, vocab_size
+        self.tokenizer, self.data, self.source, self.vocab_size = (
+            tokenizer,
+            data,
+            source,
+            vocab_size,
+        )
         self.name, self.places = source.name, source.places()
         self.format: str | None = None
         self.columns, self.system = data.columns(), data.system_text()
@@ -161,10 +185,21 @@ class Preparer:
     def chat(self) -> ChatTokenizer:
         """Made when it is needed, which it is not to open a cache."""
         data, variables = self.data, self.data.template_variables()
-        read = {name for template in templates_of(self.tokenizer).values() for name in variables_of(template)}
+        read = {
+            name
+            for template in templates_of(self.tokenizer).values()
+            for name in variables_of(template)
+        }
         if unknown := sorted(variables.keys() - read):
-            raise InputError(f"--data.template-kwargs has {unknown[0]!r}, which is no variable of the chat template")
-        how = {"mask": data.mask, "reasoning": data.reasoning, "on_lost_context": data.on_lost_context}
+            raise InputError(
+                f"--data.template-kwargs has {unknown[0]!r}, which is no variable of "
+                f"the chat template"
+            )
+        how = {
+            "mask": data.mask,
+            "reasoning": data.reasoning,
+            "on_lost_context": data.on_lost_context,
+        }
         return ChatTokenizer(self.tokenizer, template_kwargs=variables, eos_ids=self.eos_ids, **how)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,7 +219,10 @@ class Preparer:
                     row = mapped(row, self.columns, where)
                 found = recognise(row, where)
                 if self.format not in (None, found):
-                    text = f"format {found} where the rows before are {self.format}; give different formats as different files"
+                    text = (
+                        f"format {found} where the rows before are {self.format}; give different "
+                        f"formats as different files"
+                    )
                     raise RowError(where, "mixed-format", text)
                 example = parse(row, found, row_id(self.name, number), where, self.system)
                 parsed.append((result, example))
@@ -193,7 +231,9 @@ class Preparer:
                 self.format = found
             except RowError as error:
                 result.fault = error
-        for (result, _), found in zip(parsed, self.chat.encode([example for _, example in parsed]), strict=True):
+        for (result, _), found in zip(
+            parsed, self.chat.encode([example for _, example in parsed]), strict=True
+        ):
             try:
                 if isinstance(found, RowError):
                     raise found
@@ -201,7 +241,9 @@ class Preparer:
                 for tokens, weights in found.samples:
                     self._fit(result, tokens, weights)
                 result.ends = found.ends if result.samples else ()
-                result.kept = tuple(f"{place_of(self.places, result.number)}: {text}" for text in found.kept)
+                result.kept = tuple(
+                    f"{place_of(self.places, result.number)}: {text}" for text in found.kept
+                )
             except RowError as error:
                 where = place_of(self.places, result.number)
                 result.samples, result.fault = [], RowError(where, error.reason, error.text)
@@ -211,15 +253,26 @@ class Preparer:
         """Add a sample, cut as `data.truncation` says; what has no target (left) is dropped."""
         pieces, limit, how = [slice(None)], self.data.seq_len, self.data.truncation
         if self.vocab_size is not None and (largest := tokens.max(initial=0)) >= self.vocab_size:
-            text = f"token id {largest}, but the model's vocabulary has {self.vocab_size}; use the model's tokenizer"
+            text = (
+                f"token id {largest}, but the model's vocabulary has {self.vocab_size}; use the "
+                f"model's tokenizer"
+            )
             raise RowError("", "unknown-token", text)
         if len(tokens) > limit:
             if how == "raise":
-                text = f"{len(tokens)} tokens, but --data.seq-len is {limit}; raise it or set --data.truncation"
+                text = (
+                    f"{len(tokens)} tokens, but --data.seq-len is {limit}; raise it or set "
+                    f"--data.truncation"
+                )
                 raise RowError("", "too-long", text)
             result.notes += ({"drop": "too-long", "split": "split"}.get(how, "truncated"),)
             every = [slice(i, i + limit) for i in range(0, len(tokens), limit)]
-            pieces = {"drop": [], "left": [slice(-limit, None)], "right": every[:1], "split": every}[how]
+            pieces = {
+                "drop": [],
+                "left": [slice(-limit, None)],
+                "right": every[:1],
+                "split": every,
+            }[how]
         for piece in pieces:
             kept = weights[piece].copy()
             kept[:1] = 0.0  # nothing comes before it
@@ -231,7 +284,11 @@ class Preparer:
     def block(self, rows: Sequence[Row]) -> Made:
         """The samples of some rows as the cache keeps them, and what became of the rows."""
         results = self(rows)
-        parts = [(r.number, part, *s) for r in results for part, s in enumerate(r.samples, start=int(len(r.samples) > 1))]
+        parts = [
+            (r.number, part, *s)
+            for r in results
+            for part, s in enumerate(r.samples, start=int(len(r.samples) > 1))
+        ]
         tally = Tally(rows=len(rows))
         for result in results:
             tally.counts.update(result.notes)
@@ -249,13 +306,20 @@ class Stream:
 
     def __init__(self, preparer: Preparer) -> None:
         source, self.preparer = preparer.source, preparer
-        self.name, self.weight, self.report = source.name, source.spec.weight, Report(source.name, source.spec.path)
+        self.name, self.weight, self.report = (
+            source.name,
+            source.spec.weight,
+            Report(source.name, source.spec.path),
+        )
 
     def open(self, start: int) -> Iterator[tuple[int, int, Sample]]:
-        """Yield (row number, part, sample) of the rows behind the first `start`. Raises InputError as `prepare` does."""
+        """Yield (row number, part, sample) of the rows behind the first `start`. Raises InputError
+        as `prepare` does.
+        """
         preparer, source = self.preparer, self.preparer.source
         first = source.rows() if start else iter(())
-        while not preparer.format and (row := next(first, None)):  # here too the first good row decides
+        # here too the first good row decides
+        while not preparer.format and (row := next(first, None)):
             preparer([row])
         for rows, _ in _chunks(source, start):
             block, tally = preparer.block(rows)
@@ -270,58 +334,114 @@ class Stream:
 
 
 def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source | Files]:
-    """The sources of `--data.train`, named by the last part of their path, or by all of it where that occurs twice.
-    Raises InputError: one cannot be opened, or is given twice."""
+    """The sources of `--data.train`, named by the last part of their path, or by all of it where
+    that occurs twice.
+    Raises InputError: one cannot be opened, or is given twice.
+    """
     parsed = [parse_spec(str(spec)) for spec in specs]
     places = [(os.path.realpath(spec.path), spec.split) for spec in parsed]
-    names = [Path(os.path.abspath(spec.path)).name for spec in parsed]  # a link's own: the hub's cache links to hashes
-    if twice := [spec.path for spec, place in zip(parsed, places, strict=True) if places.count(place) > 1]:
-        raise InputError(f"{twice[0]} is given twice; name it once, as {twice[0]}:2.0 to take each of its samples twice")
+    # a link's own: the hub's cache links to hashes
+    names = [Path(os.path.abspath(spec.path)).name for spec in parsed]
+    if twice := [
+        spec.path for spec, place in zip(parsed, places, strict=True) if places.count(place) > 1
+    ]:
+        raise InputError(
+            f"{twice[0]} is given twice; name it once, as {twice[0]}:2.0 to take each "
+            f"of its samples twice"
+        )
     whole = [spec.path + (f":{spec.split}" if spec.split else "") for spec in parsed]
-    chosen = [name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)]
-    sources = [open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)]
+    chosen = [
+        name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)
+    ]
+    sources = [
+        open_source(spec, name, streaming) for spec, name in zip(parsed, chosen, strict=True)
+    ]
     owner: dict[str, str] = {}
     for source in sources:
         for path in source.paths() if isinstance(source, Files) else [source.spec.path]:
             place = os.path.realpath(path)
             if os.path.isfile(place) and owner.setdefault(place, source.given) != source.given:
                 both = f"{owner[place]} and {source.given}"
-                raise InputError(f"{path} is in both {both}; name it once, with a weight to take each of its samples twice")
+                raise InputError(
+                    f"{path} is in both {both}; name it once, with a weight to take "
+                    f"each of its samples twice"
+                )
     return sources
 
 
 def open_streams(
-    specs: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: Data, *, vocab_size: int | None = None
+    specs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    *,
+    vocab_size: int | None = None,
 ) -> list[Stream]:
     """The sources of `--data.train` under `--data.streaming`; arguments as in `prepare`."""
-    return [Stream(Preparer(tokenizer, data, source, vocab_size)) for source in open_sources(specs, streaming=True)]
+    return [
+        Stream(Preparer(tokenizer, data, source, vocab_size))
+        for source in open_sources(specs, streaming=True)
+    ]
 
 
 def prepare(
-    specs: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: Data, vocab_size: int | None = None, progress: bool = False
+    specs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    vocab_size: int | None = None,
+    progress: bool = False,
 ) -> list[Prepared]:
-    """The samples of each source, from the cache or made now, under the options of `data`. `vocab_size`: the model's; absent:
-    ids are not checked. `progress`: show a bar while this process makes them. Raises InputError: an unusable source,
-    tokenizer or cache; under `on_error` raise, a row that cannot be used; a source of which nothing is left to train."""
-    return [_prepare(Preparer(tokenizer, data, source, vocab_size), progress) for source in open_sources(specs)]
+    """The samples of each source, from the cache or made now, under the options of `data`.
+    `vocab_size`: the model's; absent:
+    ids are not checked. `progress`: show a bar while this process makes them. Raises InputError: an
+    unusable source, tokenizer or cache; under `on_error` raise, a row that cannot be used; a source
+    of which nothing is left to train.
+    """
+    return [
+        _prepare(Preparer(tokenizer, data, source, vocab_size), progress)
+        for source in open_sources(specs)
+    ]
 
 
-def prepare_eval(specs: Sequence[str], *arguments: Any, **options: Any) -> dict[str, list[Prepared]]:
+def prepare_eval(
+    specs: Sequence[str], *arguments: Any, **options: Any
+) -> dict[str, list[Prepared]]:
     """`prepare` for each of `evaluation_sets`."""
-    return {name: prepare(rest, *arguments, **options) for name, rest in evaluation_sets(specs).items()}
+    return {
+        name: prepare(rest, *arguments, **options) for name, rest in evaluation_sets(specs).items()
+    }
 
 
 def _prepare(preparer: Preparer, progress: bool) -> Prepared:
-    data, source, directory = preparer.data, preparer.source, cache.cache_directory(preparer.data.cache)
+    data, source, directory = (
+        preparer.data,
+        preparer.source,
+        cache.cache_directory(preparer.data.cache),
+    )
     path, name, content = source.spec.path, source.name, cache.fingerprint(directory, source)
-    options = [data.mask, data.reasoning, data.template_variables(), data.seq_len, data.truncation, preparer.vocab_size]
+    options = [
+        data.mask,
+        data.reasoning,
+        data.template_variables(),
+        data.seq_len,
+        data.truncation,
+        preparer.vocab_size,
+    ]
     options += [preparer.columns, preparer.system]
     options += [data.on_lost_context, preparer.eos_ids]
-    key = cache.key_of(content, source.kind, source.spec.split, _tokenizer_state(preparer.tokenizer), options)
+    key = cache.key_of(
+        content, source.kind, source.spec.split, _tokenizer_state(preparer.tokenizer), options
+    )
 
     def build(add: Callable[[cache.Block], None]) -> dict[str, Any]:
-        report, hidden = Report(name, path), None if progress else True  # None: where standard error is no terminal
-        bar = tqdm(total=source.total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden)
+        # None: where standard error is no terminal
+        report, hidden = Report(name, path), None if progress else True
+        bar = tqdm(
+            total=source.total_bytes,
+            unit="B",
+            unit_scale=True,
+            desc=f"tokenising {name}",
+            disable=hidden,
+        )
         with bar, closing(_blocks(preparer, _chunks(source))) as made:
             for (block, tally), read in made:
                 if tally.faults and data.on_error == "raise":
@@ -333,16 +453,24 @@ def _prepare(preparer: Preparer, progress: bool) -> Prepared:
         if not report.rows:
             raise InputError(f"{path} holds no rows; remove it or give a file with at least one")
         if not report.samples:
-            used = f"--data.seq-len {data.seq_len}, --data.truncation {data.truncation}, --data.mask {data.mask}"
+            used = (
+                f"--data.seq-len {data.seq_len}, --data.truncation {data.truncation}, --data.mask "
+                f"{data.mask}"
+            )
             faults = "".join(f"; first fault: {fault}" for fault in report.faults[:1])
-            raise InputError(f"no supervised token is left: {report} ({used}); raise --data.seq-len or change the data{faults}")
+            raise InputError(
+                f"no supervised token is left: {report} ({used}); raise "
+                f"--data.seq-len or change the data{faults}"
+            )
         if cache.fingerprint(directory, source) != content:
             raise InputError(f"{path} changed while it was read; start again when it is complete")
         return asdict(report)
 
     samples, kept, digest = cache.open_or_build(directory, key, name, build)
     # The file may have moved since.
-    faults, still = ([_moved(text, kept["path"], path) for text in kept[name]] for name in ("faults", "kept"))
+    faults, still = (
+        [_moved(text, kept["path"], path) for text in kept[name]] for name in ("faults", "kept")
+    )
     if faults and data.on_error == "raise":
         raise InputError(faults[0])
     report = Report(**kept | {"name": name, "path": path, "faults": faults, "kept": still})
@@ -356,10 +484,18 @@ def _moved(text: str, old: str, new: str) -> str:
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All of it that decides how a conversation is tokenised."""
-    backend = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')[2]  # before: how it was called last
+    # before: how it was called last
+    backend = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')[2]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     around = tokenizer("").input_ids  # what the post-processor adds
-    return [backend, around, templates_of(tokenizer), special, tokenizers.__version__, transformers.__version__]
+    return [
+        backend,
+        around,
+        templates_of(tokenizer),
+        special,
+        tokenizers.__version__,
+        transformers.__version__,
+    ]
 
 
 def _chunks(source: Source, start: int = 0) -> Iterator[Chunk]:
@@ -375,15 +511,22 @@ def _chunks(source: Source, start: int = 0) -> Iterator[Chunk]:
 
 
 def _blocks(preparer: Preparer, chunks: Iterator[Chunk]) -> Iterator[tuple[Made, int]]:
-    """`Preparer.block` of each chunk, in order; where there is much to do by further processes, each with one chunk at a time.
+    """`Preparer.block` of each chunk, in order; where there is much to do by further processes,
+    each with one chunk at a time.
 
-    Not multiprocessing: its processes import the main program (and torch) again, and live on when this one is killed."""
+    Not multiprocessing: its processes import the main program (and torch) again, and live on when
+    this one is killed.
+    """
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
     for i, (rows, read) in enumerate(chunks, start=1):
         yield preparer.block(rows), read
         if i >= FEW_CHUNKS and processes > 1 and preparer.format:  # which the others have to know
             break
-    settings = {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     children: deque[subprocess.Popen] = deque()  # the one that has worked longest comes first
     try:
         for chunk in chunks:
@@ -401,7 +544,10 @@ def _blocks(preparer: Preparer, chunks: Iterator[Chunk]) -> Iterator[tuple[Made,
         for child in children:
             yield pickle.load(child.stdout)
     except (OSError, EOFError, pickle.UnpicklingError) as error:
-        text = f"a process that tokenises {preparer.name} ended, perhaps for lack of memory; see above, and start again"
+        text = (
+            f"a process that tokenises {preparer.name} ended, perhaps for lack of memory; see "
+            f"above, and start again"
+        )
         raise InputError(text) from error
     finally:
         for child in children:
@@ -410,7 +556,9 @@ def _blocks(preparer: Preparer, chunks: Iterator[Chunk]) -> Iterator[tuple[Made,
 
 
 def serve() -> None:
-    """A further process: reads the preparer and then chunks, and answers with their blocks, until there is nobody to ask."""
+    """A further process: reads the preparer and then chunks, and answers with their blocks, until
+    there is nobody to ask.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed is no answer

@@ -1,6 +1,8 @@
-"""Rows that are tokens already: which of them are trained, which are padding, and where documents begin.
+"""Rows that are tokens already: which of them are trained, which are padding, and where documents
+begin.
 
-Labels stand at the place of their token, as in transformers and TRL, which shift them when the loss is computed.
+Labels stand at the place of their token, as in transformers and TRL, which shift them when the loss
+is computed.
 """
 
 from typing import Any
@@ -18,7 +20,8 @@ def parse(row: Row, where: str) -> Parsed:
     """The tokens of a row.
 
     Returns:
-        tokens int32 [n], weights float32 [n] of each as a target, where the documents begin (0 first), and notes.
+        tokens int32 [n], weights float32 [n] of each as a target, where the documents begin (0
+        first), and notes.
 
     Raises:
         RowError: bad-tokens, bad-labels, bad-mask, bad-bounds or a fault of a weight.
@@ -58,26 +61,40 @@ def _for_each_token(row: Row, key: str, n: int, where: str) -> np.ndarray:
     found = _numbers(row[key], key, where)
     if len(found) != n:
         reason = "bad-labels" if key in ("labels", "loss_weights") else "bad-mask"
-        raise RowError(where, reason, f"{n} input_ids, but {len(found)} {key}; give one for each token")
+        raise RowError(
+            where, reason, f"{n} input_ids, but {len(found)} {key}; give one for each token"
+        )
     return found
 
 
 def _attention(row: Row, n: int, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which tokens are no padding, and the documents where the mask numbers them, as axolotl's packing does."""
+    """Which tokens are no padding, and the documents where the mask numbers them, as axolotl's
+    packing does.
+    """
     if row.get("attention_mask") is None:
         return np.ones(n, dtype=bool), None
     mask = _for_each_token(row, "attention_mask", n, where)
     if mask.dtype.kind == "f" or mask.min() < 0:
-        raise RowError(where, "bad-mask", "attention_mask must have whole numbers that are at least 0")
+        raise RowError(
+            where, "bad-mask", "attention_mask must have whole numbers that are at least 0"
+        )
     return mask > 0, mask if mask.max() > 1 else None
 
 
-def _weights(row: Row, ids: np.ndarray, attended: np.ndarray, where: str) -> tuple[np.ndarray, list[str]]:
+def _weights(
+    row: Row, ids: np.ndarray, attended: np.ndarray, where: str
+) -> tuple[np.ndarray, list[str]]:
     """The weight of each token, by labels or loss weights, and by masks."""
     keys = [key for key in ("labels", "loss_weights") if row.get(key) is not None]
     if len(keys) > 1:
-        raise RowError(where, "bad-labels", "input_ids with labels and loss_weights; give one of them")
-    masks = {key: _for_each_token(row, key, len(ids), where) for key in TOKEN_MASKS if row.get(key) is not None}
+        raise RowError(
+            where, "bad-labels", "input_ids with labels and loss_weights; give one of them"
+        )
+    masks = {
+        key: _for_each_token(row, key, len(ids), where)
+        for key in TOKEN_MASKS
+        if row.get(key) is not None
+    }
     for key, mask in masks.items():
         if not np.isin(mask, (0, 1)).all():
             raise RowError(where, "bad-mask", f"{key} must have a 0 or 1 for each token")
@@ -95,7 +112,9 @@ def _weights(row: Row, ids: np.ndarray, attended: np.ndarray, where: str) -> tup
         weight_of({"weight": given[i].item()}, f"{where}, token {i + 1}")
     for key, mask in masks.items():
         if conflict := np.flatnonzero((given > 0) & (mask == 0) & attended).tolist():
-            said = f"{keys[0]} train token {conflict[0] + 1}, but {key} is 0 there; keep one of them"
+            said = (
+                f"{keys[0]} train token {conflict[0] + 1}, but {key} is 0 there; keep one of them"
+            )
             raise RowError(where, "bad-mask", said)
     return given, []
 
@@ -111,7 +130,9 @@ def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray, whe
         raise RowError(where, "bad-labels", f"{said}; labels must not be shifted")
 
 
-def _documents(row: Row, numbered: np.ndarray | None, attended: np.ndarray, where: str) -> np.ndarray:
+def _documents(
+    row: Row, numbered: np.ndarray | None, attended: np.ndarray, where: str
+) -> np.ndarray:
     """The number of each token's document, int64 [n]; all that the row says of it must agree."""
     n = len(attended)
     found: dict[str, np.ndarray] = {}
@@ -135,7 +156,11 @@ def _documents(row: Row, numbered: np.ndarray | None, attended: np.ndarray, wher
     (first, bounds), *others = edges.items()
     for key, other in others:
         if not np.array_equal(bounds, other):
-            raise RowError(where, "bad-bounds", f"{first} and {key} divide the tokens differently; keep one of them")
+            raise RowError(
+                where,
+                "bad-bounds",
+                f"{first} and {key} divide the tokens differently; keep one of them",
+            )
     numbers = np.zeros(n, dtype=np.int64)
     numbers[attended] = np.concatenate([[0], np.cumsum(bounds)]) if attended.any() else 0
     return numbers
@@ -148,7 +173,10 @@ def _by_positions(positions: np.ndarray, attended: np.ndarray, where: str) -> np
     wrong = np.flatnonzero((steps != 1) & (real[1:] != 0))
     if len(real) and (real[0] != 0 or len(wrong)):
         at = int(wrong[0]) + 2 if real[0] == 0 else 1
-        said = f"position_ids of a document must count from 0, but that of token {at} is {real[at - 1]}"
+        said = (
+            f"position_ids of a document must count from 0, but that of token {at} is "
+            f"{real[at - 1]}"
+        )
         raise RowError(where, "bad-bounds", said)
     numbers = np.zeros(len(positions), dtype=np.int64)
     numbers[attended] = np.cumsum(real == 0)
@@ -159,6 +187,9 @@ def _by_edges(edges: np.ndarray, n: int, key: str, where: str) -> np.ndarray:
     """Documents between cumulative lengths, 0 first and the number of tokens last."""
     whole = edges.dtype.kind in "iu" or (len(edges) == 1 and edges[0] == 0)
     if not whole or len(edges) < 2 or edges[0] != 0 or edges[-1] != n or (np.diff(edges) < 0).any():
-        said = f"{key} must divide all {n} input_ids, from 0 to {n}, but ends at {edges[-1] if len(edges) else 0}"
+        said = (
+            f"{key} must divide all {n} input_ids, from 0 to {n}, but ends at "
+            f"{edges[-1] if len(edges) else 0}"
+        )
         raise RowError(where, "bad-bounds", said)
     return np.repeat(np.arange(len(edges) - 1), np.diff(edges))

@@ -1,6 +1,7 @@
 """One chat template: the text that it makes of messages, and what it wants to be given.
 
-Nothing about a template is known but what it writes: each property here is read off renderings of small conversations.
+Nothing about a template is known but what it writes: each property here is read off renderings of
+small conversations.
 """
 
 import json
@@ -21,7 +22,11 @@ REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)  # in
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 PROBE_TOOL = {
     "type": "function",
-    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}},
+    "function": {
+        "name": "f",
+        "description": "",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
 }
 QUESTION, ANSWER, THOUGHT = "\ue000", "\ue001", "\ue002"  # what the messages of probes say
 
@@ -39,7 +44,9 @@ NOTHING = Given()
 class AddedTokens(NamedTuple):
     """Texts of the added tokens of a tokenizer that can end a turn.
 
-    `special`: marked so, eos_token among them. `others`: not marked. `stops`: those at which servers stop."""
+    `special`: marked so, eos_token among them. `others`: not marked. `stops`: those at which
+    servers stop.
+    """
 
     special: tuple[str, ...]
     others: tuple[str, ...]
@@ -49,16 +56,22 @@ class AddedTokens(NamedTuple):
 def without_reasoning(message: Message) -> tuple[str, Message]:
     """The reasoning of a message, "" if it has none, and the message without it."""
     if message.get("reasoning_content"):
-        return message["reasoning_content"], {k: v for k, v in message.items() if k != "reasoning_content"}
+        return message["reasoning_content"], {
+            k: v for k, v in message.items() if k != "reasoning_content"
+        }
     found = REASONING.fullmatch(message.get("content") or "")
     return (found[1], {**message, "content": found[2]}) if found else ("", message)
 
 
 def variables_of(template: str) -> set[str]:
-    """Names of the variables that a template reads; those of all words in it, where it cannot be parsed."""
+    """Names of the variables that a template reads; those of all words in it, where it cannot be
+    parsed.
+    """
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        return jinja2.meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template)))
+        return jinja2.meta.find_undeclared_variables(
+            environment.parse(GENERATION.sub("", template))
+        )
     except jinja2.TemplateError:  # which rows are told when it is rendered
         return set(re.findall(r"\w+", template))
 
@@ -74,8 +87,9 @@ class ChatTemplate:
         closing: the token with which it ends the last turn, if it writes one.
         tail: what it writes behind the end of the last turn.
         enders: tokens that end turns.
-        openers: where turns end with the token that opens the next one (GLM), what is to be added behind a last turn:
-            before a "user" message, before a "tool" message. Empty for other templates.
+        openers: where turns end with the token that opens the next one (GLM), what is to be added
+            behind a last turn: before a "user" message, before a "tool" message. Empty for other
+            templates.
     """
 
     def __init__(self, text: str, variables: Mapping[str, Any], added: AddedTokens) -> None:
@@ -84,12 +98,17 @@ class ChatTemplate:
         self.has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
         self.as_parts = False
         if ANSWER not in self._probe({"content": ANSWER}):
-            self.as_parts = True  # templates of image models, which read a content as a list of parts only
+            # templates of image models, which read a content as a list of parts only
+            self.as_parts = True
             self.as_parts = ANSWER in self._probe({"content": ANSWER})
 
         before, prompt = self._probe(), self._probe(generation_prompt=True)
-        self.before_content, _, rest = self._probe({"content": ANSWER}).removeprefix(before).partition(ANSWER)
-        self.header = self.before_content if prompt == before and self.before_content.strip() else ""
+        self.before_content, _, rest = (
+            self._probe({"content": ANSWER}).removeprefix(before).partition(ANSWER)
+        )
+        self.header = (
+            self.before_content if prompt == before and self.before_content.strip() else ""
+        )
         self.opening = prompt.removeprefix(before) + self.header
         self._find_ends(added, rest)
 
@@ -106,45 +125,76 @@ class ChatTemplate:
         generation_prompt: bool = False,
         blocks: bool = False,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text and, where asked for, the characters of its generation blocks. Raises RowError: the template refuses."""
+        """The text and, where asked for, the characters of its generation blocks. Raises RowError:
+        the template refuses.
+        """
         if self.as_parts:
             messages = [_in_parts(message) for message in messages]
-        asked = {**given._asdict(), "add_generation_prompt": generation_prompt, "return_assistant_tokens_mask": blocks}
+        asked = {
+            **given._asdict(),
+            "add_generation_prompt": generation_prompt,
+            "return_assistant_tokens_mask": blocks,
+        }
         try:
             texts, found = render_jinja_template([messages], **self.variables, **asked)
-        except Exception as error:  # the template is a program of the model's author: it can fail in any way
-            problem = f"the chat template refuses the conversation ({error}); change the data or the chat template"
+        # the template is a program of the model's author: it can fail in any way
+        except Exception as error:
+            problem = (
+                f"the chat template refuses the conversation ({error}); change the data or the "
+                f"chat template"
+            )
             raise RowError("", "template", problem) from None
         return texts[0], found[0] if blocks else []
 
     def ending(self, message: Message, follower: str = "") -> str:
-        """What is to be added behind an assistant message that comes last; `follower`: role of the message behind it."""
+        """What is to be added behind an assistant message that comes last; `follower`: role of the
+        message behind it.
+        """
         if follower not in ("user", "tool"):
             follower = "tool" if message.get("tool_calls") else "user"
         return self.openers.get(follower) or self.openers.get("user", "")
 
     def prepared(self, message: Message) -> Message:
         """The message with its reasoning and tool calls where this template reads them."""
-        content, reasoning = message.get("content"), (message.get("reasoning_content") or "").strip("\n")
+        content, reasoning = (
+            message.get("content"),
+            (message.get("reasoning_content") or "").strip("\n"),
+        )
         calls = message.get("tool_calls")
-        found = REASONING.fullmatch(content) if content and "<think>" in content and not reasoning else None
-        if message["role"] != "assistant" or (content is not None and not (reasoning or found or calls)):
+        found = (
+            REASONING.fullmatch(content)
+            if content and "<think>" in content and not reasoning
+            else None
+        )
+        if message["role"] != "assistant" or (
+            content is not None and not (reasoning or found or calls)
+        ):
             return message
         message = {**message, "content": content}  # None, not absent: some templates ask for that
         if calls:
-            functions = [call["function"] | {"arguments": self._arguments(call["function"])} for call in calls]
-            message["tool_calls"] = [call | {"function": f} for call, f in zip(calls, functions, strict=True)]
+            functions = [
+                call["function"] | {"arguments": self._arguments(call["function"])}
+                for call in calls
+            ]
+            message["tool_calls"] = [
+                call | {"function": f} for call, f in zip(calls, functions, strict=True)
+            ]
         if reasoning and self._reads_reasoning == "in the content":
             del message["reasoning_content"]
             message["content"] = f"<think>\n{reasoning}\n</think>\n\n{content or ''}"
         elif reasoning:
             message["reasoning_content"] = reasoning
-        elif found and self._reads_reasoning != "in the content":  # where it is cut out, its blank lines would stay
+        # where it is cut out, its blank lines would stay
+        elif found and self._reads_reasoning != "in the content":
             message |= {"reasoning_content": found[1], "content": found[2]}
-        return message | {"content": self._no_content} if calls and not message["content"] else message
+        return (
+            message | {"content": self._no_content} if calls and not message["content"] else message
+        )
 
     def _find_ends(self, added: AddedTokens, rest: str) -> None:
-        """Set `enders`, `closing`, `tail` and `openers`. `rest`: what stands behind the content of a last answer."""
+        """Set `enders`, `closing`, `tail` and `openers`. `rest`: what stands behind the content of
+        a last answer.
+        """
         self.closing, self.tail, self.openers = "", "", {}
         closing = re.match(rf"\s*(?:{_any(added.special)})", rest)
         others = set(added.stops)
@@ -161,7 +211,9 @@ class ChatTemplate:
         self.enders = (*added.special, *sorted(others - set(added.special)))
 
     def _unmarked_end(self, rest: str, added: AddedTokens) -> re.Match[str] | None:
-        """The last token in a text that is not marked special, as group 1; none where one stands there that is."""
+        """The last token in a text that is not marked special, as group 1; none where one stands
+        there that is.
+        """
         if re.search(_any(added.special), rest):
             return None
         return re.match(f".*({_any(added.others)})", rest, re.DOTALL)
@@ -171,7 +223,10 @@ class ChatTemplate:
         called = self._call_of_key0()
         answered = [{"role": "assistant", "content": ANSWER}]
         result = {"role": "tool", "content": THOUGHT, "tool_call_id": "call00000", "name": "f"}
-        followers = {"user": (answered, {"role": "user", "content": THOUGHT}), "tool": (called, result)}
+        followers = {
+            "user": (answered, {"role": "user", "content": THOUGHT}),
+            "tool": (called, result),
+        }
         for role, (before, follower) in followers.items():
             text, longer = self._text_of(before), self._text_of([*before, follower])
             opener = re.match(rf"\s*(?:{_any(stops)})", longer.removeprefix(text))
@@ -181,43 +236,74 @@ class ChatTemplate:
     def _arguments(self, function: dict[str, Any]) -> Any:
         arguments = function.get("arguments") or {}
         if not self._reads_objects:
-            return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            return (
+                arguments
+                if isinstance(arguments, str)
+                else json.dumps(arguments, ensure_ascii=False)
+            )
         try:
             found = json.loads(arguments) if isinstance(arguments, str) else arguments
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            problem = f"must be a JSON object for this chat template, but they are {str(arguments)[:40]!r}; correct them"
-            raise RowError("", "tool-arguments", f"the arguments of the tool call {function['name']!r} {problem}")
+            problem = (
+                f"must be a JSON object for this chat template, but they are "
+                f"{str(arguments)[:40]!r}; correct them"
+            )
+            raise RowError(
+                "",
+                "tool-arguments",
+                f"the arguments of the tool call {function['name']!r} {problem}",
+            )
         return found
 
     @cached_property
     def _reads_reasoning(self) -> str:
-        """Where the template takes reasoning from. Nowhere: that is left to the generation prompt, or to its own block."""
+        """Where the template takes reasoning from. Nowhere: that is left to the generation prompt,
+        or to its own block.
+        """
         if THOUGHT in self._probe({"content": ANSWER, "reasoning_content": THOUGHT}):
             return "in its field"
-        written = self._probe({"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}).removeprefix(self._probe())
-        return "in the content" if THOUGHT in written and written.count("think>") == 2 else "nowhere"
+        written = self._probe(
+            {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
+        ).removeprefix(self._probe())
+        return (
+            "in the content" if THOUGHT in written and written.count("think>") == 2 else "nowhere"
+        )
 
     @cached_property
     def _reads_objects(self) -> bool:
         """Whether the arguments of tool calls are to be given as an object, not as JSON."""
-        written = self._probe_call(None, {"key0": "value0"}) or self._probe_call("", {"key0": "value0"})
-        return "key0" in written and "value0" in written and "'key0'" not in written  # not as Python writes an object
+        written = self._probe_call(None, {"key0": "value0"}) or self._probe_call(
+            "", {"key0": "value0"}
+        )
+        # not as Python writes an object
+        return "key0" in written and "value0" in written and "'key0'" not in written
 
     @cached_property
     def _no_content(self) -> str | None:
-        """What stands for no content beside tool calls: some templates write the word None, others refuse None or ""."""
+        """What stands for no content beside tool calls: some templates write the word None, others
+        refuse None or "".
+        """
         arguments = self._arguments({"name": "f", "arguments": {"key0": "value0"}})
         written = {empty: self._probe_call(empty, arguments) for empty in (None, "")}
-        return min(written, key=lambda empty: ("value0" not in written[empty], written[empty].count("None")))
+        return min(
+            written,
+            key=lambda empty: ("value0" not in written[empty], written[empty].count("None")),
+        )
 
     def _call_of_key0(self) -> list[Message]:
         """A tool call as this template wants it."""
-        return self._call_messages(self._no_content, self._arguments({"name": "f", "arguments": {"key0": "value0"}}))
+        return self._call_messages(
+            self._no_content, self._arguments({"name": "f", "arguments": {"key0": "value0"}})
+        )
 
     def _call_messages(self, content: str | None, arguments: Any) -> list[Message]:
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        call = {
+            "id": "call00000",
+            "type": "function",
+            "function": {"name": "f", "arguments": arguments},
+        }
         return [{"role": "assistant", "content": content, "tool_calls": [call]}]
 
     def _probe_call(self, content: str | None, arguments: Any) -> str:
@@ -228,9 +314,12 @@ class ChatTemplate:
         return self._text_of(answers, generation_prompt)
 
     def _text_of(self, answers: list[Message], generation_prompt: bool = False) -> str:
-        """The rendering of a question, and answers; "" where the template refuses, as it then does with conversations."""
+        """The rendering of a question, and answers; "" where the template refuses, as it then does
+        with conversations.
+        """
         messages = [{"role": "user", "content": QUESTION}, *answers]
-        for given in (NOTHING, Given(tools=[PROBE_TOOL])):  # some are written for conversations with tools alone
+        # some are written for conversations with tools alone
+        for given in (NOTHING, Given(tools=[PROBE_TOOL])):
             try:
                 return self.render(messages, given, generation_prompt=generation_prompt)[0]
             except RowError:
@@ -240,7 +329,11 @@ class ChatTemplate:
 
 def _in_parts(message: Message) -> Message:
     content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    return (
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, str)
+        else message
+    )
 
 
 def _any(tokens: Sequence[str]) -> str:

@@ -1,4 +1,6 @@
-"""The tokenizer of a Hugging Face directory: its chat templates, its flags, and the tokens that end generation."""
+"""The tokenizer of a Hugging Face directory: its chat templates, its flags, and the tokens that end
+generation.
+"""
 
 import datetime
 import json
@@ -11,41 +13,60 @@ from transformers import PreTrainedTokenizerFast
 
 from torchsft.config import InputError
 
-# A call of the function by which chat templates ask for the date, with its format as a plain string.
+# A call of the function by which chat templates ask for the date, with its format as a plain
+# string.
 DATE_CALL = re.compile(r"""\bstrftime_now\s*\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
-# Whose add_bos_token: false takes away a BOS that tokenizer.json adds (in transformers 4, and in servers today).
-CLASSES_WITH_FLAGS = {f"{name}Tokenizer{fast}" for name in ("Llama", "CodeLlama", "Gemma", "Cohere") for fast in ("", "Fast")}
+# Whose add_bos_token: false takes away a BOS that tokenizer.json adds (in transformers 4, and in
+# servers today).
+CLASSES_WITH_FLAGS = {
+    f"{name}Tokenizer{fast}"
+    for name in ("Llama", "CodeLlama", "Gemma", "Cohere")
+    for fast in ("", "Fast")
+}
 
 
-def load_tokenizer(hf_dir: str | Path, *, chat_template: str | None = None, date: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory as servers load it. Local files only; code in them is never run.
+def load_tokenizer(
+    hf_dir: str | Path, *, chat_template: str | None = None, date: str | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face directory as servers load it. Local files only; code in them
+    is never run.
 
-    `tokenizer(text)` gives what a server makes of a text without chat template: `add_bos_token` and `add_prefix_space` of
-    tokenizer_config.json are followed, which transformers 5 drops for classes that it does not know.
+    `tokenizer(text)` gives what a server makes of a text without chat template: `add_bos_token` and
+    `add_prefix_space` of tokenizer_config.json are followed, which transformers 5 drops for classes
+    that it does not know.
 
     Args:
         chat_template: file with a chat template in place of the directory's.
-        date: day (YYYY-MM-DD) that templates are given which ask for it (`strftime_now`); None: today.
+        date: day (YYYY-MM-DD) that templates are given which ask for it (`strftime_now`); None:
+            today.
 
     Raises:
-        InputError: no tokenizer.json (Kimi-K2 and Moonlight ship tiktoken.model with Python code), an unreadable one, or no
-            usable chat template.
+        InputError: no tokenizer.json (Kimi-K2 and Moonlight ship tiktoken.model with Python code),
+            an unreadable one, or no usable chat template.
     """
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():
-        raise InputError(f"{hf_dir} is not a directory; give --model.path a Hugging Face model directory")
+        raise InputError(
+            f"{hf_dir} is not a directory; give --model.path a Hugging Face model directory"
+        )
     if not (hf_dir / "tokenizer.json").is_file():
-        # transformers can convert tiktoken.model, but splits words by one pattern for all models, which is not Kimi's.
-        other = [name for name in ("tiktoken.model", "tokenizer.model") if (hf_dir / name).is_file()]
+        # transformers can convert tiktoken.model, but splits words by one pattern for all models,
+        # which is not Kimi's.
+        other = [
+            name for name in ("tiktoken.model", "tokenizer.model") if (hf_dir / name).is_file()
+        ]
         found = f", only {' and '.join(other)}" if other else ""
         remedy = "convert its tokenizer and add it (Python code in a model directory is never run)"
         raise InputError(f"{hf_dir} has no tokenizer.json{found}; {remedy}")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir, local_files_only=True)
         _follow_flags(tokenizer, _read_json(hf_dir / "tokenizer_config.json"))
-    except Exception as error:  # the Rust parser raises plain Exception, a missing key is a KeyError, ...
+    # the Rust parser raises plain Exception, a missing key is a KeyError, ...
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"the tokenizer of {hf_dir} cannot be read ({reason}); replace its tokenizer files") from error
+        raise InputError(
+            f"the tokenizer of {hf_dir} cannot be read ({reason}); replace its tokenizer files"
+        ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
     _check_templates(tokenizer.chat_template, hf_dir)
@@ -59,28 +80,38 @@ def read_chat_template(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data.chat-template {path} cannot be read ({error}); name a Jinja file") from None
+        raise InputError(
+            f"--data.chat-template {path} cannot be read ({error}); name a Jinja file"
+        ) from None
     if not text.strip():
         raise InputError(f"--data.chat-template {path} is empty; name a file with a Jinja template")
     return text
 
 
 def at_day(template: str, day: datetime.date) -> str:
-    """A chat template that asks for the date, with `day` in place of the question; any other one as it is.
+    """A chat template that asks for the date, with `day` in place of the question; any other one as
+    it is.
 
     Raises:
-        InputError: it asks with a format that is not a plain string, so that the answer would be that of the clock.
+        InputError: it asks with a format that is not a plain string, so that the answer would be
+            that of the clock.
     """
     midnight = datetime.datetime.combine(day, datetime.time())
-    template = DATE_CALL.sub(lambda call: json.dumps(midnight.strftime(call[2]), ensure_ascii=False), template)
+    template = DATE_CALL.sub(
+        lambda call: json.dumps(midnight.strftime(call[2]), ensure_ascii=False), template
+    )
     if re.search(r"\bstrftime_now\s*\(", template):
         problem = "the chat template calls strftime_now with a format that is not a plain string"
-        raise InputError(f"{problem}; write the format into the call, and give that file to --data.chat-template")
+        raise InputError(
+            f"{problem}; write the format into the call, and give that file to --data.chat-template"
+        )
     return template
 
 
 def eos_ids(hf_dir: str | Path) -> tuple[int, ...]:
-    """Ids of the tokens at which servers stop: `eos_token_id` of generation_config.json, else of config.json."""
+    """Ids of the tokens at which servers stop: `eos_token_id` of generation_config.json, else of
+    config.json.
+    """
     for name in ("generation_config.json", "config.json"):
         found = _read_json(Path(hf_dir) / name).get("eos_token_id")
         if found is not None:
@@ -95,19 +126,27 @@ def _each(templates: str | dict[str, str], change: Callable[[str], str]) -> str 
 
 
 def _check_templates(templates: str | dict[str, str] | None, hf_dir: Path) -> None:
-    remedy = "add a chat_template.jinja, such as that of the model's chat version, or give --data.chat-template FILE"
+    remedy = (
+        "add a chat_template.jinja, such as that of the model's chat version, or give "
+        "--data.chat-template FILE"
+    )
     if not templates:
         raise InputError(f"{hf_dir} has no chat template; {remedy}")
     if isinstance(templates, dict) and "default" not in templates:
         names = ", ".join(sorted(templates))
-        remedy = "name one of them default in tokenizer_config.json, or give --data.chat-template FILE"
-        raise InputError(f"{hf_dir} has chat templates named {names}, but none named default; {remedy}")
+        remedy = (
+            "name one of them default in tokenizer_config.json, or give --data.chat-template FILE"
+        )
+        raise InputError(
+            f"{hf_dir} has chat templates named {names}, but none named default; {remedy}"
+        )
 
 
 def _follow_flags(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> None:
     """Give the backend what tokenizer_config.json says.
 
-    Not `add_eos_token`: servers leave it out, as a prompt does not end there, and a trained text gets its end anyway.
+    Not `add_eos_token`: servers leave it out, as a prompt does not end there, and a trained text
+    gets its end anyway.
     Nor `clean_up_tokenization_spaces`: it changes how ids are shown, not which ids a text has.
     """
     bos, wanted = tokenizer.bos_token_id, settings.get("add_bos_token")
@@ -125,7 +164,9 @@ def _follow_flags(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) 
 
 
 def _set_prefix_space(state: dict[str, Any], wanted: bool, legacy: bool) -> bool:
-    """Set it in the state of a pre-tokenizer, and in those that it is made of; whether anything changed."""
+    """Set it in the state of a pre-tokenizer, and in those that it is made of; whether anything
+    changed.
+    """
     if state.get("type") == "Sequence":
         changed = [_set_prefix_space(part, wanted, legacy) for part in state["pretokenizers"]]
         return any(changed)

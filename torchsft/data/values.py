@@ -19,12 +19,15 @@ def expect(kind: type, value: Any, what: str, where: str) -> Any:
     found = value if kind is str else unpacked(value, what, where)
     if not isinstance(found, kind):
         reason = f"bad-{what}".replace(" ", "-")
-        raise RowError(where, reason, f"{what} must be {kind_of(kind())}, but it is {kind_of(found)}")
+        raise RowError(
+            where, reason, f"{what} must be {kind_of(kind())}, but it is {kind_of(found)}"
+        )
     return found
 
 
 def unpacked(value: Any, what: str, where: str) -> Any:
-    """What stands in a string as JSON: many files keep values in this way whose shapes differ from row to row.
+    """What stands in a string as JSON: many files keep values in this way whose shapes differ from
+    row to row.
 
     Raises:
         RowError: not-json.
@@ -32,7 +35,9 @@ def unpacked(value: Any, what: str, where: str) -> Any:
     try:
         return load_json(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise RowError(where, "not-json", f"{what} is a string that is not JSON ({error})") from None
+        raise RowError(
+            where, "not-json", f"{what} is a string that is not JSON ({error})"
+        ) from None
 
 
 def check_json(value: Any, what: str, where: str) -> None:
@@ -43,16 +48,20 @@ def check_json(value: Any, what: str, where: str) -> None:
         raise RowError(where, "not-json", f"{what} cannot be written as JSON ({error})") from None
 
 
-def weight_of(value: Mapping[str, Any], where: str, switches: tuple[str, ...] = ("train", "trainable")) -> float | None:
+def weight_of(
+    value: Mapping[str, Any], where: str, switches: tuple[str, ...] = ("train", "trainable")
+) -> float | None:
     """What the weights and switches of a message or row say together; None where it has none.
 
-    A weight is a number that is finite and at least 0 (or true or false), a switch is true or false (or 1 or 0).
+    A weight is a number that is finite and at least 0 (or true or false), a switch is true or false
+    (or 1 or 0).
 
     Args:
         switches: names of switches that are read.
 
     Raises:
-        RowError: bad-weight (no such value, or they contradict each other), negative-weight or non-finite-weight.
+        RowError: bad-weight (no such value, or they contradict each other), negative-weight or
+            non-finite-weight.
     """
     numbers = {key: value[key] for key in WEIGHTS if value.get(key) is not None}
     flags = {key: value[key] for key in switches if value.get(key) is not None}
@@ -68,5 +77,7 @@ def weight_of(value: Mapping[str, Any], where: str, switches: tuple[str, ...] = 
     weight = next(iter([*numbers.values(), *flags.values()]))
     if not 0 <= weight < MAX_WEIGHT:
         reason = "negative-weight" if weight < 0 else "non-finite-weight"
-        raise RowError(where, reason, f"weight is {weight!r:.60}, but must be finite and at least 0")
+        raise RowError(
+            where, reason, f"weight is {weight!r:.60}, but must be finite and at least 0"
+        )
     return float(weight)

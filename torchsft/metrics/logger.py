@@ -1,4 +1,6 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard and the console. One process (rank 0) writes them."""
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard and the console. One process (rank 0)
+writes them.
+"""
 
 import json
 import math
@@ -23,7 +25,9 @@ SECONDS_BETWEEN_LINES = 10.0  # of what is waited for without a terminal
 
 
 def bars_can_be_drawn() -> bool:
-    """Whether stderr is a terminal of known width; some (a container's, an editor's) say that they have 0 columns."""
+    """Whether stderr is a terminal of known width; some (a container's, an editor's) say that they
+    have 0 columns.
+    """
     if not sys.stderr.isatty():
         return False
     try:
@@ -37,7 +41,9 @@ def _clock() -> str:
 
 
 class Waiting:
-    """Shows how far something is that the user waits for: a bar on a terminal, else a line on stdout now and then."""
+    """Shows how far something is that the user waits for: a bar on a terminal, else a line on
+    stdout now and then.
+    """
 
     def __init__(self, what: str, total: int, unit: str, shown: bool) -> None:
         self._what, self._total, self._unit = what, total, unit
@@ -45,7 +51,9 @@ class Waiting:
         self._began = self._last = time.monotonic()
         self._bar: tqdm | None = None
         if shown and bars_can_be_drawn():
-            self._bar = tqdm(total=total, unit=f" {unit}", desc=what, dynamic_ncols=True, leave=False)
+            self._bar = tqdm(
+                total=total, unit=f" {unit}", desc=what, dynamic_ncols=True, leave=False
+            )
 
     def __enter__(self) -> "Waiting":
         return self
@@ -64,16 +72,22 @@ class Waiting:
         if not self._shown or now - self._last < SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        line = f"{_clock()} {self._what}: {count} of {self._total} {self._unit}, {more}".removesuffix(", ")
+        line = (
+            f"{_clock()} {self._what}: {count} of {self._total} {self._unit}, {more}".removesuffix(
+                ", "
+            )
+        )
         print(f"{line}, {tqdm.format_interval(now - self._began)} so far", flush=True)
 
 
 class MetricsLogger:
     """Writes OUTPUT/metrics.jsonl and OUTPUT/tensorboard/, and shows progress.
 
-    Steps count from 1: step k is the state after k steps. What an earlier run wrote beyond `start_step` is cut off
-    (metrics.jsonl) or hidden (TensorBoard's purge), so that a resumed run leaves what an uninterrupted one would. InputError
-    where the metrics.jsonl found there is not one of ours."""
+    Steps count from 1: step k is the state after k steps. What an earlier run wrote beyond
+    `start_step` is cut off (metrics.jsonl) or hidden (TensorBoard's purge), so that a resumed run
+    leaves what an uninterrupted one would. InputError where the metrics.jsonl found there is not
+    one of ours.
+    """
 
     def __init__(
         self,
@@ -82,7 +96,9 @@ class MetricsLogger:
         total_steps: int,  # last step of the run
         start_step: int,  # steps already done (0 for a new run)
         tensorboard: bool,  # whether to write OUTPUT/tensorboard/
-        progress: bool,  # a bar if stderr is a terminal; else about 20 plain lines with the time (more if steps are long)
+        # a bar if stderr is a terminal; else about 20 plain lines with the time (more if steps are
+        # long)
+        progress: bool,
         config_text: str,  # the resolved configuration, shown on TensorBoard's text page
     ) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -94,22 +110,34 @@ class MetricsLogger:
         self._pending = b""  # lines that could not be written yet
         self._board = None
         if tensorboard:
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
-            self._board.add_text("config", "\n".join("    " + line for line in config_text.splitlines()), start_step)
+            self._board = SummaryWriter(
+                str(output / "tensorboard"), purge_step=start_step + 1, flush_secs=10
+            )
+            self._board.add_text(
+                "config", "\n".join("    " + line for line in config_text.splitlines()), start_step
+            )
         self._total_steps, self._progress = total_steps, progress
         self._bar: tqdm | None = None
-        self._first: tuple[int, float] | None = None  # number of the first step of this process, and when it ended
+        # number of the first step of this process, and when it ended
+        self._first: tuple[int, float] | None = None
         self._last_line = 0.0
 
-    def step(self, step: int, record: Mapping[str, float | int], scalars: Mapping[str, float]) -> None:
+    def step(
+        self, step: int, record: Mapping[str, float | int], scalars: Mapping[str, float]
+    ) -> None:
         """Write one step (1 is the first).
 
-        `record` is the step's line in metrics.jsonl, also shown on TensorBoard. A number that is not finite becomes null, is
-        spelt out under the key "nonfinite" of the same line, and is told on the console. `scalars` are TensorBoard tags and
-        values, for TensorBoard only. OSError where a file cannot be written or has vanished: another step can follow, which
-        then also writes this line; TensorBoard's file ends at its first fault."""
+        `record` is the step's line in metrics.jsonl, also shown on TensorBoard. A number that is
+        not finite becomes null, is spelt out under the key "nonfinite" of the same line, and is
+        told on the console. `scalars` are TensorBoard tags and values, for TensorBoard only.
+        OSError where a file cannot be written or has vanished: another step can follow, which then
+        also writes this line; TensorBoard's file ends at its first fault.
+        """
         nonfinite = {key: str(value) for key, value in record.items() if not math.isfinite(value)}
-        line = {"step": step, **{key: None if key in nonfinite else value for key, value in record.items()}}
+        line = {
+            "step": step,
+            **{key: None if key in nonfinite else value for key, value in record.items()},
+        }
         if nonfinite:
             line["nonfinite"] = nonfinite
             found = ", ".join(f"{key} is {value}" for key, value in nonfinite.items())
@@ -118,7 +146,10 @@ class MetricsLogger:
             self._show(step, record)
         self._pending += json.dumps(line, allow_nan=False).encode() + b"\n"
         self._write_pending()
-        tags = {key: key.replace("_", "/", 1) if key.startswith("eval_") else _TAGS[key] for key in record}
+        tags = {
+            key: key.replace("_", "/", 1) if key.startswith("eval_") else _TAGS[key]
+            for key in record
+        }
         self.scalars(step, {tags[key]: value for key, value in record.items()} | dict(scalars))
 
     def _write_pending(self) -> None:
@@ -130,21 +161,29 @@ class MetricsLogger:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise OSError(f"{self._path} cannot be written or has vanished ({error.strerror or error})") from error
+            raise OSError(
+                f"{self._path} cannot be written or has vanished ({error.strerror or error})"
+            ) from error
         self._end += len(self._pending)
         self._pending = b""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Show TensorBoard tag -> value of a step; nothing without TensorBoard. OSError where its file cannot be written."""
+        """Show TensorBoard tag -> value of a step; nothing without TensorBoard. OSError where its
+        file cannot be written.
+        """
         try:
             for tag, value in values.items() if self._board else ():
                 self._board.add_scalar(tag, value, step)
         except OSError as error:
             self._board = None  # its writing thread has ended
-            raise OSError(f"TensorBoard's file in {self._path.parent} cannot be written ({error})") from error
+            raise OSError(
+                f"TensorBoard's file in {self._path.parent} cannot be written ({error})"
+            ) from error
 
     def _show(self, step: int, record: Mapping[str, float | int]) -> None:
-        """Progress on the console; the clock starts at the end of the first step, which is slower than the others."""
+        """Progress on the console; the clock starts at the end of the first step, which is slower
+        than the others.
+        """
         now = time.monotonic()
         self._first = self._first or (step, now)
         first, began = self._first
@@ -153,7 +192,9 @@ class MetricsLogger:
         lr = f"lr {record['lr']:.2e}"
         if bars_can_be_drawn():
             if self._bar is None:
-                self._bar = tqdm(total=self._total_steps, initial=step - 1, unit="step", dynamic_ncols=True)
+                self._bar = tqdm(
+                    total=self._total_steps, initial=step - 1, unit="step", dynamic_ncols=True
+                )
             numbers = f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}, {lr}, {speed}"
             self._bar.set_postfix_str(numbers, refresh=False)
             self._bar.update()
@@ -163,7 +204,11 @@ class MetricsLogger:
         regular = step % max(1, self._total_steps // 20) == 0 or step == self._total_steps
         if step == first or regular or evaluation or now - self._last_line > 60:
             self._last_line = now
-            parts = [f"step {step}/{self._total_steps}", f"loss {record['loss']:.4f}", f"norm {record['grad_norm']:.2f}"]
+            parts = [
+                f"step {step}/{self._total_steps}",
+                f"loss {record['loss']:.4f}",
+                f"norm {record['grad_norm']:.2f}",
+            ]
             parts += [lr, speed, *([evaluation] if evaluation else [])]
             if step > first:
                 left = (now - began) / (step - first) * (self._total_steps - step)
@@ -194,12 +239,18 @@ def _evaluation(record: Mapping[str, float | int]) -> str:
     if "eval_loss" not in record:
         return ""
     prefix = "eval_loss/"
-    each = [f"{key.removeprefix(prefix)} {value:.4f}" for key, value in record.items() if key.startswith(prefix)]
+    each = [
+        f"{key.removeprefix(prefix)} {value:.4f}"
+        for key, value in record.items()
+        if key.startswith(prefix)
+    ]
     return f"eval loss {record['eval_loss']:.4f}" + (f" ({', '.join(each)})" if each else "")
 
 
 def _cut(path: Path, last_step: int) -> None:
-    """Cut `path` off behind the line of `last_step`; also an unfinished last line, which a killed run can leave."""
+    """Cut `path` off behind the line of `last_step`; also an unfinished last line, which a killed
+    run can leave.
+    """
     end = 0
     with open(path, "r+b") as file:
         for number, line in enumerate(file, start=1):
@@ -208,7 +259,10 @@ def _cut(path: Path, last_step: int) -> None:
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError) as error:
-                fault = f"{path} line {number} is not a line of metrics ({error!r}); choose another --output or delete it"
+                fault = (
+                    f"{path} line {number} is not a line of metrics ({error!r}); choose another "
+                    f"--output or delete it"
+                )
                 raise InputError(fault) from error
             if step > last_step:
                 break

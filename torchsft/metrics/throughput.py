@@ -6,9 +6,10 @@ import sys
 
 import torch
 
-# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets (where those give the figure with
-# 2:4 sparsity, half of it). The first model whose words all occur in the device's name counts: variants before families.
-# A100, A10, A40, H100, H200, H800, B200, GB200, L40S and L4 were compared with published tables; the others were not.
+# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets (where those give
+# the figure with 2:4 sparsity, half of it). The first model whose words all occur in the device's
+# name counts: variants before families. A100, A10, A40, H100, H200, H800, B200, GB200, L40S and L4
+# were compared with published tables; the others were not.
 _PEAK_BF16_TFLOPS = (
     (2500.0, "gb300", "gb200"),  # GB300 NVL72; GB200 NVL72: 5 PFLOP/s sparse per GPU
     (2250.0, "b300", "b200"),  # HGX B300 and HGX B200: 36 PFLOP/s sparse for 8
@@ -31,9 +32,11 @@ _PEAK_BF16_TFLOPS = (
 
 
 def peak_bf16_tflops(device_name: str) -> float | None:
-    """Peak dense bf16 TFLOP/s of one NVIDIA device by its name (`torch.cuda.get_device_name`); None if it is not known.
+    """Peak dense bf16 TFLOP/s of one NVIDIA device by its name (`torch.cuda.get_device_name`); None
+    if it is not known.
 
-    A MIG slice has a share of the device that its name does not tell, so it is not known either."""
+    A MIG slice has a share of the device that its name does not tell, so it is not known either.
+    """
     words = set(re.split(r"[\s\-]+", device_name.lower()))
     if "mig" in words:
         return None
@@ -42,15 +45,19 @@ def peak_bf16_tflops(device_name: str) -> float | None:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Peak dense bf16 TFLOP/s of `device`; None for a CPU and for a device that is not in the table."""
+    """Peak dense bf16 TFLOP/s of `device`; None for a CPU and for a device that is not in the
+    table.
+    """
     return peak_bf16_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def mfu(flops: float, seconds: float, peak_tflops: float) -> float:
-    """Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B): the model's own share of the peak, 0 to 1.
+    """Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B): the model's own share of
+    the peak, 0 to 1.
 
-    `flops` are what one device's share of a training step of so many `seconds` needs, forward and backward, recomputation not
-    counted; `peak_tflops` is the peak of one device in TFLOP/s."""
+    `flops` are what one device's share of a training step of so many `seconds` needs, forward and
+    backward, recomputation not counted; `peak_tflops` is the peak of one device in TFLOP/s.
+    """
     return flops / (seconds * peak_tflops * 1e12)
 
 
@@ -62,11 +69,18 @@ def device_bytes(device: torch.device) -> int | None:
 def memory_gib(device: torch.device) -> dict[str, float]:
     """Peak memory of this process since its start, in GiB, by TensorBoard tag.
 
-    On CUDA what the caching allocator gave out and what it held; on CPU the resident set of the whole process."""
+    On CUDA what the caching allocator gave out and what it held; on CPU the resident set of the
+    whole process.
+    """
     if device.type == "cuda":
         return {
             "memory/peak_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
             "memory/peak_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
         }
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    return {"memory/peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "memory/peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * unit
+        / 2**30
+    }

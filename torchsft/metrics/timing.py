@@ -10,7 +10,9 @@ STARTUP = "startup"
 
 
 def process_age() -> float:
-    """Seconds since this process was started, its imports included; 0 where the system does not tell (it is not Linux)."""
+    """Seconds since this process was started, its imports included; 0 where the system does not
+    tell (it is not Linux).
+    """
     try:
         after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -21,9 +23,11 @@ def process_age() -> float:
 
 
 class Stopwatch:
-    """Seconds of each phase. Time in a phase within another one counts for the inner one alone, so that all add up.
+    """Seconds of each phase. Time in a phase within another one counts for the inner one alone, so
+    that all add up.
 
-    What lies between phases is "startup" until the first phase begins, and "other" from then on."""
+    What lies between phases is "startup" until the first phase begins, and "other" from then on.
+    """
 
     def __init__(self, age: float) -> None:
         self._now = time.perf_counter()
@@ -52,7 +56,9 @@ class Stopwatch:
         self._turn(self._phase)
         total = sum(self.seconds.values())
         seen = {phase: s for phase, s in self.seconds.items() if phase != "other" and s >= 0.05}
-        parts = [f"{phase} {s:,.1f} s" for phase, s in sorted(seen.items(), key=lambda item: -item[1])]
+        parts = [
+            f"{phase} {s:,.1f} s" for phase, s in sorted(seen.items(), key=lambda item: -item[1])
+        ]
         if (rest := total - sum(seen.values())) >= 0.05:
             parts.append(f"other {rest:,.1f} s")
         return f"{total:,.1f} s: {', '.join(parts)}"

@@ -1,15 +1,18 @@
 """Multi-head latent attention (MLA, DeepSeek-V2/V3) over packed documents.
 
-Three interchangeable implementations of the attention itself; each sees a document alone and returns zero for padding:
+Three interchangeable implementations of the attention itself; each sees a document alone and
+returns zero for padding:
 
     sdpa      one F.scaled_dot_product_attention per document: CPU path and reference
     varlen    torch.nn.attention.varlen (flash attention), CUDA only, no host synchronisation
-    flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA; the mask is made
-              from a T x T comparison per microbatch, so this one is for comparing, not for long rows
+    flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA;
+              the mask is made from a T x T comparison per microbatch, so this one is for comparing,
+              not for long rows
 
-Shape suffixes: T tokens, of which S are on this rank outside of the attention (C: models/decoder.py), D width, H heads (of this
-rank), N documents, P rope pairs. Head dims: `nope` entries without and `rope` with position make a query or key; values have
-their own dim, smaller than that.
+Shape suffixes: T tokens, of which S are on this rank outside of the attention (C:
+models/decoder.py), D width, H heads (of this rank), N documents, P rope pairs. Head dims: `nope`
+entries without and `rope` with position make a query or key; values have their own dim, smaller
+than that.
 """
 
 import functools
@@ -26,16 +29,24 @@ from torchsft.models.decoder import Layout, Linear, RMSNorm
 from torchsft.models.rope import Rope, rotate, softmax_scale
 
 Implementation = Literal["sdpa", "varlen", "flex"]
-_compiled_flex = functools.cache(lambda: torch.compile(flex_attention))  # made when it is first called, and once
+# made when it is first called, and once
+_compiled_flex = functools.cache(lambda: torch.compile(flex_attention))
 
 
-def choose_implementation(name: Implementation | Literal["auto"], device: torch.device, dtype: torch.dtype) -> Implementation:
-    """Resolve `auto` (varlen on CUDA below fp32, sdpa elsewhere); InputError for what cannot be computed there."""
+def choose_implementation(
+    name: Implementation | Literal["auto"], device: torch.device, dtype: torch.dtype
+) -> Implementation:
+    """Resolve `auto` (varlen on CUDA below fp32, sdpa elsewhere); InputError for what cannot be
+    computed there.
+    """
     flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
         return "varlen" if flash else "sdpa"
     if name == "varlen" and not flash:
-        fault = f"--model.attention varlen needs bf16 on a CUDA device, not {str(dtype)[6:]} on {device.type}; use sdpa or auto"
+        fault = (
+            f"--model.attention varlen needs bf16 on a CUDA device, not {str(dtype)[6:]} on "
+            f"{device.type}; use sdpa or auto"
+        )
         raise InputError(fault)
     if name == "flex" and device.type == "cpu" and torch.is_grad_enabled():
         raise InputError("--model.attention flex has no backward pass on CPU; use sdpa or auto")
@@ -46,8 +57,9 @@ def choose_implementation(name: Implementation | Literal["auto"], device: torch.
 class Packing:
     """Where the documents of a microbatch lie, prepared once for all layers.
 
-    Not a pytree on purpose: FSDP's mixed precision casts the floating tensors it finds in a layer's arguments, and cos and sin
-    must stay fp32."""
+    Not a pytree on purpose: FSDP's mixed precision casts the floating tensors it finds in a layer's
+    arguments, and cos and sin must stay fp32.
+    """
 
     implementation: Implementation
     cos_TP: Tensor  # fp32
@@ -68,7 +80,8 @@ def packing(
     cos_TP: Tensor,  # rotary factors of every token, fp32
     sin_TP: Tensor,
     cu_seqlens: Tensor,  # integers [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding
-    max_seqlen: int | None,  # longest document; None reads it from cu_seqlens (varlen: stops the host)
+    # longest document; None reads it from cu_seqlens (varlen: stops the host)
+    max_seqlen: int | None,
     layout: Layout | None = None,  # of the T tokens; None: all are here
 ) -> Packing:
     """Prepare `Packing` for the implementation that will read it."""
@@ -80,29 +93,39 @@ def packing(
     document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), place_T, right=True)
     valid_S, document_S = layout.tokens(valid_T), layout.tokens(document_T)
     length_N1 = F.pad(cu_seqlens, (0, 1), value=tokens).diff()
-    packed = functools.partial(Packing, implementation, cos_TP, sin_TP, valid_T, layout, valid_S, document_S, length_N1)
+    packed = functools.partial(
+        Packing, implementation, cos_TP, sin_TP, valid_T, layout, valid_S, document_S, length_N1
+    )
     if implementation == "sdpa":
         return packed(lengths=tuple(length_N1.tolist()))
     if implementation == "varlen":
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-        # Kernels leave rows beyond the last document uninitialised, in gradients too. So padding becomes documents, of
-        # at most max_seqlen tokens each; how many are needed is bounded without asking the device.
+        # Kernels leave rows beyond the last document uninitialised, in gradients too. So padding
+        # becomes documents, of at most max_seqlen tokens each; how many are needed is bounded
+        # without asking the device.
         longest = max_seqlen or tokens
-        cuts = torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32) * longest
+        cuts = (
+            torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32) * longest
+        )
         covering = torch.cat([cu_seqlens, (cu_seqlens[-1] + cuts).clamp(max=tokens)])
         return packed(cu_seqlens=covering, max_seqlen=longest)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_T[query] == document_T[key])
 
-    return packed(block_mask=create_block_mask(visible, None, None, tokens, tokens, device=str(device)))
+    return packed(
+        block_mask=create_block_mask(visible, None, None, tokens, tokens, device=str(device))
+    )
 
 
 def attend(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
-    """Causal attention within the documents of `packing`, by its implementation; `scale` is the factor of the scores.
+    """Causal attention within the documents of `packing`, by its implementation; `scale` is the
+    factor of the scores.
 
-    q and k are [T, H, nope + rope], v is [T, H, v], where v may be smaller. Returns [T, H, v], zero for padding."""
+    q and k are [T, H, nope + rope], v is [T, H, v], where v may be smaller. Returns [T, H, v], zero
+    for padding.
+    """
     if packing.implementation == "sdpa":
         return _sdpa(q_THd, k_THd, v_THd, scale, packing)
     v_dim = v_THd.shape[-1]
@@ -111,38 +134,49 @@ def attend(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: P
 
         v_THd = F.pad(v_THd, (0, q_THd.shape[-1] - v_dim))
         cu, longest = packing.cu_seqlens, packing.max_seqlen
-        out = varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
+        out = varlen_attn(
+            q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0)
+        )
     else:
         attention = _compiled_flex() if q_THd.is_cuda else flex_attention
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_THd, v_THd))
-        out = attention(q, k, v, block_mask=packing.block_mask, scale=scale).squeeze(0).transpose(0, 1)
+        out = (
+            attention(q, k, v, block_mask=packing.block_mask, scale=scale)
+            .squeeze(0)
+            .transpose(0, 1)
+        )
     return torch.where(packing.valid_T[:, None, None], out[..., :v_dim], 0)
 
 
 def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
-    # With v narrower than q and k torch falls back from flash attention to full T x T scores (2.5 times slower at
-    # 1024 tokens and heads of 48 / 32, and all its memory), so v is padded.
+    # With v narrower than q and k torch falls back from flash attention to full T x T scores (2.5
+    # times slower at 1024 tokens and heads of 48 / 32, and all its memory), so v is padded.
     v_dim = v_THd.shape[-1]
     v_THd = F.pad(v_THd, (0, q_THd.shape[-1] - v_dim))
     # split, not slices: the backward pass of N slices writes N full-size gradients.
-    *documents, padding = zip(*(x.split(packing.lengths) for x in (q_THd, k_THd, v_THd)), strict=True)
+    *documents, padding = zip(
+        *(x.split(packing.lengths) for x in (q_THd, k_THd, v_THd)), strict=True
+    )
     outputs = []
     for parts in documents:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         outputs.append(out.squeeze(0).transpose(0, 1)[..., :v_dim])
-    # Zero, but connected to q, k and v: in a microbatch without documents too every parameter must get a gradient, or
-    # FSDP's ranks would reduce different sets of them (gloo aborts, NCCL would hang).
+    # Zero, but connected to q, k and v: in a microbatch without documents too every parameter must
+    # get a gradient, or FSDP's ranks would reduce different sets of them (gloo aborts, NCCL would
+    # hang).
     connected = sum(x[..., :v_dim] for x in padding)
     outputs.append(torch.where(torch.zeros_like(connected, dtype=torch.bool), connected, 0))
     return torch.cat(outputs)
 
 
 class LatentAttention(nn.Module):
-    """MLA: queries (through a low-rank latent, or directly) and keys/values from one latent shared by all heads.
+    """MLA: queries (through a low-rank latent, or directly) and keys/values from one latent shared
+    by all heads.
 
-    Between ranks travel the latents, not keys and values: each rank then computes its heads for all tokens, so that causal and
-    packed work is balanced whatever the documents."""
+    Between ranks travel the latents, not keys and values: each rank then computes its heads for all
+    tokens, so that causal and packed work is balanced whatever the documents.
+    """
 
     def __init__(
         self,
@@ -154,11 +188,19 @@ class LatentAttention(nn.Module):
         nope_dim: int,  # entries of a head's query and key without position
         v_dim: int,  # entries of a head's value; at most nope_dim + rope.dim
         rope: Rope,  # rotary embedding of the other entries of queries and keys
-        bias: bool,  # whether the projections from and to width D have biases (not a direct query projection)
-        latent_eps: float = 1e-6,  # of the latents' norms (DeepSeek and transformers use 1e-6, whatever rms_norm_eps)
+        # whether the projections from and to width D have biases (not a direct query projection)
+        bias: bool,
+        # of the latents' norms (DeepSeek and transformers use 1e-6, whatever rms_norm_eps)
+        latent_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.q_rank, self.kv_rank, self.nope_dim, self.v_dim, self.rope_dim = q_rank, kv_rank, nope_dim, v_dim, rope.dim
+        self.q_rank, self.kv_rank, self.nope_dim, self.v_dim, self.rope_dim = (
+            q_rank,
+            kv_rank,
+            nope_dim,
+            v_dim,
+            rope.dim,
+        )
         self.qk_dim = nope_dim + rope.dim
         self.scale = softmax_scale(rope, self.qk_dim)
         if q_rank is None:
@@ -173,13 +215,17 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(heads * v_dim, width, bias=bias)
 
     def use_heads(self, first: int, count: int) -> None:
-        """Compute some of the heads only, of those whose weights are here; what they return is put together elsewhere."""
+        """Compute some of the heads only, of those whose weights are here; what they return is put
+        together elsewhere.
+        """
         queries = self.q_proj if self.q_rank is None else self.q_b_proj
         for linear, width in ((queries, self.qk_dim), (self.kv_b_proj, self.nope_dim + self.v_dim)):
             linear.rows = slice(first * width, (first + count) * width)
 
     def forward(self, x_SD: Tensor, packing: Packing) -> Tensor:
-        """x_SD (normed) to the attention block's output, both [S, D]; with bias, padding gets the bias alone."""
+        """x_SD (normed) to the attention block's output, both [S, D]; with bias, padding gets the
+        bias alone.
+        """
         q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
         latent, k_rope = self.kv_a_proj_with_mqa(x_SD).split([self.kv_rank, self.rope_dim], dim=-1)
         q, latent, k_rope = packing.layout.gather(q, self.kv_a_layernorm(latent), k_rope)

@@ -1,8 +1,8 @@
-"""Parts that decoder families share: linear, embedding, norm, feed-forward network, checkpoint pieces, initial values; and the
-few places where a parallel layout reaches into a model.
+"""Parts that decoder families share: linear, embedding, norm, feed-forward network, checkpoint
+pieces, initial values; and the few places where a parallel layout reaches into a model.
 
-Shape suffixes: T tokens of the microbatch, S of them on this rank between blocks, C on the ranks of its tensor group together
-(without parallelism T = C = S), D width, H heads, N documents, E experts.
+Shape suffixes: T tokens of the microbatch, S of them on this rank between blocks, C on the ranks of
+its tensor group together (without parallelism T = C = S), D width, H heads, N documents, E experts.
 """
 
 import hashlib
@@ -22,7 +22,9 @@ from torchsft.ops.swiglu import swiglu
 class Piece:
     """A Hugging Face tensor and the box of the parameter that it fills.
 
-    The box begins at `start` and has the shape (1,) * (parameter dims - len(hf_shape)) + hf_shape."""
+    The box begins at `start` and has the shape (1,) * (parameter dims - len(hf_shape)) +
+    hf_shape.
+    """
 
     key: str
     hf_shape: tuple[int, ...]
@@ -32,24 +34,33 @@ class Piece:
 def local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, as a plain tensor whose gradient finds its way back.
 
-    What a rank adds to the gradient of a parameter that is replicated over ranks is one summand, since each rank sees other
-    tokens; of a sharded parameter it is this rank's part, whole. The placements say so, and their owner sums."""
+    What a rank adds to the gradient of a parameter that is replicated over ranks is one summand,
+    since each rank sees other tokens; of a sharded parameter it is this rank's part, whole. The
+    placements say so, and their owner sums.
+    """
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements])
+    return parameter.to_local(
+        grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements]
+    )
 
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The tokens whose logits this rank computes: ids from `first`, as many as it has rows of the output embedding."""
+    """The tokens whose logits this rank computes: ids from `first`, as many as it has rows of the
+    output embedding.
+    """
 
     first: int
-    max: Callable[[Tensor], Tensor]  # elementwise maximum over the ranks that hold the other parts (no gradient)
+    # elementwise maximum over the ranks that hold the other parts (no gradient)
+    max: Callable[[Tensor], Tensor]
     sum: Callable[[Tensor], Tensor]  # elementwise sum over them (no gradient)
 
 
 class Layout:
-    """Where the tokens of a microbatch and the vocabulary lie; here: all on this rank. Parallel layouts replace it."""
+    """Where the tokens of a microbatch and the vocabulary lie; here: all on this rank. Parallel
+    layouts replace it.
+    """
 
     vocabulary: VocabularyPart | None = None
 
@@ -70,7 +81,9 @@ class Layout:
         return parts
 
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
-        """This rank's heads of all T tokens to its tensor group's heads of its C tokens; differentiable."""
+        """This rank's heads of all T tokens to its tensor group's heads of its C tokens;
+        differentiable.
+        """
         return x_THd
 
     def sum(self, x: Tensor) -> Tensor:
@@ -85,8 +98,10 @@ class Layout:
 class Linear(nn.Linear):
     """A linear map whose weight may be a DTensor."""
 
-    rows: slice | None = None  # the outputs that this rank computes, of those whose weights it holds; None: all
-    # Sums over ranks a product whose inner dim is sharded, before the bias is added; None: it is whole.
+    # the outputs that this rank computes, of those whose weights it holds; None: all
+    rows: slice | None = None
+    # Sums over ranks a product whose inner dim is sharded, before the bias is added; None: it is
+    # whole.
     reduce: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +133,9 @@ class Embedding(nn.Embedding):
 
 
 class Float32Buffers(nn.Module):
-    """A module whose floating buffers keep fp32 through `.to(bf16)` and the like (devices change as usual)."""
+    """A module whose floating buffers keep fp32 through `.to(bf16)` and the like (devices change as
+    usual).
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self.named_buffers(recurse=False))
@@ -151,7 +168,8 @@ class SwigluMLP(nn.Module):
         self.gate_proj = Linear(width, inner_width, bias=False)
         self.up_proj = Linear(width, inner_width, bias=False)
         self.down_proj = Linear(inner_width, width, bias=False)
-        self.gather: Callable[[Tensor], Tensor] | None = None  # tensor parallelism: the tokens of all its ranks
+        # tensor parallelism: the tokens of all its ranks
+        self.gather: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """[S, D] to [S, D]."""
@@ -160,7 +178,9 @@ class SwigluMLP(nn.Module):
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """Normal numbers, fp32 on CPU, that depend on name, shape and seed alone, so on no layout of ranks."""
+    """Normal numbers, fp32 on CPU, that depend on name, shape and seed alone, so on no layout of
+    ranks.
+    """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(std=std, generator=generator)

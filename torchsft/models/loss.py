@@ -1,9 +1,12 @@
-"""The vocabulary loss: the last matrix product and the cross entropy together, a chunk of tokens at a time.
+"""The vocabulary loss: the last matrix product and the cross entropy together, a chunk of tokens at
+a time.
 
-Full logits ([T, V]: 15.8 GiB in fp32 for one row of 32k tokens at V = 129,280) never exist: the gradients with respect
-to the hidden states and the weight are computed in the forward pass, chunk by chunk, and only scaled in the backward.
+Full logits ([T, V]: 15.8 GiB in fp32 for one row of 32k tokens at V = 129,280) never exist: the
+gradients with respect to the hidden states and the weight are computed in the forward pass, chunk
+by chunk, and only scaled in the backward.
 
-Shape suffixes: T tokens (the caller's C), D width, V vocabulary (this rank's part of it), C tokens of a chunk.
+Shape suffixes: T tokens (the caller's C), D width, V vocabulary (this rank's part of it), C tokens
+of a chunk.
 """
 
 from typing import Any
@@ -20,29 +23,40 @@ IGNORE = -100  # label of a position that predicts nothing
 
 def vocabulary_loss(
     hidden_TD: Tensor,  # output of the last norm, model dtype
-    weight_VD: Tensor,  # output (or tied) embedding, model dtype; logits are computed in it, everything after in fp32
+    # output (or tied) embedding, model dtype; logits are computed in it, everything after in fp32
+    weight_VD: Tensor,
     labels_T: Tensor,  # int64 target ids, IGNORE where there is none
     loss_weights_T: Tensor | None,  # fp32; None means 1 everywhere
     chunk: int,  # tokens whose logits exist at the same time
-    vocabulary: VocabularyPart | None = None,  # which part of it the rows of `weight_VD` are; None: all of it
+    # which part of it the rows of `weight_VD` are; None: all of it
+    vocabulary: VocabularyPart | None = None,
 ) -> Tensor:
-    """Sum over tokens of loss weight times negative log-likelihood, fp32 scalar; tokens of weight 0 contribute exactly nothing.
+    """Sum over tokens of loss weight times negative log-likelihood, fp32 scalar; tokens of weight 0
+    contribute exactly nothing.
 
-    With a part of the vocabulary every rank returns the loss over all of it, and its part of the sum that is the gradient of
-    `hidden_TD`. The graph can be traversed once for each of the two gradients: the backward pass scales what was kept."""
+    With a part of the vocabulary every rank returns the loss over all of it, and its part of the
+    sum that is the gradient of `hidden_TD`. The graph can be traversed once for each of the two
+    gradients: the backward pass scales what was kept.
+    """
     if plain() and vocabulary is None:
         return vocabulary_loss_reference(hidden_TD, weight_VD, labels_T, loss_weights_T)
     weights_T = _effective_weights(labels_T, loss_weights_T)
     gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _VocabularyLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients, vocabulary)
+    return _VocabularyLoss.apply(
+        hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients, vocabulary
+    )
 
 
-def vocabulary_loss_reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None) -> Tensor:
+def vocabulary_loss_reference(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None
+) -> Tensor:
     """`vocabulary_loss` in plain PyTorch, with full logits."""
     weights_T = _effective_weights(labels_T, loss_weights_T)
     logits_TV = F.linear(hidden_TD, weight_VD)
     logits_TV = logits_TV.float() if logits_TV.dtype.itemsize < 4 else logits_TV
-    return (F.cross_entropy(logits_TV, labels_T, reduction="none", ignore_index=IGNORE) * weights_T).sum()
+    return (
+        F.cross_entropy(logits_TV, labels_T, reduction="none", ignore_index=IGNORE) * weights_T
+    ).sum()
 
 
 def _effective_weights(labels_T: Tensor, loss_weights_T: Tensor | None) -> Tensor:
@@ -65,7 +79,11 @@ class _VocabularyLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_TD) if gradients and hidden_TD.requires_grad else None
         # fp32 also for a bf16 weight: chunks add up in it.
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if gradients and weight_VD.requires_grad else None
+        grad_weight = (
+            torch.zeros_like(weight_VD, dtype=wide)
+            if gradients and weight_VD.requires_grad
+            else None
+        )
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -78,7 +96,9 @@ class _VocabularyLoss(torch.autograd.Function):
                 log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=wide)
                 here_C1, target_C1 = torch.ones_like(targets_C1), log_probs_CV.gather(1, targets_C1)
             else:
-                log_probs_CV, targets_C1, here_C1, target_C1 = _partial_log_softmax(logits_CV.to(wide), targets_C1, vocabulary)
+                log_probs_CV, targets_C1, here_C1, target_C1 = _partial_log_softmax(
+                    logits_CV.to(wide), targets_C1, vocabulary
+                )
             weighs_C = weights_C != 0  # selected, not only multiplied: 0 times inf is nan
             total -= torch.where(weighs_C, target_C1.squeeze(-1) * weights_C, 0).sum()
             if not gradients:
@@ -106,14 +126,20 @@ class _VocabularyLoss(torch.autograd.Function):
             if want:
                 kept, ctx.gradients[i] = ctx.gradients[i], None
                 if kept is None:
-                    raise RuntimeError("the vocabulary loss was traversed backward twice; it keeps its gradients for once only")
+                    raise RuntimeError(
+                        "the vocabulary loss was traversed backward twice; it keeps "
+                        "its gradients for once only"
+                    )
                 gradients[i] = kept.mul_(grad)
         return *gradients, None, None, None, None, None
 
 
-def _partial_log_softmax(logits_CV: Tensor, targets_C1: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of this part's tokens, the targets' columns in it (0 for others), whether they are in it, and the
-    targets' log-probabilities wherever they are. Two collectives."""
+def _partial_log_softmax(
+    logits_CV: Tensor, targets_C1: Tensor, part: VocabularyPart
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of this part's tokens, the targets' columns in it (0 for others), whether
+    they are in it, and the targets' log-probabilities wherever they are. Two collectives.
+    """
     columns_C1 = targets_C1 - part.first
     here_C1 = (columns_C1 >= 0) & (columns_C1 < logits_CV.shape[1])
     columns_C1 = torch.where(here_C1, columns_C1, 0)

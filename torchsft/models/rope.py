@@ -1,6 +1,7 @@
 """Rotary position embedding: frequencies (plain and YaRN) and the rotation.
 
-Shape suffixes: T tokens, P = rope dim / 2 pairs. DeepSeek rotates neighbouring entries (x0, x1), (x2, x3), ...
+Shape suffixes: T tokens, P = rope dim / 2 pairs. DeepSeek rotates neighbouring entries (x0, x1),
+(x2, x3), ...
 """
 
 import math
@@ -16,15 +17,19 @@ from torchsft.ops import plain
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """YaRN context extension (Peng et al. 2023, arXiv:2309.00071), with DeepSeek's mscale fields."""
+    """YaRN context extension (Peng et al. 2023, arXiv:2309.00071), with DeepSeek's mscale
+    fields.
+    """
 
     factor: float  # extended over original context length
     original_context: int  # positions of the original context
-    beta_fast: float = 32.0  # rotations within the original context above which a frequency stays as it is
+    # rotations within the original context above which a frequency stays as it is
+    beta_fast: float = 32.0
     beta_slow: float = 1.0  # rotations below which a frequency is divided by factor
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    attention_factor: float | None = None  # factor of cos and sin; absent: from factor, mscale and mscale_all_dim
+    # factor of cos and sin; absent: from factor, mscale and mscale_all_dim
+    attention_factor: float | None = None
     truncate: bool = True  # round the bounds of the ramp to whole pairs
 
 
@@ -42,7 +47,9 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def cos_sin_scale(rope: Rope) -> float:
-    """Factor of cos and sin: 1 without YaRN. As in transformers, mscale counts only where mscale_all_dim is set too."""
+    """Factor of cos and sin: 1 without YaRN. As in transformers, mscale counts only where
+    mscale_all_dim is set too.
+    """
     yarn = rope.yarn
     if yarn is None:
         return 1.0
@@ -54,7 +61,9 @@ def cos_sin_scale(rope: Rope) -> float:
 
 
 def softmax_scale(rope: Rope, head_dim: int) -> float:
-    """Scale of attention scores: head_dim^-0.5, times mscale_all_dim's factor squared under YaRN (DeepSeek-V3)."""
+    """Scale of attention scores: head_dim^-0.5, times mscale_all_dim's factor squared under YaRN
+    (DeepSeek-V3).
+    """
     scale = head_dim**-0.5
     if rope.yarn is not None and rope.yarn.mscale_all_dim:
         scale *= _mscale(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
@@ -64,22 +73,31 @@ def softmax_scale(rope: Rope, head_dim: int) -> float:
 def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
     """Angle per position of each pair, fp32 [P].
 
-    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly in between; the bounds are the pairs
-    that turn beta_fast and beta_slow times within the original context (sections 3.2 and A.2 of the paper)."""
-    inverse = rope.theta ** -(torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim)
+    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly in
+    between; the bounds are the pairs that turn beta_fast and beta_slow times within the original
+    context (sections 3.2 and A.2 of the paper).
+    """
+    inverse = rope.theta ** -(
+        torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
+    )
     yarn = rope.yarn
     if yarn is None:
         return inverse
 
     def pair_with(rotations: float) -> float:
-        return rope.dim * math.log(yarn.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            rope.dim
+            * math.log(yarn.original_context / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
     pairs = torch.arange(rope.dim // 2, dtype=torch.float32, device=device)
-    slow = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)  # 1: divide by factor
+    # 1: divide by factor
+    slow = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
     return inverse / yarn.factor * slow + inverse * (1 - slow)
 
 
@@ -106,10 +124,13 @@ class RotaryEmbedding(Float32Buffers):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last 2P entries of x, pair by pair of neighbours; the entries before them stay as they are.
+    """Rotate the last 2P entries of x, pair by pair of neighbours; the entries before them stay as
+    they are.
 
-    x is [T, ..., N + 2P] of any floating dtype, and so is the result; cos and sin are fp32 [T, P], broadcast over the dims in
-    between. Computed in fp32. Nothing of size x is saved for the backward pass, which rotates by the opposite angle."""
+    x is [T, ..., N + 2P] of any floating dtype, and so is the result; cos and sin are fp32 [T, P],
+    broadcast over the dims in between. Computed in fp32. Nothing of size x is saved for the
+    backward pass, which rotates by the opposite angle.
+    """
     return rotate_reference(x, cos, sin) if plain() else _Rotate.apply(x, cos, sin)
 
 

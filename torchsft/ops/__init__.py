@@ -1,6 +1,7 @@
 """Operations with a gradient of their own, each beside the plain PyTorch that it replaces.
 
-`--model.ops plain` computes a whole run with the plain twins (here, and the rotation and the loss in models/).
+`--model.ops plain` computes a whole run with the plain twins (here, and the rotation and the loss
+in models/).
 """
 
 from typing import Any
@@ -22,10 +23,13 @@ def plain() -> bool:
 
 
 def wanted(ctx: Any) -> list[bool]:
-    """Inside the backward of an autograd Function: whether this pass computes the gradient of each of its tensor arguments.
+    """Inside the backward of an autograd Function: whether this pass computes the gradient of each
+    of its tensor arguments.
 
-    Zero-bubble pipeline schedules go through a graph twice, for activations and later for weights, and every Function that has
-    both is called in both passes; `ctx.needs_input_grad` is the same in both."""
+    Zero-bubble pipeline schedules go through a graph twice, for activations and later for weights,
+    and every Function that has both is called in both passes; `ctx.needs_input_grad` is the same in
+    both.
+    """
 
     def runs(node: Any) -> bool:
         if node is None:  # no gradient at all

@@ -3,9 +3,9 @@
     permute    x_TD[order // K]: every token copied once per chosen expert, rows sorted by expert
     combine    sum over a token's K rows of weight * row, back in token order
 
-Both are bijections between (token, choice) and row, so the backward pass of each is a gather too: deterministic, no
-scatter-add. Sums over K use `embedding_bag`, which never builds the [T, K, D] intermediate (on CPU seven times faster than
-gather + sum, measured at T = 4096, K = 4, D = 512).
+Both are bijections between (token, choice) and row, so the backward pass of each is a gather too:
+deterministic, no scatter-add. Sums over K use `embedding_bag`, which never builds the [T, K, D]
+intermediate (on CPU seven times faster than gather + sum, measured at T = 4096, K = 4, D = 512).
 
 Shape suffixes: T tokens, D width, K choices per token, R = T * K routed rows.
 """
@@ -20,11 +20,18 @@ from torchsft.ops import plain
 
 
 def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
-    """Copy every token (x_TD, any floating dtype) once per chosen expert, in the order of the rows: x_RD, of the same dtype.
+    """Copy every token (x_TD, any floating dtype) once per chosen expert, in the order of the rows:
+    x_RD, of the same dtype.
 
-    order_R is int64: order_R[r] = t * K + k is the (token, choice) that row r holds, a permutation of 0..R-1; row_TK, int64, is
-    its inverse: row_TK[t, k] is the row of choice k of token t."""
-    return permute_reference(x_TD, order_R, row_TK) if plain() else _Permute.apply(x_TD, order_R, row_TK)
+    order_R is int64: order_R[r] = t * K + k is the (token, choice) that row r holds, a permutation
+    of 0..R-1; row_TK, int64, is
+    its inverse: row_TK[t, k] is the row of choice k of token t.
+    """
+    return (
+        permute_reference(x_TD, order_R, row_TK)
+        if plain()
+        else _Permute.apply(x_TD, order_R, row_TK)
+    )
 
 
 def permute_reference(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
@@ -33,10 +40,12 @@ def permute_reference(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
-    """Add up the rows of every token, weighted: y_TD[t] = sum_k weights_TK[t, k] * y_RD[row_TK[t, k]].
+    """Add up the rows of every token, weighted: y_TD[t] = sum_k weights_TK[t, k] * y_RD[row_TK[t,
+    k]].
 
-    y_RD has any floating dtype, in which routing weights (fp32 in a model) are applied and sums returned, which are accumulated
-    in fp32; order_R and row_TK are as for `permute`."""
+    y_RD has any floating dtype, in which routing weights (fp32 in a model) are applied and sums
+    returned, which are accumulated in fp32; order_R and row_TK are as for `permute`.
+    """
     implementation = combine_reference if plain() else _Combine.apply
     return implementation(y_RD, weights_TK, order_R, row_TK)
 
@@ -60,15 +69,20 @@ class _Permute(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(y_RD, weights_TK, order_R, row_TK)
-        return F.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=weights_TK.to(y_RD.dtype))
+        return F.embedding_bag(
+            row_TK, y_RD, mode="sum", per_sample_weights=weights_TK.to(y_RD.dtype)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_RD, weights_TK, order_R, row_TK = ctx.saved_tensors
         grad_RD = grad_TD.index_select(0, order_R // row_TK.shape[1])
-        # In pieces that stay in the cache: a whole [R, D] product is four times slower on CPU and needs its memory.
+        # In pieces that stay in the cache: a whole [R, D] product is four times slower on CPU and
+        # needs its memory.
         pairs = zip(y_RD.chunk(16), grad_RD.chunk(16), strict=True)
         dots_R = torch.cat([(y * grad).sum(-1, dtype=weights_TK.dtype) for y, grad in pairs])
         grad_RD.mul_(weights_TK.flatten()[order_R].unsqueeze(-1).to(grad_RD.dtype))

@@ -9,28 +9,36 @@ WSD_DECAY = 0.1  # share of the steps over which wsd decays, unless --optim.deca
 
 
 def steps_of(number: float, total_steps: int) -> int:
-    """Steps that an option means: `number` of them or, below 1, this share of `total_steps`, rounded up.
+    """Steps that an option means: `number` of them or, below 1, this share of `total_steps`,
+    rounded up.
 
-    The share is the decimal number that was written: 0.1 of 30 steps is 3, although 0.1 * 30 > 3 in floating point."""
+    The share is the decimal number that was written: 0.1 of 30 steps is 3, although 0.1 * 30 > 3 in
+    floating point.
+    """
     if number >= 1:
         return int(number)
     return math.ceil(Fraction(str(number)) * total_steps)
 
 
 def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
-    """What the peak learning rate is multiplied with in update number `step` (0 is the first), a function of its arguments.
+    """What the peak learning rate is multiplied with in update number `step` (0 is the first), a
+    function of its arguments.
 
-    With w warm-up steps, d decay steps (of wsd; else d = n - w), n = total_steps, and floor = min_lr_ratio:
+    With w warm-up steps, d decay steps (of wsd; else d = n - w), n = total_steps, and floor =
+    min_lr_ratio:
 
-        step < w        (step + 1) / w                      linear warm-up; the first update moves too
-        step < n - d    1                                   wsd's stable part, and constant
-        else            floor + (1 - floor) * shape(t),     t = (step - (n - d)) / d
-                        shape: (1 + cos(pi t)) / 2 | 1 - t | 1 - sqrt(t)        cosine | linear | 1-sqrt
+        step < w        (step + 1) / w                    linear warm-up; the first update moves too
+        step < n - d    1                                 wsd's stable part, and constant
+        else            floor + (1 - floor) * shape(t)    t = (step - (n - d)) / d
 
-    The decay is that of transformers' schedules: the floor would be reached at update n, so that the last one still moves.
+    where shape(t) is (1 + cos(pi t)) / 2 for cosine, 1 - t for linear, 1 - sqrt(t) for 1-sqrt.
+
+    The decay is that of transformers' schedules: the floor would be reached at update n, so that
+    the last one still moves.
 
     Raises:
-        InputError: warm-up and decay are longer than the run."""
+        InputError: warm-up and decay are longer than the run.
+    """
     warmup, decay = warmup_steps(optim, total_steps), decay_steps(optim, total_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -54,13 +62,18 @@ def warmup_steps(optim: Optim, total_steps: int) -> int:
     """Steps of the warm-up. InputError where the run has fewer."""
     steps = steps_of(optim.warmup_steps, total_steps)
     if steps > total_steps:
-        fault = f"--optim.warmup-steps is {optim.warmup_steps}, but the run has only {total_steps} steps"
+        fault = (
+            f"--optim.warmup-steps is {optim.warmup_steps}, but the run has only {total_steps} "
+            f"steps"
+        )
         raise InputError(f"{fault}; lower it or train longer")
     return steps
 
 
 def decay_steps(optim: Optim, total_steps: int) -> int:
-    """Steps at the end over which the learning rate falls. InputError where the warm-up leaves fewer."""
+    """Steps at the end over which the learning rate falls. InputError where the warm-up leaves
+    fewer.
+    """
     left = total_steps - warmup_steps(optim, total_steps)
     if optim.schedule != "wsd":
         return left
@@ -68,6 +81,9 @@ def decay_steps(optim: Optim, total_steps: int) -> int:
     steps = steps_of(number, total_steps)
     if steps > left:
         share = f" ({steps} steps)" if number < 1 else ""
-        fault = f"--optim.decay-steps is {number}{share}, but the warm-up leaves only {left} of the run's {total_steps} steps"
+        fault = (
+            f"--optim.decay-steps is {number}{share}, but the warm-up leaves only {left} of the "
+            f"run's {total_steps} steps"
+        )
         raise InputError(f"{fault}; lower it or train longer")
     return steps

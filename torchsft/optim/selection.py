@@ -1,4 +1,6 @@
-"""Which parameters are trained, and with which options: what --train.freeze and --optim.groups mean for a model."""
+"""Which parameters are trained, and with which options: what --train.freeze and --optim.groups mean
+for a model.
+"""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,7 +26,9 @@ class Selection:
     groups: Mapping[str, ParameterGroup]
 
     def apply(self, model: nn.Module) -> None:
-        """Freeze what is to be frozen of `model`, all of the model or a part of it, before it is sharded."""
+        """Freeze what is to be frozen of `model`, all of the model or a part of it, before it is
+        sharded.
+        """
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
 
@@ -38,7 +42,9 @@ def select(
     """Decide by patterns; of several groups that match a parameter the first one counts.
 
     Raises:
-        InputError: a pattern matches no parameter, nothing is left to train, or a group can change nothing."""
+        InputError: a pattern matches no parameter, nothing is left to train, or a group can change
+            nothing.
+    """
     frozen: set[str] = set()
     for pattern in freeze:
         frozen |= matching(pattern, shapes, words, "--train.freeze")
@@ -50,11 +56,16 @@ def select(
         matched = matching(group.pattern, shapes, words, "--optim.groups")
         trained = matched - frozen
         if not trained:
-            raise InputError(f"{option} matches only parameters that --train.freeze freezes; leave one of the two out")
+            raise InputError(
+                f"{option} matches only parameters that --train.freeze freezes; leave "
+                f"one of the two out"
+            )
         free = trained - chosen.keys()
         if not free:
             fault = f"{option} matches only parameters that groups before it have taken"
-            raise InputError(f"{fault}; the first group that matches decides: put it before them or leave it out")
+            raise InputError(
+                f"{fault}; the first group that matches decides: put it before them or leave it out"
+            )
         if group.weight_decay and all(len(shapes[name]) < 2 for name in free):
             fault = f"{option} sets weight_decay, but matches only norms and biases"
             raise InputError(f"{fault}, which have none (it is for matrices); leave it out")
@@ -62,17 +73,23 @@ def select(
     return Selection(frozenset(frozen), chosen)
 
 
-def matching(pattern: str, names: Collection[str], words: Mapping[str, str], option: str) -> set[str]:
-    """Names that a pattern means: a word, layers.N, layers.A-B, or a pattern with * and ? of names or their beginnings.
+def matching(
+    pattern: str, names: Collection[str], words: Mapping[str, str], option: str
+) -> set[str]:
+    """Names that a pattern means: a word, layers.N, layers.A-B, or a pattern with * and ? of names
+    or their beginnings.
 
     Raises:
-        InputError: there are none, or not for each of the layers; `option` gave the pattern."""
+        InputError: there are none, or not for each of the layers; `option` gave the pattern.
+    """
     found: set[str] = set()
     layers = re.fullmatch(r"layers\.(\d+)(?:-(\d+))?", pattern)
     if layers is None:
         found = _matching(words.get(pattern, pattern), names)
         if not found:
-            raise InputError(f"{option} {pattern!r} matches no parameter; {_near(pattern, names, words)}")
+            raise InputError(
+                f"{option} {pattern!r} matches no parameter; {_near(pattern, names, words)}"
+            )
         return found
     first, last = int(layers[1]), int(layers[2] or layers[1])
     if last < first:
@@ -82,7 +99,9 @@ def matching(pattern: str, names: Collection[str], words: Mapping[str, str], opt
         if not of_layer:
             begin = words["layers"].count(".") + 1
             numbers = [int(name.split(".")[begin]) for name in _matching(words["layers"], names)]
-            raise InputError(f"{option} {pattern!r} names layer {layer}, but the model's are 0 to {max(numbers)}")
+            raise InputError(
+                f"{option} {pattern!r} names layer {layer}, but the model's are 0 to {max(numbers)}"
+            )
         found |= of_layer
     return found
 
@@ -99,5 +118,7 @@ def _near(pattern: str, names: Iterable[str], words: Mapping[str, str]) -> str:
         stacked = " and ".join(sorted(_matching(words["experts"], names))[:2])
         return f"the experts of a layer are stacked in two parameters: {stacked}"
     near = get_close_matches(pattern, [*words, *names], n=3, cutoff=0.4)
-    similar = f"similar names: {', '.join(near)}" if near else f"a name is such as {next(iter(names))}"
+    similar = (
+        f"similar names: {', '.join(near)}" if near else f"a name is such as {next(iter(names))}"
+    )
     return f"{similar}; words: {known}, layers.N, layers.A-B"

@@ -1,4 +1,6 @@
-"""Activation checkpointing: keep a layer's input alone, and compute the layer again when its backward pass needs the rest."""
+"""Activation checkpointing: keep a layer's input alone, and compute the layer again when its
+backward pass needs the rest.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,12 +25,16 @@ def _not_counted(moe: nn.Module) -> Iterator[None]:
 def apply_activation_checkpointing(model: DeepseekV3) -> None:
     """Recompute every layer in its backward pass, in place.
 
-    Memory falls to [S, D] a layer and microbatch in flight, plus one layer; time grows by a forward pass. The layer is computed
-    from the same input by the same operations, so it routes tokens as before. Applied before FSDP2, which then gathers a
-    layer's parameters once for both."""
+    Memory falls to [S, D] a layer and microbatch in flight, plus one layer; time grows by a forward
+    pass. The layer is computed from the same input by the same operations, so it routes tokens as
+    before. Applied before FSDP2, which then gathers a layer's parameters once for both.
+    """
     # The state of random generators is not kept: nothing here is random.
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for layer in model.model.layers.values():
         layer.recompute = recompute
-    for name, moe in model.moe_layers().items():  # contexts around the forward pass, and around its repetition
-        model.model.layers[name].recompute = partial(recompute, context_fn=lambda moe=moe: (nullcontext(), _not_counted(moe)))
+    # contexts around the forward pass, and around its repetition
+    for name, moe in model.moe_layers().items():
+        model.model.layers[name].recompute = partial(
+            recompute, context_fn=lambda moe=moe: (nullcontext(), _not_counted(moe))
+        )

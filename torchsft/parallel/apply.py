@@ -1,4 +1,6 @@
-"""The one place that orders what is done to a model: tensor, expert, context parallelism, activation checkpointing, FSDP2."""
+"""The one place that orders what is done to a model: tensor, expert, context parallelism,
+activation checkpointing, FSDP2.
+"""
 
 from collections.abc import Sequence
 
@@ -14,17 +16,20 @@ from torchsft.parallel.world import World
 
 
 def parallelize(
-    stages: Sequence[DeepseekV3],  # the pipeline stages that this rank holds; without a pipeline, the model
+    # the pipeline stages that this rank holds; without a pipeline, the model
+    stages: Sequence[DeepseekV3],
     world: World,
     compute: torch.dtype,  # of the forward and backward pass; parameters stay fp32
     *,
     activation_checkpointing: bool = False,  # compute every layer again in the backward pass
     reshard_after_forward: bool = True,  # see `apply_fsdp`
 ) -> None:
-    """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no memory is allocated.
+    """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no
+    memory is allocated.
 
-    On one rank in fp32 there is nothing to shard and nothing to cast, so the model is left as it is. InputError where something
-    does not divide over the mesh."""
+    On one rank in fp32 there is nothing to shard and nothing to cast, so the model is left as it
+    is. InputError where something does not divide over the mesh.
+    """
     for stage in stages:
         if world.dense["tp"].size() > 1:
             apply_tensor_parallel(stage, world)

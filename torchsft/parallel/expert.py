@@ -1,7 +1,8 @@
 """Expert parallelism: rows travel to the rank that holds their expert, and back.
 
-Shapes: R rows routed on this rank (S tokens x K), M rows received, D width, E experts, n ranks on the `ep` axis, e = E / n
-local experts. Rows arrive sorted by global expert, so the part for rank i is contiguous.
+Shapes: R rows routed on this rank (S tokens x K), M rows received, D width, E experts, n ranks on
+the `ep` axis, e = E / n local experts. Rows arrive sorted by global expert, so the part for rank i
+is contiguous.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
+from torch.distributed._functional_collectives import (
+    all_to_all_single,
+    all_to_all_single_autograd,
+    wait_tensor,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -20,7 +25,9 @@ from torchsft.ops.permute import permute
 class ExpertExchange:
     """A MoE layer's `exchange` over the `ep` axis: all-to-all, local experts, all-to-all back.
 
-    The split sizes of an uneven all-to-all are host numbers, hence one host synchronisation per layer and pass."""
+    The split sizes of an uneven all-to-all are host numbers, hence one host synchronisation per
+    layer and pass.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size = group, dist.get_world_size(group)
@@ -28,12 +35,16 @@ class ExpertExchange:
     def __call__(
         self, x_RD: Tensor, counts_E: Tensor, experts: nn.Module, meanwhile: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in the same order, and the result
-        of `meanwhile`, which is computed while rows travel to their experts."""
+        """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in
+        the same order, and the result of `meanwhile`, which is computed while rows travel to their
+        experts.
+        """
         with torch.no_grad():
             received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))
             local_ne = received_E.view(self.size, -1)
-            sent, received = torch.stack([counts_E.view(self.size, -1).sum(1), local_ne.sum(1)]).tolist()
+            sent, received = torch.stack(
+                [counts_E.view(self.size, -1).sum(1), local_ne.sum(1)]
+            ).tolist()
             # From (sender, local expert) order to (local expert, sender) order.
             expert_M = torch.arange(local_ne.shape[1], device=x_RD.device).repeat(self.size)
             expert_M = expert_M.repeat_interleave(received_E, output_size=sum(received))
@@ -41,7 +52,8 @@ class ExpertExchange:
             inverse_M = torch.empty_like(order_M)
             inverse_M[order_M] = torch.arange(order_M.numel(), device=x_RD.device)
             offs_e = local_ne.sum(0).cumsum(0).to(torch.int32)
-        # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero gradients under compile).
+        # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero
+        # gradients under compile).
         z_MD = all_to_all_single_autograd(x_RD, received, sent, self.group)
         result = meanwhile()
         z_MD = wait_tensor(z_MD)
@@ -51,9 +63,11 @@ class ExpertExchange:
 
 
 def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:
-    """Give each rank of the `ep` axis its experts: stacked parameters become DTensors sharded on dim 0.
+    """Give each rank of the `ep` axis its experts: stacked parameters become DTensors sharded on
+    dim 0.
 
-    InputError where the number of experts is not a multiple of ep."""
+    InputError where the number of experts is not a multiple of ep.
+    """
     mesh = expert_mesh["ep"]
     if mesh.size() == 1:
         return
@@ -62,8 +76,16 @@ def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:
             continue
         for key, parameter in list(module.experts.named_parameters(recurse=False)):
             if parameter.shape[0] % mesh.size():
-                fault = f"{name} has {parameter.shape[0]} experts, which do not divide over --parallel.ep {mesh.size()} ranks; "
-                raise InputError(fault + "choose an ep that divides them, or start another number of ranks")
-            sharded = nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)]), requires_grad=parameter.requires_grad)
+                fault = (
+                    f"{name} has {parameter.shape[0]} experts, which do not divide over "
+                    f"--parallel.ep {mesh.size()} ranks; "
+                )
+                raise InputError(
+                    fault + "choose an ep that divides them, or start another number of ranks"
+                )
+            sharded = nn.Parameter(
+                distribute_tensor(parameter, mesh, [Shard(0)]),
+                requires_grad=parameter.requires_grad,
+            )
             module.experts.register_parameter(key, sharded)
         module.exchange = ExpertExchange(mesh.get_group())

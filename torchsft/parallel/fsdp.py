@@ -1,4 +1,6 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over `fsdp`, experts over `edp`; replicas over `dp_replicate`."""
+"""FSDP2: parameters, gradients and optimizer state sharded over `fsdp`, experts over `edp`;
+replicas over `dp_replicate`.
+"""
 
 import dataclasses
 import itertools
@@ -20,23 +22,33 @@ def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
 
 
 def apply_fsdp(
-    model: nn.Module, parameter_mesh: DeviceMesh, expert_mesh: DeviceMesh, compute: torch.dtype, reshard_after_forward: bool
+    model: nn.Module,
+    parameter_mesh: DeviceMesh,
+    expert_mesh: DeviceMesh,
+    compute: torch.dtype,
+    reshard_after_forward: bool,
 ) -> None:
     """Shard `model` in place; forward and backward run in `compute`, gradients are summed in fp32.
 
-    Except over `tp`: what is partial there FSDP2 sums before, in `compute` for each microbatch (with a pipeline once, in fp32).
+    Except over `tp`: what is partial there FSDP2 sums before, in `compute` for each microbatch
+    (with a pipeline once, in fp32).
 
-    Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below fp32, the router, which
-    stays fp32; the rest (embedding, last norm, head) is the root. While a layer computes, the next one is gathered;
-    its experts are named, since FSDP2 by itself looks one unit ahead, which would be this layer's own experts.
+    Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below
+    fp32, the router, which stays fp32; the rest (embedding, last norm, head) is the root. While a
+    layer computes, the next one is gathered; its experts are named, since FSDP2 by itself looks one
+    unit ahead, which would be this layer's own experts.
 
-    `model` is all of it, or the part that one pipeline stage holds; the meshes are `World.parameter` and `World.expert`.
-    `reshard_after_forward` frees the gathered parameters between forward and backward (`pipeline.reshard_after_forward`).
-    InputError where an expert dim does not divide over `edp` (FSDP2 shards dims other than 0 evenly)."""
+    `model` is all of it, or the part that one pipeline stage holds; the meshes are
+    `World.parameter` and `World.expert`. `reshard_after_forward` frees the gathered parameters
+    between forward and backward (`pipeline.reshard_after_forward`). InputError where an expert dim
+    does not divide over `edp` (FSDP2 shards dims other than 0 evenly).
+    """
     dense, edp = _mesh(parameter_mesh, "fsdp"), _mesh(expert_mesh, "edp")
     shards = expert_mesh["edp"].size()
     # Inputs are not cast: they are in `compute` already, except loss weights, which must stay fp32.
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     router_policy = dataclasses.replace(policy, param_dtype=torch.float32)
     options = {"reshard_after_forward": reshard_after_forward}
     units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
@@ -46,32 +58,57 @@ def apply_fsdp(
             gate, experts = layer.mlp.gate, layer.mlp.experts
             for key, parameter in experts.named_parameters():
                 if parameter.shape[1] % shards:
-                    fault = f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which does not divide over the "
-                    fault += f"{shards} ranks that share an expert (dp_shard * cp * tp / ep); raise --parallel.ep or start "
+                    fault = (
+                        f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which "
+                        f"does not divide over the "
+                    )
+                    fault += (
+                        f"{shards} ranks that share an expert (dp_shard * cp * tp / ep); raise "
+                        f"--parallel.ep or start "
+                    )
                     raise InputError(fault + "another number of ranks")
             if compute != torch.float32:
                 parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
-            parts.append(fully_shard(experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda _: Shard(1), **options))
+            parts.append(
+                fully_shard(
+                    experts,
+                    mesh=edp,
+                    mp_policy=policy,
+                    shard_placement_fn=lambda _: Shard(1),
+                    **options,
+                )
+            )
         units.append([fully_shard(layer, mesh=dense, mp_policy=policy, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
-    fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=None if reshard_after_forward else False)
+    fully_shard(
+        model,
+        mesh=dense,
+        mp_policy=policy,
+        reshard_after_forward=None if reshard_after_forward else False,
+    )
     for this, following in itertools.pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(this[:1] + this[:0:-1])
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The one normaliser is the global batch's loss weight: FSDP only sums. gloo has no PREMUL_SUM, so force SUM.
+            # The one normaliser is the global batch's loss weight: FSDP only sums. gloo has no
+            # PREMUL_SUM, so force SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def held_bytes(model: nn.Module, compute: torch.dtype, reshard_after_forward: bool) -> tuple[int, int]:
-    """Device memory that this rank needs for its share of the parameters through a step; activations and buffers come on top.
+def held_bytes(
+    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool
+) -> tuple[int, int]:
+    """Device memory that this rank needs for its share of the parameters through a step;
+    activations and buffers come on top.
 
-    `model` is this rank's part, sharded; on any device. Returns bytes that more data ranks would share: weight, gradient and
-    two moments in fp32, or of a frozen parameter the weight. And bytes that they would not: where gathered parameters are kept
-    for a whole step, these, in `compute`, and their fp32 gradients, which are scattered behind the last microbatch (so that
-    they stand in for the sharded ones)."""
+    `model` is this rank's part, sharded; on any device. Returns bytes that more data ranks would
+    share: weight, gradient and two moments in fp32, or of a frozen parameter the weight. And bytes
+    that they would not: where gathered parameters are kept for a whole step, these, in `compute`,
+    and their fp32 gradients, which are scattered behind the last microbatch (so that they stand in
+    for the sharded ones).
+    """
     sharded = kept = 0
     for parameter in model.parameters():
         trained = parameter.requires_grad
@@ -80,7 +117,9 @@ def held_bytes(model: nn.Module, compute: torch.dtype, reshard_after_forward: bo
             continue
         mesh = parameter.device_mesh
         axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
-        gathered = parameter.numel() // math.prod(n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard())
+        gathered = parameter.numel() // math.prod(
+            n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard()
+        )
         sharded += (12 if trained else 4) * local(parameter).numel()
         kept += (compute.itemsize + (4 if trained else 0)) * gathered
     return sharded, kept

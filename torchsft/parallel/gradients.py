@@ -15,7 +15,9 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, in
     for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
         copies = 1
         if isinstance(gradient, DTensor):
-            assert not any(p.is_partial() for p in gradient.placements), "a gradient that is not yet summed has no norm"
+            assert not any(p.is_partial() for p in gradient.placements), (
+                "a gradient that is not yet summed has no norm"
+            )
             axes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
             copies = math.prod(size for size, placement in axes if placement.is_replicate())
             gradient = gradient.to_local()
@@ -26,8 +28,9 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, in
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """2-norm of all gradients over all ranks, float64 scalar; equal on every rank. One collective.
 
-    Every rank adds the squares of the elements that it holds, an element that lies on n ranks with weight 1 / n. A rank may
-    hold no gradient, where all of its parameters are frozen."""
+    Every rank adds the squares of the elements that it holds, an element that lies on n ranks with
+    weight 1 / n. A rank may hold no gradient, where all of its parameters are frozen.
+    """
     parameters = list(parameters)
     device = parameters[0].device
     parts = local_gradients(parameters)
@@ -50,5 +53,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """min(1, max_norm / norm): what gradients are multiplied with so that their norm is at most `max_norm`."""
+    """min(1, max_norm / norm): what gradients are multiplied with so that their norm is at most
+    `max_norm`.
+    """
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

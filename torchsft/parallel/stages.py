@@ -1,7 +1,9 @@
-"""Which layers are where in a pipeline: stages, the ranks that hold them, and what schedules can do.
+"""Which layers are where in a pipeline: stages, the ranks that hold them, and what schedules can
+do.
 
-A schedule is one of torch's, by its class name. Several stages on a rank lie as a loop (stage s on rank s mod pp) or, where the
-schedule wants it, as a V (there and back, so that the first and the last stage are neighbours).
+A schedule is one of torch's, by its class name. Several stages on a rank lie as a loop (stage s on
+rank s mod pp) or, where the schedule wants it, as a V (there and back, so that the first and the
+last stage are neighbours).
 """
 
 import itertools
@@ -12,7 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    get_schedule_class,
+)
 
 from torchsft.config import InputError, Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3Config
@@ -44,43 +50,61 @@ class StagePlan:
 
 
 def plan_stages(parallel: Parallel, model_config: DeepseekV3Config, microbatches: int) -> StagePlan:
-    """Decide which layers go where; `dp_shard` is resolved, and `microbatches` are those of a step on each data rank.
+    """Decide which layers go where; `dp_shard` is resolved, and `microbatches` are those of a step
+    on each data rank.
 
-    InputError where the schedule, the layers and the microbatches do not fit together."""
+    InputError where the schedule, the layers and the microbatches do not fit together.
+    """
     stages, layers = _stage_count(parallel), model_config.num_hidden_layers
     if parallel.pp > 1:
         schedule_class(parallel.pp_schedule)
         if model_config.tie_word_embeddings:
-            fault = f"--parallel.pp is {parallel.pp}, but this model's output embedding is its input embedding "
-            raise InputError(fault + "(tie_word_embeddings), which cannot be on two ranks; set --parallel.pp 1")
+            fault = (
+                f"--parallel.pp is {parallel.pp}, but this model's output embedding is its input "
+                f"embedding "
+            )
+            raise InputError(
+                fault + "(tie_word_embeddings), which cannot be on two ranks; set --parallel.pp 1"
+            )
     if stages > layers and not parallel.pp_layers:
         raise InputError(
-            f"--parallel.pp-schedule {parallel.pp_schedule} over --parallel.pp {parallel.pp} has {stages} stages, the model "
-            f"{layers} layers; set --parallel.pp to at most {max(layers * parallel.pp // stages, 1)}"
+            f"--parallel.pp-schedule {parallel.pp_schedule} over --parallel.pp {parallel.pp} has "
+            f"{stages} stages, the model "
+            f"{layers} layers; set --parallel.pp to at most "
+            f"{max(layers * parallel.pp // stages, 1)}"
             + (" or --parallel.pp-schedule to 1F1B" if parallel.pp <= layers else "")
         )
     if stages <= layers:
-        balanced = balance(model_config.layer_costs(), stages, model_config.embedding_cost, model_config.head_cost)
+        balanced = balance(
+            model_config.layer_costs(), stages, model_config.embedding_cost, model_config.head_cost
+        )
         remedy = f"give {stages}, such as {' '.join(map(str, balanced))}"
     else:
         balanced, remedy = (), "leave it out"
     counts = parallel.pp_layers or balanced
     if len(counts) != stages:
         raise InputError(
-            f"--parallel.pp-layers has {len(counts)} number(s), but {parallel.pp_schedule} over --parallel.pp {parallel.pp} "
+            f"--parallel.pp-layers has {len(counts)} number(s), but {parallel.pp_schedule} over "
+            f"--parallel.pp {parallel.pp} "
             f"has {stages} stage(s); {remedy}"
         )
     if sum(counts) != layers or 0 in counts[1:-1]:
         raise InputError(
-            f"--parallel.pp-layers is {' '.join(map(str, counts))}, together {sum(counts)}, but it must place {layers} layers "
+            f"--parallel.pp-layers is {' '.join(map(str, counts))}, together {sum(counts)}, but it "
+            f"must place {layers} layers "
             f"and leave none of the middle stages empty; {remedy}"
         )
     if parallel.pp > 1:
         _check_microbatches(parallel, stages, microbatches)
-    placed = tuple(tuple(range(end - n, end)) for end, n in zip(itertools.accumulate(counts), counts, strict=True))
+    placed = tuple(
+        tuple(range(end - n, end))
+        for end, n in zip(itertools.accumulate(counts), counts, strict=True)
+    )
     there_and_back = [*range(parallel.pp), *reversed(range(parallel.pp))]
     v = parallel.pp > 1 and parallel.pp_schedule in V_SHAPED
-    return StagePlan(placed, tuple(there_and_back if v else (stage % parallel.pp for stage in range(stages))))
+    return StagePlan(
+        placed, tuple(there_and_back if v else (stage % parallel.pp for stage in range(stages)))
+    )
 
 
 def _stage_count(parallel: Parallel) -> int:
@@ -94,20 +118,27 @@ def _stage_count(parallel: Parallel) -> int:
 
 
 def balance(layers: Sequence[int], stages: int, first: int, last: int) -> tuple[int, ...]:
-    """How many layers each stage gets, at least one, so that the costliest stage costs least, and then all as evenly as can be.
+    """How many layers each stage gets, at least one, so that the costliest stage costs least, and
+    then all as evenly as can be.
 
-    `layers` are the costs of the layers, of which there are at least as many as stages; `first` and `last` what the first and
-    the last stage cost besides their layers."""
+    `layers` are the costs of the layers, of which there are at least as many as stages; `first` and
+    `last` what the first and the last stage cost besides their layers.
+    """
     ends = [0, *itertools.accumulate(layers)]
     extra = [first, *[0] * (stages - 2), last] if stages > 1 else [first + last]
 
-    def best(together: Callable[[Any, Any], Any], worth: Callable[[int], Any]) -> tuple[Any, tuple[int, ...]]:
+    def best(
+        together: Callable[[Any, Any], Any], worth: Callable[[int], Any]
+    ) -> tuple[Any, tuple[int, ...]]:
         # Best value, and layers of each stage, for the first `end` layers in the stages so far.
         found: dict[int, tuple[Any, tuple[int, ...]]] = {0: (0, ())}
         for stage in range(stages):
             found = {
                 end: min(
-                    (together(value, worth(ends[end] - ends[start] + extra[stage])), (*counts, end - start))
+                    (
+                        together(value, worth(ends[end] - ends[start] + extra[stage])),
+                        (*counts, end - start),
+                    )
                     for start, (value, counts) in found.items()
                     if start < end
                 )
@@ -124,7 +155,10 @@ def schedule_class(name: str) -> type[PipelineScheduleSingle] | type[PipelineSch
     try:
         return get_schedule_class(name)
     except ValueError:
-        fault = f"--parallel.pp-schedule {name} does not exist in torch {torch.__version__}; set it to Interleaved1F1B"
+        fault = (
+            f"--parallel.pp-schedule {name} does not exist in torch {torch.__version__}; set it to "
+            f"Interleaved1F1B"
+        )
         raise InputError(fault) from None
 
 
@@ -134,14 +168,17 @@ def _check_microbatches(parallel: Parallel, stages: int, microbatches: int) -> N
     def possible(n: int) -> bool:
         if schedule in ("1F1B", "DualPipeV"):
             return n >= stages
-        return not schedule.startswith("Interleaved") or n % max(1, n // pp) == 0  # rounds of equal size
+        # rounds of equal size
+        return not schedule.startswith("Interleaved") or n % max(1, n // pp) == 0
 
     if possible(microbatches):
         return
     up = next(n for n in itertools.count(microbatches) if possible(n))
     data = parallel.dp_replicate * parallel.dp_shard
     raise InputError(
-        f"--parallel.pp-schedule {schedule} with {stages} stages on --parallel.pp {pp} cannot do {microbatches} microbatches a "
-        f"step, but {up}; set --train.global-batch-size to {up * data} times --train.micro-batch-size ({up} on each "
+        f"--parallel.pp-schedule {schedule} with {stages} stages on --parallel.pp {pp} cannot do "
+        f"{microbatches} microbatches a "
+        f"step, but {up}; set --train.global-batch-size to {up * data} times "
+        f"--train.micro-batch-size ({up} on each "
         f"of {data} data ranks)"
     )

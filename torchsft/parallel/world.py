@@ -1,11 +1,15 @@
 """The processes of a run: process group, device, seeds, and several views of the same ranks.
 
     dense       pp, dp_replicate, dp_shard, cp, tp      what the options say
-    parameter   pp, dp_replicate, fsdp, tp              fsdp = dp_shard * cp: ranks that hold shards of one parameter
-    expert      pp, dp_replicate, edp, ep               ep * edp = dp_shard * cp * tp: of an expert's parameter
-    sequence    data, sequence                          sequence = cp * tp: ranks that share the tokens of a microbatch
+    parameter   pp, dp_replicate, fsdp, tp              fsdp = dp_shard * cp: ranks that hold shards
+                                                        of one parameter
+    expert      pp, dp_replicate, edp, ep               ep * edp = dp_shard * cp * tp: of an
+                                                        expert's parameter
+    sequence    data, sequence                          sequence = cp * tp: ranks that share the
+                                                        tokens of a microbatch
 
-All are row-major over the same ranks, so that tp, cp and ep peers are neighbours (on one node, where talk is cheapest).
+All are row-major over the same ranks, so that tp, cp and ep peers are neighbours (on one node,
+where talk is cheapest).
 """
 
 import os
@@ -27,24 +31,38 @@ WRITERS_TIMEOUT = timedelta(days=1)
 
 
 def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]:
-    """Axes and sizes of the meshes `dense`, `parameter`, `expert` and `sequence` for `world_size` ranks.
+    """Axes and sizes of the meshes `dense`, `parameter`, `expert` and `sequence` for `world_size`
+    ranks.
 
-    InputError where the sizes do not multiply to the world size, or ep does not divide dp_shard * cp * tp."""
+    InputError where the sizes do not multiply to the world size, or ep does not divide dp_shard *
+    cp * tp.
+    """
     others = parallel.pp * parallel.dp_replicate * parallel.cp * parallel.tp
     shard = max(world_size // others, 1) if parallel.dp_shard == -1 else parallel.dp_shard
     if others * shard != world_size:
         if world_size % others:
-            remedy = f"start {-(-world_size // others) * others} ranks or lower pp, dp_replicate, cp or tp (together {others})"
+            remedy = (
+                f"start {-(-world_size // others) * others} ranks or lower pp, dp_replicate, cp or "
+                f"tp (together {others})"
+            )
         else:
-            remedy = f"set --parallel.dp-shard -1 or {world_size // others}, or start {others * shard} ranks"
+            remedy = (
+                f"set --parallel.dp-shard -1 or {world_size // others}, or start {others * shard} "
+                f"ranks"
+            )
         raise InputError(
-            f"the mesh sizes pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard {shard} x cp {parallel.cp} x "
-            f"tp {parallel.tp} multiply to {others * shard}, but {world_size} ranks were started; {remedy}"
+            f"the mesh sizes pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard "
+            f"{shard} x cp {parallel.cp} x "
+            f"tp {parallel.tp} multiply to {others * shard}, but {world_size} ranks were started; "
+            f"{remedy}"
         )
     inner = shard * parallel.cp * parallel.tp
     if inner % parallel.ep:
         divisors = ", ".join(str(n) for n in range(1, inner + 1) if inner % n == 0)
-        fault = f"--parallel.ep is {parallel.ep}, but it must divide dp_shard * cp * tp = {inner}; set it to one of {divisors}"
+        fault = (
+            f"--parallel.ep is {parallel.ep}, but it must divide dp_shard * cp * tp = {inner}; set "
+            f"it to one of {divisors}"
+        )
         raise InputError(fault)
     outer = {"pp": parallel.pp, "dp_replicate": parallel.dp_replicate}
     sequence = parallel.cp * parallel.tp
@@ -59,15 +77,18 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
 def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
     """A part of `store` that only the ranks of this start have; every rank calls it.
 
-    `torchrun --max-restarts` gives restarted ranks the store of those before, where they would find the addresses of dead ones
-    (torch 2.13: gloo then waits for ever). A rank's greeting is new each time, and so is the name that rank 0 answers with.
-    TimeoutError where other ranks did not come."""
+    `torchrun --max-restarts` gives restarted ranks the store of those before, where they would find
+    the addresses of dead ones (torch 2.13: gloo then waits for ever). A rank's greeting is new each
+    time, and so is the name that rank 0 answers with. TimeoutError where other ranks did not
+    come.
+    """
     mine, deadline = uuid.uuid4().hex.encode(), time.monotonic() + timeout.total_seconds()
 
     def found(key: str) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"rank {rank} of {size} waited {timeout.total_seconds():.0f} s for others to start; look at their logs"
+                f"rank {rank} of {size} waited {timeout.total_seconds():.0f} s for others to "
+                f"start; look at their logs"
             )
         return store.get(key) if store.check([key]) else b""
 
@@ -88,23 +109,32 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> 
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The store in which all ranks find each other, this one's number, and how many they are. An InputError: the port is in
-    use."""
+    """The store in which all ranks find each other, this one's number, and how many they are. An
+    InputError: the port is in use.
+    """
     try:
         return next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
-        remedy = "set MASTER_PORT to a free one (torchrun: --master-port, or --standalone on one machine)"
-        raise InputError(f"port {port} is in use by another program on this machine; {remedy}") from error
+        remedy = (
+            "set MASTER_PORT to a free one (torchrun: --master-port, or --standalone on one "
+            "machine)"
+        )
+        raise InputError(
+            f"port {port} is in use by another program on this machine; {remedy}"
+        ) from error
 
 
 class World:
-    """This process among the ranks of a run. A context manager: leaving it destroys the process group.
+    """This process among the ranks of a run. A context manager: leaving it destroys the process
+    group.
 
-    Reads what `torchrun` sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); under plain `python` it is a world of
-    one rank, with the same code path. NCCL and one CUDA device per local rank where CUDA is there, else gloo on the CPU."""
+    Reads what `torchrun` sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); under plain
+    `python` it is a world of one rank, with the same code path. NCCL and one CUDA device per local
+    rank where CUDA is there, else gloo on the CPU.
+    """
 
     def __init__(self, parallel: Parallel, seed: int) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -114,7 +144,10 @@ class World:
         sizes = mesh_sizes(parallel, self.size)  # before anything is started
         cuda = torch.cuda.is_available()
         if cuda and self.local_rank >= torch.cuda.device_count():
-            fault = f"local rank {self.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+            fault = (
+                f"local rank {self.local_rank} has no GPU of its own: this machine has "
+                f"{torch.cuda.device_count()}; "
+            )
             raise InputError(fault + "lower --nproc-per-node")
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
@@ -127,24 +160,35 @@ class World:
             store, rank, size = dist.HashStore(), 0, 1
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-        self.dense, self.parameter, self.expert, self.sequence = (self._mesh(axes, timeout) for axes in sizes.values())
+        self.dense, self.parameter, self.expert, self.sequence = (
+            self._mesh(axes, timeout) for axes in sizes.values()
+        )
         shard = sizes["dense"]["dp_shard"]
-        # A gloo group of all ranks for the thread that writes checkpoints, None on a world of one: this thread's talk must not
-        # mix with the step's, and waits for the slowest rank's file system.
-        self.writers = dist.new_group(backend="gloo", timeout=WRITERS_TIMEOUT) if self.size > 1 else None
-        self.data_size = parallel.dp_replicate * shard  # among how many the rows are shared; `data_rank` is this rank's share
-        self.data_rank = self.dense.get_local_rank("dp_replicate") * shard + self.dense.get_local_rank("dp_shard")
+        # A gloo group of all ranks for the thread that writes checkpoints, None on a world of one:
+        # this thread's talk must not mix with the step's, and waits for the slowest rank's file
+        # system.
+        self.writers = (
+            dist.new_group(backend="gloo", timeout=WRITERS_TIMEOUT) if self.size > 1 else None
+        )
+        # among how many the rows are shared; `data_rank` is this rank's share
+        self.data_size = parallel.dp_replicate * shard
+        self.data_rank = self.dense.get_local_rank(
+            "dp_replicate"
+        ) * shard + self.dense.get_local_rank("dp_shard")
         # True on one rank of those that read the same rows, so that what they read is counted once.
         self.is_reader = all(self.dense.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        self.barrier()  # a rank that refuses its input and leaves does not disturb others that still build groups
+        # a rank that refuses its input and leaves does not disturb others that still build groups
+        self.barrier()
 
     def _mesh(self, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
-        mesh = init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        # A mesh makes groups with torch's default timeout of 10 to 30 minutes, whatever the world's is; only this private
-        # function changes it.
+        mesh = init_device_mesh(
+            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
+        )
+        # A mesh makes groups with torch's default timeout of 10 to 30 minutes, whatever the world's
+        # is; only this private function changes it.
         for group in mesh.get_all_groups():
             _set_pg_timeout(timeout, group)
         return mesh
@@ -152,8 +196,9 @@ class World:
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
         """float64 sums over all ranks of a short vector; [n] -> [n]. One collective.
 
-        Ranks that know the same thing must not all say it: see `is_reader`. Numbers that the host knows stay on the host and go
-        through gloo, so that no GPU is waited for."""
+        Ranks that know the same thing must not all say it: see `is_reader`. Numbers that the host
+        knows stay on the host and go through gloo, so that no GPU is waited for.
+        """
         total = torch.as_tensor(values).double()
         dist.all_reduce(total)
         return total
@@ -165,7 +210,13 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After an error the peers may wait in a collective: destroying the group could wait for them, leaving does not.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error the peers may wait in a collective: destroying the group could wait for
+        # them, leaving does not.
         if kind is None:
             dist.destroy_process_group()

@@ -1,6 +1,8 @@
-"""DeepSeek's block-scaled fp8: weights in e4m3 with one fp32 scale per block (128 x 128, the last ones ragged).
+"""DeepSeek's block-scaled fp8: weights in e4m3 with one fp32 scale per block (128 x 128, the last
+ones ragged).
 
-On disk a weight `KEY` [m, n] has beside it `KEY_scale_inv` [ceil(m / 128), ceil(n / 128)]; its value is fp32(weight) * scale.
+On disk a weight `KEY` [m, n] has beside it `KEY_scale_inv` [ceil(m / 128), ceil(n / 128)]; its
+value is fp32(weight) * scale.
 """
 
 import re
@@ -15,7 +17,8 @@ BLOCK = (128, 128)
 LARGEST = 448.0  # of e4m3
 SCALE_SUFFIX = "_scale_inv"
 
-# All linear maps of attention and feed-forward networks; not the router, norms, biases, embeddings and what joins MTP layers.
+# All linear maps of attention and feed-forward networks; not the router, norms, biases, embeddings
+# and what joins MTP layers.
 _QUANTISED = re.compile(
     r"\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
     r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate|up|down)_proj)\.weight$"
@@ -38,10 +41,15 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
     return -(-rows // block[0]), -(-cols // block[1])
 
 
-def dequantise(q: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, origin: tuple[int, int] = (0, 0)) -> Tensor:
-    """Values, fp32 [m, n], of a part of a weight: of `q`, e4m3 [m, n], which begins at row and column `origin` of the weight.
+def dequantise(
+    q: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, origin: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Values, fp32 [m, n], of a part of a weight: of `q`, e4m3 [m, n], which begins at row and
+    column `origin` of the weight.
 
-    `scale`: fp32, of the blocks (of `block` rows and columns) that the part meets, and no others."""
+    `scale`: fp32, of the blocks (of `block` rows and columns) that the part meets, and no
+    others.
+    """
     values = torch.empty_like(q, dtype=torch.float32)
     column_blocks = (torch.arange(q.shape[1], device=q.device) + origin[1] % block[1]) // block[1]
     row = 0
@@ -54,10 +62,13 @@ def dequantise(q: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, origin:
 
 
 def _decode(q: Tensor) -> Tensor:
-    """e4m3 values / 256, exact, in fp16: three times as fast on a CPU as torch's own conversion to fp32. Behind the sign,
-    e4m3's bits are the last of fp16's exponent and the first of its mantissa; the biases of the exponents differ by 8."""
+    """e4m3 values / 256, exact, in fp16: three times as fast on a CPU as torch's own conversion to
+    fp32. Behind the sign, e4m3's bits are the last of fp16's exponent and the first of its
+    mantissa; the biases of the exponents differ by 8.
+    """
     signed = q.view(torch.int8)
-    if signed.numel() and (signed.max() == 127 or q.view(torch.uint8).max() == 255):  # nan, which fp16 writes otherwise
+    # nan, which fp16 writes otherwise
+    if signed.numel() and (signed.max() == 127 or q.view(torch.uint8).max() == 255):
         return q.float() / 256
     bits = signed.to(torch.int16)
     bits <<= 7
@@ -69,22 +80,32 @@ def quantise(
     w: Tensor,  # fp32 [m, n], a weight or some of its rows, beginning with a block
     block: tuple[int, int] = BLOCK,  # rows and columns of a block
     power_of_two: bool = False,  # round scales up to powers of two ("scale_fmt": "ue8m0")
-    known_scale: Tensor | None = None,  # fp32, the scales with which the weight was stored before training
+    # fp32, the scales with which the weight was stored before training
+    known_scale: Tensor | None = None,
     name: str = "a weight",  # for the InputError that nan or inf is
 ) -> tuple[Tensor, Tensor]:
-    """Weight to e4m3 [m, n] and fp32 scales, the largest value of each block to 448; 1 is the scale of zeros.
+    """Weight to e4m3 [m, n] and fp32 scales, the largest value of each block to 448; 1 is the scale
+    of zeros.
 
-    A block whose every value `known_scale` gives in every bit keeps its scale, and hence its very bytes: what training did not
-    change comes back as it was."""
-    q, scale = torch.empty_like(w, dtype=torch.float8_e4m3fn), w.new_empty(scale_shape(tuple(w.shape), block))
+    A block whose every value `known_scale` gives in every bit keeps its scale, and hence its very
+    bytes: what training did not change comes back as it was.
+    """
+    q, scale = (
+        torch.empty_like(w, dtype=torch.float8_e4m3fn),
+        w.new_empty(scale_shape(tuple(w.shape), block)),
+    )
     width = w.shape[1]
     for i, rows in enumerate(w.split(block[0])):
         padded = F.pad(rows, (0, -width % block[1])) if width % block[1] else rows
         blocks = padded.unflatten(1, (-1, block[1]))
         largest = blocks.abs().amax((0, 2))
         if not largest.isfinite().all():
-            raise InputError(f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint")
-        scale[i] = torch.where(largest > 0, largest / LARGEST, 1).clamp(min=torch.finfo(torch.float32).tiny)
+            raise InputError(
+                f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
+            )
+        scale[i] = torch.where(largest > 0, largest / LARGEST, 1).clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
         if power_of_two:
             mantissa, exponent = torch.frexp(scale[i])  # in [0.5, 1)
             scale[i] = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())

@@ -1,4 +1,7 @@
-"""Hugging Face -> DCP -> Hugging Face bit for bit, training checkpoints to Hugging Face, interruptions, memory, bad input."""
+# ruff: noqa: E501 (programs in strings)
+"""Hugging Face -> DCP -> Hugging Face bit for bit, training checkpoints to Hugging Face,
+interruptions, memory, bad input.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,19 @@ UNKNOWN = {
 }
 VARIANTS = {
     "bf16": lambda path: write_source(path, torch.bfloat16, sharded=True, mtp=True),
-    "bf16 with unknown tensors": lambda path: _with_unknown(write_source(path, torch.bfloat16, sharded=True, mtp=False)),
-    "bf16 tied": lambda path: write_source(path, torch.bfloat16, sharded=True, mtp=False, tie_word_embeddings=True),
-    "bf16 throughout": lambda path: write_tiny_model(path, dtype=torch.bfloat16, num_hidden_layers=9),  # the routing bias too
-    "fp32": lambda path: write_source(path, torch.float32, sharded=False, mtp=True, q_lora_rank=None),
+    "bf16 with unknown tensors": lambda path: _with_unknown(
+        write_source(path, torch.bfloat16, sharded=True, mtp=False)
+    ),
+    "bf16 tied": lambda path: write_source(
+        path, torch.bfloat16, sharded=True, mtp=False, tie_word_embeddings=True
+    ),
+    # the routing bias too
+    "bf16 throughout": lambda path: write_tiny_model(
+        path, dtype=torch.bfloat16, num_hidden_layers=9
+    ),
+    "fp32": lambda path: write_source(
+        path, torch.float32, sharded=False, mtp=True, q_lora_rank=None
+    ),
     "fp8": write_deepseek,
     "fp8 with powers of two": lambda path: write_deepseek(path, power_of_two=True, files=3),
 }
@@ -74,7 +86,9 @@ def to_hf(source, out, **options):
 def odd(expected, found):
     """Keys whose tensors differ in a bit, and keys of one side alone."""
     assert expected
-    differing = {key for key in expected.keys() & found.keys() if not same_bits(expected[key], found[key])}
+    differing = {
+        key for key in expected.keys() & found.keys() if not same_bits(expected[key], found[key])
+    }
     return sorted(differing | (expected.keys() ^ found.keys()))
 
 
@@ -82,7 +96,9 @@ def save(directory, step, model, path):
     """A training checkpoint of a run that began with the model at `path`."""
     checkpoints = Checkpointer(directory)
     config = {"model": {"path": path and str(path)}}
-    checkpoints.save(step, model, build_optimizer(model, Optim()), extra={}, config=config, now=True)
+    checkpoints.save(
+        step, model, build_optimizer(model, Optim()), extra={}, config=config, now=True
+    )
     assert [report.error for report in checkpoints.reports()] == [None]
 
 
@@ -91,12 +107,16 @@ def variant(request, tmp_path_factory):
     """A source, and what became of it on the way to DCP."""
     work = tmp_path_factory.mktemp("variant")
     source = VARIANTS[request.param](work / "source")
-    return SimpleNamespace(name=request.param, source=source, dcp=work / "dcp", lines=to_dcp(source, work / "dcp"))
+    return SimpleNamespace(
+        name=request.param, source=source, dcp=work / "dcp", lines=to_dcp(source, work / "dcp")
+    )
 
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("bf16") / "source", torch.bfloat16, sharded=True, mtp=True)
+    return write_source(
+        tmp_path_factory.mktemp("bf16") / "source", torch.bfloat16, sharded=True, mtp=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +124,17 @@ def fp8(tmp_path_factory):
     return write_deepseek(tmp_path_factory.mktemp("fp8") / "source")
 
 
-# ----------------------------------------------------------------------------------------------------------- round trips
+# --------------------------------------------------------------------------------------------------
+# round trips
 
 
 def test_there_and_back_every_bit_is_the_same(variant, tmp_path):
     to_hf(variant.dcp, tmp_path / "hf", dtype=variant.name.split()[0])
     before, after = read_tensors(variant.source), read_tensors(tmp_path / "hf")
     assert odd(before, after) == []
-    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == json.loads((variant.source / "config.json").read_text())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == json.loads(
+        (variant.source / "config.json").read_text()
+    )
     weights = {path.name for path in weight_files(variant.source)} | {INDEX, "config.json"}
     others = {path.name for path in variant.source.iterdir()} - weights
     assert {"tokenizer.json", "chat_template.jinja"} <= others
@@ -129,33 +152,61 @@ def test_there_and_back_every_bit_is_the_same(variant, tmp_path):
 def test_parts_and_files_change_nothing(variant, tmp_path):
     """Whole tensors in one file, by way of a DCP directory in one file."""
     to_dcp(variant.source, tmp_path / "dcp", part_elements=1 << 24, file_bytes=1e9)
-    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 1 < len(list(variant.dcp.glob("*.distcp")))
-    to_hf(tmp_path / "dcp", tmp_path / "hf", dtype=variant.name.split()[0], part_elements=1 << 24, max_shard_bytes=1e9)
-    assert [path.name for path in weight_files(tmp_path / "hf")] == ["model-00001-of-00001.safetensors"]
+    assert (
+        len(list((tmp_path / "dcp").glob("*.distcp")))
+        == 1
+        < len(list(variant.dcp.glob("*.distcp")))
+    )
+    to_hf(
+        tmp_path / "dcp",
+        tmp_path / "hf",
+        dtype=variant.name.split()[0],
+        part_elements=1 << 24,
+        max_shard_bytes=1e9,
+    )
+    assert [path.name for path in weight_files(tmp_path / "hf")] == [
+        "model-00001-of-00001.safetensors"
+    ]
     assert odd(read_tensors(variant.source), read_tensors(tmp_path / "hf")) == []
 
 
 def test_torch_reads_what_is_written(variant):
-    """`dcp.load` of every tensor, experts stacked by hand; fp8 in fp32, and its scales and all that is no part of the model."""
+    """`dcp.load` of every tensor, experts stacked by hand; fp8 in fp32, and its scales and all that
+    is no part of the model.
+    """
     before, expected = read_tensors(variant.source), {}
     config = json.loads((variant.source / "config.json").read_text())
     layers = config["num_hidden_layers"]
     for key, tensor in before.items():
-        own = re.match(rf"model\.(embed_tokens|norm|layers\.[0-{layers - 1}])\.|lm_head", key) is not None
+        own = (
+            re.match(rf"model\.(embed_tokens|norm|layers\.[0-{layers - 1}])\.|lm_head", key)
+            is not None
+        )
         if own and not key.endswith("_scale_inv"):
             scale = before.get(f"{key}_scale_inv")
             expected[f"model.{key}"] = tensor if scale is None else dequantised(tensor, scale)
         else:
             expected[f"carried.{key}"] = tensor
     for layer in range(config["first_k_dense_replace"], layers):
-        prefix, experts = f"model.model.layers.{layer}.mlp.experts.", range(config["n_routed_experts"])
-        parts = {p: [expected.pop(f"{prefix}{e}.{p}_proj.weight") for e in experts] for p in ("gate", "up", "down")}
-        expected[prefix + "gate_up_proj"] = torch.cat([torch.stack(parts["gate"]), torch.stack(parts["up"])], 1)
+        prefix, experts = (
+            f"model.model.layers.{layer}.mlp.experts.",
+            range(config["n_routed_experts"]),
+        )
+        parts = {
+            p: [expected.pop(f"{prefix}{e}.{p}_proj.weight") for e in experts]
+            for p in ("gate", "up", "down")
+        }
+        expected[prefix + "gate_up_proj"] = torch.cat(
+            [torch.stack(parts["gate"]), torch.stack(parts["up"])], 1
+        )
         expected[prefix + "down_proj"] = torch.stack(parts["down"])
     loaded = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.distributed is disabled: fine
-        assert dcp.FileSystemReader(variant.dcp).read_metadata().state_dict_metadata.keys() == expected.keys()
+        assert (
+            dcp.FileSystemReader(variant.dcp).read_metadata().state_dict_metadata.keys()
+            == expected.keys()
+        )
         dcp.load(loaded, checkpoint_id=variant.dcp)
     assert odd(expected, loaded) == []
 
@@ -166,7 +217,10 @@ def test_a_note_tells_what_is_carried_and_what_is_left_out(bf16, variant, tmp_pa
     assert all("4 tensors" in line and "vision.mask" in line for line in noted)
     changed = copy(bf16, tmp_path / "source")
     change_tensors(changed, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    assert any("1 tensors are left out" in line and "inv_freq" in line for line in to_dcp(changed, tmp_path / "dcp"))
+    assert any(
+        "1 tensors are left out" in line and "inv_freq" in line
+        for line in to_dcp(changed, tmp_path / "dcp")
+    )
     to_hf(tmp_path / "dcp", tmp_path / "hf")
     assert odd(read_tensors(bf16), read_tensors(tmp_path / "hf")) == []
 
@@ -197,28 +251,40 @@ def test_other_dtypes(fp8, bf16, tmp_path):
         q, scale = quantised(before[key])
         assert same_bits(after[key], q) and same_bits(after[f"{key}_scale_inv"], scale), key
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
-    assert config["quantization_config"]["weight_block_size"] == [128, 128] and config["dtype"] == "bfloat16"
+    assert (
+        config["quantization_config"]["weight_block_size"] == [128, 128]
+        and config["dtype"] == "bfloat16"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ training checkpoints
+# --------------------------------------------------------------------------------------------------
+# training checkpoints
 
 
 @pytest.fixture(scope="module")
 def trained(ranks, fp8, tmp_path_factory):
-    """A checkpoint of two ranks after two updates, what they export themselves, and what the tool makes of it, by dtype."""
+    """A checkpoint of two ranks after two updates, what they export themselves, and what the tool
+    makes of it, by dtype.
+    """
     work = tmp_path_factory.mktemp("trained")
     ranks(2, checkpoint_and_export, source=str(fp8), work=str(work), dtypes=["bf16", "fp32", "fp8"])
     for dtype in ("bf16", "fp32", "fp8"):
-        to_hf(work / "step-00000002", work / f"tool-{dtype}", dtype=dtype)  # the base: its config.json names the source
+        # the base: its config.json names the source
+        to_hf(work / "step-00000002", work / f"tool-{dtype}", dtype=dtype)
     return work
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
 def test_a_training_checkpoint_becomes_what_the_run_exports(trained, fp8, dtype):
-    expected, found = read_tensors(trained / f"export-{dtype}"), read_tensors(trained / f"tool-{dtype}")
+    expected, found = (
+        read_tensors(trained / f"export-{dtype}"),
+        read_tensors(trained / f"tool-{dtype}"),
+    )
     assert odd(expected, found) == []
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
-        assert (trained / f"export-{dtype}" / name).read_bytes() == (trained / f"tool-{dtype}" / name).read_bytes()
+        assert (trained / f"export-{dtype}" / name).read_bytes() == (
+            trained / f"tool-{dtype}" / name
+        ).read_bytes()
     before = read_tensors(fp8)
     assert dtype != "fp8" or before.keys() == found.keys()
     key = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -237,12 +303,21 @@ def test_transformers_loads_it_and_generates(trained):
         assert half.dtype == torch.bfloat16
         tokenizer = AutoTokenizer.from_pretrained(trained / "tool-bf16")
         prompt = tokenizer("hello", return_tensors="pt").input_ids
-        assert half.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, prompt.shape[1] + 3)
+        assert half.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (
+            1,
+            prompt.shape[1] + 3,
+        )
 
 
 def test_fp8_comes_from_the_fp32_masters(trained):
-    masters, rounded, found = (read_tensors(trained / f"tool-{dtype}") for dtype in ("fp32", "bf16", "fp8"))
-    own = [key for key in found if f"{key}_scale_inv" in found and not key.startswith("model.layers.3.")]
+    masters, rounded, found = (
+        read_tensors(trained / f"tool-{dtype}") for dtype in ("fp32", "bf16", "fp8")
+    )
+    own = [
+        key
+        for key in found
+        if f"{key}_scale_inv" in found and not key.startswith("model.layers.3.")
+    ]
     others = 0
     for key in own:
         q, scale = quantised(masters[key])
@@ -253,7 +328,8 @@ def test_fp8_comes_from_the_fp32_masters(trained):
 
 def test_what_training_did_not_change_keeps_its_bytes_and_scales(fp8, tmp_path):
     model = torchsft.load_model(fp8)
-    key = "model.layers.0.mlp.up_proj.weight"  # 200 x 160: blocks of 128 and 72 rows, 128 and 32 columns
+    # 200 x 160: blocks of 128 and 72 rows, 128 and 32 columns
+    key = "model.layers.0.mlp.up_proj.weight"
     with torch.no_grad():
         model.get_parameter(key)[130, 3] += 1
     save(tmp_path, 1, model, fp8)
@@ -266,23 +342,35 @@ def test_what_training_did_not_change_keeps_its_bytes_and_scales(fp8, tmp_path):
 
 
 def test_a_base_by_hand(bf16, trained, fp8, tmp_path):
-    """MTP layers, tokenizer and config.json of --base; a base without weights gives only what it has."""
+    """MTP layers, tokenizer and config.json of --base; a base without weights gives only what it
+    has.
+    """
     base = copy(fp8, tmp_path / "base")
     change_tensors(base, {"model.layers.3.enorm.weight": torch.full((160,), 0.5).bfloat16()})
     change_config(base, note="mine")
     to_hf(trained / "step-00000002", tmp_path / "hf", base=base, dtype="fp8")
-    expected = read_tensors(trained / "tool-fp8") | {"model.layers.3.enorm.weight": torch.full((160,), 0.5).bfloat16()}
+    expected = read_tensors(trained / "tool-fp8") | {
+        "model.layers.3.enorm.weight": torch.full((160,), 0.5).bfloat16()
+    }
     assert odd(expected, read_tensors(tmp_path / "hf")) == []
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["note"] == "mine"
     for path in weight_files(base):
         path.unlink()
     to_hf(trained / "step-00000002", tmp_path / "bare", base=base, dtype="bf16")
     found = read_tensors(tmp_path / "bare")
-    assert odd({k: t for k, t in read_tensors(trained / "tool-bf16").items() if ".layers.3." not in k}, found) == []
+    assert (
+        odd(
+            {k: t for k, t in read_tensors(trained / "tool-bf16").items() if ".layers.3." not in k},
+            found,
+        )
+        == []
+    )
 
 
 def test_a_converted_directory_can_be_trained_and_exported_from(fp8, tmp_path):
-    """The whole way: to-dcp, training from it, to-hf with the converted directory as base. Nothing changed, so nothing may."""
+    """The whole way: to-dcp, training from it, to-hf with the converted directory as base. Nothing
+    changed, so nothing may.
+    """
     to_dcp(fp8, tmp_path / "dcp")
     model = torchsft.load_model(tmp_path / "dcp")
     save(tmp_path, 7, model, tmp_path / "dcp")
@@ -290,7 +378,8 @@ def test_a_converted_directory_can_be_trained_and_exported_from(fp8, tmp_path):
     assert odd(read_tensors(fp8), read_tensors(tmp_path / "hf")) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- interruptions
+# --------------------------------------------------------------------------------------------------
+# interruptions
 
 KILLED = """
 import os, signal, sys
@@ -325,9 +414,13 @@ def test_a_killed_conversion_continues(bf16, tmp_path, victim, workers):
     script.write_text(KILLED)
     command = [sys.executable, script, bf16, tmp_path, tmp_path / "pid", victim, str(workers)]
     root = str(Path(__file__).parents[3])
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root})
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root}
+    )
     if victim == "worker":
-        assert ended.returncode == 1 and re.fullmatch(r"error: a worker process was killed.*\n", ended.stderr), ended.stderr
+        assert ended.returncode == 1 and re.fullmatch(
+            r"error: a worker process was killed.*\n", ended.stderr
+        ), ended.stderr
     else:
         assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "dcp").exists() and staging.is_dir()
@@ -360,7 +453,9 @@ def interrupt(monkeypatch, kind, after):
     monkeypatch.setattr(kind, "work", work)
 
 
-def test_to_hf_continues_too_and_starts_anew_where_something_has_changed(bf16, tmp_path, monkeypatch):
+def test_to_hf_continues_too_and_starts_anew_where_something_has_changed(
+    bf16, tmp_path, monkeypatch
+):
     source = copy(bf16, tmp_path / "source")
     to_dcp(source, tmp_path / "dcp")
 
@@ -380,7 +475,8 @@ def test_to_hf_continues_too_and_starts_anew_where_something_has_changed(bf16, t
     staging = tmp_path / ".hf.incomplete"
     assert len(weight_files(staging)) == 3
     (staging / "model-99999.safetensors").write_bytes(b"from nowhere")
-    (staging / ".journal").write_text((staging / ".journal").read_text() + '{"file": "model-0000')  # cut while writing
+    # cut while writing
+    (staging / ".journal").write_text((staging / ".journal").read_text() + '{"file": "model-0000')
     assert attempt() == 3
     assert odd(read_tensors(bf16), read_tensors(tmp_path / "hf")) == []
 
@@ -396,7 +492,9 @@ def test_to_hf_continues_too_and_starts_anew_where_something_has_changed(bf16, t
         if "config.json" in str(options) or ((staging / ".journal").exists() and options == {}):
             manifest = tmp_path / "dcp" / "checkpoint.json"  # config.json belongs to it
             known = json.loads(manifest.read_text())
-            known["files"]["config.json"]["bytes"] = (tmp_path / "dcp" / "config.json").stat().st_size
+            known["files"]["config.json"]["bytes"] = (
+                (tmp_path / "dcp" / "config.json").stat().st_size
+            )
             manifest.write_text(json.dumps(known))
         assert attempt(**options) == 0, options
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rms_norm_eps"] == 3.0
@@ -425,7 +523,8 @@ def test_one_output_has_one_writer(bf16, tmp_path):
             to_dcp(bf16, tmp_path / "dcp")
 
 
-# ----------------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------
+# bad input
 
 
 def refusal(convert_, *arguments, **options):
@@ -456,7 +555,10 @@ def duplicate(directory):
 
 def no_scales(directory):
     tensors = read_tensors(directory)
-    change_tensors(directory, {key: None for key in tensors if key.endswith("layers.0.mlp.up_proj.weight_scale_inv")})
+    change_tensors(
+        directory,
+        {key: None for key in tensors if key.endswith("layers.0.mlp.up_proj.weight_scale_inv")},
+    )
 
 
 def other_shape(directory):
@@ -485,7 +587,10 @@ def lacks_weight(directory):
             "holds 4 layers, .* 2 num_hidden_layers and 1 num_nextn_predict",
         ),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
-        (lambda path: change_config(path, architectures=["LlamaForCausalLM"]), "only DeepseekV3ForCausalLM is supported"),
+        (
+            lambda path: change_config(path, architectures=["LlamaForCausalLM"]),
+            "only DeepseekV3ForCausalLM is supported",
+        ),
     ],
 )
 def test_sources_that_cannot_be_converted(bf16, tmp_path, fault, sentence):
@@ -507,7 +612,9 @@ def test_dcp_directories_that_cannot_be_converted(bf16, variant, tmp_path):
     assert "has no .metadata" in refusal(to_hf, bf16, tmp_path / "hf")
     assert "has no .metadata" in refusal(to_hf, tmp_path / "nowhere", tmp_path / "hf")
 
-    other = write_source(tmp_path / "other", torch.bfloat16, sharded=False, mtp=False, n_routed_experts=12)
+    other = write_source(
+        tmp_path / "other", torch.bfloat16, sharded=False, mtp=False, n_routed_experts=12
+    )
     text = refusal(to_hf, good, tmp_path / "hf", base=other)
     assert "holds another model" in text and "(8, 32, 32) instead of (12, 32, 32)" in text
 
@@ -525,7 +632,9 @@ def test_a_run_whose_model_is_not_known_needs_a_base(bf16, tmp_path):
     model = torchsft.load_model(bf16)
     for path in (None, tmp_path / "moved"):
         save(tmp_path / "run", 1, model, path)
-        assert "name it with --base" in refusal(to_hf, tmp_path / "run" / "step-00000001", tmp_path / "hf")
+        assert "name it with --base" in refusal(
+            to_hf, tmp_path / "run" / "step-00000001", tmp_path / "hf"
+        )
     to_hf(tmp_path / "run" / "step-00000001", tmp_path / "hf", base=bf16)
     assert odd(read_tensors(bf16), read_tensors(tmp_path / "hf")) == []
 
@@ -561,7 +670,9 @@ def test_nan_cannot_be_quantised(bf16, tmp_path):
 
 
 def test_what_the_source_mixes_is_kept_in_fp32(bf16, tmp_path):
-    """An expert in fp16 among bf16 ones: a stacked tensor has one dtype, and fp32 holds both exactly."""
+    """An expert in fp16 among bf16 ones: a stacked tensor has one dtype, and fp32 holds both
+    exactly.
+    """
     source = copy(bf16, tmp_path / "source")
     key = "model.layers.1.mlp.experts.2.up_proj.weight"
     half = torch.randn(16, 32).half()
@@ -570,5 +681,11 @@ def test_what_the_source_mixes_is_kept_in_fp32(bf16, tmp_path):
     to_hf(tmp_path / "dcp", tmp_path / "hf", dtype="fp32")
     after = read_tensors(tmp_path / "hf")
     assert same_bits(after[key], half.float())
-    assert ChunkReader(tmp_path / "dcp").tensors["model.model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.float32
-    assert ChunkReader(tmp_path / "dcp").tensors["model.model.layers.1.mlp.experts.down_proj"].dtype == torch.bfloat16
+    assert (
+        ChunkReader(tmp_path / "dcp").tensors["model.model.layers.1.mlp.experts.gate_up_proj"].dtype
+        == torch.float32
+    )
+    assert (
+        ChunkReader(tmp_path / "dcp").tensors["model.model.layers.1.mlp.experts.down_proj"].dtype
+        == torch.bfloat16
+    )

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (programs in strings)
 """Conversion and comparison hold parts of tensors, whatever their size."""
 
 from __future__ import annotations
@@ -49,14 +50,25 @@ print(json.dumps([*grown, peak() - before]))
 def sparse_source(directory, rows, cols):
     """A directory whose embedding is rows x cols, in zeros that take no room on the disk."""
     directory.mkdir()
-    sizes = {"vocab_size": rows, "hidden_size": cols, "num_hidden_layers": 1, "intermediate_size": 1024}
-    config = tiny_config(tie_word_embeddings=True, architectures=["DeepseekV3ForCausalLM"], **sizes).to_dict()
+    sizes = {
+        "vocab_size": rows,
+        "hidden_size": cols,
+        "num_hidden_layers": 1,
+        "intermediate_size": 1024,
+    }
+    config = tiny_config(
+        tie_word_embeddings=True, architectures=["DeepseekV3ForCausalLM"], **sizes
+    ).to_dict()
     (directory / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
     for pieces in convert.meta_model(config).checkpoint_pieces().values():
         for piece in pieces:
             size = 4 * torch.Size(piece.hf_shape).numel()
-            header[piece.key] = {"dtype": "F32", "shape": piece.hf_shape, "data_offsets": [end, end + size]}
+            header[piece.key] = {
+                "dtype": "F32",
+                "shape": piece.hf_shape,
+                "data_offsets": [end, end + size],
+            }
             end += size
     text = json.dumps(header).encode()
     with open(directory / "model.safetensors", "wb") as file:
@@ -65,14 +77,20 @@ def sparse_source(directory, rows, cols):
     return end
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory the way Linux does")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="measures memory the way Linux does"
+)
 def test_memory_is_bounded_by_the_part_and_not_by_the_tensor(tmp_path):
     sparse_source(tmp_path / "small", 512, 256)
     assert sparse_source(tmp_path / "large", 131072, 256) > 134e6  # one tensor of 134 MB
     (tmp_path / "script.py").write_text(MEASURED)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     ended = subprocess.run(
-        [sys.executable, tmp_path / "script.py", tmp_path], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, tmp_path / "script.py", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
     )
     assert ended.returncode == 0, ended.stderr
     *grown, at_once = json.loads(ended.stdout)

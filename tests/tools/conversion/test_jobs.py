@@ -15,7 +15,11 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stderr", screen)
     with Bar("a -> b", 1000, True) as bar:
         bar.add(1000)
-    assert "a -> b: 100%" in screen.getvalue() and "B/s" in screen.getvalue() and "GB" not in screen.getvalue()
+    assert (
+        "a -> b: 100%" in screen.getvalue()
+        and "B/s" in screen.getvalue()
+        and "GB" not in screen.getvalue()
+    )
 
 
 def test_lines_elsewhere_and_none_before_a_minute_has_passed(monkeypatch):

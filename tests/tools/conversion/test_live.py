@@ -1,4 +1,6 @@
-"""to-hf of a checkpoint of a run that goes on, saves beside and removes old checkpoints meanwhile."""
+"""to-hf of a checkpoint of a run that goes on, saves beside and removes old checkpoints
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ class Run:
         with torch.no_grad():
             for tensor in self.model.state_dict().values():
                 tensor.fill_(self.step)
-        config, extra = {"model": {"path": str(self.base)}}, {"end_tokens": list(ends)} if ends else {}
+        config, extra = (
+            {"model": {"path": str(self.base)}},
+            {"end_tokens": list(ends)} if ends else {},
+        )
         self.checkpointer.save(self.step, self.model, self.optimizer, extra=extra, config=config)
 
     def saved(self):
@@ -47,12 +52,16 @@ def run(tmp_path):
 
 
 def values(directory):
-    return {value for tensor in read_tensors(directory).values() for value in tensor.unique().tolist()}
+    return {
+        value for tensor in read_tensors(directory).values() for value in tensor.unique().tolist()
+    }
 
 
 @pytest.mark.parametrize("moment", ["check_weights", "_check_room"])
 def test_what_is_converted_stays_until_it_is(run, tmp_path, monkeypatch, moment):
-    """`check_weights` comes while the conversion is planned, `_check_room` before the first file is written."""
+    """`check_weights` comes while the conversion is planned, `_check_room` before the first file is
+    written.
+    """
     run.save()
     assert run.saved() == ["step-00000001"]
     original, during = getattr(convert, moment), []
@@ -64,7 +73,9 @@ def test_what_is_converted_stays_until_it_is(run, tmp_path, monkeypatch, moment)
         return original(*arguments)
 
     monkeypatch.setattr(convert, moment, go_on)
-    convert.to_hf(run.checkpoints / "step-00000001", tmp_path / "hf", dtype="fp32", workers=1, progress=False)
+    convert.to_hf(
+        run.checkpoints / "step-00000001", tmp_path / "hf", dtype="fp32", workers=1, progress=False
+    )
     assert during == [["step-00000001", "step-00000002"]] and values(tmp_path / "hf") == {1.0}
     run.save()
     assert run.saved() == ["step-00000003"]  # nobody reads it any more
@@ -102,7 +113,9 @@ def test_beside_a_thread_that_saves_without_a_break(run, tmp_path):
 
 
 def test_the_ends_of_trained_turns_are_those_of_the_checkpoint(run, tmp_path):
-    """As in the run's own export; a checkpoint of an older version knows none, and the base's files stay."""
+    """As in the run's own export; a checkpoint of an older version knows none, and the base's files
+    stay.
+    """
     (run.base / "generation_config.json").write_text('{"eos_token_id": 5}')
     for ends, wanted in (((257, 3), [5, 257, 3]), ((), 5)):
         run.save(ends)
@@ -110,4 +123,6 @@ def test_the_ends_of_trained_turns_are_those_of_the_checkpoint(run, tmp_path):
         out = tmp_path / f"hf-{len(ends)}"
         convert.to_hf(run.checkpoints / f"step-{run.step:08d}", out, workers=1, progress=False)
         assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": wanted}
-        assert json.loads((out / "config.json").read_text())["eos_token_id"] == (wanted if ends else None)
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] == (
+            wanted if ends else None
+        )

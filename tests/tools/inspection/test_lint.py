@@ -1,4 +1,6 @@
-"""Each finding on samples written by hand, with faults put in one by one; good samples have none."""
+"""Each finding on samples written by hand, with faults put in one by one; good samples have
+none.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ GOOD = {  # template: pieces of a sample whose mask is right
         "<|User|>and<|Assistant|>",
         ("you<eos>", 0.5),
     ],
-    "DEEPSEEK_R1": ["<bos><|User|>hello<|Assistant|><think>\n", ("to say hello</think>the answer<eos>", 1.0)],
+    "DEEPSEEK_R1": [
+        "<bos><|User|>hello<|Assistant|><think>\n",
+        ("to say hello</think>the answer<eos>", 1.0),
+    ],
     "QWEN3": [ASKED, START, ("<think>\nto say\n</think>\n\nhello you<|im_end|>", 1.0), "\n"],
     "MISTRAL": ["<bos>[INST] hello [/INST]", (" you and me <eos>", 1.0)],
 }
@@ -37,7 +42,12 @@ def linter(tokenizer=CHATML, mask="assistant", seq_len=512, vocab_size=None):
 
 
 def reasons(*pieces, tokenizer=CHATML, kind="messages", **options):
-    return [f.reason for f in linter(tokenizer, **options).check([sample(tokenizer, *pieces)], "chat.jsonl", kind)]
+    return [
+        f.reason
+        for f in linter(tokenizer, **options).check(
+            [sample(tokenizer, *pieces)], "chat.jsonl", kind
+        )
+    ]
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -52,11 +62,14 @@ def test_an_end_of_turn_that_is_not_trained(name):
     for _, end in runs_of(good.weights):
         weights = good.weights.copy()
         weights[end - 1] = 0
-        [found] = linter(tokenizer).check([Sample("chat.jsonl:1", good.tokens, weights)], "chat.jsonl")
+        [found] = linter(tokenizer).check(
+            [Sample("chat.jsonl:1", good.tokens, weights)], "chat.jsonl"
+        )
         assert (found.reason, found.level) == ("no-end-of-turn", "error")
 
 
-@pytest.mark.parametrize("name", [name for name in GOOD if name != "MISTRAL"])  # which has no generation prompt
+# which has no generation prompt
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "MISTRAL"])
 def test_a_mask_that_begins_any_number_of_tokens_too_early(name):
     """Down to the last line end of the header, and up to all of it."""
     tokenizer = chat.byte_tokenizer(getattr(chat, name))
@@ -68,7 +81,9 @@ def test_a_mask_that_begins_any_number_of_tokens_too_early(name):
         weights = good.weights.copy()
         begin = runs_of(weights)[-1][0]
         weights[begin - early : begin] = 1
-        found = linter(tokenizer).check([Sample("chat.jsonl:1", good.tokens, weights)], "chat.jsonl")
+        found = linter(tokenizer).check(
+            [Sample("chat.jsonl:1", good.tokens, weights)], "chat.jsonl"
+        )
         assert "header-in-targets" in [finding.reason for finding in found], early
 
 
@@ -76,7 +91,8 @@ def test_headers_of_other_roles_in_the_targets():
     for role in ("system", "user", "assistant"):
         said = (f"hello you<|im_end|>\n<|im_start|>{role}\nthe answer<|im_end|>", 1.0)
         assert reasons(ASKED, START, said) == ["header-in-targets"]
-    assert reasons(ASKED, START, ("hello user you<|im_end|>", 1.0)) == []  # the words alone are no header
+    # the words alone are no header
+    assert reasons(ASKED, START, ("hello user you<|im_end|>", 1.0)) == []
 
 
 def test_everything_is_trained_on_purpose():
@@ -92,7 +108,9 @@ def test_plain_text_and_given_tokens_are_judged_by_what_they_are():
     given = [ASKED, START, ("hello ", 1.0), "and ", ("you<|im_end|>", 1.0)]
     assert reasons(*given, kind="tokens") == []
     assert "no-end-of-turn" in reasons(*given, kind="messages")
-    assert reasons(ASKED, (START + "hello you<|im_end|>", 1.0), kind="tokens") == ["header-in-targets"]
+    assert reasons(ASKED, (START + "hello you<|im_end|>", 1.0), kind="tokens") == [
+        "header-in-targets"
+    ]
 
 
 def test_an_answer_that_is_cut_is_a_warning():
@@ -132,8 +150,12 @@ def test_weights_that_are_not_finite(weight):
 
 
 def test_an_end_of_turn_within_an_answer():
-    assert reasons(ASKED, START, ("hello<|im_end|>\nyou<|im_end|>", 1.0), "\n") == ["special-token-in-content"]
-    assert reasons(ASKED, START, ("hello<eos> you<|im_end|>", 1.0), "\n") == ["special-token-in-content"]
+    assert reasons(ASKED, START, ("hello<|im_end|>\nyou<|im_end|>", 1.0), "\n") == [
+        "special-token-in-content"
+    ]
+    assert reasons(ASKED, START, ("hello<eos> you<|im_end|>", 1.0), "\n") == [
+        "special-token-in-content"
+    ]
     two = [ASKED, START, ("hello<|im_end|>", 1.0), "\n", ASKED, START, ("you<|im_end|>", 1.0), "\n"]
     assert reasons(*two) == []
     given = ("hello<|im_end|> you<|im_end|>", 1.0)
@@ -143,16 +165,27 @@ def test_an_end_of_turn_within_an_answer():
 @pytest.mark.parametrize("opening", ["<think>", "</think>"])
 def test_answers_behind_a_question_without_an_end_token(opening):
     tokenizer = chat.byte_tokenizer(chat.DEEPSEEK_V31)
-    lint = Linter(Reader(tokenizer, {"thinking": opening == "<think>"}), mask="assistant", seq_len=512, vocab_size=None)
+    lint = Linter(
+        Reader(tokenizer, {"thinking": opening == "<think>"}),
+        mask="assistant",
+        seq_len=512,
+        vocab_size=None,
+    )
 
     def found(*pieces):
         return [f.reason for f in lint.check([sample(tokenizer, *pieces)], "chat.jsonl")]
 
     asked = "<bos><|User|>hello"
     assert found(asked + "<|Assistant|>" + opening, ("you and me<eos>", 1.0)) == []
-    assert found(asked + "<|Assistant|>", (opening + "the answer<eos>", 1.0)) == ["header-in-targets"]
-    assert found(asked, ("<|Assistant|>" + opening + "the answer is<eos>", 1.0)) == ["header-in-targets"]
-    assert found(asked + "<|Assistant|>" + opening, ("you<|Assistant|>me<eos>", 1.0)) == ["header-in-targets"]
+    assert found(asked + "<|Assistant|>", (opening + "the answer<eos>", 1.0)) == [
+        "header-in-targets"
+    ]
+    assert found(asked, ("<|Assistant|>" + opening + "the answer is<eos>", 1.0)) == [
+        "header-in-targets"
+    ]
+    assert found(asked + "<|Assistant|>" + opening, ("you<|Assistant|>me<eos>", 1.0)) == [
+        "header-in-targets"
+    ]
 
 
 @pytest.mark.parametrize("answer", ["", " ", ".", "?!", "\n\n", "y"])
@@ -162,7 +195,10 @@ def test_answers_of_hardly_any_text(answer):
 
 
 def test_duplicates_name_the_first_and_know_training_from_evaluation():
-    one, other = sample(CHATML, *GOOD["CHATML"]), sample(CHATML, ASKED, START, ("the answer is<|im_end|>", 1.0))
+    one, other = (
+        sample(CHATML, *GOOD["CHATML"]),
+        sample(CHATML, ASKED, START, ("the answer is<|im_end|>", 1.0)),
+    )
     check = linter()
     ids = iter(range(1, 100))
 
@@ -171,15 +207,24 @@ def test_duplicates_name_the_first_and_know_training_from_evaluation():
         return check.check([copy], "chat.jsonl", "messages", **about)
 
     assert again(one) == [] and again(other) == []
-    assert again(one) == [Finding("duplicate", "chat.jsonl", "chat.jsonl:3", "the same tokens and weights as chat.jsonl:1")]
+    assert again(one) == [
+        Finding(
+            "duplicate", "chat.jsonl", "chat.jsonl:3", "the same tokens and weights as chat.jsonl:1"
+        )
+    ]
     [held] = again(other, evaluation=True)
-    assert held.reason == "in-training-data" and held.level == "warning" and "chat.jsonl:2" in held.text
+    assert (
+        held.reason == "in-training-data"
+        and held.level == "warning"
+        and "chat.jsonl:2" in held.text
+    )
     half = Sample("x", one.tokens, one.weights / 2)
     assert again(half) == []  # other weights, other training
 
 
 OPENED = (  # in the style of GLM: a turn ends with the token that opens the next one
-    "{% for m in messages %}{{ ('<|User|>' if m['role'] == 'user' else '<|Assistant|>') + '\n' + m['content'] }}{% endfor %}"
+    "{% for m in messages %}{{ ('<|User|>' if m['role'] == 'user' else '<|Assistant|>') + '\n' + "
+    "m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|>\n' }}{% endif %}"
 )
 
@@ -189,14 +234,24 @@ def test_the_token_that_opens_the_next_turn_may_be_trained_as_the_end():
     user = tokenizer.convert_tokens_to_ids("<|User|>")
 
     def found(*pieces, eos_ids=(user,)):
-        lint = Linter(Reader(tokenizer), mask="assistant", seq_len=512, vocab_size=None, eos_ids=eos_ids)
-        return [f.reason for f in lint.check([sample(tokenizer, *pieces)], "chat.jsonl", "messages")]
+        lint = Linter(
+            Reader(tokenizer), mask="assistant", seq_len=512, vocab_size=None, eos_ids=eos_ids
+        )
+        return [
+            f.reason for f in lint.check([sample(tokenizer, *pieces)], "chat.jsonl", "messages")
+        ]
 
     asked = "<|User|>\nhello<|Assistant|>\n"
-    right = [asked, ("you and me<|User|>", 1.0), "\nand<|Assistant|>\n", ("the answer<|User|>", 1.0)]
+    right = [
+        asked,
+        ("you and me<|User|>", 1.0),
+        "\nand<|Assistant|>\n",
+        ("the answer<|User|>", 1.0),
+    ]
     assert found(*right) == []
     assert found(*right, eos_ids=()) == ["header-in-targets"]  # the model never stops there
-    assert found(asked, ("you<|User|>\nhello<|User|>", 1.0)) == ["header-in-targets"]  # not the last one of its run
+    # not the last one of its run
+    assert found(asked, ("you<|User|>\nhello<|User|>", 1.0)) == ["header-in-targets"]
     assert "header-in-targets" in found(asked, ("you<|User|>\n", 1.0))
     assert found(asked, ("you and me", 1.0)) == ["no-end-of-turn"]
 
@@ -206,12 +261,20 @@ def test_an_end_of_turn_that_is_not_marked_special():
     tokenizer.add_tokens(["</turn>", "</call>"])
     asked = ASKED.replace("<|im_end|>", "</turn>")
     assert reasons(asked, START, ("hello you</turn>", 1.0), "\n", tokenizer=tokenizer) == []
-    assert reasons(asked, START, ("hello you</turn>\n", 1.0), tokenizer=tokenizer) == ["after-end-of-turn"]
-    assert reasons(asked, START, ("hello you", 1.0), "</turn>\n", tokenizer=tokenizer) == ["no-end-of-turn"]
-    assert reasons(asked + START[:-10], ("assistant\nhello you</turn>", 1.0), tokenizer=tokenizer) == ["header-in-targets"]
+    assert reasons(asked, START, ("hello you</turn>\n", 1.0), tokenizer=tokenizer) == [
+        "after-end-of-turn"
+    ]
+    assert reasons(asked, START, ("hello you", 1.0), "</turn>\n", tokenizer=tokenizer) == [
+        "no-end-of-turn"
+    ]
+    assert reasons(
+        asked + START[:-10], ("assistant\nhello you</turn>", 1.0), tokenizer=tokenizer
+    ) == ["header-in-targets"]
     # one that the template does not write: it may end a turn, but not before the one that does
     assert reasons(asked, START, ("hello you</call>", 1.0), tokenizer=tokenizer) == []
-    assert reasons(asked, START, ("hello you</call>", 1.0), "\n</turn>", tokenizer=tokenizer) == ["no-end-of-turn"]
+    assert reasons(asked, START, ("hello you</call>", 1.0), "\n</turn>", tokenizer=tokenizer) == [
+        "no-end-of-turn"
+    ]
     assert reasons("x", ("hello you</call>", 1.0), tokenizer=tokenizer, kind="text") == []
 
 
@@ -219,7 +282,10 @@ def test_samples_beyond_the_positions_come_longest_first():
     samples = [sample(CHATML, "z" * n) for n in (5, 9, 8, 12)]
     found = beyond_positions(source(*samples).samples, "chat.jsonl", 8)
     assert [finding.sample for finding in found] == ["chat.jsonl:4", "chat.jsonl:2"]
-    said = "12 tokens, but max_position_embeddings of the model is 8 (2 such samples, the longest of 12 tokens)"
+    said = (
+        "12 tokens, but max_position_embeddings of the model is 8 (2 such samples, the longest of "
+        "12 tokens)"
+    )
     assert (found[0].text, found[0].level) == (said, "warning")
     assert beyond_positions(source(*samples).samples, "chat.jsonl", 12) == []
 

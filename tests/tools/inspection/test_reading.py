@@ -1,4 +1,6 @@
-"""Tokens as text: pieces join to what the tokenizer decodes, and turns are found by the template's headers."""
+"""Tokens as text: pieces join to what the tokenizer decodes, and turns are found by the template's
+headers.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ def test_an_id_that_the_tokenizer_does_not_have_writes_nothing():
         (
             chat.CHATML,
             "<|im_start|>system\nhello<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nanswer<|im_end|>\n",
-            [("system", "<|im_start|>system\n"), ("user", "<|im_start|>user\n"), ("assistant", "<|im_start|>assistant\n")],
+            [
+                ("system", "<|im_start|>system\n"),
+                ("user", "<|im_start|>user\n"),
+                ("assistant", "<|im_start|>assistant\n"),
+            ],
         ),
         (
             chat.LLAMA3,
@@ -77,16 +83,24 @@ def test_turns_and_their_headers(template, text, turns):
     reader = Reader(tokenizer)
     tokens = sample(tokenizer, text).tokens
     blocks = reader.blocks(reader.pieces(tokens))
-    assert [(block.role, reader.text(tokens[block.start : block.content])) for block in blocks] == turns
-    assert [block.start for block in blocks] == [0, *(block.end for block in blocks[:-1])] and blocks[-1].end == len(tokens)
+    assert [
+        (block.role, reader.text(tokens[block.start : block.content])) for block in blocks
+    ] == turns
+    assert [block.start for block in blocks] == [
+        0,
+        *(block.end for block in blocks[:-1]),
+    ] and blocks[-1].end == len(tokens)
 
 
 def test_headers_of_tool_results_and_of_what_follows_them():
     template = (
-        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<reply>' + m['content'] + '<|im_end|>\n' }}"
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<reply>' + "
+        "m['content'] + '<|im_end|>\n' }}"
         "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-        "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + (c['function']['arguments'] | tojson) }}{% endfor %}"
-        "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + "
+        "(c['function']['arguments'] | tojson) }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+        "'<|im_start|>assistant\n' }}{% endif %}"
     )
     found = {(header.role, header.text) for header in Reader(chat.byte_tokenizer(template)).headers}
     assert found == {
@@ -114,14 +128,19 @@ def test_headers_where_the_users_turn_has_no_end_token(thinking):
 
 def test_what_follows_a_tool_result_without_an_end_token():
     template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}{% elif m['role'] == 'tool' %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}{% elif "
+        "m['role'] == 'tool' %}"
         "{{ '<|output|>' + m['content'] }}{% elif m['role'] == 'assistant' %}"
         "{{ '<|Assistant|></think>' + m['content'] }}"
-        "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + '{\"b\"}' }}{% endfor %}{{ eos_token }}{% endif %}"
+        "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + '{\"b\"}' }}{% endfor %}{{ "
+        "eos_token }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|></think>' }}{% endif %}"
     )
     found = {(header.role, header.text) for header in Reader(chat.byte_tokenizer(template)).headers}
-    assert ("assistant", "<|Assistant|></think>") in found and ("assistant", "</think>") not in found
+    assert ("assistant", "<|Assistant|></think>") in found and (
+        "assistant",
+        "</think>",
+    ) not in found
 
 
 def test_a_template_that_refuses_everything_has_no_headers():

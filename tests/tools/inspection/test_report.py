@@ -31,9 +31,13 @@ def of_length(n):
 def inspection(*sources, seq_len=64, findings=(), **training):
     options = {"global_batch_size": 2, "seed": 0, "steps": None, "epochs": None} | training
     data = Data(seq_len=seq_len)
-    found = report.lint(Linter(READER, mask="assistant", seq_len=seq_len, vocab_size=None), sources, iter)
+    found = report.lint(
+        Linter(READER, mask="assistant", seq_len=seq_len, vocab_size=None), sources, iter
+    )
     plan = report.plan([s for s in sources if not s.evaluation], data, **options)
-    return report.Inspection("/model", data, options, READER, list(sources), [*findings, *found], plan)
+    return report.Inspection(
+        "/model", data, options, READER, list(sources), [*findings, *found], plan
+    )
 
 
 def test_numbers_of_a_source():
@@ -41,7 +45,9 @@ def test_numbers_of_a_source():
     inspection(one)
     assert (one.tokens, one.supervised_tokens, one.longest) == (55, 6, 33)
     edges, counts = one.histogram
-    assert sum(counts) == 3 and all(counts[np.searchsorted(edges, n, side="right") - 1] for n in (10, 12, 33))
+    assert sum(counts) == 3 and all(
+        counts[np.searchsorted(edges, n, side="right") - 1] for n in (10, 12, 33)
+    )
 
 
 @pytest.mark.parametrize("longest", [1, 39, 40, 41, 1000, 4096])
@@ -78,7 +84,10 @@ def test_numbers_of_one_are_singular():
 
 def test_json_holds_every_sample(tmp_path):
     text = sample(TOKENIZER, ASKED, ("the answer 🙂<|im_end|>", 0.5), "\n")
-    report.write_json(tmp_path / "samples.jsonl", inspection(source(text, of_length(9)), source(of_length(8), name="b")))
+    report.write_json(
+        tmp_path / "samples.jsonl",
+        inspection(source(text, of_length(9)), source(of_length(8), name="b")),
+    )
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(line["id"], line["source"]) for line in lines] == [
         ("chat.jsonl:1", "chat.jsonl"),
@@ -86,7 +95,9 @@ def test_json_holds_every_sample(tmp_path):
         ("b:1", "b"),
     ]
     assert set(lines[0]) == {"id", "source", "tokens", "weights", "text", "ignored"}
-    assert lines[0]["tokens"] == text.tokens.tolist() and lines[0]["weights"] == text.weights.tolist()
+    assert (
+        lines[0]["tokens"] == text.tokens.tolist() and lines[0]["weights"] == text.weights.tolist()
+    )
     assert lines[0]["text"] == ASKED + "the answer 🙂<|im_end|>\n"
 
 
@@ -99,11 +110,21 @@ def test_what_is_printed_cannot_steer_the_terminal():
     hostile = "\x1b[2J\x1b]0;title\x07\u202e\x9b1m\r"
     said = sample(TOKENIZER, ASKED, (f"{hostile}hello<|im_end|>", 1.0))
     name = f"a{hostile}.jsonl"
-    found = inspection(source(said, name=name), findings=[Finding("not-json", name, f"{hostile}line 1", f"said {hostile}")])
+    found = inspection(
+        source(said, name=name),
+        findings=[Finding("not-json", name, f"{hostile}line 1", f"said {hostile}")],
+    )
     pen = terminal.Pen(False)
-    lines = [*terminal.overview(found, pen), *terminal.sample_lines(found.sources[0].samples[0], READER, found.findings, pen)]
+    lines = [
+        *terminal.overview(found, pen),
+        *terminal.sample_lines(found.sources[0].samples[0], READER, found.findings, pen),
+    ]
     printed = "\n".join(lines)
-    assert not set(printed) & set("\x1b\x07\x9b\r\u202e") and "<U+001B>[2J" in printed and "<U+202E>" in printed
+    assert (
+        not set(printed) & set("\x1b\x07\x9b\r\u202e")
+        and "<U+001B>[2J" in printed
+        and "<U+202E>" in printed
+    )
 
 
 def test_trained_tokens_are_coloured_or_in_brackets():
@@ -114,11 +135,16 @@ def test_trained_tokens_are_coloured_or_in_brackets():
     on, off = f"\x1b[{terminal.STYLES['trained']}m", "\x1b[0m"
     assert f"{on}hello{off}\n           {on}you<|im_end|>{off}" in colour and colour.count(on) == 2
     half = sample(TOKENIZER, ASKED, ("hello<|im_end|>", 0.5))
-    assert "⟦\u00d70.5 hello<|im_end|>⟧" in "\n".join(terminal.sample_lines(half, READER, [], terminal.Pen(False)))
+    assert "⟦\u00d70.5 hello<|im_end|>⟧" in "\n".join(
+        terminal.sample_lines(half, READER, [], terminal.Pen(False))
+    )
 
 
 def test_samples_are_chosen_by_id_or_number_with_findings_first():
-    good = [sample(TOKENIZER, ASKED, (f"{word} you<|im_end|>", 1.0)) for word in ("hello", "the", "answer")]
+    good = [
+        sample(TOKENIZER, ASKED, (f"{word} you<|im_end|>", 1.0))
+        for word in ("hello", "the", "answer")
+    ]
     bad = sample(TOKENIZER, ASKED, (".<|im_end|>", 1.0))
     found = inspection(source(*good, bad))
 
@@ -127,20 +153,30 @@ def test_samples_are_chosen_by_id_or_number_with_findings_first():
 
     assert ids("2") == ["chat.jsonl:4", "chat.jsonl:1"] and ids("0") == [] and len(ids("100")) == 4
     assert ids("chat.jsonl:3", "1") == ["chat.jsonl:3", "chat.jsonl:4"]
-    with pytest.raises(InputError, match=r"no sample chat.jsonl:9; ids are of the kind chat.jsonl:1"):
+    with pytest.raises(
+        InputError,
+        match=r"no sample chat.jsonl:9; ids are of the kind "
+        r"chat.jsonl:1",
+    ):
         ids("chat.jsonl:9")
 
 
 def test_findings_are_counted_and_only_the_first_are_printed():
     many = inspection(source(*[sample(TOKENIZER, ASKED, (f"hello {i}", 1.0)) for i in range(9)]))
     printed = "\n".join(terminal.overview(many, terminal.Pen(False)))
-    assert "error         9  no-end-of-turn: End of turn not trained" in printed and "and 6 more" in printed
+    assert (
+        "error         9  no-end-of-turn: End of turn not trained" in printed
+        and "and 6 more" in printed
+    )
     assert "9 errors, 0 warnings" in printed and many.level("error") == 9
 
 
 def test_notes_are_told_last_and_are_no_findings(monkeypatch):
     monkeypatch.setattr(lint, "NOTES", {"known-thing"})
-    good, bad = sample(TOKENIZER, ASKED, ("hello you<|im_end|>", 1.0)), sample(TOKENIZER, ASKED, (".<|im_end|>", 1.0))
+    good, bad = (
+        sample(TOKENIZER, ASKED, ("hello you<|im_end|>", 1.0)),
+        sample(TOKENIZER, ASKED, (".<|im_end|>", 1.0)),
+    )
     told = Finding("known-thing", "chat.jsonl", "chat.jsonl:1", "two users in a row")
     found = inspection(source(good), findings=[told])
     printed = list(terminal.overview(found, terminal.Pen(False)))
@@ -149,6 +185,7 @@ def test_notes_are_told_last_and_are_no_findings(monkeypatch):
     both = inspection(source(good, bad), findings=[told])
     assert [level for level, *_ in both.tally()] == ["warning", "note"]
     assert list(terminal.overview(both, terminal.Pen(False)))[-1] == "0 errors, 1 warning"
-    assert [chosen.id for _, chosen in terminal.choose(both, ["1"])] == ["chat.jsonl:2"]  # a note is nothing to look at first
+    # a note is nothing to look at first
+    assert [chosen.id for _, chosen in terminal.choose(both, ["1"])] == ["chat.jsonl:2"]
     shown = "\n".join(terminal.sample_lines(good, READER, [told], terminal.Pen(True)))
     assert "\x1b[34;1mnote\x1b[0m known-thing: two users in a row" in shown
