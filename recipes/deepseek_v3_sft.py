@@ -1,10 +1,11 @@
 """Full-parameter supervised fine-tuning of DeepSeek-V3-architecture models (V3, R1, V3.1, Kimi-K2,
 Moonlight).
 
-    torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py                  # the debug preset:
-                                                              learns a generated task
+    # the debug preset: learns a generated task
+    torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py
+    # your model, your data
     torchrun --nproc-per-node 8 recipes/deepseek_v3_sft.py finetune \\
-        --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8        # your model, your data
+        --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8
 
 Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
 packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)

@@ -1,12 +1,9 @@
 """Convert, compare and describe checkpoints of any size, without a GPU.
 
-python tools/convert_checkpoint.py to-dcp HF DCP              Hugging Face weights as a DCP
-                                                              directory, for training
-python tools/convert_checkpoint.py to-hf DCP HF --dtype bf16  such a directory, or a training
-                                                              checkpoint, back as Hugging Face
-python tools/convert_checkpoint.py verify A [B]               check files; compare two directories
-                                                              of any kind
-python tools/convert_checkpoint.py info DIR                   what a directory holds
+python tools/convert_checkpoint.py to-dcp HF DCP        Hugging Face weights as DCP, for training
+python tools/convert_checkpoint.py to-hf DCP HF --dtype bf16    back; also a training checkpoint
+python tools/convert_checkpoint.py verify A [B]         check files; compare two directories
+python tools/convert_checkpoint.py info DIR             what a directory holds
 
 A conversion that was interrupted continues with the same command; its output appears when it is
 complete.
