@@ -182,7 +182,7 @@ def main() -> None:
         preset, config = parse(PRESETS, choose_preset, sys.argv[1:], __doc__ or "")
     generate = None
     if config.print_config:
-        from torchsft.trainer import resolve
+        from torchsft.resolution import resolve
 
         # so that --config takes it and trains
         resolved = dataclasses.replace(resolve(config), print_config=False)

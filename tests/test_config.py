@@ -18,7 +18,7 @@ from torchsft.config import (
     differences,
     to_dict,
 )
-from torchsft.trainer import resolve
+from torchsft.resolution import resolve
 
 # Documentation and tools rely on these names (DESIGN.md).
 CONTRACT = """

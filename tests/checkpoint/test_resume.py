@@ -69,7 +69,7 @@ def interrupt(monkeypatch, step):
     train_step = Trainer.train_step
 
     def broken(self, *arguments):
-        if self.step + 1 == step:
+        if self.counters.step + 1 == step:
             raise ArithmeticError("broken")
         return train_step(self, *arguments)
 

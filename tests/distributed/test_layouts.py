@@ -426,7 +426,7 @@ def poison_one_rank(directory: str) -> dict[str, Any]:
         return {
             "norm": record["grad_norm"],
             "unchanged": unchanged,
-            "counters": (trainer.step, trainer.updates, trainer.skipped),
+            "counters": (trainer.counters.step, trainer.counters.updates, trainer.counters.skipped),
             "moments": len(trainer.optimizer.state),
         }
 

@@ -10,7 +10,7 @@ from tests.tiny import tiny_config
 from torchsft.config import InputError, Optim
 from torchsft.models.deepseek_v3 import PARTS, DeepseekV3, DeepseekV3Config
 from torchsft.optim.selection import matching, select
-from torchsft.parallel.fsdp import held_bytes
+from torchsft.parallel.memory import held_bytes
 
 
 def meta_model():

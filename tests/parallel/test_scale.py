@@ -14,7 +14,7 @@ from torchsft.config import InputError, Parallel
 from torchsft.data.stream import microbatches_per_step
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.fsdp import held_bytes
+from torchsft.parallel.memory import held_bytes
 from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
 from torchsft.parallel.world import mesh_sizes
 

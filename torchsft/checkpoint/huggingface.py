@@ -28,7 +28,7 @@ from torchsft.checkpoint.hf_directory import (
     open_weights,
     read_config,
 )
-from torchsft.checkpoint.publish import gather_objects, published, rank_and_size, together
+from torchsft.checkpoint.publish import published, together
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.stored import WEIGHT_DTYPES
 from torchsft.checkpoint.weight_files import (
@@ -42,6 +42,7 @@ from torchsft.checkpoint.weight_files import (
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece, local
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.parallel.collectives import gather_objects, rank_and_size
 from torchsft.precision.blockwise import BLOCK, SCALE_SUFFIX, quantise, scale_key, scale_shape
 
 FP8 = torch.float8_e4m3fn
