@@ -41,7 +41,7 @@ from torchsft.metrics.logger import MetricsLogger, bars_can_be_drawn
 from torchsft.metrics.throughput import device_bytes, memory_gib, mfu, peak_tflops
 from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.attention import choose_implementation
-from torchsft.models.deepseek_v3 import PARTS, DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.families import family_of, read_model_config
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
@@ -157,7 +157,9 @@ class Trainer:
                 generate()
             world.barrier()
 
-        self.model_config = DeepseekV3Config.from_hf(huggingface.read_config(self.source))
+        described = huggingface.read_config(self.source)
+        self.family = family_of(described)
+        self.model_config = read_model_config(described)
         # see `end_tokens`; those that the checkpoint to continue from knows
         self.earlier_ends: list[int] = []
         stop_ids(*self.base_configs(), ())  # refuses what it cannot use
@@ -218,18 +220,19 @@ class Trainer:
         }
         self.weights, pp_rank = None, world.dense.get_local_rank("pp")
         with torch.device("meta"):
-            whole = DeepseekV3(self.model_config, **kinds)
+            whole = self.family(self.model_config, **kinds)
             self.shapes = {
                 name: tuple(parameter.shape) for name, parameter in whole.named_parameters()
             }
             self.selection = select(
-                self.shapes, train.freeze, config.optim.parameter_groups(), PARTS
+                self.shapes, train.freeze, config.optim.parameter_groups(), whole.parts
             )
             self.selection.apply(whole)
             # else the Hugging Face directory's weights are not read
             if self.checkpoint is None and not options.random_init:
                 self.weights = huggingface.check_weights(self.source, whole)
-            self.model = DeepseekV3(self.model_config, **kinds, **self.plan.model_part(pp_rank))
+            part = self.plan.model_part(pp_rank)
+            self.model = self.family(self.model_config, **kinds, **part)
             self.selection.apply(self.model)
             self.stages = split(self.model, self.plan, pp_rank)
         recompute, reshard = (
@@ -339,7 +342,7 @@ class Trainer:
             self.resume(self.checkpoint)
         elif self.weights is None:
             self.say(f"random weights from seed {config.train.seed}")
-            huggingface.initialise_weights(self.model, config.train.seed, initial_value)
+            huggingface.initialise_weights(self.model, config.train.seed)
         else:
             self.say(f"loading weights from {self.source}")
             huggingface.load_weights(self.model, self.weights)
@@ -590,7 +593,8 @@ class Trainer:
         expert's over the mean, per MoE layer; counters start anew. One collective, that the host
         waits for; it also settles `signalled` and `unwritten`.
         """
-        layers, experts = self.model_config.num_hidden_layers, self.model_config.n_routed_experts
+        layers = self.model_config.num_hidden_layers
+        experts = max(map(self.model_config.routed_experts, range(layers)))
         # Every rank has the same places for all layers and fills in its own.
         counts = torch.zeros(layers, 1 + experts, dtype=torch.float64, device=self.world.device)
         for name, moe in self.model.moe_layers().items():
