@@ -35,7 +35,7 @@ from torchsft.metrics.summary import (
 from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
 from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.attention import choose_implementation
-from torchsft.models.deepseek_v3 import PARTS, DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.families import family_of, read_model_config
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
@@ -113,7 +113,8 @@ class Trainer:
             world.barrier()
 
         config_json, _ = base_configs(self.source)
-        self.model_config = DeepseekV3Config.from_hf(config_json)
+        self.family = family_of(config_json)
+        self.model_config = read_model_config(config_json)
         self.plan_model()
         with self.clock("tokenising"):
             self.load_data()
@@ -153,18 +154,17 @@ class Trainer:
         }
         self.weights: Weights | None = None
         with torch.device("meta"):
-            whole = DeepseekV3(self.model_config, **implementations)
+            whole = self.family(self.model_config, **implementations)
             self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
             self.selection = select(
-                self.shapes, train.freeze, config.optim.parameter_groups(), PARTS
+                self.shapes, train.freeze, config.optim.parameter_groups(), whole.parts
             )
             self.selection.apply(whole)
             # A run that continues, or begins at random, does not read the directory's weights.
             if self.start.checkpoint is None and not options.random_init:
                 self.weights = huggingface.check_weights(self.source, whole)
-            self.model = DeepseekV3(
-                self.model_config, **implementations, **self.plan.model_part(pp_rank)
-            )
+            part = self.plan.model_part(pp_rank)
+            self.model = self.family(self.model_config, **implementations, **part)
             self.selection.apply(self.model)
             self.stages = split(self.model, self.plan, pp_rank)
         reshard = reshard_after_forward(parallel)
@@ -247,7 +247,7 @@ class Trainer:
             self.resume(self.start.checkpoint)
         elif self.weights is None:
             self.output.message(f"random weights from seed {config.train.seed}")
-            huggingface.initialise_weights(self.model, config.train.seed, initial_value)
+            huggingface.initialise_weights(self.model, config.train.seed)
         else:
             self.output.message(f"loading weights from {self.source}")
             huggingface.load_weights(self.model, self.weights)
@@ -493,7 +493,7 @@ class Trainer:
         """Return the number of experts of every MoE layer of the whole model."""
         config = self.model_config
         layers = range(config.num_hidden_layers)
-        return {layer: config.n_routed_experts for layer in layers if config.is_moe(layer)}
+        return {layer: config.routed_experts(layer) for layer in layers if config.is_moe(layer)}
 
     def step_record(
         self,

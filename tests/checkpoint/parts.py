@@ -18,7 +18,7 @@ from tests.checkpoint.layouts import (
 )
 from torchsft.checkpoint import huggingface, state
 from torchsft.config import InputError, Parallel
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
 from torchsft.parallel.world import World
@@ -66,7 +66,7 @@ def weights(source, work, name, dtype=torch.bfloat16, **axes):
             name: str(tensor.placements) for name, tensor in model.named_parameters()
         }
         seen |= watched_export(model, f"{work}/{name}/hf", dtype, source, max_shard_bytes=30_000)
-        huggingface.initialise_weights(model, 7, initial_value)
+        huggingface.initialise_weights(model, 7)
         seen["initial"] = whole(model.state_dict())
         return seen
 

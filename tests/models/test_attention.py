@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torchsft.config import InputError
-from torchsft.models.attention import attend, choose_implementation, packing
+from torchsft.models.attention import attend, choose_implementation, locate_documents
 
 H, QK, V = 3, 12, 8
 
@@ -16,7 +16,7 @@ def pack(implementation, lengths, padding, max_seqlen=None):
     total = sum(lengths) + padding
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     factors = torch.ones(total, 2)
-    return packing(implementation, factors, factors, cu_seqlens, max_seqlen)
+    return locate_documents(implementation, factors, factors, cu_seqlens, max_seqlen)
 
 
 def dense_attention(q, k, v, scale, lengths, padding):

@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from torchsft.config import InputError
+from torchsft.models.language_model import LanguageModel
 
 
 def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
@@ -20,7 +20,7 @@ def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
 
 
 def apply_fsdp(
-    model: nn.Module,
+    model: LanguageModel,
     parameter_mesh: DeviceMesh,
     expert_mesh: DeviceMesh,
     compute: torch.dtype,
@@ -50,10 +50,11 @@ def apply_fsdp(
     router_policy = dataclasses.replace(policy, param_dtype=torch.float32)
     options = {"reshard_after_forward": reshard_after_forward}
     units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
+    moe_layers = model.moe_layers()
     for name, layer in model.model.layers.items():
         parts = []
-        if hasattr(layer.mlp, "experts"):
-            gate, experts = layer.mlp.gate, layer.mlp.experts
+        if name in moe_layers:
+            gate, experts = moe_layers[name].gate, moe_layers[name].experts
             for key, parameter in experts.named_parameters():
                 if parameter.shape[1] % shards:
                     fault = (

@@ -24,7 +24,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
-from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.stages import StagePlan, plan_stages, schedule_class
 from torchsft.parallel.world import World
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-def split(model: DeepseekV3, plan: StagePlan, pp_rank: int) -> list[DeepseekV3]:
+def split(model: LanguageModel, plan: StagePlan, pp_rank: int) -> list[LanguageModel]:
     """The stages of a pipeline rank whose layers are all in `model`, which keeps them, under their
     names in the whole model.
     """
@@ -61,7 +61,7 @@ def reshard_after_forward(parallel: Parallel) -> bool:
 
 def build_pipeline(
     # of this rank (`split`), parallelized; memory and weights may come later
-    stages: Sequence[DeepseekV3],
+    stages: Sequence[LanguageModel],
     plan: StagePlan,
     parallel: Parallel,
     world: World,
@@ -80,7 +80,7 @@ def build_pipeline(
     )
 
 
-def first_trained(model: DeepseekV3, plan: StagePlan) -> int:
+def first_trained(model: LanguageModel, plan: StagePlan) -> int:
     """The first stage of the whole `model` that has a parameter to train."""
     for stage in range(len(plan.layers)):
         parameters = model.part(**plan.part([stage])).parameters()
@@ -96,7 +96,7 @@ class Runner(ABC):
 
     at_once = 1  # microbatches that `_forward` takes
 
-    def __init__(self, modules: Sequence[DeepseekV3], world: World, tokens: int) -> None:
+    def __init__(self, modules: Sequence[LanguageModel], world: World, tokens: int) -> None:
         self.modules, self.world, self.tokens = modules, world, tokens
         # Whether every forward pass has T tokens; else any number of them will do.
         self.fixed = world.dense["pp"].size() > 1 or world.sequence["sequence"].size() > 1
@@ -135,7 +135,7 @@ class Runner(ABC):
         """Logits [n, V] of the n tokens at `logits_at`, on every rank, in evaluation mode.
 
         With a pipeline, or where ranks share tokens, of at most T tokens. The arguments are those
-        of `DeepseekV3.forward`.
+        of `LanguageModel.forward`.
         """
         if self.fixed:
             if len(tokens) > self.tokens:
@@ -240,7 +240,7 @@ class Stage(PipelineStage):
 
     def __init__(
         self,
-        module: DeepseekV3,
+        module: LanguageModel,
         index: int,
         count: int,
         world: World,
@@ -327,7 +327,7 @@ class Pipeline(Runner):
 
     def __init__(
         self,
-        modules: Sequence[DeepseekV3],
+        modules: Sequence[LanguageModel],
         world: World,
         tokens: int,
         plan: StagePlan,

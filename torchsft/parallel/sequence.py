@@ -24,32 +24,18 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from torchsft.config import InputError
 from torchsft.models.decoder import Layout, VocabularyPart
-from torchsft.models.deepseek_v3 import DeepseekV3Config
+from torchsft.models.language_model import ModelConfig
 from torchsft.parallel.world import World
 
 
-def check_sizes(config: DeepseekV3Config, world: World) -> None:
-    """Refuse sizes that do not divide over tp and cp: InputError that names sizes that do, for as
-    many ranks.
+def check_sizes(config: ModelConfig, world: World) -> None:
+    """Refuse sizes that do not divide over tp and cp.
+
+    Raises:
+        InputError: it names sizes that do, for as many ranks.
     """
-
-    def problem(tp: int, cp: int) -> str | None:
-        heads, ranks = config.num_attention_heads, tp * cp
-        if heads % ranks:
-            return (
-                f"num_attention_heads = {heads}, which --parallel.tp {tp} x --parallel.cp {cp} = "
-                f"{ranks} ranks do not divide"
-            )
-        dense = (
-            {"intermediate_size": config.intermediate_size} if config.first_k_dense_replace else {}
-        )
-        for name, size in {"vocab_size": config.vocab_size, **dense}.items():
-            if size % tp:
-                return f"{name} = {size}, which --parallel.tp {tp} does not divide"
-        return None
-
     shard, cp, tp = (world.dense[axis].size() for axis in ("dp_shard", "cp", "tp"))
-    found = problem(tp, cp)
+    found = _what_does_not_divide(config, tp, cp)
     if found is None:
         return
     sizes = range(1, tp * cp + 1)
@@ -57,15 +43,41 @@ def check_sizes(config: DeepseekV3Config, world: World) -> None:
         (t, c)
         for t in sizes
         for c in sizes
-        if shard * cp * tp % (t * c) == 0 and t * c <= tp * cp and not problem(t, c)
+        if t * c <= tp * cp
+        and shard * cp * tp % (t * c) == 0
+        and _what_does_not_divide(config, t, c) is None
     ]
-    # the nearest: one option changed rather than both, then as many ranks as possible
-    t, c = max(
-        good, key=lambda pair: ((pair[0] == tp) + (pair[1] == cp), pair[0] * pair[1], pair[0])
-    )
+
+    def nearness(pair: tuple[int, int]) -> tuple[int, int, int]:
+        # one option changed rather than both, then as many ranks as possible
+        t, c = pair
+        return (t == tp) + (c == cp), t * c, t
+
+    t, c = max(good, key=nearness)
     raise InputError(
         f"config.json has {found}; set --parallel.tp {t} --parallel.cp {c} --parallel.dp-shard -1"
     )
+
+
+def _what_does_not_divide(config: ModelConfig, tp: int, cp: int) -> str | None:
+    heads, kv_heads, ranks = config.num_attention_heads, config.num_key_value_heads, tp * cp
+    if heads % ranks:
+        return (
+            f"num_attention_heads = {heads}, which --parallel.tp {tp} x --parallel.cp {cp} = "
+            f"{ranks} ranks do not divide"
+        )
+    # The tensor group's ranks split key/value heads, or several have the same one; then the context
+    # group's ranks do so with what a rank of the tensor group has.
+    of_tensor_rank = max(kv_heads // tp, 1)
+    if (kv_heads % tp and tp % kv_heads) or (of_tensor_rank % cp and cp % of_tensor_rank):
+        return (
+            f"num_key_value_heads = {kv_heads}, which --parallel.tp {tp} and then --parallel.cp "
+            f"{cp} must divide or be multiples of"
+        )
+    for name, size in {"vocab_size": config.vocab_size, **config.split_widths}.items():
+        if size % tp:
+            return f"{name} = {size}, which --parallel.tp {tp} does not divide"
+    return None
 
 
 def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -91,6 +103,40 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks, ...]: x[i] of rank j becomes y[j] of rank i; differentiable (its own inverse)."""
     # Waited for at once: an AsyncCollectiveTensor with a gradient is unsafe downstream.
     return wait_tensor(all_to_all_single_autograd(x.contiguous(), None, None, group))
+
+
+def exchange_heads(
+    q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All heads of this rank's tokens to this rank's heads of all tokens, in one all-to-all;
+    differentiable.
+
+    Neighbouring query heads share a key/value head; the head dim of values may be another. The
+    ranks of `group` are in the order of their tokens. Returns q [T, H / ranks, d], k and v [T, G /
+    ranks, d]; where there are more ranks than key/value heads, k and v [T, 1, d]: the head that
+    this rank's queries need, which is on several ranks. InputError where the ranks do not divide H,
+    or G is neither a multiple nor a divisor of them.
+    """
+    ranks, heads, kv_heads = group.size(), q_CHd.shape[1], k_CGd.shape[1]
+
+    def divides(n: int) -> bool:
+        return heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if not divides(ranks):
+        good = [str(n) for n in range(1, heads + 1) if divides(n)]
+        fault = (
+            f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp "
+            f"{ranks} ranks; "
+        )
+        raise InputError(fault + f"set --parallel.cp to one of {', '.join(good)}")
+    if ranks > kv_heads:
+        k_CGd, v_CGd = (x.repeat_interleave(ranks // kv_heads, dim=1) for x in (k_CGd, v_CGd))
+    # [C, ranks, heads of a rank, d]
+    parts = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]
+    together = torch.cat([part.flatten(2) for part in parts], dim=-1)
+    arrived = exchange(together.transpose(0, 1), group).flatten(0, 1)
+    split = arrived.split([part.shape[2] * part.shape[3] for part in parts], dim=-1)
+    return tuple(x.unflatten(-1, part.shape[2:]) for x, part in zip(split, parts, strict=True))
 
 
 def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -137,6 +183,13 @@ class SequenceLayout(Layout):
             torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.sequence
         )
         return whole.split([part.shape[-1] for part in parts], dim=-1)
+
+    def tokens_to_heads(
+        self, q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.cp.size() == 1:
+            return q_CHd, k_CGd, v_CGd
+        return exchange_heads(q_CHd, k_CGd, v_CGd, self.cp.get_group())
 
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
         return x_THd if self.cp.size() == 1 else heads_to_tokens(x_THd, self.cp.get_group())

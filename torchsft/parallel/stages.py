@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from torchsft.config import InputError, Parallel
-from torchsft.models.deepseek_v3 import DeepseekV3Config
+from torchsft.models.language_model import ModelConfig
 
 ONE_STAGE = ("GPipe", "1F1B")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
@@ -40,16 +40,16 @@ class StagePlan:
         return [stage for stage, rank in enumerate(self.ranks) if rank == pp_rank]
 
     def model_part(self, pp_rank: int) -> dict[str, Any]:
-        """Keyword arguments of `DeepseekV3` for all that a pipeline rank holds."""
+        """Keyword arguments of `LanguageModel` for all that a pipeline rank holds."""
         return self.part(self.local(pp_rank))
 
     def part(self, stages: list[int]) -> dict[str, Any]:
-        """Keyword arguments of `DeepseekV3` and `DeepseekV3.part` for some stages."""
+        """Keyword arguments of `LanguageModel` and `LanguageModel.part` for some stages."""
         layers = [layer for stage in stages for layer in self.layers[stage]]
         return {"layers": layers, "first": 0 in stages, "last": len(self.layers) - 1 in stages}
 
 
-def plan_stages(parallel: Parallel, model_config: DeepseekV3Config, microbatches: int) -> StagePlan:
+def plan_stages(parallel: Parallel, model_config: ModelConfig, microbatches: int) -> StagePlan:
     """Decide which layers go where; `dp_shard` is resolved, and `microbatches` are those of a step
     on each data rank.
 
