@@ -36,7 +36,8 @@ from torchsft.models.families import build_model, read_model_config
 from torchsft.models.language_model import LanguageModel
 from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.pipeline import reshard_after_forward, split
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 
 TOOL = str(Path(__file__).with_name("convert_checkpoint.py"))

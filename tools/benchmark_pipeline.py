@@ -60,7 +60,9 @@ from torchsft.data.batch import Batch
 from torchsft.models.families import read_model_config
 from torchsft.models.language_model import ModelConfig
 from torchsft.ops import wanted
-from torchsft.parallel.pipeline import Pipeline, plan_stages, weight_pass_possible
+from torchsft.parallel.pipeline import Pipeline
+from torchsft.parallel.stages import plan_stages
+from torchsft.parallel.torch_pipelining import weight_pass_possible
 from torchsft.parallel.world import World
 
 SCHEDULES = (
@@ -240,7 +242,16 @@ def record_steps(
                 StandIn(config, stage == 0, stage == last, unit).to(world.device)
                 for stage in plan.local(world.rank)
             ]
-            pipeline = Pipeline(stages, world, TOKENS, plan, schedule, microbatches, torch.float32)
+            pipeline = Pipeline(
+                stages,
+                world,
+                TOKENS,
+                plan,
+                schedule,
+                microbatches=microbatches,
+                dtype=torch.float32,
+                first_trained=0,
+            )
             actions: list[Timed] = []
             for stage in pipeline.stages:
                 _record(stage, actions)

@@ -46,10 +46,10 @@ from torchsft.parallel.memory import check_memory
 from torchsft.parallel.pipeline import (
     build_pipeline,
     first_trained,
-    plan_stages,
     reshard_after_forward,
     split,
 )
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 from torchsft.resolution import resolve
 

@@ -20,7 +20,8 @@ from torchsft.checkpoint import huggingface, state
 from torchsft.config import InputError, Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.pipeline import reshard_after_forward, split
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 
 

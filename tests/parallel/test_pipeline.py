@@ -23,8 +23,8 @@ from torchsft.data.batch import Batch
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel import stages as planning
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split
-from torchsft.parallel.stages import StagePlan, balance
+from torchsft.parallel.pipeline import build_pipeline, reshard_after_forward, split
+from torchsft.parallel.stages import StagePlan, balance, plan_stages
 from torchsft.parallel.world import World
 
 SCHEDULES = [

@@ -15,7 +15,8 @@ from torchsft.data.stream import microbatches_per_step
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.memory import held_bytes
-from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.pipeline import reshard_after_forward, split
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import mesh_sizes
 
 V3_PARAMETERS = 671_026_404_352  # technical report: 671B; without MTP

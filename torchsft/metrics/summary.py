@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from torchsft.config import Config
-from torchsft.parallel.pipeline import weight_pass_possible
 from torchsft.parallel.stages import ZERO_BUBBLE, StagePlan
+from torchsft.parallel.torch_pipelining import weight_pass_possible
 from torchsft.parallel.world import World
 
 
