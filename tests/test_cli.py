@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.deepseek_v3_sft import PRESETS, choose_preset
+from recipes import qwen3_sft
+from recipes.deepseek_v3_sft import PRESETS
+from recipes.sft import choose_preset
 from torchsft import cli, launch
 from torchsft.config import Config, Data, InputError, to_dict
 
@@ -21,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE, INSPECTOR = ROOT / "recipes" / "deepseek_v3_sft.py", ROOT / "tools" / "inspect_data.py"
 
 
-def options(*argv):
-    return cli.parse(PRESETS, choose_preset, list(map(str, argv)), "About.")[1]
+def options(*argv, presets=PRESETS):
+    return cli.parse(presets, choose_preset, list(map(str, argv)), "About.")[1]
 
 
 def refusal(*argv):
@@ -221,13 +223,23 @@ def test_a_file_lies_between_preset_and_options(name, tmp_path):
     assert options("--config", tmp_path / name, "--train.epochs", 3).train.steps is None
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_written_configuration_is_a_config_file(preset, tmp_path):
+@pytest.mark.parametrize(
+    ("presets", "preset"),
+    [(presets, name) for presets in (PRESETS, qwen3_sft.PRESETS) for name in presets],
+)
+def test_a_written_configuration_is_a_config_file(presets, preset, tmp_path):
     config = options(
-        preset, "--data.eval", "x=a", "--optim.clip-norm", "None", "--output", tmp_path
+        preset,
+        "--data.eval",
+        "x=a",
+        "--optim.clip-norm",
+        "None",
+        "--output",
+        tmp_path,
+        presets=presets,
     )
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-    assert options(preset, "--config", tmp_path / "config.json") == config
+    assert options(preset, "--config", tmp_path / "config.json", presets=presets) == config
     # it says everything
     assert options("moonlight", "--config", tmp_path / "config.json") == config
 

@@ -247,16 +247,11 @@ class DeepseekV3(LanguageModel):
     config_class = DeepseekV3Config
     # Replicated are what makes the latents, the norms, the router and the shared experts.
     tensor_parallel: ClassVar[Mapping[str, str]] = {
-        "model.embed_tokens": "vocabulary",
+        **LanguageModel.tensor_parallel,
         "model.layers.*.self_attn.q_proj": "column",
         "model.layers.*.self_attn.q_b_proj": "column",
         "model.layers.*.self_attn.kv_b_proj": "column",
         "model.layers.*.self_attn.o_proj": "row",
-        "model.layers.*.mlp": "gather",  # of dense layers
-        "model.layers.*.mlp.gate_proj": "column",
-        "model.layers.*.mlp.up_proj": "column",
-        "model.layers.*.mlp.down_proj": "row",
-        "lm_head": "vocabulary",
     }
     # All linear maps of attention and feed-forward networks; not the router, norms, biases,
     # embeddings and what joins MTP layers.

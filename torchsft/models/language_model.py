@@ -177,8 +177,15 @@ class LanguageModel(nn.Module):
 
     config_class: ClassVar[type[ModelConfig]]
     # Module name -> style; parallel/tensor.py says what the styles mean. Modules that are not named
-    # are replicated.
-    tensor_parallel: ClassVar[Mapping[str, str]]
+    # are replicated. A family adds its attention.
+    tensor_parallel: ClassVar[Mapping[str, str]] = {
+        "model.embed_tokens": "vocabulary",
+        "model.layers.*.mlp": "gather",  # of dense layers
+        "model.layers.*.mlp.gate_proj": "column",
+        "model.layers.*.mlp.up_proj": "column",
+        "model.layers.*.mlp.down_proj": "row",
+        "lm_head": "vocabulary",
+    }
     # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release.
     quantised: ClassVar[re.Pattern[str]]
     # Word -> pattern of parameter names (optim/selection.py).

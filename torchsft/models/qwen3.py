@@ -186,18 +186,12 @@ class Qwen3(LanguageModel):
 
     config: Qwen3Config
     config_class = Qwen3Config
-    # Replicated are norms and routers.
     tensor_parallel: ClassVar[Mapping[str, str]] = {
-        "model.embed_tokens": "vocabulary",
+        **LanguageModel.tensor_parallel,
         "model.layers.*.self_attn.q_proj": "column",
         "model.layers.*.self_attn.k_proj": "key_value",
         "model.layers.*.self_attn.v_proj": "key_value",
         "model.layers.*.self_attn.o_proj": "row",
-        "model.layers.*.mlp": "gather",  # of dense layers
-        "model.layers.*.mlp.gate_proj": "column",
-        "model.layers.*.mlp.up_proj": "column",
-        "model.layers.*.mlp.down_proj": "row",
-        "lm_head": "vocabulary",
     }
     # All linear maps of attention and feed-forward networks; not the router, norms, biases and
     # embeddings.
