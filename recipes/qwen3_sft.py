@@ -81,7 +81,7 @@ def qwen3_235b() -> Config:
     """Qwen3-235B-A22B on 64 H100-80GB (8 nodes of 8): FSDP2 over all of them, 2 of 128 experts on
     each; 59 GB a GPU for weights, gradients and moments, activations beside that.
 
-    No pipeline: with one, gathered parameters and waiting gradients would take 20 GB more.
+    No pipeline: with one, gathered parameters and waiting gradients would take 17 GB more, or 22.
     """
     return Config(
         data=Data(seq_len=4096),

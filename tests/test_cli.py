@@ -464,7 +464,9 @@ def refused(program, *argv):
         f"{blocked} import runpy; sys.argv = {[str(program), *argv]!r}; "
         f"runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # as Python itself does with a script's directory
+    paths = os.pathsep.join([str(Path(program).parent), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": paths}
     ended = subprocess.run(
         [sys.executable, "-c", run], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -491,6 +493,13 @@ def refused(program, *argv):
             ["--model.path", "/nowhere", "--data.train", "x"],
             1,
             "error: --model.path /nowhere does not exist;",
+        ),
+        (
+            ROOT / "recipes" / "qwen3_sft.py",
+            ["debgu"],
+            2,
+            "error: preset 'debgu' does not exist; choose one of: debug, finetune, qwen3_30b, "
+            "qwen3_235b",
         ),
         (
             INSPECTOR,
