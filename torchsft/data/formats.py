@@ -197,7 +197,8 @@ def _conversation(
     _apply_loss_mask(row, parsed, where)
     parsed, merged = chat.merge_calls(parsed, context)
     context -= merged
-    system_turn = _system_turn(row, parsed, where, system)
+    inner = [key for message in parsed for key in message.ignored]
+    system_turn = _system_turn(row, parsed, where, system, inner)
     parsed = system_turn + parsed
     context += len(system_turn) if form == "prompt-completion" else 0
 
@@ -212,7 +213,6 @@ def _conversation(
         )
     weights = _weights(row, parsed, context, where)
     notes = chat.notes_of(parsed, context)
-    inner = tuple(key for message in parsed for key in message.ignored)
     return Conversation(
         name,
         messages,
@@ -251,14 +251,17 @@ def _given_messages(row: Row, form: str, where: str) -> list[Any]:
     ]
 
 
-def _system_turn(row: Row, parsed: list[chat.Parsed], where: str, system: str) -> list[chat.Parsed]:
-    """The turn that `system` or `system_prompt` beside the messages gives, or else
-    --data.system.
+def _system_turn(
+    row: Row, parsed: list[chat.Parsed], where: str, system: str, ignored: list[str]
+) -> list[chat.Parsed]:
+    """The turn that `system` or `system_prompt` beside the messages gives, or else --data.system;
+    ignored keys of its parts are added to `ignored`.
     """
-    texts = [
+    given = [
         chat.content_of(row[key], key, where) for key in ("system", "system_prompt") if row.get(key)
     ]
-    texts = [text for text in texts if text]
+    ignored += [key for _, keys in given for key in keys]
+    texts = [text for text, _ in given if text]
     first = parsed[0].fields if parsed else {}
     own = first["content"] if first.get("role") in ("system", "developer") else None
     if len({*texts, *([] if own is None else [own])} if texts else ()) > 1:
@@ -290,7 +293,8 @@ def _apply_loss_mask(row: Row, parsed: list[chat.Parsed], where: str) -> None:
             raise RowError(where, "bad-weight", f"{fault} ({mask!r:.60})")
         for message, value in zip(parsed, mask, strict=True):
             if message.fields["role"] != "assistant":
-                continue  # 0 as a rule
+                message.weight = 1.0 if value else message.weight  # 0 as a rule; else it is told
+                continue
             if message.weight is not None and bool(message.weight) != bool(value):
                 raise RowError(
                     where,
