@@ -49,7 +49,8 @@ class Conversation:
     `template_kwargs`: further variables of the chat template that this row names; they win over
     --data.template-kwargs. `documents`: for templates that show documents. `notes`: what is to be
     told of this row, as codes that are counted. `ignored`: keys of the row that mean nothing
-    here.
+    here. `row_weight`: that of the whole row; it is in `weights` of messages, and scales what else
+    is trained under --data.mask all.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Conversation:
     documents: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    row_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,9 @@ def _conversation(
             reason,
             "no assistant message, so there is nothing to learn; add one or remove the row",
         )
-    weights = _weights(row, parsed, context, where)
+    of_row = weight_of(row, where)
+    of_row = 1.0 if of_row is None else of_row
+    weights = _weights(of_row, parsed, context)
     notes = chat.notes_of(parsed, context)
     return Conversation(
         name,
@@ -222,6 +226,7 @@ def _conversation(
         documents=_documents(row, where),
         notes=notes,
         ignored=ignored + tuple(dict.fromkeys(inner)),
+        row_weight=of_row,
     )
 
 
@@ -305,15 +310,16 @@ def _apply_loss_mask(row: Row, parsed: list[chat.Parsed], where: str) -> None:
                 message.weight = 0.0
 
 
-def _weights(row: Row, parsed: list[chat.Parsed], context: int, where: str) -> list[float | None]:
+def _weights(of_row: float, parsed: list[chat.Parsed], context: int) -> list[float | None]:
     """The weight of each message, that of the row in it; messages of a prompt have none."""
-    of_row = weight_of(row, where)
     weights = [message.weight for message in parsed]
-    if of_row is not None and of_row != 1.0:
-        roles = [message.fields["role"] for message in parsed]
+    if of_row != 1.0:
+        answers = [message.fields["role"] == "assistant" for message in parsed]
         weights = [
-            of_row * (1.0 if weight is None else weight) if role == "assistant" else weight
-            for weight, role in zip(weights, roles, strict=True)
+            weight
+            if weight is None and not answer
+            else of_row * (1.0 if weight is None else weight)
+            for weight, answer in zip(weights, answers, strict=True)
         ]
     weights[:context] = [0.0] * context
     return weights

@@ -39,12 +39,13 @@ class Span(NamedTuple):
 
 class _Marked(NamedTuple):
     """A text to tokenise, with what is trained of it. `plain`: a text of no chat template, which
-    gets the tokenizer's BOS.
+    gets the tokenizer's BOS. `weight`: of what stands outside of the spans, with the mask `all`.
     """
 
     text: str
     spans: list[Span]
     plain: bool = False
+    weight: float = 1.0
 
 
 class _Texts(NamedTuple):
@@ -175,7 +176,7 @@ class ChatTokenizer:
         A text without chat template has the BOS that the tokenizer adds, exactly once. A rendered
         conversation has the one that its template writes, as in `apply_chat_template`.
         """
-        text, spans, plain = marked
+        text, spans, plain, outside = marked
         pieces = [(0, 0, encoding)]  # character and token with which it begins
         tokens = {at: _token_at(pieces, at) for at in {at for span in spans for at in span[:3]}}
         if self.mask != "all" and any(tokens[span.begin][1] for span in spans):
@@ -187,7 +188,7 @@ class ChatTokenizer:
             encoding.ids if len(pieces) == 1 else [i for _, _, e in pieces for i in e.ids],
             dtype=np.int32,
         )
-        weights = np.full(len(ids), self.mask == "all", dtype=np.float32)
+        weights = np.full(len(ids), outside if self.mask == "all" else 0.0, dtype=np.float32)
         for begin, start, end, weight in spans:
             weights[tokens[begin][0] : tokens[start][0]] = 0.0
             weights[tokens[start][0] : tokens[end][0]] = weight
@@ -284,7 +285,8 @@ class ChatTokenizer:
             )
         begin, text = len(example.prompt), example.prompt + example.completion
         text += "" if text.endswith(self.eos) else self.eos
-        return _Texts([_Marked(text, [Span(begin, begin, len(text), example.weight)], plain=True)])
+        span = Span(begin, begin, len(text), example.weight)
+        return _Texts([_Marked(text, [span], plain=True, weight=example.weight)])
 
     def _rendered(self, example: Conversation) -> _Texts:
         finder = self._finder(example)
@@ -308,7 +310,11 @@ class ChatTokenizer:
             )
         notes += ("context-lost",) if kept else ()
         marked = [
-            _Marked(part.text, [Span(*t[1:4], weights[t.index]) for t in part.turns])
+            _Marked(
+                part.text,
+                [Span(*t[1:4], weights[t.index]) for t in part.turns],
+                weight=example.row_weight,
+            )
             for part in parts
         ]
         return _Texts(marked, notes, kept)
@@ -351,13 +357,16 @@ class ChatTokenizer:
         answers = [i for i, role in enumerate(roles) if role == "assistant"]
         if self.mask == "all":
             hidden = {
-                i: 1.0
+                i: example.row_weight
                 for i in answers
                 if self.masks_reasoning and without_reasoning(example.messages[i])[0]
             }
             return dict(
                 sorted(
-                    (hidden | {i: weight for i, weight in given.items() if weight != 1.0}).items()
+                    (
+                        hidden
+                        | {i: weight for i, weight in given.items() if weight != example.row_weight}
+                    ).items()
                 )
             )
         if self.mask == "last-turn":
