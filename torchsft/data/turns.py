@@ -102,6 +102,7 @@ class TurnFinder:
         self.template, self.mask, self.masks_reasoning = template, mask, masks_reasoning
         self.molds: dict[tuple, list[Part]] = {}
         self.declares: dict[tuple[str, tuple[str, ...]], bool] = {}  # by name of a tool and roles
+        self.writes: set[tuple[int, tuple[str, ...]]] = set()  # messages, by index and roles
 
     def parts(self, messages: list[Message], given: Given, weights: Weights) -> list[Part]:
         """Texts with the messages of `weights`, in the order of their last turns. Raises RowError:
@@ -379,8 +380,10 @@ class TurnFinder:
         Of an assistant message, only the names that it calls are asked for: what it says is checked
         where it is trained, and templates leave earlier reasoning out by intent.
         """
+        unwritten = self._unwritten(messages, given)
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" and not _is_said(message["content"] or "", text):
+            is_context = message["role"] != "assistant"
+            if is_context and (i in unwritten or not _is_said(message["content"] or "", text)):
                 yield Lost(i, f"what the {message['role']} message says")
             for call in message.get("tool_calls") or ():
                 if not _count(call["function"]["name"], text):
@@ -398,6 +401,41 @@ class TurnFinder:
             for source in said:
                 if not _is_said(source, text):
                     yield Lost(None, f"the document {source.strip()[:40]!r}")
+
+    def _unwritten(self, messages: list[Message], given: Given) -> set[int]:
+        """Messages of context that the template leaves out, of those whose words stand elsewhere
+        too, so that the text does not show it: in other messages, the tools or the template.
+
+        These are rendered with a mark behind what they say, once for a message and sequence of
+        roles.
+        """
+        roles = tuple(message["role"] for message in messages)
+        said = ["\n".join(_leaves(message)) for message in messages]
+        said += ["\n".join(_leaves([*given])), self.template.text]
+        marks = {}
+        for i, message in enumerate(messages):
+            source = (message["content"] or "").strip()
+            if roles[i] == "assistant" or not source or (i, roles) in self.writes:
+                continue
+            if any(source in other for j, other in enumerate(said) if j != i):
+                marks[i] = f"\ue002{i}\ue003"
+        if not marks:
+            return set()
+        marked = [
+            message | {"content": message["content"] + marks[i]} if i in marks else message
+            for i, message in enumerate(messages)
+        ]
+        last = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+        try:  # the second: some write the context in front of the prompt alone
+            text = self.template.render(marked, given)[0]
+            text += self.template.render(marked[:last], given, generation_prompt=True)[0]
+        except RowError:
+            return set()
+        if len(self.writes) >= KNOWN_SHAPES:
+            self.writes.clear()
+        written = {i for i, mark in marks.items() if _is_said(mark, text)}
+        self.writes |= {(i, roles) for i in written}
+        return marks.keys() - written
 
     def _lost_tools(self, messages: list[Message], given: Given, text: str) -> Iterator[Lost]:
         """The tools of which the text lacks the name, the description, or the name of a parameter.
