@@ -186,6 +186,15 @@ def test_tool_calls_that_stand_in_two_places_and_agree_are_one_call():
     assert found["function"] == {"name": "f", "arguments": {"a": 1}}
 
 
+def test_where_a_row_comes_from_and_media_that_are_not_there_are_no_media():
+    absent = {"image": {"bytes": None, "path": None}, "images": [None], "audio": {}}
+    found = read(CHAT | absent | {"file": "a.txt", "document": "b"})
+    assert found.messages == [USER, ANSWER] and found.ignored == ("file", "document")
+    for more in ({"image": {"bytes": None, "path": "a.png"}}, {"image": "a.png"}):
+        with pytest.raises(RowError, match=r"image holds an? .*, but only text can be trained"):
+            read(CHAT | more)
+
+
 def test_other_keys_of_every_part_are_listed():
     thought = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
     row = messages(USER, ANSWER | {"content": [thought, "yes"]})

@@ -445,6 +445,18 @@ def test_a_message_that_is_left_out_is_told_where_another_one_says_the_same(role
     assert f"what the {role} message says" in str(found)
 
 
+@pytest.mark.parametrize(
+    "document", [{"snippet": "It rains."}, {"title": "x", "text": "It rains."}]
+)
+def test_a_document_that_the_template_leaves_out_is_told(document):
+    talk = Conversation("a:1", [user("hi"), assistant("you")], documents=[document])
+    [found] = ChatTokenizer(byte_tokenizer(chat.CHATML)).encode([talk])
+    assert isinstance(found, RowError) and found.reason == "context-lost"
+    assert "the document 'It rains.'" in str(found)
+    shown = byte_tokenizer("{{ documents | tojson }}" + chat.CHATML)
+    assert not encode(talk, shown, on_lost_context="keep").kept
+
+
 def test_many_conversations_of_one_shape_are_checked_too():
     tokenizer = ChatTokenizer(byte_tokenizer(chat.CHATML.replace("{% for m in messages %}", SKIPS)))
     talks = [

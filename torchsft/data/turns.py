@@ -398,7 +398,7 @@ class TurnFinder:
                 for key in ("text", "content", "contents")
                 if isinstance(document.get(key), str)
             ]
-            for source in said:
+            for source in said or _leaves(document):  # Command R's may have keys of any name
                 if not _is_said(source, text):
                     yield Lost(None, f"the document {source.strip()[:40]!r}")
 
