@@ -354,6 +354,11 @@ REFUSED = {
         "unsupported-key",
         "a content part has train",
     ),
+    "messages as parts": (
+        messages(USER, {"role": "assistant", "content": [USER, ANSWER]}),
+        "bad-content",
+        "message 2, part 1: a content part has role, as a message has",
+    ),
     "reasoning behind text": (
         messages(USER, ANSWER | {"content": ["yes", {"type": "thinking", "thinking": "hm"}]}),
         "bad-content",

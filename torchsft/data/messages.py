@@ -148,6 +148,10 @@ def _content(
         part = expect(dict, part, "content part", place)
         kind = part.get("type")
         _refuse_flags(part, place)
+        for key in ("role", "from"):
+            if part.get(key) is not None:
+                said = f"a content part has {key}, as a message has; write it as one of its own"
+                raise RowError(place, "bad-content", said)
         if kind in ("thinking", "reasoning") and isinstance(part.get(kind), str):
             if any(texts):
                 said = (
