@@ -95,7 +95,8 @@ def test_json_says_a_default_of_null():
     said["function"]["parameters"]["properties"]["a"]["default"] = None
     assert clean(asked({}, [said]), padded=False)[0]["tools"] == [said]
     variables = {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": None}}
-    assert clean(variables, padded=False)[0] == variables
+    assert clean(variables, padded=False) == (variables, ("doubtful-null",))
+    assert clean(variables | {"chat_template_kwargs": {"a": 1}}, padded=False)[1] == ()
 
 
 def test_rows_that_datasets_wrote_are_as_they_were(tmp_path):

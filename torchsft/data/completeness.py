@@ -9,7 +9,7 @@ from typing import Any
 from torchsft.data.rendering import ChatTemplate, Extras, Message
 from torchsft.data.rows import RowError
 
-KNOWN_DECLARATIONS = 1024  # that are remembered
+KNOWN_RESULTS = 1024  # that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class ContextCheck:
         self.template = template
         # by the tool's name and the roles of the messages
         self._is_declared: dict[tuple[str, tuple[str, ...]], bool] = {}
+        # messages that the template writes, by their index and the roles of all messages
+        self._is_written: set[tuple[int, tuple[str, ...]]] = set()
 
     def missing(self, messages: Sequence[Message], extras: Extras, text: str) -> Iterator[Missing]:
         """Yield what a text lacks of the messages before its answers, of the tools and documents.
@@ -51,9 +53,11 @@ class ContextCheck:
         Of an assistant message only the names that it calls are looked for: what it says is checked
         where it is trained, and templates leave earlier reasoning out by intent.
         """
+        left_out = self._left_out(messages, extras)
         for i, message in enumerate(messages):
             role = message["role"]
-            if role != "assistant" and not contains_loosely(text, message["content"] or ""):
+            is_written = i not in left_out and contains_loosely(text, message["content"] or "")
+            if role != "assistant" and not is_written:
                 yield Missing(i, f"what the {role} message says")
             for call in message.get("tool_calls") or ():
                 name = call["function"]["name"]
@@ -63,6 +67,53 @@ class ContextCheck:
             yield from self._missing_tools(messages, extras, text)
         for document in extras.documents or ():
             yield from _missing_document(document, text)
+
+    def _left_out(self, messages: Sequence[Message], extras: Extras) -> set[int]:
+        """Return messages of context that the template leaves out although their words stand in the
+        text, as other messages, the tools or the template have the same words.
+
+        Such messages are rendered with a mark behind what they say, once for a message and sequence
+        of roles.
+        """
+        roles = tuple(message["role"] for message in messages)
+        ambiguous = self._ambiguous(messages, extras, roles)
+        if not ambiguous:
+            return set()
+        marks = {i: f"\ue002{i}\ue003" for i in ambiguous}
+        marked = list(messages)
+        for i, mark in marks.items():
+            marked[i] = marked[i] | {"content": marked[i]["content"] + mark}
+        last_answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+        try:
+            text = self.template.render(marked, extras).text
+            # some templates write the context before the prompt of an answer alone
+            before = marked[:last_answer]
+            text += self.template.render(before, extras, generation_prompt=True).text
+        except RowError:
+            return set()
+        if len(self._is_written) >= KNOWN_RESULTS:
+            self._is_written.clear()
+        written = {i for i, mark in marks.items() if contains_loosely(text, mark)}
+        self._is_written |= {(i, roles) for i in written}
+        return marks.keys() - written
+
+    def _ambiguous(
+        self, messages: Sequence[Message], extras: Extras, roles: tuple[str, ...]
+    ) -> list[int]:
+        """Return messages of context whose words also stand elsewhere, and of which it is not known
+        that the template writes them.
+        """
+        sources = ["\n".join(leaves(message)) for message in messages]
+        sources.append("\n".join(leaves([extras.tools, extras.documents])))
+        sources.append(self.template.text)
+        found = []
+        for i, message in enumerate(messages):
+            words = (message["content"] or "").strip()
+            if roles[i] == "assistant" or not words or (i, roles) in self._is_written:
+                continue
+            if any(words in source for j, source in enumerate(sources) if j != i):
+                found.append(i)
+        return found
 
     def _missing_tools(
         self, messages: Sequence[Message], extras: Extras, text: str
@@ -94,7 +145,7 @@ class ContextCheck:
         """
         key = (name, roles)
         if key not in self._is_declared:
-            if len(self._is_declared) >= KNOWN_DECLARATIONS:
+            if len(self._is_declared) >= KNOWN_RESULTS:
                 self._is_declared.clear()
             without_tools = self._render_without_tools(messages, extras)
             self._is_declared[key] = _count(text, name) > _count(without_tools, name)
@@ -111,9 +162,10 @@ class ContextCheck:
 
 
 def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
-    for key in ("text", "content", "contents"):
-        source = document.get(key)
-        if isinstance(source, str) and not contains_loosely(text, source):
+    texts = [document.get(key) for key in ("text", "content", "contents")]
+    sources = [source for source in texts if isinstance(source, str)]
+    for source in sources or leaves(document):  # Command R's may have keys of any name
+        if not contains_loosely(text, source):
             yield Missing(None, f"the document {source.strip()[:40]!r}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchsft.config import InputError
 from torchsft.data.cache import ROWS_OF_A_FILE
+from torchsft.data.columns import NUMBERS, number_of
 from torchsft.data.rows import Row, RowError
 from torchsft.data.sources import MAX_BYTES, Source
 from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
@@ -169,7 +170,8 @@ def table_rows(
             )
             yield line, ("csv-columns", said)
         else:
-            yield line, dict(zip(header, fields, strict=True))
+            row = dict(zip(header, fields, strict=True))
+            yield line, row | {name: number_of(row[name]) for name in NUMBERS if name in row}
 
 
 def _header_fault(header: list[str]) -> str:

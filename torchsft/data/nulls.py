@@ -9,7 +9,8 @@ Everywhere but in the arguments of tool calls a null says that a key is absent. 
 null stays if the tool that the row declares has that parameter, and is taken out if the declared
 tool has no such parameter. Where no declaration shows it, a JSON row keeps it, a row of Arrow's
 structs loses it, and both are counted as doubtful. So is one that stays in a row of Arrow's
-structs, as it may be padding all the same.
+structs, as it may be padding all the same, and a variable of the chat template that is null in a
+JSON row.
 """
 
 import functools
@@ -51,6 +52,8 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
     for key, value in row.items():
         if value is None or value is Null.SAID or key in found:
             continue
+        if key == "chat_template_kwargs" and isinstance(value, dict) and None in value.values():
+            notes.update(() if padded else {DOUBT})  # a template may ask whether one is given
         in_messages = key in ("messages", "conversations", "prompt", "completion")
         found[key] = (
             _messages(value, declared, padded, notes) if in_messages else _other(value, padded)

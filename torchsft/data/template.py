@@ -48,11 +48,13 @@ class _MarkedText:
 
     Attributes:
         is_plain: whether it is of no chat template, and gets the tokenizer's BOS.
+        weight: of what stands outside of the spans, with the mask `all`.
     """
 
     text: str
     spans: list[_Span]
     is_plain: bool = False
+    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -271,7 +273,8 @@ class ChatTokenizer:
             text += self.eos
         start = len(example.prompt)
         span = _Span(start, start, len(text), example.weight)
-        return _Rendered([_MarkedText(text, [span], is_plain=True)])
+        marked = _MarkedText(text, [span], is_plain=True, weight=example.weight)
+        return _Rendered([marked])
 
     def _conversation(self, example: Conversation) -> _Rendered:
         finder = self._finder(example)
@@ -298,7 +301,7 @@ class ChatTokenizer:
                 _Span(turn.prompt_end, turn.trained_start, turn.trained_end, weights[turn.index])
                 for turn in text.turns
             ]
-            marked.append(_MarkedText(text.text, spans))
+            marked.append(_MarkedText(text.text, spans, weight=example.row_weight))
         return _Rendered(marked, tuple(notes), lost)
 
     def _finder(self, example: Conversation) -> TurnFinder:
@@ -349,8 +352,10 @@ class ChatTokenizer:
         if self.masks_reasoning:
             for i in answers:
                 if without_reasoning(example.messages[i])[0]:
-                    weights[i] = 1.0
-        weights.update({i: weight for i, weight in given.items() if weight != 1.0})
+                    weights[i] = example.row_weight
+        for i, weight in given.items():
+            if weight != example.row_weight:
+                weights[i] = weight
         return dict(sorted(weights.items()))
 
     # ------------------------------------------------------------ from marked texts to tokens
@@ -380,7 +385,8 @@ class ChatTokenizer:
             pieces = self._in_pieces(marked.text, edges, encoding)
             boundaries = _boundaries(spans, pieces)
         ids = np.array(_ids(pieces), dtype=np.int32)
-        weights = np.full(len(ids), self.mask == "all", dtype=np.float32)
+        outside = marked.weight if self.mask == "all" else 0.0
+        weights = np.full(len(ids), outside, dtype=np.float32)
         ends = []
         for span in spans:
             prompt_end = boundaries[span.prompt_end].token
