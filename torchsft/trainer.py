@@ -24,15 +24,9 @@ from torchsft.checkpoint.resume import checkpoints_of, find_start
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, to_dict
+from torchsft.data.background import Background
 from torchsft.data.prepare import open_streams, prepare, prepare_eval
-from torchsft.data.stream import (
-    Background,
-    EvalSet,
-    Step,
-    StreamLoader,
-    TrainLoader,
-    microbatches_per_step,
-)
+from torchsft.data.stream import EvalSet, Step, StreamLoader, TrainLoader, microbatches_per_step
 from torchsft.data.template import Sample
 from torchsft.data.tokenizer import load_tokenizer, read_chat_template
 from torchsft.evaluation import evaluate_loss

@@ -241,8 +241,8 @@ def plan(
         buffer=data.packing_buffer,
     )
     rows: list[list[tuple[int, int]]] = []
-    while loader.cursor["epoch"] == 0:
-        rows += [[(numbers[s], i) for s, i in row] for row in loader.plan()[0] if row]
+    while loader.start.epoch == 0:
+        rows += [[(numbers[s], i) for s, i in row] for row in loader.plan().rows if row]
     tokens = sum(int(sources[s].samples.lengths[i]) for row in rows for s, i in row)
     first = -(-len(rows) // global_batch_size)
     if steps is not None:
