@@ -19,9 +19,9 @@ from tests.data import chat
 from torchsft.config import Data, InputError
 from torchsft.data.cache import fingerprint
 from torchsft.data.files import Files, open_source, table_rows
+from torchsft.data.hub import unreachable
 from torchsft.data.prepare import open_sources, prepare
 from torchsft.data.rows import RowError, decode
-from torchsft.data.sources import unreachable
 from torchsft.data.specs import evaluation_sets, parse_spec
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}

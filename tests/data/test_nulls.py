@@ -49,7 +49,7 @@ def test_without_a_declaration_doubt_is_a_note_and_json_keeps_what_it_says():
     row, notes = clean(asked({"a": "1", "b": None}), padded=True)
     assert (calls(row), notes) == ([{"a": "1"}], (DOUBT,))
     # in a JSON column nothing is padding
-    said, notes = clean(asked({"a": "1", "b": Null.SAID}), padded=True)
+    said, notes = clean(asked({"a": "1", "b": Null.EXPLICIT}), padded=True)
     assert (calls(said), notes) == ([{"a": "1", "b": None}], (DOUBT,))
     assert clean(asked('{"b": null}'), padded=True)[0] == asked('{"b": null}')  # text is what it is
 
