@@ -131,8 +131,8 @@ def parse(row: Row, form: str, name: str, where: str, system: str = "") -> Examp
     """
     ignored = other_keys(row, form, where)
     if form == "tokens":
-        tokens, weights, starts, notes = pretokenised.parse(row, where)
-        return Tokens(name, tokens, weights, starts, notes, ignored)
+        found = pretokenised.parse(row, where)
+        return Tokens(name, found.tokens, found.weights, found.starts, found.notes, ignored)
     prompt, completion = row.get("prompt"), row.get("completion")
     both_are_messages = isinstance(prompt, list) and isinstance(completion, list)
     if form == "text":
