@@ -86,7 +86,7 @@ class Encoded(NamedTuple):
         notes: codes that are counted. split-by-turn: several samples. closed-reasoning,
             context-restored: a text was put together, see `turns.py`. context-lost: the template
             leaves out some context, and the row is kept. unread-variable: the row names a variable
-            that the template does not read.
+            that the template does not read. unread-name: nor does it write the name of a message.
         ends: the token that ends each trained turn, in any order.
         kept: in words, why a row with a fault is kept nevertheless.
     """
@@ -297,6 +297,9 @@ class ChatTokenizer:
         notes += tuple(sorted({turn.note for part in parts for turn in part.turns} - {""}))
         if example.template_kwargs.keys() - finder.template.reads:
             notes += ("unread-variable",)
+        names = {message["name"] for message in example.messages if message.get("name")}
+        if any(name not in part.text for part in parts[-1:] for name in names):
+            notes += ("unread-name",)
         kept = self._lost(parts)
         if kept and not self.keeps_lost_context:
             remedy = (
