@@ -126,7 +126,7 @@ class Encoded:
         notes: codes that are counted. split-by-turn: several samples. closed-reasoning,
             context-restored: a text was put together, see `turns.py`. context-lost: the template
             leaves out some context, and the row is kept. unread-variable: the row names a variable
-            that the template does not read.
+            that the template does not read. unread-name: nor does it write the name of a message.
         ends: the token that ends each trained turn, in any order.
         kept: in words, why a row with a fault is kept nevertheless.
     """
@@ -285,6 +285,9 @@ class ChatTokenizer:
         notes += sorted({turn.note for text in texts for turn in text.turns} - {""})
         if example.template_kwargs.keys() - finder.template.reads:
             notes.append("unread-variable")
+        names = {message["name"] for message in example.messages if message.get("name")}
+        if texts and any(name not in texts[-1].text for name in names):
+            notes.append("unread-name")
         lost = _missing_context(texts)
         if lost and not self.keeps_lost_context:
             raise RowError(
