@@ -19,7 +19,7 @@ from tools.inspection.lint import LEVELS, Finding, Linter, beyond_positions, run
 from tools.inspection.reading import Reader
 from torchsft.config import Data
 from torchsft.data.cache import Samples
-from torchsft.data.prepare import Preparer
+from torchsft.data.preparer import Preparer
 from torchsft.data.stream import TrainLoader
 from torchsft.data.template import Sample
 
