@@ -195,6 +195,13 @@ def test_where_a_row_comes_from_and_media_that_are_not_there_are_no_media():
             read(CHAT | more)
 
 
+@pytest.mark.parametrize("none", [None, "", " \n", "null", {}, "{}"])
+def test_arguments_that_are_none_are_none_in_every_spelling(none):
+    row = messages(USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": none}}]})
+    [found] = read(row).messages[1]["tool_calls"]
+    assert found["function"]["arguments"] in ({}, "{}")
+
+
 def test_other_keys_of_every_part_are_listed():
     thought = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
     row = messages(USER, ANSWER | {"content": [thought, "yes"]})

@@ -789,6 +789,9 @@ def test_load_tokenizer_names_what_is_wrong_with_a_directory(tmp_path):
     )
     with pytest.raises(InputError, match=r"has no chat template; add"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": 5}))
+    with pytest.raises(InputError, match=r"has no chat template; add"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be read"):
         load_tokenizer(tmp_path)

@@ -244,7 +244,7 @@ def _call(call: Any, where: str, ignored: list[str]) -> dict[str, Any]:
         raise RowError(where, "bad-tool-call", said)
     name = expect(str, function.get("name") or None, "name of a tool call", where)
     arguments = function.get("arguments")
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         arguments = {}  # a function without parameters; Arrow cannot keep an empty object
     found = expect(dict, arguments, "arguments of a tool call", where)
     check_json(found, "arguments of a tool call", where)
