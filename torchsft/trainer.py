@@ -19,8 +19,9 @@ from torchsft.checkpoint.resume import find_start
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import Weights
 from torchsft.config import Config, InputError, to_dict
+from torchsft.data.background import Background
 from torchsft.data.run_data import DataRank, check_options, load_run_data, with_faults
-from torchsft.data.stream import Background, Step, microbatches_per_step
+from torchsft.data.stream import Step, microbatches_per_step
 from torchsft.evaluation import evaluate_loss
 from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger, bars_can_be_drawn

@@ -137,7 +137,7 @@ def test_maps_unions_dictionaries_and_extension_types(tmp_path):
     from torchsft.data.nulls import Null, clean
 
     first, second = rows_of(batch)
-    assert first["call"] == {"arguments": {"a": 1, "b": Null.SAID}}
+    assert first["call"] == {"arguments": {"a": 1, "b": Null.EXPLICIT}}
     assert clean(first, padded=True)[0]["call"] == {"arguments": {"a": 1, "b": None}}
     assert (first["union"], second["union"]) == ("x", 2)
     assert (first["dictionary"], first["large"], first["view"], first["opaque"]) == (

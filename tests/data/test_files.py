@@ -19,9 +19,9 @@ from tests.data import chat
 from torchsft.config import Data, InputError
 from torchsft.data.cache import fingerprint
 from torchsft.data.files import Files, open_source, table_rows
+from torchsft.data.hub import unreachable
 from torchsft.data.prepare import open_sources, prepare
 from torchsft.data.rows import RowError, decode
-from torchsft.data.sources import unreachable
 from torchsft.data.specs import evaluation_sets, parse_spec
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}
@@ -211,6 +211,20 @@ def test_a_table_is_trained_by_the_option_that_its_refusal_prints(tmp_path):
     [made] = prepare([path], tokenizer, Data(cache=cache, map="question=user,answer=assistant"))
     [sample] = made.samples
     assert tokenizer.decode(sample.tokens[sample.weights > 0]) == "you<|im_end|>"
+
+
+@pytest.mark.parametrize("column", ["weight", "score"])
+def test_weights_of_a_table_are_followed(tmp_path, column):
+    """All cells of a table are text; an empty one says nothing."""
+    rows = [["prompt", "completion", column], *(["a", "b", said] for said in ("0.5", "", "0", "2"))]
+    path, tokenizer = table(tmp_path / "a.csv", rows), chat.byte_tokenizer(chat.CHATML)
+    columns = {"map": f"{column}=weight"} if column != "weight" else {}
+    [made] = prepare([path], tokenizer, Data(cache=str(tmp_path / "cache"), **columns))
+    assert [sample.weights.max() for sample in made.samples] == [0.5, 1.0, 2.0]
+    assert made.report.counts == {"no-targets": 1} and not made.report.ignored
+    path = table(tmp_path / "b.csv", [["text", "train"], ["a", "True"], ["b", "no"]])
+    with pytest.raises(InputError, match="line 3: train is 'no'; give a number or true or false"):
+        prepare([path], tokenizer, Data(cache=str(tmp_path / "cache")))
 
 
 def test_a_directory_of_training_and_test_rows_is_refused_until_one_is_named(tmp_path):

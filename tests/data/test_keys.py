@@ -171,6 +171,44 @@ def test_a_list_of_masks_beside_the_messages():
             read(answers(**{key: [0, 1]}))
     with pytest.raises(RowError, match="contradicts the weight"):
         read(answers(("weight", 1), loss_mask=[0, 0, 0, 1]))
+    told = read(answers(loss_mask=[1, 1, 0, 1]))
+    assert told.notes == ("weight-on-context",) and told.weights[1::2] == (None, None)
+
+
+def test_tool_calls_that_stand_in_two_places_and_agree_are_one_call():
+    both = ANSWER | {"tool_calls": [call("f", {"a": 1})]}
+    both |= {"function_call": {"name": "f", "arguments": {"a": 1}}}
+    assert [len(m.get("tool_calls", ())) for m in read(messages(USER, both)).messages] == [0, 1]
+    turn = {"role": "tool_call", "content": None, "tool_calls": [call("f", {"a": 1})]}
+    assert read(messages(USER, turn)).messages[1]["tool_calls"] == [call("f", {"a": 1})]
+    twice = {"name": "f", "function": {"name": "f", "arguments": {"a": 1}}, "arguments": ""}
+    [found] = read(messages(USER, ANSWER | {"tool_calls": [twice]})).messages[1]["tool_calls"]
+    assert found["function"] == {"name": "f", "arguments": {"a": 1}}
+
+
+def test_where_a_row_comes_from_and_media_that_are_not_there_are_no_media():
+    absent = {"image": {"bytes": None, "path": None}, "images": [None], "audio": {}}
+    found = read(CHAT | absent | {"file": "a.txt", "document": "b"})
+    assert found.messages == [USER, ANSWER] and found.ignored == ("file", "document")
+    for more in ({"image": {"bytes": None, "path": "a.png"}}, {"image": "a.png"}):
+        with pytest.raises(RowError, match=r"image holds an? .*, but only text can be trained"):
+            read(CHAT | more)
+
+
+@pytest.mark.parametrize("none", [None, "", " \n", "null", {}, "{}"])
+def test_arguments_that_are_none_are_none_in_every_spelling(none):
+    row = messages(USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": none}}]})
+    [found] = read(row).messages[1]["tool_calls"]
+    assert found["function"]["arguments"] in ({}, "{}")
+
+
+def test_other_keys_of_every_part_are_listed():
+    thought = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
+    row = messages(USER, ANSWER | {"content": [thought, "yes"]})
+    row["system"] = [{"text": "be brief", "cache_control": {"type": "ephemeral"}}]
+    found = read(row)
+    assert found.messages[2]["reasoning_content"] == "hm"
+    assert set(found.ignored) == {"messages[].content[].signature", "system[].cache_control"}
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])
@@ -295,6 +333,43 @@ REFUSED = {
         answers(("masked", True), ("weight", 1)),
         "bad-weight",
         "masked is True",
+    ),
+    "other calls under the older key": (
+        messages(USER, ANSWER | {"tool_calls": [call("f", {})], "function_call": {"name": "g"}}),
+        "bad-tool-calls",
+        "message 2: tool calls stand in two places",
+    ),
+    "other calls beside a call as a turn": (
+        messages(
+            USER, {"role": "tool_call", "content": '{"name": "f"}', "tool_calls": [call("g", {})]}
+        ),
+        "bad-tool-calls",
+        "keep one of them",
+    ),
+    "arguments beside the function": (
+        messages(
+            USER, ANSWER | {"tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]}
+        ),
+        "bad-tool-call",
+        "a tool call has arguments beside its function",
+    ),
+    "switch of a part of reasoning": (
+        messages(
+            USER,
+            ANSWER | {"content": [{"type": "thinking", "thinking": "hm", "train": False}, "yes"]},
+        ),
+        "unsupported-key",
+        "a content part has train",
+    ),
+    "messages as parts": (
+        messages(USER, {"role": "assistant", "content": [USER, ANSWER]}),
+        "bad-content",
+        "message 2, part 1: a content part has role, as a message has",
+    ),
+    "reasoning behind text": (
+        messages(USER, ANSWER | {"content": ["yes", {"type": "thinking", "thinking": "hm"}]}),
+        "bad-content",
+        "message 2, part 2: reasoning stands behind text",
     ),
 }
 

@@ -49,7 +49,7 @@ def test_without_a_declaration_doubt_is_a_note_and_json_keeps_what_it_says():
     row, notes = clean(asked({"a": "1", "b": None}), padded=True)
     assert (calls(row), notes) == ([{"a": "1"}], (DOUBT,))
     # in a JSON column nothing is padding
-    said, notes = clean(asked({"a": "1", "b": Null.SAID}), padded=True)
+    said, notes = clean(asked({"a": "1", "b": Null.EXPLICIT}), padded=True)
     assert (calls(said), notes) == ([{"a": "1", "b": None}], (DOUBT,))
     assert clean(asked('{"b": null}'), padded=True)[0] == asked('{"b": null}')  # text is what it is
 
@@ -95,7 +95,8 @@ def test_json_says_a_default_of_null():
     said["function"]["parameters"]["properties"]["a"]["default"] = None
     assert clean(asked({}, [said]), padded=False)[0]["tools"] == [said]
     variables = {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": None}}
-    assert clean(variables, padded=False)[0] == variables
+    assert clean(variables, padded=False) == (variables, ("doubtful-null",))
+    assert clean(variables | {"chat_template_kwargs": {"a": 1}}, padded=False)[1] == ()
 
 
 def test_rows_that_datasets_wrote_are_as_they_were(tmp_path):

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.listed import Listed, Read, numbered
-from torchsft.data.stream import Background, StreamLoader, TrainLoader, permute
+from torchsft.data.background import Background
+from torchsft.data.order import shuffled
+from torchsft.data.stream import StreamLoader, TrainLoader
 
 SEQ_LEN = 24
 FEW = settings(deadline=None, max_examples=25)  # each takes many steps
@@ -70,15 +72,15 @@ def epoch_of(loader, epoch):
 @FEW
 @given(n=st.integers(1, 700), key=st.lists(st.integers(0, 2**63), min_size=1, max_size=3))
 def test_a_permutation_is_one_and_any_part_of_it_can_be_asked_for(n, key):
-    whole = permute(np.arange(n), n, *key)
+    whole = shuffled(np.arange(n), n, *key)
     assert sorted(whole.tolist()) == list(range(n))
     places = np.random.default_rng(n).integers(0, n, 50)
-    assert permute(places, n, *key).tolist() == whole[places].tolist()
+    assert shuffled(places, n, *key).tolist() == whole[places].tolist()
 
 
 def test_a_permutation_of_a_large_range_costs_no_memory_and_stays_in_it():
     n = 10**12 + 39
-    found = permute(np.arange(n - 10_000, n), n, 1, 2, 3)
+    found = shuffled(np.arange(n - 10_000, n), n, 1, 2, 3)
     assert len(set(found.tolist())) == 10_000 and found.min() >= 0 and found.max() < n
     assert abs(found.mean() / n - 0.5) < 0.02  # 0.29 / sqrt(10,000), times 7
 
@@ -86,10 +88,10 @@ def test_a_permutation_of_a_large_range_costs_no_memory_and_stays_in_it():
 def test_permutations_are_mixed_and_differ_by_key():
     """Each of 12 things comes to each place about equally often, and neighbours part."""
     keys = 1500
-    places = np.array([permute(np.arange(12), 12, key) for key in range(keys)])
+    places = np.array([shuffled(np.arange(12), 12, key) for key in range(keys)])
     counts = np.array([np.bincount(places[:, i], minlength=12) for i in range(12)])
     assert np.abs(counts - keys / 12).max() < 6 * (keys / 12) ** 0.5
-    neighbours = (np.diff(permute(np.arange(100_000), 100_000, 5)) == 1).mean()
+    neighbours = (np.diff(shuffled(np.arange(100_000), 100_000, 5)) == 1).mean()
     assert neighbours < 1e-3
 
 
@@ -188,10 +190,10 @@ def test_a_sample_does_not_leave_its_windows_neighbourhood_and_rows_stay_full(of
     """
     train = loader(of, options | {"global_batch_size": 1})
     total = sum(len(source.samples) for source in of)
-    while train.cursor["epoch"] == 0:
+    while train.start.epoch == 0:
         train.plan()
-        if train.row == 0 and train.cursor["epoch"] == 0:
-            drawn = train.cursor["window"] * options["buffer"]
+        if train.row == 0 and train.start.epoch == 0:
+            drawn = train.start.window * options["buffer"]
             assert train.taken and sum(train.taken) == drawn - len(train.remainder)
             assert (
                 sum(len(train.sources[s].samples[i].tokens) for s, i in train.remainder) <= SEQ_LEN

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.data.listed import Listed, numbered
 from torchsft.config import InputError
-from torchsft.data.packing import deal, pack
+from torchsft.data.packing import balance_rows, pack
 from torchsft.data.stream import TrainLoader
 
 METHODS = ["best-fit", "first-fit", "none"]
@@ -113,7 +113,7 @@ def test_every_row_is_dealt_once_and_no_rank_does_more_than_a_row_beyond_another
     costs, ranks, together
 ):
     costs = costs + [0.0] * (-len(costs) % (ranks * together))
-    dealt = deal(costs, ranks, together)
+    dealt = balance_rows(costs, ranks, together)
     assert {len(rows) for rows in dealt} == {len(costs) // ranks}
     assert sorted(row for rows in dealt for row in rows) == list(range(len(costs)))
     rounds = [
@@ -141,6 +141,6 @@ def test_dealing_by_cost_is_nearer_to_equal_than_dealing_in_a_row():
             sum(costs) / len(dealt)
         )
 
-    assert slowest(deal(costs, 8, 1)) < 1.1 < 1.5 < slowest(order.reshape(8, 32).tolist())
-    totals = [sum(costs[row] for row in rows) for rows in deal(costs, 8, 1)]
+    assert slowest(balance_rows(costs, 8, 1)) < 1.1 < 1.5 < slowest(order.reshape(8, 32).tolist())
+    totals = [sum(costs[row] for row in rows) for rows in balance_rows(costs, 8, 1)]
     assert max(totals) / min(totals) < 1.02

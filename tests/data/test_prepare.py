@@ -23,16 +23,12 @@ from recipes.answers import answer_prompts
 from tests.data import chat
 from tests.data.chat import byte_tokenizer
 from torchsft.config import Data, InputError
+from torchsft.data import pool
 from torchsft.data import prepare as module
 from torchsft.data.packing import pack
-from torchsft.data.prepare import (
-    Preparer,
-    Report,
-    open_sources,
-    open_streams,
-    prepare,
-    prepare_eval,
-)
+from torchsft.data.prepare import open_sources, open_streams, prepare, prepare_eval
+from torchsft.data.preparer import Preparer
+from torchsft.data.report import Report
 from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer
 
@@ -53,7 +49,7 @@ def many_processes(monkeypatch):
     """Chunks of 4 rows, tokenised by two further processes whatever the machine and however little
     there is to do.
     """
-    monkeypatch.setattr(module, "FEW_CHUNKS", 1)
+    monkeypatch.setattr(pool, "FEW_CHUNKS", 1)
     monkeypatch.setattr(module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
 
@@ -403,7 +399,7 @@ def test_further_processes_give_the_same(tmp_path, many_processes):
     path = write(tmp_path / "a.jsonl", *mixed_rows(61))
     options = dict(seq_len=20, truncation="split", on_error="skip")
     there = one(path, **options, cache=str(tmp_path / "there"))
-    module.FEW_CHUNKS = 10**6
+    pool.FEW_CHUNKS = 10**6
     here = one(path, **options, cache=str(tmp_path / "here"))
     assert shown(here.samples) == shown(there.samples)
     assert (here.report, here.digest) == (there.report, there.digest)
@@ -431,7 +427,7 @@ def test_a_fault_in_another_process_names_the_first_bad_line(tmp_path, many_proc
     ["raise SystemExit", "import os, sys; sys.stdin.buffer.read(1000); os.kill(os.getpid(), 9)"],
 )
 def test_a_killed_process_is_one_sentence(tmp_path, many_processes, monkeypatch, code):
-    monkeypatch.setattr(module, "SERVER", [sys.executable, "-c", code])
+    monkeypatch.setattr(pool, "WORKER", [sys.executable, "-c", code])
     with pytest.raises(InputError, match=r"^a process that tokenises a\.jsonl ended"):
         one(write(tmp_path / "a.jsonl", *[talk(3)] * 40))
     assert not keys(tmp_path)
@@ -439,19 +435,19 @@ def test_a_killed_process_is_one_sentence(tmp_path, many_processes, monkeypatch,
 
 BUILD = """
 import os, sys
-from torchsft.data import prepare as module
+from torchsft.data import pool, prepare as module
 from tests.data.test_prepare import TOKENIZER
 from torchsft.config import Data
-module.FEW_CHUNKS, module.CHUNK_ROWS = 1, 4
+pool.FEW_CHUNKS, module.CHUNK_ROWS = 1, 4
 os.sched_getaffinity = lambda pid: {0, 1}
-blocks = module._blocks
+tokenise = module.tokenise
 def dies(preparer, chunks):
-    for i, block in enumerate(blocks(preparer, chunks)):
+    for i, block in enumerate(tokenise(preparer, chunks)):
         yield block
         if i == 5:
             os.kill(os.getpid(), 9)
-module._blocks = dies
-module.SERVER[2] = f"import os; print(os.getpid(), file=open({sys.argv[1]!r}, 'a'), flush=True); " + module.SERVER[2]
+module.tokenise = dies
+pool.WORKER[2] = f"import os; print(os.getpid(), file=open({sys.argv[1]!r}, 'a'), flush=True); " + pool.WORKER[2]
 module.prepare(sys.argv[2:], TOKENIZER, Data())
 """
 

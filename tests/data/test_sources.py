@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from torchsft.config import InputError
-from torchsft.data import sources
+from torchsft.data import hub, sources
 from torchsft.data.rows import RowError, decode
 from torchsft.data.sources import Source
 from torchsft.data.specs import Spec, parse_spec
@@ -147,7 +147,7 @@ def test_a_dataset_of_the_hub_is_asked_for_by_name_configuration_and_split(monke
         return found.to_iterable_dataset(num_shards=4) if streaming else found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources, "unreachable", lambda: "")
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     for text in (
         "org/chats:train",
         "org/chats:train[:10%]:0.5",
@@ -173,7 +173,7 @@ def test_what_the_hub_says_becomes_one_sentence(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources, "unreachable", lambda: "")
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with pytest.raises(
         InputError,

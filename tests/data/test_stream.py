@@ -17,8 +17,9 @@ import torch
 
 from tests.data.listed import Listed, Read, numbered
 from torchsft.config import InputError
+from torchsft.data.background import Background
 from torchsft.data.batch import Batch
-from torchsft.data.stream import Background, EvalSet, StreamLoader, TrainLoader
+from torchsft.data.stream import EvalSet, StreamLoader, TrainLoader
 
 RNG = np.random.default_rng(0)
 ROOT = Path(__file__).parents[2]
@@ -368,9 +369,9 @@ def close():
 class Slow(TrainLoader):
     """Builds earlier steps more slowly than later ones, so that they are ready in another order."""
 
-    def build(self, rows, epoch, state):
-        time.sleep(0.02 * (5 - state["row"] // 8 % 5))
-        return super().build(rows, epoch, state)
+    def build(self, plan):
+        time.sleep(0.02 * (5 - plan.state["row"] // 8 % 5))
+        return super().build(plan)
 
 
 @pytest.mark.parametrize("make", [loader, streamed])
@@ -401,9 +402,9 @@ def test_two_steps_are_prepared_while_the_consumer_works():
     built, ready = [], threading.Event()
 
     class Watched(TrainLoader):
-        def build(self, rows, epoch, state):
-            step = super().build(rows, epoch, state)
-            built.append(state)
+        def build(self, plan):
+            step = super().build(plan)
+            built.append(plan.state)
             if len(built) == 3:
                 ready.set()
             return step
@@ -445,7 +446,7 @@ def test_what_a_thread_raises_is_raised_where_its_step_is_asked_for_and_again(wo
     source = Listed(SAMPLES)
     source.samples = Broken()
     fine = loader(sources=[source], packing="none")
-    at = next(i for i in range(99) if [0, 7] in [draw for row in fine.plan()[0] for draw in row])
+    at = next(i for i in range(99) if (0, 7) in [ref for row in fine.plan().rows for ref in row])
     assert at > 3
     beside = background(loader(sources=[source], packing="none"), workers)
     for _ in range(at):

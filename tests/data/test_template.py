@@ -18,7 +18,7 @@ from recipes.answers import answer_prompts
 from tests.data import chat
 from tests.data.chat import byte_tokenizer, call, conversation, encode, tokenize, word_tokenizer
 from torchsft.config import InputError
-from torchsft.data.formats import Conversation, Text, Tokens
+from torchsft.data.formats import Conversation, Text, Tokens, parse
 from torchsft.data.rows import RowError
 from torchsft.data.template import ChatTokenizer, Sample
 from torchsft.data.tokenizer import load_tokenizer
@@ -630,6 +630,26 @@ def test_with_the_mask_all_weights_are_those_of_any_message(template):
     assert all(part in text[1.0] for part in ("Hi", "And now?", "Bye."))
 
 
+@pytest.mark.parametrize("template", [chat.CHATML, chat.PHI3, chat.LLAMA3])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_with_the_mask_all_the_weight_of_a_row_scales_all_of_it(template, weight):
+    tokenizer, user = byte_tokenizer(template), {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "No."}
+    row = {"messages": [user | {"weight": 0}, answer | {"weight": 2}, user, answer]}
+    forms = {
+        "messages": row,
+        "text": {"text": "Hi. Bye."},
+        "prompt-completion": {"prompt": "Hi.", "completion": " Bye."},
+    }
+    for form, given in forms.items():
+        whole, scaled = (
+            tokenize(parse({**given, **more}, form, "a:1", "a"), tokenizer, "all")
+            for more in ({}, {"weight": weight})
+        )
+        assert whole.weights.max() == (2.0 if form == "messages" else 1.0)
+        np.testing.assert_array_equal(scaled.weights, whole.weights * weight)
+
+
 @pytest.mark.parametrize("template", [chat.QWEN3_TOOLS, chat.CHATML])
 def test_with_the_mask_all_reasoning_can_be_masked(template):
     talk = conversation("hi", "<think>\nthe\n</think>\n\nanswer")
@@ -767,6 +787,9 @@ def test_load_tokenizer_names_what_is_wrong_with_a_directory(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({k: settings[k] for k in settings if k != "chat_template"})
     )
+    with pytest.raises(InputError, match=r"has no chat template; add"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": 5}))
     with pytest.raises(InputError, match=r"has no chat template; add"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

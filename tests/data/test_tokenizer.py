@@ -214,6 +214,19 @@ def test_variables_of_a_row_win_over_those_of_the_run_and_do_not_reach_other_row
         assert text == tokenizer.apply_chat_template(talk.messages, tokenize=False, mood=mood)
 
 
+def test_the_name_of_a_message_that_the_template_does_not_write_is_counted():
+    messages = conversation("hello", "you").messages
+    talk = Conversation("a:1", [messages[0] | {"name": "Alice"}, messages[1]])
+    assert encode(talk, byte_tokenizer(chat.CHATML)).notes == ("unread-name",)
+    named = chat.CHATML.replace("m['role'] +", "m['role'] + (' ' + m.name if m.name else '') +")
+    assert encode(talk, byte_tokenizer(named)).notes == ()
+    asked, answer = messages
+    called = answer | {"tool_calls": [chat.call("add", {"a": 1})]}
+    result = {"role": "tool", "content": "1", "name": "add"}
+    talk = Conversation("a:1", [asked, called, result, answer])
+    assert encode(talk, byte_tokenizer(chat.TAGS)).notes == ()
+
+
 def test_a_variable_that_the_template_does_not_read_is_counted_and_a_reserved_one_refused():
     tokenizer, messages = byte_tokenizer(chat.CHATML), conversation("hello", "you").messages
     assert encode(

@@ -421,6 +421,42 @@ def test_a_message_that_the_template_leaves_out_is_told(role, tools):
     )
 
 
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+@pytest.mark.parametrize("elsewhere", ["answer", "arguments", "tools", "template"])
+def test_a_message_that_is_left_out_is_told_where_another_one_says_the_same(role, elsewhere):
+    said = {"answer": "42", "arguments": "7", "tools": "Adds.", "template": "assistant"}[elsewhere]
+    declared = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
+    first = {
+        "role": role if role != "tool" else "user",
+        "content": said if role != "tool" else "go",
+    }
+    result = tool(said if role == "tool" else "twelve")
+    messages = [first, user("hi"), calls("add", a=7), result, assistant("It is 42.")]
+    talk = Conversation("a:1", messages, declared)
+    shown = "{{- tools | tojson }}" + chat.TAGS
+    assert not encode(talk, byte_tokenizer(shown), on_lost_context="keep").kept
+    left_out = "loop.index0 != " + ("3" if role == "tool" else "0")
+    hides = shown.replace(
+        "{%- for m in messages %}", f"{{%- for m in messages %}}{{%- if {left_out} %}}"
+    )
+    hides = hides.replace("{%- endfor %}\n{%- if add", "{%- endif %}{%- endfor %}\n{%- if add")
+    [found] = ChatTokenizer(byte_tokenizer(hides)).encode([talk])
+    assert isinstance(found, RowError) and found.reason == "context-lost"
+    assert f"what the {role} message says" in str(found)
+
+
+@pytest.mark.parametrize(
+    "document", [{"snippet": "It rains."}, {"title": "x", "text": "It rains."}]
+)
+def test_a_document_that_the_template_leaves_out_is_told(document):
+    talk = Conversation("a:1", [user("hi"), assistant("you")], documents=[document])
+    [found] = ChatTokenizer(byte_tokenizer(chat.CHATML)).encode([talk])
+    assert isinstance(found, RowError) and found.reason == "context-lost"
+    assert "the document 'It rains.'" in str(found)
+    shown = byte_tokenizer("{{ documents | tojson }}" + chat.CHATML)
+    assert not encode(talk, shown, on_lost_context="keep").kept
+
+
 def test_many_conversations_of_one_shape_are_checked_too():
     tokenizer = ChatTokenizer(byte_tokenizer(chat.CHATML.replace("{% for m in messages %}", SKIPS)))
     talks = [

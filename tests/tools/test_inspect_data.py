@@ -119,7 +119,7 @@ def test_training_opens_the_cache_that_it_filled(model, tmp_path, call, monkeypa
     path = model()
     assert call("--model.path", path, "--data.train", data, "--data.seq-len", "128")[0] == 1
     # nothing is tokenised any more
-    monkeypatch.setattr("torchsft.data.prepare.ChatTokenizer", None)
+    monkeypatch.setattr("torchsft.data.preparer.ChatTokenizer", None)
     tokenizer = load_tokenizer(path)
     [prepared] = prepare(
         [str(data)], tokenizer, Data(seq_len=128, on_error="skip"), vocab_size=len(tokenizer)

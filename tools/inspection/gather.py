@@ -18,8 +18,10 @@ from tools.inspection.lint import NOTES, WARNINGS, Finding
 from tools.inspection.report import Inspected, plural
 from torchsft.config import Data, InputError
 from torchsft.data.cache import Samples, pack_block
-from torchsft.data.prepare import Preparer, Result, evaluation_sets, open_sources, prepare
+from torchsft.data.prepare import open_sources, prepare
+from torchsft.data.preparer import Preparer, Result
 from torchsft.data.sources import Source
+from torchsft.data.specs import evaluation_sets
 
 ROWS_AT_ONCE = 256
 

@@ -31,7 +31,7 @@ WARNINGS = {
 }
 NOTES = {
     *("mask-differs", "ignored-key", "unusual-order", "empty-answer", "weight-on-context"),
-    *("everything-trained", "unread-variable"),
+    *("everything-trained", "unread-variable", "unread-name"),
 }
 LEVELS = ("error", "warning", "note")
 TITLES = {
@@ -52,6 +52,7 @@ TITLES = {
     "weight-on-context": "Weights on messages that are not trained",
     "everything-trained": "Rows of input_ids alone, of which every token is trained",
     "unread-variable": "Variables that the chat template does not read",
+    "unread-name": "Names of messages that the chat template does not write",
     "misspelt-key": "Misspelt key",
     "non-finite-weight": "Weight not finite",
     "negative-weight": "Weight below 0",

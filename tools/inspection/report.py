@@ -19,7 +19,7 @@ from tools.inspection.lint import LEVELS, Finding, Linter, beyond_positions, run
 from tools.inspection.reading import Reader
 from torchsft.config import Data
 from torchsft.data.cache import Samples
-from torchsft.data.prepare import Preparer
+from torchsft.data.preparer import Preparer
 from torchsft.data.stream import TrainLoader
 from torchsft.data.template import Sample
 
@@ -241,8 +241,8 @@ def plan(
         buffer=data.packing_buffer,
     )
     rows: list[list[tuple[int, int]]] = []
-    while loader.cursor["epoch"] == 0:
-        rows += [[(numbers[s], i) for s, i in row] for row in loader.plan()[0] if row]
+    while loader.start.epoch == 0:
+        rows += [[(numbers[s], i) for s, i in row] for row in loader.plan().rows if row]
     tokens = sum(int(sources[s].samples.lengths[i]) for row in rows for s, i in row)
     first = -(-len(rows) // global_batch_size)
     if steps is not None:

@@ -28,7 +28,7 @@ from tools.inspection.report import Inspected
 from torchsft.config import Data
 from torchsft.data.cache import row_id
 from torchsft.data.formats import Conversation, Example, Text
-from torchsft.data.prepare import Preparer
+from torchsft.data.preparer import Preparer
 from torchsft.data.template import Encoded, Sample
 from torchsft.data.tokenizer import at_day, read_chat_template
 

@@ -13,70 +13,10 @@ import pyarrow as pa
 from torchsft.data.nulls import Null
 from torchsft.data.rows import load_json
 
-Convert = Callable[[Any], Any]
+Convert = Callable[[Any], Any]  # makes a value of what is stored
 
-
-def rows_of(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
-    """The rows of a batch as objects. Raises ValueError or OverflowError: one holds a value that
-    cannot be read.
-    """
-    names = batch.schema.names
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        # `to_pylist` would keep one of them
-        raise ValueError(f"two columns have the name {twice!r}")
-    rows = batch.to_pylist()
-    for name, convert in _conversions(batch.schema).items():
-        for row in rows:
-            row[name] = convert(row[name])
-    return rows
-
-
-def _conversions(schema: pa.Schema) -> dict[str, Convert]:
-    """For the columns whose values are not what they are stored as: what makes the value."""
-    features = _features(schema)
-    found = {field.name: _conversion(field.type, features.get(field.name)) for field in schema}
-    return {name: convert for name, convert in found.items() if convert}
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What `datasets` has written of the columns into a schema: JSON columns are text where the
-    extension type is lost.
-    """
-    try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        return {}
-
-
-def _conversion(kind: pa.DataType, feature: Any) -> Convert | None:
-    """What makes values of a type; None: they are what `to_pylist` gives."""
-    is_text = (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-    marked = isinstance(feature, dict) and feature.get("_type") == "Json" and is_text
-    if marked or getattr(kind, "extension_name", "") == "arrow.json":
-        return _or_null(_json_value)
-    if getattr(kind, "extension_name", "") == "arrow.uuid":
-        return _or_null(str)
-    if isinstance(kind, pa.BaseExtensionType):
-        return _conversion(kind.storage_type, None)
-    if pa.types.is_map(kind):
-        inner = _conversion(kind.item_type, None)
-        return _or_null(lambda pairs: _object(pairs, inner))
-    if pa.types.is_struct(kind):
-        return _struct(kind, feature)
-    if pa.types.is_dictionary(kind):
-        return _conversion(kind.value_type, feature)
-    if any(is_list(kind) for is_list in _LISTS):
-        below = feature.get("feature") if isinstance(feature, dict) else None
-        below = feature[0] if isinstance(feature, list) and feature else below
-        inner = _conversion(kind.value_type, below)
-        return inner and _or_null(lambda values: [inner(value) for value in values])
-    return None
-
-
-_LISTS = (
+IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+IS_LIST = (
     pa.types.is_list,
     pa.types.is_large_list,
     pa.types.is_fixed_size_list,
@@ -85,42 +25,140 @@ _LISTS = (
 )
 
 
-def _struct(kind: pa.StructType, feature: Any) -> Convert | None:
-    below = feature if isinstance(feature, dict) else {}
-    fields = {field.name: _conversion(field.type, below.get(field.name)) for field in kind}
-    changed = {name: convert for name, convert in fields.items() if convert}
-    if not changed:
+def rows_of(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Return the rows of a batch as objects.
+
+    Raises:
+        ValueError, OverflowError: one holds a value that cannot be read.
+    """
+    names = batch.schema.names
+    for name in names:
+        if names.count(name) > 1:  # `to_pylist` would keep one of them
+            raise ValueError(f"two columns have the name {name!r}")
+    rows = batch.to_pylist()
+    for name, convert in _converters(batch.schema).items():
+        for row in rows:
+            row[name] = convert(row[name])
+    return rows
+
+
+def _converters(schema: pa.Schema) -> dict[str, Convert]:
+    """Return what makes the values of those columns that are not what they are stored as."""
+    features = _features(schema)
+    found = {}
+    for field in schema:
+        convert = _converter(field.type, features.get(field.name))
+        if convert:
+            found[field.name] = convert
+    return found
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Return what `datasets` has written of the columns into a schema: it shows which columns are
+    JSON where the extension type is lost and they are text.
+    """
+    try:
+        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
+def _converter(kind: pa.DataType, feature: Any) -> Convert | None:
+    """Return what makes values of a type; None where they are what `to_pylist` gives."""
+    extension = getattr(kind, "extension_name", "")
+    if extension == "arrow.json" or _is_json_text(kind, feature):
+        return _unless_null(_json_value)
+    if extension == "arrow.uuid":
+        return _unless_null(str)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _converter(kind.storage_type, None)
+    if pa.types.is_map(kind):
+        return _map_converter(kind)
+    if pa.types.is_struct(kind):
+        return _struct_converter(kind, feature)
+    if pa.types.is_dictionary(kind):
+        return _converter(kind.value_type, feature)
+    if any(is_list(kind) for is_list in IS_LIST):
+        return _list_converter(kind, feature)
+    return None
+
+
+def _is_json_text(kind: pa.DataType, feature: Any) -> bool:
+    is_marked = isinstance(feature, dict) and feature.get("_type") == "Json"
+    return is_marked and any(is_text(kind) for is_text in IS_TEXT)
+
+
+def _map_converter(kind: pa.MapType) -> Convert:
+    convert_item = _converter(kind.item_type, None)
+
+    def convert(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        return _object(pairs, convert_item)
+
+    return _unless_null(convert)
+
+
+def _list_converter(kind: pa.DataType, feature: Any) -> Convert | None:
+    inner_feature = None
+    if isinstance(feature, dict):
+        inner_feature = feature.get("feature")
+    elif isinstance(feature, list) and feature:
+        inner_feature = feature[0]
+    convert_item = _converter(kind.value_type, inner_feature)
+    if not convert_item:
+        return None
+
+    def convert(values: list[Any]) -> list[Any]:
+        return [convert_item(value) for value in values]
+
+    return _unless_null(convert)
+
+
+def _struct_converter(kind: pa.StructType, feature: Any) -> Convert | None:
+    features = feature if isinstance(feature, dict) else {}
+    converters = {}
+    for field in kind:
+        convert_field = _converter(field.type, features.get(field.name))
+        if convert_field:
+            converters[field.name] = convert_field
+    if not converters:
         return None
 
     def convert(value: dict[str, Any]) -> dict[str, Any]:
-        return value | {name: make(value[name]) for name, make in changed.items()}
+        changed = {name: convert_field(value[name]) for name, convert_field in converters.items()}
+        return value | changed
 
-    return _or_null(convert)
+    return _unless_null(convert)
 
 
-def _or_null(convert: Convert) -> Convert:
+def _unless_null(convert: Convert) -> Convert:
     return lambda value: None if value is None else convert(value)
 
 
-def _object(pairs: list[tuple[Any, Any]], inner: Convert | None) -> dict[str, Any]:
-    """A map as an object, whose nulls are said, as a map has no padding."""
+def _object(pairs: list[tuple[Any, Any]], convert_item: Convert | None) -> dict[str, Any]:
+    """Return a map as an object. Its nulls are marked as meant, as a map has no padding."""
     found = {}
     for key, value in pairs:
         if not isinstance(key, str):
             raise ValueError(f"a map has the key {key!r:.60}, but keys must be text")
         if key in found:
             raise ValueError(f"a map has the key {key!r:.60} twice")
-        value = inner(value) if inner else value
-        found[key] = Null.SAID if value is None else value
+        if convert_item:
+            value = convert_item(value)
+        found[key] = Null.EXPLICIT if value is None else value
     return found
 
 
 def _json_value(text: str) -> Any:
-    return _said(load_json(text))
+    return _with_marked_nulls(load_json(text))
 
 
-def _said(value: Any) -> Any:
-    """A JSON value with its nulls marked."""
-    if isinstance(value, dict):
-        return {key: Null.SAID if inner is None else _said(inner) for key, inner in value.items()}
-    return [_said(inner) for inner in value] if isinstance(value, list) else value
+def _with_marked_nulls(value: Any) -> Any:
+    """Return a JSON value whose nulls in objects are marked as meant."""
+    if isinstance(value, list):
+        return [_with_marked_nulls(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: Null.EXPLICIT if inner is None else _with_marked_nulls(inner)
+        for key, inner in value.items()
+    }

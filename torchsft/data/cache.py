@@ -21,6 +21,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,21 +33,42 @@ from torchsft.data.template import Sample
 
 TOKEN = np.dtype("<i4")
 RUN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
-# row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
-ROWS_OF_A_FILE = 10**9
 RECORD = np.dtype(
     [("token", "<i8"), ("run", "<i8"), ("row", "<i8"), ("length", "<i4"), ("part", "<i4")]
 )
 FILES = {"tokens.bin": TOKEN, "runs.bin": RUN, "index.bin": RECORD}
+# row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
+ROWS_OF_A_FILE = 10**9
 # bytes; of larger files only the size is checked: hashing is slower than all else of a start
 HASHED_WHEN_OPENED = 2**26
 # what opening a directory raises that is not whole
 DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError)
 
 
-class Block(NamedTuple):
-    """N samples as they are kept: TOKEN [T], RUN [R] and RECORD [N + 1], the last one as of a
-    further sample.
+class RowSample(NamedTuple):
+    """A sample and the row that gave it.
+
+    Attributes:
+        number: of the row.
+        part: 0: the sample is all that its row gave; else counted from 1.
+        tokens: int32 [n], n at least 1.
+        weights: float32 [n]
+    """
+
+    number: int
+    part: int
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(slots=True)
+class Block:
+    """N samples as they are kept.
+
+    Attributes:
+        tokens: TOKEN [T]
+        runs: RUN [R]
+        index: RECORD [N + 1], the last one as of a further sample.
     """
 
     tokens: np.ndarray
@@ -54,32 +76,60 @@ class Block(NamedTuple):
     index: np.ndarray
 
 
-def pack_block(samples: Sequence[tuple[int, int, np.ndarray, np.ndarray]]) -> Block:
-    """The block of some (row number, part, tokens [n], weights [n]) with n at least 1."""
+class Opened(NamedTuple):
+    """What the cache has of a source.
+
+    Attributes:
+        report: of the build.
+        digest: a hash of tokens, weights and row numbers.
+    """
+
+    samples: "Samples"
+    report: dict[str, Any]
+    digest: str
+
+
+AddBlock = Callable[[Block], None]
+Build = Callable[[AddBlock], dict[str, Any]]
+
+
+def pack_block(samples: Sequence[RowSample]) -> Block:
+    """Return the block of some samples."""
     index = np.zeros(len(samples) + 1, RECORD)
     if not samples:
         return Block(np.zeros(0, TOKEN), np.zeros(0, RUN), index)
-    tokens, weights = (np.concatenate([sample[i] for sample in samples]) for i in (2, 3))
-    index["row"][:-1], index["part"][:-1], index["length"][:-1] = zip(
-        *((s[0], s[1], len(s[2])) for s in samples), strict=True
-    )
-    first = index["token"] = np.cumsum(index["length"]) - index["length"]
-    # where a weight differs from the one before it, and where a sample begins
+    numbers, parts, tokens_of, weights_of = zip(*samples, strict=True)
+    tokens = np.concatenate(tokens_of)
+    weights = np.concatenate(weights_of)
+    lengths = [len(each) for each in tokens_of]
+    index["row"][:-1] = numbers
+    index["part"][:-1] = parts
+    index["length"][:-1] = lengths
+    first = np.cumsum(index["length"]) - index["length"]  # token of each sample
+    index["token"] = first
+
+    # A run begins where a weight differs from the one before it, and where a sample begins.
     begins = np.ones(len(weights), bool)
     begins[1:] = weights[1:] != weights[:-1]
     begins[first[:-1]] = True
     starts = np.flatnonzero(begins)
-    ends, trained = np.append(starts[1:], len(weights)), weights[starts] != 0
-    starts, ends = starts[trained], ends[trained]
+    ends = np.append(starts[1:], len(weights))
+    is_trained = weights[starts] != 0
+    starts = starts[is_trained]
+    ends = ends[is_trained]
     index["run"] = np.searchsorted(starts, first)
-    origin = first[np.searchsorted(first[:-1], starts, side="right") - 1]
+
+    sample_of_run = np.searchsorted(first[:-1], starts, side="right") - 1
+    origin = first[sample_of_run]
     runs = np.empty(len(starts), RUN)
-    runs["start"], runs["end"], runs["weight"] = starts - origin, ends - origin, weights[starts]
+    runs["start"] = starts - origin
+    runs["end"] = ends - origin
+    runs["weight"] = weights[starts]
     return Block(tokens.astype(TOKEN, copy=False), runs, index)
 
 
 def row_id(name: str, number: int) -> str:
-    """`<source>:<row>`, or `<source>:<file>:<row>` where several files are one source."""
+    """Return `<source>:<row>`, or `<source>:<file>:<row>` where several files are one source."""
     file, row = divmod(number, ROWS_OF_A_FILE)
     return f"{name}:{file}:{row}" if file else f"{name}:{row}"
 
@@ -88,48 +138,58 @@ class Samples(Sequence[Sample]):
     """The samples of a source, each made of the arrays when it is asked for.
 
     Attributes:
-        rows, parts: int64 [N] and int32 [N]; part 0: the sample is all that its row gave.
-        lengths: int32 [N], tokens of each sample."""
+        rows: int64 [N], number of the row that gave each sample.
+        parts: int32 [N], as of `RowSample`.
+        lengths: int32 [N], tokens of each sample.
+    """
 
     def __init__(self, name: str, block: Block) -> None:
-        self.name, self.block = name, block
-        self.rows, self.parts, self.lengths = (
-            block.index[field][:-1] for field in ("row", "part", "length")
-        )
+        self.name = name
+        self.block = block
+        records = block.index[:-1]
+        self.rows = records["row"]
+        self.parts = records["part"]
+        self.lengths = records["length"]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def id(self, i: int) -> str:
-        """That of its row, with `/<part>` behind it where the row gave several samples."""
-        return row_id(self.name, int(self.rows[i])) + (
-            f"/{part}" if (part := int(self.parts[i])) else ""
-        )
+        """Return the id of its row, with `/<part>` behind it where the row gave several samples."""
+        part = int(self.parts[i])
+        of_row = row_id(self.name, int(self.rows[i]))
+        return f"{of_row}/{part}" if part else of_row
 
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
         i = range(len(self))[i]
-        here, behind = self.block.index[i : i + 2].tolist()
-        tokens = self.block.tokens[here[0] : behind[0]].copy()
+        # of this sample and of the one behind it, in the order of RECORD
+        (token, run, *_), (next_token, next_run, *_) = self.block.index[i : i + 2].tolist()
+        tokens = self.block.tokens[token:next_token].copy()
+        runs = self.block.runs[run:next_run]
         weights = np.zeros(len(tokens), np.float32)
-        for start, end, weight in self.block.runs[here[1] : behind[1]].tolist():
+        for start, end, weight in runs.tolist():
             weights[start:end] = weight
         return Sample(self.id(i), tokens, weights)
 
 
-def open_or_build(
-    directory: Path, key: str, name: str, build: Callable[[Callable[[Block], None]], dict[str, Any]]
-) -> tuple[Samples, dict[str, Any], str]:
-    """The samples of `key`, the report of their build, and a hash of their tokens, weights and row
-    numbers.
+def open_or_build(directory: Path, key: str, name: str, build: Build) -> Opened:
+    """Open the samples of `key`.
 
-    Where they are not there, or not whole, one process builds them, while the others wait for it:
-    `build` is called with a function that takes the blocks, and returns the report. Raises
-    InputError: `directory` (of all caches) cannot be used.
+    Where they are not there, or not whole, one process builds them, while the others wait for it.
+
+    Args:
+        directory: of all caches.
+        name: of the source.
+        build: gets a function that takes the blocks, and returns the report.
+
+    Raises:
+        InputError: `directory` cannot be used.
     """
-    target, partial = directory / key, directory / f"{key}.partial"
-    with _remedy(directory):
+    target = directory / key
+    partial = directory / f"{key}.partial"
+    with _refusals_of_disk(directory):
         with suppress(*DAMAGED):
             return _open(target, name)
         directory.mkdir(parents=True, exist_ok=True)
@@ -150,28 +210,37 @@ def open_or_build(
             return _open(target, name)
 
 
-def _open(directory: Path, name: str) -> tuple[Samples, dict[str, Any], str]:
-    meta, maps = json.loads((directory / "meta.json").read_bytes()), []
+def _open(directory: Path, name: str) -> Opened:
+    """Map the files of a cache. Raises one of DAMAGED where it is not whole."""
+    meta = json.loads((directory / "meta.json").read_bytes())
+    arrays = []
     for (file, dtype), (size, digest) in zip(FILES.items(), meta["files"], strict=True):
         # asarray: slices of a memmap object cost ten times those of an array, and this is the same
         # memory.
         content = np.asarray(np.memmap(directory / file, np.uint8, mode="r"))
-        if len(content) != size or (size <= HASHED_WHEN_OPENED and _hash(content) != digest):
+        is_whole = len(content) == size
+        if is_whole and size <= HASHED_WHEN_OPENED:
+            is_whole = _hash(content) == digest
+        if not is_whole:
             raise ValueError(f"{file} is not what was written")
-        maps.append(content.view(dtype))
-    return Samples(name, Block(*maps)), meta["report"], _hash(json.dumps(meta["files"]))
+        arrays.append(content.view(dtype))
+    samples = Samples(name, Block(*arrays))
+    return Opened(samples, meta["report"], _hash(json.dumps(meta["files"])))
 
 
-def _write(directory: Path, build: Callable[[Callable[[Block], None]], dict[str, Any]]) -> None:
+def _write(directory: Path, build: Build) -> None:
+    """Write the files of a cache from the blocks that `build` makes."""
     directory.mkdir()
-    end, digests = np.zeros(1, RECORD), [hashlib.blake2b(digest_size=16) for _ in FILES]
+    digests = [hashlib.blake2b(digest_size=16) for _ in FILES]
+    end = np.zeros(1, RECORD)  # as of the sample behind the last block
     with ExitStack() as stack:
         files = [stack.enter_context((directory / file).open("wb")) for file in FILES]
 
         def append(*contents: np.ndarray) -> None:
             for file, digest, content in zip(files, digests, contents, strict=True):
-                digest.update(content.tobytes())
-                file.write(content.tobytes())
+                written = content.tobytes()
+                digest.update(written)
+                file.write(written)
 
         def add(block: Block) -> None:
             index = block.index.copy()
@@ -182,18 +251,18 @@ def _write(directory: Path, build: Callable[[Callable[[Block], None]], dict[str,
 
         report = build(add)
         append(np.zeros(0, TOKEN), np.zeros(0, RUN), end)
+        sizes = []
         for file in files:
             file.flush()
             os.fsync(file.fileno())  # a directory that gets its name is whole
-        written = [
-            (file.tell(), digest.hexdigest()) for file, digest in zip(files, digests, strict=True)
-        ]
+            sizes.append(file.tell())
+    written = [(size, digest.hexdigest()) for size, digest in zip(sizes, digests, strict=True)]
     (directory / "meta.json").write_text(json.dumps({"files": written, "report": report}))
 
 
 @contextmanager
-def _remedy(directory: Path) -> Iterator[None]:
-    """A full or foreign disk is the user's to mend: one sentence."""
+def _refusals_of_disk(directory: Path) -> Iterator[None]:
+    """Raise InputError, one sentence, for a disk that is full or not ours."""
     try:
         yield
     except OSError as error:
@@ -204,34 +273,39 @@ def _remedy(directory: Path) -> Iterator[None]:
 
 
 def cache_directory(option: str | None) -> Path:
-    """The directory of all caches, with `--data.cache` as given."""
+    """Return the directory of all caches, with `--data.cache` as given."""
     return Path(option or os.environ.get("TORCHSFT_CACHE") or "~/.cache/torchsft").expanduser()
 
 
 def key_of(*parts: Any) -> str:
-    """A name for what this version of the code makes of `parts` (JSON)."""
+    """Return a name for what this version of the code makes of `parts` (JSON)."""
     return _hash(json.dumps([_code(), *parts], sort_keys=True))
 
 
 @functools.cache
 def _code() -> str:
-    """Changes with the code that makes samples, so that no cache outlives a change of it."""
+    """Return a hash of the code that makes samples, so that no cache outlives a change of it."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return _hash("\0".join(file.read_text() for file in files))
 
 
 def _hash(content: str | np.ndarray) -> str:
-    return hashlib.blake2b(
-        content.encode() if isinstance(content, str) else content, digest_size=16
-    ).hexdigest()
+    if isinstance(content, str):
+        content = content.encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def fingerprint(directory: Path, source: Source) -> str:
-    """The source's fingerprint; remembered in `directory` for files that have not changed since."""
-    stats = [(os.path.abspath(file), os.stat(file)) for file in source.paths()]
-    if not stats:  # a name on the hub
+    """Return the source's fingerprint; it is remembered in `directory` for files that have not
+    changed since.
+    """
+    state = []
+    for file in source.paths():
+        stat = os.stat(file)
+        times = (stat.st_mtime_ns, stat.st_ctime_ns)
+        state.append((os.path.abspath(file), stat.st_size, *times, stat.st_ino))
+    if not state:  # a name on the hub
         return source.fingerprint()
-    state = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for file, s in stats]
     memo = directory / f"{_hash(json.dumps([source.kind, state, source.spec.split]))}.fingerprint"
     with suppress(OSError):
         return memo.read_text()

@@ -4,6 +4,7 @@ a format.
 
 from collections.abc import Sequence
 
+from torchsft.data.keys import WEIGHTS
 from torchsft.data.rows import Row, RowError
 
 ROLES = ("system", "user", "assistant")
@@ -33,6 +34,20 @@ ANSWERS = (
     "text",
 )
 SYSTEMS = ("system", "system_prompt")
+NUMBERS = (*WEIGHTS, "train", "trainable")
+
+
+def number_of(cell: str) -> float | bool | str | None:
+    """The weight or switch in a cell of a table, whose cells are all text; None: it is empty. What
+    is neither stays, to be refused.
+    """
+    text = cell.strip().lower()
+    if text in ("", "true", "false"):
+        return text == "true" if text else None
+    try:
+        return float(text)
+    except ValueError:
+        return cell
 
 
 def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
@@ -73,7 +88,8 @@ def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
             )
             raise RowError(where, "bad-map", fault)
         else:
-            result[target] = value
+            is_number = target in NUMBERS and isinstance(value, str)
+            result[target] = number_of(value) if is_number else value
     if makes_turns:
         if result.get("messages") is not None:
             raise RowError(

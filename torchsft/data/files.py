@@ -11,7 +11,8 @@ from typing import Any
 
 from torchsft.config import InputError
 from torchsft.data.cache import ROWS_OF_A_FILE
-from torchsft.data.rows import Row, RowError
+from torchsft.data.columns import NUMBERS, number_of
+from torchsft.data.rows import Fault, Row, RowError
 from torchsft.data.sources import MAX_BYTES, Source
 from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
 
@@ -22,12 +23,14 @@ _SPLITS = {
     "eval": "test",
     "validation": "validation",
     "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
 }
-_SPLITS |= {"val": "validation", "dev": "validation"}
+_SURROGATES = re.compile("[\udc80-\udcff]")  # what bytes that are no UTF-8 become
 
 
 def open_source(spec: Spec, name: str | None = None, streaming: bool = False) -> "Source | Files":
-    """A source of one file or data set, or of the files in a directory or of a glob.
+    """Open a source of one file or data set, or of the files in a directory or of a glob.
 
     Raises:
         InputError: see `Source` and `Files`.
@@ -47,14 +50,17 @@ class Files:
     """
 
     def __init__(self, spec: Spec, name: str | None = None, streaming: bool = False) -> None:
-        self.spec, self.kind, self.read_bytes, self.dataset = spec, "files", 0, None
-        self.given = spec.path
+        self.spec = spec
+        self.given = spec.given
+        self.kind = "files"
         self.name = name or os.path.basename(os.path.abspath(spec.path))
+        self.dataset = None
+        self.read_bytes = 0
         paths, others = files_of(spec.path)
         if not paths:
             raise InputError(f"{spec.path} {nothing_in(others)}; name another place")
         if os.path.isdir(spec.path):
-            _one_split(spec.path, paths)
+            _check_one_split(spec.path, paths)
         if others and os.environ.get("RANK", "0") == "0":  # once, not by every rank
             more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
             warnings.warn(
@@ -65,61 +71,64 @@ class Files:
         self.total_bytes = sum(member.total_bytes or 0 for member in self.members)
 
     def paths(self) -> list[str]:
-        """The files."""
+        """Return the paths of the files."""
         return [member.spec.path for member in self.members]
 
     def places(self) -> tuple[str, ...]:
-        """What stands in front of a row's number in each file."""
+        """Return what stands before a row's number, for each file."""
         return tuple(place for member in self.members for place in member.places())
 
     def where(self, number: int) -> str:
-        """The place of row `number`, for the user."""
+        """Return the place of row `number`, for the user."""
         return place_of(self.places(), number)
 
     def fingerprint(self) -> str:
-        """A hash of the names and contents of all files."""
-        found = blake2b(digest_size=16)
+        """Return a hash of the names and contents of all files."""
+        digest = blake2b(digest_size=16)
         for member in self.members:
-            found.update(f"{os.path.basename(member.spec.path)}:{member.fingerprint()}".encode())
-        return found.hexdigest()
+            digest.update(f"{os.path.basename(member.spec.path)}:{member.fingerprint()}".encode())
+        return digest.hexdigest()
 
     def rows(self, start: int = 0) -> Iterator[tuple[int, bytes | Row | RowError]]:
-        """As `Source.rows`; numbers tell the file too."""
-        first, behind = divmod(start, ROWS_OF_A_FILE)
-        before = 0
+        """Yield rows as `Source.rows`; their numbers include that of the file."""
+        first_file, rows_before = divmod(start, ROWS_OF_A_FILE)
+        bytes_before = 0
         for file, member in enumerate(self.members, start=1):
-            if file >= first:
-                for number, payload in member.rows(behind if file == first else 0):
-                    self.read_bytes = before + member.read_bytes
+            if file >= first_file:
+                for number, payload in member.rows(rows_before if file == first_file else 0):
+                    self.read_bytes = bytes_before + member.read_bytes
                     yield file * ROWS_OF_A_FILE + number, payload
-            before += member.total_bytes or 0
+            bytes_before += member.total_bytes or 0
 
 
 def place_of(places: tuple[str, ...], number: int) -> str:
-    """Where row `number` is, for the user; `places`: of the source that it comes from."""
-    file, line = divmod(number, ROWS_OF_A_FILE)
-    return f"{places[max(file - 1, 0)]}{line}"
+    """Return where row `number` is, for the user; `places`: of the source that it comes from."""
+    file, row = divmod(number, ROWS_OF_A_FILE)
+    return f"{places[max(file - 1, 0)]}{row}"
 
 
-def _one_split(directory: str, paths: list[str]) -> None:
-    """Raises InputError: files are named train and test, or the like, which nobody wants to train
+def _check_one_split(directory: str, paths: list[str]) -> None:
+    """Check that files are not named train and test, or the like, which nobody wants to train
     together unasked.
     """
-    stems = (_SHARD.sub("", os.path.basename(path).partition(".")[0]) for path in paths)
-    splits = sorted({_SPLITS[stem] for stem in stems if stem in _SPLITS})
+    splits = set()
+    for path in paths:
+        stem = _SHARD.sub("", os.path.basename(path).partition(".")[0])
+        if stem in _SPLITS:
+            splits.add(_SPLITS[stem])
     if len(splits) > 1:
+        names = sorted(splits)
         every = os.path.join(directory, "**/*")
-        remedy = (
-            f"give {directory}:{splits[0]}, name its files, or give '{every}' to take all as one"
+        raise InputError(
+            f"{directory} holds the splits {', '.join(names)}; give {directory}:{names[0]}, name "
+            f"its files, or give '{every}' to take all as one"
         )
-        raise InputError(f"{directory} holds the splits {', '.join(splits)}; {remedy}")
 
 
 def table_rows(
     chunks: Iterable[bytes], delimiter: str
-) -> Iterator[tuple[int, dict[str, Any] | tuple[str, str]]]:
-    """The rows of a CSV or TSV file: (line with which it begins, columns by name, or reason and
-    sentence of a fault).
+) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
+    """Yield the rows of a CSV or TSV file: (line with which it begins, columns by name).
 
     Args:
         chunks: of the file, in UTF-8.
@@ -135,46 +144,55 @@ def table_rows(
         except StopIteration:
             return
         except csv.Error as error:
-            said = (
-                f"not a row of a table ({error}); quote fields that hold quotes, delimiters or "
-                f"line ends"
-            )
-            if str(error) == "unexpected end of data":
-                said = (
-                    "a quote is opened and not closed, so that all that follows belongs to it; "
-                    "close it"
-                )
-            elif header is None:
-                said = f"the header is {said}, and nothing behind it can be read"
-            yield line, ("csv", said)
+            yield line, Fault("csv", _csv_problem(error, is_header=header is None))
             if header is None:
                 return
             continue
         if not fields:
             continue  # a blank line
-        if header is None:
-            header = [name.strip() for name in fields]
-            if fault := _header_fault(header):
-                yield line, ("csv-header", fault)
-                return
+        if header is not None:
+            yield line, _table_row(header, fields)
             continue
-        if any(re.search("[\udc80-\udcff]", field) for field in fields):
-            yield line, ("not-utf-8", "a field is not UTF-8; convert the file to UTF-8")
-        elif any("\0" in field for field in fields):
-            yield line, ("nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it")
-        elif len(fields) != len(header):
-            said = (
-                f"{len(fields)} fields, but the header names {len(header)} columns; quote fields "
-                f"that hold the delimiter"
-            )
-            yield line, ("csv-columns", said)
-        else:
-            yield line, dict(zip(header, fields, strict=True))
+        header = [name.strip() for name in fields]
+        problem = _header_problem(header)
+        if problem:
+            yield line, Fault("csv-header", problem)
+            return
 
 
-def _header_fault(header: list[str]) -> str:
+def _table_row(header: list[str], fields: list[str]) -> dict[str, Any] | Fault:
+    if any(_SURROGATES.search(field) for field in fields):
+        return Fault("not-utf-8", "a field is not UTF-8; convert the file to UTF-8")
+    if any("\0" in field for field in fields):
+        return Fault("nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it")
+    if len(fields) != len(header):
+        return Fault(
+            "csv-columns",
+            f"{len(fields)} fields, but the header names {len(header)} columns; quote fields that "
+            f"hold the delimiter",
+        )
+    row: dict[str, Any] = dict(zip(header, fields, strict=True))
+    for name in NUMBERS:
+        if name in row:
+            row[name] = number_of(row[name])
+    return row
+
+
+def _csv_problem(error: csv.Error, is_header: bool) -> str:
+    if str(error) == "unexpected end of data":
+        return "a quote is opened and not closed, so that all that follows belongs to it; close it"
+    problem = (
+        f"not a row of a table ({error}); quote fields that hold quotes, delimiters or line ends"
+    )
+    if is_header:
+        return f"the header is {problem}, and nothing behind it can be read"
+    return problem
+
+
+def _header_problem(header: list[str]) -> str:
+    """Return what is wrong with the names of columns; "" for nothing."""
     for name in header:
-        if re.search("[\udc80-\udcff]", name):
+        if _SURROGATES.search(name):
             return (
                 "the header is not UTF-8, and nothing behind it can be read; convert the file to "
                 "UTF-8"
@@ -188,15 +206,17 @@ def _header_fault(header: list[str]) -> str:
 
 
 def _text_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Lines with their ends; bytes that are no UTF-8 become surrogates, which their row is told
-    of.
+    """Yield lines with their ends; bytes that are no UTF-8 become surrogates, by which `_table_row`
+    finds them.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    rest, is_first = "", True
+    rest = ""
+    is_first = True
     for chunk in chunks:
         text = rest + decoder.decode(chunk)
         if is_first and text:
-            text, is_first = text.removeprefix("\ufeff"), False
+            text = text.removeprefix("\ufeff")
+            is_first = False
         lines = text.split("\n")
         rest = lines.pop()
         yield from (line + "\n" for line in lines)

@@ -49,7 +49,8 @@ class Conversation:
     `template_kwargs`: further variables of the chat template that this row names; they win over
     --data.template-kwargs. `documents`: for templates that show documents. `notes`: what is to be
     told of this row, as codes that are counted. `ignored`: keys of the row that mean nothing
-    here.
+    here. `row_weight`: that of the whole row; it is in `weights` of messages, and scales what else
+    is trained under --data.mask all.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Conversation:
     documents: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    row_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ def parse(row: Row, form: str, name: str, where: str, system: str = "") -> Examp
     """
     ignored = other_keys(row, form, where)
     if form == "tokens":
-        tokens, weights, starts, notes = pretokenised.parse(row, where)
-        return Tokens(name, tokens, weights, starts, notes, ignored)
+        found = pretokenised.parse(row, where)
+        return Tokens(name, found.tokens, found.weights, found.starts, found.notes, ignored)
     prompt, completion = row.get("prompt"), row.get("completion")
     both_are_messages = isinstance(prompt, list) and isinstance(completion, list)
     if form == "text":
@@ -197,7 +199,8 @@ def _conversation(
     _apply_loss_mask(row, parsed, where)
     parsed, merged = chat.merge_calls(parsed, context)
     context -= merged
-    system_turn = _system_turn(row, parsed, where, system)
+    inner = [key for message in parsed for key in message.ignored]
+    system_turn = _system_turn(row, parsed, where, system, inner)
     parsed = system_turn + parsed
     context += len(system_turn) if form == "prompt-completion" else 0
 
@@ -210,9 +213,10 @@ def _conversation(
             reason,
             "no assistant message, so there is nothing to learn; add one or remove the row",
         )
-    weights = _weights(row, parsed, context, where)
+    of_row = weight_of(row, where)
+    of_row = 1.0 if of_row is None else of_row
+    weights = _weights(of_row, parsed, context)
     notes = chat.notes_of(parsed, context)
-    inner = tuple(key for message in parsed for key in message.ignored)
     return Conversation(
         name,
         messages,
@@ -222,6 +226,7 @@ def _conversation(
         documents=_documents(row, where),
         notes=notes,
         ignored=ignored + tuple(dict.fromkeys(inner)),
+        row_weight=of_row,
     )
 
 
@@ -251,14 +256,17 @@ def _given_messages(row: Row, form: str, where: str) -> list[Any]:
     ]
 
 
-def _system_turn(row: Row, parsed: list[chat.Parsed], where: str, system: str) -> list[chat.Parsed]:
-    """The turn that `system` or `system_prompt` beside the messages gives, or else
-    --data.system.
+def _system_turn(
+    row: Row, parsed: list[chat.Parsed], where: str, system: str, ignored: list[str]
+) -> list[chat.Parsed]:
+    """The turn that `system` or `system_prompt` beside the messages gives, or else --data.system;
+    ignored keys of its parts are added to `ignored`.
     """
-    texts = [
+    given = [
         chat.content_of(row[key], key, where) for key in ("system", "system_prompt") if row.get(key)
     ]
-    texts = [text for text in texts if text]
+    ignored += [key for _, keys in given for key in keys]
+    texts = [text for text, _ in given if text]
     first = parsed[0].fields if parsed else {}
     own = first["content"] if first.get("role") in ("system", "developer") else None
     if len({*texts, *([] if own is None else [own])} if texts else ()) > 1:
@@ -290,7 +298,8 @@ def _apply_loss_mask(row: Row, parsed: list[chat.Parsed], where: str) -> None:
             raise RowError(where, "bad-weight", f"{fault} ({mask!r:.60})")
         for message, value in zip(parsed, mask, strict=True):
             if message.fields["role"] != "assistant":
-                continue  # 0 as a rule
+                message.weight = 1.0 if value else message.weight  # 0 as a rule; else it is told
+                continue
             if message.weight is not None and bool(message.weight) != bool(value):
                 raise RowError(
                     where,
@@ -301,15 +310,16 @@ def _apply_loss_mask(row: Row, parsed: list[chat.Parsed], where: str) -> None:
                 message.weight = 0.0
 
 
-def _weights(row: Row, parsed: list[chat.Parsed], context: int, where: str) -> list[float | None]:
+def _weights(of_row: float, parsed: list[chat.Parsed], context: int) -> list[float | None]:
     """The weight of each message, that of the row in it; messages of a prompt have none."""
-    of_row = weight_of(row, where)
     weights = [message.weight for message in parsed]
-    if of_row is not None and of_row != 1.0:
-        roles = [message.fields["role"] for message in parsed]
+    if of_row != 1.0:
+        answers = [message.fields["role"] == "assistant" for message in parsed]
         weights = [
-            of_row * (1.0 if weight is None else weight) if role == "assistant" else weight
-            for weight, role in zip(weights, roles, strict=True)
+            weight
+            if weight is None and not answer
+            else of_row * (1.0 if weight is None else weight)
+            for weight, answer in zip(weights, answers, strict=True)
         ]
     weights[:context] = [0.0] * context
     return weights

@@ -83,8 +83,13 @@ _KNOWN_ROW_KEYS = frozenset().union(*ROW_KEYS.values())
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, false, or an empty string, list or object."""
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+    """Whether a value says nothing: null, false, or a string, list or object that is empty or holds
+    nulls only.
+    """
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list):
+        return all(each is None for each in inner)
+    return value is None or value is False or value == ""
 
 
 def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]:
@@ -100,7 +105,8 @@ def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]
     others = [key for key in others if not _is_followed_as_default(key, row[key], where)]
     others = [key for key in others if key not in MEDIA or not is_empty(row[key])]
     for key in others:
-        if key in MEDIA and not is_empty(row[key]) and not isinstance(row[key], bool):
+        is_name = key in ("file", "document") and isinstance(row[key], str)  # where it comes from
+        if key in MEDIA and not is_name and not isinstance(row[key], bool):
             said = (
                 f"{key} holds {_described(key, row[key])}, but only text can be trained; remove it "
                 f"or the row"

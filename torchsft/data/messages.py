@@ -13,6 +13,7 @@ from torchsft.data.keys import (
     REASONING,
     SWITCHES,
     TURN_KEYS,
+    WEIGHTS,
     is_empty,
     other_keys_within,
 )
@@ -74,15 +75,15 @@ def parse(message: Any, where: str) -> Parsed:
     role = _one_of(message, ("role", "from"), "role", where)
     content = _one_of(message, ("content", "value"), "content", where)
     is_call = isinstance(role, str) and role.lower() in CALL_ROLES
+    calls = [message.get("tool_calls"), message.get("function_call")]
     if is_call:
-        role, calls, content = "assistant", content, None
+        role, calls, content = "assistant", [content, *calls], None
     else:
         role = _role(role, where)
-        calls = message.get("tool_calls") or message.get("function_call")
     content, reasoning_parts, more = _content(content, where)
     ignored += more
     found: dict[str, Any] = {"role": role, "content": content}
-    called = _calls(calls, where, ignored)
+    called = _one_list_of_calls(calls, where, ignored)
     reasoning = _reasoning(message, reasoning_parts, where)
     if content is None and not called:
         if role != "assistant":
@@ -120,19 +121,21 @@ def _role(role: Any, where: str) -> str:
     return found
 
 
-def content_of(value: Any, what: str, where: str) -> str | None:
-    """The text of a content: a string, or a list of parts."""
-    text, reasoning, _ = _content(value, where)
+def content_of(value: Any, what: str, where: str) -> tuple[str | None, list[str]]:
+    """The text of a content, a string or a list of parts, and ignored keys of parts."""
+    text, reasoning, ignored = _content(value, where, f"{what}[].")
     if reasoning:
         raise RowError(
             where,
             f"bad-{what}",
             f"{what} holds reasoning, which only an assistant's message can have",
         )
-    return None if text is None else expect(str, text, what, where)
+    return None if text is None else expect(str, text, what, where), ignored
 
 
-def _content(content: Any, where: str) -> tuple[str | None, list[str], list[str]]:
+def _content(
+    content: Any, where: str, path: str = "messages[].content[]."
+) -> tuple[str | None, list[str], list[str]]:
     """The text, what reasoning parts hold, and ignored keys of parts."""
     if not isinstance(content, list):
         return (None if content is None else expect(str, content, "content", where)), [], []
@@ -144,13 +147,23 @@ def _content(content: Any, where: str) -> tuple[str | None, list[str], list[str]
             continue
         part = expect(dict, part, "content part", place)
         kind = part.get("type")
+        _refuse_flags(part, place)
+        for key in ("role", "from"):
+            if part.get(key) is not None:
+                said = f"a content part has {key}, as a message has; write it as one of its own"
+                raise RowError(place, "bad-content", said)
         if kind in ("thinking", "reasoning") and isinstance(part.get(kind), str):
+            if any(texts):
+                said = (
+                    "reasoning stands behind text, but is written before the whole answer; split "
+                    "the message there"
+                )
+                raise RowError(place, "bad-content", said)
             reasoning.append(part[kind])
+            ignored += other_keys_within(part, frozenset({"type", kind}), path, place)
             continue
         texts.append(_part_text(part, place))
-        ignored += other_keys_within(
-            part, PART_KEYS | {"content", "value"}, "messages[].content[].", place
-        )
+        ignored += other_keys_within(part, PART_KEYS | {"content", "value"}, path, place)
     return "".join(texts), reasoning, ignored
 
 
@@ -165,13 +178,6 @@ def _part_text(part: dict[str, Any], where: str) -> str:
             f"row"
         )
         raise RowError(where, "bad-content", said)
-    for key in (*SWITCHES, "weight", "loss_weight", "mask"):
-        if part.get(key) is not None:
-            said = (
-                f"a content part has {key}, but only whole messages can be weighted; split the "
-                f"message in two"
-            )
-            raise RowError(where, "unsupported-key", said)
     texts = [part[key] for key in ("text", "content", "value") if part.get(key) is not None]
     if not texts:
         return expect(str, None, "text of a content part", where)
@@ -183,6 +189,16 @@ def _part_text(part: dict[str, Any], where: str) -> str:
         )
         raise RowError(where, "bad-content", said)
     return expect(str, texts[0], "text of a content part", where)
+
+
+def _refuse_flags(part: dict[str, Any], where: str) -> None:
+    for key in (*SWITCHES, *WEIGHTS, "mask", "masked"):
+        if part.get(key) is not None:
+            said = (
+                f"a content part has {key}, but only whole messages can be weighted; split the "
+                f"message in two"
+            )
+            raise RowError(where, "unsupported-key", said)
 
 
 def _reasoning(message: dict[str, Any], parts: list[str], where: str) -> str:
@@ -203,18 +219,32 @@ def _calls(calls: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:
     return [_call(call, where, ignored) for call in expect(list, calls, "tool_calls", where)]
 
 
+def _one_list_of_calls(given: list[Any], where: str, ignored: list[str]) -> list[dict[str, Any]]:
+    """The tool calls that stand in one of several places; in more, the same."""
+    found = [calls for value in given if (calls := _calls(value or None, where, ignored))]
+    functions = [[call["function"] for call in calls] for calls in found]
+    if any(other != functions[0] for other in functions):
+        said = "tool calls stand in two places of the message and differ; keep one of them"
+        raise RowError(where, "bad-tool-calls", said)
+    return found[0] if found else []
+
+
 def _call(call: Any, where: str, ignored: list[str]) -> dict[str, Any]:
     call = expect(dict, call, "tool call", where)
     ignored += other_keys_within(call, CALL_KEYS, "tool_calls[].", where)
     function = expect(dict, call.get("function", call), "function of a tool call", where)
     if function is not call:
         ignored += other_keys_within(function, FUNCTION_KEYS, "tool_calls[].function.", where)
+        for key in ("name", "arguments"):
+            if not is_empty(call.get(key)) and call[key] != function.get(key):
+                said = f"a tool call has {key} beside its function, which says something else"
+                raise RowError(where, "bad-tool-call", f"{said}; write it in the function alone")
     if call.get("type") not in (None, "function"):
         said = f"a tool call has type {call['type']!r:.60}, but only 'function' can be trained"
         raise RowError(where, "bad-tool-call", said)
     name = expect(str, function.get("name") or None, "name of a tool call", where)
     arguments = function.get("arguments")
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         arguments = {}  # a function without parameters; Arrow cannot keep an empty object
     found = expect(dict, arguments, "arguments of a tool call", where)
     check_json(found, "arguments of a tool call", where)

@@ -9,7 +9,8 @@ Everywhere but in the arguments of tool calls a null says that a key is absent. 
 null stays if the tool that the row declares has that parameter, and is taken out if the declared
 tool has no such parameter. Where no declaration shows it, a JSON row keeps it, a row of Arrow's
 structs loses it, and both are counted as doubtful. So is one that stays in a row of Arrow's
-structs, as it may be padding all the same.
+structs, as it may be padding all the same, and a variable of the chat template that is null in a
+JSON row.
 """
 
 import functools
@@ -27,14 +28,14 @@ class Null(Enum):
     null.
     """
 
-    SAID = "null"
+    EXPLICIT = "null"
 
 
 def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The row without nulls that say nothing.
 
     Args:
-        row: as it was read; nulls inside Arrow's JSON values are `Null.SAID`.
+        row: as it was read; nulls inside Arrow's JSON values are `Null.EXPLICIT`.
         padded: whether its objects were structs of Arrow, so that None may be padding.
 
     Returns:
@@ -43,14 +44,16 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
     notes: set[str] = set()
     found = {}
     for key, value in row.items():
-        if value is None or value is Null.SAID:
+        if value is None or value is Null.EXPLICIT:
             continue
         if key in ("tools", "functions"):
             found[key] = _schema(value, padded)
     declared = _declared([*_listed(row.get("tools")), *_listed(row.get("functions"))])
     for key, value in row.items():
-        if value is None or value is Null.SAID or key in found:
+        if value is None or value is Null.EXPLICIT or key in found:
             continue
+        if key == "chat_template_kwargs" and isinstance(value, dict) and None in value.values():
+            notes.update(() if padded else {DOUBT})  # a template may ask whether one is given
         in_messages = key in ("messages", "conversations", "prompt", "completion")
         found[key] = (
             _messages(value, declared, padded, notes) if in_messages else _other(value, padded)
@@ -84,7 +87,7 @@ def _other(value: Any, padded: bool) -> Any:
     if isinstance(value, dict):
         kept = {key: inner for key, inner in value.items() if inner is not None or not padded}
         return {
-            key: None if inner is Null.SAID else _other(inner, padded)
+            key: None if inner is Null.EXPLICIT else _other(inner, padded)
             for key, inner in kept.items()
         }
     return [_other(inner, padded) for inner in value] if isinstance(value, list) else value
@@ -96,7 +99,7 @@ def _schema(value: Any, padded: bool, key: str = "") -> Any:
         found = {}
         for name, inner in value.items():
             is_property = key == "properties"  # its keys are names of parameters
-            if inner is Null.SAID or (inner is None and not padded):
+            if inner is Null.EXPLICIT or (inner is None and not padded):
                 if name in _MAY_BE_NULL and not is_property:
                     found[name] = None
             elif inner is not None:
@@ -124,7 +127,7 @@ def _messages(value: Any, declared: dict[str, Any], padded: bool, notes: set[str
     """Messages without keys that are null, but for the arguments of their calls."""
     if isinstance(value, list):
         return [
-            None if inner is Null.SAID else _messages(inner, declared, padded, notes)
+            None if inner is Null.EXPLICIT else _messages(inner, declared, padded, notes)
             for inner in value
         ]
     if not isinstance(value, dict):
@@ -133,7 +136,7 @@ def _messages(value: Any, declared: dict[str, Any], padded: bool, notes: set[str
     for key, inner in value.items():
         if isinstance(inner, str):  # most values, so asked first
             found[key] = inner
-        elif inner is None or inner is Null.SAID:
+        elif inner is None or inner is Null.EXPLICIT:
             continue
         elif key == "arguments" and isinstance(inner, dict):
             name = value.get("name")
@@ -151,7 +154,7 @@ def _arguments(value: Any, schema: Any, padded: bool, notes: set[str]) -> Any:
     if isinstance(value, list):
         items = schema.get("items") if isinstance(schema, dict) else None
         return [
-            None if inner is Null.SAID else _arguments(inner, items, padded, notes)
+            None if inner is Null.EXPLICIT else _arguments(inner, items, padded, notes)
             for inner in value
         ]
     if not isinstance(value, dict):
@@ -161,7 +164,7 @@ def _arguments(value: Any, schema: Any, padded: bool, notes: set[str]) -> Any:
     found = {}
     for key, inner in value.items():
         may_be_padding = inner is None and padded
-        if inner is not None and inner is not Null.SAID:
+        if inner is not None and inner is not Null.EXPLICIT:
             below = known.get(key) if known is not None else None
             found[key] = _arguments(inner, below, padded, notes)
         elif known is not None and key in known:

@@ -36,59 +36,94 @@ def pack(
     Returns:
         Rows of sample indices, of at most seq_len tokens each; every index of `order` exactly once.
 
-    Raises InputError: a sample is longer than a row.
+    Raises:
+        InputError: a sample is longer than a row.
     """
-    order = np.asarray(order, dtype=np.int64)
-    taken = np.asarray(lengths, dtype=np.int64)[order]
-    for wrong in np.flatnonzero((taken < 1) | (taken > seq_len))[:1]:
-        fault = (
-            f"sample {order[wrong]} has {taken[wrong]} tokens, but a row holds 1 to {seq_len}; "
-            f"raise --data.seq-len or set"
-        )
-        raise InputError(fault + " --data.truncation")
+    samples = np.asarray(order, dtype=np.int64)
+    sizes = np.asarray(lengths, dtype=np.int64)[samples]
+    _check_sizes(samples, sizes, seq_len)
     if method == "none":
-        return [[sample] for sample in order.tolist()]
-    rows = [order[:opened].tolist()] if opened else []
-    free = [seq_len - int(taken[:opened].sum())] if opened else []
+        return [[sample] for sample in samples.tolist()]
+
+    rows: list[list[int]] = []
+    free: list[int] = []  # tokens that each row has room for
+    if opened:
+        rows.append(samples[:opened].tolist())
+        free.append(seq_len - int(sizes[:opened].sum()))
+    samples, sizes = samples[opened:], sizes[opened:]
     if method == "first-fit":
-        # rows that are not begun have room for anything
-        room = np.array(free + [seq_len] * (len(order) + 1))
-        for sample, length in zip(order[opened:].tolist(), taken[opened:].tolist(), strict=True):
-            row = int((room[: len(rows) + 1] >= length).argmax())
-            if row == len(rows):
-                rows.append([])
-            rows[row].append(sample)
-            room[row] -= length
-        return rows
-    # sorted; one integer each: faster than pairs
-    begun = [tokens << 32 | row for row, tokens in enumerate(free) if tokens]
-    by_length = opened + np.argsort(-taken[opened:], kind="stable")  # ties keep the given order
-    for sample, length in zip(order[by_length].tolist(), taken[by_length].tolist(), strict=True):
-        place = bisect_left(begun, length << 32)
-        if place < len(begun):
-            left, row = divmod(begun.pop(place), 1 << 32)
-            rows[row].append(sample)
-        else:
-            left, row = seq_len, len(rows)
-            rows.append([sample])
-        if left > length:
-            insort(begun, (left - length) << 32 | row)
+        return _first_fit(rows, free, samples, sizes, seq_len)
+    longest_first = np.argsort(-sizes, kind="stable")  # ties keep the given order
+    return _best_fit(rows, free, samples[longest_first], sizes[longest_first], seq_len)
+
+
+def _check_sizes(samples: np.ndarray, sizes: np.ndarray, seq_len: int) -> None:
+    wrong = np.flatnonzero((sizes < 1) | (sizes > seq_len))
+    if len(wrong):
+        first = wrong[0]
+        raise InputError(
+            f"sample {samples[first]} has {sizes[first]} tokens, but a row holds 1 to {seq_len}; "
+            f"raise --data.seq-len or set --data.truncation"
+        )
+
+
+def _first_fit(
+    rows: list[list[int]], free: list[int], samples: np.ndarray, sizes: np.ndarray, seq_len: int
+) -> list[list[int]]:
+    """Add each sample to the first row that has room."""
+    # one row for each sample at most; rows that are not begun have room for anything
+    room = np.array(free + [seq_len] * (len(samples) + 1))
+    for sample, size in zip(samples.tolist(), sizes.tolist(), strict=True):
+        row = int((room[: len(rows) + 1] >= size).argmax())
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(sample)
+        room[row] -= size
     return rows
 
 
-def deal(costs: Sequence[float], ranks: int, together: int) -> list[list[int]]:
-    """Row numbers for each rank, equally many, in rounds of rows of like cost: `together` of them
-    to each rank, the dearest to the one that has had the least so far. `costs` are of as many rows
-    as divide by ranks * together.
+def _best_fit(
+    rows: list[list[int]], free: list[int], samples: np.ndarray, sizes: np.ndarray, seq_len: int
+) -> list[list[int]]:
+    """Add each sample to the row in which the least room is left over."""
+    # Sorted by room. One integer for each row, (room << 32 | row), is faster than a pair.
+    with_room = [tokens << 32 | row for row, tokens in enumerate(free) if tokens]
+    for sample, size in zip(samples.tolist(), sizes.tolist(), strict=True):
+        place = bisect_left(with_room, size << 32)
+        if place < len(with_room):
+            room, row = divmod(with_room.pop(place), 1 << 32)
+            rows[row].append(sample)
+        else:
+            room, row = seq_len, len(rows)
+            rows.append([sample])
+        if room > size:
+            insort(with_room, (room - size) << 32 | row)
+    return rows
+
+
+def balance_rows(costs: Sequence[float], ranks: int, micro_batch_size: int) -> list[list[int]]:
+    """Give each rank equally many rows of about equal cost.
+
+    The rows go to the ranks in rounds, the costliest first: a microbatch for each rank, so that the
+    rows of a round cost about the same. Within a round each row goes to the rank that has had the
+    least so far and whose microbatch is not full.
+
+    Args:
+        costs: of each row; ranks * micro_batch_size divides their number.
+
+    Returns:
+        Indices of rows, for each rank.
     """
-    order = sorted(range(len(costs)), key=lambda row: -costs[row])  # stable
-    totals, dealt = [0.0] * ranks, [[] for _ in range(ranks)]
-    for begin in range(0, len(order), ranks * together):
-        room = sorted(zip(totals, range(ranks), strict=True))  # a heap
-        for row in order[begin : begin + ranks * together]:
-            _, rank = heapq.heappop(room)
-            dealt[rank].append(row)
+    costliest_first = sorted(range(len(costs)), key=lambda row: -costs[row])  # stable
+    totals = [0.0] * ranks
+    rows_of: list[list[int]] = [[] for _ in range(ranks)]
+    rows_per_round = ranks * micro_batch_size
+    for start in range(0, len(costliest_first), rows_per_round):
+        open_ranks = sorted(zip(totals, range(ranks), strict=True))  # a heap
+        for row in costliest_first[start : start + rows_per_round]:
+            _, rank = heapq.heappop(open_ranks)
+            rows_of[rank].append(row)
             totals[rank] += costs[row]
-            if len(dealt[rank]) % together:
-                heapq.heappush(room, (totals[rank], rank))
-    return dealt
+            if len(rows_of[rank]) % micro_batch_size:
+                heapq.heappush(open_ranks, (totals[rank], rank))
+    return rows_of

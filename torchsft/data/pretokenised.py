@@ -5,6 +5,8 @@ Labels stand at the place of their token, as in transformers and TRL, which shif
 is computed.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,183 +15,262 @@ from torchsft.data.keys import DOCUMENT_BOUNDS, TOKEN_MASKS
 from torchsft.data.rows import Row, RowError
 from torchsft.data.values import MAX_WEIGHT, expect, weight_of
 
-Parsed = tuple[np.ndarray, np.ndarray, tuple[int, ...], tuple[str, ...]]
+MAX_ID = 2**31 - 1
+NO_LABEL = -100
 
 
-def parse(row: Row, where: str) -> Parsed:
+@dataclass
+class ParsedTokens:
     """The tokens of a row.
 
-    Returns:
-        tokens int32 [n], weights float32 [n] of each as a target, where the documents begin (0
-        first), and notes.
+    Attributes:
+        tokens: int32 [n]
+        weights: float32 [n], of each as a target.
+        starts: where the documents begin, 0 first.
+        notes: codes that are counted.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    starts: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def parse(row: Row, where: str) -> ParsedTokens:
+    """Return the tokens of a row.
 
     Raises:
         RowError: bad-tokens, bad-labels, bad-mask, bad-bounds or a fault of a weight.
     """
-    ids = _numbers(row["input_ids"], "input_ids", where, booleans=False)
-    if ids.dtype.kind == "f" or not len(ids) or not 0 <= ids.min() <= ids.max() < 2**31:
-        said = "input_ids must be at least one whole number, all from 0 to 2**31 - 1"
-        raise RowError(where, "bad-tokens", said)
-    attended, documents = _attention(row, len(ids), where)
-    weights, notes = _weights(row, ids, attended, where)
-    documents = _documents(row, documents, attended, where)
+    ids = _ids(row, where)
+    mask = _attention_mask(row, len(ids), where)
+    attended = np.ones(len(ids), dtype=bool) if mask is None else mask > 0
+    label_key = _label_key(row, where)
+    trained_by_masks = _trained_by_masks(row, len(ids), where)
+    notes = []
+    if label_key is None:
+        weights = np.ones(len(ids), dtype=np.float64)
+        for trained in trained_by_masks.values():
+            weights[~trained] = 0.0
+        if not trained_by_masks:
+            notes.append("everything-trained")
+    else:
+        weights = _weights(row, label_key, ids, attended, trained_by_masks, where)
+    documents = _documents(row, mask, attended, where)
     if not attended.any():
         raise RowError(where, "bad-mask", "attention_mask leaves no token; remove the row")
-    ids, weights, documents = ids[attended], weights[attended], documents[attended]
+    # padding is taken out
+    ids = ids[attended]
+    weights = weights[attended]
+    documents = documents[attended]
     starts = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
     if len(starts) > 1:
         notes.append("split-into-documents")
-    of_row = weight_of(row, where)
-    weights = weights * (1.0 if of_row is None else of_row)
-    return ids.astype(np.int32), weights.astype(np.float32), tuple(starts.tolist()), tuple(notes)
+    row_weight = weight_of(row, where)
+    if row_weight is not None:
+        weights = weights * row_weight
+    return ParsedTokens(
+        tokens=ids.astype(np.int32),
+        weights=weights.astype(np.float32),
+        starts=tuple(starts.tolist()),
+        notes=tuple(notes),
+    )
+
+
+# ---------------------------------------------------------------- columns of numbers
 
 
 def _numbers(value: Any, what: str, where: str, booleans: bool = True) -> np.ndarray:
+    """Return a list of numbers as int64 or float64 [n]; `booleans`: whether true and false count as
+    numbers.
+    """
     try:
         found = np.asarray(expect(list, value, what, where))
     except (ValueError, OverflowError):  # lists of different lengths
         found = np.array(0)
     kinds = "iufb" if booleans else "iuf"
-    if found.ndim != 1 or (len(found) and found.dtype.kind not in kinds):
-        said = f"{what} must be a list of numbers, none of them nested or too large"
-        raise RowError(where, "bad-tokens", said)
+    is_list_of_numbers = found.ndim == 1 and (len(found) == 0 or found.dtype.kind in kinds)
+    if not is_list_of_numbers:
+        problem = f"{what} must be a list of numbers, none of them nested or too large"
+        raise RowError(where, "bad-tokens", problem)
     return found.astype(np.int64) if found.dtype.kind == "b" else found
 
 
 def _for_each_token(row: Row, key: str, n: int, where: str) -> np.ndarray:
-    """A number for each token."""
+    """Return a column that has a number for each of n tokens."""
     found = _numbers(row[key], key, where)
     if len(found) != n:
         reason = "bad-labels" if key in ("labels", "loss_weights") else "bad-mask"
-        raise RowError(
-            where, reason, f"{n} input_ids, but {len(found)} {key}; give one for each token"
-        )
+        problem = f"{n} input_ids, but {len(found)} {key}; give one for each token"
+        raise RowError(where, reason, problem)
     return found
 
 
-def _attention(row: Row, n: int, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which tokens are no padding, and the documents where the mask numbers them, as axolotl's
-    packing does.
+def _ids(row: Row, where: str) -> np.ndarray:
+    ids = _numbers(row["input_ids"], "input_ids", where, booleans=False)
+    is_whole = ids.dtype.kind != "f" and len(ids) > 0
+    if not is_whole or ids.min() < 0 or ids.max() > MAX_ID:
+        problem = "input_ids must be at least one whole number, all from 0 to 2**31 - 1"
+        raise RowError(where, "bad-tokens", problem)
+    return ids
+
+
+def _attention_mask(row: Row, n: int, where: str) -> np.ndarray | None:
+    """Return the attention mask [n]: 0 for padding; 1, or the number of the document (as axolotl's
+    packing writes it).
     """
     if row.get("attention_mask") is None:
-        return np.ones(n, dtype=bool), None
+        return None
     mask = _for_each_token(row, "attention_mask", n, where)
     if mask.dtype.kind == "f" or mask.min() < 0:
-        raise RowError(
-            where, "bad-mask", "attention_mask must have whole numbers that are at least 0"
-        )
-    return mask > 0, mask if mask.max() > 1 else None
+        problem = "attention_mask must have whole numbers that are at least 0"
+        raise RowError(where, "bad-mask", problem)
+    return mask
 
 
-def _weights(
-    row: Row, ids: np.ndarray, attended: np.ndarray, where: str
-) -> tuple[np.ndarray, list[str]]:
-    """The weight of each token, by labels or loss weights, and by masks."""
+# ---------------------------------------------------------------- weights
+
+
+def _label_key(row: Row, where: str) -> str | None:
+    """Return which key of a row gives weights: labels, loss_weights, or None."""
     keys = [key for key in ("labels", "loss_weights") if row.get(key) is not None]
     if len(keys) > 1:
-        raise RowError(
-            where, "bad-labels", "input_ids with labels and loss_weights; give one of them"
-        )
-    masks = {
-        key: _for_each_token(row, key, len(ids), where)
-        for key in TOKEN_MASKS
-        if row.get(key) is not None
-    }
+        problem = "input_ids with labels and loss_weights; give one of them"
+        raise RowError(where, "bad-labels", problem)
+    return keys[0] if keys else None
+
+
+def _trained_by_masks(row: Row, n: int, where: str) -> dict[str, np.ndarray]:
+    """Return which tokens each mask of a row trains, bool [n]."""
+    keys = [key for key in TOKEN_MASKS if row.get(key) is not None]
+    masks = {key: _for_each_token(row, key, n, where) for key in keys}
     for key, mask in masks.items():
         if not np.isin(mask, (0, 1)).all():
             raise RowError(where, "bad-mask", f"{key} must have a 0 or 1 for each token")
-    trained = np.ones(len(ids), dtype=bool)
-    for mask in masks.values():
-        trained &= mask == 1
-    if not keys:
-        notes = [] if masks else ["everything-trained"]
-        return trained.astype(np.float64), notes
-    given = _for_each_token(row, keys[0], len(ids), where)
-    if keys[0] == "labels":
-        _check_labels(given, ids, attended, where)
-        given = (given != -100).astype(np.float64)
-    for i in np.flatnonzero(~((given >= 0) & (given < MAX_WEIGHT)))[:1]:
-        weight_of({"weight": given[i].item()}, f"{where}, token {i + 1}")
-    for key, mask in masks.items():
-        if conflict := np.flatnonzero((given > 0) & (mask == 0) & attended).tolist():
-            said = (
-                f"{keys[0]} train token {conflict[0] + 1}, but {key} is 0 there; keep one of them"
+    return {key: mask == 1 for key, mask in masks.items()}
+
+
+def _weights(
+    row: Row,
+    key: str,
+    ids: np.ndarray,
+    attended: np.ndarray,
+    trained_by_masks: Mapping[str, np.ndarray],
+    where: str,
+) -> np.ndarray:
+    """Return the weight of each token, float64 [n], by labels or loss weights."""
+    weights = _for_each_token(row, key, len(ids), where)
+    if key == "labels":
+        _check_labels(weights, ids, attended, where)
+        weights = (weights != NO_LABEL).astype(np.float64)
+    wrong = np.flatnonzero(~((weights >= 0) & (weights < MAX_WEIGHT)))
+    if len(wrong):
+        first = wrong[0]
+        weight_of({"weight": weights[first].item()}, f"{where}, token {first + 1}")  # raises
+    for mask_key, trained in trained_by_masks.items():
+        conflicts = np.flatnonzero((weights > 0) & ~trained & attended)
+        if len(conflicts):
+            problem = (
+                f"{key} train token {conflicts[0] + 1}, but {mask_key} is 0 there; keep one of them"
             )
-            raise RowError(where, "bad-mask", said)
-    return given, []
+            raise RowError(where, "bad-mask", problem)
+    return weights
 
 
 def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray, where: str) -> None:
-    """Labels repeat the token at their own place, or are -100."""
-    wrong = np.flatnonzero((labels != -100) & (labels != ids) & attended)
-    for i in wrong[:1]:
-        said = f"label {labels[i]} of token {i + 1} is neither -100 nor its id {ids[i]}"
-        behind = (labels[:-1] == -100) | (labels[:-1] == ids[1:])
-        if behind.all():
-            said += ", but that of the token behind it"
-        raise RowError(where, "bad-labels", f"{said}; labels must not be shifted")
+    """Check that labels repeat the token at their own place, or are -100."""
+    wrong = np.flatnonzero((labels != NO_LABEL) & (labels != ids) & attended)
+    if not len(wrong):
+        return
+    i = wrong[0]
+    problem = f"label {labels[i]} of token {i + 1} is neither -100 nor its id {ids[i]}"
+    is_shifted = (labels[:-1] == NO_LABEL) | (labels[:-1] == ids[1:])
+    if is_shifted.all():
+        problem += ", but that of the token behind it"
+    raise RowError(where, "bad-labels", f"{problem}; labels must not be shifted")
 
 
-def _documents(
-    row: Row, numbered: np.ndarray | None, attended: np.ndarray, where: str
-) -> np.ndarray:
-    """The number of each token's document, int64 [n]; all that the row says of it must agree."""
+# ---------------------------------------------------------------- documents
+
+
+def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray, where: str) -> np.ndarray:
+    """Return the number of each token's document, int64 [n].
+
+    Raises:
+        RowError: bad-bounds: what the row says of its documents is wrong, or contradicts itself.
+    """
     n = len(attended)
-    found: dict[str, np.ndarray] = {}
-    if numbered is not None:
-        found["attention_mask"] = numbered
+    numbers_by_key: dict[str, np.ndarray] = {}
+    if mask is not None and mask.max() > 1:
+        numbers_by_key["attention_mask"] = mask
     for key in DOCUMENT_BOUNDS:
-        if row.get(key) is None:
-            continue
-        if key == "position_ids":
-            found[key] = _by_positions(_for_each_token(row, key, n, where), attended, where)
-        elif key == "seq_lengths":
-            lengths = _numbers(row[key], key, where)
-            found[key] = _by_edges(np.concatenate([[0], np.cumsum(lengths)]), n, key, where)
-        elif key.startswith("cu_"):
-            found[key] = _by_edges(_numbers(row[key], key, where), n, key, where)
-        else:
-            found[key] = _for_each_token(row, key, n, where)
-    if not found:
+        if row.get(key) is not None:
+            numbers_by_key[key] = _document_numbers(row, key, attended, where)
+    if not numbers_by_key:
         return np.zeros(n, dtype=np.int64)
-    edges = {key: np.diff(numbers[attended]) != 0 for key, numbers in found.items()}
-    (first, bounds), *others = edges.items()
-    for key, other in others:
-        if not np.array_equal(bounds, other):
-            raise RowError(
-                where,
-                "bad-bounds",
-                f"{first} and {key} divide the tokens differently; keep one of them",
-            )
-    numbers = np.zeros(n, dtype=np.int64)
-    numbers[attended] = np.concatenate([[0], np.cumsum(bounds)]) if attended.any() else 0
-    return numbers
+    # of two tokens in a row that are no padding, whether the second one begins a document
+    begins_by_key = {
+        key: np.diff(numbers[attended]) != 0 for key, numbers in numbers_by_key.items()
+    }
+    first_key = next(iter(begins_by_key))
+    begins = begins_by_key[first_key]
+    for key, other in begins_by_key.items():
+        if not np.array_equal(begins, other):
+            problem = f"{first_key} and {key} divide the tokens differently; keep one of them"
+            raise RowError(where, "bad-bounds", problem)
+    documents = np.zeros(n, dtype=np.int64)
+    if attended.any():
+        documents[attended] = np.concatenate([[0], np.cumsum(begins)])
+    return documents
+
+
+def _document_numbers(row: Row, key: str, attended: np.ndarray, where: str) -> np.ndarray:
+    """Return the number of each token's document, by one key of the row."""
+    n = len(attended)
+    if key == "position_ids":
+        return _by_positions(_for_each_token(row, key, n, where), attended, where)
+    if key == "seq_lengths":
+        lengths = _numbers(row[key], key, where)
+        edges = np.concatenate([[0], np.cumsum(lengths)])
+        return _by_edges(edges, n, key, where)
+    if key.startswith("cu_"):
+        return _by_edges(_numbers(row[key], key, where), n, key, where)
+    return _for_each_token(row, key, n, where)
 
 
 def _by_positions(positions: np.ndarray, attended: np.ndarray, where: str) -> np.ndarray:
-    """Documents begin where positions begin anew; padding has none."""
+    """Return documents that begin where positions begin again; padding has none."""
     real = positions[attended]
     steps = np.diff(real)
     wrong = np.flatnonzero((steps != 1) & (real[1:] != 0))
-    if len(real) and (real[0] != 0 or len(wrong)):
-        at = int(wrong[0]) + 2 if real[0] == 0 else 1
-        said = (
-            f"position_ids of a document must count from 0, but that of token {at} is "
-            f"{real[at - 1]}"
+    token = 0  # a wrong one, counted from 1
+    if len(real) and real[0] != 0:
+        token = 1
+    elif len(wrong):
+        token = int(wrong[0]) + 2
+    if token:
+        problem = (
+            f"position_ids of a document must count from 0, but that of token {token} is "
+            f"{real[token - 1]}"
         )
-        raise RowError(where, "bad-bounds", said)
-    numbers = np.zeros(len(positions), dtype=np.int64)
-    numbers[attended] = np.cumsum(real == 0)
-    return numbers
+        raise RowError(where, "bad-bounds", problem)
+    documents = np.zeros(len(positions), dtype=np.int64)
+    documents[attended] = np.cumsum(real == 0)
+    return documents
 
 
 def _by_edges(edges: np.ndarray, n: int, key: str, where: str) -> np.ndarray:
-    """Documents between cumulative lengths, 0 first and the number of tokens last."""
-    whole = edges.dtype.kind in "iu" or (len(edges) == 1 and edges[0] == 0)
-    if not whole or len(edges) < 2 or edges[0] != 0 or edges[-1] != n or (np.diff(edges) < 0).any():
-        said = (
-            f"{key} must divide all {n} input_ids, from 0 to {n}, but ends at "
-            f"{edges[-1] if len(edges) else 0}"
-        )
-        raise RowError(where, "bad-bounds", said)
+    """Return documents between cumulative lengths, 0 first and the number of tokens last."""
+    is_whole = edges.dtype.kind in "iu" or (len(edges) == 1 and edges[0] == 0)
+    divides = (
+        is_whole
+        and len(edges) >= 2
+        and edges[0] == 0
+        and edges[-1] == n
+        and (np.diff(edges) >= 0).all()
+    )
+    if not divides:
+        last = edges[-1] if len(edges) else 0
+        problem = f"{key} must divide all {n} input_ids, from 0 to {n}, but ends at {last}"
+        raise RowError(where, "bad-bounds", problem)
     return np.repeat(np.arange(len(edges) - 1), np.diff(edges))

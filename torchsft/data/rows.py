@@ -3,32 +3,59 @@
 import codecs
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchsft.config import InputError
 from torchsft.data import nulls
 
 Row = dict[str, Any]
 
+JSON_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+class Fault(NamedTuple):
+    """Why a row cannot be read, without its place; `reason` and `text` as of `RowError`."""
+
+    reason: str
+    text: str
+
 
 class RowError(InputError):
-    """A row that cannot be used: `reason` is a code such as `not-json`, str() a sentence that
-    begins with the place.
+    """A row that cannot be used.
+
+    Its string is `<where>: <text>`.
+
+    Attributes:
+        where: its place, for the user.
+        reason: a code such as `not-json`.
+        text: a sentence.
     """
 
     def __init__(self, where: str, reason: str, text: str) -> None:
         text = " ".join(text.split())  # one line, whatever library or template it quotes
         # what pickle calls it with, as it comes back from other processes
         super().__init__(where, reason, text)
-        self.where, self.reason, self.text = where, reason, text
+        self.where = where
+        self.reason = reason
+        self.text = text
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
 
 
 def load_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError: not JSON, nested too deeply, a key twice, half a
-    surrogate pair.
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, has a key twice, or half a surrogate pair.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
@@ -41,68 +68,57 @@ def load_json(text: str) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
     # json.loads would keep the last of them without a word
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(
-            f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} is given "
-            f"twice in one object"
-        )
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r} is given twice in one object")
     return found
 
 
 def read_row(payload: bytes | Row, where: str) -> tuple[Row, tuple[str, ...]]:
-    """The object of one row as `Source.rows` yields it, without nulls that say nothing, and notes
-    on those in doubt.
+    """Return the object of one row as `Source.rows` yields it, without nulls that say nothing, and
+    notes on those in doubt.
 
     Raises:
         RowError: not-utf-8, nul-bytes, not-json or surrogate.
     """
     if isinstance(payload, dict):
         return nulls.clean(payload, padded=True)
-    row = _object(payload, where)
+    row = _parse(payload, where)
     return nulls.clean(row, padded=False) if b"null" in payload else (row, ())
 
 
 def decode(payload: bytes | Row, where: str) -> Row:
-    """As `read_row`, without its notes."""
+    """Return the object of one row as `read_row`, without its notes."""
     return read_row(payload, where)[0]
 
 
-def _object(payload: bytes, where: str) -> Row:
-    """The object that is written in JSON."""
+def _parse(payload: bytes, where: str) -> Row:
+    """Return the object that is written in JSON."""
     try:
         # some editors begin a file with that mark
         row = load_json(payload.removeprefix(codecs.BOM_UTF8).decode())
-        if isinstance(row, dict):
-            return row
-        reason, said = "not-json", f"not a JSON object, but {kind_of(row)}; each row must be one"
     except UnicodeDecodeError as error:
-        reason, said = (
-            "not-utf-8",
-            f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8",
-        )
+        problem = f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
+        raise RowError(where, "not-utf-8", problem) from None
     except UnicodeEncodeError as error:
-        reason, said = (
-            "surrogate",
-            f"half a surrogate pair ({ord(error.object[error.start]):#x}); write whole characters",
-        )
+        half = ord(error.object[error.start])
+        problem = f"half a surrogate pair ({half:#x}); write whole characters"
+        raise RowError(where, "surrogate", problem) from None
     except ValueError as error:
-        reason, said = "not-json", f"not JSON ({error}); each row must be one JSON object"
-        if nul := payload.find(b"\0") + 1:
-            reason, said = (
-                "nul-bytes",
-                f"byte {nul} is NUL; convert the file to UTF-8, or repair it",
-            )
-    raise RowError(where, reason, said)
+        nul = payload.find(b"\0") + 1
+        if nul:
+            problem = f"byte {nul} is NUL; convert the file to UTF-8, or repair it"
+            raise RowError(where, "nul-bytes", problem) from None
+        problem = f"not JSON ({error}); each row must be one JSON object"
+        raise RowError(where, "not-json", problem) from None
+    if not isinstance(row, dict):
+        problem = f"not a JSON object, but {kind_of(row)}; each row must be one"
+        raise RowError(where, "not-json", problem)
+    return row
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    """Return what a value is, in JSON's words."""
+    kind = type(value)
+    return JSON_NAMES.get(kind, kind.__name__)

@@ -1,12 +1,13 @@
 """What the user may write for a source of rows, taken apart without reading a file.
 
-No slow imports: the command line is checked with this before torch is there."""
+No slow imports: the command line is checked with this before torch is there.
+"""
 
 import fnmatch
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,38 +15,59 @@ from torchsft.config import InputError
 
 DATA = ("jsonl", "json", "parquet", "pq", "csv", "tsv")
 """Endings of files of rows, also with .gz or .zst behind."""
+DATA_PATTERNS = [f"*.{ending}{packed}" for ending in DATA for packed in ("", ".gz", ".zst")]
 LISTED = 5
-_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+SAVED = ("state.json", "dataset_dict.json")
+"""Either is in a directory of datasets' save_to_disk."""
+ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", *SAVED)
 """What `datasets` and the hub write beside rows."""
 WEIGHTED = re.compile(r"(.*):([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|inf|nan))", re.IGNORECASE)
 SPLIT = re.compile(r"(.+?):([^:/\[\]]+(?:\[[^\]]*\])?)")  # the second may be train[:10%]
-_OF_A_FILE = "".join(
+NO_FILE_ENDING = "".join(
     rf"(?<!\.{ending})" for ending in ("jsonl", "json", "csv", "tsv", "parquet", "gz", "zst")
 )
-HUB = re.compile(rf"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?{_OF_A_FILE}")
+HUB = re.compile(rf"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?{NO_FILE_ENDING}")
+"""NAME or NAME/CONFIG of a data set on the hub."""
+NAMED = re.compile(r"([\w.-]+)=(.+)")
+"""NAME=SPEC of an evaluation set."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A file, directory or name on the hub; how often each row is taken; and for `datasets` the
-    split.
+    """A source as the user gives it.
+
+    Attributes:
+        path: of a file or directory, or name on the hub.
+        weight: how often each row is taken.
+        split: of a data set.
     """
 
     path: str
     weight: float = 1.0
     split: str | None = None
 
+    @property
+    def given(self) -> str:
+        """The path and the split."""
+        return f"{self.path}:{self.split}" if self.split else self.path
+
 
 def parse_spec(text: str) -> Spec:
-    """`PATH`, `PATH:WEIGHT`, `PATH:SPLIT` or `PATH:SPLIT:WEIGHT`; a path that exists is never taken
-    apart.
-    Raises InputError: nothing in front of the colon, or a weight that is not finite and above 0.
+    """Take `PATH`, `PATH:WEIGHT`, `PATH:SPLIT` or `PATH:SPLIT:WEIGHT` apart; a path that exists
+    stays whole.
+
+    Raises:
+        InputError: nothing before the colon, or a weight that is not finite and above 0.
     """
     path, weight, split = text, "1", None
-    if not os.path.exists(path) and (found := WEIGHTED.fullmatch(path)):
-        path, weight = found.groups()
-    if not os.path.exists(path) and (found := SPLIT.fullmatch(path)):
-        path, split = found.groups()
+    if not os.path.exists(path):
+        weighted = WEIGHTED.fullmatch(path)
+        if weighted:
+            path, weight = weighted.groups()
+    if not os.path.exists(path):
+        with_split = SPLIT.fullmatch(path)
+        if with_split:
+            path, split = with_split.groups()
     if not path or not 0 < float(weight) < float("inf"):
         raise InputError(
             f"{text!r} names no data; give PATH, PATH:WEIGHT (above 0), or NAME:SPLIT "
@@ -55,15 +77,13 @@ def parse_spec(text: str) -> Spec:
 
 
 def is_saved(path: str) -> bool:
-    """Whether a directory is one of datasets' save_to_disk."""
-    return any(
-        os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")
-    )
+    """Return whether a directory is one of datasets' save_to_disk."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in SAVED)
 
 
 def is_several(spec: Spec) -> bool:
-    """Whether a spec names files that are one source: by a directory that is not `is_saved`, or by
-    a glob.
+    """Return whether a spec names files that are one source: by a directory that is not `is_saved`,
+    or by a glob.
     """
     if spec.split is not None:
         return False
@@ -73,50 +93,66 @@ def is_several(spec: Spec) -> bool:
 
 
 def files_of(path: str) -> tuple[list[str], list[str]]:
-    """Files of rows below a directory, or below and among what a glob names, and the names of the
-    others.
+    """Find the files of rows below a directory, or below and among what a glob names.
 
-    Hidden ones count as neither. Links to directories are followed, and each directory is read
-    once.
+    Hidden files are left out. Links to directories are followed, and each directory is read once.
+
+    Returns:
+        Paths of the files of rows, and the names of the other files.
 
     Raises:
         InputError: a directory cannot be read.
     """
-    is_directory = os.path.isdir(path)
-    seen: set[str] = set()
-    found: list[str] = []
-    for match in [path] if is_directory else sorted(glob.glob(path, recursive=True)):
-        found += _below(match, seen) if os.path.isdir(match) else [match]
-    # by real places: `**` matches a directory, and what is in it as well
-    every: dict[tuple[str, str], str] = {}
-    for file in sorted(found, key=lambda file: (file.count(os.sep), file)):
-        place, name = os.path.split(file)
-        every.setdefault((os.path.realpath(place), name), file)
-    before = re.split(r"[*?\[]", path, maxsplit=1)[0]  # of the first sign of a glob
-    root = path if is_directory else os.path.dirname(before) or "."
-    shown = [file for file in sorted(every.values()) if not _is_hidden(os.path.relpath(file, root))]
-    patterns = [f"*.{ending}{packed}" for ending in DATA for packed in ("", ".gz", ".zst")]
-    rows = [file for file in shown if os.path.basename(file) not in _ABOUT_DATA]
-    paths = [
-        file for file in rows if any(fnmatch.fnmatch(file.lower(), pattern) for pattern in patterns)
+    if os.path.isdir(path):
+        root = path
+        matches = [path]
+    else:
+        before_magic = re.split(r"[*?\[]", path, maxsplit=1)[0]
+        root = os.path.dirname(before_magic) or "."
+        matches = sorted(glob.glob(path, recursive=True))
+    shown = [
+        file
+        for file in sorted(_unique_files(matches))
+        if not _is_hidden(os.path.relpath(file, root))
     ]
+    paths = [file for file in shown if _holds_rows(file)]
+    known = set(paths)
     others = [
-        os.path.relpath(file, root)
-        for file in shown
-        if file not in set(paths) and os.path.isfile(file)
+        os.path.relpath(file, root) for file in shown if file not in known and os.path.isfile(file)
     ]
     return paths, others
 
 
+def _unique_files(matches: Sequence[str]) -> list[str]:
+    """Return the matches that are files, and the files below the others, each once: the pattern
+    `**` matches a directory, and what is in it as well.
+    """
+    seen: set[str] = set()
+    found: list[str] = []
+    for match in matches:
+        found += _below(match, seen) if os.path.isdir(match) else [match]
+    unique: dict[tuple[str, str], str] = {}  # by their real directory and name
+    for file in sorted(found, key=lambda file: (file.count(os.sep), file)):
+        directory, name = os.path.split(file)
+        unique.setdefault((os.path.realpath(directory), name), file)
+    return list(unique.values())
+
+
+def _holds_rows(file: str) -> bool:
+    if os.path.basename(file) in ABOUT_DATA:
+        return False
+    return any(fnmatch.fnmatch(file.lower(), pattern) for pattern in DATA_PATTERNS)
+
+
 def nothing_in(others: Sequence[str]) -> str:
-    """What is wrong where `files_of` finds no file of rows."""
+    """Return what is wrong where `files_of` finds no file of rows."""
     endings = ", ".join(f".{ending}" for ending in DATA)
     has = f"; it has {', '.join(others[:LISTED])}" if others else ""
     return f"holds no file of rows ({endings}, also with .gz or .zst){has}"
 
 
 def _below(directory: str, seen: set[str]) -> list[str]:
-    """Files below a directory; a directory that is in `seen` is not entered again."""
+    """Return the files below a directory; a directory that is in `seen` is not entered again."""
 
     def refuse(error: OSError) -> None:
         raise InputError(
@@ -136,70 +172,72 @@ def _below(directory: str, seen: set[str]) -> list[str]:
 
 
 def _is_hidden(path: str) -> bool:
-    """Whether a file, or a directory that it is in, is hidden or somebody's note that all is
+    """Return whether a file, or a directory that it is in, is hidden or somebody's note that all is
     written (_SUCCESS).
     """
     return any(part.startswith((".", "_")) for part in path.split(os.sep))
 
 
 def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
-    """The sources of each evaluation set.
+    """Return the sources of each evaluation set.
 
     A spec is NAME=SPEC, or SPEC: the set has the name of the file then, as much of the path as
     tells it apart from others of that name, and the split where one data set has several.
     """
-    sets: dict[str, list[str]] = {}
-    unnamed: list[tuple[str, Spec]] = []
-    order: list[tuple[str | None, str]] = []
-    given: set[str] = set()
-    for spec in map(str, specs):
-        named = None if os.path.exists(spec) else re.fullmatch(r"([\w.-]+)=(.+)", spec)
-        rest = named[2] if named else spec
-        found = parse_spec(rest)
-        if found.weight != 1:
+    given_names: list[str | None] = []
+    rests: list[str] = []
+    unnamed: list[Spec] = []
+    for text in map(str, specs):
+        named = None if os.path.exists(text) else NAMED.fullmatch(text)
+        rest = named[2] if named else text
+        spec = parse_spec(rest)
+        if spec.weight != 1:
             raise InputError(
-                f"{spec} has weight {found.weight:g}, but every row is evaluated "
+                f"{text} has weight {spec.weight:g}, but every row is evaluated "
                 f"once; leave the weight out"
             )
-        order.append((named[1] if named else None, rest))
-        if named:
-            given.add(named[1])
-        else:
-            unnamed.append((rest, found))
-    names = iter(_names([spec for _, spec in unnamed], given))
-    for name, rest in order:
-        sets.setdefault(next(names) if name is None else name, []).append(rest)
+        given_names.append(named[1] if named else None)
+        rests.append(rest)
+        if not named:
+            unnamed.append(spec)
+    taken = {name for name in given_names if name is not None}
+    names = _names(unnamed, taken)
+    sets: dict[str, list[str]] = {}
+    for given_name, rest in zip(given_names, rests, strict=True):
+        name = next(names) if given_name is None else given_name
+        sets.setdefault(name, []).append(rest)
     return sets
 
 
-def _names(specs: Sequence[Spec], given: set[str]) -> list[str]:
-    """A name for each source, the same one only for what is the same; `given`: names that the user
-    gave to others.
+def _names(specs: Sequence[Spec], taken: set[str]) -> Iterator[str]:
+    """Yield a name for each source, the same one only for what is the same.
+
+    Args:
+        taken: names that the user gave to others.
     """
     paths = [os.path.realpath(spec.path) for spec in specs]
-    found = []
     for spec, path in zip(specs, paths, strict=True):
-        taken = set(given)
+        names_of_others = set(taken)
         splits = set()
-        for other, place in zip(specs, paths, strict=True):
-            if place == path:
+        for other, other_path in zip(specs, paths, strict=True):
+            if other_path == path:
                 splits.add(other.split)
             else:
-                taken.update(_suffixes(other.path))
-        free = [name for name in _suffixes(spec.path) if name not in taken]
+                names_of_others.update(_possible_names(other.path))
+        free = [name for name in _possible_names(spec.path) if name not in names_of_others]
         # files that only their endings tell apart
         name = free[0] if free else os.path.abspath(spec.path)
-        found.append(f"{name}:{spec.split}" if spec.split and len(splits) > 1 else name)
-    return found
+        yield f"{name}:{spec.split}" if spec.split and len(splits) > 1 else name
 
 
-def _suffixes(path: str) -> list[str]:
-    """What a source may be called, from its name to its whole path, without the ending of a file of
-    rows.
+def _possible_names(path: str) -> list[str]:
+    """Return what a source may be called, from its name to its whole path, without the ending of a
+    file of rows.
     """
     absolute = Path(os.path.abspath(path))
     stem = re.sub(r"(\.(jsonl|json|parquet|pq|csv|tsv|gz|zst))+$", "", absolute.name)
-    parts = [part for part in absolute.parts[:-1] if part != os.sep] + [stem]
+    parts = [part for part in absolute.parts[:-1] if part != os.sep]
+    parts.append(stem)
     while len(parts) > 1 and not re.search(r"\w", parts[-1]):
         parts.pop()  # the stars of a glob
     return ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]

@@ -1,253 +1,367 @@
 """The order of training: an endless stream of global batches that is the same for any number of
 ranks and workers.
 
-    draws      an epoch draws each sample of each source `weight` times, in an order that a
-               permutation of (seed, epoch) gives
-    windows    `buffer` draws are packed together; the emptiest row stays open for the next window
+    epoch      takes each sample of each source `weight` times, in an order that a permutation of
+               (seed, epoch) gives
+    windows    `buffer` samples are packed together; the emptiest row stays open for the next window
                (the remainder)
     rows       of a window, shuffled by (seed, epoch, window)
     steps      the next `global_batch_size` rows, across windows; the last step of an epoch is
                filled up with empty rows, which weigh nothing in the loss, so every sample is
                trained exactly as often as its source's weight says
 
-Permutations are computed place by place, so nothing here grows with the data. The state is (epoch,
-window, rows of it that are consumed, remainder): a continuation redoes one window. Streaming
-sources are drawn from in the order of their files instead.
+Permutations are computed position by position, so nothing here grows with the data. The state is
+(epoch, window, rows of it that are consumed, remainder): a continuation packs one window again.
+Streaming sources are read in the order of their files instead.
 """
 
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from torchsft.config import InputError
 from torchsft.data.batch import Batch, collate
-from torchsft.data.packing import Method, deal, pack
+from torchsft.data.order import shuffled
+from torchsft.data.packing import Method, balance_rows, pack
 from torchsft.data.template import Sample
 
-PLACES, SAMPLES, ROWS, STREAM = range(4)  # what a permutation is of: a part of its key
+# what a permutation is of: a part of its key, so these numbers decide the order
+SAMPLES_OF_EPOCH, SAMPLES_OF_PASS, ROWS_OF_WINDOW, SAMPLES_OF_WINDOW = range(4)
 CHANGED = "the training data changed since the checkpoint"
-
-
-def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """Where a permutation of [0, n) that `key` decides takes some places. int64 -> int64, without
-    an array of n.
-
-    A Feistel network permutes the smallest [0, 4^k) that is large enough; what lands outside [0, n)
-    goes through it again.
-    """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.SeedSequence(key).generate_state(6, np.uint64)
-    found = np.asarray(places).astype(np.uint64)
-    outside = np.arange(len(found))
-    while len(outside):
-        left, right = found[outside] >> np.uint64(half), found[outside] & mask
-        for each in keys:
-            mixed = (right + each) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        found[outside] = (left << np.uint64(half)) | right
-        outside = outside[found[outside] >= n]
-    return found.astype(np.int64)
 
 
 @dataclass
 class Step:
-    """What one data rank does in one optimizer step."""
+    """What one data rank does in one optimizer step.
 
-    microbatches: list[Batch]  # this rank's part of the global batch, `micro_batch_size` rows each
-    epoch: int  # counted from 0
-    # in order; without `cost`, those of ranks 0, 1, ... in a row are the global order
+    Attributes:
+        microbatches: this rank's part of the global batch, `micro_batch_size` rows each.
+        epoch: counted from 0.
+        sample_ids: in order; without `cost`, those of ranks 0, 1, ... in a row are the global
+            order.
+        state: of the loader behind this step.
+    """
+
+    microbatches: list[Batch]
+    epoch: int
     sample_ids: list[str]
-    state: dict[str, Any]  # of the loader behind this step
+    state: dict[str, Any]
+
+
+class SampleRef(NamedTuple):
+    """A sample, or where it is.
+
+    Attributes:
+        source: index of its source.
+        sample: its index in the source; of a streaming source, which has none, the sample itself.
+    """
+
+    source: int
+    sample: int | Sample
+
+
+@dataclass
+class StepPlan:
+    """The samples of one data rank in one step, not read yet.
+
+    Attributes:
+        rows: of samples; a row may be empty.
+        epoch: counted from 0.
+        state: of the loader behind this step.
+    """
+
+    rows: list[list[SampleRef]]
+    epoch: int
+    state: dict[str, Any]
+
+
+@dataclass
+class StreamPosition:
+    """How far a streaming source has been read.
+
+    Attributes:
+        row, part: of the sample that was read last; 0: none since the source began.
+        size: samples from the source's beginning to its end; 0 while that is not known.
+        taken: samples that were taken, over all passes.
+    """
+
+    row: int = 0
+    part: int = 0
+    size: int = 0
+    taken: int = 0
+
+
+@dataclass
+class WindowStart:
+    """Where a window begins. `streams`: of each streaming source, how far it has been read."""
+
+    epoch: int = 0
+    window: int = 0
+    streams: tuple[StreamPosition, ...] = ()
+
+
+@dataclass
+class _Taken:
+    """The samples of one window.
+
+    Attributes:
+        lengths: tokens of each sample.
+        next_start: where the next window begins.
+        ends_epoch: whether that is a further epoch.
+    """
+
+    samples: list[SampleRef]
+    lengths: list[int]
+    next_start: WindowStart
+    ends_epoch: bool
+
+
+@dataclass
+class _Window:
+    """A window that is packed.
+
+    Attributes:
+        samples: the remainder of the window before, and its own.
+        lengths: tokens of each sample.
+        rows: indices into `samples`.
+        remainder: the samples of the row that stays open for the next window.
+        next_start, ends_epoch: as in `_Taken`.
+    """
+
+    samples: list[SampleRef]
+    lengths: list[int]
+    rows: list[list[int]]
+    remainder: list[SampleRef]
+    next_start: WindowStart
+    ends_epoch: bool
 
 
 def microbatches_per_step(global_batch_size: int, micro_batch_size: int, data_size: int) -> int:
-    """Microbatches of one data rank in a step; arguments as in the loaders. Raises InputError: the
-    sizes do not divide.
+    """Return the microbatches of one data rank in a step; arguments as in the loaders.
+
+    Raises:
+        InputError: the sizes do not divide.
     """
     rows_per_round = micro_batch_size * data_size
     if global_batch_size % rows_per_round:
-        nearest = -(-global_batch_size // rows_per_round) * rows_per_round
-        fault = (
+        rounds = -(-global_batch_size // rows_per_round)
+        raise InputError(
             f"--train.global-batch-size ({global_batch_size}) must divide by "
-            f"--train.micro-batch-size"
+            f"--train.micro-batch-size ({micro_batch_size}) times the number of data-parallel "
+            f"ranks ({data_size}); set it to {rounds * rows_per_round}"
         )
-        fault += (
-            f" ({micro_batch_size}) times the number of data-parallel ranks ({data_size}); set it "
-            f"to {nearest}"
-        )
-        raise InputError(fault)
     return global_batch_size // rows_per_round
-
-
-class _Window(NamedTuple):
-    draws: list[list[Any]]
-    lengths: list[int]  # of the draws
-    rows: list[list[int]]  # places in `draws`
-    after: dict[str, Any]  # where the next window begins
-    remainder: list[list[Any]]  # draws of its first row
-    last: bool  # of its epoch
 
 
 @dataclass(eq=False)
 class _Loader(Iterator[Step]):
-    """From draws to the steps of one data rank, endless. A draw is [number of a source, its sample
-    or the place of that].
+    """The steps of one data rank, without end.
 
-    Raises InputError: no samples, one that is longer than a row (when it is drawn), or sizes that
-    do not divide.
+    Args:
+        sources: the same ones, in the same order, on every rank.
+        seq_len: tokens of a row.
+        global_batch_size: rows of a step over all data ranks; divides by micro_batch_size *
+            data_size.
+        micro_batch_size: rows of a microbatch.
+        data_rank: which part of each global batch is this loader's; ranks that share data (pp, cp,
+            tp) share it.
+        data_size: number of parts.
+        seed: of the order.
+        pad_token_id: see `collate`.
+        packing: how samples share rows, see `packing.py`.
+        buffer: samples that are packed together.
+        cost: of a row with documents of these lengths; ranks get equal cost.
+
+    Raises:
+        InputError: no samples, one that is longer than a row (when its window is packed), or sizes
+            that do not divide.
     """
 
-    sources: Sequence[Any]  # the same ones, in the same order, on every rank
+    sources: Sequence[Any]
     _: KW_ONLY
-    seq_len: int  # tokens of a row
-    # rows of a step over all data ranks; divides by micro_batch_size * data_size
+    seq_len: int
     global_batch_size: int
-    micro_batch_size: int  # rows of a microbatch
-    # which part of each global batch is this loader's; ranks that share data (pp, cp, tp) share it
+    micro_batch_size: int
     data_rank: int
-    data_size: int  # number of parts
-    seed: int  # of the order
-    pad_token_id: int  # see `collate`
+    data_size: int
+    seed: int
+    pad_token_id: int
     packing: Method = "best-fit"
-    buffer: int = 8192  # draws that are packed together
-    # of a row with documents of these lengths; ranks get equal cost
+    buffer: int = 8192
     cost: Callable[[list[int]], float] | None = None
 
     def __post_init__(self) -> None:
-        # may refuse
         microbatches_per_step(self.global_batch_size, self.micro_batch_size, self.data_size)
-        self.cursor: dict[str, Any] = {"epoch": 0, "window": 0}  # where the window begins
-        self.remainder: list[list[Any]] = []  # draws of its first row
+        self.start = WindowStart()  # of the current window
+        self.remainder: list[SampleRef] = []  # samples of its first row
         self.row = 0  # rows of it that are consumed
+        self.window: _Window | None = None  # packed when it is needed
         self.taken = [0] * len(self.sources)  # samples that are consumed of each source
         self.sizes = [0] * len(self.sources)  # samples of each source, 0 while that is not known
-        self.window: _Window | None = None  # packed when it is needed
-        # what a state belongs to
-        self.content = [f"{source.name} streamed" for source in self.sources]
+        self.contents = [f"{source.name} streamed" for source in self.sources]
 
-    def _sample(self, source: int, sample: int | Sample) -> Sample:
-        return sample if isinstance(sample, Sample) else self.sources[source].samples[sample]
+    def _take(self, start: WindowStart) -> _Taken:
+        """Return the samples of the window that begins at `start`."""
+        raise NotImplementedError
 
-    def _pack(self, cursor: dict[str, Any], remainder: list[Any]) -> _Window:
-        draws, lengths, after, last = self._draw(cursor)
-        draws, lengths = (
-            remainder + draws,
-            [len(self._sample(*draw).tokens) for draw in remainder] + lengths,
-        )
-        rows = pack(lengths, range(len(draws)), self.seq_len, self.packing, opened=len(remainder))
-        left: list[int] = []
-        if not last and self.packing != "none":
-            left = rows.pop(
-                min(range(len(rows)), key=lambda row: sum(lengths[i] for i in rows[row]))
-            )
+    def _read(self, ref: SampleRef) -> Sample:
+        if isinstance(ref.sample, Sample):
+            return ref.sample
+        return self.sources[ref.source].samples[ref.sample]
+
+    def _pack(self, start: WindowStart, remainder: list[SampleRef]) -> _Window:
+        """Pack the window that begins at `start`, behind the remainder of the one before."""
+        taken = self._take(start)
+        samples = remainder + taken.samples
+        lengths = [len(self._read(ref).tokens) for ref in remainder] + taken.lengths
+        rows = pack(lengths, range(len(samples)), self.seq_len, self.packing, opened=len(remainder))
+        open_row: list[int] = []
+        if not taken.ends_epoch and self.packing != "none":
+            row_lengths = [sum(lengths[i] for i in row) for row in rows]
+            open_row = rows.pop(row_lengths.index(min(row_lengths)))
         # Packing begins a window with its longest samples; without this, so would the epoch.
-        order = permute(
-            range(len(rows)), len(rows), self.seed, ROWS, cursor["epoch"], cursor["window"]
-        )
+        key = (self.seed, ROWS_OF_WINDOW, start.epoch, start.window)
+        order = shuffled(range(len(rows)), len(rows), *key)
         return _Window(
-            draws, lengths, [rows[i] for i in order.tolist()], after, [draws[i] for i in left], last
+            samples=samples,
+            lengths=lengths,
+            rows=[rows[i] for i in order.tolist()],
+            remainder=[samples[i] for i in open_row],
+            next_start=taken.next_start,
+            ends_epoch=taken.ends_epoch,
         )
 
-    def plan(self) -> tuple[list[list[Any]], int, dict[str, Any]]:
-        """Decide the next step and go on behind it: this rank's rows of draws, epoch and state. One
-        thread at a time.
-        """
-        epoch, rows, costs = self.cursor["epoch"], [], []
+    def plan(self) -> StepPlan:
+        """Decide the samples of the next step and go on behind it. One thread at a time."""
+        epoch = self.start.epoch
+        rows: list[list[SampleRef]] = []
+        costs: list[float] = []
         while len(rows) < self.global_batch_size:
-            window = self.window = self.window or self._pack(self.cursor, self.remainder)
-            if self.row > len(window.rows):  # of a stream, which has no digest
-                text = f"{self.row} rows are done of a window that has {len(window.rows)} now"
-                raise InputError(f"{CHANGED}: {text}; restore it or start a new run")
-            part = window.rows[self.row : self.row + self.global_batch_size - len(rows)]
-            rows += [[window.draws[i] for i in row] for row in part]
-            costs += (
-                [self.cost([window.lengths[i] for i in row]) for row in part] if self.cost else []
-            )
-            self.row += len(part)
+            window = self._current_window()
+            stop = self.row + self.global_batch_size - len(rows)
+            next_rows = window.rows[self.row : stop]
+            for row in next_rows:
+                rows.append([window.samples[i] for i in row])
+                if self.cost:
+                    costs.append(self.cost([window.lengths[i] for i in row]))
+            self.row += len(next_rows)
             if self.row == len(window.rows):
-                self.cursor, self.remainder, self.row, self.window = (
-                    window.after,
-                    window.remainder,
-                    0,
-                    None,
-                )
-                if window.last:
+                self.start = window.next_start
+                self.remainder = window.remainder
+                self.row = 0
+                self.window = None
+                if window.ends_epoch:
                     break
-        for source, _ in (draw for row in rows for draw in row):
-            self.taken[source] += 1
-        missing, part = self.global_batch_size - len(rows), self.global_batch_size // self.data_size
-        mine = range(self.data_rank * part, (self.data_rank + 1) * part)
-        if self.cost:
-            mine = deal(costs + [0.0] * missing, self.data_size, self.micro_batch_size)[
-                self.data_rank
-            ]
-        return [rows[i] if i < len(rows) else [] for i in mine], epoch, self.state_dict()
+        for row in rows:
+            for ref in row:
+                self.taken[ref.source] += 1
+        rows = self._own_rows(rows, costs)
+        return StepPlan(rows, epoch, self.state_dict())
 
-    def build(self, rows: list[list[Any]], epoch: int, state: dict[str, Any]) -> Step:
-        """Read and collate what `plan` returned; in any thread."""
-        samples = [[self._sample(*draw) for draw in row] for row in rows]
-        starts = range(0, len(rows), self.micro_batch_size)
-        batches = [
-            collate(samples[i : i + self.micro_batch_size], self.seq_len, self.pad_token_id)
-            for i in starts
-        ]
-        return Step(batches, epoch, [sample.id for row in samples for sample in row], state)
+    def _current_window(self) -> _Window:
+        if self.window is None:
+            self.window = self._pack(self.start, self.remainder)
+        if self.row > len(self.window.rows):  # of a stream, which has no digest
+            raise InputError(
+                f"{CHANGED}: {self.row} rows are done of a window that has "
+                f"{len(self.window.rows)} now; restore it or start a new run"
+            )
+        return self.window
+
+    def _own_rows(self, rows: list[list[SampleRef]], costs: list[float]) -> list[list[SampleRef]]:
+        """Return this rank's rows of a global batch, which is filled up with empty rows."""
+        missing = self.global_batch_size - len(rows)
+        if self.cost:
+            costs = costs + [0.0] * missing
+            own = balance_rows(costs, self.data_size, self.micro_batch_size)[self.data_rank]
+        else:
+            rows_per_rank = self.global_batch_size // self.data_size
+            first = self.data_rank * rows_per_rank
+            own = range(first, first + rows_per_rank)
+        return [rows[i] if i < len(rows) else [] for i in own]
+
+    def build(self, plan: StepPlan) -> Step:
+        """Read and collate the samples of a plan; in any thread."""
+        rows = [[self._read(ref) for ref in row] for row in plan.rows]
+        batches = []
+        for first in range(0, len(rows), self.micro_batch_size):
+            microbatch = rows[first : first + self.micro_batch_size]
+            batches.append(collate(microbatch, self.seq_len, self.pad_token_id))
+        ids = [sample.id for row in rows for sample in row]
+        return Step(batches, plan.epoch, ids, plan.state)
 
     def __next__(self) -> Step:
-        return self.build(*self.plan())
+        return self.build(self.plan())
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream goes on, as plain JSON: the same on every rank and for any number of
-        ranks.
+        """Return where the stream goes on, as plain JSON: the same on every rank and for any number
+        of ranks.
         """
-        remainder = [
-            [s, [x.id, x.tokens.tolist(), x.weights.tolist()] if isinstance(x, Sample) else x]
-            for s, x in self.remainder
-        ]
-        place = {"row": self.row, "remainder": remainder, "taken": [*self.taken]}
-        return self.cursor | place | {"of": self._described()}
-
-    def source_epochs(self, state: dict[str, Any]) -> dict[str, float]:
-        """How often each source has been gone through, as of `state`; 0 for a streaming one that
-        has not ended yet.
-        """
-        taken = zip(self.sources, state["taken"], self.sizes, strict=True)
-        return {source.name: n / size if size else 0.0 for source, n, size in taken}
-
-    def _described(self) -> str:
-        data = " + ".join(
-            f"{what} at weight {s.weight:g}"
-            for s, what in zip(self.sources, self.content, strict=True)
-        )
-        order = (
-            f"--data.packing {self.packing}, --data.packing-buffer {self.buffer}, --train.seed "
-            f"{self.seed}"
-        )
-        return f"{data} (--data.seq-len {self.seq_len}, {order})"
+        return {
+            **self._start_state(),
+            "row": self.row,
+            "remainder": [_ref_state(ref) for ref in self.remainder],
+            "taken": [*self.taken],
+            "of": self._description(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the step at which `state` was taken, for the same data and options that
         decide its order.
         """
-        then, now = state.get("of", "data of another version of torchsft"), self._described()
-        if then != now:
+        before = state.get("of", "data of another version of torchsft")
+        now = self._description()
+        if before != now:
             raise InputError(
-                f"{CHANGED}: {then} then, {now} now; restore files and options or start a new run"
+                f"{CHANGED}: {before} then, {now} now; restore files and options or start a new run"
             )
-        self.cursor, self.window = {name: state[name] for name in self.cursor}, None
-        self.row, self.taken = state["row"], [*state["taken"]]
-        self.remainder = [
-            [s, Sample(*x) if isinstance(x, list) else x] for s, x in state["remainder"]
+        self.start = self._start_of(state)
+        self.window = None
+        self.row = state["row"]
+        self.remainder = [_ref_of(*each) for each in state["remainder"]]
+        self.taken = [*state["taken"]]
+
+    def _start_state(self) -> dict[str, Any]:
+        return {"epoch": self.start.epoch, "window": self.start.window}
+
+    def _start_of(self, state: dict[str, Any]) -> WindowStart:
+        return WindowStart(state["epoch"], state["window"])
+
+    def source_epochs(self, state: dict[str, Any]) -> dict[str, float]:
+        """Return how often each source has been gone through, as of `state`; 0 for a streaming one
+        that has not ended yet.
+        """
+        epochs = {}
+        for source, taken, size in zip(self.sources, state["taken"], self.sizes, strict=True):
+            epochs[source.name] = taken / size if size else 0.0
+        return epochs
+
+    def _description(self) -> str:
+        """Return the data and options to which a state belongs."""
+        sources = [
+            f"{content} at weight {source.weight:g}"
+            for source, content in zip(self.sources, self.contents, strict=True)
         ]
+        return (
+            f"{' + '.join(sources)} (--data.seq-len {self.seq_len}, --data.packing {self.packing}, "
+            f"--data.packing-buffer {self.buffer}, --train.seed {self.seed})"
+        )
+
+
+def _ref_state(ref: SampleRef) -> list[Any]:
+    """Return a `SampleRef` as JSON: [source, index], or [source, [id, tokens, weights]]."""
+    sample = ref.sample
+    if isinstance(sample, Sample):
+        return [ref.source, [sample.id, sample.tokens.tolist(), sample.weights.tolist()]]
+    return [ref.source, sample]
+
+
+def _ref_of(source: int, sample: int | list[Any]) -> SampleRef:
+    """Return the `SampleRef` that `_ref_state` wrote."""
+    return SampleRef(source, Sample(*sample) if isinstance(sample, list) else sample)
 
 
 class TrainLoader(_Loader):
@@ -256,7 +370,7 @@ class TrainLoader(_Loader):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sizes = [len(source.samples) for source in self.sources]
-        self.content = [
+        self.contents = [
             f"{len(source.samples)} samples (digest {source.digest})" for source in self.sources
         ]
         if not self.sizes or not all(self.sizes):
@@ -264,62 +378,81 @@ class TrainLoader(_Loader):
                 "--data.train has no samples to train on; check the files and --data.truncation"
             )
 
-    def _drawn(self, epoch: int) -> np.ndarray:
-        """Draws of each source before an epoch: `weight` times its samples, but at least one an
-        epoch.
+    def _taken_before(self, epoch: int) -> np.ndarray:
+        """Return how many samples of each source are taken before an epoch: `weight` times its
+        samples in each epoch, but at least one.
         """
         counts = [
-            epoch * source.weight * n + 0.5
-            for source, n in zip(self.sources, self.sizes, strict=True)
+            epoch * source.weight * size + 0.5
+            for source, size in zip(self.sources, self.sizes, strict=True)
         ]
         return np.maximum(np.array(counts, dtype=np.int64), epoch)
 
-    def _draw(
-        self, cursor: dict[str, int]
-    ) -> tuple[list[list[int]], list[int], dict[str, int], bool]:
-        epoch, window = cursor["epoch"], cursor["window"]
-        before, behind = self._drawn(epoch), self._drawn(epoch + 1)
-        ends = np.cumsum(behind - before)
-        total, stop = int(ends[-1]), (window + 1) * self.buffer
-        places = permute(
-            range(window * self.buffer, min(stop, total)), total, self.seed, PLACES, epoch
+    def _take(self, start: WindowStart) -> _Taken:
+        """Return the samples of a window.
+
+        The positions of an epoch are divided among the sources, a stretch of positions for each.
+        Shuffled positions so give the source, and the number of the sample among all that are taken
+        of that source since the training began. That number is a pass through the source and a
+        position in that pass, each of which has an order of its own.
+        """
+        epoch = start.epoch
+        before = self._taken_before(epoch)
+        after = self._taken_before(epoch + 1)
+        stretch_ends = np.cumsum(after - before)
+        epoch_size = int(stretch_ends[-1])
+        first = start.window * self.buffer
+        stop = first + self.buffer
+        window = range(first, min(stop, epoch_size))
+        positions = shuffled(window, epoch_size, self.seed, SAMPLES_OF_EPOCH, epoch)
+
+        source = np.searchsorted(stretch_ends, positions, side="right")
+        number = positions - stretch_ends[source] + after[source]
+        source_pass, index = np.divmod(number, np.array(self.sizes)[source])
+        lengths = np.empty_like(index)
+        pass_key = source_pass * len(self.sizes) + source
+        for key in np.unique(pass_key).tolist():
+            of_pass = pass_key == key
+            s = key % len(self.sizes)
+            key_of_order = (self.seed, SAMPLES_OF_PASS, key)
+            index[of_pass] = shuffled(index[of_pass], self.sizes[s], *key_of_order)
+            lengths[of_pass] = self.sources[s].samples.lengths[index[of_pass]]
+
+        ends_epoch = stop >= epoch_size
+        return _Taken(
+            samples=[*map(SampleRef, source.tolist(), index.tolist())],
+            lengths=lengths.tolist(),
+            next_start=WindowStart(epoch + 1)
+            if ends_epoch
+            else replace(start, window=start.window + 1),
+            ends_epoch=ends_epoch,
         )
-        source = np.searchsorted(ends, places, side="right")
-        turn, sample = np.divmod(
-            places - ends[source] + behind[source], np.array(self.sizes)[source]
-        )
-        lengths = np.empty_like(sample)
-        turn = turn * len(self.sizes) + source
-        for each in np.unique(turn).tolist():  # each time through a source has an order of its own
-            these, s = turn == each, each % len(self.sizes)
-            sample[these] = permute(sample[these], self.sizes[s], self.seed, SAMPLES, each)
-            lengths[these] = self.sources[s].samples.lengths[sample[these]]
-        after = (
-            {"epoch": epoch, "window": window + 1}
-            if stop < total
-            else {"epoch": epoch + 1, "window": 0}
-        )
-        return np.stack([source, sample], 1).tolist(), lengths.tolist(), after, stop >= total
 
     def steps_in_epoch(self, epoch: int, share: Fraction | int = 1) -> int:
-        """Optimizer steps of an epoch, counted from 0, found by packing it; epochs differ slightly.
+        """Return the optimizer steps of an epoch, found by packing it; epochs differ slightly.
 
-        With a `share` the first steps whose samples are at least this share of the epoch's."""
-        due = share * int((self._drawn(epoch + 1) - self._drawn(epoch)).sum())
-        cursor, remainder = {"epoch": epoch, "window": 0}, []
+        Args:
+            epoch: counted from 0.
+            share: of the epoch's samples, at least which are in these steps, the first ones.
+        """
+        epoch_size = int((self._taken_before(epoch + 1) - self._taken_before(epoch)).sum())
+        needed = share * epoch_size
+        start = WindowStart(epoch)
+        remainder: list[SampleRef] = []
         rows = samples = 0
-        while samples < due:
-            window = self._pack(cursor, remainder)
-            cursor, remainder = window.after, window.remainder
+        while samples < needed:
+            window = self._pack(start, remainder)
+            start, remainder = window.next_start, window.remainder
             for row in window.rows:
-                if samples < due:
-                    rows += 1
-                    samples += len(row)
+                if samples >= needed:
+                    break
+                rows += 1
+                samples += len(row)
         return -(-rows // self.global_batch_size)
 
     def steps_in(self, epochs: float) -> int:
-        """Optimizer steps of so many epochs from the beginning, the last of which may be a part
-        (see `steps_in_epoch`).
+        """Return the optimizer steps of so many epochs from the beginning, the last of which may be
+        a part (see `steps_in_epoch`).
         """
         whole = int(epochs)
         rest = Fraction(str(epochs)) - whole  # of the decimal number that was written
@@ -331,8 +464,8 @@ class StreamLoader(_Loader):
     """Steps from sources that are read while training (see `prepare.Stream`); arguments as in
     `_Loader`.
 
-    Sources are drawn from in turn, by weight (2.0: twice as often). `open(n)` yields (row, part,
-    sample) from behind row n on.
+    Sources are read in turn, by weight (2.0: twice as often). `open(n)` yields (row, part, sample)
+    from behind row n on.
 
     A source that ends begins again, and windows run across that; an epoch has passed when each has
     ended once more. Every rank reads and tokenises the whole stream, as what is packed together
@@ -341,117 +474,89 @@ class StreamLoader(_Loader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Of each source: row and part that were drawn last, samples from its beginning to its end,
-        # samples drawn. 0: not yet.
-        self.cursor["places"] = [[0, 0, 0, 0] for _ in self.sources]
-        self.at: dict[str, Any] = {}  # the cursor at which `readers` stand
+        self.start = WindowStart(streams=tuple(StreamPosition() for _ in self.sources))
         self.readers: list[Iterator[tuple[int, int, Sample]]] = []
+        self.readers_at: WindowStart | None = None  # where the readers are
 
-    def _open(self, source: Any, row: int, part: int) -> Iterator[tuple[int, int, Sample]]:
-        """A reader behind the sample that was drawn last."""
-        reader = source.open(max(row - 1, 0))
-        if row and next((each[:2] for each in reader if each[:2] >= (row, part)), None) != (
-            row,
-            part,
-        ):
-            raise InputError(
-                f"{CHANGED}: {source.name} has no sample {row}/{part} now; restore it "
-                f"or start a new run"
-            )
-        return reader
-
-    def _draw(
-        self, cursor: dict[str, Any]
-    ) -> tuple[list[list[Any]], list[int], dict[str, Any], bool]:
-        places, draws = [[*place] for place in cursor["places"]], []
-        if cursor != self.at:
+    def _take(self, start: WindowStart) -> _Taken:
+        """Return the samples of a window, in a shuffled order."""
+        positions = [replace(position) for position in start.streams]
+        if start != self.readers_at:
             self.readers = [
-                self._open(source, *place[:2])
-                for source, place in zip(self.sources, places, strict=True)
+                _open_behind(source, position)
+                for source, position in zip(self.sources, positions, strict=True)
             ]
-        self.at = {}  # until this is done: an error leaves the readers elsewhere
-        while len(draws) < self.buffer:
-            s = min(range(len(places)), key=lambda s: (places[s][3] + 1) / self.sources[s].weight)
-            place, source = places[s], self.sources[s]
-            row, part, sample = next(self.readers[s], (0, 0, None))
+        self.readers_at = None  # until this is done: an error leaves the readers elsewhere
+        samples: list[SampleRef] = []
+        while len(samples) < self.buffer:
+            s = self._next_source(positions)
+            sample = self._next_sample(s, positions[s])
             if sample is not None:
-                place[:2], place[3] = (row, part), place[3] + 1
-                draws.append([s, sample])
-            elif place[0]:
-                place[:3], self.readers[s] = (0, 0, place[2] or place[3]), source.open(0)
-            else:
-                raise InputError(
-                    f"--data.train has no samples in {source.name!r}; check the file "
-                    f"and --data.truncation"
-                )
-        self.sizes = [size for _, _, size, _ in places]
-        epoch = min(drawn // size if size else 0 for _, _, size, drawn in places)
-        self.at = {"epoch": epoch, "window": cursor["window"] + 1, "places": places}
-        draws = [
-            draws[i]
-            for i in permute(
-                range(len(draws)), len(draws), self.seed, STREAM, cursor["window"]
-            ).tolist()
+                samples.append(SampleRef(s, sample))
+        self.sizes = [position.size for position in positions]
+        # of each source, the passes that are over
+        passes = [position.taken // position.size if position.size else 0 for position in positions]
+        next_start = WindowStart(min(passes), start.window + 1, tuple(positions))
+        self.readers_at = next_start
+        key = (self.seed, SAMPLES_OF_WINDOW, start.window)
+        order = shuffled(range(len(samples)), len(samples), *key)
+        samples = [samples[i] for i in order.tolist()]
+        lengths = [len(ref.sample.tokens) for ref in samples]
+        return _Taken(samples, lengths, next_start, ends_epoch=False)
+
+    def _next_source(self, positions: Sequence[StreamPosition]) -> int:
+        """Return the source of which, by its weight, the least has been taken."""
+        shares = [
+            (position.taken + 1) / source.weight
+            for position, source in zip(positions, self.sources, strict=True)
         ]
-        return draws, [len(sample.tokens) for _, sample in draws], self.at, False
+        return shares.index(min(shares))
+
+    def _next_sample(self, s: int, position: StreamPosition) -> Sample | None:
+        """Read the next sample of a source; None where the source has ended, and begins again."""
+        source = self.sources[s]
+        row, part, sample = next(self.readers[s], (0, 0, None))
+        if sample is not None:
+            position.row = row
+            position.part = part
+            position.taken += 1
+            return sample
+        if not position.row:
+            raise InputError(
+                f"--data.train has no samples in {source.name!r}; check the file "
+                f"and --data.truncation"
+            )
+        position.row = 0
+        position.part = 0
+        position.size = position.size or position.taken
+        self.readers[s] = source.open(0)
+        return None
+
+    def _start_state(self) -> dict[str, Any]:
+        """Return the start as JSON, with [row, part, size, taken] of each source."""
+        places = [
+            [position.row, position.part, position.size, position.taken]
+            for position in self.start.streams
+        ]
+        return {**super()._start_state(), "places": places}
+
+    def _start_of(self, state: dict[str, Any]) -> WindowStart:
+        streams = tuple(StreamPosition(*place) for place in state["places"])
+        return replace(super()._start_of(state), streams=streams)
 
 
-class Background(Iterator[Step]):
-    """Steps of a loader, in its order: one thread plans, `workers` build beside training (0: only
-    when a step is asked for).
-
-    On a CUDA device they come in pinned memory. What a thread raises is raised by the `next` that
-    waits for its step. `waited`: seconds that the last step was waited for.
-    """
-
-    def __init__(
-        self, loader: TrainLoader | StreamLoader, workers: int, device: torch.device | str = "cpu"
-    ) -> None:
-        self.loader, self.device = loader, torch.device(device)
-        self.ahead = max(2, workers) if workers else 0
-        self.waited, self._state = 0.0, loader.state_dict()
-        self._steps: deque[Future[Future[Step]]] = deque()
-        self._planner, self._builders = ThreadPoolExecutor(1), ThreadPoolExecutor(max(workers, 1))
-
-    def _plan(self) -> Future[Step]:
-        # refused when the interpreter ends, which would wait for all that is to be planned yet
-        self._builders.submit(int)
-        return self._builders.submit(self._build, self.loader.plan())
-
-    def _build(self, plan: tuple[list[list[Any]], int, dict[str, Any]]) -> Step:
-        step = self.loader.build(*plan)
-        if self.device.type == "cuda":
-            # of this thread; else every rank's pinning would make a context on GPU 0
-            torch.cuda.set_device(self.device)
-            step.microbatches = [batch.pin_memory() for batch in step.microbatches]
-        return step
-
-    def __next__(self) -> Step:
-        began = time.perf_counter()
-        while len(self._steps) <= self.ahead:
-            self._steps.append(self._planner.submit(self._plan))
-        step = self._steps[0].result().result()  # what failed stays the next one
-        self._steps.popleft()
-        self.waited, self._state = time.perf_counter() - began, step.state
-        return step
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's state behind the last step that was handed out, whatever is prepared
-        already.
-        """
-        return self._state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As the loader's; what was prepared is thrown away."""
-        wait(self._steps)
-        self._steps.clear()
-        self.loader.load_state_dict(state)
-        self._state = self.loader.state_dict()
-
-    def close(self) -> None:
-        """End the threads; nothing more can be asked for."""
-        self._planner.shutdown(cancel_futures=True)
-        self._builders.shutdown(cancel_futures=True)
+def _open_behind(source: Any, position: StreamPosition) -> Iterator[tuple[int, int, Sample]]:
+    """Return a reader of a streaming source behind the sample that was read last."""
+    last = (position.row, position.part)
+    reader = source.open(max(position.row - 1, 0))
+    if position.row:
+        reached = next((each[:2] for each in reader if each[:2] >= last), None)
+        if reached != last:
+            raise InputError(
+                f"{CHANGED}: {source.name} has no sample {position.row}/{position.part} now; "
+                f"restore it or start a new run"
+            )
+    return reader
 
 
 class EvalSet(Sequence[Batch]):
@@ -459,8 +564,7 @@ class EvalSet(Sequence[Batch]):
     errors as in `_Loader`.
 
     Each sample is in one batch of one rank, whatever its source's weight; ranks have equally many
-    batches, the last of which
-    may hold empty rows. No samples: no batches.
+    batches, the last of which may hold empty rows. No samples: no batches.
     """
 
     def __init__(
@@ -473,29 +577,27 @@ class EvalSet(Sequence[Batch]):
         data_size: int,
         pad_token_id: int,
     ) -> None:
-        self.seq_len, self.micro_batch_size, self.pad_token_id = (
-            seq_len,
-            micro_batch_size,
-            pad_token_id,
-        )
-        packed = [
-            (each.samples, pack(each.samples.lengths, range(len(each.samples)), seq_len))
-            for each in sources
-        ]
-        # a row is of one source
-        rows = [(samples, row) for samples, of_source in packed for row in of_source]
-        # rows of each rank
-        part = -(-len(rows) // (micro_batch_size * data_size)) * micro_batch_size
-        self.rows = (rows + [([], [])] * (part * data_size - len(rows)))[
-            data_rank * part : (data_rank + 1) * part
-        ]
+        self.sources = sources
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.pad_token_id = pad_token_id
+        rows: list[list[SampleRef]] = []
+        for s, source in enumerate(sources):
+            samples = source.samples
+            packed = pack(samples.lengths, range(len(samples)), seq_len)
+            rows += [[SampleRef(s, i) for i in row] for row in packed]
+        microbatches = -(-len(rows) // (micro_batch_size * data_size))
+        rows_per_rank = microbatches * micro_batch_size
+        rows += [[] for _ in range(rows_per_rank * data_size - len(rows))]
+        first = data_rank * rows_per_rank
+        self.rows = rows[first : first + rows_per_rank]
 
     def __len__(self) -> int:
         return len(self.rows) // self.micro_batch_size
 
     def __getitem__(self, index: int) -> Batch:
-        begin = range(len(self))[index] * self.micro_batch_size  # refuses what is outside
-        rows = self.rows[begin : begin + self.micro_batch_size]
-        return collate(
-            [[samples[i] for i in row] for samples, row in rows], self.seq_len, self.pad_token_id
-        )
+        index = range(len(self))[index]  # refuses what is outside
+        first = index * self.micro_batch_size
+        rows = self.rows[first : first + self.micro_batch_size]
+        samples = [[self.sources[ref.source].samples[ref.sample] for ref in row] for row in rows]
+        return collate(samples, self.seq_len, self.pad_token_id)

@@ -19,40 +19,74 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.config import RESERVED, InputError
 from torchsft.data.formats import Conversation, Example, Text, Tokens
-from torchsft.data.rendering import AddedTokens, ChatTemplate, Given, without_reasoning
+from torchsft.data.patterns import TrainedText
+from torchsft.data.rendering import AddedTokens, ChatTemplate, Extras, without_reasoning
 from torchsft.data.rows import RowError
-from torchsft.data.turns import Mask, Part, TurnFinder
+from torchsft.data.turns import Mask, TurnFinder
 
 KNOWN_VARIABLES = 64  # sets of variables of rows whose renderings are remembered
 
 
-class Span(NamedTuple):
-    """Characters of a turn: behind the prompt, behind what is not trained of it, behind its end;
-    and its weight.
+@dataclass(slots=True)
+class _Span:
+    """Characters of a turn, and the weight of what is trained of it.
+
+    Attributes:
+        prompt_end: where the turn begins, behind its prompt.
+        start, end: of what is trained of it.
     """
 
-    begin: int
+    prompt_end: int
     start: int
     end: int
     weight: float
 
 
-class _Marked(NamedTuple):
-    """A text to tokenise, with what is trained of it. `plain`: a text of no chat template, which
-    gets the tokenizer's BOS.
+@dataclass(slots=True)
+class _MarkedText:
+    """A text to tokenise, with what is trained of it.
+
+    Attributes:
+        is_plain: whether it is of no chat template, and gets the tokenizer's BOS.
+        weight: of what stands outside of the spans, with the mask `all`.
     """
 
     text: str
-    spans: list[Span]
-    plain: bool = False
+    spans: list[_Span]
+    is_plain: bool = False
+    weight: float = 1.0
 
 
-class _Texts(NamedTuple):
-    """What to tokenise for an example, and what is to be told of it."""
+@dataclass(slots=True)
+class _Rendered:
+    """What to tokenise for an example; notes and kept as in `Encoded`."""
 
-    marked: list[_Marked]
+    texts: list[_MarkedText]
     notes: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A part of a text, tokenised on its own; its first character and token are counted in the
+    whole text.
+    """
+
+    first_character: int
+    first_token: int
+    encoding: Encoding
+
+
+@dataclass(slots=True)
+class _Boundary:
+    """The first token that begins at some character or behind it.
+
+    Attributes:
+        is_straddled: whether the token before it reaches behind that character.
+    """
+
+    token: int
+    is_straddled: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -76,21 +110,28 @@ class Sample:
         self.weights = np.asarray(self.weights, dtype=np.float32)
 
 
-class Encoded(NamedTuple):
-    """Samples of one example (tokens int32 [n], weights float32 [n] as in `Sample`), of any length,
-    and what happened.
+class WeightedTokens(NamedTuple):
+    """Tokens int32 [n] and weights float32 [n] as in `Sample`, of any length."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Samples of one example, and what happened.
 
     Attributes:
         samples: several where the conversation is split by turn, in the order of their last turns.
         notes: codes that are counted. split-by-turn: several samples. closed-reasoning,
             context-restored: a text was put together, see `turns.py`. context-lost: the template
             leaves out some context, and the row is kept. unread-variable: the row names a variable
-            that the template does not read.
+            that the template does not read. unread-name: nor does it write the name of a message.
         ends: the token that ends each trained turn, in any order.
         kept: in words, why a row with a fault is kept nevertheless.
     """
 
-    samples: list[tuple[np.ndarray, np.ndarray]]
+    samples: list[WeightedTokens]
     notes: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
     kept: tuple[str, ...] = ()
@@ -131,252 +172,298 @@ class ChatTokenizer:
                 f"{type(tokenizer).__name__} is a slow tokenizer; give a directory "
                 f"with a tokenizer.json"
             )
-        self.mask, self.masks_reasoning = mask, reasoning == "mask"
+        self.mask = mask
+        self.masks_reasoning = reasoning == "mask"
         self.keeps_lost_context = on_lost_context == "keep"
         self.templates = templates_of(tokenizer)
         self.variables = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
-        self.added = _added_tokens(tokenizer, eos_ids)
+        self.added_tokens = _added_tokens(tokenizer, eos_ids)
         self.eos_ids = tuple(eos_ids)
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token
-        self.adds_bos = self.bos is not None and tokenizer("").input_ids[:1] == [self.bos]
+        self.eos = tokenizer.eos_token
+        self.bos_id = tokenizer.bos_token_id
+        self.adds_bos = self.bos_id is not None and tokenizer("").input_ids[:1] == [self.bos_id]
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         # it would take the spaces out of the offsets (ByteLevel's trim_offsets)
         self.backend.post_processor = None
         self.backend.no_truncation()
         self.backend.no_padding()
+        # by the template's name and the row's own variables
         self.finders: dict[tuple[str, str], TurnFinder] = {}
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
-        """The samples of each example, or why it cannot be used; an error names the example by its
-        id.
-        """
-        found = [self._texts(example) for example in examples]
-        texts = [marked.text for one in found if isinstance(one, _Texts) for marked in one.marked]
-        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
-        for place, one in enumerate(found):
-            if not isinstance(one, _Texts):
-                continue
-            own = [(marked, next(encodings)) for marked in one.marked]
-            try:
-                made = [self._sample(*each) for each in own]
-            except RowError as error:
-                found[place] = RowError(examples[place].id, error.reason, error.text)
-                continue
-            samples = [(ids, weights) for ids, weights, _ in made]
-            ends = tuple(end for *_, ended in made for end in ended)
-            found[place] = Encoded(samples, one.notes, ends, one.kept)
-        return found
+        """Tokenise examples.
 
-    def _sample(
-        self, marked: _Marked, encoding: Encoding
-    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Tokens and weights, and what ends trained turns.
-
-        A text without chat template has the BOS that the tokenizer adds, exactly once. A rendered
-        conversation has the one that its template writes, as in `apply_chat_template`.
+        Returns:
+            The samples of each example, or why it cannot be used; an error names the example by its
+            id.
         """
-        text, spans, plain = marked
-        pieces = [(0, 0, encoding)]  # character and token with which it begins
-        tokens = {at: _token_at(pieces, at) for at in {at for span in spans for at in span[:3]}}
-        if self.mask != "all" and any(tokens[span.begin][1] for span in spans):
-            pieces = self._in_pieces(
-                text, [0, *(span.begin for span in spans), len(text)], encoding
-            )
-            tokens = {at: _token_at(pieces, at) for at in tokens}
-        ids = np.array(
-            encoding.ids if len(pieces) == 1 else [i for _, _, e in pieces for i in e.ids],
-            dtype=np.int32,
-        )
-        weights = np.full(len(ids), self.mask == "all", dtype=np.float32)
-        for begin, start, end, weight in spans:
-            weights[tokens[begin][0] : tokens[start][0]] = 0.0
-            weights[tokens[start][0] : tokens[end][0]] = weight
-        ends = [
-            int(ids[tokens[end][0] - 1])
-            for _, start, end, weight in spans
-            if weight and start < end
+        prepared = [self._prepare(example) for example in examples]
+        texts = [
+            marked.text
+            for found in prepared
+            if isinstance(found, _Rendered)
+            for marked in found.texts
         ]
-        if self.mask == "all" and not plain:  # turns are not located one by one
-            closing = {finder.template.closing for finder in self.finders.values()} - {""}
-            ends += [
-                i
-                for i in map(self.backend.token_to_id, sorted(closing))
-                if i is not None and i in ids
-            ]
-        if self.bos is not None:
-            if len(ids) > 1 and ids[0] == ids[1] == self.bos:
-                problem = (
-                    f"the text begins with two BOS tokens (id {self.bos}); take one out of the "
-                    f"chat template"
-                )
-                raise RowError("", "double-bos", problem)
-            if plain and self.adds_bos and (not len(ids) or ids[0] != self.bos):
-                ids, weights = np.insert(ids, 0, self.bos), np.insert(weights, 0, 0.0)
-        weights[:1] = 0.0  # nothing comes before it
-        return ids, weights, ends
+        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        results: list[Encoded | RowError] = []
+        for example, found in zip(examples, prepared, strict=True):
+            if not isinstance(found, _Rendered):
+                results.append(found)
+                continue
+            own_encodings = [next(encodings) for _ in found.texts]
+            try:
+                results.append(self._encoded(found, own_encodings))
+            except RowError as error:
+                results.append(RowError(example.id, error.reason, error.text))
+        return results
 
-    def _in_pieces(
-        self, text: str, edges: list[int], whole: Encoding
-    ) -> list[tuple[int, int, Encoding]]:
-        """The text with no token across an edge; must decode to what the whole does."""
-        encodings = self.backend.encode_batch(
-            [text[a:b] for a, b in itertools.pairwise(edges)], add_special_tokens=False
-        )
-        ids = [i for encoding in encodings for i in encoding.ids]
-        if self.backend.decode(ids, skip_special_tokens=False) != self.backend.decode(
-            whole.ids, skip_special_tokens=False
-        ):
-            problem = (
-                "a token reaches from the prompt into an assistant turn, and this tokenizer "
-                "changes the text when it is"
-            )
-            raise RowError(
-                "",
-                "straddling-token",
-                problem + " split there; change the whitespace there or the chat template",
-            )
-        return list(
-            zip(
-                edges, itertools.accumulate(map(len, encodings), initial=0), encodings, strict=False
-            )
-        )
+    # ------------------------------------------------------------ from examples to marked texts
 
-    def _texts(self, example: Example) -> _Texts | Encoded | RowError:
-        """What to tokenise for an example."""
+    def _prepare(self, example: Example) -> _Rendered | Encoded | RowError:
+        """Return what to tokenise for an example; its samples, where it is tokens already."""
         if isinstance(example, Tokens):
-            tokens = np.array(example.tokens, dtype=np.int32)
-            weights = np.array(example.weights, dtype=np.float32)
-            weights[list(example.starts)] = 0.0  # nothing comes before them
-            edges = itertools.pairwise([*example.starts, len(tokens)])
-            samples = [(tokens[start:end], weights[start:end]) for start, end in edges]
-            return Encoded(
-                samples, ends=tuple(end for sample in samples for end in self._ends_of(*sample))
-            )
+            return self._pretokenised(example)
         try:
-            return self._plain(example) if isinstance(example, Text) else self._rendered(example)
+            if isinstance(example, Text):
+                return self._plain(example)
+            return self._conversation(example)
         except RowError as error:
             return RowError(example.id, error.reason, error.text)
 
-    def _ends_of(self, tokens: np.ndarray, weights: np.ndarray) -> list[int]:
-        """The tokens with which stretches of trained tokens end, in a row that is tokens already,
-        if they end turns: the row may be cut anywhere.
+    def _pretokenised(self, example: Tokens) -> Encoded:
+        tokens = np.array(example.tokens, dtype=np.int32)
+        weights = np.array(example.weights, dtype=np.float32)
+        weights[list(example.starts)] = 0.0  # nothing comes before them
+        samples = []
+        ends: list[int] = []
+        for start, end in itertools.pairwise([*example.starts, len(tokens)]):
+            sample = WeightedTokens(tokens[start:end], weights[start:end])
+            samples.append(sample)
+            ends += self._turn_ends_in(sample)
+        return Encoded(samples, ends=tuple(ends))
+
+    def _turn_ends_in(self, sample: WeightedTokens) -> list[int]:
+        """Return the tokens with which trained stretches of a pre-tokenised row end, if they end
+        turns: the row may be cut anywhere.
         """
-        trained = np.append(weights > 0, False)
-        last = tokens[np.flatnonzero(trained[:-1] & ~trained[1:])]
-        return last[np.isin(last, self._turn_ends)].tolist()
+        trained = np.append(sample.weights > 0, False)
+        is_last = trained[:-1] & ~trained[1:]
+        last_tokens = sample.tokens[is_last]
+        return last_tokens[np.isin(last_tokens, self._turn_end_ids)].tolist()
 
     @cached_property
-    def _turn_ends(self) -> list[int]:
+    def _turn_end_ids(self) -> list[int]:
         """Ids of the tokens that end turns as far as is known without a conversation: eos tokens,
         and the template's.
         """
-        template = ChatTemplate(self.templates["default"], self.variables, self.added)
-        named = {self.eos, template.closing, *template.openers.values()} - {None, ""}
-        ids = [self.backend.token_to_id(token) for token in named]
-        return sorted({*self.eos_ids, *(i for i in ids if i is not None)})
+        template = ChatTemplate(self.templates["default"], self.variables, self.added_tokens)
+        texts = {self.eos, template.closing, *template.openers.values()} - {None, ""}
+        ids = [self.backend.token_to_id(text) for text in texts]
+        return sorted({*self.eos_ids, *(token for token in ids if token is not None)})
 
-    def _plain(self, example: Text) -> _Texts:
+    def _plain(self, example: Text) -> _Rendered:
         if not self.eos:
             raise RowError(
                 "",
                 "no-end-of-turn",
                 "the tokenizer has no eos_token to end the text with; name one",
             )
-        begin, text = len(example.prompt), example.prompt + example.completion
-        text += "" if text.endswith(self.eos) else self.eos
-        return _Texts([_Marked(text, [Span(begin, begin, len(text), example.weight)], plain=True)])
+        text = example.prompt + example.completion
+        if not text.endswith(self.eos):
+            text += self.eos
+        start = len(example.prompt)
+        span = _Span(start, start, len(text), example.weight)
+        marked = _MarkedText(text, [span], is_plain=True, weight=example.weight)
+        return _Rendered([marked])
 
-    def _rendered(self, example: Conversation) -> _Texts:
+    def _conversation(self, example: Conversation) -> _Rendered:
         finder = self._finder(example)
-        weights = self._weights(example)
-        given = Given(example.tools, example.documents)
-        parts = finder.parts(example.messages, given, weights)
-        notes = ("split-by-turn",) if len(parts) > 1 else ()
-        notes += tuple(sorted({turn.note for part in parts for turn in part.turns} - {""}))
+        weights = self._message_weights(example)
+        extras = Extras(example.tools, example.documents)
+        texts = finder.trained_texts(example.messages, extras, list(weights))
+        notes = ["split-by-turn"] if len(texts) > 1 else []
+        notes += sorted({turn.note for text in texts for turn in text.turns} - {""})
         if example.template_kwargs.keys() - finder.template.reads:
-            notes += ("unread-variable",)
-        kept = self._lost(parts)
-        if kept and not self.keeps_lost_context:
-            remedy = (
-                "use a template that writes it, take it out of the row, or set "
-                "--data.on-lost-context keep"
-            )
+            notes.append("unread-variable")
+        names = {message["name"] for message in example.messages if message.get("name")}
+        if texts and any(name not in texts[-1].text for name in names):
+            notes.append("unread-name")
+        lost = _missing_context(texts)
+        if lost and not self.keeps_lost_context:
             raise RowError(
                 "",
                 "context-lost",
-                f"{kept[0]}, so that the answer would be trained without it; {remedy}",
+                f"{lost[0]}, so that the answer would be trained without it; use a template that "
+                f"writes it, take it out of the row, or set --data.on-lost-context keep",
             )
-        notes += ("context-lost",) if kept else ()
-        marked = [
-            _Marked(part.text, [Span(*t[1:4], weights[t.index]) for t in part.turns])
-            for part in parts
-        ]
-        return _Texts(marked, notes, kept)
-
-    def _lost(self, parts: list[Part]) -> tuple[str, ...]:
-        """In words, what the texts lack of their context, each once."""
-        found = dict.fromkeys(lost for part in parts for lost in part.lost)
-        places = [
-            (f"message {lost.index + 1}: " if lost.index is not None else "", lost.what)
-            for lost in found
-        ]
-        return tuple(f"{place}the chat template leaves out {what}" for place, what in places)
+        if lost:
+            notes.append("context-lost")
+        marked = []
+        for text in texts:
+            spans = [
+                _Span(turn.prompt_end, turn.trained_start, turn.trained_end, weights[turn.index])
+                for turn in text.turns
+            ]
+            marked.append(_MarkedText(text.text, spans, weight=example.row_weight))
+        return _Rendered(marked, tuple(notes), lost)
 
     def _finder(self, example: Conversation) -> TurnFinder:
-        """For the template and the variables of a row."""
+        """Return the finder for the template and the variables of a row."""
         name = "tool_use" if example.tools and "tool_use" in self.templates else "default"
         variables = example.template_kwargs
-        key = (name, json.dumps(variables, sort_keys=True, default=repr) if variables else "")
+        written = json.dumps(variables, sort_keys=True, default=repr) if variables else ""
+        key = (name, written)
         if key not in self.finders:
-            if reserved := sorted(variables.keys() & RESERVED):
-                problem = (
-                    f"the row's variables of the chat template have {reserved[0]!r}, which "
-                    f"rendering itself gives"
-                )
-                raise RowError("", "template-kwargs", f"{problem}; remove it")
-            if len(self.finders) >= KNOWN_VARIABLES:
-                self.finders.clear()
-            template = ChatTemplate(
-                self.templates[name], {**self.variables, **variables}, self.added
-            )
-            self.finders[key] = TurnFinder(template, self.mask, self.masks_reasoning)
+            self.finders[key] = self._new_finder(name, variables)
         return self.finders[key]
 
-    def _weights(self, example: Conversation) -> dict[int, float]:
-        """The messages to locate, with their weights: those that are trained; with the mask `all`,
-        those that differ.
+    def _new_finder(self, name: str, variables: Mapping[str, Any]) -> TurnFinder:
+        reserved = sorted(variables.keys() & RESERVED)
+        if reserved:
+            raise RowError(
+                "",
+                "template-kwargs",
+                f"the row's variables of the chat template have {reserved[0]!r}, which rendering "
+                f"itself gives; remove it",
+            )
+        if len(self.finders) >= KNOWN_VARIABLES:
+            self.finders.clear()
+        text = self.templates[name]
+        template = ChatTemplate(text, {**self.variables, **variables}, self.added_tokens)
+        return TurnFinder(template, self.mask, self.masks_reasoning)
+
+    def _message_weights(self, example: Conversation) -> dict[int, float]:
+        """Return the messages to locate, with their weights: those that are trained; with the mask
+        `all`, those that differ from the rest.
         """
         given = {i: weight for i, weight in enumerate(example.weights) if weight is not None}
         roles = [message["role"] for message in example.messages]
         answers = [i for i, role in enumerate(roles) if role == "assistant"]
         if self.mask == "all":
-            hidden = {
-                i: 1.0
-                for i in answers
-                if self.masks_reasoning and without_reasoning(example.messages[i])[0]
-            }
-            return dict(
-                sorted(
-                    (hidden | {i: weight for i, weight in given.items() if weight != 1.0}).items()
-                )
-            )
+            return self._weights_in_all(example, answers, given)
         if self.mask == "last-turn":
-            asked = max(
-                (i for i, role in enumerate(roles[: max(answers, default=0)]) if role == "user"),
-                default=-1,
-            )
-            answers = [i for i in answers if i > asked]
+            last_answer = max(answers, default=0)
+            questions = [i for i, role in enumerate(roles[:last_answer]) if role == "user"]
+            last_question = max(questions, default=-1)
+            answers = [i for i in answers if i > last_question]
         return {i: given.get(i, 1.0) for i in answers if given.get(i) != 0.0}
+
+    def _weights_in_all(
+        self, example: Conversation, answers: Sequence[int], given: Mapping[int, float]
+    ) -> dict[int, float]:
+        weights = {}
+        if self.masks_reasoning:
+            for i in answers:
+                if without_reasoning(example.messages[i])[0]:
+                    weights[i] = example.row_weight
+        for i, weight in given.items():
+            if weight != example.row_weight:
+                weights[i] = weight
+        return dict(sorted(weights.items()))
+
+    # ------------------------------------------------------------ from marked texts to tokens
+
+    def _encoded(self, rendered: _Rendered, encodings: Sequence[Encoding]) -> Encoded:
+        samples = []
+        ends: list[int] = []
+        for marked, encoding in zip(rendered.texts, encodings, strict=True):
+            sample, ends_of_turns = self._weighted_tokens(marked, encoding)
+            samples.append(sample)
+            ends += ends_of_turns
+        return Encoded(samples, rendered.notes, tuple(ends), rendered.kept)
+
+    def _weighted_tokens(
+        self, marked: _MarkedText, encoding: Encoding
+    ) -> tuple[WeightedTokens, list[int]]:
+        """Return tokens and weights of a text, and the tokens that end its trained turns.
+
+        A text without chat template has the BOS that the tokenizer adds, exactly once. A rendered
+        conversation has the one that its template writes, as in `apply_chat_template`.
+        """
+        spans = marked.spans
+        pieces = [_Piece(0, 0, encoding)]
+        boundaries = _boundaries(spans, pieces)
+        if self.mask != "all" and any(boundaries[span.prompt_end].is_straddled for span in spans):
+            edges = [0, *(span.prompt_end for span in spans), len(marked.text)]
+            pieces = self._in_pieces(marked.text, edges, encoding)
+            boundaries = _boundaries(spans, pieces)
+        ids = np.array(_ids(pieces), dtype=np.int32)
+        outside = marked.weight if self.mask == "all" else 0.0
+        weights = np.full(len(ids), outside, dtype=np.float32)
+        ends = []
+        for span in spans:
+            prompt_end = boundaries[span.prompt_end].token
+            start = boundaries[span.start].token
+            end = boundaries[span.end].token
+            weights[prompt_end:start] = 0.0
+            weights[start:end] = span.weight
+            if span.weight and span.start < span.end:
+                ends.append(int(ids[end - 1]))
+        if self.mask == "all" and not marked.is_plain:  # turns are not located one by one
+            ends += self._closing_tokens_in(ids)
+        ids, weights = self._with_bos(ids, weights, marked.is_plain)
+        weights[:1] = 0.0  # nothing comes before it
+        return WeightedTokens(ids, weights), ends
+
+    def _closing_tokens_in(self, ids: np.ndarray) -> list[int]:
+        closing = {finder.template.closing for finder in self.finders.values()} - {""}
+        tokens = [self.backend.token_to_id(text) for text in sorted(closing)]
+        return [token for token in tokens if token is not None and token in ids]
+
+    def _with_bos(
+        self, ids: np.ndarray, weights: np.ndarray, is_plain: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return a text's tokens and weights with the BOS that it needs. Raises RowError: it has
+        two.
+        """
+        if self.bos_id is None:
+            return ids, weights
+        if len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
+            raise RowError(
+                "",
+                "double-bos",
+                f"the text begins with two BOS tokens (id {self.bos_id}); take one out of the chat "
+                f"template",
+            )
+        has_bos = len(ids) > 0 and ids[0] == self.bos_id
+        if is_plain and self.adds_bos and not has_bos:
+            return np.insert(ids, 0, self.bos_id), np.insert(weights, 0, 0.0)
+        return ids, weights
+
+    def _in_pieces(self, text: str, edges: Sequence[int], whole: Encoding) -> list[_Piece]:
+        """Tokenise a text with no token across an edge.
+
+        Raises:
+            RowError: the pieces decode to something else than the whole text does.
+        """
+        parts = [text[start:end] for start, end in itertools.pairwise(edges)]
+        encodings = self.backend.encode_batch(parts, add_special_tokens=False)
+        pieces = []
+        first_token = 0
+        for first_character, encoding in zip(edges, encodings, strict=False):
+            pieces.append(_Piece(first_character, first_token, encoding))
+            first_token += len(encoding)
+        decoded = self.backend.decode(_ids(pieces), skip_special_tokens=False)
+        if decoded != self.backend.decode(whole.ids, skip_special_tokens=False):
+            raise RowError(
+                "",
+                "straddling-token",
+                "a token reaches from the prompt into an assistant turn, and this tokenizer "
+                "changes the text when it is split there; change the whitespace there or the chat "
+                "template",
+            )
+        return pieces
 
 
 def templates_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The chat templates of a tokenizer by their names; a single one is the default. Raises
-    InputError: no default.
+    """Return the chat templates of a tokenizer by their names; a single one is the default.
+
+    Raises:
+        InputError: there is no default.
     """
     templates = tokenizer.chat_template
-    templates = (
-        templates if isinstance(templates, dict) else {"default": tokenizer.get_chat_template()}
-    )
+    if not isinstance(templates, dict):
+        templates = {"default": tokenizer.get_chat_template()}
     if "default" not in templates:
         names = ", ".join(sorted(templates))
         raise InputError(
@@ -396,18 +483,42 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) ->
     return AddedTokens(tuple(special), tuple(others), tuple(stops))
 
 
-def _token_at(pieces: list[tuple[int, int, Encoding]], at: int) -> tuple[int, bool]:
-    """The first token that begins at character `at` or later, and whether the one before it reaches
-    behind `at`.
-    """
-    first, tokens, encoding = (
-        pieces[0] if len(pieces) == 1 else next(p for p in reversed(pieces) if p[0] <= at)
-    )
-    token = encoding.char_to_token(at - first)
+def _missing_context(texts: Sequence[TrainedText]) -> tuple[str, ...]:
+    """Return in words what texts lack of their context, each once."""
+    sentences = []
+    for missing in dict.fromkeys(item for text in texts for item in text.missing):
+        place = "" if missing.index is None else f"message {missing.index + 1}: "
+        sentences.append(f"{place}the chat template leaves out {missing.what}")
+    return tuple(sentences)
+
+
+def _ids(pieces: Sequence[_Piece]) -> list[int]:
+    if len(pieces) == 1:
+        return pieces[0].encoding.ids
+    return [token for piece in pieces for token in piece.encoding.ids]
+
+
+def _boundaries(spans: Sequence[_Span], pieces: Sequence[_Piece]) -> dict[int, _Boundary]:
+    """Return the boundary at each character at which something of a span begins or ends."""
+    characters = set()
+    for span in spans:
+        characters.update((span.prompt_end, span.start, span.end))
+    return {at: _boundary(at, pieces) for at in characters}
+
+
+def _boundary(at: int, pieces: Sequence[_Piece]) -> _Boundary:
+    """Return the boundary at a character of a text."""
+    piece = pieces[0]
+    if len(pieces) > 1:
+        piece = next(each for each in reversed(pieces) if each.first_character <= at)
+    encoding = piece.encoding
+    character = at - piece.first_character
+    token = encoding.char_to_token(character)
     if token is None:  # the end of the text, or a character that no token has
-        ended = encoding.char_to_token(at - first - 1) == len(encoding) - 1
-        return tokens + (
-            len(encoding) if ended else sum(start < at - first for start, _ in encoding.offsets)
-        ), False
-    before = encoding.token_to_chars(token)[0] < at - first
-    return tokens + token + before, before
+        if encoding.char_to_token(character - 1) == len(encoding) - 1:
+            before = len(encoding)
+        else:
+            before = sum(start < character for start, _ in encoding.offsets)
+        return _Boundary(piece.first_token + before, False)
+    is_straddled = encoding.token_to_chars(token)[0] < character
+    return _Boundary(piece.first_token + token + is_straddled, is_straddled)

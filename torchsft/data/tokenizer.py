@@ -130,7 +130,7 @@ def _check_templates(templates: str | dict[str, str] | None, hf_dir: Path) -> No
         "add a chat_template.jinja, such as that of the model's chat version, or give "
         "--data.chat-template FILE"
     )
-    if not templates:
+    if not templates or not isinstance(templates, str | dict):
         raise InputError(f"{hf_dir} has no chat template; {remedy}")
     if isinstance(templates, dict) and "default" not in templates:
         names = ", ".join(sorted(templates))

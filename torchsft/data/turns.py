@@ -24,502 +24,513 @@ what inference would write:
   from the content on.
 """
 
-import itertools
-import json
 import re
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from torchsft.data.completeness import ContextCheck, contains, leaves
+from torchsft.data.patterns import (
+    CONTENT_KEYS,
+    TrainedText,
+    TrainedTextPattern,
+    Turn,
+    contents_of,
+    pattern_of,
+    with_placeholders,
+)
 from torchsft.data.rendering import (
     ANSWER,
+    NO_EXTRAS,
     REASONING,
     ChatTemplate,
-    Given,
+    Extras,
     Message,
+    Rendering,
     without_reasoning,
 )
 from torchsft.data.rows import RowError
 
 Mask = Literal["assistant", "last-turn", "all"]
-Weights = dict[int, float]  # of the messages to locate
 
-OPENED = re.compile(r"<think>(\s*)\Z")  # at the end of a generation prompt
-# there, a block that stays empty
-CLOSED = re.compile(r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
-# before an answer without reasoning
+# at the end of a generation prompt: a reasoning block that it opens, and one that it leaves empty
+OPENED_BLOCK = re.compile(r"<think>(\s*)\Z")
+CLOSED_BLOCK = re.compile(r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
+# what a template may write before an answer without reasoning
 EMPTY_BLOCK = re.compile(r"(?:<think>\s*)?(?:</think>\n{0,2})?")
-CONTENTS = ("content", "reasoning_content")
-PLAIN = {"role", *CONTENTS}
-PLACEHOLDER = re.compile("\ue002([0-9]+)\ue003")  # of a content
-KNOWN_SHAPES = 1024  # that are remembered
+OPENING_TAG = re.compile(r"\s*<think>")
+PLAIN_KEYS = {"role", *CONTENT_KEYS}
+KNOWN_SHAPES = 1024  # sequences of roles whose patterns are remembered
 
 
-class Turn(NamedTuple):
-    """Message `index` in a `text` that ends with it. `begin`, `start`, `end`: characters behind the
-    prompt, behind what is not trained of the turn, and behind the turn. `written`: the rendering
-    that `text` comes from. `note`: how that was changed, a code that is counted, "" if it was
-    not.
+@dataclass(slots=True)
+class _Answer:
+    """A text that ends with an answer, behind exactly what inference is given before it.
+
+    Attributes:
+        text: prompt and answer.
+        prompt_end: characters of the prompt.
+        header_end: of the prompt before the reasoning block that it opens, if it opens one.
+        rendering: what the template wrote, with the generation blocks.
+        note: how `text` was made from the rendering; "" where it is the rendering.
+        reasoning_end: where reasoning that was put into the text is closed; None where none was.
     """
 
-    index: int
-    begin: Any
-    start: Any
-    end: Any
-    note: str
-    text: str = ""
-    written: str = ""
-
-
-class Lost(NamedTuple):
-    """What a text lacks of its context: something of message `index` (None: of the tools or
-    documents), in words.
-    """
-
-    index: int | None
-    what: str
-
-
-class Part(NamedTuple):
-    """A text, the turns trained in it, and the rendering of messages[:stop] that it comes from.
-
-    In a mold, which is made with placeholders, each text and each place (by the text before it) is
-    a `_blank`.
-    """
-
-    text: Any
-    turns: list[Turn]
-    written: Any
-    stop: int
-    lost: tuple[Lost, ...] = ()
+    text: str
+    prompt_end: int
+    header_end: int
+    rendering: Rendering
+    note: str = ""
+    reasoning_end: int | None = None
 
 
 class TurnFinder:
-    """Finds the turns of conversations under one chat template. `mask`, `masks_reasoning`: as in
-    `ChatTokenizer`.
+    """Finds the turns of conversations under one chat template.
+
+    Args:
+        mask: as in `ChatTokenizer`.
+        masks_reasoning: whether reasoning is context only.
     """
 
     def __init__(self, template: ChatTemplate, mask: Mask, masks_reasoning: bool) -> None:
-        self.template, self.mask, self.masks_reasoning = template, mask, masks_reasoning
-        self.molds: dict[tuple, list[Part]] = {}
-        self.declares: dict[tuple[str, tuple[str, ...]], bool] = {}  # by name of a tool and roles
+        self.template = template
+        self.mask = mask
+        self.masks_reasoning = masks_reasoning
+        self.context = ContextCheck(template)
+        self.patterns: dict[tuple, list[TrainedTextPattern]] = {}
 
-    def parts(self, messages: list[Message], given: Given, weights: Weights) -> list[Part]:
-        """Texts with the messages of `weights`, in the order of their last turns. Raises RowError:
-        one cannot be trained.
+    def trained_texts(
+        self, messages: Sequence[Message], extras: Extras, located: Sequence[int]
+    ) -> list[TrainedText]:
+        """Return texts in which some messages of a conversation are located.
+
+        Args:
+            located: indices of these messages, in rising order.
+
+        Returns:
+            The texts, in the order of their last turns.
+
+        Raises:
+            RowError: a message cannot be trained.
         """
         messages = [self.template.prepared(message) for message in messages]
-        parts = None if any(given) else self._molded(messages, weights)
-        return parts or self._located(messages, given, weights)
+        if not extras.tools and not extras.documents:
+            texts = self._by_pattern(messages, located)
+            if texts:
+                return texts
+        return self._by_renderings(messages, extras, located)
 
-    def _molded(self, messages: list[Message], weights: Weights) -> list[Part] | None:
-        """By one rendering for each text; None where the template does not just put the contents
-        between its own words.
+    # ------------------------------------------------------------ by one rendering for each text
 
-        Locating the turns takes two renderings for each of them. It is done once for a sequence of
-        roles, with placeholders; it holds for every conversation whose rendering is the same with
-        other contents.
+    def _by_pattern(
+        self, messages: Sequence[Message], located: Sequence[int]
+    ) -> list[TrainedText] | None:
+        """Locate the turns by the patterns of this sequence of roles.
+
+        Returns:
+            None where the template does not only put the contents between its own words.
         """
-        if any(
-            m["content"] is None or "think>" in m["content"] or not m.keys() <= PLAIN
-            for m in messages
-        ):
+        if not all(_is_plain(message) for message in messages):
             return None
-        shape = (*((message["role"], len(message)) for message in messages), *weights)
-        if shape not in self.molds:
-            if len(self.molds) >= KNOWN_SHAPES:
-                self.molds.clear()
-            self.molds[shape] = self._new_molds(messages, weights)
-        molds = self.molds[shape]
-        renderings = [self.template.render(messages[: mold.stop])[0] for mold in molds]
-        contents = [message[key] for message in messages for key in CONTENTS if key in message]
-        # the second: as templates that trim write it
-        for filled in (contents, [content.strip() for content in contents]):
+        patterns = self._patterns(messages, located)
+        renderings = [self.template.render(messages[: pattern.stop]).text for pattern in patterns]
+        contents = contents_of(messages)
+        trimmed = [content.strip() for content in contents]  # as some templates write them
+        for form in (contents, trimmed):
             if all(
-                _fill(mold.written, filled) == text
-                for mold, text in zip(molds, renderings, strict=True)
+                pattern.rendering.fill(form) == rendering
+                for pattern, rendering in zip(patterns, renderings, strict=True)
             ):
-                return [_cast(mold, filled, messages) for mold in molds]
+                return [pattern.fill(form, messages) for pattern in patterns]
         return None
 
-    def _new_molds(self, messages: list[Message], weights: Weights) -> list[Part]:
-        number = itertools.count()
-        probes = [
-            m | {key: f"\ue002{next(number)}\ue003" for key in CONTENTS if key in m}
-            for m in messages
-        ]
+    def _patterns(
+        self, messages: Sequence[Message], located: Sequence[int]
+    ) -> list[TrainedTextPattern]:
+        """Return the patterns of a sequence of roles, made when it occurs for the first time."""
+        roles = ((message["role"], len(message)) for message in messages)
+        shape = (*roles, *located)
+        if shape not in self.patterns:
+            if len(self.patterns) >= KNOWN_SHAPES:
+                self.patterns.clear()
+            self.patterns[shape] = self._new_patterns(messages, located)
+        return self.patterns[shape]
+
+    def _new_patterns(
+        self, messages: Sequence[Message], located: Sequence[int]
+    ) -> list[TrainedTextPattern]:
+        """Return the patterns of a sequence of roles; none where it cannot have any."""
         try:
-            parts = self._located(probes, Given(), weights)
-        except RowError:  # to be told of the real conversation, if it is true of that one too
+            texts = self._by_renderings(with_placeholders(messages), NO_EXTRAS, located)
+        except RowError:  # raised again for the conversation itself, if it holds for that too
             return []
-        if any(turn.note == "context-restored" for part in parts for turn in part.turns):
-            return []  # of such a text, `written` does not show all
-        return [_mold(part) for part in parts]
+        if any(turn.note == "context-restored" for text in texts for turn in text.turns):
+            return []  # the rendering does not show all of such a text
+        return [pattern_of(text) for text in texts]
 
-    def _located(self, messages: list[Message], given: Given, weights: Weights) -> list[Part]:
-        """By renderings of their own for each turn."""
-        turns = [self._turn(messages, given, i) for i in weights]
-        text = written = self.template.render(messages, given)[0]
+    # ------------------------------------------------------------ by renderings for each turn
+
+    def _by_renderings(
+        self, messages: Sequence[Message], extras: Extras, located: Sequence[int]
+    ) -> list[TrainedText]:
+        """Locate each turn by renderings of its own, and find texts that hold them."""
+        turns = [self._locate(messages, extras, i) for i in located]
+        whole = self._whole_text(messages, extras, located)
+        if self.mask == "all":
+            self._check_single_text(whole, messages, turns)
+            whole.turns = turns
+            texts = [whole]
+        elif not turns:
+            texts = [whole]
+        else:
+            texts = _texts_with(turns, whole)
+        for text in texts:
+            missing = self.context.missing(messages[: text.stop], extras, text.text)
+            text.missing = tuple(missing)
+        return sorted(texts, key=lambda text: text.turns[-1].index if text.turns else 0)
+
+    def _whole_text(
+        self, messages: Sequence[Message], extras: Extras, located: Sequence[int]
+    ) -> TrainedText:
+        """Return the text of the whole conversation, without turns."""
+        rendering = self.template.render(messages, extras).text
+        text = rendering
         last = len(messages) - 1
-        if (
-            messages
-            and messages[last]["role"] == "assistant"
-            and (self.mask == "all" or last in weights)
-        ):
+        ends_with_answer = last >= 0 and messages[last]["role"] == "assistant"
+        if ends_with_answer and (self.mask == "all" or last in located):
             text += self.template.ending(messages[last])
-        stop, found = len(messages), [] if turns else [Part(text, [], text, len(messages))]
-        while turns:
-            last_turn = turns[-1]
-            if self.mask != "all" and not text.startswith(last_turn.text[: last_turn.end]):
-                text, written, stop = last_turn.text, last_turn.written, last_turn.index + 1
-            held = [text.startswith(turn.text[: turn.end]) for turn in turns]
-            if self.mask == "all" and not all(held):  # which has one text only
-                problem = (
-                    "the chat template changes it once others follow, so that it can have no "
-                    "weight or mask of its own"
-                )
-                name = f"message {turns[held.index(False)].index + 1}"
-                raise RowError(
-                    "", "not-prefix-stable", f"{name}: {problem}; set --data.mask assistant"
-                )
-            found.append(Part(text, list(itertools.compress(turns, held)), written, stop))
-            turns = [turn for turn, is_held in zip(turns, held, strict=True) if not is_held]
-        for i, message in enumerate(messages if self.mask == "all" else ()):
-            if message["role"] == "assistant":
-                self._check(i, message, found[0].text)
-        parts = [
-            part._replace(lost=tuple(self._lost(messages[: part.stop], given, part.text)))
-            for part in found
-        ]
-        return sorted(parts, key=lambda part: part.turns[-1].index if part.turns else 0)
+        return TrainedText(text, [], rendering, len(messages))
 
-    def _turn(self, messages: list[Message], given: Given, i: int) -> Turn:
-        """Where message i is written; checked against what it says."""
-        template, name = self.template, f"message {i + 1}: the chat template"
-        written, blocks = template.render(messages[: i + 1], given, blocks=template.has_blocks)
-        if messages[i]["role"] != "assistant":  # a weight 0 with the mask `all`
-            before = template.render(messages[:i], given)[0] if i else ""
-            begin = len(before.removesuffix(template.tail))
-            return Turn(
-                i, begin, begin, len(written.removesuffix(template.tail)), "", written, written
-            )
-        reasoning, bare = without_reasoning(messages[i])
-        prompt = self._prompt(messages, given, i, written)
-        opened = OPENED.search(prompt)
-        text, begin, note = written, len(prompt), ""
-        header = opened.start() if opened else begin
-        if opened and not (written.startswith(prompt) and _is_in(reasoning, written[begin:])):
-            if reasoning:
-                written, blocks = template.render(
-                    [*messages[:i], bare], given, blocks=template.has_blocks
-                )
-            if written.startswith(prompt[:header]):
-                closing = "\n</think>\n\n" if "\n" in opened[1] else "</think>"
-                text = prompt + reasoning + closing + EMPTY_BLOCK.sub("", written[header:], count=1)
-                note = "closed-reasoning"
-        if not text.startswith(prompt):
-            text, note = self._restored(messages, given, i, prompt, written), "context-restored"
-
-        bare_text = text
-        follower = messages[i + 1]["role"] if i + 1 < len(messages) else ""
-        text += template.ending(messages[i], follower)
-        end = len(text.removesuffix(template.tail))
-        end = end if text.endswith(template.enders, begin, end) else len(text.rstrip())
-        if not text.endswith(template.enders, begin, end):
-            problem = (
-                "writes no special token that ends the turn; add one, such as the token with which "
-                "the next turn begins"
-            )
-            problem += (
-                " (the model's own templates may rely on that: name it in eos_token_id of "
-                "generation_config.json then)"
-            )
-            raise RowError("", "no-end-of-turn", f"{name} {problem}")
-        start, stop = begin, end
-        if template.has_blocks:
-            start, stop = self._inside(
-                blocks, begin, end, header, len(bare_text) - len(written), note
-            )
-        self._check(i, messages[i], text[begin:end])
-        problem = "has {{% generation %}} blocks that do not hold its {}; move or remove them"
-        self._check(i, messages[i], text[start:stop], "generation-blocks", problem)
-        if self.masks_reasoning and (reasoning or re.compile(r"\s*<think>").match(text, header)):
-            if note == "closed-reasoning":
-                answer = begin + len(reasoning + closing)
-            else:
-                answer = self._answer(
-                    messages[: i + 1], given, bare_text, begin, min(end, len(bare_text))
-                )
-            start = max(start, answer)
-            problem = (
-                "writes its {} before the end of its reasoning, which is masked; set "
-                "--data.reasoning train"
-            )
-            self._check(i, messages[i], text[start:end], "text-lost", problem)
-        return Turn(i, begin, start, end, note, text, written)
-
-    def _inside(
-        self,
-        blocks: list[tuple[int, int]],
-        begin: int,
-        end: int,
-        header: int,
-        shift: int,
-        note: str,
-    ) -> tuple[int, int]:
-        """Characters of a turn from its first generation block to its last one. `shift`: of the
-        text to the rendering that the blocks are of; it holds behind the prompt, or behind the
-        reasoning that was put into the text.
+    def _check_single_text(
+        self, whole: TrainedText, messages: Sequence[Message], turns: Sequence[Turn]
+    ) -> None:
+        """Check that the whole text holds all turns and answers, as there is no other text under
+        the mask `all`.
         """
-        if note == "context-restored":
-            blocks, shift = [(a + shift, b + shift) for a, b in blocks], 0
-        inside = [
-            (a, b) for a, b in blocks if b > max(a, header if note == "closed-reasoning" else begin)
-        ] or [(0, 0)]
-        start = begin if note == "closed-reasoning" else max(begin, inside[0][0])
-        return start, min(end, inside[-1][1] + shift)
+        for turn in turns:
+            if not _holds(whole.text, turn):
+                raise RowError(
+                    "",
+                    "not-prefix-stable",
+                    f"message {turn.index + 1}: the chat template changes it once others follow, "
+                    f"so that it can have no weight or mask of its own; set --data.mask assistant",
+                )
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                self._check_answer(i, message, whole.text)
 
-    def _prompt(self, messages: list[Message], given: Given, i: int, written: str) -> str:
-        """What inference is given before message i."""
+    def _locate(self, messages: Sequence[Message], extras: Extras, i: int) -> Turn:
+        """Locate message i in a text that ends with it, and check that its text is there."""
+        message = messages[i]
+        if message["role"] != "assistant":
+            return self._locate_context(messages, extras, i)
+        answer = self._answer(messages, extras, i)
+        follower = messages[i + 1]["role"] if i + 1 < len(messages) else ""
+        text = answer.text + self.template.ending(message, follower)
+        start = answer.prompt_end
+        end = self._turn_end(text, start, i)
+        self._check_answer(i, message, text[start:end])
+        if self.template.has_blocks:
+            start, block_end = self._generation_span(answer, end)
+            self._check_in_blocks(i, message, text[start:block_end])
+        if self.masks_reasoning and _has_reasoning(message, text, answer.header_end):
+            reasoning_end = answer.reasoning_end
+            if reasoning_end is None:
+                bare_end = min(end, len(answer.text))
+                reasoning_end = self._reasoning_end(messages[: i + 1], extras, answer, bare_end)
+            start = max(start, reasoning_end)
+            self._check_behind_reasoning(i, message, text[start:end])
+        return Turn(i, answer.prompt_end, start, end, answer.note, text, answer.rendering.text)
+
+    def _locate_context(self, messages: Sequence[Message], extras: Extras, i: int) -> Turn:
+        """Locate message i, which is no answer: it has a weight of its own under the mask `all`."""
+        tail = self.template.tail
+        rendering = self.template.render(messages[: i + 1], extras).text
+        before = self.template.render(messages[:i], extras).text if i else ""
+        start = len(before.removesuffix(tail))
+        end = len(rendering.removesuffix(tail))
+        return Turn(i, start, start, end, "", rendering, rendering)
+
+    def _answer(self, messages: Sequence[Message], extras: Extras, i: int) -> _Answer:
+        """Return assistant message i behind what inference is given before it."""
+        rendering = self._render_with_blocks(messages[: i + 1], extras)
+        prompt = self._prompt(messages, extras, i, rendering.text)
+        opened = OPENED_BLOCK.search(prompt)
+        header_end = opened.start() if opened else len(prompt)
+        if opened:
+            reasoning, bare = without_reasoning(messages[i])
+            follows_prompt = rendering.text.startswith(prompt)
+            if not (follows_prompt and contains(rendering.text[len(prompt) :], reasoning)):
+                if reasoning:
+                    rendering = self._render_with_blocks([*messages[:i], bare], extras)
+                if rendering.text.startswith(prompt[:header_end]):
+                    return _with_closed_reasoning(prompt, opened, reasoning, rendering)
+        if rendering.text.startswith(prompt):
+            return _Answer(rendering.text, len(prompt), header_end, rendering)
+        text = self._restored(messages, extras, i, prompt, rendering.text)
+        return _Answer(text, len(prompt), header_end, rendering, note="context-restored")
+
+    def _render_with_blocks(self, messages: Sequence[Message], extras: Extras) -> Rendering:
+        return self.template.render(messages, extras, blocks=self.template.has_blocks)
+
+    def _prompt(self, messages: Sequence[Message], extras: Extras, i: int, rendering: str) -> str:
+        """Return what inference is given before message i, with which `rendering` ends."""
         template = self.template
         if i:
-            return template.render(messages[:i], given, generation_prompt=True)[0] + template.header
+            return self._generation_prompt(messages[:i], extras)
         try:
-            prompt = template.render([], given, generation_prompt=True)[0] + template.header
-            if written.startswith(prompt):
+            prompt = self._generation_prompt([], extras)
+            if rendering.startswith(prompt):
                 return prompt
-        except RowError:  # many look at the first message
+        except RowError:  # many templates look at the first message
             pass
-        opening = template.opening
-        head = opening[: opened.start()] if (opened := OPENED.search(opening)) else opening
-        if head.strip() and head in written:
-            return written[: written.index(head)] + opening
-        problem = "writes no header of its own before an assistant message that comes first"
+        # the header of an answer, and what the template writes before it
+        opened = OPENED_BLOCK.search(template.opening)
+        header = template.opening[: opened.start()] if opened else template.opening
+        if header.strip() and header in rendering:
+            return rendering[: rendering.index(header)] + template.opening
         raise RowError(
             "",
             "not-prefix-stable",
-            f"message 1: the chat template {problem}; put a user message before it",
+            "message 1: the chat template writes no header of its own before an assistant message "
+            "that comes first; put a user message before it",
         )
 
+    def _generation_prompt(self, messages: Sequence[Message], extras: Extras) -> str:
+        prompt = self.template.render(messages, extras, generation_prompt=True).text
+        return prompt + self.template.header
+
     def _restored(
-        self, messages: list[Message], given: Given, i: int, prompt: str, written: str
+        self, messages: Sequence[Message], extras: Extras, i: int, prompt: str, rendering: str
     ) -> str:
-        """The messages before i as they are rendered alone, and message i as it is written behind
-        what became of them.
+        """Return the messages before i as they are rendered alone, and message i as it is written
+        behind what became of them.
 
         Raises:
             RowError: not-prefix-stable, inference would see another text.
         """
-        template = self.template
-        if i:
-            marked = template.render(
-                [*messages[:i], {"role": "assistant", "content": ANSWER}], given
-            )[0]
-            before, context = template.render(messages[:i], given)[0], marked.partition(ANSWER)[0]
-            rewritten = context.removesuffix(template.before_content)
-            if context.endswith(template.before_content) and written.startswith(rewritten):
-                text = before + written[len(rewritten) :]
-                if text.startswith(prompt):
-                    return text
-                # an empty block that the prompt has and the answer has not
-                closed = CLOSED.search(prompt)
-                if (
-                    closed
-                    and not without_reasoning(messages[i])[0]
-                    and text.startswith(prompt[: closed.start()])
-                ):
-                    return prompt + text[closed.start() :]
-        at = next(
-            (n for n, (a, b) in enumerate(zip(prompt, written, strict=False)) if a != b),
-            len(written),
-        )
-        problem = (
-            f"writes the turn ({written[at : at + 30]!r}) in another way than its generation prompt"
-        )
-        problem += f" ({prompt[at : at + 30]!r}), so that inference would see another text"
-        remedy = "change it or --data.template-kwargs"
+        text = self._context_and_answer(messages, extras, i, rendering) if i else None
+        if text is not None:
+            if text.startswith(prompt):
+                return text
+            # an empty block that the prompt has and the answer has not
+            closed = CLOSED_BLOCK.search(prompt)
+            has_reasoning = without_reasoning(messages[i])[0]
+            if closed and not has_reasoning and text.startswith(prompt[: closed.start()]):
+                return prompt + text[closed.start() :]
+        at = _first_difference(prompt, rendering)
         raise RowError(
-            "", "not-prefix-stable", f"message {i + 1}: the chat template {problem}; {remedy}"
+            "",
+            "not-prefix-stable",
+            f"message {i + 1}: the chat template writes the turn ({rendering[at : at + 30]!r}) in "
+            f"another way than its generation prompt ({prompt[at : at + 30]!r}), so that inference "
+            f"would see another text; change it or --data.template-kwargs",
         )
 
-    def _check(
-        self, i: int, message: Message, text: str, reason: str = "text-lost", problem: str = ""
-    ) -> None:
-        """That a text has all that assistant message i says."""
-        reasoning, bare = without_reasoning(message)
-        calls = [
-            [call["function"]["name"], call["function"]["arguments"]]
-            for call in bare.get("tool_calls") or ()
-        ]
-        said = {
-            "reasoning": "" if self.masks_reasoning else reasoning,
-            "content": bare["content"] or "",
-            "tool call": calls,
-        }
-        for what, source in [
-            (what, leaf) for what, value in said.items() for leaf in _leaves(value)
-        ]:
-            if not _is_in(source, text):
-                remedy = "write it as the template does, or use another one"
-                if what == "reasoning" and not problem:
-                    reason, remedy = (
-                        "reasoning-lost",
-                        "see --data.template-kwargs, set --data.reasoning mask, or take it out",
-                    )
-                    # which can split by turn
-                    remedy = "set --data.mask assistant" if self.mask == "all" else remedy
-                problem = (
-                    problem.format(what)
-                    or f"leaves out or changes its {what} ({source.strip()[:40]!r}); {remedy}"
-                )
-                raise RowError("", reason, f"message {i + 1}: the chat template {problem}")
+    def _context_and_answer(
+        self, messages: Sequence[Message], extras: Extras, i: int, rendering: str
+    ) -> str | None:
+        """Put the messages before i, rendered alone, before the answer that `rendering` ends with.
 
-    def _lost(self, messages: list[Message], given: Given, text: str) -> Iterator[Lost]:
-        """What a text lacks of the messages before its answers, and of the tools and documents.
-
-        Of an assistant message, only the names that it calls are asked for: what it says is checked
-        where it is trained, and templates leave earlier reasoning out by intent.
+        A probe in place of the answer shows where in the rendering the answer begins.
         """
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" and not _is_said(message["content"] or "", text):
-                yield Lost(i, f"what the {message['role']} message says")
-            for call in message.get("tool_calls") or ():
-                if not _count(call["function"]["name"], text):
-                    yield Lost(
-                        i, f"the name of the tool that it calls ({call['function']['name']!r})"
-                    )
-        if given.tools:
-            yield from self._lost_tools(messages, given, text)
-        for document in given.documents or ():
-            said = [
-                document[key]
-                for key in ("text", "content", "contents")
-                if isinstance(document.get(key), str)
-            ]
-            for source in said:
-                if not _is_said(source, text):
-                    yield Lost(None, f"the document {source.strip()[:40]!r}")
+        template = self.template
+        probe = {"role": "assistant", "content": ANSWER}
+        context = template.render([*messages[:i], probe], extras).text.partition(ANSWER)[0]
+        before = template.render(messages[:i], extras).text
+        if not context.endswith(template.before_content):
+            return None
+        rewritten = context.removesuffix(template.before_content)
+        if not rendering.startswith(rewritten):
+            return None
+        return before + rendering[len(rewritten) :]
 
-    def _lost_tools(self, messages: list[Message], given: Given, text: str) -> Iterator[Lost]:
-        """The tools of which the text lacks the name, the description, or the name of a parameter.
+    def _turn_end(self, text: str, prompt_end: int, i: int) -> int:
+        """Return where the turn with which a text ends is over, behind its end-of-turn token."""
+        enders = self.template.enders
+        for end in (len(text.removesuffix(self.template.tail)), len(text.rstrip())):
+            if text.endswith(enders, prompt_end, end):
+                return end
+        raise RowError(
+            "",
+            "no-end-of-turn",
+            f"message {i + 1}: the chat template writes no special token that ends the turn; add "
+            f"one, such as the token with which the next turn begins (the model's own templates "
+            f"may rely on that: name it in eos_token_id of generation_config.json then)",
+        )
 
-        A name can stand in the text because it is called: that it is declared, too, is seen beside
-        the rendering without tools. That is made once for each tool and sequence of roles.
+    def _generation_span(self, answer: _Answer, trained_end: int) -> tuple[int, int]:
+        """Return the characters of a turn from its first generation block through its last one.
+
+        The blocks are characters of the rendering. The text that was made of it has more before
+        the answer where the context was restored, and more within it where reasoning was closed.
         """
-        roles = tuple(message["role"] for message in messages)
-        for tool in given.tools or ():
-            name, further = declared(tool)
-            found = _count(name, text) > 0 and all(_is_said(source, text) for source in further)
-            if found and (name, roles) not in self.declares:
-                if len(self.declares) >= KNOWN_SHAPES:
-                    self.declares.clear()
-                without = self._without_tools(messages, given)
-                self.declares[name, roles] = _count(name, text) > _count(name, without)
-            if not (found and self.declares[name, roles]):
-                yield Lost(None, f"the tool {name!r}, or its description or parameters")
+        longer = len(answer.text) - len(answer.rendering.text)
+        blocks = answer.rendering.blocks
+        is_closed = answer.note == "closed-reasoning"
+        if answer.note == "context-restored":
+            blocks = [(start + longer, end + longer) for start, end in blocks]
+            longer = 0
+        turn_start = answer.header_end if is_closed else answer.prompt_end
+        within = [(start, end) for start, end in blocks if end > max(start, turn_start)]
+        first_start, last_end = (within[0][0], within[-1][1]) if within else (0, 0)
+        start = answer.prompt_end if is_closed else max(answer.prompt_end, first_start)
+        return start, min(trained_end, last_end + longer)
 
-    def _without_tools(self, messages: list[Message], given: Given) -> str:
-        """The rendering of the messages alone; "" where the template refuses that, as it then reads
-        the tools.
-        """
-        try:
-            return self.template.render(messages, given._replace(tools=None))[0]
-        except RowError:
-            return ""
-
-    def _answer(
-        self, messages: list[Message], given: Given, text: str, begin: int, end: int
+    def _reasoning_end(
+        self, messages: Sequence[Message], extras: Extras, answer: _Answer, turn_end: int
     ) -> int:
-        """Where content or tool calls of the last message begin in its rendering, behind its
+        """Return where content or tool calls of the last message begin in its text, behind its
         reasoning and what closes that.
         """
-        content = messages[-1]["content"] or ""
-        reasoning = REASONING.fullmatch(content)
-        head, answer = (content[: reasoning.start(2)], reasoning[2]) if reasoning else ("", content)
+        message = messages[-1]
+        content = message["content"] or ""
+        in_content = REASONING.fullmatch(content)
+        answer_start = in_content.start(2) if in_content else 0
+        probe = content[:answer_start] + ANSWER + content[answer_start:]
         try:
-            marked = self.template.render(
-                [*messages[:-1], messages[-1] | {"content": head + ANSWER + answer}], given
-            )[0]
+            rendered = self.template.render(
+                [*messages[:-1], message | {"content": probe}], extras
+            ).text
         except RowError:  # some refuse content beside reasoning and tool calls
-            marked = ""
-        if ANSWER in marked and marked.replace(ANSWER, "").endswith(text[begin:]):
-            return marked.index(ANSWER) + len(text) - len(marked) + 1
-        thought = without_reasoning(messages[-1])[0]
-        at = max(begin, text.find(thought, begin, end) + len(thought))  # no content, or trimmed
-        at = max(at, text.find("</think>", at, end) + len("</think>"))
-        return end - len(text[at:end].lstrip("\n"))
+            rendered = ""
+        turn = answer.text[answer.prompt_end :]
+        if ANSWER in rendered and rendered.replace(ANSWER, "").endswith(turn):
+            return rendered.index(ANSWER) + len(answer.text) - len(rendered) + len(ANSWER)
+        # no content, or it is trimmed: behind the reasoning, its closing tag and line ends
+        reasoning = without_reasoning(message)[0]
+        text = answer.text
+        found = text.find(reasoning, answer.prompt_end, turn_end)
+        at = max(answer.prompt_end, found + len(reasoning))
+        at = max(at, text.find("</think>", at, turn_end) + len("</think>"))
+        return turn_end - len(text[at:turn_end].lstrip("\n"))
+
+    # ------------------------------------------------------------ what the message says is there
+
+    def _check_answer(self, i: int, message: Message, text: str) -> None:
+        """Raise RowError unless a text holds all that assistant message i says."""
+        lacking = self._lacking(message, text)
+        if lacking is None:
+            return
+        what, source = lacking
+        reason = "text-lost"
+        remedy = "write it as the template does, or use another one"
+        if what == "reasoning":
+            reason = "reasoning-lost"
+            remedy = "see --data.template-kwargs, set --data.reasoning mask, or take it out"
+            if self.mask == "all":  # the others can split by turn
+                remedy = "set --data.mask assistant"
+        raise RowError(
+            "",
+            reason,
+            f"message {i + 1}: the chat template leaves out or changes its {what} "
+            f"({source.strip()[:40]!r}); {remedy}",
+        )
+
+    def _check_in_blocks(self, i: int, message: Message, text: str) -> None:
+        lacking = self._lacking(message, text)
+        if lacking is not None:
+            raise RowError(
+                "",
+                "generation-blocks",
+                f"message {i + 1}: the chat template has {{% generation %}} blocks that do not "
+                f"hold its {lacking[0]}; move or remove them",
+            )
+
+    def _check_behind_reasoning(self, i: int, message: Message, text: str) -> None:
+        lacking = self._lacking(message, text)
+        if lacking is not None:
+            raise RowError(
+                "",
+                "text-lost",
+                f"message {i + 1}: the chat template writes its {lacking[0]} before the end of its "
+                f"reasoning, which is masked; set --data.reasoning train",
+            )
+
+    def _lacking(self, message: Message, text: str) -> tuple[str, str] | None:
+        """Return the first thing that an assistant message says and a text lacks.
+
+        Returns:
+            What it is (reasoning, content or tool call) and the source string; None where the text
+            lacks nothing.
+        """
+        reasoning, bare = without_reasoning(message)
+        if not self.masks_reasoning and not contains(text, reasoning):
+            return "reasoning", reasoning
+        content = bare["content"] or ""
+        if not contains(text, content):
+            return "content", content
+        for call in bare.get("tool_calls") or ():
+            function = call["function"]
+            for source in leaves([function["name"], function["arguments"]]):
+                if not contains(text, source):
+                    return "tool call", source
+        return None
 
 
-def declared(tool: dict[str, Any]) -> tuple[str, list[str]]:
-    """What a template must write of a tool: its name; its description and the names of its
-    parameters.
+def _is_plain(message: Message) -> bool:
+    """Return whether a message has nothing but contents that a template need not look into."""
+    content = message["content"]
+    return content is not None and "think>" not in content and message.keys() <= PLAIN_KEYS
+
+
+def _has_reasoning(message: Message, text: str, header_end: int) -> bool:
+    """Return whether an answer has reasoning, or its text a block for it behind the header."""
+    reasoning = without_reasoning(message)[0]
+    return bool(reasoning or OPENING_TAG.match(text, header_end))
+
+
+def _with_closed_reasoning(
+    prompt: str, opened: re.Match[str], reasoning: str, rendering: Rendering
+) -> _Answer:
+    """Return an answer behind a prompt that opens a reasoning block, which the template never
+    writes: the text continues the prompt with the reasoning (or none) and the end of its block.
+
+    Args:
+        opened: the opening tag in the prompt.
+        rendering: of the answer without reasoning.
     """
-    function = tool.get("function", tool)
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str):  # in no form that is known: as it stands
-        return json.dumps(tool, ensure_ascii=False), []
-    description, parameters = function.get("description"), function.get("parameters")
-    properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    names = list(properties) if isinstance(properties, dict) else []
-    return name, [description, *names] if isinstance(description, str) else names
-
-
-def _mold(part: Part) -> Part:
-    turns = [
-        Turn(turn.index, *(_blank(part.text[:at]) for at in turn[1:4]), turn.note)
-        for turn in part.turns
-    ]
-    return Part(_blank(part.text), turns, _blank(part.written), part.stop, part.lost)
-
-
-def _cast(mold: Part, contents: list[str], messages: list[Message]) -> Part:
-    turns = [
-        Turn(turn.index, *(len(_fill(blank, contents)) for blank in turn[1:4]), turn.note)
-        for turn in mold.turns
-    ]
-    lost = tuple(one for one in mold.lost if messages[one.index or 0]["content"].strip())
-    return Part(_fill(mold.text, contents), turns, "", mold.stop, lost)
-
-
-def _blank(text: str) -> tuple[str, list[int]]:
-    """A text made with placeholders, as a format and the numbers of its contents."""
-    return PLACEHOLDER.sub("%s", text.replace("%", "%%")), [
-        int(number) for number in PLACEHOLDER.findall(text)
-    ]
-
-
-def _fill(blank: tuple[str, list[int]], contents: list[str]) -> str:
-    return blank[0] % tuple([contents[number] for number in blank[1]])
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The strings and numbers in a JSON value."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield value if isinstance(value, str) else json.dumps(value)
-
-
-def _is_in(source: str, text: str) -> bool:
-    """Whether a text has a source string, trimmed or escaped as in JSON if need be; an empty one
-    always.
-    """
-    source = source.strip()
-    return source in text or any(
-        json.dumps(source, ensure_ascii=a)[1:-1] in text for a in (False, True)
+    header_end = opened.start()
+    closing = "\n</think>\n\n" if "\n" in opened[1] else "</think>"
+    block = prompt + reasoning + closing
+    rest = EMPTY_BLOCK.sub("", rendering.text[header_end:], count=1)
+    return _Answer(
+        text=block + rest,
+        prompt_end=len(prompt),
+        header_end=header_end,
+        rendering=rendering,
+        note="closed-reasoning",
+        reasoning_end=len(block),
     )
 
 
-def _is_said(source: str, text: str) -> bool:
-    """Whether a text has a source string as in `_is_in`, as Python writes it, or with other white
-    space.
+def _texts_with(turns: Sequence[Turn], whole: TrainedText) -> list[TrainedText]:
+    """Return texts that hold the turns, each turn in one of them.
+
+    The text of the whole conversation is taken if it holds the last turn. Else, and for the turns
+    that it does not hold, the text is that of the last of these turns.
     """
-    if _is_in(source, text) or repr(source.strip())[1:-1] in text:
-        return True
-    return " ".join(source.split()) in " ".join(text.split())
+    texts: list[TrainedText] = []
+    remaining = list(turns)
+    text, rendering, stop = whole.text, whole.rendering, whole.stop
+    while remaining:
+        last = remaining[-1]
+        if not _holds(text, last):
+            text, rendering, stop = last.text, last.rendering, last.index + 1
+        held = [turn for turn in remaining if _holds(text, turn)]
+        remaining = [turn for turn in remaining if not _holds(text, turn)]
+        texts.append(TrainedText(text, held, rendering, stop))
+    return texts
 
 
-def _count(name: str, text: str) -> int:
-    """How often a name stands in a text, not as a part of another one."""
-    escaped = json.dumps(name)[1:-1]
-    return len(re.findall(rf"(?<!\w)(?:{re.escape(name)}|{re.escape(escaped)})(?!\w)", text))
+def _holds(text: str, turn: Turn) -> bool:
+    """Return whether a text begins as the text of a turn, through the end of that turn."""
+    return text.startswith(turn.text[: turn.trained_end])
+
+
+def _first_difference(one: str, other: str) -> int:
+    """Return the position of the first character that differs; the length of `other` if none."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return len(other)

@@ -1,0 +1,225 @@
+"""Whether a rendered text holds all that a row says, in its answers and in their context."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchsft.data.rendering import ChatTemplate, Extras, Message
+from torchsft.data.rows import RowError
+
+KNOWN_RESULTS = 1024  # that are remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Something that a text lacks of its context.
+
+    Attributes:
+        index: of the message that says it; None where the tools or documents do.
+        what: it, in words.
+    """
+
+    index: int | None
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolDeclaration:
+    """What a template must write of a tool.
+
+    Attributes:
+        details: its description, and the names of its parameters.
+    """
+
+    name: str
+    details: list[str]
+
+
+class ContextCheck:
+    """Finds what the texts of one chat template lack of their context."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        # by the tool's name and the roles of the messages
+        self._is_declared: dict[tuple[str, tuple[str, ...]], bool] = {}
+        # messages that the template writes, by their index and the roles of all messages
+        self._is_written: set[tuple[int, tuple[str, ...]]] = set()
+
+    def missing(self, messages: Sequence[Message], extras: Extras, text: str) -> Iterator[Missing]:
+        """Yield what a text lacks of the messages before its answers, of the tools and documents.
+
+        Of an assistant message only the names that it calls are looked for: what it says is checked
+        where it is trained, and templates leave earlier reasoning out by intent.
+        """
+        left_out = self._left_out(messages, extras)
+        for i, message in enumerate(messages):
+            role = message["role"]
+            is_written = i not in left_out and contains_loosely(text, message["content"] or "")
+            if role != "assistant" and not is_written:
+                yield Missing(i, f"what the {role} message says")
+            for call in message.get("tool_calls") or ():
+                name = call["function"]["name"]
+                if not _count(text, name):
+                    yield Missing(i, f"the name of the tool that it calls ({name!r})")
+        if extras.tools:
+            yield from self._missing_tools(messages, extras, text)
+        for document in extras.documents or ():
+            yield from _missing_document(document, text)
+
+    def _left_out(self, messages: Sequence[Message], extras: Extras) -> set[int]:
+        """Return messages of context that the template leaves out although their words stand in the
+        text, as other messages, the tools or the template have the same words.
+
+        Such messages are rendered with a mark behind what they say, once for a message and sequence
+        of roles.
+        """
+        roles = tuple(message["role"] for message in messages)
+        ambiguous = self._ambiguous(messages, extras, roles)
+        if not ambiguous:
+            return set()
+        marks = {i: f"\ue002{i}\ue003" for i in ambiguous}
+        marked = list(messages)
+        for i, mark in marks.items():
+            marked[i] = marked[i] | {"content": marked[i]["content"] + mark}
+        last_answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+        try:
+            text = self.template.render(marked, extras).text
+            # some templates write the context before the prompt of an answer alone
+            before = marked[:last_answer]
+            text += self.template.render(before, extras, generation_prompt=True).text
+        except RowError:
+            return set()
+        if len(self._is_written) >= KNOWN_RESULTS:
+            self._is_written.clear()
+        written = {i for i, mark in marks.items() if contains_loosely(text, mark)}
+        self._is_written |= {(i, roles) for i in written}
+        return marks.keys() - written
+
+    def _ambiguous(
+        self, messages: Sequence[Message], extras: Extras, roles: tuple[str, ...]
+    ) -> list[int]:
+        """Return messages of context whose words also stand elsewhere, and of which it is not known
+        that the template writes them.
+        """
+        sources = ["\n".join(leaves(message)) for message in messages]
+        sources.append("\n".join(leaves([extras.tools, extras.documents])))
+        sources.append(self.template.text)
+        found = []
+        for i, message in enumerate(messages):
+            words = (message["content"] or "").strip()
+            if roles[i] == "assistant" or not words or (i, roles) in self._is_written:
+                continue
+            if any(words in source for j, source in enumerate(sources) if j != i):
+                found.append(i)
+        return found
+
+    def _missing_tools(
+        self, messages: Sequence[Message], extras: Extras, text: str
+    ) -> Iterator[Missing]:
+        """Yield the tools of which the text lacks name, description or the name of a parameter."""
+        roles = tuple(message["role"] for message in messages)
+        for tool in extras.tools or ():
+            declaration = declaration_of(tool)
+            is_written = _count(text, declaration.name) > 0 and all(
+                contains_loosely(text, detail) for detail in declaration.details
+            )
+            if not (is_written and self._declares(declaration.name, roles, messages, extras, text)):
+                yield Missing(
+                    None, f"the tool {declaration.name!r}, or its description or parameters"
+                )
+
+    def _declares(
+        self,
+        name: str,
+        roles: tuple[str, ...],
+        messages: Sequence[Message],
+        extras: Extras,
+        text: str,
+    ) -> bool:
+        """Return whether the name of a tool stands in a text because the tool is declared.
+
+        It can stand there because the tool is called. So it must occur more often than in the
+        rendering without tools, which is made once for each tool and sequence of roles.
+        """
+        key = (name, roles)
+        if key not in self._is_declared:
+            if len(self._is_declared) >= KNOWN_RESULTS:
+                self._is_declared.clear()
+            without_tools = self._render_without_tools(messages, extras)
+            self._is_declared[key] = _count(text, name) > _count(without_tools, name)
+        return self._is_declared[key]
+
+    def _render_without_tools(self, messages: Sequence[Message], extras: Extras) -> str:
+        """Return the rendering without tools; "" where the template refuses that, as it reads them
+        then.
+        """
+        try:
+            return self.template.render(messages, Extras(documents=extras.documents)).text
+        except RowError:
+            return ""
+
+
+def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
+    texts = [document.get(key) for key in ("text", "content", "contents")]
+    sources = [source for source in texts if isinstance(source, str)]
+    for source in sources or leaves(document):  # Command R's may have keys of any name
+        if not contains_loosely(text, source):
+            yield Missing(None, f"the document {source.strip()[:40]!r}")
+
+
+def declaration_of(tool: dict[str, Any]) -> ToolDeclaration:
+    """Return what a template must write of a tool."""
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):  # in no form that is known: as it stands
+        return ToolDeclaration(json.dumps(tool, ensure_ascii=False), [])
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    details = list(properties) if isinstance(properties, dict) else []
+    description = function.get("description")
+    if isinstance(description, str):
+        details.insert(0, description)
+    return ToolDeclaration(name, details)
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Yield the strings and numbers in a JSON value, as text."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def contains(text: str, source: str) -> bool:
+    """Return whether a text holds a source string, trimmed, or escaped as in JSON; an empty one
+    always.
+    """
+    source = source.strip()
+    if source in text:
+        return True
+    escaped = (json.dumps(source, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return any(form in text for form in escaped)
+
+
+def contains_loosely(text: str, source: str) -> bool:
+    """Return whether a text holds a source string as in `contains`, as Python writes it, or with
+    other white space.
+    """
+    if contains(text, source) or repr(source.strip())[1:-1] in text:
+        return True
+    return " ".join(source.split()) in " ".join(text.split())
+
+
+def _count(text: str, name: str) -> int:
+    """Count how often a name stands in a text, not as a part of another name."""
+    plain = re.escape(name)
+    escaped = re.escape(json.dumps(name)[1:-1])
+    return len(re.findall(rf"(?<!\w)(?:{plain}|{escaped})(?!\w)", text))

@@ -1,0 +1,89 @@
+"""What became of the rows of a source."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torchsft.data.cache import Block
+from torchsft.data.rows import RowError
+
+LISTED_FAULTS = 100
+
+
+@dataclass
+class Tally:
+    """What became of some rows, beside their samples.
+
+    Attributes:
+        rows: that were read, usable or not.
+        counts: what happened how often, as `Report.counts`.
+        ignored: keys that no format knows, with the number of rows that have them.
+        ends: ids of the tokens that end trained turns, with the number of these turns.
+        faults: why rows cannot be used.
+        kept: why rows with a fault are kept nevertheless.
+    """
+
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
+    faults: list[RowError] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What became of the rows of one source; tokens are those of the samples that are left.
+
+    Attributes:
+        counts: what happened how often, to samples (too-long, truncated, split, no-targets) or rows
+            (notes of the template, skipped).
+        ignored: keys that no format knows, with the number of rows that have them.
+        ends: ids of the tokens that end trained turns (as strings, for JSON), with the number of
+            these turns.
+        faults: the first skipped rows.
+        kept: the first rows that have a fault and are kept nevertheless.
+    """
+
+    name: str
+    path: str
+    format: str | None = None
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    max_id: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def add(self, block: Block, tally: Tally) -> None:
+        """Take in further rows."""
+        supervised = block.runs["end"] - block.runs["start"]
+        self.rows += tally.rows
+        self.samples += len(block.index) - 1
+        self.tokens += len(block.tokens)
+        self.supervised_tokens += int(supervised.sum())
+        self.longest = max(self.longest, int(block.index["length"].max()))
+        self.max_id = max(self.max_id, int(block.tokens.max(initial=0)))
+        ends = Counter({str(token): n for token, n in tally.ends.items()})
+        self.counts = dict(Counter(self.counts) + tally.counts)
+        self.ignored = dict(Counter(self.ignored) + tally.ignored)
+        self.ends = dict(Counter(self.ends) + ends)
+        faults = [str(fault) for fault in tally.faults]
+        self.faults = (self.faults + faults)[:LISTED_FAULTS]
+        self.kept = (self.kept + tally.kept)[:LISTED_FAULTS]
+
+    def __str__(self) -> str:
+        share = 100 * self.supervised_tokens / max(self.tokens, 1)
+        parts = [
+            f"{self.name} ({self.format}): {self.rows:,} rows, {self.samples:,} samples, "
+            f"{self.tokens:,} tokens ({share:.1f} % supervised), longest {self.longest:,}"
+        ]
+        parts += [f"{name} {count:,}" for name, count in sorted(self.counts.items())]
+        if self.ignored:
+            keys = [f"{key} ({count:,})" for key, count in sorted(self.ignored.items())]
+            parts.append(f"ignored keys {', '.join(keys)}")
+        return "; ".join(parts)
