@@ -2,18 +2,17 @@
 it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchsft.data.contents import parse_content
 from torchsft.data.keys import (
     CALL_KEYS,
     FUNCTION_KEYS,
-    MEDIA,
-    PART_KEYS,
     REASONING,
     SWITCHES,
     TURN_KEYS,
-    WEIGHTS,
     is_empty,
     other_keys_within,
 )
@@ -46,12 +45,11 @@ FOLLOWS = {
     "user": ("assistant",),
     "tool": ("assistant", "tool"),
 }
-TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 @dataclass
 class Parsed:
-    """A message as `formats.Conversation` describes it, and what is to be told of it.
+    """A message as `formats.Conversation` describes it, and what else its row says of it.
 
     Attributes:
         fields: role, content and so on.
@@ -67,50 +65,74 @@ class Parsed:
     is_call: bool = False
     ignored: tuple[str, ...] = ()
 
+    @property
+    def role(self) -> str:
+        """The role, as OpenAI calls it."""
+        return self.fields["role"]
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it is the assistant's."""
+        return self.role == "assistant"
+
 
 def parse(message: Any, where: str) -> Parsed:
-    """One message. Raises RowError where it says what cannot be followed."""
+    """Return one message.
+
+    Raises:
+        RowError: it says what cannot be followed.
+    """
     message = expect(dict, message, "message", where)
     ignored = list(other_keys_within(message, TURN_KEYS, "messages[].", where))
-    role = _one_of(message, ("role", "from"), "role", where)
-    content = _one_of(message, ("content", "value"), "content", where)
+    role = _one_of(message, "role", "from", "role", where)
+    given_content = _one_of(message, "content", "value", "content", where)
+    given_calls = [message.get("tool_calls"), message.get("function_call")]
     is_call = isinstance(role, str) and role.lower() in CALL_ROLES
-    calls = [message.get("tool_calls"), message.get("function_call")]
     if is_call:
-        role, calls, content = "assistant", [content, *calls], None
+        role = "assistant"
+        given_calls.insert(0, given_content)
+        given_content = None
     else:
         role = _role(role, where)
-    content, reasoning_parts, more = _content(content, where)
-    ignored += more
-    found: dict[str, Any] = {"role": role, "content": content}
-    called = _one_list_of_calls(calls, where, ignored)
-    reasoning = _reasoning(message, reasoning_parts, where)
-    if content is None and not called:
+    content = parse_content(given_content, where)
+    ignored += content.ignored
+    fields: dict[str, Any] = {"role": role, "content": content.text}
+    calls = _calls(given_calls, where, ignored)
+    reasoning = _reasoning(message, content.reasoning, where)
+    if content.text is None and not calls:
         if role != "assistant":
-            expect(str, content, "content", where)
-        found["content"] = ""
-    if called:
-        found["tool_calls"] = called
+            expect(str, content.text, "content", where)  # raises
+        fields["content"] = ""
+    if calls:
+        fields["tool_calls"] = calls
     for key in ("tool_call_id", "name"):
         if message.get(key) is not None:
-            found[key] = expect(str, message[key], key, where)
+            fields[key] = expect(str, message[key], key, where)
     if reasoning:
-        found["reasoning_content"] = reasoning
+        fields["reasoning_content"] = reasoning
     for key in ("tool_calls", "reasoning_content"):
-        if key in found and role != "assistant":
-            said = f"{key} in a message of role {role}, not assistant; remove it"
-            raise RowError(where, f"misplaced-{key}", said)
-    weight, mask = _weight(message, where)
-    return Parsed(found, weight, mask, is_call, tuple(ignored))
+        if key in fields and role != "assistant":
+            problem = f"{key} in a message of role {role}, not assistant; remove it"
+            raise RowError(where, f"misplaced-{key}", problem)
+    return Parsed(
+        fields,
+        weight=_weight(message, where),
+        mask=_flag(message, "mask", where),
+        is_call=is_call,
+        ignored=tuple(ignored),
+    )
 
 
-def _one_of(message: dict[str, Any], names: tuple[str, str], what: str, where: str) -> Any:
-    """The value under one of two names of the same thing."""
-    values = [message[name] for name in names if message.get(name) is not None]
-    if len(values) == 2 and values[0] != values[1]:
-        said = f"{names[0]} and {names[1]} are two spellings of {what} and differ; keep one of them"
-        raise RowError(where, f"bad-{what}", said)
-    return values[0] if values else None
+def _one_of(message: dict[str, Any], name: str, other: str, what: str, where: str) -> Any:
+    """Return the value under one of two names of the same thing."""
+    value = message.get(name)
+    other_value = message.get(other)
+    if value is None:
+        return other_value
+    if other_value is not None and other_value != value:
+        problem = f"{name} and {other} are two spellings of {what} and differ; keep one of them"
+        raise RowError(where, f"bad-{what}", problem)
+    return value
 
 
 def _role(role: Any, where: str) -> str:
@@ -121,112 +143,50 @@ def _role(role: Any, where: str) -> str:
     return found
 
 
-def content_of(value: Any, what: str, where: str) -> tuple[str | None, list[str]]:
-    """The text of a content, a string or a list of parts, and ignored keys of parts."""
-    text, reasoning, ignored = _content(value, where, f"{what}[].")
-    if reasoning:
-        raise RowError(
-            where,
-            f"bad-{what}",
-            f"{what} holds reasoning, which only an assistant's message can have",
-        )
-    return None if text is None else expect(str, text, what, where), ignored
-
-
-def _content(
-    content: Any, where: str, path: str = "messages[].content[]."
-) -> tuple[str | None, list[str], list[str]]:
-    """The text, what reasoning parts hold, and ignored keys of parts."""
-    if not isinstance(content, list):
-        return (None if content is None else expect(str, content, "content", where)), [], []
-    texts, reasoning, ignored = [], [], []
-    for i, part in enumerate(content, start=1):
-        place = f"{where}, part {i}"
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        part = expect(dict, part, "content part", place)
-        kind = part.get("type")
-        _refuse_flags(part, place)
-        for key in ("role", "from"):
-            if part.get(key) is not None:
-                said = f"a content part has {key}, as a message has; write it as one of its own"
-                raise RowError(place, "bad-content", said)
-        if kind in ("thinking", "reasoning") and isinstance(part.get(kind), str):
-            if any(texts):
-                said = (
-                    "reasoning stands behind text, but is written before the whole answer; split "
-                    "the message there"
-                )
-                raise RowError(place, "bad-content", said)
-            reasoning.append(part[kind])
-            ignored += other_keys_within(part, frozenset({"type", kind}), path, place)
-            continue
-        texts.append(_part_text(part, place))
-        ignored += other_keys_within(part, PART_KEYS | {"content", "value"}, path, place)
-    return "".join(texts), reasoning, ignored
-
-
-def _part_text(part: dict[str, Any], where: str) -> str:
-    """The text of one part, whose type may be missing."""
-    kind = part.get("type")
-    held = [key for key in MEDIA if not is_empty(part.get(key))]
-    if (kind is not None and kind not in TEXT_PARTS) or held:
-        name = held[0] if held and kind in (None, *TEXT_PARTS) else kind
-        said = (
-            f"a content part has type {name!r:.60}, but only text can be trained; remove it or the "
-            f"row"
-        )
-        raise RowError(where, "bad-content", said)
-    texts = [part[key] for key in ("text", "content", "value") if part.get(key) is not None]
-    if not texts:
-        return expect(str, None, "text of a content part", where)
-    if len(texts) > 1:
-        keys = ", ".join(part) or "none"
-        said = (
-            f"a content part needs one text, but has the keys {keys}; write it as {{'type': "
-            f"'text', 'text': ...}}"
-        )
-        raise RowError(where, "bad-content", said)
-    return expect(str, texts[0], "text of a content part", where)
-
-
-def _refuse_flags(part: dict[str, Any], where: str) -> None:
-    for key in (*SWITCHES, *WEIGHTS, "mask", "masked"):
-        if part.get(key) is not None:
-            said = (
-                f"a content part has {key}, but only whole messages can be weighted; split the "
-                f"message in two"
-            )
-            raise RowError(where, "unsupported-key", said)
-
-
-def _reasoning(message: dict[str, Any], parts: list[str], where: str) -> str:
+def _reasoning(message: dict[str, Any], parts: Sequence[str], where: str) -> str:
+    """Return the reasoning of a message, by its keys or the parts of its content."""
     texts = {expect(str, message[key], key, where) for key in REASONING if message.get(key)}
-    texts |= {"\n".join(parts)} if parts else set()
+    names = list(REASONING)
+    if parts:
+        texts.add("\n".join(parts))
+        names.append("content parts")
     if len(texts) > 1:
-        names = " and ".join([*REASONING, *(["content parts"] if parts else [])])
-        raise RowError(where, "bad-reasoning", f"different texts under {names}; give one of them")
+        problem = f"different texts under {' and '.join(names)}; give one of them"
+        raise RowError(where, "bad-reasoning", problem)
     return texts.pop() if texts else ""
 
 
-def _calls(calls: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:
-    """Tool calls in OpenAI's shape: a list, or one alone."""
+# ---------------------------------------------------------------- tool calls
+
+
+def _calls(places: Sequence[Any], where: str, ignored: list[str]) -> list[dict[str, Any]]:
+    """Return the tool calls that stand in one of several places; in more, they are the same.
+
+    Args:
+        ignored: keys that mean nothing are added to it.
+    """
+    found = []
+    for place in places:
+        calls = _calls_in(place or None, where, ignored)
+        if calls:
+            found.append(calls)
+    if not found:
+        return []
+    functions = [[call["function"] for call in calls] for calls in found]
+    if any(other != functions[0] for other in functions):
+        problem = "tool calls stand in two places of the message and differ; keep one of them"
+        raise RowError(where, "bad-tool-calls", problem)
+    return found[0]
+
+
+def _calls_in(calls: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:
+    """Return tool calls in OpenAI's shape: those of a list, or one alone."""
     if calls is None or (isinstance(calls, str) and not calls.strip()):
         return []
     calls = unpacked(calls, "tool_calls", where)
-    calls = [calls] if isinstance(calls, dict) else calls
+    if isinstance(calls, dict):
+        calls = [calls]
     return [_call(call, where, ignored) for call in expect(list, calls, "tool_calls", where)]
-
-
-def _one_list_of_calls(given: list[Any], where: str, ignored: list[str]) -> list[dict[str, Any]]:
-    """The tool calls that stand in one of several places; in more, the same."""
-    found = [calls for value in given if (calls := _calls(value or None, where, ignored))]
-    functions = [[call["function"] for call in calls] for calls in found]
-    if any(other != functions[0] for other in functions):
-        said = "tool calls stand in two places of the message and differ; keep one of them"
-        raise RowError(where, "bad-tool-calls", said)
-    return found[0] if found else []
 
 
 def _call(call: Any, where: str, ignored: list[str]) -> dict[str, Any]:
@@ -235,81 +195,102 @@ def _call(call: Any, where: str, ignored: list[str]) -> dict[str, Any]:
     function = expect(dict, call.get("function", call), "function of a tool call", where)
     if function is not call:
         ignored += other_keys_within(function, FUNCTION_KEYS, "tool_calls[].function.", where)
-        for key in ("name", "arguments"):
-            if not is_empty(call.get(key)) and call[key] != function.get(key):
-                said = f"a tool call has {key} beside its function, which says something else"
-                raise RowError(where, "bad-tool-call", f"{said}; write it in the function alone")
+        _check_beside_function(call, function, where)
     if call.get("type") not in (None, "function"):
-        said = f"a tool call has type {call['type']!r:.60}, but only 'function' can be trained"
-        raise RowError(where, "bad-tool-call", said)
+        problem = f"a tool call has type {call['type']!r:.60}, but only 'function' can be trained"
+        raise RowError(where, "bad-tool-call", problem)
     name = expect(str, function.get("name") or None, "name of a tool call", where)
     arguments = function.get("arguments")
-    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
+    is_blank = isinstance(arguments, str) and arguments.strip() in ("", "null")
+    if arguments is None or is_blank:
         arguments = {}  # a function without parameters; Arrow cannot keep an empty object
-    found = expect(dict, arguments, "arguments of a tool call", where)
-    check_json(found, "arguments of a tool call", where)
-    result = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    parsed = expect(dict, arguments, "arguments of a tool call", where)
+    check_json(parsed, "arguments of a tool call", where)
+    result: dict[str, Any] = {}
     if call.get("id") is not None:
-        result = {"id": expect(str, call["id"], "id of a tool call", where), **result}
+        result["id"] = expect(str, call["id"], "id of a tool call", where)
+    result["type"] = "function"
+    result["function"] = {"name": name, "arguments": arguments}
     return result
 
 
-def _weight(message: dict[str, Any], where: str) -> tuple[float | None, bool | None]:
-    """The weight, and what `mask` says. torchtune's `masked` is true where a message is not
+def _check_beside_function(call: dict[str, Any], function: dict[str, Any], where: str) -> None:
+    """Check that a tool call contradicts its function nowhere."""
+    for key in ("name", "arguments"):
+        if not is_empty(call.get(key)) and call[key] != function.get(key):
+            raise RowError(
+                where,
+                "bad-tool-call",
+                f"a tool call has {key} beside its function, which says something else; write it "
+                f"in the function alone",
+            )
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _weight(message: dict[str, Any], where: str) -> float | None:
+    """Return the weight of a message. torchtune's `masked` is true where a message is not
     trained.
     """
     weight = weight_of(message, where, SWITCHES)
-    masked, mask = message.get("masked"), message.get("mask")
-    for key, value in (("masked", masked), ("mask", mask)):
-        if value not in (None, 0, 1):
-            raise RowError(
-                where, "bad-weight", f"{key} is {value!r:.60}, but must be true or false"
-            )
-    if masked is not None:
-        if weight is not None and bool(weight) == bool(masked):
-            said = (
-                f"masked is {masked!r}, which contradicts the weight {weight:g}; keep one of them"
-            )
-            raise RowError(where, "bad-weight", said)
-        weight = (1.0 if weight is None else weight) if not masked else 0.0
-    return weight, None if mask is None else bool(mask)
+    masked = _flag(message, "masked", where)
+    _flag(message, "mask", where)  # refused before a contradiction is
+    if masked is None:
+        return weight
+    if weight is not None and bool(weight) == masked:
+        raise RowError(
+            where,
+            "bad-weight",
+            f"masked is {message['masked']!r}, which contradicts the weight {weight:g}; keep one "
+            f"of them",
+        )
+    if masked:
+        return 0.0
+    return 1.0 if weight is None else weight
 
 
-def follow_masks(parsed: list[Parsed], where: str) -> None:
+def _flag(message: dict[str, Any], key: str, where: str) -> bool | None:
+    """Return a value that is true or false, or None where it is absent."""
+    value = message.get(key)
+    if value not in (None, 0, 1):
+        raise RowError(where, "bad-weight", f"{key} is {value!r:.60}, but must be true or false")
+    return None if value is None else bool(value)
+
+
+def follow_masks(parsed: Sequence[Parsed], where: str) -> None:
     """Turn `mask` of messages into weights.
 
     In some files true means trained, in others not trained. What the row says of messages that are
     never trained (the user's) shows which; where it says nothing of them, or contradicts itself, it
     is refused rather than guessed.
     """
-    if not any(
-        message.mask is not None and message.fields["role"] == "assistant" for message in parsed
-    ):
+    answers = [each for each in parsed if each.is_answer and each.mask is not None]
+    if not answers:
         return
-    of_context = {message.mask for message in parsed if message.fields["role"] != "assistant"} - {
-        None
-    }
+    of_context = {each.mask for each in parsed if not each.is_answer} - {None}
     if len(of_context) != 1:
-        said = (
+        raise RowError(
+            where,
+            "bad-weight",
             "`mask` of a message means 'trained' to some tools and 'not trained' to others; write "
-            "`train`"
+            "`train`",
         )
-        raise RowError(where, "bad-weight", said)
     untrained = of_context.pop()
-    for message in parsed:
-        if message.mask is None or message.fields["role"] != "assistant":
-            continue
-        is_trained = message.mask is not untrained
-        if message.weight is not None and bool(message.weight) != is_trained:
-            raise RowError(
-                where, "bad-weight", "`mask` of a message contradicts its weight; keep one of them"
-            )
+    for answer in answers:
+        is_trained = answer.mask is not untrained
+        if answer.weight is not None and bool(answer.weight) != is_trained:
+            problem = "`mask` of a message contradicts its weight; keep one of them"
+            raise RowError(where, "bad-weight", problem)
         if not is_trained:
-            message.weight = 0.0
+            answer.weight = 0.0
 
 
-def merge_calls(parsed: list[Parsed], context: int) -> tuple[list[Parsed], int]:
-    """Neighbours that are nothing but tool calls become one message of the assistant, as one turn
+# ---------------------------------------------------------------- several messages
+
+
+def merge_calls(parsed: Sequence[Parsed], context: int) -> tuple[list[Parsed], int]:
+    """Make one message of the assistant of neighbours that are nothing but tool calls, as one turn
     makes several calls.
 
     Args:
@@ -321,35 +302,57 @@ def merge_calls(parsed: list[Parsed], context: int) -> tuple[list[Parsed], int]:
     merged: list[Parsed] = []
     fewer = 0
     for i, message in enumerate(parsed):
-        before = merged[-1] if merged and i != context else None
-        if before and before.is_call and message.is_call and before.weight == message.weight:
-            calls = before.fields["tool_calls"] + message.fields["tool_calls"]
-            fields = {**before.fields, "tool_calls": calls}
-            ignored = before.ignored + message.ignored
-            merged[-1] = Parsed(fields, before.weight, before.mask, is_call=True, ignored=ignored)
-            fewer += i < context
+        last = merged[-1] if merged and i != context else None
+        if last and last.is_call and message.is_call and last.weight == message.weight:
+            merged[-1] = _merged(last, message)
+            if i < context:
+                fewer += 1
         else:
             merged.append(message)
     return merged, fewer
 
 
-def notes_of(parsed: list[Parsed], context: int) -> tuple[str, ...]:
-    """Codes of what is to be told of a conversation: unusual-order, empty-answer,
+def _merged(one: Parsed, other: Parsed) -> Parsed:
+    calls = one.fields["tool_calls"] + other.fields["tool_calls"]
+    return Parsed(
+        {**one.fields, "tool_calls": calls},
+        weight=one.weight,
+        mask=one.mask,
+        is_call=True,
+        ignored=one.ignored + other.ignored,
+    )
+
+
+def notes_of(parsed: Sequence[Parsed], context: int) -> tuple[str, ...]:
+    """Return the codes that are counted of a conversation: unusual-order, empty-answer,
     weight-on-context.
+
+    Args:
+        context: so many messages at the beginning are a prompt.
     """
     notes = []
-    wanted = FOLLOWS[""]
-    for message in parsed:
-        role = message.fields["role"]
-        if role not in wanted:
-            notes.append("unusual-order")
-            break
-        calls = "tool_calls" in message.fields
-        wanted = ("user", "tool") if calls else FOLLOWS.get(role, ("user",))
+    if not _is_usual_order(parsed):
+        notes.append("unusual-order")
     for i, message in enumerate(parsed):
-        says = message.fields.get("reasoning_content") or message.fields.get("tool_calls")
-        if message.fields["role"] == "assistant" and not message.fields["content"] and not says:
+        fields = message.fields
+        is_empty_message = not (
+            fields["content"] or fields.get("reasoning_content") or fields.get("tool_calls")
+        )
+        if message.is_answer and is_empty_message:
             notes.append("empty-answer")
-        if message.weight and (message.fields["role"] != "assistant" or i < context):
+        is_context = not message.is_answer or i < context
+        if message.weight and is_context:
             notes.append("weight-on-context")
     return tuple(dict.fromkeys(notes))
+
+
+def _is_usual_order(parsed: Sequence[Parsed]) -> bool:
+    expected = FOLLOWS[""]
+    for message in parsed:
+        if message.role not in expected:
+            return False
+        if "tool_calls" in message.fields:
+            expected = ("user", "tool")
+        else:
+            expected = FOLLOWS.get(message.role, ("user",))
+    return True

@@ -1,0 +1,126 @@
+"""The content of a message: a text, or a list of parts that are text or reasoning."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchsft.data.keys import MEDIA, PART_KEYS, SWITCHES, WEIGHTS, is_empty, other_keys_within
+from torchsft.data.rows import RowError
+from torchsft.data.values import expect
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING_PARTS = ("thinking", "reasoning")
+TEXT_KEYS = ("text", "content", "value")
+FLAGS = (*SWITCHES, *WEIGHTS, "mask", "masked")
+
+
+@dataclass
+class Content:
+    """What a content says.
+
+    Attributes:
+        text: None where there is no content.
+        reasoning: what its parts of reasoning say.
+        ignored: keys of its parts that mean nothing here.
+    """
+
+    text: str | None
+    reasoning: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def parse_content(content: Any, where: str, path: str = "messages[].content[].") -> Content:
+    """Return what a content says.
+
+    Args:
+        path: what is put before a key of a part where it is listed as ignored.
+
+    Raises:
+        RowError: bad-content, unsupported-key, or a key that cannot be followed.
+    """
+    if content is None:
+        return Content(None)
+    if not isinstance(content, list):
+        return Content(expect(str, content, "content", where))
+    texts: list[str] = []
+    found = Content("")
+    for i, part in enumerate(content, start=1):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        place = f"{where}, part {i}"
+        part = expect(dict, part, "content part", place)
+        _check_keys(part, place)
+        kind = part.get("type")
+        if kind in REASONING_PARTS and isinstance(part.get(kind), str):
+            if any(texts):
+                raise RowError(
+                    place,
+                    "bad-content",
+                    "reasoning stands behind text, but is written before the whole answer; split "
+                    "the message there",
+                )
+            found.reasoning.append(part[kind])
+            known = frozenset({"type", kind})
+        else:
+            texts.append(_text_of(part, place))
+            known = PART_KEYS | {"content", "value"}
+        found.ignored += other_keys_within(part, known, path, place)
+    found.text = "".join(texts)
+    return found
+
+
+def parse_plain_content(value: Any, what: str, where: str) -> Content:
+    """Return what a content says that has no reasoning, such as a system text beside messages.
+
+    Args:
+        what: the key that it stands under.
+
+    Raises:
+        RowError: as `parse_content`, or it has reasoning.
+    """
+    found = parse_content(value, where, f"{what}[].")
+    if found.reasoning:
+        problem = f"{what} holds reasoning, which only an assistant's message can have"
+        raise RowError(where, f"bad-{what}", problem)
+    return found
+
+
+def _check_keys(part: dict[str, Any], where: str) -> None:
+    """Check that a part has no keys that only whole messages can have."""
+    for key in FLAGS:
+        if part.get(key) is not None:
+            raise RowError(
+                where,
+                "unsupported-key",
+                f"a content part has {key}, but only whole messages can be weighted; split the "
+                f"message in two",
+            )
+    for key in ("role", "from"):
+        if part.get(key) is not None:
+            problem = f"a content part has {key}, as a message has; write it as one of its own"
+            raise RowError(where, "bad-content", problem)
+
+
+def _text_of(part: dict[str, Any], where: str) -> str:
+    """Return the text of one part, whose type may be missing."""
+    kind = part.get("type")
+    is_text = kind is None or kind in TEXT_PARTS
+    media = [key for key in MEDIA if not is_empty(part.get(key))]
+    if media or not is_text:
+        name = media[0] if is_text else kind
+        raise RowError(
+            where,
+            "bad-content",
+            f"a content part has type {name!r:.60}, but only text can be trained; remove it or the "
+            f"row",
+        )
+    texts = [part[key] for key in TEXT_KEYS if part.get(key) is not None]
+    if len(texts) > 1:
+        keys = ", ".join(part) or "none"
+        raise RowError(
+            where,
+            "bad-content",
+            f"a content part needs one text, but has the keys {keys}; write it as {{'type': "
+            f"'text', 'text': ...}}",
+        )
+    return expect(str, texts[0] if texts else None, "text of a content part", where)
