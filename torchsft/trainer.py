@@ -145,6 +145,9 @@ class Trainer:
         self.source = Path(config.model.path)
         self.start = find_start(config, tell=world.is_main)
         self.checkpoint = self.start.checkpoint
+        makes_way = config.overwrite and bool(self.start.replaces)  # the old export too
+        if config.checkpoint.export != "none" and not makes_way:
+            huggingface.check_target(self.source, Folder(self.export_place("hf")))
         how = {
             name: getattr(config.checkpoint, name)
             for name in ("mode", "if_busy", "keep", "keep_every", "keep_best")
