@@ -247,6 +247,7 @@ def test_a_written_configuration_is_a_config_file(preset, tmp_path):
         ("a.yaml", "data: {seq_len: 1, seq-len: 2}", ["data.seq_len in", "twice", "1 and as 2"]),
         ("a.yaml", "output: a\noutput: b", ["'output' is given twice", "'a' and as 'b'"]),
         ("a.yaml", "a: [", ["cannot be read"]),
+        ("a.yaml", "? [output]\n: b", ["cannot be read", 'key ["output"] is no name']),
         ("a.yaml", "- a", ["does not hold options"]),
         ("a.yaml", "train: {steps: 0}", ["--train.steps is 0"]),
         ("a.json", '{"output": "a", "output": "b"}', ["'output' is given twice"]),

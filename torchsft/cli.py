@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -536,10 +536,12 @@ def _load(path: Path) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object. Raises ValueError: one key is there twice, of which JSON and YAML would keep the
-    last without a word.
+    last without a word, or is a list or table.
     """
     found: dict[str, Any] = {}
     for key, value in pairs:
+        if not isinstance(key, Hashable):  # YAML's [a]: b
+            raise ValueError(f"key {_shown(key)} is no name")
         if key in found:
             raise ValueError(
                 f"key {key!r} is given twice, as {_shown(found[key])} and as {_shown(value)}"
