@@ -259,6 +259,7 @@ def test_a_written_configuration_is_a_config_file(presets, preset, tmp_path):
         ("a.yaml", "data: {seq_len: 1, seq-len: 2}", ["data.seq_len in", "twice", "1 and as 2"]),
         ("a.yaml", "output: a\noutput: b", ["'output' is given twice", "'a' and as 'b'"]),
         ("a.yaml", "a: [", ["cannot be read"]),
+        ("a.yaml", "? [output]\n: b", ["cannot be read", 'key ["output"] is no name']),
         ("a.yaml", "- a", ["does not hold options"]),
         ("a.yaml", "train: {steps: 0}", ["--train.steps is 0"]),
         ("a.json", '{"output": "a", "output": "b"}', ["'output' is given twice"]),
@@ -277,6 +278,17 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
     assert "does not exist" in refusal("--config", tmp_path / "a.yaml")
     (tmp_path / "config.json").write_text("{}")
     assert f"give the file, {tmp_path / 'config.json'}" in refusal("--config", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "a.yaml"])
+def test_a_file_does_not_overwrite_a_run_by_itself(name, tmp_path):
+    (tmp_path / name).write_text('{"overwrite": true, "output": "runs/first"}')
+    said = refusal("--config", tmp_path / name, "--output", "runs/other")
+    assert all(word in said for word in (name, "--overwrite", "--no-overwrite")), said
+    assert options("--config", tmp_path / name, "--overwrite").overwrite
+    assert not options("--config", tmp_path / name, "--no-overwrite").overwrite
+    (tmp_path / name).write_text('{"overwrite": false, "output": "runs/first"}')
+    assert not options("--config", tmp_path / name).overwrite
 
 
 def test_dates_of_yaml_are_text():
@@ -328,6 +340,16 @@ def test_help_is_short_and_help_all_is_whole(capsys):
         name in shown["--help"] for name in PRESETS
     )
     assert "(default: 512)" in shown["--help"]  # of the preset
+
+
+def test_help_says_all_of_a_presets_first_sentence(capsys):
+    with pytest.raises(SystemExit):
+        options("--help")
+    lines = capsys.readouterr().out.splitlines()
+    for name in PRESETS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert line.endswith("."), line
+    assert any(line.endswith("8 experts of each layer on a GPU.") for line in lines)
 
 
 def test_every_option_says_what_it_is():

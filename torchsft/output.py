@@ -151,6 +151,14 @@ def base_configs(source: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return base
 
 
+def export_place(config: Config, name: str) -> str:
+    """Return the directory or URL of the export `name`."""
+    remote = config.checkpoint.remote
+    if remote:
+        return f"{remote.rstrip('/')}/{name}"
+    return str(Path(config.output) / name)
+
+
 class Exporter:
     """Writes the weights and all that belongs to them as Hugging Face directories."""
 
@@ -166,15 +174,10 @@ class Exporter:
         self.options = output.config.checkpoint
         self.base = base_configs(source)
 
-    def place(self, name: str) -> str:
-        """Return the directory or URL of the export `name`."""
-        if self.options.remote:
-            return f"{self.options.remote.rstrip('/')}/{name}"
-        return str(self.output.directory / name)
-
     def exists(self, name: str) -> bool:
         """Whether the export `name` is complete, as the main rank sees it; collective."""
-        return gather_objects(Folder(self.place(name)).has("config.json"))[0]
+        place = Folder(export_place(self.output.config, name))
+        return gather_objects(place.has("config.json"))[0]
 
     def stop_tokens(self, end_tokens: Sequence[int]) -> list[int]:
         """Return the ids at which answers end when an export of this moment is served; collective.
@@ -190,7 +193,7 @@ class Exporter:
         Raises:
             OSError: on every rank: it could not be written.
         """
-        place = self.place(name)
+        place = export_place(self.output.config, name)
         stops = about(*self.base, end_tokens, self.tokenizer)
         self.output.message(f"exporting {self.options.export} weights to {place}{stops}")
         try:

@@ -40,7 +40,7 @@ from torchsft.models.families import family_of, read_model_config
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
-from torchsft.output import Exporter, RunOutput, base_configs, end_tokens
+from torchsft.output import Exporter, RunOutput, base_configs, end_tokens, export_place
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.memory import check_memory
@@ -102,6 +102,7 @@ class Trainer:
             )
         self.source = Path(config.model.path)
         self.start = find_start(config, tell=world.is_main)
+        self.check_export_place()
         self.output = RunOutput(config, world)
         self.preemption = Preemption(tell=world.is_main)
         self.signalled = False  # a rank has been told to end; as all ranks know it
@@ -124,6 +125,14 @@ class Trainer:
         world.barrier()  # every rank has looked at the output directory
         if world.is_main:
             self.output.log = self.open_output()
+
+    def check_export_place(self) -> None:
+        """Refuse a place for the export that holds something else, before anything is loaded."""
+        if self.config.checkpoint.export == "none":
+            return
+        if self.config.overwrite and self.start.replaces:  # an old export makes way too
+            return
+        huggingface.check_target(self.source, Folder(export_place(self.config, "hf")))
 
     # ------------------------------------------------------------------------------------------
     # build

@@ -211,7 +211,7 @@ def export(
     source, target = Path(source_dir), Folder(out_dir)
     exported = hf_directory.exported_config(read_config(source), dtype)
     exported, generation = with_ends(exported, read_generation_config(source), ends)
-    _check_target(source, target)
+    check_target(source, target)
     rank, ranks = rank_and_size()
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
     with torch.device("meta"):
@@ -282,7 +282,7 @@ def export(
             folder.write_text("config.json", json.dumps(exported, indent=2) + "\n")
 
 
-def _check_target(source: Path, target: Folder) -> None:
+def check_target(source: Path, target: Folder) -> None:
     """Refuse to replace the source, or a directory that is no exported model."""
     if not target.remote and target.path.resolve() == source.resolve():
         raise InputError(f"the export directory {target} is also its source; choose another one")
