@@ -108,14 +108,18 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def exchange_heads(
     q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All heads of this rank's tokens to this rank's heads of all tokens, in one all-to-all;
-    differentiable.
+    """Exchange all heads of this rank's tokens for this rank's heads of all tokens, in one
+    all-to-all; differentiable.
 
     Neighbouring query heads share a key/value head; the head dim of values may be another. The
-    ranks of `group` are in the order of their tokens. Returns q [T, H / ranks, d], k and v [T, G /
-    ranks, d]; where there are more ranks than key/value heads, k and v [T, 1, d]: the head that
-    this rank's queries need, which is on several ranks. InputError where the ranks do not divide H,
-    or G is neither a multiple nor a divisor of them.
+    ranks of `group` are in the order of their tokens.
+
+    Returns:
+        q [T, H / ranks, d], k and v [T, G / ranks, d]; where there are more ranks than key/value
+        heads, k and v [T, 1, d]: the head that this rank's queries need, which is on several ranks.
+
+    Raises:
+        InputError: the ranks do not divide H, or G is neither a multiple nor a divisor of them.
     """
     ranks, heads, kv_heads = group.size(), q_CHd.shape[1], k_CGd.shape[1]
 
@@ -130,13 +134,19 @@ def exchange_heads(
         )
         raise InputError(fault + f"set --parallel.cp to one of {', '.join(good)}")
     if ranks > kv_heads:
-        k_CGd, v_CGd = (x.repeat_interleave(ranks // kv_heads, dim=1) for x in (k_CGd, v_CGd))
+        copies = ranks // kv_heads
+        k_CGd = k_CGd.repeat_interleave(copies, dim=1)
+        v_CGd = v_CGd.repeat_interleave(copies, dim=1)
     # [C, ranks, heads of a rank, d]
-    parts = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]
-    together = torch.cat([part.flatten(2) for part in parts], dim=-1)
+    by_rank = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]
+    together = torch.cat([part.flatten(2) for part in by_rank], dim=-1)
     arrived = exchange(together.transpose(0, 1), group).flatten(0, 1)
-    split = arrived.split([part.shape[2] * part.shape[3] for part in parts], dim=-1)
-    return tuple(x.unflatten(-1, part.shape[2:]) for x, part in zip(split, parts, strict=True))
+    heads_of_a_rank = [part.shape[2:] for part in by_rank]
+    parts = arrived.split([n * d for n, d in heads_of_a_rank], dim=-1)
+    q_Thd, k_Tgd, v_Tgd = (
+        part.unflatten(-1, shape) for part, shape in zip(parts, heads_of_a_rank, strict=True)
+    )
+    return q_Thd, k_Tgd, v_Tgd
 
 
 def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -157,15 +167,14 @@ class SequenceLayout(Layout):
     """
 
     def __init__(self, world: World, vocab_size: int) -> None:
-        self.cp, self.tp, self.sequence = (
-            world.dense["cp"],
-            world.dense["tp"],
-            world.sequence["sequence"],
-        )
+        self.cp, self.tp = world.dense["cp"], world.dense["tp"]
+        self.sequence = world.sequence["sequence"]
         if self.tp.size() > 1:
-            over_ranks = (partial(_reduced, op=op, mesh=self.tp) for op in ("max", "sum"))
+            tokens_a_rank = vocab_size // self.tp.size()
             self.vocabulary = VocabularyPart(
-                self.tp.get_local_rank() * (vocab_size // self.tp.size()), *over_ranks
+                first=self.tp.get_local_rank() * tokens_a_rank,
+                max=partial(_reduced, op="max", mesh=self.tp),
+                sum=partial(_reduced, op="sum", mesh=self.tp),
             )
 
     def context(self, x: Tensor) -> Tensor:
@@ -179,9 +188,8 @@ class SequenceLayout(Layout):
 
     def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
         # All parts in one all-gather.
-        whole = gather_tokens(
-            torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.sequence
-        )
+        together = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        whole = gather_tokens(together, self.sequence)
         return whole.split([part.shape[-1] for part in parts], dim=-1)
 
     def tokens_to_heads(
@@ -199,8 +207,6 @@ class SequenceLayout(Layout):
 
     def logits(self, x_nV: Tensor) -> Tensor:
         x_nV = x_nV.detach()  # no gradient: on every rank it would be that of all tokens
-        return (
-            x_nV
-            if self.tp.size() == 1
-            else DTensor.from_local(x_nV, self.tp, [Shard(1)]).full_tensor()
-        )
+        if self.tp.size() == 1:
+            return x_nV
+        return DTensor.from_local(x_nV, self.tp, [Shard(1)]).full_tensor()
