@@ -16,20 +16,20 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.data.template import Sample
 from torchsft.metrics.logger import Waiting
+from torchsft.metrics.summary import Answers
 from torchsft.parallel.pipeline import OneStage, Pipeline
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
 
-def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
-    """Greedy answers to `trainer.eval_samples`: written to OUTPUT/answers-WHEN.jsonl, a few shown.
-
-    Returns:
-        How many equal the reference, how many ended by themselves, and how many there are.
+def answer(trainer: Trainer, when: str) -> Answers:
+    """Generate greedy answers to the run's evaluation samples; they are written to
+    OUTPUT/answers-WHEN.jsonl, and a few are shown.
     """
-    config, tokenizer = trainer.config, trainer.tokenizer
+    config, tokenizer = trainer.config, trainer.run_data.tokenizer
     stops = frozenset(trainer.stop_tokens())
-    prompts = [(s.id, *turn) for s in trainer.eval_samples for turn in answer_prompts(s)]
+    samples = trainer.run_data.eval_samples
+    prompts = [(sample.id, *turn) for sample in samples for turn in answer_prompts(sample)]
     answers = greedy_answers(
         trainer.pipeline,
         prompts,
@@ -41,9 +41,9 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
     )
     correct = sum(a.correct for a in answers)
     ended = sum(a.ended(stops) for a in answers)
-    if trainer.log:
-        path = trainer.output / f"answers-{when}.jsonl"
-        with trainer.output_may_fail(), open(path, "w", encoding="utf-8") as file:
+    if trainer.output.log:
+        path = trainer.output.directory / f"answers-{when}.jsonl"
+        with trainer.output.may_fail(), open(path, "w", encoding="utf-8") as file:
             for a in answers:
                 texts = {
                     f"{part}_text": tokenizer.decode(getattr(a, part))
@@ -59,8 +59,8 @@ def answer(trainer: Trainer, when: str) -> tuple[int, int, int]:
             f"({share:.1f} %), for example"
         ]
         lines += [a.shown(tokenizer) for a in answers[:4]]
-        trainer.log.message("\n".join(lines))
-    return correct, ended, len(answers)
+        trainer.output.log.message("\n".join(lines))
+    return Answers(correct, ended, len(answers))
 
 
 def answer_prompts(sample: Sample) -> list[tuple[list[int], list[int]]]:

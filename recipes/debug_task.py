@@ -31,8 +31,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -82,6 +83,48 @@ TURNS = {  # kind of turn: question and answer
     "colour": ("What colour is my {thing}?", "The {thing} of {name} is {colour}."),
 }
 HELD_OUT_EVERY = 5
+
+# The model of a DeepSeek-V3, config.json without what follows from the tokenizer.
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 64,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    # V3's 0.02 is for a width of 7168; at 128 it learns this task 3 times slower
+    "initializer_range": 0.06,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_interleave": True,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "torch_dtype": "float32",
+}
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"  # EOS ends every turn
 ROLES = ("system", "user", "assistant")
@@ -219,7 +262,7 @@ def debug_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_debug_model(directory: Path) -> None:
+def write_debug_model(directory: Path, model: Mapping[str, Any] | None = None) -> None:
     """Write what the weights of the debug model belong to: the tokenizer, `config.json` and
     `generation_config.json`.
 
@@ -227,6 +270,7 @@ def write_debug_model(directory: Path) -> None:
 
     Args:
         directory: made if it is not there; files in it are overwritten.
+        model: its config.json, without what follows from the tokenizer; None: `DEEPSEEK_V3`.
     """
     tokenizer = debug_tokenizer()
     tokenizer.save_pretrained(directory)
@@ -235,48 +279,9 @@ def write_debug_model(directory: Path) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "n_group": 4,
-        "topk_group": 2,
-        "moe_intermediate_size": 64,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "num_nextn_predict_layers": 0,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        # V3's 0.02 is for a width of 7168; at 128 it learns this task 3 times slower
-        "initializer_range": 0.06,
-        "max_position_embeddings": 512,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "rope_interleave": True,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "torch_dtype": "float32",
-        **ids,
-    }
+    model = DEEPSEEK_V3 if model is None else model
+    config = {name: model[name] for name in ("architectures", "model_type")}
+    config |= {"vocab_size": len(tokenizer)} | model | ids
     for file, content in (
         ("config.json", config),
         ("generation_config.json", {**ids, "do_sample": False}),

@@ -17,53 +17,22 @@ Refuses: fp8 compute (not in this version), tied embeddings with pp.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
-# What imports torch or transformers is imported where it is used, so that a mistyped option is
-# refused in a moment.
-from torchsft.cli import is_main, parse, refusals
-from torchsft.config import (
-    Checkpoint,
-    Config,
-    Data,
-    Eval,
-    InputError,
-    Optim,
-    Parallel,
-    Train,
-    to_dict,
-)
+from sft import debug_preset, finetune_preset, run
+from torchsft.config import Config, Data, Optim, Parallel, Train
 from torchsft.interruption import guarded
-from torchsft.launch import check_data, check_model, check_output, model_directory, set_threads
 
 
 def debug() -> Config:
     """Small random model that learns a generated chat task in about 2 minutes on 2 CPU cores."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = -(-4 // ranks) * ranks  # about 4 a step, equally many on each rank
-    return Config(
-        data=Data(seq_len=512),
-        train=Train(steps=400, global_batch_size=rows, micro_batch_size=rows // ranks),
-        # the model has 8 experts and 3 layers
-        parallel=Parallel(ep=math.gcd(ranks, 8), pp_schedule="1F1B"),
-        optim=Optim(lr=3e-3, warmup_steps=0.05),
-        checkpoint=Checkpoint(every=200, export="fp32"),
-        eval=Eval(every=100, answers=32, max_new_tokens=16),
-        output="outputs/deepseek_v3_debug",
-    )
+    return debug_preset("outputs/deepseek_v3_debug")
 
 
 def finetune() -> Config:
     """Your model and data (--model.path, --data.train): cosine schedule from 1e-5 without warm-up,
     1 epoch.
     """
-    return Config(optim=Optim(lr=1e-5), output="outputs/deepseek_v3_sft")
+    return finetune_preset("outputs/deepseek_v3_sft")
 
 
 def v3_256() -> Config:
@@ -130,83 +99,9 @@ PRESETS = {
 }
 
 
-def choose_preset(given: Mapping[str, Any]) -> str:
-    """`finetune` for a command line or --config file that gives model.path, else `debug`."""
-    return "finetune" if given.get("model.path") else "debug"
-
-
-def with_generated_inputs(config: Config) -> tuple[Config, Callable[[], None]]:
-    """What the debug preset lacks: its model's config and tokenizer, and its data unless given, in
-    OUTPUT/generated.
-
-    Returns:
-        The configuration that names them, and the function that writes them.
-    """
-    where = Path(config.output) / "generated"
-
-    def generate() -> None:
-        from debug_task import write_debug_data, write_debug_model
-
-        write_debug_model(where)
-        write_debug_data(where)
-
-    model, data = dataclasses.replace(config.model, path=str(where), random_init=True), config.data
-    if not data.train:
-        held_out = data.eval or (str(where / "eval.jsonl"),)
-        data = dataclasses.replace(data, train=(str(where / "train.jsonl"),), eval=held_out)
-    answers = config.eval.answers if data.eval else 0
-    complete = dataclasses.replace(
-        config, model=model, data=data, eval=dataclasses.replace(config.eval, answers=answers)
-    )
-    return complete, generate
-
-
-def checked(config: Config) -> Config:
-    """The configuration, with the model's directory, once its paths have been looked at. Raises
-    InputError: see launch.py.
-    """
-    if config.model.path is None or not config.data.train:
-        raise InputError(
-            "--model.path and --data.train must both be given (or neither, for the debug preset)"
-        )
-    model = dataclasses.replace(config.model, path=model_directory(config.model.path))
-    check_model(model.path, weights=not model.random_init)
-    check_data(config.data)
-    check_output(config.output)
-    return dataclasses.replace(config, model=model)
-
-
 def main() -> None:
-    """Read the command line, take this rank's place in the world, train."""
-    with refusals():
-        preset, config = parse(PRESETS, choose_preset, sys.argv[1:], __doc__ or "")
-    generate = None
-    if config.print_config:
-        from torchsft.trainer import resolve
-
-        # so that --config takes it and trains
-        resolved = dataclasses.replace(resolve(config), print_config=False)
-        if is_main():
-            print(json.dumps(to_dict(resolved), indent=2))
-        return
-    if preset == "debug" and config.model.path is None:
-        check_data(config.data)
-        check_output(config.output)
-        config, generate = with_generated_inputs(config)
-    else:
-        config = checked(config)
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-    from answers import answer
-    from torchsft.checkpoint.publish import claimed
-    from torchsft.parallel.world import World
-    from torchsft.trainer import Trainer
-
-    with (
-        World(config.parallel, config.train.seed) as world,
-        claimed(Path(config.output), world.is_main),
-    ):
-        Trainer(config, world, generate, answer).run()
+    """Train as the command line says."""
+    run(PRESETS, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.deepseek_v3_sft import PRESETS, choose_preset
+from recipes import qwen3_sft
+from recipes.deepseek_v3_sft import PRESETS
+from recipes.sft import choose_preset
 from torchsft import cli, launch
 from torchsft.config import Config, Data, InputError, to_dict
 
@@ -21,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE, INSPECTOR = ROOT / "recipes" / "deepseek_v3_sft.py", ROOT / "tools" / "inspect_data.py"
 
 
-def options(*argv):
-    return cli.parse(PRESETS, choose_preset, list(map(str, argv)), "About.")[1]
+def options(*argv, presets=PRESETS):
+    return cli.parse(presets, choose_preset, list(map(str, argv)), "About.")[1]
 
 
 def refusal(*argv):
@@ -221,13 +223,23 @@ def test_a_file_lies_between_preset_and_options(name, tmp_path):
     assert options("--config", tmp_path / name, "--train.epochs", 3).train.steps is None
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_written_configuration_is_a_config_file(preset, tmp_path):
+@pytest.mark.parametrize(
+    ("presets", "preset"),
+    [(presets, name) for presets in (PRESETS, qwen3_sft.PRESETS) for name in presets],
+)
+def test_a_written_configuration_is_a_config_file(presets, preset, tmp_path):
     config = options(
-        preset, "--data.eval", "x=a", "--optim.clip-norm", "None", "--output", tmp_path
+        preset,
+        "--data.eval",
+        "x=a",
+        "--optim.clip-norm",
+        "None",
+        "--output",
+        tmp_path,
+        presets=presets,
     )
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-    assert options(preset, "--config", tmp_path / "config.json") == config
+    assert options(preset, "--config", tmp_path / "config.json", presets=presets) == config
     # it says everything
     assert options("moonlight", "--config", tmp_path / "config.json") == config
 
@@ -247,6 +259,7 @@ def test_a_written_configuration_is_a_config_file(preset, tmp_path):
         ("a.yaml", "data: {seq_len: 1, seq-len: 2}", ["data.seq_len in", "twice", "1 and as 2"]),
         ("a.yaml", "output: a\noutput: b", ["'output' is given twice", "'a' and as 'b'"]),
         ("a.yaml", "a: [", ["cannot be read"]),
+        ("a.yaml", "? [output]\n: b", ["cannot be read", 'key ["output"] is no name']),
         ("a.yaml", "- a", ["does not hold options"]),
         ("a.yaml", "train: {steps: 0}", ["--train.steps is 0"]),
         ("a.json", '{"output": "a", "output": "b"}', ["'output' is given twice"]),
@@ -265,6 +278,17 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
     assert "does not exist" in refusal("--config", tmp_path / "a.yaml")
     (tmp_path / "config.json").write_text("{}")
     assert f"give the file, {tmp_path / 'config.json'}" in refusal("--config", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "a.yaml"])
+def test_a_file_does_not_overwrite_a_run_by_itself(name, tmp_path):
+    (tmp_path / name).write_text('{"overwrite": true, "output": "runs/first"}')
+    said = refusal("--config", tmp_path / name, "--output", "runs/other")
+    assert all(word in said for word in (name, "--overwrite", "--no-overwrite")), said
+    assert options("--config", tmp_path / name, "--overwrite").overwrite
+    assert not options("--config", tmp_path / name, "--no-overwrite").overwrite
+    (tmp_path / name).write_text('{"overwrite": false, "output": "runs/first"}')
+    assert not options("--config", tmp_path / name).overwrite
 
 
 def test_dates_of_yaml_are_text():
@@ -316,6 +340,16 @@ def test_help_is_short_and_help_all_is_whole(capsys):
         name in shown["--help"] for name in PRESETS
     )
     assert "(default: 512)" in shown["--help"]  # of the preset
+
+
+def test_help_says_all_of_a_presets_first_sentence(capsys):
+    with pytest.raises(SystemExit):
+        options("--help")
+    lines = capsys.readouterr().out.splitlines()
+    for name in PRESETS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert line.endswith("."), line
+    assert any(line.endswith("8 experts of each layer on a GPU.") for line in lines)
 
 
 def test_every_option_says_what_it_is():
@@ -452,7 +486,9 @@ def refused(program, *argv):
         f"{blocked} import runpy; sys.argv = {[str(program), *argv]!r}; "
         f"runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # as Python itself does with a script's directory
+    paths = os.pathsep.join([str(Path(program).parent), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": paths}
     ended = subprocess.run(
         [sys.executable, "-c", run], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -479,6 +515,13 @@ def refused(program, *argv):
             ["--model.path", "/nowhere", "--data.train", "x"],
             1,
             "error: --model.path /nowhere does not exist;",
+        ),
+        (
+            ROOT / "recipes" / "qwen3_sft.py",
+            ["debgu"],
+            2,
+            "error: preset 'debgu' does not exist; choose one of: debug, finetune, qwen3_30b, "
+            "qwen3_235b",
         ),
         (
             INSPECTOR,

@@ -6,19 +6,22 @@ import re
 
 import pytest
 
-from recipes.deepseek_v3_sft import PRESETS, choose_preset
+from recipes import qwen3_sft
+from recipes.deepseek_v3_sft import PRESETS
+from recipes.sft import choose_preset
 from torchsft.cli import parse
 from torchsft.config import (
     Checkpoint,
     Config,
     InputError,
+    Metrics,
     Optim,
     Parallel,
     Train,
     differences,
     to_dict,
 )
-from torchsft.trainer import resolve
+from torchsft.resolution import resolve
 
 # Documentation and tools rely on these names (DESIGN.md).
 CONTRACT = """
@@ -77,6 +80,13 @@ def test_options_override_the_preset():
         (lambda: Train(micro_batch_size=0), "--train.micro-batch-size is 0"),
         (lambda: Optim(lr=-1.0), "--optim.lr is -1.0"),
         (lambda: Optim(lr=float("nan")), "--optim.lr is nan"),
+        (lambda: Optim(lr=float("inf")), "--optim.lr is inf, but it must be a finite number"),
+        (lambda: Optim(eps=float("inf")), "--optim.eps is inf, but it must be a finite number"),
+        (lambda: Optim(weight_decay=float("inf")), "--optim.weight-decay is inf"),
+        (lambda: Train(aux_loss=float("inf")), "--train.aux-loss is inf"),
+        (lambda: Train(seed=2**64), "--train.seed is 18446744073709551616"),
+        (lambda: Metrics(peak_tflops=0.0), "--metrics.peak-tflops is 0.0"),
+        (lambda: Parallel(timeout_seconds=float("inf")), "--parallel.timeout-seconds is inf"),
         (lambda: Optim(beta2=1.0), "--optim.beta2 is 1.0"),
         (lambda: Optim(clip_norm=0.0), "--optim.clip-norm is 0.0"),
         (lambda: Optim(min_lr_ratio=2.0), "--optim.min-lr-ratio is 2.0"),
@@ -140,10 +150,10 @@ def test_epochs_are_numbers_with_or_without_a_point():
     assert '"epochs": 2,' in json.dumps(to_dict(options("finetune", "--train.epochs", "2")[1]))
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_be_looked_at_without_its_ranks(name, monkeypatch):
+@pytest.mark.parametrize("preset", [*PRESETS.values(), *qwen3_sft.PRESETS.values()])
+def test_every_preset_can_be_looked_at_without_its_ranks(preset, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    config = dataclasses.replace(PRESETS[name](), print_config=True)
+    config = dataclasses.replace(preset(), print_config=True)
     parallel = resolve(config).parallel
     assert parallel == dataclasses.replace(
         config.parallel, dp_shard=max(config.parallel.dp_shard, 1)

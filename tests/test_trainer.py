@@ -21,7 +21,8 @@ from torchsft.checkpoint import state
 from torchsft.checkpoint.publish import claimed
 from torchsft.config import InputError, Optim, Precision, Train
 from torchsft.parallel.world import World
-from torchsft.trainer import Trainer, resolve
+from torchsft.resolution import resolve
+from torchsft.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -178,12 +179,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(inputs, tm
         poison.remove()
         record, _ = trainer.train_step(next(trainer.loader))
         assert math.isfinite(record["grad_norm"])
-        assert (trainer.step, trainer.updates, trainer.skipped, trainer.skipped_in_a_row) == (
-            3,
-            2,
-            1,
-            0,
-        )
+        counters = trainer.counters
+        assert (counters.step, counters.updates) == (3, 2)
+        assert (counters.skipped, counters.skipped_in_a_row) == (1, 0)
 
 
 def test_a_run_ends_after_some_skipped_steps_in_a_row_and_all_are_in_the_metrics(inputs, tmp_path):
@@ -633,7 +631,7 @@ def test_a_checkpoint_that_is_due_too_soon_is_left_out_if_asked(
         return write(self, *arguments)
 
     def save(self, *arguments):
-        if self.step == self.total_steps:
+        if self.counters.step == self.total_steps:
             ended.set()
         return trainer_save(self, *arguments)
 
@@ -694,10 +692,10 @@ def test_a_model_that_cannot_fit_a_device_is_refused_before_weights_are_loaded(
     config = trainer_for(inputs, tmp_path)
     model = DeepseekV3ForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
     needed = 16 * sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr("torchsft.trainer.device_bytes", lambda device: needed)
+    monkeypatch.setattr("torchsft.parallel.memory.device_bytes", lambda device: needed)
     with World(config.parallel, 0) as world:
         Trainer(config, world)
-    monkeypatch.setattr("torchsft.trainer.device_bytes", lambda device: needed // 2 - 1)
+    monkeypatch.setattr("torchsft.parallel.memory.device_bytes", lambda device: needed // 2 - 1)
     monkeypatch.setattr(
         "torchsft.checkpoint.huggingface.load_weights",
         lambda *_: pytest.fail("weights were loaded"),

@@ -47,13 +47,13 @@ def run(inputs, output, steps=6, stop=None, **data):
         trainer = Trainer(config, world)
         if stop:
             save = trainer.save
-            trainer.due = lambda every: (
-                trainer.step == stop or (every > 0 and trainer.step % every == 0)
+            trainer.at_interval = lambda every: (
+                trainer.counters.step == stop or (every > 0 and trainer.counters.step % every == 0)
             )
 
             def save_and_stop(score=None):
                 save(score)
-                trainer.checkpointer.wait()
+                trainer.output.checkpointer.wait()
                 trainer.signalled = True
 
             trainer.save = save_and_stop

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ "
@@ -69,14 +76,46 @@ def tiny_config(**changes: Any) -> DeepseekV3Config:
     return DeepseekV3Config(**(sizes | changes))
 
 
+def tiny_qwen3_config(*, dense: bool = False, **changes: Any) -> Qwen3MoeConfig | Qwen3Config:
+    """3 layers, the first and the third with 8 experts, top-3; 4 query heads share 2 key/value
+    heads, which are wider than hidden_size / heads. `dense`: without experts.
+    """
+    sizes = dict(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
+    if dense:
+        return Qwen3Config(**(sizes | changes))
+    sizes |= dict(
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    )
+    return Qwen3MoeConfig(**(sizes | changes))
+
+
 def write_tiny_model(
-    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    config: PreTrainedConfig | None = None,
+    **changes: Any,
 ) -> Path:
-    """A tiny DeepSeek-V3 with random weights, biases and norms, and a byte tokenizer, saved by
-    `transformers`.
+    """A tiny model with random weights, biases and norms, and a byte tokenizer, saved by
+    `transformers`: that of `config`, else a DeepSeek-V3 of `tiny_config(**changes)`.
     """
     torch.manual_seed(seed)
-    model = DeepseekV3ForCausalLM(tiny_config(**changes))
+    model = AutoModelForCausalLM.from_config(config or tiny_config(**changes))
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name:

@@ -32,10 +32,12 @@ from torch import Tensor
 from tools.benchmark_pipeline import on_ranks
 from torchsft.checkpoint import huggingface, state
 from torchsft.config import Optim, Parallel
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model, read_model_config
+from torchsft.models.language_model import LanguageModel
 from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.pipeline import reshard_after_forward, split
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 
 TOOL = str(Path(__file__).with_name("convert_checkpoint.py"))
@@ -95,7 +97,7 @@ def write_source(directory: Path, config: dict[str, Any], file_bytes: float = 1e
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = DeepseekV3(DeepseekV3Config.from_hf(config))
+        model = build_model(config)
     pieces = [piece for pieces in model.checkpoint_pieces().values() for piece in pieces]
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     files: list[dict[str, Tensor]] = [{}]
@@ -168,11 +170,11 @@ def watched(command: Sequence[str]) -> tuple[float, int]:
     return seconds, peak
 
 
-def build(config: dict[str, Any], parallel: Parallel, world: World) -> DeepseekV3:
+def build(config: dict[str, Any], parallel: Parallel, world: World) -> LanguageModel:
     """The part of the model that this rank holds; uninitialised."""
-    plan = plan_stages(parallel, DeepseekV3Config.from_hf(config), microbatches=8)
+    plan = plan_stages(parallel, read_model_config(config), microbatches=8)
     with torch.device("meta"):
-        model = DeepseekV3(DeepseekV3Config.from_hf(config), **plan.model_part(0))
+        model = build_model(config, **plan.model_part(0))
         stages = split(model, plan, 0)
     parallelize(stages, world, torch.float32, reshard_after_forward=reshard_after_forward(parallel))
     for stage in stages:
@@ -196,7 +198,7 @@ def load(source: str, ep: int) -> dict[str, float]:
         world.barrier()
         began = time.perf_counter()
         with torch.device("meta"):
-            index = huggingface.check_weights(source, DeepseekV3(model.config))
+            index = huggingface.check_weights(source, model.family(model.config))
         read = huggingface.load_weights(model, index)
         world.barrier()
         return {"seconds": time.perf_counter() - began, "read": read, "held": held}

@@ -21,7 +21,8 @@ import torch
 
 from torchsft.config import Optim, Parallel
 from torchsft.metrics.throughput import peak_tflops
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model
+from torchsft.models.language_model import LanguageModel
 from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
@@ -109,10 +110,10 @@ def hf_config(sizes: dict[str, Any], experts: int, moe_layers: int) -> dict[str,
     }
 
 
-def build(config: dict[str, Any], **options: Any) -> DeepseekV3:
+def build(config: dict[str, Any], **options: Any) -> LanguageModel:
     """The model on the meta device."""
     with torch.device("meta"):
-        return DeepseekV3(DeepseekV3Config.from_hf(config), **options)
+        return build_model(config, **options)
 
 
 def largest_that_fits(case: Case, memory: float) -> tuple[int, int]:

@@ -56,7 +56,8 @@ from torchsft.config import (
     Train,
 )
 from torchsft.data.stream import microbatches_per_step
-from torchsft.models.deepseek_v3 import TENSOR_PARALLEL, DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model
+from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World, mesh_sizes
 from torchsft.trainer import Trainer
@@ -194,10 +195,10 @@ def _group(name: Any) -> dist.ProcessGroup:
 
 
 def expected_bytes(
-    config: DeepseekV3Config, parallel: Parallel, train: Train, row: int, world_size: int
+    model: LanguageModel, parallel: Parallel, train: Train, row: int, world_size: int
 ) -> dict[str, float]:
-    """What a rank has to send in a training step, by kind; fp32, mean over ranks, tokens spread
-    evenly over experts.
+    """What a rank has to send in a training step of a `model` with latent attention (whole, on
+    meta), by kind; fp32, mean over ranks, tokens spread evenly over experts.
 
         parameters    gathered for the forward pass of each microbatch and again for its backward
                       pass, where FSDP frees them in between (without a pipeline); the embedding,
@@ -224,6 +225,7 @@ def expected_bytes(
         train.global_batch_size, train.micro_batch_size, replicas * shard
     )
     tokens = train.micro_batch_size * row
+    config, attention = model.config, model.model.layers["0"].self_attn
     width, heads = config.hidden_size, config.num_attention_heads
     forwards = 2 if train.activation_checkpointing == "full" else 1
     sent: Counter[str] = Counter()
@@ -231,12 +233,10 @@ def expected_bytes(
     def share(ranks: int) -> float:
         return (ranks - 1) / ranks
 
-    with torch.device("meta"):
-        model = DeepseekV3(config)
     for name, parameter in model.named_parameters():
         split = any(
             fnmatchcase(name.rpartition(".")[0], pattern) and style != "gather"
-            for pattern, style in TENSOR_PARALLEL.items()
+            for pattern, style in model.tensor_parallel.items()
         )
         expert = ".experts." in name
         size = parameter.numel() * FP32 / (ep if expert else tp if split else 1)
@@ -252,7 +252,7 @@ def expected_bytes(
     here = tokens // cp  # of a tensor group
     moved: Counter[str] = Counter()  # values of a microbatch
     for layer in range(config.num_hidden_layers):
-        latents = (config.q_lora_rank or width) + config.kv_lora_rank + config.qk_rope_head_dim
+        latents = (attention.q_rank or width) + attention.kv_rank + attention.rope.dim
         gathered = tokens * latents * share(cp * tp)
         summed = here * width * share(tp)
         dense = 0 if config.is_moe(layer) else summed
@@ -260,12 +260,12 @@ def expected_bytes(
         # a repetition ends before its last sum
         moved["reduce-scatter"] += forwards * summed + dense + gathered + dense
         moved["all-to-all"] += (
-            (forwards + 1) * tokens * heads * config.v_head_dim / (cp * tp) * share(cp)
+            (forwards + 1) * tokens * heads * attention.v_dim / (cp * tp) * share(cp)
         )
         if config.is_moe(layer):
             rows = here // tp * config.num_experts_per_tok
             moved["all-to-all"] += (forwards + 1) * 2 * rows * width * share(ep)
-            moved["all-to-all"] += forwards * 2 * config.n_routed_experts * share(ep)  # int64
+            moved["all-to-all"] += forwards * 2 * config.routed_experts(layer) * share(ep)  # int64
     ends = 2 * here * width * share(tp)  # embedding and head, there and back
     moved["all-gather"] += ends
     moved["reduce-scatter"] += ends
@@ -278,7 +278,9 @@ def expected_bytes(
     total = {kind: count / pp for kind, count in sent.items()}
 
     # counts; norm; loss, what the ranks agree on, and loads
-    numbers = 4 + 1 + 3 + config.num_hidden_layers * (1 + config.n_routed_experts)
+    layers = range(config.num_hidden_layers)
+    experts = max(map(config.routed_experts, layers))
+    numbers = 4 + 1 + 3 + len(layers) * (1 + experts)
     total["all-reduce"] += 2 * share(world_size) * numbers * 8
     return total
 
@@ -332,18 +334,21 @@ def train_steps(config: Config, repeats: int) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_seconds": cpu_seconds} | counts
 
 
-def write_inputs(directory: Path, **sizes: Any) -> DeepseekV3Config:
-    """Configuration, tokenizer and data; `sizes` change those of the debug preset's model."""
+def write_inputs(directory: Path, **sizes: Any) -> LanguageModel:
+    """Write configuration, tokenizer and data; `sizes` change those of the debug preset's model,
+    which is returned, on the meta device.
+    """
     write_debug_model(directory)
     write_debug_data(directory, train=200, held_out=1)
     file = directory / "config.json"
     config = json.loads(file.read_text()) | SIZES | sizes
     file.write_text(json.dumps(config))
-    return DeepseekV3Config.from_hf(config)
+    with torch.device("meta"):
+        return build_model(config)
 
 
 def measure(
-    directory: Path, model: DeepseekV3Config, row: int, repeats: int, sizes: dict[str, Any]
+    directory: Path, model: LanguageModel, row: int, repeats: int, sizes: dict[str, Any]
 ) -> dict[str, Any]:
     """One line of the table."""
     axes = {axis: sizes.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}

@@ -57,9 +57,12 @@ from torch.multiprocessing import start_processes
 from tools.benchmark_step import SMALL
 from torchsft.config import Parallel
 from torchsft.data.batch import Batch
-from torchsft.models.deepseek_v3 import ARCHITECTURE, DeepseekV3Config
+from torchsft.models.families import read_model_config
+from torchsft.models.language_model import ModelConfig
 from torchsft.ops import wanted
-from torchsft.parallel.pipeline import Pipeline, plan_stages, weight_pass_possible
+from torchsft.parallel.pipeline import Pipeline
+from torchsft.parallel.stages import plan_stages
+from torchsft.parallel.torch_pipelining import weight_pass_possible
 from torchsft.parallel.world import World
 
 SCHEDULES = (
@@ -160,7 +163,7 @@ class _Work(torch.autograd.Function):
 class StandIn(nn.Module):
     """A stage, as far as `Pipeline` sees it."""
 
-    def __init__(self, config: DeepseekV3Config, first: bool, last: bool, unit: float) -> None:
+    def __init__(self, config: ModelConfig, first: bool, last: bool, unit: float) -> None:
         super().__init__()
         self.config, self.last, self.unit = config, last, unit
         self.model = SimpleNamespace(layers={})
@@ -225,8 +228,8 @@ def record_steps(
         unit: seconds.
     """
     size = int(os.environ["WORLD_SIZE"])
-    config = DeepseekV3Config.from_hf(
-        SMALL | {"architectures": [ARCHITECTURE], "num_hidden_layers": 2 * size}
+    config = read_model_config(
+        SMALL | {"architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 2 * size}
     )
     nothing = torch.zeros(TOKENS, dtype=torch.int64)
     batch = Batch(nothing, nothing, nothing.float(), nothing, torch.zeros(1, dtype=torch.int32), 0)
@@ -239,7 +242,16 @@ def record_steps(
                 StandIn(config, stage == 0, stage == last, unit).to(world.device)
                 for stage in plan.local(world.rank)
             ]
-            pipeline = Pipeline(stages, world, TOKENS, plan, schedule, microbatches, torch.float32)
+            pipeline = Pipeline(
+                stages,
+                world,
+                TOKENS,
+                plan,
+                schedule,
+                microbatches=microbatches,
+                dtype=torch.float32,
+                first_trained=0,
+            )
             actions: list[Timed] = []
             for stage in pipeline.stages:
                 _record(stage, actions)

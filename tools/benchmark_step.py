@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from torchsft.config import Optim
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model
 from torchsft.models.loss import IGNORE
 from torchsft.optim.adamw import build_optimizer
 
@@ -89,7 +89,7 @@ def transformers_side() -> tuple[Side, dict[str, Tensor], dict[str, Any]]:
 
 def our_side(weights: dict[str, Tensor], config: dict[str, Any]) -> Side:
     """Our model with the same weights."""
-    model = DeepseekV3(DeepseekV3Config.from_hf(config)).train()
+    model = build_model(config).train()
     model.load_state_dict(weights)
     optimizer = build_optimizer(model, Optim(lr=LEARNING_RATE, weight_decay=0.01, beta2=0.999))
     positions = torch.arange(ROW).repeat(ROWS)

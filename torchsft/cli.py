@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -172,13 +172,18 @@ def parse(
     if named and argv[0] not in presets:
         raise InputError(f"preset {argv[0]!r} does not exist; choose one of: {', '.join(presets)}")
     given, wants_help = read_arguments(argv[1:] if named else argv, options)
-    from_file = read_file(given.pop("config"), options) if given.get("config") else {}
+    file = given.pop("config", None)
+    from_file = read_file(file, options) if file else {}
+    if from_file.get("overwrite") and "overwrite" not in given:
+        raise InputError(
+            f"overwrite in {file} is true, but a file does not remove a run by itself; say "
+            f"--overwrite to replace the run in --output, or --no-overwrite to continue it"
+        )
     name = argv[0] if named else choose(from_file | given)
     values = values_of(presets[name]())
     if wants_help:
-        lines = [
-            f"  {key:<10} {inspect.getdoc(build).splitlines()[0]}" for key, build in presets.items()
-        ]
+        first = {key: inspect.getdoc(build).split("\n\n")[0] for key, build in presets.items()}
+        lines = [f"  {key:<10} {' '.join(text.split())}" for key, text in first.items()]
         listing = "Presets (first argument; options override them):\n" + "\n".join(lines)
         show_help(
             f"{doc.strip()}\n\n{listing}\n\nDefaults below are those of {name!r}.",
@@ -531,10 +536,12 @@ def _load(path: Path) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object. Raises ValueError: one key is there twice, of which JSON and YAML would keep the
-    last without a word.
+    last without a word, or is a list or table.
     """
     found: dict[str, Any] = {}
     for key, value in pairs:
+        if not isinstance(key, Hashable):  # YAML's [a]: b
+            raise ValueError(f"key {_shown(key)} is no name")
         if key in found:
             raise ValueError(
                 f"key {key!r} is given twice, as {_shown(found[key])} and as {_shown(value)}"

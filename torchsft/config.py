@@ -23,12 +23,13 @@ class InputError(ValueError):
 
 
 def _at_least(options: Any, **least: float) -> None:
-    """Refuse a field of `options` that is set and less than `least` says."""
+    """Refuse a field of `options` that is set and less than `least` says, or not finite."""
     for name, bound in least.items():
         value = getattr(options, name)
-        if value is not None and not value >= bound:  # also catches nan
+        if value is not None and not bound <= value < math.inf:  # also catches nan
             option = f"--{type(options).__name__.lower()}.{name.replace('_', '-')}"
-            raise InputError(f"{option} is {value}, but it must be at least {bound}")
+            kind = "a finite number of " if value == math.inf else ""
+            raise InputError(f"{option} is {value}, but it must be {kind}at least {bound}")
 
 
 @dataclass(kw_only=True)
@@ -254,6 +255,11 @@ class Train:
             aux_loss=0,
             max_nonfinite_steps=1,
         )
+        if self.seed >= 2**64:
+            raise InputError(f"--train.seed is {self.seed}, but it must be less than 2**64")
+
+
+LONGEST_TIMEOUT = 1e9  # seconds, 32 years
 
 
 @dataclass(kw_only=True)
@@ -296,9 +302,10 @@ class Parallel:
                 f"--parallel.pp-layers is {self.pp_layers}, but a stage cannot have "
                 f"fewer than 0 layers"
             )
-        if not self.timeout_seconds > 0:
+        if not 0 < self.timeout_seconds <= LONGEST_TIMEOUT:
             raise InputError(
-                f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0"
+                f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0 and "
+                f"at most {LONGEST_TIMEOUT:g}"
             )
 
 
@@ -364,8 +371,6 @@ class Optim:
                 f"--optim.clip-norm is {self.clip_norm}, but it must be above 0 (or "
                 f"None for no clipping)"
             )
-        if not math.isfinite(self.lr):
-            raise InputError(f"--optim.lr is {self.lr}, but it must be a finite number")
         for name in ("warmup_steps", "decay_steps"):
             number = getattr(self, name)
             if number is not None and number >= 1 and number != int(min(number, 1e18)):
@@ -516,6 +521,12 @@ class Metrics:
     """Peak of one device in TFLOP/s, for the MFU; absent: known for common NVIDIA devices, else no
     MFU.
     """
+
+    def __post_init__(self) -> None:
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise InputError(
+                f"--metrics.peak-tflops is {self.peak_tflops}, but it must be above 0 and finite"
+            )
 
 
 @dataclass(kw_only=True)

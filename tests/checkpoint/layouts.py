@@ -14,7 +14,7 @@ import torchsft
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.weight_files import SafetensorsWriter
 from torchsft.config import Optim, Parallel
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.world import World
@@ -152,10 +152,9 @@ def every_layout(source, work):
             seen |= watched_export(
                 model, f"{work}/hf-{ep}", torch.bfloat16, source, max_shard_bytes=30_000
             )
-            huggingface.initialise_weights(model, 7, initial_value)
+            huggingface.initialise_weights(model, 7)
             initial = {
-                name: initial_value(name, tuple(t.shape), model.config, 7)
-                for name, t in reference.items()
+                name: model.initial_value(name, tuple(t.shape), 7) for name, t in reference.items()
             }
             seen["wrong_initial"] = differing(model.state_dict(), initial)
 

@@ -18,9 +18,10 @@ from tests.checkpoint.layouts import (
 )
 from torchsft.checkpoint import huggingface, state
 from torchsft.config import InputError, Parallel
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.families import build_model, read_model_config
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.pipeline import reshard_after_forward, split
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 
 
@@ -28,11 +29,11 @@ def build(source, parallel, world, **changes):
     """The part of the model that this rank holds, built as the trainer does; its memory is
     garbage.
     """
-    config = DeepseekV3Config.from_hf(huggingface.read_config(source) | changes)
-    plan = plan_stages(parallel, config, microbatches=8)
+    config = huggingface.read_config(source) | changes
+    plan = plan_stages(parallel, read_model_config(config), microbatches=8)
     pp_rank = world.dense.get_local_rank("pp")
     with torch.device("meta"):
-        model = DeepseekV3(config, **plan.model_part(pp_rank))
+        model = build_model(config, **plan.model_part(pp_rank))
         stages = split(model, plan, pp_rank)
     parallelize(stages, world, torch.float32, reshard_after_forward=reshard_after_forward(parallel))
     for stage in stages:
@@ -47,7 +48,7 @@ def build(source, parallel, world, **changes):
 def meta_model(source):
     """The whole model that a directory describes, without memory."""
     with torch.device("meta"):
-        return DeepseekV3(DeepseekV3Config.from_hf(huggingface.read_config(source)))
+        return build_model(huggingface.read_config(source))
 
 
 def load(source, model):
@@ -66,7 +67,7 @@ def weights(source, work, name, dtype=torch.bfloat16, **axes):
             name: str(tensor.placements) for name, tensor in model.named_parameters()
         }
         seen |= watched_export(model, f"{work}/{name}/hf", dtype, source, max_shard_bytes=30_000)
-        huggingface.initialise_weights(model, 7, initial_value)
+        huggingface.initialise_weights(model, 7)
         seen["initial"] = whole(model.state_dict())
         return seen
 

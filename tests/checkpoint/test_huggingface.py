@@ -25,7 +25,7 @@ from tests.checkpoint.sources import (
 )
 from torchsft.checkpoint.huggingface import check_weights, export, initialise_weights, read_config
 from torchsft.config import InputError
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 
 VARIANTS = {
     "bf16-sharded-mtp": {"dtype": torch.bfloat16, "sharded": True, "mtp": True},
@@ -200,9 +200,9 @@ def test_loading_in_bf16_keeps_the_bias_fp32(single):
 
 def test_initialisation_is_the_given_value(single):
     model = torchsft.load_model(single)
-    initialise_weights(model, 3, initial_value)
+    initialise_weights(model, 3)
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, initial_value(name, tuple(tensor.shape), model.config, 3)), name
+        assert torch.equal(tensor, model.initial_value(name, tuple(tensor.shape), 3)), name
 
 
 def test_a_source_without_weights_serves_a_random_model(single, tmp_path):

@@ -5,6 +5,7 @@ another checkpoint.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def interrupt(monkeypatch, step):
     train_step = Trainer.train_step
 
     def broken(self, *arguments):
-        if self.step + 1 == step:
+        if self.counters.step + 1 == step:
             raise ArithmeticError("broken")
         return train_step(self, *arguments)
 
@@ -101,6 +102,44 @@ def test_where_no_checkpoint_was_left_the_same_output_starts_anew_with_other_opt
         r"--overwrite to replace",
     ):
         run("--train.steps", 2, "--train.seed", 3)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("name", ["hf", "hf-step-00000002"])
+def test_an_export_without_a_checkpoint_is_a_run_that_got_somewhere(
+    run, tmp_path, monkeypatch, name, remote
+):
+    output = tmp_path / "run"
+    beside = tmp_path / "remote" if remote else output
+    more = ["--train.steps", 2] + (["--checkpoint.remote", f"file://{beside}"] if remote else [])
+    with monkeypatch.context() as context, pytest.raises(ArithmeticError):
+        interrupt(context, 1)
+        run(*more, "--train.seed", 1)
+    (beside / name).mkdir(parents=True)
+    (beside / name / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"another run, which differs in train.seed: 1 -> 2"):
+        run(*more, "--train.seed", 2)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_place_that_cannot_take_the_export_is_told_before_training(run, tmp_path, remote):
+    output = tmp_path / "run"
+    beside = tmp_path / "remote" if remote else output
+    more = ["--checkpoint.remote", f"file://{beside}"] if remote else []
+    (beside / "hf").mkdir(parents=True)
+    (beside / "hf" / "mine.txt").write_text("kept")
+    with pytest.raises(InputError, match="holds no exported model; choose another"):
+        run("--train.steps", 1, "--checkpoint.export", "bf16", *more)
+    assert not (output / "config.json").exists() and (beside / "hf" / "mine.txt").exists()
+    run("--train.steps", 1, *more)  # it exports nothing
+
+
+def test_a_model_that_its_own_export_would_replace_is_told_before_training(run, inputs, tmp_path):
+    model = tmp_path / "run" / "hf"
+    shutil.copytree(inputs / "model", model)
+    with pytest.raises(InputError, match="is also its source; choose another"):
+        run("--train.steps", 1, "--checkpoint.export", "bf16", "--model.path", model)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_the_config_json_of_a_model_is_not_taken_for_a_run_without_checkpoints(

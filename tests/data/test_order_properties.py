@@ -246,5 +246,7 @@ def test_a_streaming_source_gives_each_sample_as_often_as_it_was_gone_through(of
     for source, taken in zip(of, train.taken, strict=True):
         counts = [names[sample.id] for row in source.rows for sample in row]
         assert sum(counts) == taken
-        ahead = options["buffer"] + SEQ_LEN  # samples that are drawn already, but not in a step yet
-        assert max(counts) - min(counts) <= 1 + -(-ahead // len(counts))
+        # Samples that are drawn already, but not in a step yet: they may all be copies of one short
+        # sample, which the open row collects, while each long one fills a row and leaves at once.
+        ahead = options["buffer"] + SEQ_LEN
+        assert max(counts) - min(counts) <= 1 + ahead

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.tiny import write_conversations, write_tiny_model
+from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from torchsft.config import (
     Checkpoint,
     Config,
@@ -223,6 +223,10 @@ def inputs(tmp_path_factory):
     }
     write_tiny_model(directory / "other", rope_parameters=yarn, **other)
     write_tiny_model(directory / "shallow")
+    qwen3 = tiny_qwen3_config(num_hidden_layers=8, mlp_only_layers=[0, 5])
+    write_tiny_model(directory / "qwen3", config=qwen3)
+    dense = tiny_qwen3_config(dense=True, num_hidden_layers=8, attention_bias=True)
+    write_tiny_model(directory / "qwen3-dense", config=dense)
     write_conversations(directory / "train.jsonl", 10)
     return str(directory)
 
@@ -379,6 +383,48 @@ def test_a_tied_model_with_yarn_and_biases_and_without_q_lora_does_not_depend_on
         compare(result, reference)
 
 
+# Grouped-query attention, layers of two kinds, no shared experts: what differs from DeepSeek-V3 by
+# axis, and some together.
+QWEN3_MATRIX = [
+    layout(pp=2, pp_schedule="1F1B"),
+    layout(pp=2, pp_schedule="Interleaved1F1B"),
+    layout(pp=2, pp_schedule="ZBVZeroBubble"),
+    layout(dp_replicate=2),
+    layout(cp=2),
+    layout(cp=4, micro_batch_size=2),  # more ranks than key/value heads
+    layout(tp=2),
+    layout(tp=4, micro_batch_size=2),
+    layout(dp_shard=4, ep=2),
+    layout(pp=2, tp=2, ep=2),
+    layout(cp=2, tp=2, ep=4, micro_batch_size=2),
+    layout(pp=2, dp_shard=2, ep=2, pp_schedule="DualPipeV"),
+    layout(pp=2, cp=2, ep=2, activation_checkpointing="full", pp_schedule="Interleaved1F1B"),
+]
+
+
+@pytest.fixture(scope="module")
+def one_process_qwen3(inputs, ranks):
+    return on_ranks(ranks, 1, directory=inputs, model="qwen3")
+
+
+@pytest.mark.parametrize(("n", "sizes"), QWEN3_MATRIX)
+def test_step_of_qwen3_does_not_depend_on_the_layout(ranks, inputs, one_process_qwen3, n, sizes):
+    results = on_ranks(ranks, n, directory=inputs, model="qwen3", **sizes)
+    for result, reference in zip(results, one_process_qwen3, strict=True):
+        compare(result, reference)
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [layout(pp=2, tp=2, pp_schedule="1F1B"), layout(cp=2, dp_shard=2)]
+)
+def test_neither_does_that_of_a_dense_model_with_biases(ranks, inputs, n, sizes):
+    options = {"directory": inputs, "model": "qwen3-dense"}
+    for result, reference in zip(
+        on_ranks(ranks, n, **sizes, **options), on_ranks(ranks, 1, **options), strict=True
+    ):
+        compare(result, reference)
+
+
 @pytest.mark.parametrize(
     ("n", "sizes"),
     [
@@ -426,7 +472,7 @@ def poison_one_rank(directory: str) -> dict[str, Any]:
         return {
             "norm": record["grad_norm"],
             "unchanged": unchanged,
-            "counters": (trainer.step, trainer.updates, trainer.skipped),
+            "counters": (trainer.counters.step, trainer.counters.updates, trainer.counters.skipped),
             "moments": len(trainer.optimizer.state),
         }
 

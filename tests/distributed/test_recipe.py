@@ -24,8 +24,10 @@ ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
 
-def launch(ranks: int, *options: object, seconds: int = 240) -> subprocess.CompletedProcess:
-    """Run the recipe under torchrun; a run that outlasts `seconds` is ended with all its ranks and
+def launch(
+    ranks: int, *options: object, seconds: int = 240, recipe: str = "deepseek_v3_sft.py"
+) -> subprocess.CompletedProcess:
+    """Run a recipe under torchrun; a run that outlasts `seconds` is ended with all its ranks and
     fails the test.
     """
     command = [
@@ -36,7 +38,7 @@ def launch(ranks: int, *options: object, seconds: int = 240) -> subprocess.Compl
         "--nproc-per-node",
         str(ranks),
     ]
-    command += [str(ROOT / "recipes" / "deepseek_v3_sft.py"), *map(str, options)]
+    command += [str(ROOT / "recipes" / recipe), *map(str, options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment = {
         k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -58,9 +60,9 @@ def launch(ranks: int, *options: object, seconds: int = 240) -> subprocess.Compl
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def succeed(ranks: int, *options: object) -> str:
+def succeed(ranks: int, *options: object, recipe: str = "deepseek_v3_sft.py") -> str:
     """The standard output of a run that must end well."""
-    result = launch(ranks, *options)
+    result = launch(ranks, *options, recipe=recipe)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     return result.stdout
 
@@ -69,7 +71,8 @@ def records(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_path):
+@pytest.mark.parametrize("recipe", ["deepseek_v3_sft.py", "qwen3_sft.py"])
+def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_path, recipe):
     output = tmp_path / "run"
     out = succeed(
         2,
@@ -85,6 +88,7 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
         6,
         "--output",
         output,
+        recipe=recipe,
     )
     assert out.count("held-out answers are exactly right") == 2
     for expected in (

@@ -67,7 +67,7 @@ def in_memory(argv: list[str], output: str, copy: str) -> None:
     take_step = Trainer.train_step
 
     def step_and_signal(self, step):
-        if self.step == 4:
+        if self.counters.step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
         return take_step(self, step)
 

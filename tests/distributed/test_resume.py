@@ -32,7 +32,7 @@ def train(
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
         world.barrier()
-        assert trainer.step == start
+        assert trainer.counters.step == start
         records, ids = [], []
 
         def take_step() -> None:
@@ -40,17 +40,17 @@ def train(
             ids.append(step.sample_ids)
             record, scalars = trainer.train_step(step)
             records.append(record)
-            if trainer.log:
-                trainer.log.step(trainer.step, record, scalars)
+            if trainer.output.log:
+                trainer.output.log.step(trainer.counters.step, record, scalars)
 
-        while trainer.step < stop:
+        while trainer.counters.step < stop:
             take_step()
         trainer.save()
         if mode == "async" and stop < STEPS:
             take_step()
-        trainer.checkpointer.wait()
-        if trainer.log:
-            trainer.log.close()
+        trainer.output.checkpointer.wait()
+        if trainer.output.log:
+            trainer.output.log.close()
         state = {name: full(t) for name, t in trainer.model.state_dict().items()}
         place = (world.data_rank, world.is_reader)
     numbers = [(r["loss"], r["grad_norm"], r["lr"]) for r in records[: stop - start]]

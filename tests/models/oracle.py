@@ -1,6 +1,4 @@
-"""A tiny DeepSeek-V3 of `transformers` with nothing trivial in it, and ours with the same
-weights.
-"""
+"""Tiny models of `transformers` with nothing trivial in them, and ours with the same weights."""
 
 from __future__ import annotations
 
@@ -9,22 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny import tiny_config
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from tests.tiny import tiny_config, tiny_qwen3_config
+from torchsft.models.families import build_model
+from torchsft.models.language_model import LanguageModel
 
 VOCABULARY = 61
 
 
 def hf_model(
     *, bias: tuple[float, float] = (0.0, 0.3), seed: int = 0, **changes: Any
-) -> DeepseekV3ForCausalLM:
-    """Random weights, norms around 1, biases around 0; correction biases normal with (mean,
-    deviation) = bias.
+) -> PreTrainedModel:
+    """A DeepSeek-V3: random weights, norms around 1, biases around 0; correction biases normal with
+    (mean, deviation) = bias.
     """
     torch.manual_seed(seed)
-    model = DeepseekV3ForCausalLM(tiny_config(vocab_size=VOCABULARY, **changes))
+    model = AutoModelForCausalLM.from_config(tiny_config(vocab_size=VOCABULARY, **changes))
+    randomise(model, bias)
+    return model
+
+
+def hf_qwen3(**changes: Any) -> PreTrainedModel:
+    """A Qwen3 of `tiny_qwen3_config(**changes)`: random weights, norms around 1, biases around
+    0.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_qwen3_config(vocab_size=VOCABULARY, **changes))
+    randomise(model)
+    return model
+
+
+def randomise(model: PreTrainedModel, bias: tuple[float, float] = (0.0, 0.3)) -> None:
+    """Give a model weights that are nowhere trivial; `bias` is as for `hf_model`."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "e_score_correction_bias" in name:
@@ -33,13 +48,12 @@ def hf_model(
                 tensor.uniform_(0.5, 1.5)
             elif "inv_freq" not in name:
                 tensor.normal_(std=0.2)
-    return model
 
 
-def our_model(hf: DeepseekV3ForCausalLM, **options: Any) -> DeepseekV3:
+def our_model(hf: PreTrainedModel, **options: Any) -> LanguageModel:
     """Ours, with the weights of `hf`, whose state dict has the same keys (tied embeddings once)."""
-    config = hf.config.to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
-    model = DeepseekV3(DeepseekV3Config.from_hf(config), **options)
+    config = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
+    model = build_model(config, **options)
     state = hf.state_dict()
     if hf.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -73,14 +87,14 @@ def packed(
     }
 
 
-def logits_of(model: DeepseekV3, inputs: dict[str, Any]) -> Tensor:
+def logits_of(model: LanguageModel, inputs: dict[str, Any]) -> Tensor:
     """Logits [T, V] without the labels."""
     return model(
         **{key: value for key, value in inputs.items() if key not in ("labels", "loss_weights")}
     )
 
 
-def hf_logits(model: DeepseekV3ForCausalLM, inputs: dict[str, Any]) -> Tensor:
+def hf_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Logits of the real tokens, every document in a forward pass of its own."""
     bounds = inputs["cu_seqlens"].tolist()
     documents = [slice(*pair) for pair in itertools.pairwise(bounds)]

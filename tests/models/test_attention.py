@@ -5,18 +5,19 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsft.config import InputError
-from torchsft.models.attention import attend, choose_implementation, packing
+from torchsft.models.attention import attend, choose_implementation, locate_documents
 
-H, QK, V = 3, 12, 8
+H, QK, V = 4, 12, 8
 
 
 def pack(implementation, lengths, padding, max_seqlen=None):
     total = sum(lengths) + padding
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     factors = torch.ones(total, 2)
-    return packing(implementation, factors, factors, cu_seqlens, max_seqlen)
+    return locate_documents(implementation, factors, factors, cu_seqlens, max_seqlen)
 
 
 def dense_attention(q, k, v, scale, lengths, padding):
@@ -26,6 +27,8 @@ def dense_attention(q, k, v, scale, lengths, padding):
     )
     index = torch.arange(len(document))
     visible = (document[:, None] == document) & (index[:, None] >= index)
+    copies = q.shape[1] // k.shape[1]  # neighbouring query heads share a key/value head
+    k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
     return torch.where((document >= 0)[:, None, None], out, 0)
@@ -36,10 +39,12 @@ def dense_attention(q, k, v, scale, lengths, padding):
 @pytest.mark.parametrize(
     ("lengths", "padding"), [([5, 1, 30], 0), ([36], 0), ([7, 20], 9), ([], 6)]
 )
-def test_documents_attend_causally_to_themselves(implementation, lengths, padding):
+@pytest.mark.parametrize("kv_heads", [H, 2, 1])
+def test_documents_attend_causally_to_themselves(implementation, lengths, padding, kv_heads):
     torch.manual_seed(0)
     total = sum(lengths) + padding
-    q, k, v = torch.randn(total, H, QK), torch.randn(total, H, QK), torch.randn(total, H, V)
+    q = torch.randn(total, H, QK)
+    k, v = (torch.randn(total, kv_heads, width) for width in (QK, V))
     with torch.no_grad():
         got = attend(q, k, v, 0.3, pack(implementation, lengths, padding))
     assert got.shape == (total, H, V)
@@ -49,11 +54,11 @@ def test_documents_attend_causally_to_themselves(implementation, lengths, paddin
     assert (got[sum(lengths) :] == 0).all()
 
 
-def test_gradients_of_documents_equal_dense_attention():
+@pytest.mark.parametrize("kv_heads", [H, 2, 1])
+def test_gradients_of_documents_equal_dense_attention(kv_heads):
     torch.manual_seed(0)
-    inputs = [
-        torch.randn(24, H, dim, dtype=torch.float64, requires_grad=True) for dim in (QK, QK, V)
-    ]
+    shapes = (H, QK), (kv_heads, QK), (kv_heads, V)
+    inputs = [torch.randn(24, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     lengths, padding, upstream = [5, 1, 12], 6, torch.randn(24, H, V, dtype=torch.float64)
     got = torch.autograd.grad(
         attend(*inputs, 0.3, pack("sdpa", lengths, padding)), inputs, upstream
@@ -99,13 +104,15 @@ def test_auto_is_varlen_on_cuda_and_sdpa_elsewhere():
         choose_implementation("flex", torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.parametrize("kv_heads", [H, 2, 1])
 @pytest.mark.parametrize(("lengths", "padding"), [([5, 1, 30], 0), ([7, 20], 9), ([], 6)])
-def test_varlen_calls_its_kernel_as_torch_defines_it(monkeypatch, lengths, padding):
+def test_varlen_calls_its_kernel_as_torch_defines_it(monkeypatch, lengths, padding, kv_heads):
     """The kernel is CUDA's; here an emulation that takes exactly its arguments and leaves rows of
     no document as nan.
     """
     module = pytest.importorskip("torch.nn.attention.varlen")
     signature = inspect.signature(module.varlen_attn)
+    shares_heads = "enable_gqa" in signature.parameters  # not in torch 2.11
 
     def emulation(*args, **kwargs):
         given = signature.bind(*args, **kwargs)
@@ -113,21 +120,48 @@ def test_varlen_calls_its_kernel_as_torch_defines_it(monkeypatch, lengths, paddi
         a = given.arguments
         assert a["window_size"] == (-1, 0) and a["cu_seq_q"].dtype == torch.int32
         q, k, v = a["query"], a["key"], a["value"]
-        assert q.shape == k.shape == v.shape  # flash attention wants one head width
+        # flash attention wants one head width; keys and values are not copied where it can do
+        # without
+        assert q.shape[::2] == k.shape[::2] and k.shape == v.shape
+        assert k.shape[1] == (kv_heads if shares_heads else H)
+        assert a.get("enable_gqa", False) == (shares_heads and kv_heads < H)
         bounds = a["cu_seq_q"].tolist()
         assert (
             max(e - s for s, e in itertools.pairwise(bounds)) <= a["max_q"]
             and a["max_q"] == a["max_k"]
         )
-        out = torch.full_like(v, float("nan"))
+        out = torch.full_like(q, float("nan"))
         for start, end in itertools.pairwise(bounds):
             rows = slice(start, end)
             out[rows] = dense_attention(q[rows], k[rows], v[rows], a["scale"], [end - start], 0)
         return out
 
+    emulation.__signature__ = signature
     monkeypatch.setattr(module, "varlen_attn", emulation)
     torch.manual_seed(0)
     total = sum(lengths) + padding
-    q, k, v = torch.randn(total, H, QK), torch.randn(total, H, QK), torch.randn(total, H, V)
+    q = torch.randn(total, H, QK)
+    k, v = (torch.randn(total, kv_heads, width) for width in (QK, V))
     got = attend(q, k, v, 0.3, pack("varlen", lengths, padding, max(lengths, default=0)))
     torch.testing.assert_close(got, dense_attention(q, k, v, 0.3, lengths, padding))
+
+
+def test_shared_key_value_heads_are_not_copied():
+    """The kernel of CPUs reads 2 key/value heads for 8 query heads."""
+    q, k, v = (torch.randn(32, heads, 16) for heads in (8, 2, 2))
+    with torch.no_grad(), Operations() as seen:
+        attend(q, k, v, 0.3, pack("sdpa", [32], 0))
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in seen.names
+    assert not {"aten::repeat_interleave", "aten::repeat"} & seen.names, seen.names
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name)
+        return function(*args, **(kwargs or {}))

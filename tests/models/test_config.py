@@ -162,14 +162,6 @@ def test_absent_fields_mean_what_transformers_assumes():
     ("change", "message"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
-            "LlamaForCausalLM.*only DeepseekV3ForCausalLM is supported",
-        ),
-        (
-            {"architectures": None, "model_type": "llama"},
-            "model_type 'llama'.*DeepseekV3ForCausalLM",
-        ),
-        (
             {"quantization_config": {"quant_method": "fp8"}},
             r"quantization_config = "
             r'{"quant_method": "fp8"}.*bf16 or fp32',

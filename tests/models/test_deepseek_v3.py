@@ -14,7 +14,7 @@ from tests.models.oracle import (
     packed,
 )
 from torchsft import ops
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.deepseek_v3 import DeepseekV3
 
 YARN = {
     "rope_type": "yarn",
@@ -308,17 +308,17 @@ def test_checkpoint_pieces_rebuild_the_model_from_a_saved_checkpoint(tmp_path):
 
 
 def test_initial_values_depend_on_name_and_seed_alone():
-    config: DeepseekV3Config = our_model(hf_model()).config
+    model = our_model(hf_model())
     name, shape = "model.layers.1.mlp.experts.down_proj", (8, 32, 16)
-    value = initial_value(name, shape, config, 0)
+    value = model.initial_value(name, shape, 0)
     torch.manual_seed(7)
-    assert torch.equal(value, initial_value(name, shape, config, 0))
-    assert not torch.equal(value, initial_value(name, shape, config, 1))
-    assert not torch.equal(value, initial_value(name.replace("1", "2"), shape, config, 0))
+    assert torch.equal(value, model.initial_value(name, shape, 0))
+    assert not torch.equal(value, model.initial_value(name, shape, 1))
+    assert not torch.equal(value, model.initial_value(name.replace("1", "2"), shape, 0))
     assert value.dtype == torch.float32
-    assert value.std().item() == pytest.approx(config.initializer_range, rel=0.1)
-    assert (initial_value("model.layers.1.input_layernorm.weight", (32,), config, 0) == 1).all()
+    assert value.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert (model.initial_value("model.layers.1.input_layernorm.weight", (32,), 0) == 1).all()
     assert (
-        initial_value("model.layers.1.mlp.gate.e_score_correction_bias", (8,), config, 0) == 0
+        model.initial_value("model.layers.1.mlp.gate.e_score_correction_bias", (8,), 0) == 0
     ).all()
-    assert (initial_value("model.norm.weight", (32,), config, 0) == 1).all()
+    assert (model.initial_value("model.norm.weight", (32,), 0) == 1).all()

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from torchsft.models.attention import packing
+from torchsft.models.attention import locate_documents
 from torchsft.models.decoder import SwigluMLP
-from torchsft.models.moe import Experts, MoE, Router
+from torchsft.models.deepseek_v3 import GroupedSigmoidRouter
+from torchsft.models.moe import Experts, MoE
 
 T, D, E = 50, 12, 8
 
 
-def router(mean: float, **changes) -> Router:
+def router(mean: float, **changes) -> GroupedSigmoidRouter:
     torch.manual_seed(0)
     options = {"top_k": 3, "groups": 4, "top_groups": 2, "normalise": True, "scale": 2.5} | changes
-    gate = Router(D, E, **options)
+    gate = GroupedSigmoidRouter(D, E, **options)
     torch.nn.init.normal_(gate.weight)
     gate.e_score_correction_bias.normal_(mean, 0.3)
     return gate
@@ -68,7 +69,7 @@ def test_the_correction_bias_chooses_but_does_not_weigh():
 
 
 def test_padding_gets_the_shared_experts_alone_and_goes_round_the_experts():
-    gate = Router(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
+    gate = GroupedSigmoidRouter(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
     layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
@@ -81,7 +82,7 @@ def test_padding_gets_the_shared_experts_alone_and_goes_round_the_experts():
     layer.exchange = exchange
     x, factors = torch.randn(T, 16), torch.ones(T, 4)
     routed = layer(
-        x, packing("sdpa", factors, factors, torch.tensor([0, 10]), None)
+        x, locate_documents("sdpa", factors, factors, torch.tensor([0, 10]), None)
     ) - layer.shared_experts(x)
     # weights sum to the scale
     torch.testing.assert_close(routed[:10], torch.full((10, 16), 2.5), rtol=1e-4, atol=1e-3)
@@ -112,12 +113,12 @@ def test_the_balance_loss_is_that_of_each_document_and_reaches_the_router_whatev
     (float64).
     """
     torch.manual_seed(0)
-    gate = Router(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
+    gate = GroupedSigmoidRouter(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
     layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x, factors, lengths = torch.randn(T, 16), torch.ones(T, 4), [7, 1, 30]
-    documents = packing("sdpa", factors, factors, torch.tensor([0, 7, 8, 38]), None)
+    documents = locate_documents("sdpa", factors, factors, torch.tensor([0, 7, 8, 38]), None)
     _, experts_TK, _ = gate(x)
     chosen = [set(row) for row in experts_TK.tolist()]
 
@@ -147,10 +148,12 @@ def test_the_balance_loss_is_that_of_each_document_and_reaches_the_router_whatev
 
 
 def test_experts_used_alike_have_a_balance_loss_of_one_per_token():
-    gate = Router(16, E, top_k=2, groups=1, top_groups=1, normalise=True, scale=1.0)
+    gate = GroupedSigmoidRouter(16, E, top_k=2, groups=1, top_groups=1, normalise=True, scale=1.0)
     layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
     torch.nn.init.zeros_(gate.weight)  # all scores are equal
-    documents = packing("sdpa", torch.ones(12, 4), torch.ones(12, 4), torch.tensor([0, 8]), None)
+    documents = locate_documents(
+        "sdpa", torch.ones(12, 4), torch.ones(12, 4), torch.tensor([0, 8]), None
+    )
     chosen = torch.arange(24).view(12, 2) % E  # 16 choices of 8 experts: each twice
     layer.balance_scale = 1.0
     layer.add_balance_loss(torch.ones(12, 2), chosen, torch.full((12, E), 0.5), documents)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from torchsft.models.rope import (
@@ -22,6 +23,43 @@ def test_rotate_equals_its_reference_and_keeps_the_entries_before():
     torch.testing.assert_close(rotate(x, cos, sin), rotate_reference(x, cos, sin))
     assert torch.equal(rotate(x, cos, sin)[..., :6], x[..., :6])
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (x,))
+
+
+@pytest.mark.parametrize("pairing", ["neighbours", "halves"])
+@pytest.mark.parametrize("place", ["start", "end"])
+@pytest.mark.parametrize("others", [0, 6])
+def test_every_pairing_and_place_rotates_its_pairs_and_keeps_the_others(pairing, place, others):
+    """A partial rotation by hand: entry i of pair p is multiplied as a complex number; the fast
+    way, its plain twin and (finite differences) its gradient.
+    """
+    torch.manual_seed(0)
+    cos, sin = RotaryEmbedding(Rope(dim=8, theta=100.0))(torch.tensor([0, 3, 7]))
+    cos, sin = cos.double(), sin.double()
+    x = torch.randn(3, 2, 8 + others, dtype=torch.float64, requires_grad=True)
+    got = rotate(x, cos, sin, pairing, place)
+    torch.testing.assert_close(got, rotate_reference(x, cos, sin, pairing, place))
+    start = others if place == "end" else 0
+    expected = x.detach().clone()
+    for pair in range(4):
+        both = (2 * pair, 2 * pair + 1) if pairing == "neighbours" else (pair, pair + 4)
+        first, second = (start + entry for entry in both)
+        turned = torch.complex(x[..., first], x[..., second]) * torch.complex(
+            cos[:, None, pair], sin[:, None, pair]
+        )
+        expected[..., first], expected[..., second] = turned.real, turned.imag
+    torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin, pairing, place), (x,))
+
+
+def test_halves_are_what_transformers_rotates():
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
+
+    cos, sin = RotaryEmbedding(Rope(dim=8, theta=100.0))(torch.tensor([0, 3, 7]))
+    q, k = torch.randn(3, 2, 8), torch.randn(3, 1, 8)
+    tables = [torch.cat([table, table], dim=-1) for table in (cos, sin)]
+    expected = apply_rotary_pos_emb(q, k, *tables)
+    got = [rotate(x, cos, sin, "halves") for x in (q, k)]
+    torch.testing.assert_close(got, list(expected))
 
 
 def test_rotated_products_depend_on_the_distance_alone():

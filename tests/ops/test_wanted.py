@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from torchsft.ops import wanted
-from torchsft.parallel.pipeline import weight_pass_possible
+from torchsft.parallel.torch_pipelining import weight_pass_possible
 
 
 class Product(torch.autograd.Function):

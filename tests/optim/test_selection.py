@@ -8,9 +8,9 @@ import torch
 
 from tests.tiny import tiny_config
 from torchsft.config import InputError, Optim
-from torchsft.models.deepseek_v3 import PARTS, DeepseekV3, DeepseekV3Config
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.optim.selection import matching, select
-from torchsft.parallel.fsdp import held_bytes
+from torchsft.parallel.memory import held_bytes
 
 
 def meta_model():
@@ -59,11 +59,11 @@ def of_layers(*numbers):
     ],
 )
 def test_a_pattern_means_these_names(pattern, names):
-    assert matching(pattern, SHAPES, PARTS, "--train.freeze") == names
+    assert matching(pattern, SHAPES, DeepseekV3.parts, "--train.freeze") == names
 
 
 def chosen(freeze=(), groups=()):
-    return select(SHAPES, freeze, Optim(groups=groups).parameter_groups(), PARTS)
+    return select(SHAPES, freeze, Optim(groups=groups).parameter_groups(), DeepseekV3.parts)
 
 
 def test_the_first_group_that_matches_decides_and_frozen_parameters_have_none():

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_qwen3_config
 from torchsft.checkpoint.boxes import local_box
 from torchsft.config import Parallel
 from torchsft.models.decoder import seeded_normal
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model
+from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import global_norm
 from torchsft.parallel.world import World
@@ -26,13 +27,12 @@ TOKENS = 96
 DOCUMENTS = ((5, 40, 1, 33, 2), (30,), (), (7, 89))
 
 
-def build(**changes: Any) -> DeepseekV3:
-    """A tiny model on the meta device; changes to tests/tiny.py's sizes."""
-    config = DeepseekV3Config.from_hf(
-        tiny_config(**changes).to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
-    )
+def build(qwen3: bool = False, **changes: Any) -> LanguageModel:
+    """A tiny model on the meta device, DeepSeek-V3 or Qwen3; changes to tests/tiny.py's sizes."""
+    config = tiny_qwen3_config(**changes) if qwen3 else tiny_config(**changes)
+    described = config.to_dict() | {"architectures": None}  # model_type tells
     with torch.device("meta"):
-        return DeepseekV3(config, loss_chunk=20)  # does not divide the tokens of any rank
+        return build_model(described, loss_chunk=20)  # does not divide the tokens of any rank
 
 
 def value(name: str, shape: torch.Size) -> torch.Tensor:
@@ -41,7 +41,7 @@ def value(name: str, shape: torch.Size) -> torch.Tensor:
     return 1 + normal if "norm" in name else normal
 
 
-def fill(model: DeepseekV3) -> None:
+def fill(model: LanguageModel) -> None:
     """Give a model on meta memory and values, on whatever mesh it lies."""
     model.to_empty(device="cpu")
     model.init_buffers()
@@ -92,7 +92,7 @@ def training_pass(
         parallel: mesh sizes.
         balance: factor of the balance loss.
         compute: dtype of the passes.
-        changes: to the sizes of the tiny model.
+        changes: to the tiny model; see `build`.
     """
     with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
         model = build(**changes)
@@ -109,8 +109,10 @@ def training_pass(
             batch_loss.backward()
             loss += batch_loss.detach()
         loss /= world.dense["tp"].size()  # the ranks of a tensor group return the same sum
-        loads = torch.stack([moe.expert_load for moe in model.moe_layers().values()])
-        balances = torch.stack([moe.balance_loss for moe in model.moe_layers().values()])
+        moes = model.moe_layers().values()
+        none = torch.zeros(0)  # of a dense model
+        loads = torch.stack([moe.expert_load for moe in moes]) if moes else none
+        balances = torch.stack([moe.balance_loss for moe in moes]) if moes else none
         for total in (loss, loads, balances):
             dist.all_reduce(total)
         gradients = {name: full(p.grad) for name, p in model.named_parameters()}

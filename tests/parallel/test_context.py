@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.parallel.passes import compare, training_pass
 from tools.benchmark_gpu import V3, hf_config
 from torchsft.config import InputError, Parallel
-from torchsft.models.attention import packing
+from torchsft.models.attention import locate_documents
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
-from torchsft.parallel.context import apply_context_parallel, exchange_heads
-from torchsft.parallel.sequence import heads_to_tokens
+from torchsft.parallel.context import apply_context_parallel
+from torchsft.parallel.sequence import exchange_heads, heads_to_tokens
 from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World, mesh_sizes
 
@@ -166,7 +166,7 @@ def attention_traffic(cp, tp, tokens):
     if cp > 1:
         apply_context_parallel(model, world)
     angles = torch.zeros(tokens, 32)
-    documents = packing(
+    documents = locate_documents(
         "sdpa", angles, angles, torch.tensor([0, tokens], dtype=torch.int32), tokens, model.layout
     )
     documents = replace(documents, cos_TP=angles.to("meta"), sin_TP=angles.to("meta"))

@@ -20,11 +20,11 @@ from tests.tiny import tiny_config
 from torchsft.checkpoint.huggingface import initialise_weights
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config, initial_value
+from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel import stages as planning
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.pipeline import build_pipeline, plan_stages, reshard_after_forward, split
-from torchsft.parallel.stages import StagePlan, balance
+from torchsft.parallel.pipeline import build_pipeline, reshard_after_forward, split
+from torchsft.parallel.stages import StagePlan, balance, plan_stages
 from torchsft.parallel.world import World
 
 SCHEDULES = [
@@ -80,7 +80,7 @@ def one_process(microbatches: int, data_size: int) -> dict[str, Any]:
     gradients after an update.
     """
     model = DeepseekV3(model_config())
-    initialise_weights(model, 0, initial_value)
+    initialise_weights(model, 0)
     set_balance_loss(model)
     rows = [batch for rank in range(data_size) for batch in batches(microbatches, rank)]
     result: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def build(case: Case, world: World) -> tuple[DeepseekV3, Any, StagePlan]:
     for stage in stages:
         stage.to_empty(device=world.device)
         stage.init_buffers()
-    initialise_weights(model, 0, initial_value)
+    initialise_weights(model, 0)
     set_balance_loss(model)
     return model, pipeline, plan
 

@@ -8,17 +8,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recipes.deepseek_v3_sft import PRESETS
+from recipes import deepseek_v3_sft, qwen3_sft
+from tests.models.test_qwen3 import QWEN3_30B, QWEN3_235B
 from tools.benchmark_gpu import V3, hf_config
 from torchsft.config import InputError, Parallel
 from torchsft.data.stream import microbatches_per_step
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model, read_model_config
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.fsdp import held_bytes
-from torchsft.parallel.pipeline import plan_stages, reshard_after_forward, split
+from torchsft.parallel.memory import held_bytes
+from torchsft.parallel.pipeline import reshard_after_forward, split
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import mesh_sizes
 
-V3_PARAMETERS = 671_026_404_352  # technical report: 671B; without MTP
+PRESETS = qwen3_sft.PRESETS | deepseek_v3_sft.PRESETS
+# Published numbers; V3 without MTP.
+PARAMETERS = {
+    "v3": 671_026_404_352,
+    "qwen3_30b": 30_532_122_624,
+    "qwen3_235b": 235_093_634_560,
+}
 # Published sizes (config.json of moonshotai/Moonlight-16B-A3B).
 MOONLIGHT = dict(
     hidden_size=2048,
@@ -40,12 +48,13 @@ MOONLIGHT = dict(
 
 
 def model_config(name):
+    """config.json of the model that a preset is for."""
     if name == "moonlight":
-        return DeepseekV3Config.from_hf(
-            hf_config(MOONLIGHT, experts=64, moe_layers=26) | {"n_shared_experts": 2}
-        )
+        return hf_config(MOONLIGHT, experts=64, moe_layers=26) | {"n_shared_experts": 2}
+    if name.startswith("qwen3"):
+        return {"qwen3_30b": QWEN3_30B, "qwen3_235b": QWEN3_235B}[name]
     config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=58)
-    return DeepseekV3Config.from_hf(config | {"num_hidden_layers": 61, "first_k_dense_replace": 3})
+    return config | {"num_hidden_layers": 61, "first_k_dense_replace": 3}
 
 
 def plan_of(name, parallel):
@@ -54,7 +63,7 @@ def plan_of(name, parallel):
     microbatches = microbatches_per_step(
         train.global_batch_size, train.micro_batch_size, parallel.dp_shard
     )
-    return plan_stages(parallel, model_config(name), microbatches)
+    return plan_stages(parallel, read_model_config(model_config(name)), microbatches)
 
 
 def share_of_a_rank(name, rank, changes):
@@ -71,7 +80,7 @@ def share_of_a_rank(name, rank, changes):
     }
     plan, pp_rank = plan_of(name, parallel), meshes["dense"].get_local_rank("pp")
     with torch.device("meta"):
-        model = DeepseekV3(model_config(name), **plan.model_part(pp_rank))
+        model = build_model(model_config(name), **plan.model_part(pp_rank))
         stages = split(model, plan, pp_rank)
     parallelize(
         stages,
@@ -97,6 +106,9 @@ def share_of_a_rank(name, rank, changes):
         ("v3_256", {}, 255, (8, 4096, 7168)),
         ("v3_128", {}, 40, (16, 4096, 7168)),
         ("moonlight", {}, 5, (8, 2816, 2048)),
+        ("qwen3_30b", {}, 5, (16, 1536, 2048)),
+        ("qwen3_235b", {}, 63, (2, 3072, 4096)),
+        ("qwen3_235b", {"dp_shard": 8, "tp": 8, "ep": 64}, 63, (2, 3072, 4096)),
         ("v3_256", {"pp": 1, "dp_shard": 256, "ep": 64}, 5, (4, 1024, 7168)),
         (
             "v3_256",
@@ -119,7 +131,15 @@ def test_a_rank_holds_its_share_and_no_more(ranks, name, changes, rank, experts)
 
 
 @pytest.mark.parametrize(
-    ("name", "gigabytes"), [("v3_256", 63), ("v3_128", 114), ("v3_64", 217), ("moonlight", 32)]
+    ("name", "gigabytes"),
+    [
+        ("v3_256", 63),
+        ("v3_128", 114),
+        ("v3_64", 217),
+        ("moonlight", 32),
+        ("qwen3_30b", 61),
+        ("qwen3_235b", 59),
+    ],
 )
 def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
     """On the fullest pipeline rank; by hand: 16 bytes for each parameter of its share and, with a
@@ -129,11 +149,11 @@ def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
     plan = plan_of(name, parallel)
     with torch.device("meta"):
         parts = [
-            DeepseekV3(model_config(name), **plan.model_part(rank)) for rank in range(parallel.pp)
+            build_model(model_config(name), **plan.model_part(rank)) for rank in range(parallel.pp)
         ]
     counts = [sum(p.numel() for p in part.parameters()) for part in parts]
     if name != "moonlight":
-        assert sum(counts) == V3_PARAMETERS
+        assert sum(counts) == PARAMETERS["v3" if name.startswith("v3") else name]
     assert max(counts) / (sum(counts) / len(counts)) < 1.12
     fullest = counts.index(max(counts))
     expected = 16 * counts[fullest] / parallel.dp_shard

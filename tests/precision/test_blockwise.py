@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.checkpoint.deepseek_format import dequantised, quantised
 from tests.checkpoint.sources import same_bits
 from torchsft.config import InputError
-from torchsft.precision.blockwise import dequantise, is_quantised, quantise, scale_key, scale_shape
+from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.precision.blockwise import dequantise, quantise, scale_key, scale_shape
 
 BLOCK = 128
 
@@ -160,4 +161,6 @@ def test_the_keys_are_those_of_the_published_index():
         *(f"{layer}mlp.gate.e_score_correction_bias", f"{layer}self_attn.o_proj.bias"),
         scale_key(quantised_keys[0]),
     ]
-    assert all(map(is_quantised, quantised_keys)) and not any(map(is_quantised, others))
+    assert all(map(DeepseekV3.is_quantised, quantised_keys)) and not any(
+        map(DeepseekV3.is_quantised, others)
+    )

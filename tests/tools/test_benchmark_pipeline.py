@@ -18,7 +18,7 @@ from tools.benchmark_pipeline import (
     record_steps,
     run,
 )
-from torchsft.parallel.pipeline import weight_pass_possible
+from torchsft.parallel.torch_pipelining import weight_pass_possible
 
 
 def one_forward_one_backward(p, m):

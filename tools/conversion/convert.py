@@ -62,7 +62,8 @@ from torchsft.checkpoint.weight_files import (
     tensor_bytes,
 )
 from torchsft.config import InputError
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model
+from torchsft.models.language_model import LanguageModel
 from torchsft.precision.blockwise import SCALE_SUFFIX, quantise, scale_key, scale_shape
 
 PART_ELEMENTS = 1 << 24  # of a tensor; a worker holds them as read, as written and perhaps in fp32
@@ -91,10 +92,10 @@ def slices(shape: Sequence[int], elements: int, multiple: int = 1) -> Iterator[t
         yield (slice(start, min(start + rows, shape[0])), *(slice(0, size) for size in shape[1:]))
 
 
-def meta_model(config: Mapping[str, Any]) -> DeepseekV3:
+def meta_model(config: Mapping[str, Any]) -> LanguageModel:
     """The model of a config.json without memory: names and shapes."""
     with torch.device("meta"):
-        return DeepseekV3(DeepseekV3Config.from_hf(config))
+        return build_model(config)
 
 
 @dataclass(frozen=True)
@@ -371,15 +372,22 @@ class ToHf:
         items = []
         for name, pieces in self.model.checkpoint_pieces().items():
             for piece in pieces:
-                dtype = exported_dtype(piece.key, self.dtype, base, name in buffers)
+                dtype = exported_dtype(
+                    piece.key,
+                    self.dtype,
+                    base,
+                    buffer=name in buffers,
+                    quantised=self.model.is_quantised(piece.key),
+                )
                 items.append(self._item(piece.key, dtype, carried=False))
         candidates = [] if base is None else base.tensors
         keys = [
             key for key in candidates if is_carried(key, layers) and not key.endswith(SCALE_SUFFIX)
         ]
-        items += [
-            self._item(key, carried_dtype(key, self.dtype, base), carried=True) for key in keys
-        ]
+        for key in keys:
+            quantised = self.model.is_quantised(key)
+            dtype = carried_dtype(key, self.dtype, base, quantised=quantised)
+            items.append(self._item(key, dtype, carried=True))
         if unknown := [key for key in keys if not is_mtp(key, layers)]:
             self.notes.append(_note(unknown))
         by_key = {item.key: item for item in items}

@@ -24,8 +24,7 @@ from torchsft.checkpoint.weight_files import (
 )
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
-from torchsft.models.deepseek_v3 import described_block
-from torchsft.precision.blockwise import BLOCK, is_quantised, scale_key, scale_shape
+from torchsft.precision.blockwise import BLOCK, described_block, scale_key, scale_shape
 
 # What an export takes over from its source besides config.json. Python files belong to the
 # configuration's `auto_map` (other tools may need them); they are copied, never run.
@@ -166,11 +165,12 @@ def contents_of(
 
 
 def exported_dtype(
-    key: str, dtype: torch.dtype, source: Weights | None, buffer: bool
+    key: str, dtype: torch.dtype, source: Weights | None, *, buffer: bool, quantised: bool
 ) -> torch.dtype:
     """In which dtype an export in `dtype` has a tensor of the model: in fp8 as an fp8 source has
-    it, else by DeepSeek's rule or bf16. A `buffer` (the routing bias, whose values training does
-    not change) keeps the source's, and is fp32 without one.
+    it, else fp8 where it is `quantised` (`LanguageModel.is_quantised`), or bf16. A `buffer` (the
+    routing bias, whose values training does not change) keeps the source's, and is fp32 without
+    one.
     """
     if buffer:
         return (
@@ -182,14 +182,14 @@ def exported_dtype(
         return dtype
     if source is not None and source.fp8 and key in source.tensors:
         return torch.float8_e4m3fn if key in source.fp8 else DTYPES[source.tensors[key].dtype]
-    return torch.float8_e4m3fn if is_quantised(key) else torch.bfloat16
+    return torch.float8_e4m3fn if quantised else torch.bfloat16
 
 
-def carried_dtype(key: str, dtype: torch.dtype, source: Weights) -> torch.dtype:
+def carried_dtype(key: str, dtype: torch.dtype, source: Weights, *, quantised: bool) -> torch.dtype:
     """In which dtype an export in `dtype` has a tensor of the source. As it is, except that loaders
     expect like weights in one
-    format: fp8 becomes `dtype`, and in fp8, what DeepSeek quantises is quantised. A dtype that
-    torch lacks is an InputError.
+    format: fp8 becomes `dtype`, and in fp8, what is `quantised` (`LanguageModel.is_quantised`)
+    becomes fp8. A dtype that torch lacks is an InputError.
     """
     stored = source.tensors[key].dtype
     if stored not in DTYPES:
@@ -197,5 +197,5 @@ def carried_dtype(key: str, dtype: torch.dtype, source: Weights) -> torch.dtype:
             f"{source.directory}: {key} has dtype {stored}, which cannot be exported; remove it"
         )
     floating = DTYPES[stored] in (torch.float32, torch.float16, torch.bfloat16)
-    quantised = dtype == torch.float8_e4m3fn and not source.fp8 and floating and is_quantised(key)
-    return dtype if quantised or stored == FP8 else DTYPES[stored]
+    becomes_fp8 = dtype == torch.float8_e4m3fn and not source.fp8 and floating and quantised
+    return dtype if becomes_fp8 or stored == FP8 else DTYPES[stored]

@@ -9,7 +9,7 @@ intersections of these boxes, in the parameter's coordinates.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from torchsft.checkpoint.hf_directory import (
     open_weights,
     read_config,
 )
-from torchsft.checkpoint.publish import gather_objects, published, rank_and_size, together
+from torchsft.checkpoint.publish import published, together
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.stored import WEIGHT_DTYPES
 from torchsft.checkpoint.weight_files import (
@@ -41,13 +41,15 @@ from torchsft.checkpoint.weight_files import (
 )
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece, local
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model
+from torchsft.models.language_model import LanguageModel
+from torchsft.parallel.collectives import gather_objects, rank_and_size
 from torchsft.precision.blockwise import BLOCK, SCALE_SUFFIX, quantise, scale_key, scale_shape
 
 FP8 = torch.float8_e4m3fn
 
 
-def check_weights(hf_dir: str | Path, model: DeepseekV3) -> Weights:
+def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
     """Compare keys, shapes and dtypes of a Hugging Face or converted directory with what the model
     needs, from headers alone. Allowed although the model has no use for them: MTP layers and keys
     that no weight of the model could have (`export` carries both through), rotary `inv_freq`
@@ -69,9 +71,9 @@ def check_weights(hf_dir: str | Path, model: DeepseekV3) -> Weights:
         raise InputError(
             f"{hf_dir}: weights do not fit config.json: {problem}; use the two that belong together"
         )
-    most = read_config(hf_dir).get("num_nextn_predict_layers")
+    most = model.config.mtp_layers
     more = {key.split(".")[2] for key in index.tensors if hf_directory.is_mtp(key, layers)}
-    if isinstance(most, int) and len(more) > most:
+    if most is not None and len(more) > most:
         said = (
             f"{layers} num_hidden_layers and {most} num_nextn_predict_layers; use the two that "
             f"belong together"
@@ -108,7 +110,7 @@ def _check_tied(index: Weights, rows: int = 4096) -> None:
 
 
 @torch.no_grad()
-def load_weights(model: DeepseekV3, index: Weights) -> int:
+def load_weights(model: LanguageModel, index: Weights) -> int:
     """Fill all parameters and persistent buffers, in their dtypes; each rank reads only what it
     holds. Returns bytes read. `model`: materialised, whole or the part that this rank holds; of
     plain tensors or DTensors (see `shard_box`). `index`: from `check_weights` of the whole model. A
@@ -138,31 +140,26 @@ def load_weights(model: DeepseekV3, index: Weights) -> int:
 
 
 @torch.no_grad()
-def initialise_weights(
-    model: DeepseekV3,
-    seed: int,
-    initial_value: Callable[[str, tuple[int, ...], DeepseekV3Config, int], Tensor],
-) -> None:
+def initialise_weights(model: LanguageModel, seed: int) -> None:
     """Random weights that do not depend on the layout: each rank keeps its box of the full value of
     each tensor. Every rank draws every full tensor, which suits small models (a layer's stacked
-    experts of V3 are 30 GB). `initial_value`: (name, global shape, model.config, seed) -> full
-    value, fp32 on the CPU.
+    experts of V3 are 30 GB).
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
-        full = initial_value(name, tuple(tensor.shape), model.config, seed)
+        full = model.initial_value(name, tuple(tensor.shape), seed)
         local(tensor).copy_(full[local_box(tensor).within((0,) * tensor.ndim)])
 
 
 def load_model(
     hf_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DeepseekV3:
-    """Load a DeepSeek-V3-architecture model from a directory on this process alone, in eval mode;
+) -> LanguageModel:
+    """Load a model from a directory on this process alone, in eval mode;
     the routing bias stays fp32. What cannot be used is an InputError (see `read_config` and
     `check_weights`).
     """
     with torch.device("meta"):
         # fp32 buffers stay fp32
-        model = DeepseekV3(DeepseekV3Config.from_hf(read_config(hf_dir))).to(dtype)
+        model = build_model(read_config(hf_dir)).to(dtype)
     index = check_weights(hf_dir, model)
     model.to_empty(device=device)
     model.init_buffers()
@@ -187,7 +184,7 @@ class _Written:
 
 @torch.no_grad()
 def export(
-    model: DeepseekV3,  # what this rank holds; all ranks together hold every tensor
+    model: LanguageModel,  # what this rank holds; all ranks together hold every tensor
     out_dir: str | Path,  # the directory to write, or the URL of a folder
     # of the parameters (see `exported_dtype`); the routing bias keeps the source's, fp32 in
     # published ones
@@ -214,25 +211,30 @@ def export(
     source, target = Path(source_dir), Folder(out_dir)
     exported = hf_directory.exported_config(read_config(source), dtype)
     exported, generation = with_ends(exported, read_generation_config(source), ends)
-    _check_target(source, target)
+    check_target(source, target)
     rank, ranks = rank_and_size()
     block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
     with torch.device("meta"):
-        whole = DeepseekV3(model.config)
+        whole = model.family(model.config)
     tensors, buffers = model.state_dict(keep_vars=True), dict(whole.named_buffers())
     weights = open_weights(source, whole.checkpoint_pieces(), optional=True)
     plan = []
     for name, piece, parts in _pieces_and_holders(whole, tensors):
-        kept = hf_directory.exported_dtype(piece.key, dtype, weights, name in buffers)
+        kept = hf_directory.exported_dtype(
+            piece.key,
+            dtype,
+            weights,
+            buffer=name in buffers,
+            quantised=model.is_quantised(piece.key),
+        )
         plan.append(
             _Written(
                 piece.key, contents_of(piece.key, kept, piece.hf_shape, block), parts, name, piece
             )
         )
     for key in _carried(weights, model.config.num_hidden_layers) if weights is not None else ():
-        contents = contents_of(
-            key, hf_directory.carried_dtype(key, dtype, weights), weights.tensors[key].shape, block
-        )
+        kept = hf_directory.carried_dtype(key, dtype, weights, quantised=model.is_quantised(key))
+        contents = contents_of(key, kept, weights.tensors[key].shape, block)
         plan.append(_Written(key, contents, {Box((), ()): range(ranks)}))  # any rank can write it
     items, contents = {item.key: item for item in plan}, _merged(plan)
     plan = [items[key] for key in file_order(contents) if key in items]
@@ -280,7 +282,7 @@ def export(
             folder.write_text("config.json", json.dumps(exported, indent=2) + "\n")
 
 
-def _check_target(source: Path, target: Folder) -> None:
+def check_target(source: Path, target: Folder) -> None:
     """Refuse to replace the source, or a directory that is no exported model."""
     if not target.remote and target.path.resolve() == source.resolve():
         raise InputError(f"the export directory {target} is also its source; choose another one")
@@ -299,7 +301,7 @@ def _merged(items: Iterable[_Written]) -> Contents:
 
 
 def _pieces_and_holders(
-    model: DeepseekV3, tensors: Mapping[str, Tensor]
+    model: LanguageModel, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Piece, dict[Box, list[int]]]]:
     """Of the whole `model` (on meta) each parameter's name, its pieces, and which ranks hold which
     part of a piece; collective, and in the same order on every rank. `tensors`: what this rank

@@ -7,28 +7,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from torchsft.checkpoint.dcp_files import MANIFEST
 from torchsft.checkpoint.storage import Folder, told
 from torchsft.config import InputError
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The values of all ranks, by rank, on every rank; collective over a group of all ranks (None:
-    the default one).
-    """
-    values = [value] * rank_and_size()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group)
-    return values
+from torchsft.parallel.collectives import gather_objects, rank_and_size
 
 
 def sync_directory(path: Path) -> None:

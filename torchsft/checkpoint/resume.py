@@ -152,7 +152,13 @@ def _got_somewhere(output: Path, places: set[str]) -> bool:
     """Whether an earlier run has left a complete checkpoint or an export. An InputError: a
     checkpoint is damaged.
     """
-    return (output / "hf").exists() or any(state.find_latest(place)[0] for place in sorted(places))
+    beside = {str(output), *(place.removesuffix("/checkpoints") for place in places)}
+    exported = any(
+        name == "hf" or name.startswith("hf-step-")
+        for each in beside
+        for name in Folder(each).names()
+    )
+    return exported or any(state.find_latest(place)[0] for place in sorted(places))
 
 
 def _start_over(config: Config, where: str) -> Start:

@@ -49,9 +49,7 @@ from torchsft.checkpoint.dcp_files import (
 from torchsft.checkpoint.hf_directory import mismatches
 from torchsft.checkpoint.publish import (
     discard,
-    gather_objects,
     publish,
-    rank_and_size,
     reading,
     remove_unread,
     staging_of,
@@ -59,6 +57,7 @@ from torchsft.checkpoint.publish import (
 from torchsft.checkpoint.storage import Folder, told
 from torchsft.config import InputError
 from torchsft.models.decoder import local
+from torchsft.parallel.collectives import gather_objects, rank_and_size
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFT = re.compile(r"\.step-\d+\.(incomplete|removed)")

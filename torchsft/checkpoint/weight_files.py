@@ -19,8 +19,13 @@ from torchsft.checkpoint.stacked import stacked_in, unstacked
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.stored import DTYPE_NAMES, DTYPES, FP8, StoredTensor, listing
 from torchsft.config import InputError
-from torchsft.models.deepseek_v3 import described_block
-from torchsft.precision.blockwise import SCALE_SUFFIX, dequantise, scale_key, scale_shape
+from torchsft.precision.blockwise import (
+    SCALE_SUFFIX,
+    dequantise,
+    described_block,
+    scale_key,
+    scale_shape,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

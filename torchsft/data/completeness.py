@@ -46,6 +46,8 @@ class ContextCheck:
         self._is_declared: dict[tuple[str, tuple[str, ...]], bool] = {}
         # messages that the template writes, by their index and the roles of all messages
         self._is_written: set[tuple[int, tuple[str, ...]]] = set()
+        # of tools and documents, by how they are written; rows have the same ones, mostly
+        self._words: dict[str, str] = {}
 
     def missing(self, messages: Sequence[Message], extras: Extras, text: str) -> Iterator[Missing]:
         """Yield what a text lacks of the messages before its answers, of the tools and documents.
@@ -104,7 +106,7 @@ class ContextCheck:
         that the template writes them.
         """
         sources = ["\n".join(leaves(message)) for message in messages]
-        sources.append("\n".join(leaves([extras.tools, extras.documents])))
+        sources.append(self._words_of_extras(extras))
         sources.append(self.template.text)
         found = []
         for i, message in enumerate(messages):
@@ -114,6 +116,15 @@ class ContextCheck:
             if any(words in source for j, source in enumerate(sources) if j != i):
                 found.append(i)
         return found
+
+    def _words_of_extras(self, extras: Extras) -> str:
+        """Return the strings and numbers in tools and documents."""
+        key = repr((extras.tools, extras.documents))
+        if key not in self._words:
+            if len(self._words) >= KNOWN_RESULTS:
+                self._words.clear()
+            self._words[key] = "\n".join(leaves([extras.tools, extras.documents]))
+        return self._words[key]
 
     def _missing_tools(
         self, messages: Sequence[Message], extras: Extras, text: str
@@ -222,4 +233,6 @@ def _count(text: str, name: str) -> int:
     """Count how often a name stands in a text, not as a part of another name."""
     plain = re.escape(name)
     escaped = re.escape(json.dumps(name)[1:-1])
+    if escaped == plain:  # what begins with a literal is found 12 times as fast
+        return len(re.findall(rf"{plain}(?<!\w{plain})(?!\w)", text))
     return len(re.findall(rf"(?<!\w)(?:{plain}|{escaped})(?!\w)", text))

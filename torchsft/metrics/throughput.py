@@ -61,11 +61,6 @@ def mfu(flops: float, seconds: float, peak_tflops: float) -> float:
     return flops / (seconds * peak_tflops * 1e12)
 
 
-def device_bytes(device: torch.device) -> int | None:
-    """Memory of a CUDA device; None for a CPU, which can swap."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
 def memory_gib(device: torch.device) -> dict[str, float]:
     """Peak memory of this process since its start, in GiB, by TensorBoard tag.
 

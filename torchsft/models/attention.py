@@ -1,4 +1,5 @@
-"""Multi-head latent attention (MLA, DeepSeek-V2/V3) over packed documents.
+"""Attention over packed documents: multi-head latent attention (MLA, DeepSeek-V2/V3) and
+grouped-query attention.
 
 Three interchangeable implementations of the attention itself; each sees a document alone and
 returns zero for padding:
@@ -9,13 +10,17 @@ returns zero for padding:
               the mask is made from a T x T comparison per microbatch, so this one is for comparing,
               not for long rows
 
-Shape suffixes: T tokens, of which S are on this rank outside of the attention (C:
-models/decoder.py), D width, H heads (of this rank), N documents, P rope pairs. Head dims: `nope`
-entries without and `rope` with position make a query or key; values have their own dim, smaller
-than that.
+Where several query heads share a key/value head, the kernels read it as often as it is needed: it
+is not copied.
+
+Shape suffixes: T tokens, of which S are on this rank outside of the attention and C on its tensor
+group (models/decoder.py), D width, H query heads and G key/value heads (of this rank), d entries of
+a head, N documents, P rope pairs. MLA's head dims: `nope` entries without and `rope` with position
+make a query or key; values have their own dim, smaller than that.
 """
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +41,10 @@ _compiled_flex = functools.cache(lambda: torch.compile(flex_attention))
 def choose_implementation(
     name: Implementation | Literal["auto"], device: torch.device, dtype: torch.dtype
 ) -> Implementation:
-    """Resolve `auto` (varlen on CUDA below fp32, sdpa elsewhere); InputError for what cannot be
-    computed there.
+    """Resolve `auto`: varlen on CUDA below fp32, sdpa elsewhere.
+
+    Raises:
+        InputError: the implementation cannot compute there.
     """
     flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
@@ -54,7 +61,7 @@ def choose_implementation(
 
 
 @dataclass(frozen=True)
-class Packing:
+class Documents:
     """Where the documents of a microbatch lie, prepared once for all layers.
 
     Not a pytree on purpose: FSDP's mixed precision casts the floating tensors it finds in a layer's
@@ -75,7 +82,7 @@ class Packing:
     block_mask: BlockMask | None = None  # flex
 
 
-def packing(
+def locate_documents(
     implementation: Implementation,
     cos_TP: Tensor,  # rotary factors of every token, fp32
     sin_TP: Tensor,
@@ -83,21 +90,28 @@ def packing(
     # longest document; None reads it from cu_seqlens (varlen: stops the host)
     max_seqlen: int | None,
     layout: Layout | None = None,  # of the T tokens; None: all are here
-) -> Packing:
-    """Prepare `Packing` for the implementation that will read it."""
+) -> Documents:
+    """Prepare `Documents` for the implementation that will read it."""
     layout = layout or Layout()
     tokens, device = cos_TP.shape[0], cos_TP.device
     cu_seqlens = cu_seqlens.to(torch.int32)
     place_T = torch.arange(tokens, device=device, dtype=torch.int32)
     valid_T = place_T < cu_seqlens[-1]
     document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), place_T, right=True)
-    valid_S, document_S = layout.tokens(valid_T), layout.tokens(document_T)
     length_N1 = F.pad(cu_seqlens, (0, 1), value=tokens).diff()
-    packed = functools.partial(
-        Packing, implementation, cos_TP, sin_TP, valid_T, layout, valid_S, document_S, length_N1
+    located = functools.partial(
+        Documents,
+        implementation,
+        cos_TP,
+        sin_TP,
+        valid_T,
+        layout,
+        layout.tokens(valid_T),
+        layout.tokens(document_T),
+        length_N1,
     )
     if implementation == "sdpa":
-        return packed(lengths=tuple(length_N1.tolist()))
+        return located(lengths=tuple(length_N1.tolist()))
     if implementation == "varlen":
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
@@ -105,68 +119,91 @@ def packing(
         # becomes documents, of at most max_seqlen tokens each; how many are needed is bounded
         # without asking the device.
         longest = max_seqlen or tokens
-        cuts = (
-            torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32) * longest
-        )
-        covering = torch.cat([cu_seqlens, (cu_seqlens[-1] + cuts).clamp(max=tokens)])
-        return packed(cu_seqlens=covering, max_seqlen=longest)
+        numbers = torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32)
+        ends = (cu_seqlens[-1] + numbers * longest).clamp(max=tokens)
+        return located(cu_seqlens=torch.cat([cu_seqlens, ends]), max_seqlen=longest)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_T[query] == document_T[key])
 
-    return packed(
-        block_mask=create_block_mask(visible, None, None, tokens, tokens, device=str(device))
-    )
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=str(device))
+    return located(block_mask=mask)
 
 
-def attend(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
-    """Causal attention within the documents of `packing`, by its implementation; `scale` is the
-    factor of the scores.
+def attend(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, documents: Documents
+) -> Tensor:
+    """Causal attention within documents, by the implementation that these are prepared for.
 
-    q and k are [T, H, nope + rope], v is [T, H, v], where v may be smaller. Returns [T, H, v], zero
-    for padding.
+    Args:
+        q_THd: H query heads; a multiple of G, of which neighbours share a key/value head.
+        k_TGd: G key heads, as wide as the query heads.
+        v_TGd: G value heads, which may be narrower: [T, G, v].
+        scale: factor of the scores.
+
+    Returns:
+        [T, H, v], zero for padding.
     """
-    if packing.implementation == "sdpa":
-        return _sdpa(q_THd, k_THd, v_THd, scale, packing)
-    v_dim = v_THd.shape[-1]
-    if packing.implementation == "varlen":
-        from torch.nn.attention.varlen import varlen_attn  # registers CUDA operators on import
-
-        v_THd = F.pad(v_THd, (0, q_THd.shape[-1] - v_dim))
-        cu, longest = packing.cu_seqlens, packing.max_seqlen
-        out = varlen_attn(
-            q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0)
-        )
+    if documents.implementation == "sdpa":
+        return _sdpa(q_THd, k_TGd, v_TGd, scale, documents)
+    v_dim = v_TGd.shape[-1]
+    if documents.implementation == "varlen":
+        out_THd = _varlen(q_THd, k_TGd, v_TGd, scale, documents)
     else:
-        attention = _compiled_flex() if q_THd.is_cuda else flex_attention
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_THd, v_THd))
-        out = (
-            attention(q, k, v, block_mask=packing.block_mask, scale=scale)
-            .squeeze(0)
-            .transpose(0, 1)
-        )
-    return torch.where(packing.valid_T[:, None, None], out[..., :v_dim], 0)
+        out_THd = _flex(q_THd, k_TGd, v_TGd, scale, documents)
+    return torch.where(documents.valid_T[:, None, None], out_THd[..., :v_dim], 0)
 
 
-def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, packing: Packing) -> Tensor:
+def _as_wide_as(q_THd: Tensor, v_TGd: Tensor) -> Tensor:
+    """Values, padded with zeros to the width of queries."""
+    missing = q_THd.shape[-1] - v_TGd.shape[-1]
+    return F.pad(v_TGd, (0, missing)) if missing else v_TGd
+
+
+def _varlen(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Documents) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # registers CUDA operators on import
+
+    options = {"scale": scale, "window_size": (-1, 0)}
+    if q_THd.shape[1] != k_TGd.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11 asks for as many key/value heads as query heads
+            copies = q_THd.shape[1] // k_TGd.shape[1]
+            k_TGd, v_TGd = (x.repeat_interleave(copies, dim=1) for x in (k_TGd, v_TGd))
+    v_TGd = _as_wide_as(q_THd, v_TGd)
+    bounds, longest = where.cu_seqlens, where.max_seqlen
+    return varlen_attn(q_THd, k_TGd, v_TGd, bounds, bounds, longest, longest, **options)
+
+
+def _flex(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Documents) -> Tensor:
+    attention = _compiled_flex() if q_THd.is_cuda else flex_attention
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
+    grouped = q.shape[1] != k.shape[1]
+    out = attention(q, k, v, block_mask=where.block_mask, scale=scale, enable_gqa=grouped)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _sdpa(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Documents) -> Tensor:
     # With v narrower than q and k torch falls back from flash attention to full T x T scores (2.5
     # times slower at 1024 tokens and heads of 48 / 32, and all its memory), so v is padded.
-    v_dim = v_THd.shape[-1]
-    v_THd = F.pad(v_THd, (0, q_THd.shape[-1] - v_dim))
+    v_dim = v_TGd.shape[-1]
+    v_TGd = _as_wide_as(q_THd, v_TGd)
+    grouped = q_THd.shape[1] != k_TGd.shape[1]
     # split, not slices: the backward pass of N slices writes N full-size gradients.
-    *documents, padding = zip(
-        *(x.split(packing.lengths) for x in (q_THd, k_THd, v_THd)), strict=True
-    )
+    *documents, padding = zip(*(x.split(where.lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
     outputs = []
     for parts in documents:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )
         outputs.append(out.squeeze(0).transpose(0, 1)[..., :v_dim])
     # Zero, but connected to q, k and v: in a microbatch without documents too every parameter must
     # get a gradient, or FSDP's ranks would reduce different sets of them (gloo aborts, NCCL would
     # hang).
-    connected = sum(x[..., :v_dim] for x in padding)
-    outputs.append(torch.where(torch.zeros_like(connected, dtype=torch.bool), connected, 0))
+    connected = sum(x[:, :1, :v_dim] for x in padding)
+    zeros = torch.where(torch.zeros_like(connected, dtype=torch.bool), connected, 0)
+    outputs.append(zeros.expand(-1, q_THd.shape[1], -1))
     return torch.cat(outputs)
 
 
@@ -194,13 +231,9 @@ class LatentAttention(nn.Module):
         latent_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.q_rank, self.kv_rank, self.nope_dim, self.v_dim, self.rope_dim = (
-            q_rank,
-            kv_rank,
-            nope_dim,
-            v_dim,
-            rope.dim,
-        )
+        self.q_rank, self.kv_rank = q_rank, kv_rank
+        self.nope_dim, self.v_dim = nope_dim, v_dim
+        self.rope = rope
         self.qk_dim = nope_dim + rope.dim
         self.scale = softmax_scale(rope, self.qk_dim)
         if q_rank is None:
@@ -222,20 +255,81 @@ class LatentAttention(nn.Module):
         for linear, width in ((queries, self.qk_dim), (self.kv_b_proj, self.nope_dim + self.v_dim)):
             linear.rows = slice(first * width, (first + count) * width)
 
-    def forward(self, x_SD: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
         """x_SD (normed) to the attention block's output, both [S, D]; with bias, padding gets the
         bias alone.
         """
+        layout = documents.layout
+        turn = functools.partial(
+            rotate, cos=documents.cos_TP, sin=documents.sin_TP, pairing=self.rope.pairing
+        )
         q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
-        latent, k_rope = self.kv_a_proj_with_mqa(x_SD).split([self.kv_rank, self.rope_dim], dim=-1)
-        q, latent, k_rope = packing.layout.gather(q, self.kv_a_layernorm(latent), k_rope)
+        latent_and_rope = self.kv_a_proj_with_mqa(x_SD)
+        latent, k_rope = latent_and_rope.split([self.kv_rank, self.rope.dim], dim=-1)
+        q, latent, k_rope = layout.gather(q, self.kv_a_layernorm(latent), k_rope)
 
         q = self.q_proj(q) if self.q_rank is None else self.q_b_proj(q)
-        q_THd = rotate(q.unflatten(-1, (-1, self.qk_dim)), packing.cos_TP, packing.sin_TP)
-        k_rope = rotate(k_rope, packing.cos_TP, packing.sin_TP)
+        q_THd = turn(q.unflatten(-1, (-1, self.qk_dim)))
+        k_rope = turn(k_rope)
         kv_THd = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))
         k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
         k_THd = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, k_nope.shape[1], -1)], dim=-1)
 
-        out_THd = attend(q_THd, k_THd, v_THd, self.scale, packing)
-        return self.o_proj(packing.layout.heads_to_tokens(out_THd).flatten(1))
+        out_THd = attend(q_THd, k_THd, v_THd, self.scale, documents)
+        return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention in which neighbouring query heads share a key/value head; with as many of both it
+    is multi-head attention.
+
+    A tensor group splits the heads. Its ranks project its C tokens; where other groups have the
+    rest of the row (context parallelism), the heads are exchanged behind norm and rotation.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,  # a divisor of `heads`
+        head_dim: int,
+        rope: Rope,  # rotary embedding of queries and keys; of rope.dim <= head_dim entries
+        bias: bool = False,  # of the projections of queries, keys and values
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,  # of the norms of each query and key; None: without
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.rope = head_dim, rope
+        self.scale = head_dim**-0.5
+        self.q_proj = Linear(width, heads * head_dim, bias=bias)
+        self.k_proj = Linear(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, width, bias=output_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps)
+
+    def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
+        """x_SD (normed) to the attention block's output, both [S, D]; with biases, padding gets
+        that of the output alone.
+        """
+        layout = documents.layout
+        x_CD = layout.gather_tensor(x_SD)
+        by_head = (-1, self.head_dim)
+        q_CHd = self.q_proj(x_CD).unflatten(-1, by_head)
+        k_CGd = self.k_proj(x_CD).unflatten(-1, by_head)
+        v_CGd = self.v_proj(x_CD).unflatten(-1, by_head)
+        if self.q_norm is not None:
+            q_CHd, k_CGd = self.q_norm(q_CHd), self.k_norm(k_CGd)
+        cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
+        q_CHd = rotate(q_CHd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
+        k_CGd = rotate(k_CGd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
+
+        q_THd, k_TGd, v_TGd = layout.tokens_to_heads(q_CHd, k_CGd, v_CGd)
+        out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents)
+        return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+
+
+Attention = LatentAttention | GroupedQueryAttention

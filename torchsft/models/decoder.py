@@ -1,8 +1,29 @@
 """Parts that decoder families share: linear, embedding, norm, feed-forward network, checkpoint
-pieces, initial values; and the few places where a parallel layout reaches into a model.
+pieces, initial values; and `Layout`, through which a parallel layout reaches into a model.
+
+Models know nothing of ranks. `parallel/` installs what a layout needs from outside, in the places
+of this table and nowhere else; each stands in its class with the value of one rank alone:
+
+    place                   what is put there                                        by
+    LanguageModel.layout    where tokens and vocabulary lie, and how tokens move     tensor, context
+    Linear.weight, .bias    DTensors, of which `local` is this rank's part           tensor
+    Linear.rows             which outputs this rank computes, of those whose         tensor, context
+                            weights it holds: those of its heads
+    Linear.reduce           sums products over ranks, where the inner dim is split   tensor
+    Embedding.first         the token id of this rank's first row                    tensor
+    Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
+    SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
+    Experts' parameters     DTensors: this rank's experts                            expert
+    MoE.exchange            takes rows to the ranks of their experts and back        expert
+    MoE.counting            False while a forward pass is repeated                   activation
+    MoE.balance_scale       factor of the balance loss, before each step             trainer
+    DecoderLayer.recompute  runs a layer so that little of it is kept                activation
+
+The MoE layers of a model are found by `LanguageModel.moe_layers()`.
 
 Shape suffixes: T tokens of the microbatch, S of them on this rank between blocks, C on the ranks of
-its tensor group together (without parallelism T = C = S), D width, H heads, N documents, E experts.
+its tensor group together (without parallelism T = C = S), D width, H query heads, G key/value
+heads, N documents, E experts.
 """
 
 import hashlib
@@ -80,6 +101,14 @@ class Layout:
         """Each [S, width] of every rank to [T, width] on each; differentiable."""
         return parts
 
+    def tokens_to_heads(
+        self, q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Its tensor group's heads of its C tokens to this rank's heads of all T tokens;
+        differentiable.
+        """
+        return q_CHd, k_CGd, v_CGd
+
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
         """This rank's heads of all T tokens to its tensor group's heads of its C tokens;
         differentiable.
@@ -106,8 +135,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        weight = local(self.weight) if self.rows is None else local(self.weight)[self.rows]
+        weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias)
+        if self.rows is not None:
+            weight = weight[self.rows]
+            bias = None if bias is None else bias[self.rows]
         if self.reduce is None:
             return F.linear(x, weight, bias)
         y = self.reduce(F.linear(x, weight))
@@ -163,13 +195,14 @@ class RMSNorm(nn.Module):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
+    # Of tokens, those of all ranks that share the matrices; None: they are not shared.
+    gather: Callable[[Tensor], Tensor] | None = None
+
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
         self.gate_proj = Linear(width, inner_width, bias=False)
         self.up_proj = Linear(width, inner_width, bias=False)
         self.down_proj = Linear(inner_width, width, bias=False)
-        # tensor parallelism: the tokens of all its ranks
-        self.gather: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """[S, D] to [S, D]."""

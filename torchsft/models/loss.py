@@ -9,7 +9,7 @@ Shape suffixes: T tokens (the caller's C), D width, V vocabulary (this rank's pa
 of a chunk.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,8 @@ def vocabulary_loss(
     if plain() and vocabulary is None:
         return vocabulary_loss_reference(hidden_TD, weight_VD, labels_T, loss_weights_T)
     weights_T = _effective_weights(labels_T, loss_weights_T)
-    gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    differentiable = hidden_TD.requires_grad or weight_VD.requires_grad
+    gradients = torch.is_grad_enabled() and differentiable
     return _VocabularyLoss.apply(
         hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients, vocabulary
     )
@@ -53,10 +54,10 @@ def vocabulary_loss_reference(
     """`vocabulary_loss` in plain PyTorch, with full logits."""
     weights_T = _effective_weights(labels_T, loss_weights_T)
     logits_TV = F.linear(hidden_TD, weight_VD)
-    logits_TV = logits_TV.float() if logits_TV.dtype.itemsize < 4 else logits_TV
-    return (
-        F.cross_entropy(logits_TV, labels_T, reduction="none", ignore_index=IGNORE) * weights_T
-    ).sum()
+    if logits_TV.dtype.itemsize < 4:
+        logits_TV = logits_TV.float()
+    nll_T = F.cross_entropy(logits_TV, labels_T, reduction="none", ignore_index=IGNORE)
+    return (nll_T * weights_T).sum()
 
 
 def _effective_weights(labels_T: Tensor, loss_weights_T: Tensor | None) -> Tensor:
@@ -76,43 +77,34 @@ class _VocabularyLoss(torch.autograd.Function):
         gradients: bool,
         vocabulary: VocabularyPart | None,
     ) -> Tensor:
-        grad_hidden = torch.zeros_like(hidden_TD) if gradients and hidden_TD.requires_grad else None
         # fp32 also for a bf16 weight: chunks add up in it.
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
-        grad_weight = (
-            torch.zeros_like(weight_VD, dtype=wide)
-            if gradients and weight_VD.requires_grad
-            else None
-        )
+        grad_hidden = grad_weight = None
+        if gradients and hidden_TD.requires_grad:
+            grad_hidden = torch.zeros_like(hidden_TD)
+        if gradients and weight_VD.requires_grad:
+            grad_weight = torch.zeros_like(weight_VD, dtype=wide)
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden_CD, weights_C = hidden_TD[rows], weights_T[rows]
             if weights_C.device.type == "cpu" and not weights_C.any():
                 continue  # free to know on CPU; on CUDA it would stop the host
-            targets_C1 = labels_T[rows].clamp(min=0).unsqueeze(-1)
             logits_CV = F.linear(hidden_CD, weight_VD)
-            if vocabulary is None:
-                log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=wide)
-                here_C1, target_C1 = torch.ones_like(targets_C1), log_probs_CV.gather(1, targets_C1)
-            else:
-                log_probs_CV, targets_C1, here_C1, target_C1 = _partial_log_softmax(
-                    logits_CV.to(wide), targets_C1, vocabulary
-                )
+            found = _log_softmax(logits_CV, labels_T[rows].clamp(min=0), wide, vocabulary)
             weighs_C = weights_C != 0  # selected, not only multiplied: 0 times inf is nan
-            total -= torch.where(weighs_C, target_C1.squeeze(-1) * weights_C, 0).sum()
+            weighted_C = found.target_C1.squeeze(-1) * weights_C
+            total -= torch.where(weighs_C, weighted_C, 0).sum()
             if not gradients:
                 continue
-            # d nll / d logits = softmax - one_hot
-            grad_CV = log_probs_CV.exp_()
-            grad_CV.scatter_add_(1, targets_C1, -here_C1.to(wide))
-            grad_CV.mul_(weights_C.unsqueeze(-1)).masked_fill_(~weighs_C.unsqueeze(-1), 0)
-            grad_CV = grad_CV.to(weight_VD.dtype)
+            grad_CV = _gradient_of_logits(found, weights_C, weighs_C).to(weight_VD.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
-            if grad_weight is not None and grad_weight.dtype == grad_CV.dtype:
+            if grad_weight is None:
+                continue
+            if grad_weight.dtype == grad_CV.dtype:
                 grad_weight.addmm_(grad_CV.T, hidden_CD)
-            elif grad_weight is not None:
+            else:
                 grad_weight += grad_CV.T @ hidden_CD
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
@@ -123,28 +115,60 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None, None]
         for i, want in enumerate(wanted(ctx)[:2]):
-            if want:
-                kept, ctx.gradients[i] = ctx.gradients[i], None
-                if kept is None:
-                    raise RuntimeError(
-                        "the vocabulary loss was traversed backward twice; it keeps "
-                        "its gradients for once only"
-                    )
-                gradients[i] = kept.mul_(grad)
+            if not want:
+                continue
+            kept = ctx.gradients[i]
+            ctx.gradients[i] = None
+            if kept is None:
+                raise RuntimeError(
+                    "the vocabulary loss was traversed backward twice; it keeps "
+                    "its gradients for once only"
+                )
+            gradients[i] = kept.mul_(grad)
         return *gradients, None, None, None, None, None
+
+
+class _LogProbabilities(NamedTuple):
+    """Of the tokens of a chunk."""
+
+    log_probs_CV: Tensor
+    column_C1: Tensor  # of the target in log_probs_CV; 0 where it is not among them
+    here_C1: Tensor  # whether it is among them
+    target_C1: Tensor  # the target's log-probability, wherever it is
+
+
+def _log_softmax(
+    logits_CV: Tensor, targets_C: Tensor, wide: torch.dtype, part: VocabularyPart | None
+) -> _LogProbabilities:
+    """Log-probabilities, in the dtype `wide`; with a part of the vocabulary, of its tokens."""
+    targets_C1 = targets_C.unsqueeze(-1)
+    if part is not None:
+        return _partial_log_softmax(logits_CV.to(wide), targets_C1, part)
+    log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=wide)
+    target_C1 = log_probs_CV.gather(1, targets_C1)
+    return _LogProbabilities(log_probs_CV, targets_C1, torch.ones_like(targets_C1), target_C1)
 
 
 def _partial_log_softmax(
     logits_CV: Tensor, targets_C1: Tensor, part: VocabularyPart
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of this part's tokens, the targets' columns in it (0 for others), whether
-    they are in it, and the targets' log-probabilities wherever they are. Two collectives.
-    """
-    columns_C1 = targets_C1 - part.first
-    here_C1 = (columns_C1 >= 0) & (columns_C1 < logits_CV.shape[1])
-    columns_C1 = torch.where(here_C1, columns_C1, 0)
+) -> _LogProbabilities:
+    """Log-probabilities of this part's tokens. Two collectives."""
+    column_C1 = targets_C1 - part.first
+    here_C1 = (column_C1 >= 0) & (column_C1 < logits_CV.shape[1])
+    column_C1 = torch.where(here_C1, column_C1, 0)
     logits_CV = logits_CV - part.max(logits_CV.amax(-1, keepdim=True))
-    target_C1 = torch.where(here_C1, logits_CV.gather(1, columns_C1), 0)
-    sums_C2 = part.sum(torch.cat([logits_CV.exp().sum(-1, keepdim=True), target_C1], dim=-1))
+    target_C1 = torch.where(here_C1, logits_CV.gather(1, column_C1), 0)
+    exp_sum_C1 = logits_CV.exp().sum(-1, keepdim=True)
+    sums_C2 = part.sum(torch.cat([exp_sum_C1, target_C1], dim=-1))
     log_sum_C1, target_C1 = sums_C2[:, :1].log(), sums_C2[:, 1:]
-    return logits_CV.sub_(log_sum_C1), columns_C1, here_C1, target_C1 - log_sum_C1
+    log_probs_CV = logits_CV.sub_(log_sum_C1)
+    return _LogProbabilities(log_probs_CV, column_C1, here_C1, target_C1 - log_sum_C1)
+
+
+def _gradient_of_logits(found: _LogProbabilities, weights_C: Tensor, weighs_C: Tensor) -> Tensor:
+    """The gradient of the loss, softmax - one_hot for each token, weighted; in the place of the
+    log-probabilities.
+    """
+    grad_CV = found.log_probs_CV.exp_()
+    grad_CV.scatter_add_(1, found.column_C1, -found.here_C1.to(grad_CV.dtype))
+    return grad_CV.mul_(weights_C.unsqueeze(-1)).masked_fill_(~weighs_C.unsqueeze(-1), 0)

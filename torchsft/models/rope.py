@@ -1,18 +1,27 @@
 """Rotary position embedding: frequencies (plain and YaRN) and the rotation.
 
-Shape suffixes: T tokens, P = rope dim / 2 pairs. DeepSeek rotates neighbouring entries (x0, x1),
-(x2, x3), ...
+Families differ in which entries of a head are rotated together (`Pairing`), and in whether those
+without position stand before or behind them (`Place`):
+
+    neighbours    (x0, x1), (x2, x3), ...                 DeepSeek
+    halves        (x0, xP), (x1, xP+1), ...               Llama, Qwen, gpt-oss
+
+Shape suffixes: T tokens, P = rope dim / 2 pairs.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torchsft.models.decoder import Float32Buffers
 from torchsft.ops import plain
+
+Pairing = Literal["neighbours", "halves"]
+# Where the rotated entries of a head lie, if these are not all of it.
+Place = Literal["start", "end"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,8 @@ class Rope:
     dim: int  # rotated entries of a head; even
     theta: float
     yarn: Yarn | None = None
+    pairing: Pairing = "neighbours"
+    place: Place = "end"
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -77,27 +88,25 @@ def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tenso
     between; the bounds are the pairs that turn beta_fast and beta_slow times within the original
     context (sections 3.2 and A.2 of the paper).
     """
-    inverse = rope.theta ** -(
-        torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
-    )
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
+    inverse = rope.theta**-exponents
     yarn = rope.yarn
     if yarn is None:
         return inverse
 
     def pair_with(rotations: float) -> float:
-        return (
-            rope.dim
-            * math.log(yarn.original_context / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        positions_a_radian = yarn.original_context / (rotations * 2 * math.pi)
+        return rope.dim * math.log(positions_a_radian) / (2 * math.log(rope.theta))
 
     low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.dim - 1)
+    low = max(low, 0)
+    high = min(high, rope.dim - 1)
+    width = high - low if high != low else 0.001
     pairs = torch.arange(rope.dim // 2, dtype=torch.float32, device=device)
     # 1: divide by factor
-    slow = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    slow = ((pairs - low) / width).clamp(0, 1)
     return inverse / yarn.factor * slow + inverse * (1 - slow)
 
 
@@ -123,47 +132,82 @@ class RotaryEmbedding(Float32Buffers):
         return angles_TP.cos() * scale, angles_TP.sin() * scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last 2P entries of x, pair by pair of neighbours; the entries before them stay as
-    they are.
+def rotate(
+    x: Tensor,  # [T, ..., N + 2P], any floating dtype, which the result has too
+    cos: Tensor,  # fp32 [T, P], broadcast over the dims in between
+    sin: Tensor,
+    pairing: Pairing = "neighbours",
+    place: Place = "end",
+) -> Tensor:
+    """Rotate 2P entries of every head, pair by pair; the N others stay as they are.
 
-    x is [T, ..., N + 2P] of any floating dtype, and so is the result; cos and sin are fp32 [T, P],
-    broadcast over the dims in between. Computed in fp32. Nothing of size x is saved for the
-    backward pass, which rotates by the opposite angle.
+    Computed in fp32. Nothing of size x is saved for the backward pass, which rotates by the
+    opposite angle.
     """
-    return rotate_reference(x, cos, sin) if plain() else _Rotate.apply(x, cos, sin)
+    if plain():
+        return rotate_reference(x, cos, sin, pairing, place)
+    return _Rotate.apply(x, cos, sin, pairing, place)
 
 
-def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "neighbours", place: Place = "end"
+) -> Tensor:
     """`rotate` in plain PyTorch."""
-    dim, cos, sin = 2 * cos.shape[-1], _spread(cos, x), _spread(sin, x)
-    keep, turn = x[..., :-dim], x[..., -dim:]
-    even, odd = turn[..., 0::2], turn[..., 1::2]
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-    return torch.cat([keep, turned.to(x.dtype)], dim=-1)
+    dim = 2 * cos.shape[-1]
+    cos, sin = _spread(cos, x), _spread(sin, x)
+    split = [x.shape[-1] - dim, dim] if place == "end" else [dim, x.shape[-1] - dim]
+    parts = list(x.split(split, dim=-1))
+    turned = 1 if place == "end" else 0
+    if pairing == "neighbours":
+        first, second = parts[turned][..., 0::2], parts[turned][..., 1::2]
+    else:
+        first, second = parts[turned].chunk(2, dim=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    if pairing == "neighbours":
+        parts[turned] = torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
+    else:
+        parts[turned] = torch.cat(rotated, dim=-1).to(x.dtype)
+    return torch.cat(parts, dim=-1)
 
 
 def _spread(table_TP: Tensor, x: Tensor) -> Tensor:
     return table_TP.view(table_TP.shape[0], *[1] * (x.dim() - 2), table_TP.shape[1])
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dim, cos, sin = 2 * cos.shape[-1], _spread(cos, x), _spread(sin, x)
+def _entries(width: int, dim: int, pairing: Pairing, place: Place) -> tuple[slice, slice, slice]:
+    """Where the first and the second entries of the pairs, and those without position, lie among
+    the `width` entries of a head.
+    """
+    start = width - dim if place == "end" else 0
+    end = start + dim
+    others = slice(0, start) if place == "end" else slice(end, width)
+    if pairing == "neighbours":
+        return slice(start, end, 2), slice(start + 1, end, 2), others
+    middle = start + dim // 2
+    return slice(start, middle), slice(middle, end), others
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, place: Place) -> Tensor:
+    dim = 2 * cos.shape[-1]
+    cos, sin = _spread(cos, x), _spread(sin, x)
+    first, second, others = _entries(x.shape[-1], dim, pairing, place)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out[..., :-dim] = x[..., :-dim]
-    even, odd = x[..., -dim::2], x[..., -dim + 1 :: 2]
-    out[..., -dim::2] = even * cos - odd * sin
-    out[..., -dim + 1 :: 2] = odd * cos + even * sin
+    out[..., others] = x[..., others]
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
     return out
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, place: Place
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        ctx.pairing, ctx.place = pairing, place
+        return _rotated(x, cos, sin, pairing, place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        return _rotated(grad, cos, -sin, ctx.pairing, ctx.place), None, None, None, None

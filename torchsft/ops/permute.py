@@ -20,18 +20,20 @@ from torchsft.ops import plain
 
 
 def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
-    """Copy every token (x_TD, any floating dtype) once per chosen expert, in the order of the rows:
-    x_RD, of the same dtype.
+    """Copy every token once per chosen expert, in the order of the rows.
 
-    order_R is int64: order_R[r] = t * K + k is the (token, choice) that row r holds, a permutation
-    of 0..R-1; row_TK, int64, is
-    its inverse: row_TK[t, k] is the row of choice k of token t.
+    Args:
+        x_TD: tokens, of any floating dtype, which the result has too.
+        order_R: int64, a permutation of 0..R-1; order_R[r] = t * K + k is the (token, choice) that
+            row r holds.
+        row_TK: int64, its inverse; row_TK[t, k] is the row of choice k of token t.
+
+    Returns:
+        The rows, [R, D].
     """
-    return (
-        permute_reference(x_TD, order_R, row_TK)
-        if plain()
-        else _Permute.apply(x_TD, order_R, row_TK)
-    )
+    if plain():
+        return permute_reference(x_TD, order_R, row_TK)
+    return _Permute.apply(x_TD, order_R, row_TK)
 
 
 def permute_reference(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
@@ -43,28 +45,36 @@ def combine(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor) -
     """Add up the rows of every token, weighted: y_TD[t] = sum_k weights_TK[t, k] * y_RD[row_TK[t,
     k]].
 
-    y_RD has any floating dtype, in which routing weights (fp32 in a model) are applied and sums
-    returned, which are accumulated in fp32; order_R and row_TK are as for `permute`.
+    Args:
+        y_RD: rows, of any floating dtype, in which the weights are applied and the sums returned;
+            these are accumulated in fp32.
+        weights_TK: factors; fp32 in a model.
+        order_R: as for `permute`.
+        row_TK: as for `permute`.
     """
-    implementation = combine_reference if plain() else _Combine.apply
-    return implementation(y_RD, weights_TK, order_R, row_TK)
+    if plain():
+        return combine_reference(y_RD, weights_TK, order_R, row_TK)
+    return _Combine.apply(y_RD, weights_TK, order_R, row_TK)
 
 
 def combine_reference(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
     """`combine` in plain PyTorch."""
-    return (y_RD[row_TK] * weights_TK.unsqueeze(-1)).sum(1).to(y_RD.dtype)
+    weighted_TKD = y_RD[row_TK] * weights_TK.unsqueeze(-1)
+    return weighted_TKD.sum(1).to(y_RD.dtype)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_TK)
-        return x_TD.index_select(0, order_R // row_TK.shape[1])
+        token_R = order_R // row_TK.shape[1]
+        return x_TD.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (row_TK,) = ctx.saved_tensors
-        return F.embedding_bag(row_TK, grad_RD.contiguous(), mode="sum"), None, None
+        grad_TD = F.embedding_bag(row_TK, grad_RD.contiguous(), mode="sum")
+        return grad_TD, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -73,17 +83,19 @@ class _Combine(torch.autograd.Function):
         ctx: Any, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor
     ) -> Tensor:
         ctx.save_for_backward(y_RD, weights_TK, order_R, row_TK)
-        return F.embedding_bag(
-            row_TK, y_RD, mode="sum", per_sample_weights=weights_TK.to(y_RD.dtype)
-        )
+        weights_TK = weights_TK.to(y_RD.dtype)
+        return F.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=weights_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_RD, weights_TK, order_R, row_TK = ctx.saved_tensors
-        grad_RD = grad_TD.index_select(0, order_R // row_TK.shape[1])
+        token_R = order_R // row_TK.shape[1]
+        grad_RD = grad_TD.index_select(0, token_R)
         # In pieces that stay in the cache: a whole [R, D] product is four times slower on CPU and
         # needs its memory.
-        pairs = zip(y_RD.chunk(16), grad_RD.chunk(16), strict=True)
-        dots_R = torch.cat([(y * grad).sum(-1, dtype=weights_TK.dtype) for y, grad in pairs])
-        grad_RD.mul_(weights_TK.flatten()[order_R].unsqueeze(-1).to(grad_RD.dtype))
+        pieces = zip(y_RD.chunk(16), grad_RD.chunk(16), strict=True)
+        dots = [(y * grad).sum(-1, dtype=weights_TK.dtype) for y, grad in pieces]
+        dots_R = torch.cat(dots)
+        weights_R = weights_TK.flatten()[order_R]
+        grad_RD.mul_(weights_R.unsqueeze(-1).to(grad_RD.dtype))
         return grad_RD, dots_R[row_TK], None, None

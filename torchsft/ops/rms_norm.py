@@ -15,16 +15,17 @@ from torchsft.ops import plain, wanted
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in fp32 (float64 stays
-    float64).
+    """Divide x by its root mean square over the last dim and multiply with the weight: x /
+    sqrt(mean(x^2) + eps) * weight, computed in fp32 (float64 stays float64).
 
-    x is [..., D] of any floating dtype, and so is the result; weight is [D].
+    Args:
+        x: [..., D] of any floating dtype, which the result has too.
+        weight: [D].
+        eps: added to the mean square.
     """
-    return (
-        rms_norm_reference(x, weight, eps)
-        if x.is_cuda or plain()
-        else _RmsNorm.apply(x, weight, eps)
-    )
+    if x.is_cuda or plain():
+        return rms_norm_reference(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,6 +34,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
+    """x in fp32, or in float64 if it is that."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
@@ -40,23 +42,26 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = _wide(x)
-        mean_square = (
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        )
-        rstd = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        mean_square = norm.square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()  # of each row: one over its root mean square
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, rstd = ctx.saved_tensors
+        x, weight, scale = ctx.saved_tensors
         want_x, want_weight = wanted(ctx)
-        grad, normed = _wide(grad), _wide(x) * rstd
+        grad = _wide(grad)
+        normed = _wide(x) * scale
         grad_x = grad_weight = None
         if want_weight:
             grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if want_x:
             grad_normed = grad * weight
-            along = torch.linalg.vecdot(grad_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
-            grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(rstd).to(x.dtype)
+            # What changes the row's norm alone has no effect.
+            along = torch.linalg.vecdot(grad_normed, normed)
+            along = along.div_(x.shape[-1]).unsqueeze(-1)
+            grad_x = grad_normed.addcmul_(normed, along, value=-1)
+            grad_x = grad_x.mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None

@@ -8,6 +8,7 @@
 Shape suffixes: R rows, D width, F expert width, E experts held here.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,55 +66,95 @@ class _Swiglu(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+@dataclass
+class _Kept:
+    """What the first traversal of a backward pass leaves for the gradients of the later one."""
+
+    x_RD: Tensor | None
+    gate_up: Tensor
+    offs_E: Tensor
+    # input of the down projection; None: nothing will ask for it
+    hidden_RF: Tensor | None
+    grad_both_RG: Tensor  # gradient of gate|up, G = 2F
+
+
 class _GroupedSwiglu(torch.autograd.Function):
+    """Zero-bubble pipeline schedules traverse it twice, for rows and later for weights
+    (`ops.wanted`); others once.
+    """
+
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, gate_up: Tensor, down: Tensor, offs_E: Tensor) -> Tensor:
-        both = F.grouped_mm(x_RD, gate_up.mT, offs=offs_E)
-        gate, up = both.chunk(2, dim=-1)
+        both_RG = F.grouped_mm(x_RD, gate_up.mT, offs=offs_E)
+        gate, up = both_RG.chunk(2, dim=-1)
         y_RD = F.grouped_mm(F.silu(gate).mul_(up), down.mT, offs=offs_E)
         # Only the gradient of gate_up reads x: frozen experts do not keep it.
-        ctx.save_for_backward(
-            x_RD if ctx.needs_input_grad[1] else None, gate_up, down, offs_E, both
-        )
-        ctx.due, ctx.kept = ctx.needs_input_grad, None
+        x_to_keep = x_RD if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(x_to_keep, gate_up, down, offs_E, both_RG)
+        ctx.pending = list(ctx.needs_input_grad)  # gradients that no traversal has computed yet
+        ctx.kept = None
         return y_RD
 
     @staticmethod
     def backward(
         ctx: Any, grad_RD: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        want_x, want_gate_up, want_down, _ = wants = wanted(ctx)
-        # what later passes will ask for
-        ctx.due = [due and not want for due, want in zip(ctx.due, wants, strict=True)]
+        asked = wanted(ctx)
+        want_x, want_gate_up, want_down, _ = asked
+        ctx.pending = [pending and not now for pending, now in zip(ctx.pending, asked, strict=True)]
+        later = any(ctx.pending)
         grad_RD = grad_RD.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
-        if ctx.kept is None:
-            x_RD, gate_up, down, offs_E, both = ctx.saved_tensors
-            gate, up = both.chunk(2, dim=-1)
-            grad_hidden = F.grouped_mm(grad_RD, down, offs=offs_E)
-            activated = F.silu(gate)
-            grad_activated = grad_hidden * up
-            grad_up = grad_hidden.mul_(activated)
-            hidden = activated.mul_(up)
-            if any(ctx.due):
-                ctx.kept = x_RD, gate_up, offs_E, hidden, both
-            grad_down = F.grouped_mm(grad_RD.mT, hidden, offs=offs_E) if want_down else None
-            del hidden, activated
-            # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a
-            # second backward through the same graph is refused by autograd's version check).
-            torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
-            up.copy_(grad_up)
-            del grad_activated, grad_up, grad_hidden
-        else:
-            x_RD, gate_up, offs_E, hidden, both = ctx.kept
-            if not any(ctx.due):
-                ctx.kept = None
-            grad_down = F.grouped_mm(grad_RD.mT, hidden, offs=offs_E) if want_down else None
-        grad_x_RD = F.grouped_mm(both, gate_up, offs=offs_E) if want_x else None
-        grad_gate_up = F.grouped_mm(both.mT, x_RD, offs=offs_E) if want_gate_up else None
-        # An expert without rows has no terms to add up; some kernels leave its gradient as it was
-        # in memory (pytorch issue 172439).
-        empty_E11 = (offs_E.diff(prepend=offs_E.new_zeros(1)) == 0).view(-1, 1, 1)
-        for gradient in (grad_gate_up, grad_down):
-            if gradient is not None:
-                gradient.masked_fill_(empty_E11, 0)
+        grad_x_RD = grad_gate_up = grad_down = None
+        kept = ctx.kept
+        if kept is None:
+            kept, grad_down = _first_traversal(*ctx.saved_tensors, grad_RD, want_down, later)
+        elif want_down:
+            grad_down = F.grouped_mm(grad_RD.mT, kept.hidden_RF, offs=kept.offs_E)
+        ctx.kept = kept if later else None
+        if want_x:
+            grad_x_RD = F.grouped_mm(kept.grad_both_RG, kept.gate_up, offs=kept.offs_E)
+        if want_gate_up:
+            grad_gate_up = F.grouped_mm(kept.grad_both_RG.mT, kept.x_RD, offs=kept.offs_E)
+        _zero_gradients_without_rows(kept.offs_E, grad_gate_up, grad_down)
         return grad_x_RD, grad_gate_up, grad_down, None
+
+
+def _first_traversal(
+    x_RD: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    offs_E: Tensor,
+    both_RG: Tensor,  # gate|up of the rows, which their gradient replaces
+    grad_RD: Tensor,
+    want_down: bool,
+    later: bool,  # whether another traversal follows
+) -> tuple[_Kept, Tensor | None]:
+    """Go back to gate|up, and give the gradient of the down projection, if it is wanted."""
+    gate, up = both_RG.chunk(2, dim=-1)
+    grad_hidden = F.grouped_mm(grad_RD, down, offs=offs_E)
+    activated = F.silu(gate)
+    grad_activated = grad_hidden * up
+    grad_up = grad_hidden.mul_(activated)
+    hidden_RF = activated.mul_(up)
+    grad_down = None
+    if want_down:
+        grad_down = F.grouped_mm(grad_RD.mT, hidden_RF, offs=offs_E)
+    if not later:
+        hidden_RF = None
+    del activated
+    # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a second
+    # backward through the same graph is refused by autograd's version check).
+    torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
+    up.copy_(grad_up)
+    return _Kept(x_RD, gate_up, offs_E, hidden_RF, both_RG), grad_down
+
+
+def _zero_gradients_without_rows(offs_E: Tensor, *gradients: Tensor | None) -> None:
+    """Zero what an expert without rows gets: it has no terms to add up, and some kernels leave its
+    gradient as it was in memory (pytorch issue 172439).
+    """
+    rows_E = offs_E.diff(prepend=offs_E.new_zeros(1))
+    empty_E11 = (rows_E == 0).view(-1, 1, 1)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.masked_fill_(empty_E11, 0)

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.models.language_model import LanguageModel
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def _not_counted(moe: nn.Module) -> Iterator[None]:
         moe.counting = True
 
 
-def apply_activation_checkpointing(model: DeepseekV3) -> None:
+def apply_activation_checkpointing(model: LanguageModel) -> None:
     """Recompute every layer in its backward pass, in place.
 
     Memory falls to [S, D] a layer and microbatch in flight, plus one layer; time grows by a forward

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.expert import apply_expert_parallel
@@ -17,7 +17,7 @@ from torchsft.parallel.world import World
 
 def parallelize(
     # the pipeline stages that this rank holds; without a pipeline, the model
-    stages: Sequence[DeepseekV3],
+    stages: Sequence[LanguageModel],
     world: World,
     compute: torch.dtype,  # of the forward and backward pass; parameters stay fp32
     *,

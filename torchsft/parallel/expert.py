@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchsft.config import InputError
+from torchsft.models.language_model import LanguageModel
+from torchsft.models.moe import Experts
 from torchsft.ops.permute import permute
 
 
@@ -33,8 +35,12 @@ class ExpertExchange:
         self.group, self.size = group, dist.get_world_size(group)
 
     def __call__(
-        self, x_RD: Tensor, counts_E: Tensor, experts: nn.Module, meanwhile: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x_RD: Tensor,
+        counts_E: Tensor,
+        experts: Experts,
+        meanwhile: Callable[[], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
         """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in
         the same order, and the result of `meanwhile`, which is computed while rows travel to their
         experts.
@@ -62,30 +68,27 @@ class ExpertExchange:
         return wait_tensor(all_to_all_single_autograd(y_MD, sent, received, self.group)), result
 
 
-def apply_expert_parallel(model: nn.Module, expert_mesh: DeviceMesh) -> None:
+def apply_expert_parallel(model: LanguageModel, expert_mesh: DeviceMesh) -> None:
     """Give each rank of the `ep` axis its experts: stacked parameters become DTensors sharded on
     dim 0.
 
-    InputError where the number of experts is not a multiple of ep.
+    Raises:
+        InputError: the number of experts is not a multiple of ep.
     """
     mesh = expert_mesh["ep"]
     if mesh.size() == 1:
         return
-    for name, module in model.named_modules():
-        if not hasattr(module, "exchange"):
-            continue
-        for key, parameter in list(module.experts.named_parameters(recurse=False)):
+    for layer, moe in model.moe_layers().items():
+        for key, parameter in list(moe.experts.named_parameters(recurse=False)):
             if parameter.shape[0] % mesh.size():
-                fault = (
-                    f"{name} has {parameter.shape[0]} experts, which do not divide over "
-                    f"--parallel.ep {mesh.size()} ranks; "
-                )
                 raise InputError(
-                    fault + "choose an ep that divides them, or start another number of ranks"
+                    f"model.layers.{layer}.mlp has {parameter.shape[0]} experts, which do not "
+                    f"divide over --parallel.ep {mesh.size()} ranks; choose an ep that divides "
+                    "them, or start another number of ranks"
                 )
             sharded = nn.Parameter(
                 distribute_tensor(parameter, mesh, [Shard(0)]),
                 requires_grad=parameter.requires_grad,
             )
-            module.experts.register_parameter(key, sharded)
-        module.exchange = ExpertExchange(mesh.get_group())
+            moe.experts.register_parameter(key, sharded)
+        moe.exchange = ExpertExchange(mesh.get_group())

@@ -4,16 +4,14 @@ replicas over `dp_replicate`.
 
 import dataclasses
 import itertools
-import math
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from torchsft.config import InputError
-from torchsft.models.decoder import local
+from torchsft.models.language_model import LanguageModel
 
 
 def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
@@ -22,7 +20,7 @@ def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
 
 
 def apply_fsdp(
-    model: nn.Module,
+    model: LanguageModel,
     parameter_mesh: DeviceMesh,
     expert_mesh: DeviceMesh,
     compute: torch.dtype,
@@ -52,10 +50,11 @@ def apply_fsdp(
     router_policy = dataclasses.replace(policy, param_dtype=torch.float32)
     options = {"reshard_after_forward": reshard_after_forward}
     units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
+    moe_layers = model.moe_layers()
     for name, layer in model.model.layers.items():
         parts = []
-        if hasattr(layer.mlp, "experts"):
-            gate, experts = layer.mlp.gate, layer.mlp.experts
+        if name in moe_layers:
+            gate, experts = moe_layers[name].gate, moe_layers[name].experts
             for key, parameter in experts.named_parameters():
                 if parameter.shape[1] % shards:
                     fault = (
@@ -95,31 +94,3 @@ def apply_fsdp(
             # PREMUL_SUM, so force SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def held_bytes(
-    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool
-) -> tuple[int, int]:
-    """Device memory that this rank needs for its share of the parameters through a step;
-    activations and buffers come on top.
-
-    `model` is this rank's part, sharded; on any device. Returns bytes that more data ranks would
-    share: weight, gradient and two moments in fp32, or of a frozen parameter the weight. And bytes
-    that they would not: where gathered parameters are kept for a whole step, these, in `compute`,
-    and their fp32 gradients, which are scattered behind the last microbatch (so that they stand in
-    for the sharded ones).
-    """
-    sharded = kept = 0
-    for parameter in model.parameters():
-        trained = parameter.requires_grad
-        if reshard_after_forward or not isinstance(parameter, DTensor):
-            sharded += (16 if trained else 4) * local(parameter).numel()
-            continue
-        mesh = parameter.device_mesh
-        axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
-        gathered = parameter.numel() // math.prod(
-            n for axis, n, p in axes if axis in ("tp", "ep") and p.is_shard()
-        )
-        sharded += (12 if trained else 4) * local(parameter).numel()
-        kept += (compute.itemsize + (4 if trained else 0)) * gathered
-    return sharded, kept

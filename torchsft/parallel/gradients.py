@@ -1,6 +1,5 @@
 """One gradient norm over all parameters of all ranks, and clipping by it."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -10,23 +9,32 @@ from torch.distributed.tensor import DTensor
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, int]]:
-    """This rank's part of each gradient, and on how many ranks of its mesh the same part lies."""
+    """Return this rank's part of each gradient, and on how many ranks of its mesh the same part
+    lies.
+    """
     parts = []
-    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
-        copies = 1
+    for parameter in parameters:
+        gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            assert not any(p.is_partial() for p in gradient.placements), (
-                "a gradient that is not yet summed has no norm"
-            )
-            axes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
-            copies = math.prod(size for size, placement in axes if placement.is_replicate())
-            gradient = gradient.to_local()
-        parts.append((gradient, copies))
+            parts.append((gradient.to_local(), _copies(gradient)))
+        elif gradient is not None:
+            parts.append((gradient, 1))
     return parts
 
 
+def _copies(gradient: DTensor) -> int:
+    """Return on how many ranks each element of a gradient lies."""
+    copies = 1
+    for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
+        assert not placement.is_partial(), "a gradient that is not yet summed has no norm"
+        if placement.is_replicate():
+            copies *= size
+    return copies
+
+
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """2-norm of all gradients over all ranks, float64 scalar; equal on every rank. One collective.
+    """Return the 2-norm of all gradients over all ranks, float64 scalar; equal on every rank. One
+    collective.
 
     Every rank adds the squares of the elements that it holds, an element that lies on n ranks with
     weight 1 / n. A rank may hold no gradient, where all of its parameters are frozen.
@@ -53,7 +61,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """min(1, max_norm / norm): what gradients are multiplied with so that their norm is at most
-    `max_norm`.
+    """Return min(1, max_norm / norm): what gradients are multiplied with so that their norm is at
+    most `max_norm`.
     """
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -9,6 +9,7 @@ Shapes: T tokens of the microbatch, C of a tensor group, S of a rank, H heads of
 H / cp of a rank, d head dim, V vocabulary, n tokens whose logits are wanted.
 """
 
+import itertools
 from functools import partial
 
 import torch
@@ -24,48 +25,60 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from torchsft.config import InputError
 from torchsft.models.decoder import Layout, VocabularyPart
-from torchsft.models.deepseek_v3 import DeepseekV3Config
+from torchsft.models.language_model import ModelConfig
 from torchsft.parallel.world import World
 
 
-def check_sizes(config: DeepseekV3Config, world: World) -> None:
-    """Refuse sizes that do not divide over tp and cp: InputError that names sizes that do, for as
-    many ranks.
+def check_sizes(config: ModelConfig, world: World) -> None:
+    """Refuse sizes that do not divide over tp and cp.
+
+    Raises:
+        InputError: it names sizes that do, for as many ranks.
     """
-
-    def problem(tp: int, cp: int) -> str | None:
-        heads, ranks = config.num_attention_heads, tp * cp
-        if heads % ranks:
-            return (
-                f"num_attention_heads = {heads}, which --parallel.tp {tp} x --parallel.cp {cp} = "
-                f"{ranks} ranks do not divide"
-            )
-        dense = (
-            {"intermediate_size": config.intermediate_size} if config.first_k_dense_replace else {}
-        )
-        for name, size in {"vocab_size": config.vocab_size, **dense}.items():
-            if size % tp:
-                return f"{name} = {size}, which --parallel.tp {tp} does not divide"
-        return None
-
     shard, cp, tp = (world.dense[axis].size() for axis in ("dp_shard", "cp", "tp"))
-    found = problem(tp, cp)
+    found = _what_does_not_divide(config, tp, cp)
     if found is None:
         return
-    sizes = range(1, tp * cp + 1)
-    good = [
-        (t, c)
-        for t in sizes
-        for c in sizes
-        if shard * cp * tp % (t * c) == 0 and t * c <= tp * cp and not problem(t, c)
-    ]
-    # the nearest: one option changed rather than both, then as many ranks as possible
-    t, c = max(
-        good, key=lambda pair: ((pair[0] == tp) + (pair[1] == cp), pair[0] * pair[1], pair[0])
-    )
+    possible = []
+    for other_tp, other_cp in itertools.product(range(1, tp * cp + 1), repeat=2):
+        ranks = other_tp * other_cp
+        if ranks > tp * cp or shard * cp * tp % ranks:
+            continue
+        if _what_does_not_divide(config, other_tp, other_cp) is None:
+            possible.append((other_tp, other_cp))
+
+    def nearness(sizes: tuple[int, int]) -> tuple[int, int, int]:
+        # One option changed rather than both, then as many ranks as possible.
+        other_tp, other_cp = sizes
+        return (other_tp == tp) + (other_cp == cp), other_tp * other_cp, other_tp
+
+    tp, cp = max(possible, key=nearness)
     raise InputError(
-        f"config.json has {found}; set --parallel.tp {t} --parallel.cp {c} --parallel.dp-shard -1"
+        f"config.json has {found}; set --parallel.tp {tp} --parallel.cp {cp} --parallel.dp-shard -1"
     )
+
+
+def _what_does_not_divide(config: ModelConfig, tp: int, cp: int) -> str | None:
+    """Say which size of the model these sizes do not divide; None: they divide all."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    ranks = tp * cp
+    if heads % ranks:
+        return (
+            f"num_attention_heads = {heads}, which --parallel.tp {tp} x --parallel.cp {cp} = "
+            f"{ranks} ranks do not divide"
+        )
+    # The tensor group's ranks split key/value heads, or several have the same one; then the context
+    # group's ranks do so with what a rank of the tensor group has.
+    of_tensor_rank = max(kv_heads // tp, 1)
+    if (kv_heads % tp and tp % kv_heads) or (of_tensor_rank % cp and cp % of_tensor_rank):
+        return (
+            f"num_key_value_heads = {kv_heads}, which --parallel.tp {tp} and then --parallel.cp "
+            f"{cp} must divide or be multiples of"
+        )
+    for name, size in {"vocab_size": config.vocab_size, **config.split_widths}.items():
+        if size % tp:
+            return f"{name} = {size}, which --parallel.tp {tp} does not divide"
+    return None
 
 
 def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -93,6 +106,45 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return wait_tensor(all_to_all_single_autograd(x.contiguous(), None, None, group))
 
 
+def exchange_heads(
+    q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All heads of this rank's tokens to this rank's heads of all tokens, in one all-to-all;
+    differentiable.
+
+    Neighbouring query heads share a key/value head; the head dim of values may be another. The
+    ranks of `group` are in the order of their tokens. Returns q [T, H / ranks, d], k and v [T, G /
+    ranks, d]; where there are more ranks than key/value heads, k and v [T, 1, d]: the head that
+    this rank's queries need, which is on several ranks. InputError where the ranks do not divide H,
+    or G is neither a multiple nor a divisor of them.
+    """
+    ranks, heads, kv_heads = group.size(), q_CHd.shape[1], k_CGd.shape[1]
+
+    def divides(n: int) -> bool:
+        return heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if not divides(ranks):
+        good = [str(n) for n in range(1, heads + 1) if divides(n)]
+        raise InputError(
+            f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp "
+            f"{ranks} ranks; set --parallel.cp to one of {', '.join(good)}"
+        )
+    if ranks > kv_heads:
+        copies = ranks // kv_heads
+        k_CGd = k_CGd.repeat_interleave(copies, dim=1)
+        v_CGd = v_CGd.repeat_interleave(copies, dim=1)
+    # [C, ranks, heads of a rank, d] each
+    parts = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]
+    sent = torch.cat([part.flatten(2) for part in parts], dim=-1)
+    received = exchange(sent.transpose(0, 1), group).flatten(0, 1)
+    widths = [part.shape[2] * part.shape[3] for part in parts]
+    q_Thd, k_Tgd, v_Tgd = (
+        x.unflatten(-1, part.shape[2:])
+        for x, part in zip(received.split(widths, dim=-1), parts, strict=True)
+    )
+    return q_Thd, k_Tgd, v_Tgd
+
+
 def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[T, h, d], this rank's heads of all tokens, to [C, H, d], all heads of its tokens;
     differentiable.
@@ -101,7 +153,7 @@ def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x_nChd.transpose(0, 1).flatten(1, 2)
 
 
-def _reduced(x: Tensor, op: str, mesh: DeviceMesh) -> Tensor:
+def _reduce(x: Tensor, op: str, mesh: DeviceMesh) -> Tensor:
     return wait_tensor(all_reduce(x, op, mesh.get_group()))
 
 
@@ -111,43 +163,52 @@ class SequenceLayout(Layout):
     """
 
     def __init__(self, world: World, vocab_size: int) -> None:
-        self.cp, self.tp, self.sequence = (
-            world.dense["cp"],
-            world.dense["tp"],
-            world.sequence["sequence"],
-        )
+        self.cp, self.tp = world.dense["cp"], world.dense["tp"]
+        self.sequence = world.sequence["sequence"]
         if self.tp.size() > 1:
-            over_ranks = (partial(_reduced, op=op, mesh=self.tp) for op in ("max", "sum"))
+            rows_of_a_rank = vocab_size // self.tp.size()
             self.vocabulary = VocabularyPart(
-                self.tp.get_local_rank() * (vocab_size // self.tp.size()), *over_ranks
+                first=self.tp.get_local_rank() * rows_of_a_rank,
+                max=partial(_reduce, op="max", mesh=self.tp),
+                sum=partial(_reduce, op="sum", mesh=self.tp),
             )
 
     def context(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.cp.size(), -1))[self.cp.get_local_rank()]
+        parts = x.unflatten(0, (self.cp.size(), -1))
+        return parts[self.cp.get_local_rank()]
 
     def tokens(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.sequence.size(), -1))[self.sequence.get_local_rank()]
+        parts = x.unflatten(0, (self.sequence.size(), -1))
+        return parts[self.sequence.get_local_rank()]
 
     def gather_tensor(self, x_SD: Tensor) -> Tensor:
-        return x_SD if self.tp.size() == 1 else gather_tokens(x_SD, self.tp)
+        if self.tp.size() == 1:
+            return x_SD
+        return gather_tokens(x_SD, self.tp)
 
     def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
         # All parts in one all-gather.
-        whole = gather_tokens(
-            torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.sequence
-        )
-        return whole.split([part.shape[-1] for part in parts], dim=-1)
+        together = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        gathered = gather_tokens(together, self.sequence)
+        return gathered.split([part.shape[-1] for part in parts], dim=-1)
+
+    def tokens_to_heads(
+        self, q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.cp.size() == 1:
+            return q_CHd, k_CGd, v_CGd
+        return exchange_heads(q_CHd, k_CGd, v_CGd, self.cp.get_group())
 
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
-        return x_THd if self.cp.size() == 1 else heads_to_tokens(x_THd, self.cp.get_group())
+        if self.cp.size() == 1:
+            return x_THd
+        return heads_to_tokens(x_THd, self.cp.get_group())
 
     def sum(self, x: Tensor) -> Tensor:
-        return _reduced(x, "sum", self.sequence)
+        return _reduce(x, "sum", self.sequence)
 
     def logits(self, x_nV: Tensor) -> Tensor:
         x_nV = x_nV.detach()  # no gradient: on every rank it would be that of all tokens
-        return (
-            x_nV
-            if self.tp.size() == 1
-            else DTensor.from_local(x_nV, self.tp, [Shard(1)]).full_tensor()
-        )
+        if self.tp.size() == 1:
+            return x_nV
+        return DTensor.from_local(x_nV, self.tp, [Shard(1)]).full_tensor()

@@ -8,7 +8,6 @@ last stage are neighbours).
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from torchsft.config import InputError, Parallel
-from torchsft.models.deepseek_v3 import DeepseekV3Config
+from torchsft.models.language_model import ModelConfig
 
 ONE_STAGE = ("GPipe", "1F1B")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
@@ -36,78 +35,44 @@ class StagePlan:
     ranks: tuple[int, ...]  # pipeline rank of each stage
 
     def local(self, pp_rank: int) -> list[int]:
-        """Stages of a pipeline rank, ascending."""
+        """Return the stages of a pipeline rank, ascending."""
         return [stage for stage, rank in enumerate(self.ranks) if rank == pp_rank]
 
     def model_part(self, pp_rank: int) -> dict[str, Any]:
-        """Keyword arguments of `DeepseekV3` for all that a pipeline rank holds."""
+        """Return keyword arguments of `LanguageModel` for all that a pipeline rank holds."""
         return self.part(self.local(pp_rank))
 
     def part(self, stages: list[int]) -> dict[str, Any]:
-        """Keyword arguments of `DeepseekV3` and `DeepseekV3.part` for some stages."""
+        """Return keyword arguments of `LanguageModel` and `LanguageModel.part` for some stages."""
         layers = [layer for stage in stages for layer in self.layers[stage]]
         return {"layers": layers, "first": 0 in stages, "last": len(self.layers) - 1 in stages}
 
 
-def plan_stages(parallel: Parallel, model_config: DeepseekV3Config, microbatches: int) -> StagePlan:
-    """Decide which layers go where; `dp_shard` is resolved, and `microbatches` are those of a step
-    on each data rank.
+def plan_stages(parallel: Parallel, model_config: ModelConfig, microbatches: int) -> StagePlan:
+    """Decide which layers go where.
 
-    InputError where the schedule, the layers and the microbatches do not fit together.
+    Args:
+        parallel: with `dp_shard` resolved.
+        model_config: of the whole model.
+        microbatches: of a step on each data rank.
+
+    Raises:
+        InputError: the schedule, the layers and the microbatches do not fit together.
     """
-    stages, layers = _stage_count(parallel), model_config.num_hidden_layers
+    stages = _stage_count(parallel)
     if parallel.pp > 1:
         schedule_class(parallel.pp_schedule)
-        if model_config.tie_word_embeddings:
-            fault = (
-                f"--parallel.pp is {parallel.pp}, but this model's output embedding is its input "
-                f"embedding "
-            )
-            raise InputError(
-                fault + "(tie_word_embeddings), which cannot be on two ranks; set --parallel.pp 1"
-            )
-    if stages > layers and not parallel.pp_layers:
-        raise InputError(
-            f"--parallel.pp-schedule {parallel.pp_schedule} over --parallel.pp {parallel.pp} has "
-            f"{stages} stages, the model "
-            f"{layers} layers; set --parallel.pp to at most "
-            f"{max(layers * parallel.pp // stages, 1)}"
-            + (" or --parallel.pp-schedule to 1F1B" if parallel.pp <= layers else "")
-        )
-    if stages <= layers:
-        balanced = balance(
-            model_config.layer_costs(), stages, model_config.embedding_cost, model_config.head_cost
-        )
-        remedy = f"give {stages}, such as {' '.join(map(str, balanced))}"
-    else:
-        balanced, remedy = (), "leave it out"
-    counts = parallel.pp_layers or balanced
-    if len(counts) != stages:
-        raise InputError(
-            f"--parallel.pp-layers has {len(counts)} number(s), but {parallel.pp_schedule} over "
-            f"--parallel.pp {parallel.pp} "
-            f"has {stages} stage(s); {remedy}"
-        )
-    if sum(counts) != layers or 0 in counts[1:-1]:
-        raise InputError(
-            f"--parallel.pp-layers is {' '.join(map(str, counts))}, together {sum(counts)}, but it "
-            f"must place {layers} layers "
-            f"and leave none of the middle stages empty; {remedy}"
-        )
+        _check_tied_embeddings(parallel, model_config)
+    counts = _layer_counts(parallel, model_config, stages)
     if parallel.pp > 1:
         _check_microbatches(parallel, stages, microbatches)
-    placed = tuple(
-        tuple(range(end - n, end))
-        for end, n in zip(itertools.accumulate(counts), counts, strict=True)
-    )
-    there_and_back = [*range(parallel.pp), *reversed(range(parallel.pp))]
-    v = parallel.pp > 1 and parallel.pp_schedule in V_SHAPED
-    return StagePlan(
-        placed, tuple(there_and_back if v else (stage % parallel.pp for stage in range(stages)))
-    )
+    ends = list(itertools.accumulate(counts))
+    layers = tuple(tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True))
+    return StagePlan(layers, _stage_ranks(parallel, stages))
 
 
 def _stage_count(parallel: Parallel) -> int:
+    """Return the number of stages of all pipeline ranks."""
     if parallel.pp == 1:
         return 1
     if parallel.pp_schedule in ONE_STAGE:
@@ -117,68 +82,166 @@ def _stage_count(parallel: Parallel) -> int:
     return max(1, len(parallel.pp_layers) // parallel.pp) * parallel.pp
 
 
-def balance(layers: Sequence[int], stages: int, first: int, last: int) -> tuple[int, ...]:
-    """How many layers each stage gets, at least one, so that the costliest stage costs least, and
-    then all as evenly as can be.
-
-    `layers` are the costs of the layers, of which there are at least as many as stages; `first` and
-    `last` what the first and the last stage cost besides their layers.
-    """
-    ends = [0, *itertools.accumulate(layers)]
-    extra = [first, *[0] * (stages - 2), last] if stages > 1 else [first + last]
-
-    def best(
-        together: Callable[[Any, Any], Any], worth: Callable[[int], Any]
-    ) -> tuple[Any, tuple[int, ...]]:
-        # Best value, and layers of each stage, for the first `end` layers in the stages so far.
-        found: dict[int, tuple[Any, tuple[int, ...]]] = {0: (0, ())}
-        for stage in range(stages):
-            found = {
-                end: min(
-                    (
-                        together(value, worth(ends[end] - ends[start] + extra[stage])),
-                        (*counts, end - start),
-                    )
-                    for start, (value, counts) in found.items()
-                    if start < end
-                )
-                for end in range(stage + 1, len(layers) - (stages - stage - 1) + 1)
-            }
-        return found[len(layers)]
-
-    limit, _ = best(max, lambda cost: cost)
-    return best(operator.add, lambda cost: cost * cost if cost <= limit else math.inf)[1]
+def _stage_ranks(parallel: Parallel, stages: int) -> tuple[int, ...]:
+    """Return the pipeline rank of each stage."""
+    if parallel.pp > 1 and parallel.pp_schedule in V_SHAPED:
+        there = range(parallel.pp)
+        return (*there, *reversed(there))
+    return tuple(stage % parallel.pp for stage in range(stages))
 
 
-def schedule_class(name: str) -> type[PipelineScheduleSingle] | type[PipelineScheduleMulti]:
-    """torch's schedule of that name; InputError where this torch has none."""
-    try:
-        return get_schedule_class(name)
-    except ValueError:
-        fault = (
-            f"--parallel.pp-schedule {name} does not exist in torch {torch.__version__}; set it to "
-            f"Interleaved1F1B"
+def _layer_counts(parallel: Parallel, model_config: ModelConfig, stages: int) -> tuple[int, ...]:
+    """Return how many layers each stage has: what --parallel.pp-layers says, else balanced."""
+    layers, counts = model_config.num_hidden_layers, parallel.pp_layers
+    if not counts:
+        _check_stage_count(parallel, stages, layers)
+        return _balanced(model_config, stages)
+    if len(counts) != stages:
+        raise InputError(
+            f"--parallel.pp-layers has {len(counts)} number(s), but {parallel.pp_schedule} over "
+            f"--parallel.pp {parallel.pp} has {stages} stage(s); "
+            f"{_layers_remedy(model_config, stages)}"
         )
-        raise InputError(fault) from None
+    if sum(counts) != layers or 0 in counts[1:-1]:
+        raise InputError(
+            f"--parallel.pp-layers is {' '.join(map(str, counts))}, together {sum(counts)}, but it "
+            f"must place {layers} layers and leave none of the middle stages empty; "
+            f"{_layers_remedy(model_config, stages)}"
+        )
+    return tuple(counts)
+
+
+def _balanced(model_config: ModelConfig, stages: int) -> tuple[int, ...]:
+    """Return layer counts that balance the stages' costs."""
+    return balance(
+        model_config.layer_costs(), stages, model_config.embedding_cost, model_config.head_cost
+    )
+
+
+def _layers_remedy(model_config: ModelConfig, stages: int) -> str:
+    """Say what --parallel.pp-layers should be."""
+    if stages > model_config.num_hidden_layers:
+        return "leave it out"
+    return f"give {stages}, such as {' '.join(map(str, _balanced(model_config, stages)))}"
+
+
+def _check_tied_embeddings(parallel: Parallel, model_config: ModelConfig) -> None:
+    if model_config.tie_word_embeddings:
+        raise InputError(
+            f"--parallel.pp is {parallel.pp}, but this model's output embedding is its input "
+            "embedding (tie_word_embeddings), which cannot be on two ranks; set --parallel.pp 1"
+        )
+
+
+def _check_stage_count(parallel: Parallel, stages: int, layers: int) -> None:
+    if stages <= layers:
+        return
+    most = max(layers * parallel.pp // stages, 1)
+    remedy = f"set --parallel.pp to at most {most}"
+    if parallel.pp <= layers:
+        remedy += " or --parallel.pp-schedule to 1F1B"
+    raise InputError(
+        f"--parallel.pp-schedule {parallel.pp_schedule} over --parallel.pp {parallel.pp} has "
+        f"{stages} stages, the model {layers} layers; {remedy}"
+    )
 
 
 def _check_microbatches(parallel: Parallel, stages: int, microbatches: int) -> None:
     pp, schedule = parallel.pp, parallel.pp_schedule
 
-    def possible(n: int) -> bool:
+    def possible(count: int) -> bool:
         if schedule in ("1F1B", "DualPipeV"):
-            return n >= stages
-        # rounds of equal size
-        return not schedule.startswith("Interleaved") or n % max(1, n // pp) == 0
+            return count >= stages
+        if schedule.startswith("Interleaved"):
+            rounds = max(1, count // pp)  # of equal size
+            return count % rounds == 0
+        return True
 
     if possible(microbatches):
         return
-    up = next(n for n in itertools.count(microbatches) if possible(n))
-    data = parallel.dp_replicate * parallel.dp_shard
+    more = next(count for count in itertools.count(microbatches) if possible(count))
+    data_ranks = parallel.dp_replicate * parallel.dp_shard
     raise InputError(
         f"--parallel.pp-schedule {schedule} with {stages} stages on --parallel.pp {pp} cannot do "
-        f"{microbatches} microbatches a "
-        f"step, but {up}; set --train.global-batch-size to {up * data} times "
-        f"--train.micro-batch-size ({up} on each "
-        f"of {data} data ranks)"
+        f"{microbatches} microbatches a step, but {more}; set --train.global-batch-size to "
+        f"{more * data_ranks} times --train.micro-batch-size ({more} on each of {data_ranks} data "
+        "ranks)"
     )
+
+
+def balance(layer_costs: Sequence[int], stages: int, first: int, last: int) -> tuple[int, ...]:
+    """Divide layers over stages so that the costliest stage costs least, and then all as evenly as
+    can be.
+
+    Args:
+        layer_costs: of each layer; at least as many as stages.
+        stages: how many there are.
+        first: what the first stage costs besides its layers.
+        last: what the last stage costs besides its layers.
+
+    Returns:
+        How many layers each stage gets, at least one.
+    """
+    limit, _ = _best_division(layer_costs, stages, first, last, combine=max, penalty=float)
+
+    def squared(cost: float) -> float:
+        return cost * cost if cost <= limit else math.inf
+
+    _, counts = _best_division(
+        layer_costs, stages, first, last, combine=lambda a, b: a + b, penalty=squared
+    )
+    return counts
+
+
+def _best_division(
+    layer_costs: Sequence[int],
+    stages: int,
+    first: int,
+    last: int,
+    *,
+    combine: Callable[[float, float], float],
+    penalty: Callable[[float], float],
+) -> tuple[float, tuple[int, ...]]:
+    """Find the layer counts whose stages' penalties, combined, are least (dynamic programming over
+    the stages).
+
+    Args: as in `balance`, and
+        combine: makes one penalty of those of two parts of the pipeline.
+        penalty: of a stage's cost.
+
+    Returns:
+        The combined penalty, and the layer counts; of equally good ones the first in order.
+    """
+    cost_before = [0, *itertools.accumulate(layer_costs)]
+    extra = [0] * stages
+    extra[0] += first
+    extra[-1] += last
+    # Number of layers in the stages so far -> their best penalty and layer counts.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0, ())}
+    for stage in range(stages):
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        stages_left = stages - stage - 1
+        for end in range(stage + 1, len(layer_costs) - stages_left + 1):
+            candidates = []
+            for begin, (value, counts) in best.items():
+                if begin < end:
+                    cost = cost_before[end] - cost_before[begin] + extra[stage]
+                    candidates.append((combine(value, penalty(cost)), (*counts, end - begin)))
+            longer[end] = min(candidates)
+        best = longer
+    return best[len(layer_costs)]
+
+
+def schedule_class(name: str) -> type[PipelineScheduleSingle] | type[PipelineScheduleMulti]:
+    """Return torch's schedule of that name.
+
+    Raises:
+        InputError: this torch has none.
+    """
+    try:
+        return get_schedule_class(name)
+    except ValueError:
+        raise InputError(
+            f"--parallel.pp-schedule {name} does not exist in torch {torch.__version__}; set it to "
+            "Interleaved1F1B"
+        ) from None

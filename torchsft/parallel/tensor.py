@@ -1,9 +1,12 @@
 """Tensor and sequence parallelism: the ranks of the `tp` axis share matrices, and between these the
 tokens.
 
-What is split is said by a table of the model's family (`TENSOR_PARALLEL`), module name -> style:
+What is split is said by a table of the model's family (`LanguageModel.tensor_parallel`), module
+name -> style:
 
     column        weight [out, in] split by outputs
+    key_value     column, of key or value heads; where there are more ranks than heads, replicated,
+                  and each rank computes the head that its query heads share
     row           weight split by inputs; the products are summed and scattered over tokens, then
                   the bias is added
     vocabulary    rows of an embedding or of the head: each rank has a range of token ids
@@ -16,14 +19,16 @@ placements: `local` (models/decoder.py) names those of the gradients, and FSDP2 
 partial.
 """
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from torchsft.models.decoder import Embedding, SwigluMLP
-from torchsft.models.deepseek_v3 import TENSOR_PARALLEL, DeepseekV3
+from torchsft.models.decoder import Embedding, Linear, SwigluMLP
+from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import Experts
 from torchsft.parallel.sequence import SequenceLayout, check_sizes, gather_tokens, scatter_sum
 from torchsft.parallel.world import World
@@ -36,21 +41,26 @@ _PLACEMENTS = {
 }
 
 
-def apply_tensor_parallel(model: DeepseekV3, world: World) -> None:
+def apply_tensor_parallel(model: LanguageModel, world: World) -> None:
     """Split a model or a part of it, on the meta device, over `tp` in place.
 
     Its parameters become DTensors on `world.parameter["tp"]`, except those of the experts.
-    InputError where heads, vocabulary or the inner width of dense layers do not divide.
+
+    Raises:
+        InputError: heads, vocabulary or the inner width of dense layers do not divide.
     """
     check_sizes(model.config, world)
     mesh = world.parameter["tp"]
+    kv_heads = model.config.num_key_value_heads
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             continue
-        style = next(
-            (style for pattern, style in TENSOR_PARALLEL.items() if fnmatchcase(name, pattern)),
-            None,
-        )
+        style = _style(name, model.tensor_parallel)
+        if style == "key_value":
+            style = "column"
+            if mesh.size() > kv_heads:
+                style = None
+                _use_shared_head(module, kv_heads, mesh)
         placements = {} if style is None else _PLACEMENTS[style]
         for key, parameter in list(module.named_parameters(recurse=False)):
             split = distribute_tensor(parameter, mesh, [placements.get(key, Replicate())])
@@ -65,3 +75,18 @@ def apply_tensor_parallel(model: DeepseekV3, world: World) -> None:
         elif style == "gather" and isinstance(module, SwigluMLP):
             module.gather = partial(gather_tokens, mesh=mesh)
     model.layout = SequenceLayout(world, model.config.vocab_size)
+
+
+def _style(name: str, table: Mapping[str, str]) -> str | None:
+    """The style of the first pattern that a module's name matches."""
+    for pattern, style in table.items():
+        if fnmatchcase(name, pattern):
+            return style
+    return None
+
+
+def _use_shared_head(linear: Linear, kv_heads: int, mesh: DeviceMesh) -> None:
+    """Let a rank compute, of all key or value heads, the one that its query heads share."""
+    head = mesh.get_local_rank() * kv_heads // mesh.size()
+    head_dim = linear.out_features // kv_heads
+    linear.rows = slice(head * head_dim, (head + 1) * head_dim)

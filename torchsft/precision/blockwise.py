@@ -5,7 +5,8 @@ On disk a weight `KEY` [m, n] has beside it `KEY_scale_inv` [ceil(m / 128), ceil
 value is fp32(weight) * scale.
 """
 
-import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +18,22 @@ BLOCK = (128, 128)
 LARGEST = 448.0  # of e4m3
 SCALE_SUFFIX = "_scale_inv"
 
-# All linear maps of attention and feed-forward networks; not the router, norms, biases, embeddings
-# and what joins MTP layers.
-_QUANTISED = re.compile(
-    r"\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
-    r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate|up|down)_proj)\.weight$"
-)
-
 
 def scale_key(key: str) -> str:
     """The key of a weight's scales."""
     return key + SCALE_SUFFIX
 
 
-def is_quantised(key: str) -> bool:
-    """Whether DeepSeek's published directories hold the weight of this key in fp8."""
-    return _QUANTISED.search(key) is not None
+def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of an fp8 block by a config.json; None where it does not describe
+    block-scaled e4m3 weights.
+    """
+    fp8 = config.get("quantization_config")
+    block = fp8.get("weight_block_size") if isinstance(fp8, Mapping) else None
+    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
+        return None
+    is_e4m3 = fp8.get("quant_method") == "fp8" and fp8.get("fmt", "e4m3") == "e4m3"
+    return tuple(block) if is_e4m3 else None
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:

@@ -1,0 +1,108 @@
+"""What a training step counts: before its passes over the global batch, and behind them over all
+ranks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchsft.data.batch import Batch
+from torchsft.models.moe import MoE
+from torchsft.parallel.world import World
+
+SMALLEST_WEIGHT = 1e-30  # in place of 0 as a divisor, where nothing is supervised
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Sums over all rows of a step, the same on every rank."""
+
+    loss_weight: float  # of all supervised tokens: what every loss sum is divided by
+    supervised_tokens: float
+    tokens: float  # padding not counted
+    flops: float  # of the model's forward and backward pass, recomputation not counted
+
+    @property
+    def divisor(self) -> float:
+        """The loss weight, or where there is none a number that can be divided by."""
+        return max(self.loss_weight, SMALLEST_WEIGHT)
+
+
+def count_global_batch(
+    microbatches: Sequence[Batch], flops: Callable[[list[int]], float], world: World
+) -> GlobalBatch:
+    """Count the rows of all ranks. One collective.
+
+    Args:
+        microbatches: of this rank.
+        flops: of documents of these lengths.
+        world: of ranks that share rows, one counts them.
+    """
+    sums = [0.0, 0.0, 0.0, 0.0]
+    if world.is_reader:
+        lengths = [batch.cu_seqlens.diff().tolist() for batch in microbatches]
+        sums = [
+            float(sum(batch.loss_weights.double().sum() for batch in microbatches)),
+            float(sum((batch.loss_weights != 0).sum() for batch in microbatches)),
+            float(sum(sum(documents) for documents in lengths)),
+            sum(flops(documents) for documents in lengths),
+        ]
+    return GlobalBatch(*world.sum(sums).tolist())
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """What a step's passes found, over all ranks; the same on every rank."""
+
+    loss_sum: float  # of weighted token losses
+    balance_loss: float  # summed over layers and documents' tokens, not yet scaled
+    expert_load: Mapping[int, float]  # layer -> tokens of its busiest expert over the mean
+    signalled: bool  # a rank has been told to end
+    save_failed: bool  # a rank knows of a checkpoint that failed
+
+
+def reduce_results(
+    loss_sum: Tensor,
+    moe_layers: Mapping[str, MoE],
+    layer_experts: Mapping[int, int],
+    *,
+    signalled: bool,
+    save_failed: bool,
+    world: World,
+) -> StepResults:
+    """Sum a step's results over all ranks; the counters of the MoE layers start anew.
+
+    One collective, that the host waits for. Every rank has the same places for all layers, and
+    fills in those of its own.
+
+    Args:
+        loss_sum: float64 scalar; all ranks of a tensor group have that of all of its tokens.
+        moe_layers: this rank's, by number in the whole model.
+        layer_experts: number of experts of every MoE layer of the whole model.
+        signalled: whether this rank has been told to end.
+        save_failed: whether this rank knows of a checkpoint that failed.
+        world: the ranks.
+    """
+    shape = (len(layer_experts), 1 + max(layer_experts.values(), default=0))
+    counted = torch.zeros(shape, dtype=torch.float64, device=world.device)
+    rows = {layer: row for row, layer in enumerate(layer_experts)}
+    for name, moe in moe_layers.items():
+        row = counted[rows[int(name)]]
+        row[0] = moe.balance_loss
+        row[1 : 1 + moe.expert_load.numel()] = moe.expert_load
+        moe.init_buffers()
+    if world.dense.get_local_rank("tp") > 0:
+        loss_sum = torch.zeros_like(loss_sum)
+    flags = counted.new_tensor([signalled, save_failed])
+    summed = world.sum(torch.cat([loss_sum[None], flags, counted.flatten()]))
+    total, any_signalled, any_failed = summed[:3].tolist()
+    balance_loss, expert_load = 0.0, {}
+    for (layer, experts), row in zip(
+        layer_experts.items(), summed[3:].view(shape).tolist(), strict=True
+    ):
+        load = row[1 : 1 + experts]
+        balance_loss += row[0]
+        expert_load[layer] = max(load) * experts / max(sum(load), 1.0)
+    return StepResults(total, balance_loss, expert_load, any_signalled > 0, any_failed > 0)

@@ -1,0 +1,179 @@
+"""Reading a config.json: what every family's configuration does with it."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from torchsft.config import InputError
+from torchsft.models.rope import Pairing, Rope, Yarn
+from torchsft.precision.blockwise import described_block
+
+# Two names of one setting, whatever the family.
+_DTYPE_NAMES = ("dtype", "torch_dtype")
+
+
+def refuse_if(refused: Any, problem: str) -> None:
+    """Refuse a config.json if it has the `problem`.
+
+    Raises:
+        InputError: `refused` is true.
+    """
+    if refused:
+        raise InputError(f"config.json has {problem}")
+
+
+def required_fields(kind: type, apart: Collection[str] = ("rope",)) -> list[str]:
+    """Names of a configuration's fields without a default: its sizes.
+
+    Args:
+        kind: the dataclass.
+        apart: fields to leave out.
+    """
+    return [
+        field.name for field in fields(kind) if field.default is MISSING and field.name not in apart
+    ]
+
+
+def read_fields(
+    config: Mapping[str, Any],  # the object in config.json
+    kind: type,  # the family's dataclass; its fields are named as in config.json
+    *,
+    apart: Collection[str] = ("rope",),  # fields that the family reads itself
+    spellings: Sequence[tuple[str, str]] = (),  # name of a field, and another name of it
+    fixed: Mapping[str, Any] | None = None,  # settings of which one value is supported
+    null_says_something: Collection[str] = (),  # fields whose null is not their default
+) -> dict[str, Any]:
+    """Read the numbers of a configuration.
+
+    Returns:
+        The fields that config.json states, by name. An absent one, and null, means its default.
+
+    Raises:
+        InputError: weights are quantised otherwise than in DeepSeek's fp8; two names of one setting
+            disagree; a field without a default is absent; a value is no number; a fixed setting has
+            another value.
+    """
+    _refuse_other_quantisation(config)
+    for names in (*spellings, _DTYPE_NAMES):
+        _refuse_contradiction(config, names)
+    config = dict(config)
+    for name, other in spellings:
+        if config.get(name) is None and config.get(other) is not None:
+            config[name] = config[other]
+
+    numbers = [field for field in fields(kind) if field.name not in apart]
+    missing = [name for name in required_fields(kind, apart) if config.get(name) is None]
+    if missing:
+        raise InputError(
+            f"config.json lacks {', '.join(missing)}, without which the model has no shape"
+        )
+    odd = []
+    for field in numbers:
+        allowed = int if field.default is MISSING else int | float | None
+        if not isinstance(config.get(field.name), allowed):
+            odd.append(f"{field.name} = {config[field.name]!r}")
+    refuse_if(odd, f"{', '.join(odd)}, but numbers are needed there")
+    for name, value in (fixed or {}).items():
+        refuse_if(
+            config.get(name) not in (None, value),
+            f"{name} = {config.get(name)!r}, but only {value!r} is supported",
+        )
+    return {
+        field.name: config[field.name]
+        for field in numbers
+        if field.name in config
+        and (config[field.name] is not None or field.name in null_says_something)
+    }
+
+
+def _refuse_other_quantisation(config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization and described_block(config) is None:
+        raise InputError(
+            f"config.json has quantization_config = {json.dumps(quantization)}, but only "
+            "DeepSeek's fp8 (e4m3, blocks such as [128, 128]) is supported; give such a "
+            "checkpoint, or a bf16 or fp32 one"
+        )
+
+
+def _refuse_contradiction(config: Mapping[str, Any], names: tuple[str, str]) -> None:
+    stated = {name: config[name] for name in names if config.get(name) is not None}
+    values = list(stated.values())
+    both = " and ".join(f"{name} = {value!r}" for name, value in stated.items())
+    refuse_if(
+        len(values) == 2 and values[0] != values[1],
+        f"{both}, two names of one setting; keep one",
+    )
+
+
+def read_rope(
+    config: Mapping[str, Any],
+    dim: int,  # rotated entries of a head
+    pairing: Pairing,
+    default_context: int,  # max_position_embeddings where config.json does not state it
+) -> Rope:
+    """Read the rotary embedding from `rope_parameters` (transformers 5), or from `rope_scaling`
+    with `rope_theta` beside it (official repositories).
+
+    Raises:
+        InputError: the two disagree, or describe what is not supported.
+    """
+    values = _rope_settings(config)
+    kind, partial = values["rope_type"], values["partial_rotary_factor"]
+    refuse_if(partial != 1, f"partial_rotary_factor = {partial}, only 1 is supported")
+    refuse_if(
+        kind not in ("default", "yarn"),
+        f"rope type {kind!r}, but only 'default' and 'yarn' are supported",
+    )
+    yarn = None
+    if kind == "yarn":
+        longest = config.get("max_position_embeddings") or default_context
+        yarn = _yarn(values, longest)
+    return Rope(dim=dim, theta=float(values["rope_theta"]), yarn=yarn, pairing=pairing)
+
+
+def _yarn(values: Mapping[str, Any], longest: int) -> Yarn:
+    original = values.get("original_max_position_embeddings") or longest
+    factor = float(values.get("factor") or longest / original)
+    stated = {key: values[key] for key in ("beta_fast", "beta_slow") if values.get(key)}
+    for key in ("mscale", "mscale_all_dim", "attention_factor", "truncate"):
+        if key in values:
+            stated[key] = values[key]
+    return Yarn(factor=factor, original_context=original, **stated)
+
+
+def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of rotary embeddings, with `rope_type` and `rope_theta` in it.
+
+    Programs differ in which of the two tables they prefer, so where there are both they must say
+    the same.
+    """
+    names = [name for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    tables = [_rope_table(name, config) for name in names or ["rope_parameters"]]
+    if len(tables) == 2:
+        new, old = tables
+        for key in sorted(new.keys() | old.keys()):
+            values = new.get(key), old.get(key)
+            both = f"{key} = {values[0]!r} in rope_parameters and {values[1]!r} in rope_scaling"
+            refuse_if(values[0] != values[1], f"{both}; keep one of the two tables")
+    return tables[0]
+
+
+def _rope_table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """One of the two tables, with what stands beside it."""
+    table = config.get(name) or {}
+    refuse_if(not isinstance(table, Mapping), f"{name} = {table!r}, but it must be an object")
+    table = {key: value for key, value in table.items() if value is not None}
+    old, new = table.pop("type", None), table.get("rope_type")
+    refuse_if(
+        old and new and old != new, f"type = {old!r} and rope_type = {new!r} in {name}; keep one"
+    )
+    table["rope_type"] = new or old or "default"
+    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1)):
+        inside, outside = table.get(key), config.get(key)
+        both = f"{key} = {outside!r} and another one, {inside!r}, in {name}"
+        refuse_if(None not in (inside, outside) and inside != outside, f"{both}; keep one")
+        stated = [value for value in (inside, outside) if value is not None]
+        table[key] = stated[0] if stated else default
+    return table

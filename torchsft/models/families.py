@@ -1,0 +1,66 @@
+"""Which family of models an architecture belongs to: the only list of them."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torchsft.config import InputError
+from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.models.language_model import LanguageModel, ModelConfig
+from torchsft.models.qwen3 import Qwen3, Qwen3Moe
+
+
+class Family(NamedTuple):
+    """What a config.json calls the models of a class."""
+
+    model_type: str  # stands for the architecture in a config.json that names none
+    model: type[LanguageModel]
+
+
+# `architectures` of config.json -> its family.
+FAMILIES = {
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", DeepseekV3),
+    "Qwen3ForCausalLM": Family("qwen3", Qwen3),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3Moe),
+}
+
+
+def family_of(config: Mapping[str, Any]) -> type[LanguageModel]:
+    """The class of the models that a config.json's object describes.
+
+    Raises:
+        InputError: it describes an architecture that is not in the list.
+    """
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type")
+    for architecture, family in FAMILIES.items():
+        if architecture in architectures:
+            return family.model
+        if not architectures and model_type == family.model_type:
+            return family.model
+    found = f"no architectures and model_type {model_type!r}"
+    if architectures:
+        found = ", ".join(architectures)
+    *others, last = sorted(FAMILIES)
+    known = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    raise InputError(f"config.json describes {found}, but only {known} supported")
+
+
+def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of the model that a config.json's object describes.
+
+    Raises:
+        InputError: see `family_of` and `ModelConfig.from_hf`.
+    """
+    return family_of(config).config_class.from_hf(config)
+
+
+def build_model(config: Mapping[str, Any], **options: Any) -> LanguageModel:
+    """Make the model that a config.json's object describes; its weights are whatever memory held.
+
+    Args:
+        options: see `LanguageModel`.
+
+    Raises:
+        InputError: see `family_of` and `ModelConfig.from_hf`.
+    """
+    return family_of(config)(read_model_config(config), **options)

@@ -1,0 +1,363 @@
+"""The language model that every family shares, and what a family adds to it.
+
+A family is a file of two classes: a configuration (`ModelConfig`: what it must offer) and a
+`LanguageModel` with that configuration, which says what is special:
+
+    config_class       reads config.json
+    build_layer        the parts of layer i: which attention, which feed-forward network and router
+    tensor_parallel    what tensor parallelism does to which modules
+    quantised          which matrices an fp8 release holds in fp8
+    parts              what --train.freeze and --optim.groups call parts of the model
+    initial_value      how parameters begin, where that is otherwise
+
+`models/families.py` knows which architecture belongs to which family.
+
+Parameter names are the keys of the Hugging Face checkpoint, experts stacked.
+
+Shape suffixes: T tokens (all rows of the microbatch folded), S of them on this rank between blocks
+and C on its tensor group (models/decoder.py), D width, V vocabulary, N documents, P rope pairs.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchsft.models.attention import (
+    Attention,
+    Documents,
+    Implementation,
+    choose_implementation,
+    locate_documents,
+)
+from torchsft.models.decoder import (
+    Embedding,
+    Layout,
+    Linear,
+    Piece,
+    RMSNorm,
+    SwigluMLP,
+    local,
+    seeded_normal,
+)
+from torchsft.models.loss import vocabulary_loss
+from torchsft.models.moe import Experts, MoE, expert_pieces
+from torchsft.models.rope import Rope, RotaryEmbedding
+
+# How experts are computed; loop is the plain twin.
+ExpertImplementation = Literal["grouped_mm", "loop"]
+
+
+class ModelConfig(Protocol):
+    """What a family's configuration offers to the rest of torchsft, of a whole model.
+
+    Names are those of config.json where it has one. A family's dataclass derives from this class
+    and inherits the methods that have a body here.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    # Heads that tensor and context parallelism split; of keys and values as many as of queries
+    # where these are expanded from a latent.
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int  # a warning says so if samples are longer
+    rms_norm_eps: float  # of the norms of layers, and of the last one
+    initializer_range: float  # standard deviation of weights that begin at random
+    tie_word_embeddings: bool  # whether the output embedding is the input embedding
+    rope: Rope
+    # Layers that a checkpoint may hold behind the model's last one (MTP), which exports carry
+    # through; None: config.json does not say.
+    mtp_layers: int | None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Read a config.json's object.
+
+        Raises:
+            InputError: it describes what the family does not compute, or lacks a size.
+        """
+        ...
+
+    def routed_experts(self, layer: int) -> int:
+        """Experts of a layer (from 0) among which its router chooses; 0: it is dense."""
+        ...
+
+    def layer_costs(self) -> list[int]:
+        """Multiply-adds per token in the matrices of each layer; of routed experts, those that a
+        token meets.
+        """
+        ...
+
+    @property
+    def pair_cost(self) -> int:
+        """Multiply-adds of all layers' attention for a token and one that it sees."""
+        ...
+
+    @property
+    def split_widths(self) -> dict[str, int]:
+        """Widths that tensor parallelism must divide besides heads and vocabulary, by their names
+        in config.json.
+        """
+        ...
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer (from 0) has experts."""
+        return self.routed_experts(layer) > 0
+
+    @property
+    def head_cost(self) -> int:
+        """Multiply-adds per token of the output embedding, whose logits are the loss's."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def embedding_cost(self) -> int:
+        """Of the input embedding, which copies a row: next to nothing."""
+        return self.hidden_size
+
+    def flops(self, document_lengths: list[int]) -> float:
+        """FLOPs of one training step (forward and backward, 3 x forward) over documents of these
+        lengths.
+
+        2 per multiply-add. Every matrix that a token meets counts once (`layer_costs` and the
+        output embedding, not the input embedding), and attention counts its causal half: L^2 / 2
+        pairs for a document of L tokens.
+        """
+        per_token = self.head_cost + sum(self.layer_costs())
+        pairs = sum(length**2 / 2 for length in document_lengths)
+        multiply_adds = per_token * sum(document_lengths) + self.pair_cost * pairs
+        return 3 * 2 * float(multiply_adds)
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense or a mixture-of-experts feed-forward network, each normed before and
+    added after.
+    """
+
+    # recompute(function, *args) runs a function so that little is kept for its backward pass; None:
+    # all is kept.
+    recompute: Callable[..., Tensor] | None = None
+
+    def __init__(
+        self, width: int, norm_eps: float, attention: Attention, network: SwigluMLP | MoE
+    ) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = attention, network
+        self.input_layernorm = RMSNorm(width, norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, norm_eps)
+
+    def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
+        """Residual stream [S, D] to [S, D]."""
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self.compute, x_SD, documents)
+        return self.compute(x_SD, documents)
+
+    def compute(self, x_SD: Tensor, documents: Documents) -> Tensor:
+        """What `forward` returns."""
+        x_SD = x_SD + self.self_attn(self.input_layernorm(x_SD), documents)
+        normed_SD = self.post_attention_layernorm(x_SD)
+        if isinstance(self.mlp, MoE):
+            return x_SD + self.mlp(normed_SD, documents)
+        return x_SD + self.mlp(normed_SD)
+
+
+class LanguageModel(nn.Module):
+    """The language model, or the part of it that a pipeline stage or a rank holds; derived from by
+    each family.
+
+    Its weights are whatever memory held until they are loaded or set to `initial_value`.
+
+    Raises:
+        InputError: grouped_mm cannot work with the experts' widths.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    # Module name -> style; parallel/tensor.py says what the styles mean. Modules that are not named
+    # are replicated. A family adds its attention.
+    tensor_parallel: ClassVar[Mapping[str, str]] = {
+        "model.embed_tokens": "vocabulary",
+        "model.layers.*.mlp": "gather",  # of dense layers
+        "model.layers.*.mlp.gate_proj": "column",
+        "model.layers.*.mlp.up_proj": "column",
+        "model.layers.*.mlp.down_proj": "row",
+        "lm_head": "vocabulary",
+    }
+    # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release.
+    quantised: ClassVar[re.Pattern[str]]
+    # Word -> pattern of parameter names (optim/selection.py).
+    parts: ClassVar[Mapping[str, str]] = {
+        "router": "model.layers.*.mlp.gate",
+        "embeddings": "model.embed_tokens",
+        "experts": "model.layers.*.mlp.experts",
+        "layers": "model.layers",
+    }
+
+    def build_layer(self, layer: int, experts: ExpertImplementation) -> DecoderLayer:
+        """Make a layer, by its number in the whole model."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        config: ModelConfig,  # of the whole model
+        # auto picks by the device and dtype of the hidden states
+        attention: Implementation | Literal["auto"] = "auto",
+        experts: ExpertImplementation = "grouped_mm",
+        loss_chunk: int = 1024,  # tokens whose logits exist at the same time when labels are given
+        # of this part, by number in the whole model; None: all
+        layers: Sequence[int] | None = None,
+        first: bool = True,  # whether it begins with token ids and the embedding
+        last: bool = True,  # whether it ends with the last norm, the head and the loss
+    ) -> None:
+        super().__init__()
+        # This class; FSDP2 gives a sharded model another one.
+        self.family = type(self)
+        self.config, self.attention, self.loss_chunk = config, attention, loss_chunk
+        self.first, self.last = first, last
+        # where tokens and vocabulary lie; tensor and context parallelism replace it
+        self.layout = Layout()
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self.model = nn.Module()  # what the checkpoint calls so, as far as it belongs to this part
+        if first:
+            self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.model.rotary_emb = RotaryEmbedding(config.rope)
+        self.model.layers = nn.ModuleDict(
+            {str(layer): self.build_layer(layer, experts) for layer in layers}
+        )
+        if last:
+            self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            if not config.tie_word_embeddings:
+                self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def part(self, layers: Sequence[int], first: bool, last: bool) -> "LanguageModel":
+        """Some of the layers that are here, as a model of their own, which shares modules and so
+        parameters.
+
+        Args:
+            layers: by number in the whole model.
+            first: whether the part has the embedding.
+            last: whether it has the last norm and the head.
+        """
+        part = self.family(
+            self.config,
+            self.attention,
+            loss_chunk=self.loss_chunk,
+            layers=(),
+            first=False,
+            last=False,
+        )
+        part.layout, part.first, part.last = self.layout, first, last
+        part.model.rotary_emb = self.model.rotary_emb
+        part.model.layers.update({str(layer): self.model.layers[str(layer)] for layer in layers})
+        if first:
+            part.model.embed_tokens = self.model.embed_tokens
+        if last:
+            part.model.norm = self.model.norm
+            if not self.config.tie_word_embeddings:
+                part.lm_head = self.lm_head
+        return part
+
+    def forward(
+        self,
+        # int64 [T], all of the microbatch; for a part that is not the first, hidden states [S, D]
+        tokens: Tensor,
+        *,
+        positions: Tensor,  # int64 [T], from 0 in each document
+        # int32 [N + 1], bounds of the documents, which lie together from token 0; the rest is
+        # padding
+        cu_seqlens: Tensor,
+        # int64 [T], the target predicted at each position; -100 for none
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,  # fp32 [T], weight of each target; None means 1
+        # longest document; without it the varlen attention stops the host to ask
+        max_seqlen: int | None = None,
+        # int64 [n], the only tokens whose logits are wanted (generation); None means all
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [T, V] or [n, V] in the model's dtype, or with labels the loss sum_t
+        loss_weights[t] * nll[t] over this rank's C tokens, an fp32 scalar; from a part that is not
+        the last, hidden states [S, D].
+        """
+        layout = self.layout
+        x_SD = self.model.embed_tokens(layout.context(tokens)) if self.first else tokens
+        implementation = choose_implementation(self.attention, x_SD.device, x_SD.dtype)
+        cos_TP, sin_TP = self.model.rotary_emb(positions)
+        documents = locate_documents(implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout)
+        for layer in self.model.layers.values():
+            x_SD = layer(x_SD, documents)
+        if not self.last:
+            return x_SD
+        hidden_SD = self.model.norm(x_SD)
+        tied = self.config.tie_word_embeddings
+        weight_VD = local(self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        if labels is None:
+            (hidden_TD,) = layout.gather(hidden_SD)
+            hidden_nD = hidden_TD if logits_at is None else hidden_TD[logits_at]
+            return layout.logits(F.linear(hidden_nD, weight_VD))
+        labels = layout.context(labels)
+        if loss_weights is not None:
+            loss_weights = layout.context(loss_weights)
+        hidden_CD = layout.gather_tensor(hidden_SD)
+        return vocabulary_loss(
+            hidden_CD, weight_VD, labels, loss_weights, self.loss_chunk, layout.vocabulary
+        )
+
+    def init_buffers(self) -> None:
+        """Recompute the buffers that no checkpoint holds (rotary frequencies, expert load), e.g.
+        after `to_empty`.
+        """
+        self.model.rotary_emb.init_buffers()
+        for moe in self.moe_layers().values():
+            moe.init_buffers()
+
+    def moe_layers(self) -> dict[str, MoE]:
+        """The mixture-of-experts blocks that are here, by the number of their layer."""
+        return {
+            name: layer.mlp
+            for name, layer in self.model.layers.items()
+            if isinstance(layer.mlp, MoE)
+        }
+
+    def checkpoint_pieces(self) -> dict[str, list[Piece]]:
+        """Which Hugging Face tensors make up each parameter and persistent buffer, by its name
+        here.
+        """
+        pieces: dict[str, list[Piece]] = {}
+        for name, tensor in self.state_dict().items():
+            shape = tuple(tensor.shape)
+            if isinstance(self._owner(name), Experts):
+                pieces[name] = expert_pieces(name, shape)
+            else:
+                pieces[name] = [Piece(name, shape, (0,) * len(shape))]
+        return pieces
+
+    @classmethod
+    def is_quantised(cls, key: str) -> bool:
+        """Whether fp8 releases of this family hold the tensor of a Hugging Face key in fp8."""
+        return cls.quantised.search(key) is not None
+
+    def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Random initial value of a parameter or persistent buffer of this model.
+
+        Args:
+            name: of it here; its module decides: weights of norms begin at 1, biases and buffers
+                at 0, other weights normal with the standard deviation initializer_range.
+            shape: its full (unsharded) one.
+            seed: with name and shape, all that random numbers depend on.
+
+        Returns:
+            The full value, fp32 on the CPU.
+        """
+        owner, last = self._owner(name), name.rpartition(".")[2]
+        if last.endswith("bias") or last in dict(owner.named_buffers(recurse=False)):
+            return torch.zeros(shape)
+        if isinstance(owner, RMSNorm):
+            return torch.ones(shape)
+        return seeded_normal(name, shape, self.config.initializer_range, seed)
+
+    def _owner(self, name: str) -> nn.Module:
+        """The module that a parameter or buffer belongs to."""
+        return self.get_submodule(name.rpartition(".")[0])

@@ -1,0 +1,226 @@
+"""What a run writes beside its metrics: checkpoints, exports, and what follows when that fails."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from torchsft.checkpoint import huggingface, state
+from torchsft.checkpoint.endings import about, read_generation_config, stop_ids
+from torchsft.checkpoint.resume import checkpoints_of
+from torchsft.checkpoint.storage import Folder
+from torchsft.config import Config
+from torchsft.metrics.logger import MetricsLogger
+from torchsft.parallel.collectives import gather_objects
+from torchsft.parallel.world import World
+
+EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+class RunOutput:
+    """A run's output directory as one rank knows it: messages, checkpoints and their faults."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.directory = Path(config.output)
+        self.log: MetricsLogger | None = None  # on the main rank, once everything is built
+        options = config.checkpoint
+        self.checkpointer = state.Checkpointer(
+            checkpoints_of(self.directory, options.remote),
+            mode=options.mode,
+            if_busy=options.if_busy,
+            keep=options.keep,
+            keep_every=options.keep_every,
+            keep_best=options.keep_best,
+            group=world.writers,
+        )
+        self.unreported: list[state.Report] = []  # saves that have ended, as this rank knows
+        # A rank knows of a checkpoint that failed since the last step; as all ranks know it.
+        self.save_failed = False
+        self.last_failure = ""  # what befell the newest checkpoint, if it failed
+        self.faults = 0  # of the output, where the run goes on nevertheless
+
+    def message(self, text: str) -> None:
+        """Print a line on the main rank, without breaking the progress bar."""
+        if self.log:
+            self.log.message(text)
+        elif self.world.is_main:
+            print(text, flush=True)
+
+    @contextmanager
+    def may_fail(self) -> Iterator[None]:
+        """Let an OSError inside end the run or be a warning, as --checkpoint.on-error says."""
+        try:
+            yield
+        except OSError as error:
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            self.faults += 1
+            if self.world.is_main:
+                warning = f"warning: {error}; training goes on (fault {self.faults} of the output)"
+                print(warning, file=sys.stderr, flush=True)
+
+    def collect_reports(self) -> None:
+        """Fetch the reports of saves that have ended since the last call."""
+        self.unreported += self.checkpointer.reports()
+
+    @property
+    def knows_of_failed_save(self) -> bool:
+        """Whether this rank has fetched the report of a save that failed."""
+        return any(report.error for report in self.unreported)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        extra: dict[str, Any],
+        saved_config: dict[str, Any],
+        score: float | None,
+        last: bool,
+    ) -> None:
+        """Write a checkpoint; beside training, unless it is the last one of the run.
+
+        Args:
+            step: its number.
+            model: as `state.Checkpointer.save`, like the following three.
+            optimizer: see there.
+            extra: counters and data position.
+            saved_config: the run's configuration.
+            score: its eval loss, if known.
+            last: nothing is trained behind it, so that it must be complete.
+        """
+        if last:
+            self.checkpointer.wait()  # it must not be left out since another is being written
+        written = self.checkpointer.save(
+            step, model, optimizer, extra=extra, config=saved_config, score=score, now=last
+        )
+        if not written:
+            self.message(f"no checkpoint of step {step}: the one before is still being written")
+        if last or self.config.checkpoint.mode == "sync":  # all ranks know how it went
+            self.collect_reports()
+            self.save_failed = self.knows_of_failed_save
+            self.report_saves()
+
+    def report_saves(self) -> None:
+        """Print how saves ended.
+
+        Raises:
+            OSError: on all ranks at one step: a save failed on any, and --checkpoint.on-error is
+                stop.
+        """
+        if self.save_failed and not self.knows_of_failed_save:
+            self.checkpointer.wait()  # another rank heard of it first
+            self.collect_reports()
+        reports, self.unreported, self.save_failed = self.unreported, [], False
+        for report in reports:
+            self._report(report)
+
+    def _report(self, report: state.Report) -> None:
+        self.last_failure = report.error or ""
+        with self.may_fail():
+            if self.last_failure:
+                raise OSError(self.last_failure)
+            if self.log:
+                scalars = {
+                    "checkpoint/stall_seconds": report.stall_seconds,
+                    "checkpoint/write_seconds": report.write_seconds,
+                }
+                self.log.scalars(report.step, scalars)
+        if not self.last_failure:
+            written = f"{report.bytes / 1e6:,.1f} MB written in {report.write_seconds:.2f} s"
+            waited = f"training waited {report.stall_seconds:.2f} s"
+            self.message(f"checkpoint {report.path}: {written}, {waited}")
+
+
+def base_configs(source: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Read config.json and generation_config.json of the model directory that a run begins with.
+
+    Raises:
+        InputError: their eos ids cannot be used.
+    """
+    base = huggingface.read_config(source), read_generation_config(source)
+    stop_ids(*base, ())
+    return base
+
+
+def export_place(config: Config, name: str) -> str:
+    """Return the directory or URL of the export `name`."""
+    remote = config.checkpoint.remote
+    if remote:
+        return f"{remote.rstrip('/')}/{name}"
+    return str(Path(config.output) / name)
+
+
+class Exporter:
+    """Writes the weights and all that belongs to them as Hugging Face directories."""
+
+    def __init__(
+        self,
+        output: RunOutput,
+        source: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+    ) -> None:
+        self.output, self.source = output, source
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.options = output.config.checkpoint
+        self.base = base_configs(source)
+
+    def exists(self, name: str) -> bool:
+        """Whether the export `name` is complete, as the main rank sees it; collective."""
+        place = Folder(export_place(self.output.config, name))
+        return gather_objects(place.has("config.json"))[0]
+
+    def stop_tokens(self, end_tokens: Sequence[int]) -> list[int]:
+        """Return the ids at which answers end when an export of this moment is served; collective.
+
+        Args:
+            end_tokens: that ended trained turns; those of the main rank count.
+        """
+        return gather_objects(stop_ids(*self.base, end_tokens))[0]
+
+    def export(self, model: nn.Module, name: str, end_tokens: Sequence[int]) -> None:
+        """Write the export `name`; collective.
+
+        Raises:
+            OSError: on every rank: it could not be written.
+        """
+        place = export_place(self.output.config, name)
+        stops = about(*self.base, end_tokens, self.tokenizer)
+        self.output.message(f"exporting {self.options.export} weights to {place}{stops}")
+        try:
+            huggingface.export(
+                model,
+                place,
+                EXPORT_DTYPES[self.options.export],
+                self.source,
+                ends=end_tokens,
+                chat_template=self.chat_template,
+            )
+        except OSError as error:
+            raise OSError(f"the export to {place} could not be written ({error})") from error
+
+
+def end_tokens(trained: Iterable[Counter[int]], earlier: Sequence[int]) -> list[int]:
+    """Return the ids of the tokens that ended trained turns.
+
+    Args:
+        trained: token id -> turns that it ended, of each source.
+        earlier: those that the checkpoint knew from which the run continues.
+
+    Returns:
+        The earlier ones, then the others, the most frequent first.
+    """
+    counts: Counter[int] = Counter()
+    for ends in trained:
+        counts.update({int(token): turns for token, turns in ends.items()})
+    frequent = sorted(counts, key=lambda token: (-counts[token], token))
+    return list(dict.fromkeys([*earlier, *frequent]))

@@ -1,0 +1,283 @@
+"""torch's pipeline schedules, and everything that works around what they do not do.
+
+This is the only file that touches private names of `torch.distributed.pipelining`, and of FSDP2's
+gradients. Its work-arounds, and the versions of torch in which each was seen to be needed:
+
+    name here                      versions     what torch does
+    -----------------------------  -----------  --------------------------------------------------
+    weight_pass_possible           2.11         a backward pass cannot start at an autograd Function
+                                                of Python's (pytorch issue 166577)
+    Stage: inputs_of               2.11         numbers among keyword arguments are refused
+                                   2.11 - 2.13  ragged documents would be split evenly
+    Stage: no_weight_pass          2.11 - 2.13  the weight pass of a checkpointed layer computes it
+                                                again for each of its parameters
+    Stage: gradient_ends           2.11 - 2.13  a stage without anything to train still has to send
+                                                a gradient
+    Stage: scalar for logits       2.11         outputs of other shapes than the first are refused
+    Stage: clone of views          2.11 - 2.13  outputs are detached in place, which views refuse
+    backward_weight_one_chunk      2.11 - 2.13  sums over microbatches stay in the compute dtype
+    _get_init_p2p_neighbors_ops    2.11         a rank greets itself where both neighbours are its
+                                                own (V-shaped schedules), which gloo refuses
+    _post_metadata_inference_...   2.11 - 2.13  gradients of a trial run are freed; there was none
+    forward_only_schedule          2.11 - 2.13  `schedule.eval()` crashes on V-shaped schedules, and
+                                                stages that have evaluated train wrongly
+    run_schedule: __cause__        2.11 - 2.13  what a stage's forward pass raises is wrapped
+    logging                        2.11 - 2.13  every error is followed by the whole schedule
+
+Shape suffixes: T tokens of a microbatch, S of them on this rank between blocks, D width.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+from torchsft.models.language_model import LanguageModel
+from torchsft.parallel.world import World
+
+# It logs the whole schedule, a line for each of its steps, on every rank behind every error.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+@torch.enable_grad()
+def weight_pass_possible() -> bool:
+    """Whether a backward pass can start inside a graph at an autograd Function of ours.
+
+    Not with torch 2.11: there zero-bubble schedules do whole backward passes, with the bubble that
+    these schedules fill.
+    """
+    node = _Probe.apply(torch.zeros((), requires_grad=True)).grad_fn
+    try:
+        return node._input_metadata is not None
+    except RuntimeError:
+        return False
+
+
+class _NoGradientFor(torch.autograd.Function):
+    """Passes y on, and sends x, on which it does not depend, a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.like = x.detach().new_empty(()).expand_as(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros_like(ctx.like, memory_format=torch.contiguous_format)
+        return zeros, grad
+
+
+def _no_weight_pass() -> Callable[[], None]:
+    """Return a weight pass that does nothing: torch then does a whole backward pass in the input
+    pass's place.
+    """
+    return lambda: None
+
+
+class Stage(PipelineStage):
+    """A stage of torch's schedules whose module also gets what belongs to the microbatch.
+
+    That does not pass through the schedules, but lies in `inputs_of`. So that nothing is computed
+    twice to learn shapes, torch is given them: hidden states [S, D], and a scalar from the last
+    stage.
+    """
+
+    def __init__(
+        self,
+        module: LanguageModel,
+        index: int,
+        count: int,
+        world: World,
+        *,
+        tokens: int,
+        dtype: torch.dtype,
+        first_trained: int,
+        training: bool,
+    ) -> None:
+        """Make a stage.
+
+        Args:
+            module: its layers.
+            index: its number.
+            count: how many stages there are.
+            world: the ranks.
+            tokens: T.
+            dtype: of hidden states.
+            first_trained: the first stage that has anything to train.
+            training: whether it does backward passes.
+        """
+        tokens_per_rank = tokens // world.sequence["sequence"].size()
+        meta = {"device": "meta", "requires_grad": training}
+        hidden_SD = torch.empty(tokens_per_rank, module.config.hidden_size, dtype=dtype, **meta)
+        scalar = torch.empty((), dtype=torch.float32, **meta)
+        tokens_T = torch.empty(tokens, dtype=torch.int64, device="meta")
+        # The weight pass goes through the graph once for each parameter, and would compute a layer
+        # again each time (14 times, measured). A whole backward pass does it once, and is right.
+        recomputes = any(layer.recompute is not None for layer in module.model.layers.values())
+        whole_backward = recomputes or not weight_pass_possible()
+        super().__init__(
+            module,
+            index,
+            count,
+            world.device,
+            input_args=tokens_T if index == 0 else hidden_SD,
+            output_args=scalar if index == count - 1 else hidden_SD,
+            group=world.dense.get_group("pp"),
+            dw_builder=_no_weight_pass if whole_backward else None,
+        )
+        self.has_backward = self.training = training
+        # Nothing is trained before this stage.
+        self.gradient_ends = training and index <= first_trained
+        # Keyword arguments for the module, of each microbatch.
+        self.inputs_of: Sequence[Mapping[str, Any]] = []
+        # If it only evaluates: what the last stage's module returned for each microbatch.
+        self.results: list[Tensor] = []
+        self.microbatch = 0  # the one whose forward pass runs
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Note which microbatch it is."""
+        self.microbatch = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def forward_maybe_with_nosync(self, x: Tensor) -> Tensor:
+        """Call the module with all that belongs to the microbatch."""
+        inputs = self.inputs_of[self.microbatch]
+        if self.gradient_ends and not self.is_first:
+            output = _NoGradientFor.apply(x, self.submod(x.detach(), **inputs))
+        else:
+            output = self.submod(x, **inputs)
+        if self.gradient_ends and not output.requires_grad:
+            output.requires_grad_()  # all of the first stage is frozen: what comes back ends here
+        if self.is_last and not self.training:
+            self.results.append(output)
+            output = output.new_zeros((), dtype=torch.float32)
+        return output.clone() if output._is_view() else output
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Let FSDP's fp32 sum take a microbatch's gradients, as behind a whole backward pass."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        for part in self.submod.modules():
+            if not isinstance(part, FSDPModule):
+                continue
+            group = part._get_fsdp_state()._fsdp_param_group
+            if group is None:
+                continue
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        operations = super()._get_init_p2p_neighbors_ops()
+        return [each for each in operations if each.group_peer != self.group_rank]
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        pass
+
+
+def run_schedule(
+    schedule: Schedule, stages: Sequence[Stage], inputs: Sequence[Mapping[str, Any]]
+) -> list[Tensor]:
+    """Run microbatches through the stages of this rank.
+
+    Args:
+        schedule: over these stages.
+        stages: of this rank.
+        inputs: keyword arguments of `LanguageModel.forward`, of each microbatch.
+
+    Returns:
+        What the last stage's module returned for each microbatch, where it only evaluates and is on
+        this rank.
+    """
+    beside_tokens = [
+        {name: value for name, value in of_one.items() if name != "tokens"} for of_one in inputs
+    ]
+    for stage in stages:
+        stage.clear_runtime_states()
+        stage.inputs_of = beside_tokens
+    tokens = [(of_one["tokens"],) for of_one in inputs]
+    # The targets are among the inputs; torch asks for one of each.
+    targets = [None] * len(inputs)
+    try:
+        schedule._step_microbatches(tokens, target_mbs=targets, return_outputs=False)
+    except RuntimeError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+    results = [result for stage in stages for result in stage.results]
+    for stage in stages:
+        stage.clear_runtime_states()
+        stage.inputs_of, stage.results = [], []
+    return results
+
+
+def forward_only_schedule(
+    training: Schedule,
+    stages: Sequence[Stage],
+    rank_of_stage: Mapping[int, int],
+    microbatches: int,
+) -> PipelineScheduleMulti:
+    """Make a schedule of the forward passes of a training schedule.
+
+    Args:
+        training: whose order of forward passes is kept.
+        stages: of this rank, that do not train.
+        rank_of_stage: pipeline rank of each stage.
+        microbatches: at most as many as the training schedule has.
+    """
+    schedule = schedules._PipelineScheduleRuntime(
+        list(stages), n_microbatches=microbatches, scale_grads=False
+    )
+    for each in (schedule, *stages):
+        each.stage_index_to_group_rank = dict(rank_of_stage)
+    orders = {
+        rank: schedules._add_unshard_reshard(actions)
+        for rank, actions in _forward_orders(training, rank_of_stage, microbatches).items()
+    }
+    schedule.pipeline_order_with_comms = schedules._add_send_recv(
+        orders, lambda stage: rank_of_stage[stage], len(rank_of_stage)
+    )
+    return schedule
+
+
+def _forward_orders(
+    training: Schedule, rank_of_stage: Mapping[int, int], microbatches: int
+) -> dict[int, list[schedules._Action]]:
+    """Return the forward passes of each pipeline rank, in the training schedule's order."""
+    forward = schedules._ComputationType.FORWARD
+    if isinstance(training, PipelineScheduleSingle):
+        # 1F1B's `pipeline_order` is not what it does (torch 2.13); stage s is on rank s.
+        return {
+            rank: [schedules._Action(rank, forward, number) for number in range(microbatches)]
+            for rank in rank_of_stage.values()
+        }
+    orders = {}
+    for rank, actions in training.pipeline_order.items():
+        orders[rank] = [
+            action
+            for action in _single_actions(actions)
+            if action.computation_type == forward and action.microbatch_index < microbatches
+        ]
+    return orders
+
+
+def _single_actions(actions: Sequence[Any]) -> list[schedules._Action]:
+    """Return the actions of a rank without pauses, and overlapped ones one by one."""
+    single = []
+    for action in actions:
+        if action is not None:
+            single += action.sub_actions or (action,)
+    return single
