@@ -20,7 +20,8 @@ from typing import Literal
 
 import numpy as np
 
-from tools.inspection.reading import Header, Reader
+from tools.inspection.headers import Header
+from tools.inspection.reading import Reader
 from torchsft.data.cache import Samples
 from torchsft.data.template import Sample
 

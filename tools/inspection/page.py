@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,115 +19,133 @@ from tools.inspection.report import NOTES, Inspection, as_dict, notes, plural, w
 from torchsft.data.template import Sample
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MOST_SAMPLES, MOST_TOKENS, MOST_FAULTS = 10_000, 5_000_000, 1_000
+MOST_SAMPLES = 10_000
+MOST_TOKENS = 5_000_000
+MOST_FAULTS = 1_000
+
+Key = tuple[int, int]  # index of a source, and of a sample in it
 
 
 def render(inspection: Inspection) -> str:
-    """The page as text. It holds every sample, or as many as a browser takes: those with findings,
-    then the first rows.
+    """Return the page as text. It holds every sample, or as many as a browser takes: those with
+    findings, then the first rows.
     """
-    chosen = _choose(inspection)
-    data = json.dumps(
-        _data(inspection, chosen), ensure_ascii=True, separators=(",", ":"), allow_nan=False
-    )
-    template = TEMPLATE.read_text(encoding="utf-8")
+    data = _data(inspection)
+    written = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     # No end tag can stand in the data: without "<", nothing that HTML knows can.
-    return template.replace("__POLICY__", _policy(template)).replace(
-        "__DATA__", data.replace("<", "\\u003c")
-    )
+    harmless = written.replace("<", "\\u003c")
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.replace("__POLICY__", _policy(template)).replace("__DATA__", harmless)
 
 
 def _policy(template: str) -> str:
-    """A content security policy under which the page's own style and script run, and nothing else
-    does or is loaded.
+    """Return a content security policy under which the page's own style and script run, and nothing
+    else does or is loaded.
     """
+    style = _digest_of("style", template)
+    script = _digest_of("script", template)
+    return (
+        f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; "
+        f"form-action 'none'"
+    )
 
-    def digest(tag: str) -> str:
-        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
-    own = f"style-src {digest('style')}; script-src {digest('script')}"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
+def _digest_of(tag: str, template: str) -> str:
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _choose(inspection: Inspection) -> dict[tuple[int, int], int]:
-    """(source, sample) -> place on the page, in the order of the sources."""
-    chosen: dict[tuple[int, int], int] = {}
+# ---------------------------------------------------------------- which samples are shown
+
+
+def _choose(inspection: Inspection) -> list[Key]:
+    """Return the samples that are shown, in the order of the sources."""
+    chosen: set[Key] = set()
     tokens = 0
     for key in _candidates(inspection):
         if key in chosen:
             continue
-        tokens += int(inspection.sources[key[0]].samples[key[1]].tokens.size)
+        tokens += int(_sample_of(inspection, key).tokens.size)
         if chosen and (tokens > MOST_TOKENS or len(chosen) == MOST_SAMPLES):
             break
-        chosen[key] = 0
-    return {key: place for place, key in enumerate(sorted(chosen))}
+        chosen.add(key)
+    return sorted(chosen)
 
 
-def _candidates(inspection: Inspection) -> Iterator[tuple[int, int]]:
-    everything = sum(len(source.samples) for source in inspection.sources)
+def _sample_of(inspection: Inspection, key: Key) -> Sample:
+    source, index = key
+    return inspection.sources[source].samples[index]
+
+
+def _candidates(inspection: Inspection) -> Iterator[Key]:
+    """Yield all samples; where they are too many, those with findings and in the first rows come
+    first.
+    """
+    samples = sum(len(source.samples) for source in inspection.sources)
     tokens = sum(source.tokens for source in inspection.sources)
-    if everything > MOST_SAMPLES or tokens > MOST_TOKENS:
-        wrong = inspection.wrong()
-        named = {finding[0] for finding in wrong}
-        found = 0
-        for s, source in enumerate(inspection.sources):
-            for i in range(len(source.samples)) if source.name in named else ():
-                if found < MOST_SAMPLES // 2 and (source.name, source.samples[i].id) in wrong:
-                    found += 1
-                    yield s, i
+    if samples > MOST_SAMPLES or tokens > MOST_TOKENS:
+        yield from itertools.islice(_with_findings(inspection), MOST_SAMPLES // 2)
         for row in inspection.plan.rows:
             yield from row
     for s, source in enumerate(inspection.sources):
-        yield from ((s, i) for i in range(len(source.samples)))
+        for i in range(len(source.samples)):
+            yield s, i
 
 
-def _data(inspection: Inspection, chosen: dict[tuple[int, int], int]) -> dict[str, Any]:
-    by_sample: dict[tuple[str, str], list[Finding]] = {}
-    for finding in inspection.findings:
-        by_sample.setdefault((finding.source, finding.sample), []).append(finding)
-    rows, places = [], {}
-    for row in inspection.plan.rows:
-        if all(key in chosen for key in row):
-            at = 0
-            for key in row:
-                places.setdefault(key, (len(rows), at))
-                at += len(inspection.sources[key[0]].samples[key[1]].tokens)
-            rows.append([chosen[key] for key in row])
+def _with_findings(inspection: Inspection) -> Iterator[Key]:
+    wrong = inspection.wrong()
+    named = {source for source, _ in wrong}
+    for s, source in enumerate(inspection.sources):
+        if source.name not in named:
+            continue
+        for i in range(len(source.samples)):
+            if (source.name, source.samples[i].id) in wrong:
+                yield s, i
+
+
+# ---------------------------------------------------------------- what the page gets
+
+
+@dataclass
+class _Rows:
+    """Packed rows all of whose samples are shown.
+
+    Attributes:
+        rows: places of samples on the page.
+        place_of: (row, first token in it) of a sample, in the first row that has it.
+    """
+
+    rows: list[list[int]]
+    place_of: dict[Key, tuple[int, int]]
+
+
+def _data(inspection: Inspection) -> dict[str, Any]:
+    """Return all that the page shows, as JSON."""
+    chosen = _choose(inspection)
+    findings_of = _findings_by_sample(inspection)
+    packed = _rows(inspection, chosen)
     vocabulary: dict[int, str] = {}
     samples = []
-    for s, i in chosen:
-        source = inspection.sources[s]
-        sample = source.samples[i]
-        found = [
-            (finding.reason, finding.text)
-            for finding in by_sample.pop((source.name, sample.id), [])
-        ]
-        found += [(note, "") for note in notes(source, sample, inspection.data.seq_len)]
-        samples.append(
-            _sample(inspection, sample, vocabulary)
-            | {"source": s, "findings": found, "row": places.get((s, i))}
-        )
+    for key in chosen:
+        source = inspection.sources[key[0]]
+        sample = _sample_of(inspection, key)
+        of_sample = findings_of.pop((source.name, sample.id), [])
+        findings = [(finding.reason, finding.text) for finding in of_sample]
+        findings += [(note, "") for note in notes(source, sample, inspection.data.seq_len)]
+        shown = _sample(inspection, sample, vocabulary)
+        shown["source"] = key[0]
+        shown["findings"] = findings
+        shown["row"] = packed.place_of.get(key)
+        samples.append(shown)
+    # of rows that gave no sample, and samples that are not shown
     elsewhere = [
-        finding for found in by_sample.values() for finding in found if finding.level != "note"
+        (finding.reason, finding.sample, finding.text)
+        for findings in findings_of.values()
+        for finding in findings
+        if finding.level != "note"
     ]
-    faults = [(finding.reason, finding.sample, finding.text) for finding in elsewhere]
-    trained = inspection.trained
-    examples = {
-        finding.reason: f"{finding.sample}: {finding.text}"
-        for finding in reversed(inspection.findings)
-    }
-    reasons = {
-        reason: {"title": title(reason), "level": level, "count": n, "example": examples[reason]}
-        for level, reason, n in inspection.tally()
-    }
-    for note, text in NOTES.items():
-        reasons[note] = {
-            "title": text,
-            "level": "note",
-            "count": sum((note, "") in sample["findings"] for sample in samples),
-        }
-    everything = sum(len(source.samples) for source in inspection.sources)
+    all_samples = sum(len(source.samples) for source in inspection.sources)
     return {
         "model": inspection.model,
         "options": inspection.options(),
@@ -133,49 +153,102 @@ def _data(inspection: Inspection, chosen: dict[tuple[int, int], int]) -> dict[st
         "plan": inspection.plan_text().split(" ", 1),
         "errors": inspection.level("error"),
         "warnings": inspection.level("warning"),
-        "reasons": reasons,
-        "faults": faults[:MOST_FAULTS],
+        "reasons": _reasons(inspection, samples),
+        "faults": elsewhere[:MOST_FAULTS],
         "sources": [as_dict(source) for source in inspection.sources],
-        "totals": {
-            "samples": sum(len(source.samples) for source in trained),
-            "tokens": sum(source.tokens for source in trained),
-            "supervised_tokens": sum(source.supervised_tokens for source in trained),
-            "rows": len(inspection.plan.rows),
-            "packed_tokens": inspection.plan.tokens,
-            "steps": inspection.plan.steps,
-        },
-        "shown": _of(len(samples), everything, "sample"),
-        "rows_shown": _of(len(rows), len(inspection.plan.rows), "row"),
+        "totals": _totals(inspection),
+        "shown": _shown_of(len(samples), all_samples, "sample"),
+        "rows_shown": _shown_of(len(packed.rows), len(inspection.plan.rows), "row"),
         "vocabulary": vocabulary,
         "special": dict.fromkeys(sorted(inspection.reader.special), 1),
         "samples": samples,
-        "rows": rows,
+        "rows": packed.rows,
     }
 
 
-def _of(shown: int, total: int, word: str) -> str:
-    return (
-        plural(total, word)
-        if shown == total
-        else f"{shown:,} of {plural(total, word)} are on this page"
-    )
+def _findings_by_sample(inspection: Inspection) -> dict[tuple[str, str], list[Finding]]:
+    found: dict[tuple[str, str], list[Finding]] = {}
+    for finding in inspection.findings:
+        found.setdefault((finding.source, finding.sample), []).append(finding)
+    return found
+
+
+def _rows(inspection: Inspection, chosen: list[Key]) -> _Rows:
+    place_on_page = {key: place for place, key in enumerate(chosen)}
+    packed = _Rows([], {})
+    for row in inspection.plan.rows:
+        if not all(key in place_on_page for key in row):
+            continue
+        first_token = 0
+        for key in row:
+            packed.place_of.setdefault(key, (len(packed.rows), first_token))
+            first_token += len(_sample_of(inspection, key).tokens)
+        packed.rows.append([place_on_page[key] for key in row])
+    return packed
+
+
+def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return title, level, count and an example of each reason of findings."""
+    examples: dict[str, str] = {}
+    for finding in inspection.findings:
+        examples.setdefault(finding.reason, f"{finding.sample}: {finding.text}")
+    reasons: dict[str, Any] = {}
+    for level, reason, n in inspection.tally():
+        reasons[reason] = {
+            "title": title(reason),
+            "level": level,
+            "count": n,
+            "example": examples[reason],
+        }
+    for note, text in NOTES.items():
+        count = sum((note, "") in sample["findings"] for sample in samples)
+        reasons[note] = {"title": text, "level": "note", "count": count}
+    return reasons
+
+
+def _totals(inspection: Inspection) -> dict[str, int]:
+    """Return numbers of the training data."""
+    trained = inspection.trained
+    return {
+        "samples": sum(len(source.samples) for source in trained),
+        "tokens": sum(source.tokens for source in trained),
+        "supervised_tokens": sum(source.supervised_tokens for source in trained),
+        "rows": len(inspection.plan.rows),
+        "packed_tokens": inspection.plan.tokens,
+        "steps": inspection.plan.steps,
+    }
+
+
+def _shown_of(shown: int, total: int, word: str) -> str:
+    if shown == total:
+        return plural(total, word)
+    return f"{shown:,} of {plural(total, word)} are on this page"
 
 
 def _sample(inspection: Inspection, sample: Sample, vocabulary: dict[int, str]) -> dict[str, Any]:
-    tokens, reader = sample.tokens.tolist(), inspection.reader
+    """Return a sample as JSON.
+
+    Args:
+        vocabulary: texts of tokens are added to it; those that share a character with others, or
+            write something else here, are in the sample's `joined`.
+    """
+    tokens = sample.tokens.tolist()
+    reader = inspection.reader
     pieces = reader.pieces(tokens)
-    joined, at = [], 0
+    joined = []
+    at = 0
     for piece in pieces:
         if piece.count == 1 and piece.text == reader.piece(tokens[at]):
             vocabulary[tokens[at]] = piece.text
         else:
             joined.append((at, piece.count, piece.text))
         at += piece.count
-    blocks = reader.blocks(pieces)
     found = {
         "id": sample.id,
         "tokens": tokens,
         "weights": weight_runs(sample.weights),
-        "blocks": blocks,
+        "blocks": reader.blocks(pieces),
     }
-    return found | {"joined": joined} if joined else found
+    if joined:
+        found["joined"] = joined
+    return found

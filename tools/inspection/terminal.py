@@ -9,9 +9,10 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from tools.inspection.compare import REASONS, Comparison, Pair
+from tools.inspection.compare import Comparison, Pair
 from tools.inspection.lint import Finding, title
 from tools.inspection.reading import Reader
+from tools.inspection.reasons import REASONS
 from tools.inspection.report import Inspected, Inspection, plural, weight_runs
 from torchsft.config import InputError
 from torchsft.data.template import Sample
@@ -181,7 +182,7 @@ def pair_lines(pair: Pair, other: str, reader: Reader, pen: Pen) -> Iterator[str
 
 def _kind(pair: Pair, i: int) -> tuple[str, str]:
     """Who has a token, and who trains it: "", both, ours or theirs."""
-    mine, other = bool(pair.mine[i]), bool(pair.other[i])
+    mine, other = bool(pair.ours_trained[i]), bool(pair.theirs_trained[i])
     trained = "both" if mine and other else "ours" if mine else "theirs" if other else ""
     return pair.sides[i], trained
 
