@@ -196,7 +196,9 @@ def saves(directory):
         if mode == "async":
             copy = failing._stager.copy
             if rank == 1:
-                failing._stager.copy = lambda _: (_ for _ in ()).throw(MemoryError("no host memory"))
+                failing._stager.copy = lambda _: (_ for _ in ()).throw(
+                    MemoryError("no host memory")
+                )
             save(failing, 4)
             failing._stager.copy = copy
         save(failing, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import resource
 import shutil
@@ -19,6 +20,7 @@ from torch import nn
 
 from tests.checkpoint import savers
 from torchsft.checkpoint import state, writer
+from torchsft.checkpoint.manifest import damaged
 from torchsft.checkpoint.reader import RangeReader
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
@@ -192,6 +194,26 @@ def test_dcp_itself_loads_a_checkpoint(tmp_path):
         **moments,
     }.items():
         assert torch.equal(targets[name], tensor), name
+
+
+def test_a_checkpoint_of_an_older_version_opens():
+    """Written by commit 1e9825c, which made DCP's files by its own hand and took CRC-32 of them:
+    `Toy` after 2 steps of `train` of `build(0)`.
+    """
+    path = Path(__file__).parent / "written_by_1e9825c"
+    expected, expected_optimizer = build(0)
+    train(expected, expected_optimizer, 2)
+    model, optimizer = build(1)
+    assert state.load(path, model, optimizer) == {"position": [1, 20]}
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6), name
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert float(optimizer.state[one]["step"]) == 2
+        moments = optimizer.state[one]["exp_avg"], expected_optimizer.state[other]["exp_avg"]
+        assert torch.allclose(*moments, rtol=1e-5, atol=1e-6)
+    assert damaged(Folder(path)) == []
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    assert all("crc32" in entry for entry in manifest["files"].values())
 
 
 # --------------------------------------------------------------------------------------------------

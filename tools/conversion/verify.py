@@ -225,8 +225,8 @@ def _compare(
     tasks = shares(list(zip(common, sizes, strict=True)), sizes, TASK_BYTES)
     other_dtypes = []
     with Bar("comparing", sum(sizes), progress) as bar:
-        arguments = (a, b, tolerance, part_elements)
-        for _, (differences, retyped) in run(_Comparison, arguments, tasks, workers, bar.add):
+        comparison = _Comparison((a[0], b[0]), (one, other), tolerance, part_elements)
+        for _, (differences, retyped) in run(comparison, tasks, workers, bar.add):
             findings.differences += differences
             other_dtypes += retyped
     if other_dtypes:
@@ -263,10 +263,13 @@ class _Comparison:
     """Compares tensors of two sides in a process."""
 
     def __init__(
-        self, a: tuple[Path, Any], b: tuple[Path, Any], tolerance: float, part_elements: int
+        self,
+        names: tuple[Path, Path],
+        sides: tuple[Weights | RawTensors, Weights | RawTensors],
+        tolerance: float,
+        part_elements: int,
     ) -> None:
-        self.names = a[0], b[0]
-        self.sides = _open(*a), _open(*b)
+        self.names, self.sides = names, sides
         # of two sides, and what is computed
         self.tolerance, self.part_elements = tolerance, max(1, part_elements // 4)
 

@@ -22,7 +22,8 @@ _without_crc = threading.Lock()
 
 def bytes_of(values: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    flat = values.as_strided((values.numel(),), (1,))  # one element may have any stride
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def write_archive(values: Tensor, output: Output) -> None:
