@@ -681,15 +681,7 @@ def test_what_the_source_mixes_is_kept_in_fp32(bf16, tmp_path):
     to_hf(tmp_path / "dcp", tmp_path / "hf", dtype="fp32")
     after = read_tensors(tmp_path / "hf")
     assert same_bits(after[key], half.float())
-    assert (
-        RangeReader(tmp_path / "dcp")
-        .tensors["model.model.layers.1.mlp.experts.gate_up_proj"]
-        .properties.dtype
-        == torch.float32
-    )
-    assert (
-        RangeReader(tmp_path / "dcp")
-        .tensors["model.model.layers.1.mlp.experts.down_proj"]
-        .properties.dtype
-        == torch.bfloat16
-    )
+    stored = RangeReader(tmp_path / "dcp").tensors
+    experts = "model.model.layers.1.mlp.experts"
+    assert stored[f"{experts}.gate_up_proj"].properties.dtype == torch.float32
+    assert stored[f"{experts}.down_proj"].properties.dtype == torch.bfloat16
