@@ -5,43 +5,56 @@
 import copy
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+import xxhash
 
 from torchsft.config import InputError
 
+# Bytes are hashed and written in slabs that stay in the processor's cache in between.
+SLAB_BYTES = 2**20
 
-def told(failure: Exception) -> str:
-    """An exception in one line."""
+
+def in_one_line(failure: BaseException) -> str:
+    """Return an exception as one line."""
     return f"{type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")
 
 
 class Output:
-    """A file being written from start to end, which knows its `size` in bytes and, if asked for,
-    its `crc32`, so far.
+    """A file being written from start to end.
+
+    Attributes:
+        size: bytes so far.
+        checksum: xxh3 of these bytes, 16 hexadecimal digits; "" where none is kept.
     """
 
     def __init__(self, file: BinaryIO, checksum: bool) -> None:
-        self._file, self._checksum = file, checksum
-        self.size = self.crc32 = 0
+        self._file = file
+        self._hash = xxhash.xxh3_64() if checksum else None
+        self.size = 0
+
+    @property
+    def checksum(self) -> str:
+        return self._hash.hexdigest() if self._hash else ""
 
     def write(self, data: Any) -> int:
-        """Append bytes (anything with the buffer interface)."""
-        rest = data = memoryview(data).cast("B")
-        if self._checksum:
-            self.crc32 = zlib.crc32(data, self.crc32)
+        """Append bytes (anything with the buffer interface) and return their number."""
+        data = memoryview(data).cast("B")
+        for start in range(0, data.nbytes, SLAB_BYTES):
+            slab = data[start : start + SLAB_BYTES]
+            if self._hash:
+                self._hash.update(slab)
+            while slab.nbytes:
+                slab = slab[self._file.write(slab) :]
         self.size += data.nbytes
-        while rest.nbytes:
-            rest = rest[self._file.write(rest) :]
         return data.nbytes
 
     def flush(self) -> None:
-        """Nothing: leaving `Folder.writer` flushes."""
+        """Do nothing: leaving `Folder.writer` flushes."""
 
 
 class Folder:

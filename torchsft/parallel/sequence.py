@@ -9,6 +9,7 @@ Shapes: T tokens of the microbatch, C of a tensor group, S of a rank, H heads of
 H / cp of a rank, d head dim, V vocabulary, n tokens whose logits are wanted.
 """
 
+import itertools
 from functools import partial
 
 import torch
@@ -38,28 +39,28 @@ def check_sizes(config: ModelConfig, world: World) -> None:
     found = _what_does_not_divide(config, tp, cp)
     if found is None:
         return
-    sizes = range(1, tp * cp + 1)
-    good = [
-        (t, c)
-        for t in sizes
-        for c in sizes
-        if t * c <= tp * cp
-        and shard * cp * tp % (t * c) == 0
-        and _what_does_not_divide(config, t, c) is None
-    ]
+    possible = []
+    for other_tp, other_cp in itertools.product(range(1, tp * cp + 1), repeat=2):
+        ranks = other_tp * other_cp
+        if ranks > tp * cp or shard * cp * tp % ranks:
+            continue
+        if _what_does_not_divide(config, other_tp, other_cp) is None:
+            possible.append((other_tp, other_cp))
 
-    def nearness(pair: tuple[int, int]) -> tuple[int, int, int]:
-        # one option changed rather than both, then as many ranks as possible
-        t, c = pair
-        return (t == tp) + (c == cp), t * c, t
+    def nearness(sizes: tuple[int, int]) -> tuple[int, int, int]:
+        # One option changed rather than both, then as many ranks as possible.
+        other_tp, other_cp = sizes
+        return (other_tp == tp) + (other_cp == cp), other_tp * other_cp, other_tp
 
-    t, c = max(good, key=nearness)
+    good_tp, good_cp = max(possible, key=nearness)
     raise InputError(
-        f"config.json has {found}; set --parallel.tp {t} --parallel.cp {c} --parallel.dp-shard -1"
+        f"config.json has {found}; set --parallel.tp {good_tp} --parallel.cp {good_cp} "
+        "--parallel.dp-shard -1"
     )
 
 
 def _what_does_not_divide(config: ModelConfig, tp: int, cp: int) -> str | None:
+    """Say which size of the model these sizes do not divide; None: they divide all."""
     heads, kv_heads, ranks = config.num_attention_heads, config.num_key_value_heads, tp * cp
     if heads % ranks:
         return (
@@ -157,7 +158,7 @@ def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x_nChd.transpose(0, 1).flatten(1, 2)
 
 
-def _reduced(x: Tensor, op: str, mesh: DeviceMesh) -> Tensor:
+def _reduce(x: Tensor, op: str, mesh: DeviceMesh) -> Tensor:
     return wait_tensor(all_reduce(x, op, mesh.get_group()))
 
 
@@ -173,8 +174,8 @@ class SequenceLayout(Layout):
             tokens_a_rank = vocab_size // self.tp.size()
             self.vocabulary = VocabularyPart(
                 first=self.tp.get_local_rank() * tokens_a_rank,
-                max=partial(_reduced, op="max", mesh=self.tp),
-                sum=partial(_reduced, op="sum", mesh=self.tp),
+                max=partial(_reduce, op="max", mesh=self.tp),
+                sum=partial(_reduce, op="sum", mesh=self.tp),
             )
 
     def context(self, x: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class SequenceLayout(Layout):
         return x_THd if self.cp.size() == 1 else heads_to_tokens(x_THd, self.cp.get_group())
 
     def sum(self, x: Tensor) -> Tensor:
-        return _reduced(x, "sum", self.sequence)
+        return _reduce(x, "sum", self.sequence)
 
     def logits(self, x_nV: Tensor) -> Tensor:
         x_nV = x_nV.detach()  # no gradient: on every rank it would be that of all tokens
