@@ -290,7 +290,11 @@ def cache_directory(option: str | None) -> Path:
 
 
 def key_of(*parts: Any) -> str:
-    """Return a name for what this version of the code makes of `parts` (JSON)."""
+    """Return a name for what this version of the code makes of some options.
+
+    Args:
+        parts: JSON.
+    """
     return _hash(json.dumps([_code(), *parts], sort_keys=True))
 
 
@@ -308,8 +312,10 @@ def _hash(content: str | np.ndarray) -> str:
 
 
 def fingerprint(directory: Path, source: Source) -> str:
-    """Return the source's fingerprint; it is remembered in `directory` for files that have not
-    changed since.
+    """Return the source's fingerprint.
+
+    Args:
+        directory: of all caches, where it is remembered for files that have not changed since.
     """
     state = []
     for file in source.paths():

@@ -263,7 +263,11 @@ def _check_file(spec: Spec) -> None:
 
 
 def _without_first(batches: Iterator[Any], n: int) -> Iterator[Any]:
-    """Yield Arrow batches without their first n rows."""
+    """Yield Arrow batches without their first n rows.
+
+    Args:
+        n: may be more than the first batch has.
+    """
     for batch in batches:
         yield batch.slice(n)
         n = max(n - batch.num_rows, 0)
