@@ -166,6 +166,19 @@ def test_weight_and_train_flags_of_a_message(flags, weight):
     assert read(messages(USER, ANSWER | flags, USER, second)).weights == (None, weight, None, 2.0)
 
 
+def test_blank_tool_calls_in_a_row_are_empty_answers():
+    blank = {"role": "tool_call", "content": " "}
+    empty = {"role": "assistant", "content": ""}
+    assert read(messages(USER, blank, blank, ANSWER)).messages == [USER, empty, empty, ANSWER]
+
+
+def test_a_pair_of_the_history_may_be_json_in_a_string():
+    row = {"instruction": "hi", "output": "yes", "history": ['["one", "two"]']}
+    asked = {"role": "user", "content": "one"}
+    answered = {"role": "assistant", "content": "two"}
+    assert read(row).messages == [asked, answered, USER, ANSWER]
+
+
 def test_sharegpt_turns_become_messages_with_system_and_tools():
     row = {
         "system": "be kind",

@@ -43,7 +43,11 @@ def rows_of(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
 
 
 def _converters(schema: pa.Schema) -> dict[str, Convert]:
-    """Return what makes the values of those columns that are not what they are stored as."""
+    """Find the columns whose values are not what they are stored as.
+
+    Returns:
+        What makes the values of such a column, by its name.
+    """
     features = _features(schema)
     found = {}
     for field in schema:
@@ -64,7 +68,15 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _converter(kind: pa.DataType, feature: Any) -> Convert | None:
-    """Return what makes values of a type; None where they are what `to_pylist` gives."""
+    """Find what makes the values of a type.
+
+    Args:
+        kind: how they are stored.
+        feature: what `datasets` has written of them, None where it has not.
+
+    Returns:
+        None where they are what `to_pylist` gives.
+    """
     extension = getattr(kind, "extension_name", "")
     if extension == "arrow.json" or _is_json_text(kind, feature):
         return _unless_null(_json_value)
@@ -84,11 +96,13 @@ def _converter(kind: pa.DataType, feature: Any) -> Convert | None:
 
 
 def _is_json_text(kind: pa.DataType, feature: Any) -> bool:
+    """Return whether values are JSON by their feature, and stored as text."""
     is_marked = isinstance(feature, dict) and feature.get("_type") == "Json"
     return is_marked and any(is_text(kind) for is_text in IS_TEXT)
 
 
 def _map_converter(kind: pa.MapType) -> Convert:
+    """Return what makes an object of a map, which is stored as pairs."""
     convert_item = _converter(kind.item_type, None)
 
     def convert(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
@@ -98,6 +112,7 @@ def _map_converter(kind: pa.MapType) -> Convert:
 
 
 def _list_converter(kind: pa.DataType, feature: Any) -> Convert | None:
+    """Return what makes the values of a list; None where they are what they are stored as."""
     inner_feature = None
     if isinstance(feature, dict):
         inner_feature = feature.get("feature")
@@ -114,6 +129,7 @@ def _list_converter(kind: pa.DataType, feature: Any) -> Convert | None:
 
 
 def _struct_converter(kind: pa.StructType, feature: Any) -> Convert | None:
+    """Return what makes the fields of a struct; None where they are what they are stored as."""
     features = feature if isinstance(feature, dict) else {}
     converters = {}
     for field in kind:
@@ -124,18 +140,28 @@ def _struct_converter(kind: pa.StructType, feature: Any) -> Convert | None:
         return None
 
     def convert(value: dict[str, Any]) -> dict[str, Any]:
-        changed = {name: convert_field(value[name]) for name, convert_field in converters.items()}
-        return value | changed
+        changed = dict(value)
+        for name, convert_field in converters.items():
+            changed[name] = convert_field(value[name])
+        return changed
 
     return _unless_null(convert)
 
 
 def _unless_null(convert: Convert) -> Convert:
+    """Return what makes a value, and leaves null as it is."""
     return lambda value: None if value is None else convert(value)
 
 
 def _object(pairs: list[tuple[Any, Any]], convert_item: Convert | None) -> dict[str, Any]:
-    """Return a map as an object. Its nulls are marked as meant, as a map has no padding."""
+    """Return a map as an object. Its nulls are marked as explicit, as a map has no padding.
+
+    Args:
+        convert_item: makes the values; None: they are as they are stored.
+
+    Raises:
+        ValueError: a key is no text, or is there twice.
+    """
     found = {}
     for key, value in pairs:
         if not isinstance(key, str):
@@ -149,16 +175,17 @@ def _object(pairs: list[tuple[Any, Any]], convert_item: Convert | None) -> dict[
 
 
 def _json_value(text: str) -> Any:
+    """Return the value of a JSON column, which is stored as text."""
     return _with_marked_nulls(load_json(text))
 
 
 def _with_marked_nulls(value: Any) -> Any:
-    """Return a JSON value whose nulls in objects are marked as meant."""
+    """Return a JSON value whose nulls in objects are marked as explicit."""
     if isinstance(value, list):
         return [_with_marked_nulls(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    return {
-        key: Null.EXPLICIT if inner is None else _with_marked_nulls(inner)
-        for key, inner in value.items()
-    }
+    found = {}
+    for key, inner in value.items():
+        found[key] = Null.EXPLICIT if inner is None else _with_marked_nulls(inner)
+    return found

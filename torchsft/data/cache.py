@@ -211,7 +211,14 @@ def open_or_build(directory: Path, key: str, name: str, build: Build) -> Opened:
 
 
 def _open(directory: Path, name: str) -> Opened:
-    """Map the files of a cache. Raises one of DAMAGED where it is not whole."""
+    """Map the files of a cache.
+
+    Args:
+        name: of the source.
+
+    Raises:
+        One of DAMAGED: it is not whole.
+    """
     meta = json.loads((directory / "meta.json").read_bytes())
     arrays = []
     for (file, dtype), (size, digest) in zip(FILES.items(), meta["files"], strict=True):
@@ -229,7 +236,10 @@ def _open(directory: Path, name: str) -> Opened:
 
 
 def _write(directory: Path, build: Build) -> None:
-    """Write the files of a cache from the blocks that `build` makes."""
+    """Write the files of a cache from the blocks that `build` makes.
+
+    Each block counts tokens and runs from 0; in the file they are counted from the beginning.
+    """
     directory.mkdir()
     digests = [hashlib.blake2b(digest_size=16) for _ in FILES]
     end = np.zeros(1, RECORD)  # as of the sample behind the last block
@@ -237,12 +247,14 @@ def _write(directory: Path, build: Build) -> None:
         files = [stack.enter_context((directory / file).open("wb")) for file in FILES]
 
         def append(*contents: np.ndarray) -> None:
+            """Write to each of the three files."""
             for file, digest, content in zip(files, digests, contents, strict=True):
                 written = content.tobytes()
                 digest.update(written)
                 file.write(written)
 
         def add(block: Block) -> None:
+            """Write a block behind the others."""
             index = block.index.copy()
             index["token"] += end["token"]
             index["run"] += end["run"]
@@ -278,7 +290,11 @@ def cache_directory(option: str | None) -> Path:
 
 
 def key_of(*parts: Any) -> str:
-    """Return a name for what this version of the code makes of `parts` (JSON)."""
+    """Return a name for what this version of the code makes of some options.
+
+    Args:
+        parts: JSON.
+    """
     return _hash(json.dumps([_code(), *parts], sort_keys=True))
 
 
@@ -296,8 +312,10 @@ def _hash(content: str | np.ndarray) -> str:
 
 
 def fingerprint(directory: Path, source: Source) -> str:
-    """Return the source's fingerprint; it is remembered in `directory` for files that have not
-    changed since.
+    """Return the source's fingerprint.
+
+    Args:
+        directory: of all caches, where it is remembered for files that have not changed since.
     """
     state = []
     for file in source.paths():

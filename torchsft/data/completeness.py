@@ -37,15 +37,22 @@ class ToolDeclaration:
     details: list[str]
 
 
+Roles = tuple[str, ...]  # of the messages of a conversation
+
+
 class ContextCheck:
-    """Finds what the texts of one chat template lack of their context."""
+    """Finds what the texts of one chat template lack of their context.
+
+    What takes a rendering of its own to find out is remembered: it holds for every conversation
+    with the same sequence of roles.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         # by the tool's name and the roles of the messages
-        self._is_declared: dict[tuple[str, tuple[str, ...]], bool] = {}
+        self._is_declared: dict[tuple[str, Roles], bool] = {}
         # messages that the template writes, by their index and the roles of all messages
-        self._is_written: set[tuple[int, tuple[str, ...]]] = set()
+        self._is_written: set[tuple[int, Roles]] = set()
         # of tools and documents, by how they are written; rows have the same ones, mostly
         self._words: dict[str, str] = {}
 
@@ -76,6 +83,9 @@ class ContextCheck:
 
         Such messages are rendered with a mark behind what they say, once for a message and sequence
         of roles.
+
+        Returns:
+            Indices of the messages.
         """
         roles = tuple(message["role"] for message in messages)
         ambiguous = self._ambiguous(messages, extras, roles)
@@ -84,7 +94,8 @@ class ContextCheck:
         marks = {i: f"\ue002{i}\ue003" for i in ambiguous}
         marked = list(messages)
         for i, mark in marks.items():
-            marked[i] = marked[i] | {"content": marked[i]["content"] + mark}
+            message = marked[i]
+            marked[i] = message | {"content": message["content"] + mark}
         last_answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
         try:
             text = self.template.render(marked, extras).text
@@ -99,9 +110,7 @@ class ContextCheck:
         self._is_written |= {(i, roles) for i in written}
         return marks.keys() - written
 
-    def _ambiguous(
-        self, messages: Sequence[Message], extras: Extras, roles: tuple[str, ...]
-    ) -> list[int]:
+    def _ambiguous(self, messages: Sequence[Message], extras: Extras, roles: Roles) -> list[int]:
         """Return messages of context whose words also stand elsewhere, and of which it is not known
         that the template writes them.
         """
@@ -133,18 +142,17 @@ class ContextCheck:
         roles = tuple(message["role"] for message in messages)
         for tool in extras.tools or ():
             declaration = declaration_of(tool)
-            is_written = _count(text, declaration.name) > 0 and all(
-                contains_loosely(text, detail) for detail in declaration.details
-            )
-            if not (is_written and self._declares(declaration.name, roles, messages, extras, text)):
-                yield Missing(
-                    None, f"the tool {declaration.name!r}, or its description or parameters"
-                )
+            name = declaration.name
+            is_written = _count(text, name) > 0
+            for detail in declaration.details:
+                is_written = is_written and contains_loosely(text, detail)
+            if not is_written or not self._declares(name, roles, messages, extras, text):
+                yield Missing(None, f"the tool {name!r}, or its description or parameters")
 
     def _declares(
         self,
         name: str,
-        roles: tuple[str, ...],
+        roles: Roles,
         messages: Sequence[Message],
         extras: Extras,
         text: str,
@@ -173,6 +181,7 @@ class ContextCheck:
 
 
 def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
+    """Yield the texts of a document that a text lacks."""
     texts = [document.get(key) for key in ("text", "content", "contents")]
     sources = [source for source in texts if isinstance(source, str)]
     for source in sources or leaves(document):  # Command R's may have keys of any name
@@ -181,7 +190,12 @@ def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
 
 
 def declaration_of(tool: dict[str, Any]) -> ToolDeclaration:
-    """Return what a template must write of a tool."""
+    """Return what a template must write of a tool.
+
+    Args:
+        tool: in OpenAI's shape, or its function alone. In any other form it must be written as it
+            stands.
+    """
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):  # in no form that is known: as it stands
@@ -196,7 +210,10 @@ def declaration_of(tool: dict[str, Any]) -> ToolDeclaration:
 
 
 def leaves(value: Any) -> Iterator[str]:
-    """Yield the strings and numbers in a JSON value, as text."""
+    """Yield the strings and numbers in a JSON value, as text.
+
+    Keys, true, false and null are no leaves: templates write them in ways of their own.
+    """
     if isinstance(value, dict):
         for item in value.values():
             yield from leaves(item)
@@ -210,23 +227,29 @@ def leaves(value: Any) -> Iterator[str]:
 
 
 def contains(text: str, source: str) -> bool:
-    """Return whether a text holds a source string, trimmed, or escaped as in JSON; an empty one
-    always.
+    """Return whether a text holds a source string, trimmed, or escaped as in JSON.
+
+    An empty string is in every text.
     """
     source = source.strip()
     if source in text:
         return True
-    escaped = (json.dumps(source, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-    return any(form in text for form in escaped)
+    if json.dumps(source, ensure_ascii=False)[1:-1] in text:
+        return True
+    return json.dumps(source)[1:-1] in text
 
 
 def contains_loosely(text: str, source: str) -> bool:
     """Return whether a text holds a source string as in `contains`, as Python writes it, or with
     other white space.
     """
-    if contains(text, source) or repr(source.strip())[1:-1] in text:
+    if contains(text, source):
         return True
-    return " ".join(source.split()) in " ".join(text.split())
+    as_python_writes_it = repr(source.strip())[1:-1]
+    if as_python_writes_it in text:
+        return True
+    words = " ".join(source.split())
+    return words in " ".join(text.split())
 
 
 def _count(text: str, name: str) -> int:

@@ -118,7 +118,7 @@ def parse(message: Any, where: str) -> Parsed:
         fields,
         weight=_weight(message, where),
         mask=_flag(message, "mask", where),
-        is_call=is_call,
+        is_call=is_call and bool(calls),
         ignored=tuple(ignored),
     )
 

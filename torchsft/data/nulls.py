@@ -20,7 +20,9 @@ from typing import Any
 
 DOUBT = "doubtful-null"
 # What may be null in the schema of a parameter.
-_MAY_BE_NULL = ("default", "const", "example", "examples", "enum")
+MAY_BE_NULL = ("default", "const", "example", "examples", "enum")
+TOOL_KEYS = ("tools", "functions")
+MESSAGE_KEYS = ("messages", "conversations", "prompt", "completion")
 
 
 class Null(Enum):
@@ -31,8 +33,13 @@ class Null(Enum):
     EXPLICIT = "null"
 
 
+def is_null(value: Any) -> bool:
+    """Return whether a value is a null, of either kind."""
+    return value is None or value is Null.EXPLICIT
+
+
 def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The row without nulls that say nothing.
+    """Take out of a row the nulls that say nothing.
 
     Args:
         row: as it was read; nulls inside Arrow's JSON values are `Null.EXPLICIT`.
@@ -44,17 +51,19 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
     notes: set[str] = set()
     found = {}
     for key, value in row.items():
-        if value is None or value is Null.EXPLICIT:
+        if is_null(value):
             continue
         if not _may_hold_null(value):
             found[key] = value
-        elif key in ("tools", "functions"):
-            found[key] = _schema(value, padded)
-        elif key in ("messages", "conversations", "prompt", "completion"):
-            tools = [*_listed(row.get("tools")), *_listed(row.get("functions"))]
-            found[key] = _messages(value, _declared(tools), padded, notes)
+        elif key in TOOL_KEYS:
+            found[key] = _without_nulls_of_schema(value, padded)
+        elif key in MESSAGE_KEYS:
+            messages = _Messages(_parameters_of_tools(row), padded)
+            found[key] = messages.clean(value)
+            if messages.has_doubt:
+                notes.add(DOUBT)
         else:
-            found[key] = _other(value, padded)
+            found[key] = _without_padding(value, padded)
         if key == "chat_template_kwargs" and isinstance(value, dict) and None in value.values():
             notes.update(() if padded else {DOUBT})  # a template may ask whether one is given
     return found, tuple(sorted(notes))
@@ -71,14 +80,70 @@ def _may_hold_null(value: Any) -> bool:
     return "None" in written or "Null" in written
 
 
-def _listed(value: Any) -> list[Any]:
-    value = _unpacked(value)
-    return value if isinstance(value, list) else []
+def _without_padding(value: Any, padded: bool) -> Any:
+    """Return a value without padding; explicit nulls stay."""
+    if isinstance(value, list):
+        return [_without_padding(inner, padded) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, inner in value.items():
+        if inner is Null.EXPLICIT:
+            found[key] = None
+        elif inner is not None or not padded:
+            found[key] = _without_padding(inner, padded)
+    return found
+
+
+# ---------------------------------------------------------------- tools
+
+
+def _without_nulls_of_schema(value: Any, padded: bool, key: str = "") -> Any:
+    """Return the declaration of tools without nulls that no JSON schema has.
+
+    Args:
+        key: under which the value stands.
+    """
+    if isinstance(value, list):
+        return [_without_nulls_of_schema(inner, padded, key) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    names_parameters = key == "properties"
+    found = {}
+    for name, inner in value.items():
+        if inner is Null.EXPLICIT or (inner is None and not padded):
+            if name in MAY_BE_NULL and not names_parameters:
+                found[name] = None
+        elif inner is not None:
+            inner_key = "" if names_parameters else name
+            found[name] = _without_nulls_of_schema(inner, padded, inner_key)
+    return found
+
+
+def _parameters_of_tools(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of the parameters of each tool of a row that has one, by the tool's
+    name.
+    """
+    found = {}
+    for key in TOOL_KEYS:
+        tools = _unpacked(row.get(key))
+        for given in tools if isinstance(tools, list) else ():
+            tool = _unpacked(given)
+            if not isinstance(tool, dict):
+                continue
+            function = _unpacked(tool.get("function", tool))
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                continue
+            parameters = _unpacked(function.get("parameters"))
+            if isinstance(parameters, dict):
+                # a property that is null is none
+                found[function["name"]] = _without_nulls_of_schema(parameters, padded=True)
+    return found
 
 
 def _unpacked(value: Any) -> Any:
-    """What stands in a string as JSON, as tools often do. What is no JSON is refused where it is
-    used.
+    """Return what stands in a string as JSON, as tools often do. What is no JSON is refused where
+    it is used.
     """
     return _parsed(value) if isinstance(value, str) else value
 
@@ -91,96 +156,75 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _other(value: Any, padded: bool) -> Any:
-    """Without padding; what JSON says stays."""
-    if isinstance(value, dict):
-        kept = {key: inner for key, inner in value.items() if inner is not None or not padded}
-        return {
-            key: None if inner is Null.EXPLICIT else _other(inner, padded)
-            for key, inner in kept.items()
-        }
-    return [_other(inner, padded) for inner in value] if isinstance(value, list) else value
+# ---------------------------------------------------------------- messages
 
 
-def _schema(value: Any, padded: bool, key: str = "") -> Any:
-    """The declaration of tools, without nulls that no JSON schema has."""
-    if isinstance(value, dict):
-        found = {}
-        for name, inner in value.items():
-            is_property = key == "properties"  # its keys are names of parameters
-            if inner is Null.EXPLICIT or (inner is None and not padded):
-                if name in _MAY_BE_NULL and not is_property:
-                    found[name] = None
-            elif inner is not None:
-                found[name] = _schema(inner, padded, "" if is_property else name)
-        return found
-    return [_schema(inner, padded, key) for inner in value] if isinstance(value, list) else value
+class _Messages:
+    """Takes nulls out of messages.
 
+    Args:
+        parameters: schema of the parameters of each declared tool.
 
-def _declared(tools: list[Any]) -> dict[str, Any]:
-    """The schema of the parameters of each tool that has one, by the tool's name."""
-    found = {}
-    for given in tools:
-        tool = _unpacked(given)
-        function = _unpacked(tool.get("function", tool)) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            continue
-        parameters = _unpacked(function.get("parameters"))
-        if isinstance(parameters, dict):
-            # a property that is null is none
-            found[function["name"]] = _schema(parameters, padded=True)
-    return found
-
-
-def _messages(value: Any, declared: dict[str, Any], padded: bool, notes: set[str]) -> Any:
-    """Messages without keys that are null, but for the arguments of their calls."""
-    if isinstance(value, list):
-        return [
-            None if inner is Null.EXPLICIT else _messages(inner, declared, padded, notes)
-            for inner in value
-        ]
-    if not isinstance(value, dict):
-        return value
-    found = {}
-    for key, inner in value.items():
-        if isinstance(inner, str):  # most values, so asked first
-            found[key] = inner
-        elif inner is None or inner is Null.EXPLICIT:
-            continue
-        elif key == "arguments" and isinstance(inner, dict):
-            name = value.get("name")
-            schema = declared.get(name) if isinstance(name, str) else None
-            found[key] = _arguments(inner, schema, padded, notes)
-        else:
-            found[key] = _messages(inner, declared, padded, notes)
-    return found
-
-
-def _arguments(value: Any, schema: Any, padded: bool, notes: set[str]) -> Any:
-    """Arguments of a call, or what stands inside them; `schema`: what the tool declares of it, None
-    where it does not.
+    Attributes:
+        has_doubt: whether a null was found that may mean something or be padding.
     """
-    if isinstance(value, list):
-        items = schema.get("items") if isinstance(schema, dict) else None
-        return [
-            None if inner is Null.EXPLICIT else _arguments(inner, items, padded, notes)
-            for inner in value
-        ]
-    if not isinstance(value, dict):
-        return value
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    known = properties if isinstance(properties, dict) else None
-    found = {}
-    for key, inner in value.items():
-        may_be_padding = inner is None and padded
-        if inner is not None and inner is not Null.EXPLICIT:
-            below = known.get(key) if known is not None else None
-            found[key] = _arguments(inner, below, padded, notes)
-        elif known is not None and key in known:
-            found[key] = None
-            notes.update({DOUBT} if may_be_padding else ())
-        elif known is None:
-            notes.add(DOUBT)
-            if not may_be_padding:
+
+    def __init__(self, parameters: dict[str, Any], padded: bool) -> None:
+        self.parameters = parameters
+        self.padded = padded
+        self.has_doubt = False
+
+    def clean(self, value: Any) -> Any:
+        """Return messages, or a value in them, without keys that are null, but for the arguments of
+        their calls.
+        """
+        if isinstance(value, list):
+            return [None if inner is Null.EXPLICIT else self.clean(inner) for inner in value]
+        if not isinstance(value, dict):
+            return value
+        found = {}
+        for key, inner in value.items():
+            if isinstance(inner, str):  # most values, so asked first
+                found[key] = inner
+            elif is_null(inner):
+                continue
+            elif key == "arguments" and isinstance(inner, dict):
+                name = value.get("name")
+                schema = self.parameters.get(name) if isinstance(name, str) else None
+                found[key] = self._clean_arguments(inner, schema)
+            else:
+                found[key] = self.clean(inner)
+        return found
+
+    def _clean_arguments(self, value: Any, schema: Any) -> Any:
+        """Return arguments of a call, or what stands inside them, without padding.
+
+        Args:
+            schema: what the tool declares of them, None where it does not.
+        """
+        if isinstance(value, list):
+            items = schema.get("items") if isinstance(schema, dict) else None
+            return [
+                None if inner is Null.EXPLICIT else self._clean_arguments(inner, items)
+                for inner in value
+            ]
+        if not isinstance(value, dict):
+            return value
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        if not isinstance(properties, dict):
+            properties = None
+        found = {}
+        for key, inner in value.items():
+            if not is_null(inner):
+                inner_schema = properties.get(key) if properties is not None else None
+                found[key] = self._clean_arguments(inner, inner_schema)
+                continue
+            may_be_padding = inner is None and self.padded
+            if properties is None:
+                self.has_doubt = True
+                if not may_be_padding:
+                    found[key] = None
+            elif key in properties:
                 found[key] = None
-    return found
+                self.has_doubt = self.has_doubt or may_be_padding
+        return found

@@ -50,7 +50,8 @@ def pack(
     if opened:
         rows.append(samples[:opened].tolist())
         free.append(seq_len - int(sizes[:opened].sum()))
-    samples, sizes = samples[opened:], sizes[opened:]
+    samples = samples[opened:]
+    sizes = sizes[opened:]
     if method == "first-fit":
         return _first_fit(rows, free, samples, sizes, seq_len)
     longest_first = np.argsort(-sizes, kind="stable")  # ties keep the given order
@@ -58,6 +59,7 @@ def pack(
 
 
 def _check_sizes(samples: np.ndarray, sizes: np.ndarray, seq_len: int) -> None:
+    """Raise InputError for the first sample that no row can hold."""
     wrong = np.flatnonzero((sizes < 1) | (sizes > seq_len))
     if len(wrong):
         first = wrong[0]
@@ -70,7 +72,14 @@ def _check_sizes(samples: np.ndarray, sizes: np.ndarray, seq_len: int) -> None:
 def _first_fit(
     rows: list[list[int]], free: list[int], samples: np.ndarray, sizes: np.ndarray, seq_len: int
 ) -> list[list[int]]:
-    """Add each sample to the first row that has room."""
+    """Add each sample to the first row that has room.
+
+    Args:
+        rows: that are begun.
+        free: tokens that each of them has room for.
+        samples: int64 [n]
+        sizes: int64 [n], tokens of each sample.
+    """
     # one row for each sample at most; rows that are not begun have room for anything
     room = np.array(free + [seq_len] * (len(samples) + 1))
     for sample, size in zip(samples.tolist(), sizes.tolist(), strict=True):
@@ -85,7 +94,9 @@ def _first_fit(
 def _best_fit(
     rows: list[list[int]], free: list[int], samples: np.ndarray, sizes: np.ndarray, seq_len: int
 ) -> list[list[int]]:
-    """Add each sample to the row in which the least room is left over."""
+    """Add each sample to the row in which the least room is left over; arguments as in
+    `_first_fit`, with the longest samples first.
+    """
     # Sorted by room. One integer for each row, (room << 32 | row), is faster than a pair.
     with_room = [tokens << 32 | row for row, tokens in enumerate(free) if tokens]
     for sample, size in zip(samples.tolist(), sizes.tolist(), strict=True):
@@ -94,10 +105,12 @@ def _best_fit(
             room, row = divmod(with_room.pop(place), 1 << 32)
             rows[row].append(sample)
         else:
-            room, row = seq_len, len(rows)
+            room = seq_len
+            row = len(rows)
             rows.append([sample])
-        if room > size:
-            insort(with_room, (room - size) << 32 | row)
+        room -= size
+        if room:
+            insort(with_room, room << 32 | row)
     return rows
 
 

@@ -30,8 +30,11 @@ CHUNK_ROWS = 1024
 
 @dataclass
 class Prepared:
-    """The samples of one source, each with a supervised token. An epoch takes each `weight`
-    times.
+    """The samples of one source, each with a supervised token.
+
+    Attributes:
+        weight: how often an epoch takes each sample.
+        digest: a hash of the samples.
     """
 
     name: str

@@ -81,8 +81,17 @@ def parse(row: Row, where: str) -> ParsedTokens:
 
 
 def _numbers(value: Any, what: str, where: str, booleans: bool = True) -> np.ndarray:
-    """Return a list of numbers as int64 or float64 [n]; `booleans`: whether true and false count as
-    numbers.
+    """Return a list of numbers.
+
+    Args:
+        what: it is called in an error.
+        booleans: whether true and false count as 1 and 0.
+
+    Returns:
+        int64 or float64 [n]
+
+    Raises:
+        RowError: bad-tokens, or it is no list.
     """
     try:
         found = np.asarray(expect(list, value, what, where))
@@ -97,7 +106,14 @@ def _numbers(value: Any, what: str, where: str, booleans: bool = True) -> np.nda
 
 
 def _for_each_token(row: Row, key: str, n: int, where: str) -> np.ndarray:
-    """Return a column that has a number for each of n tokens."""
+    """Return a column that has a number for each token.
+
+    Returns:
+        int64 or float64 [n]
+
+    Raises:
+        RowError: bad-tokens, bad-labels or bad-mask.
+    """
     found = _numbers(row[key], key, where)
     if len(found) != n:
         reason = "bad-labels" if key in ("labels", "loss_weights") else "bad-mask"
@@ -107,6 +123,7 @@ def _for_each_token(row: Row, key: str, n: int, where: str) -> np.ndarray:
 
 
 def _ids(row: Row, where: str) -> np.ndarray:
+    """Return the tokens of a row, int64 [n] with n at least 1, padding among them."""
     ids = _numbers(row["input_ids"], "input_ids", where, booleans=False)
     is_whole = ids.dtype.kind != "f" and len(ids) > 0
     if not is_whole or ids.min() < 0 or ids.max() > MAX_ID:
@@ -141,7 +158,11 @@ def _label_key(row: Row, where: str) -> str | None:
 
 
 def _trained_by_masks(row: Row, n: int, where: str) -> dict[str, np.ndarray]:
-    """Return which tokens each mask of a row trains, bool [n]."""
+    """Find which tokens the masks of a row train.
+
+    Returns:
+        bool [n], by the key of the mask.
+    """
     keys = [key for key in TOKEN_MASKS if row.get(key) is not None]
     masks = {key: _for_each_token(row, key, n, where) for key in keys}
     for key, mask in masks.items():
@@ -158,7 +179,20 @@ def _weights(
     trained_by_masks: Mapping[str, np.ndarray],
     where: str,
 ) -> np.ndarray:
-    """Return the weight of each token, float64 [n], by labels or loss weights."""
+    """Return the weight of each token by labels or loss weights, which masks must not contradict.
+
+    Args:
+        key: labels or loss_weights.
+        ids: int64 [n]
+        attended: bool [n], which tokens are no padding.
+        trained_by_masks: as `_trained_by_masks` returns them.
+
+    Returns:
+        int64 or float64 [n]
+
+    Raises:
+        RowError: bad-labels, bad-mask or a fault of a weight.
+    """
     weights = _for_each_token(row, key, len(ids), where)
     if key == "labels":
         _check_labels(weights, ids, attended, where)
@@ -178,7 +212,11 @@ def _weights(
 
 
 def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray, where: str) -> None:
-    """Check that labels repeat the token at their own place, or are -100."""
+    """Check that labels repeat the token at their own place, or are -100.
+
+    Raises:
+        RowError: bad-labels; they may be shifted, as the sentence then says.
+    """
     wrong = np.flatnonzero((labels != NO_LABEL) & (labels != ids) & attended)
     if not len(wrong):
         return
@@ -194,7 +232,14 @@ def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray, whe
 
 
 def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray, where: str) -> np.ndarray:
-    """Return the number of each token's document, int64 [n].
+    """Return the number of each token's document.
+
+    Args:
+        mask: int64 [n], the attention mask, which may number documents.
+        attended: bool [n], which tokens are no padding.
+
+    Returns:
+        int64 [n], rising among the tokens that are no padding.
 
     Raises:
         RowError: bad-bounds: what the row says of its documents is wrong, or contradicts itself.
@@ -220,12 +265,15 @@ def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray, where: s
             raise RowError(where, "bad-bounds", problem)
     documents = np.zeros(n, dtype=np.int64)
     if attended.any():
-        documents[attended] = np.concatenate([[0], np.cumsum(begins)])
+        numbers = np.cumsum(begins)  # of all attended tokens but the first one
+        documents[attended] = np.concatenate([[0], numbers])
     return documents
 
 
 def _document_numbers(row: Row, key: str, attended: np.ndarray, where: str) -> np.ndarray:
-    """Return the number of each token's document, by one key of the row."""
+    """Return the number of each token's document, by one key of the row: any numbers that differ
+    between documents.
+    """
     n = len(attended)
     if key == "position_ids":
         return _by_positions(_for_each_token(row, key, n, where), attended, where)
@@ -239,7 +287,15 @@ def _document_numbers(row: Row, key: str, attended: np.ndarray, where: str) -> n
 
 
 def _by_positions(positions: np.ndarray, attended: np.ndarray, where: str) -> np.ndarray:
-    """Return documents that begin where positions begin again; padding has none."""
+    """Return documents that begin where positions begin again; padding has none.
+
+    Args:
+        positions: int64 [n]
+        attended: bool [n], which tokens are no padding.
+
+    Raises:
+        RowError: bad-bounds: positions do not count from 0.
+    """
     real = positions[attended]
     steps = np.diff(real)
     wrong = np.flatnonzero((steps != 1) & (real[1:] != 0))
@@ -260,7 +316,16 @@ def _by_positions(positions: np.ndarray, attended: np.ndarray, where: str) -> np
 
 
 def _by_edges(edges: np.ndarray, n: int, key: str, where: str) -> np.ndarray:
-    """Return documents between cumulative lengths, 0 first and the number of tokens last."""
+    """Return documents between cumulative lengths.
+
+    Args:
+        edges: [documents + 1], 0 first and the number of tokens last.
+        n: number of tokens.
+        key: of the row, for an error.
+
+    Raises:
+        RowError: bad-bounds: the lengths are not those of all tokens.
+    """
     is_whole = edges.dtype.kind in "iu" or (len(edges) == 1 and edges[0] == 0)
     divides = (
         is_whole

@@ -60,7 +60,12 @@ class Report:
     kept: list[str] = field(default_factory=list)
 
     def add(self, block: Block, tally: Tally) -> None:
-        """Take in further rows."""
+        """Take in further rows.
+
+        Args:
+            block: their samples.
+            tally: what became of them.
+        """
         supervised = block.runs["end"] - block.runs["start"]
         self.rows += tally.rows
         self.samples += len(block.index) - 1
@@ -77,6 +82,7 @@ class Report:
         self.kept = (self.kept + tally.kept)[:LISTED_FAULTS]
 
     def __str__(self) -> str:
+        """Return one line: numbers, what happened how often, and ignored keys."""
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
         parts = [
             f"{self.name} ({self.format}): {self.rows:,} rows, {self.samples:,} samples, "

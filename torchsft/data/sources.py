@@ -69,6 +69,7 @@ class Source:
             self.total_bytes = table.nbytes if table else None
 
     def _kind_of_file(self) -> str:
+        """Return the kind of a file by the ending of its name; of .json also by how it begins."""
         path = re.sub(r"\.(gz|zst)$", "", self.spec.path.lower())
         if path.endswith((".parquet", ".pq")):
             return "parquet"
@@ -162,11 +163,13 @@ class Source:
             yield number + 1, self._damaged(number + 1, error)
 
     def _payload(self, number: int, row: bytes | Row | Fault) -> bytes | Row | RowError:
+        """Return a row as `rows` yields it, a fault with its place."""
         if isinstance(row, Fault):
             return RowError(self.where(number), row.reason, row.text)
         return row
 
     def _damaged(self, number: int, error: Exception) -> RowError:
+        """Return the last row of a file that cannot be read any further."""
         return RowError(
             self.where(number),
             "truncated-file",
@@ -249,6 +252,7 @@ class Source:
 
 
 def _check_file(spec: Spec) -> None:
+    """Raise InputError for a file that cannot be read as the spec asks for."""
     problem = ""
     if spec.split:
         problem = "a file has no splits; give PATH:WEIGHT"
@@ -259,7 +263,11 @@ def _check_file(spec: Spec) -> None:
 
 
 def _without_first(batches: Iterator[Any], n: int) -> Iterator[Any]:
-    """Yield Arrow batches without their first n rows."""
+    """Yield Arrow batches without their first n rows.
+
+    Args:
+        n: may be more than the first batch has.
+    """
     for batch in batches:
         yield batch.slice(n)
         n = max(n - batch.num_rows, 0)

@@ -139,6 +139,7 @@ def _unique_files(matches: Sequence[str]) -> list[str]:
 
 
 def _holds_rows(file: str) -> bool:
+    """Return whether a file is one of rows, by its name."""
     if os.path.basename(file) in ABOUT_DATA:
         return False
     return any(fnmatch.fnmatch(file.lower(), pattern) for pattern in DATA_PATTERNS)
@@ -152,7 +153,15 @@ def nothing_in(others: Sequence[str]) -> str:
 
 
 def _below(directory: str, seen: set[str]) -> list[str]:
-    """Return the files below a directory; a directory that is in `seen` is not entered again."""
+    """Return the files below a directory.
+
+    Args:
+        seen: real paths of directories that are not entered again; those that are entered are added
+            to it.
+
+    Raises:
+        InputError: a directory cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(
@@ -179,10 +188,16 @@ def _is_hidden(path: str) -> bool:
 
 
 def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
-    """Return the sources of each evaluation set.
+    """Divide the sources of `--data.eval` into evaluation sets.
 
     A spec is NAME=SPEC, or SPEC: the set has the name of the file then, as much of the path as
     tells it apart from others of that name, and the split where one data set has several.
+
+    Returns:
+        The specs of each set, without its name.
+
+    Raises:
+        InputError: a weight is given.
     """
     given_names: list[str | None] = []
     rests: list[str] = []

@@ -231,6 +231,7 @@ class ChatTokenizer:
             return RowError(example.id, error.reason, error.text)
 
     def _pretokenised(self, example: Tokens) -> Encoded:
+        """Return the documents of a row that is tokens already, each of them as a sample."""
         tokens = np.array(example.tokens, dtype=np.int32)
         weights = np.array(example.weights, dtype=np.float32)
         weights[list(example.starts)] = 0.0  # nothing comes before them
@@ -262,6 +263,7 @@ class ChatTokenizer:
         return sorted({*self.eos_ids, *(token for token in ids if token is not None)})
 
     def _plain(self, example: Text) -> _Rendered:
+        """Return a text without chat template, which ends with the eos token."""
         if not self.eos:
             raise RowError(
                 "",
@@ -277,6 +279,11 @@ class ChatTokenizer:
         return _Rendered([marked])
 
     def _conversation(self, example: Conversation) -> _Rendered:
+        """Return the texts of a conversation, which is rendered by its chat template.
+
+        Raises:
+            RowError: a message cannot be trained, or context is lost.
+        """
         finder = self._finder(example)
         weights = self._message_weights(example)
         extras = Extras(example.tools, example.documents)
@@ -318,6 +325,11 @@ class ChatTokenizer:
         return self.finders[key]
 
     def _new_finder(self, name: str, variables: Mapping[str, Any]) -> TurnFinder:
+        """Return a finder for a template and the row's own variables.
+
+        Raises:
+            RowError: template-kwargs: rendering itself gives a variable of this name.
+        """
         reserved = sorted(variables.keys() & RESERVED)
         if reserved:
             raise RowError(
@@ -351,6 +363,13 @@ class ChatTokenizer:
     def _weights_in_all(
         self, example: Conversation, answers: Sequence[int], given: Mapping[int, float]
     ) -> dict[int, float]:
+        """Return the messages that have another weight than the rest of the row, or reasoning that
+        is masked, with their weights.
+
+        Args:
+            answers: indices of assistant messages.
+            given: weights that the row gives to messages.
+        """
         weights = {}
         if self.masks_reasoning:
             for i in answers:
@@ -364,6 +383,7 @@ class ChatTokenizer:
     # ------------------------------------------------------------ from marked texts to tokens
 
     def _encoded(self, rendered: _Rendered, encodings: Sequence[Encoding]) -> Encoded:
+        """Return the samples of an example, from the encodings of its texts."""
         samples = []
         ends: list[int] = []
         for marked, encoding in zip(rendered.texts, encodings, strict=True):
@@ -406,6 +426,7 @@ class ChatTokenizer:
         return WeightedTokens(ids, weights), ends
 
     def _closing_tokens_in(self, ids: np.ndarray) -> list[int]:
+        """Return the tokens with which the templates end turns, of those that are in a text."""
         closing = {finder.template.closing for finder in self.finders.values()} - {""}
         tokens = [self.backend.token_to_id(text) for text in sorted(closing)]
         return [token for token in tokens if token is not None and token in ids]
@@ -474,6 +495,11 @@ def templates_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> AddedTokens:
+    """Return the texts of the added tokens of a tokenizer.
+
+    Args:
+        eos_ids: ids of the tokens at which servers stop.
+    """
     added = tokenizer.added_tokens_decoder
     special = [token.content for token in added.values() if token.special]
     others = [token.content for token in added.values() if not token.special]
@@ -493,6 +519,7 @@ def _missing_context(texts: Sequence[TrainedText]) -> tuple[str, ...]:
 
 
 def _ids(pieces: Sequence[_Piece]) -> list[int]:
+    """Return the tokens of a text."""
     if len(pieces) == 1:
         return pieces[0].encoding.ids
     return [token for piece in pieces for token in piece.encoding.ids]

@@ -271,6 +271,7 @@ class TurnFinder:
         return _Answer(text, len(prompt), header_end, rendering, note="context-restored")
 
     def _render_with_blocks(self, messages: Sequence[Message], extras: Extras) -> Rendering:
+        """Render messages, and find the generation blocks where the template has any."""
         return self.template.render(messages, extras, blocks=self.template.has_blocks)
 
     def _prompt(self, messages: Sequence[Message], extras: Extras, i: int, rendering: str) -> str:
@@ -297,6 +298,7 @@ class TurnFinder:
         )
 
     def _generation_prompt(self, messages: Sequence[Message], extras: Extras) -> str:
+        """Return the rendering of messages with the header of an answer behind it."""
         prompt = self.template.render(messages, extras, generation_prompt=True).text
         return prompt + self.template.header
 
@@ -428,6 +430,7 @@ class TurnFinder:
         )
 
     def _check_in_blocks(self, i: int, message: Message, text: str) -> None:
+        """Raise RowError unless the generation blocks hold all that message i says."""
         lacking = self._lacking(message, text)
         if lacking is not None:
             raise RowError(
@@ -438,6 +441,7 @@ class TurnFinder:
             )
 
     def _check_behind_reasoning(self, i: int, message: Message, text: str) -> None:
+        """Raise RowError unless all but the reasoning of message i stands behind the reasoning."""
         lacking = self._lacking(message, text)
         if lacking is not None:
             raise RowError(
