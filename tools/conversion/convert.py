@@ -67,10 +67,7 @@ from torchsft.config import InputError
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.precision.blockwise import SCALE_SUFFIX, quantise, scale_key, scale_shape
 
-# Of a tensor; a worker holds them as read, as written and perhaps in fp32. The parts of a DCP
-# tensor are its chunks, so that these are larger than what passes best through a processor's cache.
-DCP_PART_ELEMENTS = 1 << 24
-PART_ELEMENTS = 1 << 22
+PART_ELEMENTS = 1 << 24  # of a tensor; a worker holds them as read, as written and perhaps in fp32
 DCP_FILE_BYTES = 1e9
 SHARD_BYTES = 5e9
 TRAINER = "trainer.json"
@@ -597,7 +594,7 @@ def to_dcp(
     out: str | Path,
     *,
     workers: int = 2,
-    part_elements: int = DCP_PART_ELEMENTS,
+    part_elements: int = PART_ELEMENTS,
     file_bytes: float = DCP_FILE_BYTES,
     progress: bool = True,
 ) -> list[str]:
