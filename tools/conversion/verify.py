@@ -158,12 +158,7 @@ def _check(side: Path, findings: Findings, progress: bool) -> None:
         progress,
     ) as bar:
         findings.differences += [f"{side}: {fault}" for fault in damaged(folder, bar.add)]
-    for name, stored in RangeReader(folder).tensors.items():
-        held = sum(chunk.sizes.numel() for chunk in stored.chunks)
-        if held != stored.size.numel():
-            findings.differences.append(
-                f"{side}: {name} has {held} of its {stored.size.numel()} elements"
-            )
+    RangeReader(folder)  # an InputError: a tensor is not complete
 
 
 def _configs(a: Path, b: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

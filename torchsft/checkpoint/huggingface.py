@@ -114,7 +114,7 @@ def _check_tied(index: Weights, rows: int = 4096) -> None:
 def load_weights(model: LanguageModel, index: Weights) -> int:
     """Fill all parameters and persistent buffers, in their dtypes; each rank reads only what it
     holds. Returns bytes read. `model`: materialised, whole or the part that this rank holds; of
-    plain tensors or DTensors (see `shard_box`). `index`: from `check_weights` of the whole model. A
+    plain tensors or DTensors (see `local_box`). `index`: from `check_weights` of the whole model. A
     tensor that holds nan or inf is an InputError.
     """
     pieces, before = model.checkpoint_pieces(), index.bytes_read

@@ -86,7 +86,7 @@ def read_metadata(folder: Folder) -> Metadata:
             f"give another one"
         ) from error
     try:
-        return _checked(_Unpickler(io.BytesIO(data)).load())
+        metadata = _checked(_Unpickler(io.BytesIO(data)).load())
     except InputError as error:
         raise InputError(
             f"{folder}/{METADATA} {error}; it was not run: do not trust this file"
@@ -95,6 +95,14 @@ def read_metadata(folder: Folder) -> Metadata:
         raise InputError(
             f"{folder} is damaged: unreadable {METADATA} ({error!r}); use another checkpoint"
         ) from error
+    for name, tensor in metadata.state_dict_metadata.items():  # what lacks, torch would leave as is
+        held, needed = sum(chunk.sizes.numel() for chunk in tensor.chunks), tensor.size.numel()
+        if held != needed:
+            raise InputError(
+                f"{folder} is damaged: it holds {held} of the {needed} elements of {name}; "
+                f"use another checkpoint"
+            )
+    return metadata
 
 
 def _checked(record: Any) -> Metadata:

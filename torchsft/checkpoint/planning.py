@@ -1,5 +1,5 @@
-"""DCP's planners and stager: what this rank writes, in which chunks; its copy in host memory; and
-what it reads.
+"""DCP's save planner and stager: what this rank writes, in which chunks, and its copy in host
+memory.
 """
 
 import time
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
     DefaultSavePlanner,
     create_default_local_save_plan,
 )
@@ -18,18 +17,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from torchsft.checkpoint.boxes import Box, local_box
+from torchsft.checkpoint.boxes import Box
 from torchsft.checkpoint.publish import gather_objects, rank_and_size
-from torchsft.config import InputError
 
 CHUNK_BYTES = 256 * 2**20  # the most that one chunk of ours holds
 _FAILURE = "failure"  # what a stager that failed hands to the planner, in place of tensors
@@ -153,72 +149,3 @@ class HostStager(AsyncStager):
             torch.cuda.current_stream().synchronize()
         self.host = host
         return host
-
-
-class CompleteLoadPlanner(DefaultLoadPlanner):
-    """Plans to fill tensors and DTensors, and refuses a checkpoint that lacks a part of them.
-
-    Args:
-        place: of the checkpoint, for error messages.
-    """
-
-    def __init__(self, place: str) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._place = place
-
-    def create_local_plan(self) -> LoadPlan:
-        """Return what to read for this rank's boxes.
-
-        Raises:
-            InputError: a box is not covered by the checkpoint's chunks.
-        """
-        plan = super().create_local_plan()
-        boxes = {name: local_box(tensor) for name, tensor in self.state_dict.items()}
-        check_covered(plan, boxes, self._place)
-        return plan
-
-
-class BoxPlanner(DefaultLoadPlanner):
-    """Plans to fill one tensor with a box of a stored one.
-
-    Args:
-        name: of the stored tensor.
-        box: of it.
-        values: what is filled, of the box's shape.
-        place: of the checkpoint, for error messages.
-    """
-
-    def __init__(self, name: str, box: Box, values: Tensor, place: str) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._name, self._box, self._values, self._place = name, box, values, place
-
-    def create_local_plan(self) -> LoadPlan:
-        """Return what to read for the box.
-
-        Raises:
-            InputError: it is not covered by the checkpoint's chunks.
-        """
-        stored = self.metadata.state_dict_metadata[self._name]
-        chunk = ChunkStorageMetadata(torch.Size(self._box.start), torch.Size(self._box.shape))
-        plan = LoadPlan(create_read_items_for_chunk_list(self._name, stored, [chunk]))
-        check_covered(plan, {self._name: self._box}, self._place)
-        return plan
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Return what is filled."""
-        return self._values
-
-
-def check_covered(plan: LoadPlan, boxes: Mapping[str, Box], place: str) -> None:
-    """Raise InputError where a plan reads fewer elements than the boxes have, which torch would
-    leave as they are.
-    """
-    found = dict.fromkeys(boxes, 0)
-    for item in plan.items:
-        found[item.dest_index.fqn] += item.lengths.numel()
-    for name, box in boxes.items():
-        if found[name] != box.size:
-            raise InputError(
-                f"{place} is damaged: it holds {found[name]} of the {box.size} elements of {name} "
-                f"at {box.start}; use another checkpoint"
-            )

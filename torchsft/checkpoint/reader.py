@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
@@ -23,9 +30,8 @@ from torchsft.checkpoint.archive import (
 )
 from torchsft.checkpoint.boxes import Box
 from torchsft.checkpoint.metadata import read_metadata
-from torchsft.checkpoint.planning import BoxPlanner
 from torchsft.checkpoint.storage import Folder, in_one_line
-from torchsft.checkpoint.writer import completed
+from torchsft.checkpoint.writer import OneCheckpoint, completed
 from torchsft.config import InputError
 
 SLAB_BYTES = 64 * 2**20  # the most that is read aside when a part has to be cut out
@@ -58,7 +64,19 @@ class Run:
     target: tuple[int | slice, ...]
 
 
-class RangeReader(StorageReader):
+class BoxPlanner(DefaultLoadPlanner):
+    """Resolves what is read of one box to the tensor that has its shape."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self._values = values
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return the tensor."""
+        return self._values
+
+
+class RangeReader(OneCheckpoint, StorageReader):
     """Reads the tensors of a DCP checkpoint.
 
     Attributes:
@@ -76,14 +94,6 @@ class RangeReader(StorageReader):
         self.bytes_read = 0
         self._offsets: dict[Chunk, int | None] = {}
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Do nothing: a reader is for one checkpoint."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Return True: a reader knows its folder."""
-        return True
-
     def read_metadata(self) -> Metadata:
         """Return the metadata, which was read and checked when the reader was made."""
         return self._metadata
@@ -93,24 +103,16 @@ class RangeReader(StorageReader):
     ) -> None:
         """Do nothing: the metadata is known."""
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans as they are."""
-        return plans
-
     def read(self, name: str, box: Box) -> Tensor:
         """Return a box of a tensor on the CPU, in its stored dtype.
 
         Raises:
-            InputError: a part of it is lacking, a file absent or damaged.
+            InputError: a file is absent or damaged.
         """
         values = torch.empty(box.shape, dtype=self.tensors[name].properties.dtype)
-        planner = BoxPlanner(name, box, values, str(self.folder))
-        planner.set_up_planner({}, self._metadata, is_coordinator=True)
-        self.read_data(planner.create_local_plan(), planner)
+        chunk = ChunkStorageMetadata(torch.Size(box.start), torch.Size(box.shape))
+        items = create_read_items_for_chunk_list(name, self.tensors[name], [chunk])
+        self.read_data(LoadPlan(items), BoxPlanner(values))
         return values
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict import (
@@ -46,7 +46,6 @@ from torchsft.checkpoint.boxes import Box, local_box
 from torchsft.checkpoint.hf_directory import mismatches
 from torchsft.checkpoint.manifest import MANIFEST, incomplete
 from torchsft.checkpoint.planning import (
-    CompleteLoadPlanner,
     HostStager,
     OwnedPlanner,
     owned_items,
@@ -406,7 +405,9 @@ def _load_tensors(tensors: dict[str, Tensor], reader: RangeReader) -> None:
     them.
     """
     _ignore_warning_of_one_process()
-    planner = CompleteLoadPlanner(str(reader.folder))
+    for tensor in tensors.values():
+        local_box(tensor)  # a TypeError: this rank's part is not one box
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with torch.no_grad():
             dcp.load(tensors, storage_reader=reader, planner=planner)

@@ -17,6 +17,8 @@ from torchsft.config import InputError
 
 # Bytes are hashed and written in slabs that stay in the processor's cache in between.
 SLAB_BYTES = 2**20
+# A local file begins to go to the disk when so many bytes are waiting, not only when it is closed.
+WRITEBACK_BYTES = 64 * 2**20
 
 
 def in_one_line(failure: BaseException) -> str:
@@ -32,9 +34,11 @@ class Output:
         checksum: xxh3 of these bytes, 16 hexadecimal digits; "" where none is kept.
     """
 
-    def __init__(self, file: BinaryIO, checksum: bool) -> None:
+    def __init__(self, file: BinaryIO, checksum: bool, local: bool) -> None:
         self._file = file
         self._hash = xxhash.xxh3_64() if checksum else None
+        self._writes_back = local and hasattr(os, "posix_fadvise")
+        self._handed_over = 0  # bytes on their way to the disk
         self.size = 0
 
     @property
@@ -49,9 +53,18 @@ class Output:
             if self._hash:
                 self._hash.update(slab)
             while slab.nbytes:
-                slab = slab[self._file.write(slab) :]
-        self.size += data.nbytes
+                written = self._file.write(slab)
+                self.size += written
+                slab = slab[written:]
+            if self._writes_back and self.size - self._handed_over >= WRITEBACK_BYTES:
+                self._start_writeback()
         return data.nbytes
+
+    def _start_writeback(self) -> None:
+        """Let the disk write what has not been handed over to it, without waiting for that."""
+        start, length = self._handed_over, self.size - self._handed_over
+        os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+        self._handed_over = self.size
 
     def flush(self) -> None:
         """Do nothing: leaving `Folder.writer` flushes."""
@@ -170,7 +183,8 @@ class Folder:
             if self.remote
             else open(self._of(name), "wb", buffering=0) as file
         ):
-            yield Output(file, checksum)
+            output = Output(file, checksum, local=not self.remote)
+            yield output
             if not self.remote:
                 os.fsync(file.fileno())
 

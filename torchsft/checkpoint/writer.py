@@ -43,7 +43,29 @@ def completed(value: Any) -> Future[Any]:
     return future
 
 
-class DirectoryWriter(StorageWriter):
+class OneCheckpoint:
+    """What DCP asks of every storage writer and reader, and ours have no need of: each is for one
+    checkpoint, whose folder it knows, and takes plans as they are.
+    """
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Do nothing."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Return True."""
+        return True
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        """Return the plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        """Return the plans."""
+        return plans
+
+
+class DirectoryWriter(OneCheckpoint, StorageWriter):
     """Writes the files of a DCP checkpoint into a folder.
 
     Args:
@@ -58,24 +80,8 @@ class DirectoryWriter(StorageWriter):
         self.others: dict[str, FileEntry] = {}  # files of other writers, for the manifest
         self.bytes = 0  # of all files but the manifest, after `finish`
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Do nothing: a writer is for one checkpoint."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Return True: a writer knows its folder."""
-        return True
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the folder is there."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return the plans as they are."""
-        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this process's file, tensor by tensor; one of them is in memory at a time.
@@ -85,10 +91,10 @@ class DirectoryWriter(StorageWriter):
             `FileEntry`.
 
         Raises:
-            WriteError: the file could not be written, or a tensor not be resolved.
+            OSError: the file could not be written.
         """
         results = []
-        with _described(), self.folder.writer(self.file) as output:
+        with self.folder.writer(self.file) as output:
             for item in plan.items:
                 start = output.size
                 write_archive(planner.resolve_data(item), output)
@@ -102,7 +108,7 @@ class DirectoryWriter(StorageWriter):
         """On the coordinator: write the texts, `.metadata` and, last, the manifest.
 
         Raises:
-            WriteError: one of them could not be written.
+            OSError: one of them could not be written.
         """
         files = dict(self.others)
         metadata.storage_data = {}
@@ -113,11 +119,10 @@ class DirectoryWriter(StorageWriter):
                 metadata.storage_data[result.index] = result.storage_data
         metadata.storage_meta = StorageMeta()
         metadata.version = FORMAT_VERSION
-        with _described():
-            for name, text in self.texts.items():
-                files[name] = entry_of(self.folder.write_text(name, text))
-            files[METADATA] = write_metadata(self.folder, metadata)
-            write_manifest(self.folder, files)
+        for name, text in self.texts.items():
+            files[name] = entry_of(self.folder.write_text(name, text))
+        files[METADATA] = write_metadata(self.folder, metadata)
+        write_manifest(self.folder, files)
         self.bytes = sum(entry.bytes for entry in files.values())
 
 
@@ -152,12 +157,21 @@ class PublishingWriter(DirectoryWriter):
             with _described():
                 prepare_staging(self.target)
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file; see `DirectoryWriter`.
+
+        Raises:
+            WriteError: it could not be written.
+        """
+        with _described():
+            return super().write_data(plan, planner)
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator: write what is left to write, and let the checkpoint appear.
 
         Raises:
             WriteError: that failed.
         """
-        super().finish(metadata, results)
         with _described():
+            super().finish(metadata, results)
             publish(self.folder, self.target)
