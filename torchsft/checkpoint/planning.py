@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from torchsft.checkpoint.boxes import Box
-from torchsft.checkpoint.publish import gather_objects, rank_and_size
+from torchsft.parallel.collectives import gather_objects, rank_and_size
 
 CHUNK_BYTES = 256 * 2**20  # the most that one chunk of ours holds
 _FAILURE = "failure"  # what a stager that failed hands to the planner, in place of tensors
