@@ -20,7 +20,7 @@ import dataclasses
 
 from sft import debug_preset, finetune_preset, run
 from torchsft.config import Config, Data, Optim, Parallel, Train
-from torchsft.interruption import guarded
+from torchsft.interruption import run_main
 
 
 def debug() -> Config:
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from sft import debug_preset, finetune_preset, run
 from torchsft.config import Config, Data, Optim, Parallel, Train
-from torchsft.interruption import guarded
+from torchsft.interruption import run_main
 
 # config.json of the debug preset's model, without what follows from its tokenizer.
 DEBUG_MODEL = {
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -17,21 +17,21 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 PROLOGUE = """
 import time
 from torchsft.config import InputError
-from torchsft.interruption import Preemption, guarded
+from torchsft.interruption import Preemption, run_main
 
 def main():
     print("ready", flush=True)
 """
 WAITS = "    time.sleep(60)"
-TRAINS = """    with Preemption(tell=True) as preemption:
+TRAINS = """    with Preemption(announce=True) as preemption:
         while preemption.received is None:
             time.sleep(0.01)
         time.sleep(60)"""
 
 
 def start(body, **environment):
-    """A process that runs `guarded(main)`."""
-    code = f"{PROLOGUE}{body}\nguarded(main)"
+    """A process that runs `run_main(main)`."""
+    code = f"{PROLOGUE}{body}\nrun_main(main)"
     clean = {
         name: value
         for name, value in os.environ.items()

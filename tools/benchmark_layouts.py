@@ -23,7 +23,9 @@ together: more than 1 is computed more than once. In brackets: one process is 1.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -277,22 +279,18 @@ def expected_bytes(
         sent[kind] += microbatches * values * FP32
     total = {kind: count / pp for kind, count in sent.items()}
 
-    # counts; norm; loss, what the ranks agree on, and loads
-    layers = range(config.num_hidden_layers)
-    experts = max(map(config.routed_experts, layers))
-    numbers = 4 + 1 + 3 + len(layers) * (1 + experts)
+    # counts of the batch; the norm; loss, two flags, and balance loss and load of each MoE layer
+    experts = [config.routed_experts(layer) for layer in range(config.num_hidden_layers)]
+    numbers = 4 + 1 + 3 + sum(1 + max(experts) for count in experts if count)
     total["all-reduce"] += 2 * share(world_size) * numbers * 8
     return total
 
 
 class QuietTrainer(Trainer):
-    """Writes and prints nothing."""
+    """Writes nothing."""
 
     def open_output(self) -> None:
         """No metric files."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
 
 
 def config_for(directory: Path, row: int, **sizes: Any) -> Config:
@@ -317,7 +315,8 @@ def train_steps(config: Config, repeats: int) -> dict[str, Any]:
     multiplies.
     """
     with World(config.parallel, 0) as world:
-        trainer = QuietTrainer(config, world)
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints of rows and weights
+            trainer = QuietTrainer(config, world)
         trainer.train_step(next(trainer.loader))
         began = time.process_time()
         seconds = [

@@ -23,7 +23,7 @@ ECHO_SECONDS = 2.0
 # Before a notice is printed: where a rank has died, torchrun sends SIGTERM too, and that rank's
 # fault is told instead.
 NOTICE_SECONDS = 0.3
-# of a rank that leaves the telling to another, which torchrun answers by ending all
+# of a rank that leaves the report to another, which torchrun answers by ending all
 PATIENCE_SECONDS = 3.0
 
 # What gloo, NCCL and the store say of a peer that is gone; no other fault does.
@@ -82,8 +82,8 @@ class Preemption:
     torchrun sends SIGTERM).
     """
 
-    def __init__(self, tell: bool) -> None:
-        self.tell = tell  # whether to say on stderr that the signal has been heard
+    def __init__(self, announce: bool) -> None:
+        self.announce = announce  # whether to print on stderr that the signal has come
         self.received: signal.Signals | None = None  # the signal, once there was one
         self.since = 0.0  # seconds of `time.monotonic()` when it came
 
@@ -104,7 +104,7 @@ class Preemption:
         now = time.monotonic()
         if self.received is None:
             self.since, self.received = now, name
-            if self.tell:
+            if self.announce:
                 time.sleep(NOTICE_SECONDS)
                 again = " (Ctrl-C again: at once)" if name == signal.SIGINT else ""
                 _print(f"{name.name}: this step is finished and saved, then the run ends{again}")
@@ -116,7 +116,7 @@ class Preemption:
         os._exit(128 + name)
 
 
-def guarded(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run `main`; what can be mended becomes one sentence on stderr and exit code 1, told by one
     rank.
 
@@ -145,7 +145,7 @@ def guarded(main: Callable[[], None]) -> None:
             if not main_rank and _told_file() is None:
                 time.sleep(PATIENCE_SECONDS)
             _leave(f"error: {DEATH}")
-        _first_to_tell()  # before the others notice that this rank is gone
+        _first_to_report()  # before the others notice that this rank is gone
         _report(traceback.format_exc())
         raise
 
@@ -161,7 +161,7 @@ def _leave(sentence: str) -> None:
     """End the process with exit code 1; `sentence` is printed where no other rank of this machine
     has told its fault.
     """
-    if _first_to_tell():
+    if _first_to_report():
         _report(sentence)
         _print(sentence)
     else:  # torchrun shall see the fault of the other one first
@@ -184,7 +184,7 @@ def _told_file() -> Path | None:
     return Path(error_file).parent.parent / "told" if error_file else None
 
 
-def _first_to_tell() -> bool:
+def _first_to_report() -> bool:
     """Whether no rank of this machine has told a fault yet; from now on one has."""
     if (path := _told_file()) is None:
         return True

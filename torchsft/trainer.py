@@ -101,10 +101,10 @@ class Trainer:
                 "the debug preset)"
             )
         self.source = Path(config.model.path)
-        self.start = find_start(config, tell=world.is_main)
+        self.start = find_start(config, announce=world.is_main)
         self.check_export_place()
         self.output = RunOutput(config, world)
-        self.preemption = Preemption(tell=world.is_main)
+        self.preemption = Preemption(announce=world.is_main)
         self.signalled = False  # a rank has been told to end; as all ranks know it
         self.counters = Counters()
         # Tokens that ended turns which the run trained before the checkpoint that it continues.

@@ -32,7 +32,7 @@ from recipes import deepseek_v3_sft
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft import trainer
 from torchsft.checkpoint import huggingface, state
-from torchsft.interruption import guarded
+from torchsft.interruption import run_main
 
 # What the main thread of a rank does, and what the thread that writes checkpoints does ("sync": the
 # main thread is that one).
@@ -241,7 +241,7 @@ def _rank(
     sys.argv = ["deepseek_v3_sft.py", *argv]
     code = 1
     try:
-        guarded(deepseek_v3_sft.main)
+        run_main(deepseek_v3_sft.main)
         code = 0
     except BaseException:
         traceback.print_exc()

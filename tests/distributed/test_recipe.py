@@ -226,7 +226,7 @@ def faulty(self, *arguments):
         raise ArithmeticError("the third step of rank 1 broke")
     return step(self, *arguments)
 Pipeline.step = faulty
-deepseek_v3_sft.guarded(deepseek_v3_sft.main)
+deepseek_v3_sft.run_main(deepseek_v3_sft.main)
 """
 
 

@@ -33,13 +33,13 @@ def checkpoints_of(output: str | Path, remote: str | None) -> str:
     return f"{remote.rstrip('/')}/checkpoints" if remote else str(Path(output) / "checkpoints")
 
 
-def find_start(config: Config, tell: bool) -> Start:
+def find_start(config: Config, announce: bool) -> Start:
     """What the run starts from; to be called by every rank before one writes to the output
     directory.
 
     Args:
         config: resolved, as it is compared with the configurations found.
-        tell: whether to print (on stderr) that a checkpoint is passed over, or an option not
+        announce: whether to print (on stderr) that a checkpoint is passed over, or an option not
             followed.
 
     Raises:
@@ -52,7 +52,7 @@ def find_start(config: Config, tell: bool) -> Start:
     if config.overwrite and (found or Folder(where).names()):  # else there is nothing to overwrite
         if found is None or changes or not found.get("overwrite"):
             return _start_over(config, where)
-        if tell:
+        if announce:
             said = (
                 f"{output} holds this same run, which --overwrite has started: it is continued, "
                 f"not replaced"
@@ -73,7 +73,7 @@ def find_start(config: Config, tell: bool) -> Start:
             f"{fault}; choose another --output, or give --overwrite to replace that run"
         )
     latest, passed_over = state.find_latest(where)
-    for sentence in passed_over if tell else ():
+    for sentence in passed_over if announce else ():
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
     if options.resume == "never":
         if latest is None:
