@@ -161,7 +161,7 @@ def _findings_of_source(source: Inspected) -> list[Finding]:
 def _all(
     spec: str, source: Source, preparer: Preparer, progress: bool
 ) -> tuple[Inspected, list[Finding]]:
-    """Return every sample, by way of the cache."""
+    """Return every sample, by way of the cache, and a finding for each row that gave none."""
     try:
         [prepared] = prepare(
             [spec],
@@ -197,7 +197,11 @@ def _all(
 
 
 def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspected, list[Finding]]:
-    """Return the first `most` samples, in memory; None: all."""
+    """Return the first `most` samples, in memory, and a finding for each row that gave none.
+
+    Args:
+        most: None: all.
+    """
     samples: list[RowSample] = []
     findings: list[Finding] = []
     counts: Counter[str] = Counter()

@@ -51,6 +51,7 @@ def _policy(template: str) -> str:
 
 
 def _digest_of(tag: str, template: str) -> str:
+    """Return the hash of the content of a tag, as a policy names it."""
     (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
@@ -60,7 +61,9 @@ def _digest_of(tag: str, template: str) -> str:
 
 
 def _choose(inspection: Inspection) -> list[Key]:
-    """Return the samples that are shown, in the order of the sources."""
+    """Return the samples that are shown, in the order of the sources: as many as a browser
+    takes.
+    """
     chosen: set[Key] = set()
     tokens = 0
     for key in _candidates(inspection):
@@ -74,13 +77,16 @@ def _choose(inspection: Inspection) -> list[Key]:
 
 
 def _sample_of(inspection: Inspection, key: Key) -> Sample:
+    """Return the sample of a key."""
     source, index = key
     return inspection.sources[source].samples[index]
 
 
 def _candidates(inspection: Inspection) -> Iterator[Key]:
-    """Yield all samples; where they are too many, those with findings and in the first rows come
-    first.
+    """Yield all samples, in the order in which they are taken.
+
+    Where they are too many, samples with findings come first (so many that rows are shown too),
+    then those of the first packed rows. A sample may come several times.
     """
     samples = sum(len(source.samples) for source in inspection.sources)
     tokens = sum(source.tokens for source in inspection.sources)
@@ -94,6 +100,7 @@ def _candidates(inspection: Inspection) -> Iterator[Key]:
 
 
 def _with_findings(inspection: Inspection) -> Iterator[Key]:
+    """Yield the samples with errors or warnings."""
     wrong = inspection.wrong()
     named = {source for source, _ in wrong}
     for s, source in enumerate(inspection.sources):
@@ -121,7 +128,10 @@ class _Rows:
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:
-    """Return all that the page shows, as JSON."""
+    """Return all that the page shows, as JSON.
+
+    The text of each token stands once in `vocabulary`; samples have ids of tokens.
+    """
     chosen = _choose(inspection)
     findings_of = _findings_by_sample(inspection)
     packed = _rows(inspection, chosen)
@@ -167,6 +177,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
 
 
 def _findings_by_sample(inspection: Inspection) -> dict[tuple[str, str], list[Finding]]:
+    """Return all findings, by the source's name and the sample's id or the place of its row."""
     found: dict[tuple[str, str], list[Finding]] = {}
     for finding in inspection.findings:
         found.setdefault((finding.source, finding.sample), []).append(finding)
@@ -174,6 +185,11 @@ def _findings_by_sample(inspection: Inspection) -> dict[tuple[str, str], list[Fi
 
 
 def _rows(inspection: Inspection, chosen: list[Key]) -> _Rows:
+    """Return the packed rows that are shown.
+
+    Args:
+        chosen: the samples that are shown.
+    """
     place_on_page = {key: place for place, key in enumerate(chosen)}
     packed = _Rows([], {})
     for row in inspection.plan.rows:
@@ -188,7 +204,11 @@ def _rows(inspection: Inspection, chosen: list[Key]) -> _Rows:
 
 
 def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return title, level, count and an example of each reason of findings."""
+    """Return title, level, count and an example of each reason of findings.
+
+    Args:
+        samples: those that are shown, with the notes on them.
+    """
     examples: dict[str, str] = {}
     for finding in inspection.findings:
         examples.setdefault(finding.reason, f"{finding.sample}: {finding.text}")
@@ -220,6 +240,7 @@ def _totals(inspection: Inspection) -> dict[str, int]:
 
 
 def _shown_of(shown: int, total: int, word: str) -> str:
+    """Return how many of all things are shown, in words."""
     if shown == total:
         return plural(total, word)
     return f"{shown:,} of {plural(total, word)} are on this page"
