@@ -130,7 +130,10 @@ class Comparison:
     pairs: list[Pair]
 
     def samples(self) -> dict[str, int]:
-        """Return how many are equal, different, only ours, only theirs."""
+        """Return how many samples are equal, different, only ours, only theirs.
+
+        What only one side has is not counted as different.
+        """
         whole = [pair for pair in self.pairs if pair.is_whole]
         different = sum(pair.differs for pair in whole)
         return {
@@ -141,7 +144,10 @@ class Comparison:
         }
 
     def trained(self) -> dict[str, int]:
-        """Return how many tokens both train, we alone, they alone."""
+        """Return how many tokens both train, we alone, they alone.
+
+        A token that one side alone has can only be trained by that side.
+        """
         both = ours = theirs = 0
         for pair in self.pairs:
             both += int((pair.ours_trained & pair.theirs_trained).sum())
@@ -214,7 +220,10 @@ def compare(
 
 
 def _faults(findings: Sequence[Finding]) -> dict[tuple[str, int], str]:
-    """Return why rows gave no sample, by source and number."""
+    """Return why rows gave no sample, by source and number of the row.
+
+    The place in a finding ends with the number.
+    """
     faults: dict[tuple[str, int], str] = {}
     for finding in findings:
         place = PLACE.search(finding.sample)
@@ -224,7 +233,10 @@ def _faults(findings: Sequence[Finding]) -> dict[tuple[str, int], str]:
 
 
 def _row(pair: Pair) -> tuple[str, int]:
-    """Return source and number of the row that gave our sample."""
+    """Return source and number of the row that gave our sample.
+
+    A row may have given several; the number is without the part.
+    """
     return pair.source, row_number(pair.ours)
 
 

@@ -27,8 +27,9 @@ Key = tuple[int, int]  # index of a source, and of a sample in it
 
 
 def render(inspection: Inspection) -> str:
-    """Return the page as text. It holds every sample, or as many as a browser takes: those with
-    findings, then the first rows.
+    """Return the page as text.
+
+    It holds every sample, or as many as a browser takes: those with findings, then the first rows.
     """
     data = _data(inspection)
     written = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
@@ -39,8 +40,9 @@ def render(inspection: Inspection) -> str:
 
 
 def _policy(template: str) -> str:
-    """Return a content security policy under which the page's own style and script run, and nothing
-    else does or is loaded.
+    """Return a content security policy.
+
+    Under it the page's own style and script run, and nothing else does or is loaded.
     """
     style = _digest_of("style", template)
     script = _digest_of("script", template)
@@ -148,7 +150,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
         shown["findings"] = findings
         shown["row"] = packed.place_of.get(key)
         samples.append(shown)
-    # of rows that gave no sample, and samples that are not shown
+    # What is left is of rows that gave no sample, and of samples that are not shown.
     elsewhere = [
         (finding.reason, finding.sample, finding.text)
         for findings in findings_of.values()
@@ -213,6 +215,7 @@ def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str,
     for finding in inspection.findings:
         examples.setdefault(finding.reason, f"{finding.sample}: {finding.text}")
     reasons: dict[str, Any] = {}
+    # of findings
     for level, reason, n in inspection.tally():
         reasons[reason] = {
             "title": title(reason),
@@ -220,6 +223,7 @@ def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str,
             "count": n,
             "example": examples[reason],
         }
+    # of what happened to samples, which are no findings
     for note, text in NOTES.items():
         count = sum((note, "") in sample["findings"] for sample in samples)
         reasons[note] = {"title": text, "level": "note", "count": count}
@@ -227,7 +231,7 @@ def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str,
 
 
 def _totals(inspection: Inspection) -> dict[str, int]:
-    """Return numbers of the training data."""
+    """Return numbers of the training data, which evaluation sets have no part in."""
     trained = inspection.trained
     return {
         "samples": sum(len(source.samples) for source in trained),

@@ -51,6 +51,7 @@ class Reader:
     """Reads the tokens of one tokenizer and its chat template.
 
     Attributes:
+        backend: a copy of the tokenizer's.
         headers: of system, user, assistant and tool, as far as the template writes any; longest
             first.
         prompt: what it writes for the answer to come (add_generation_prompt); "" where it does not.

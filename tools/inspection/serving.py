@@ -413,7 +413,11 @@ def _form(message: Message, as_json: bool, in_content: bool | None, empty: str |
 
 
 def _call(call: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    """Return a tool call whose arguments are JSON, or an object."""
+    """Return a tool call in one form.
+
+    Args:
+        as_json: whether its arguments are JSON; else they are an object.
+    """
     arguments = call["function"].get("arguments") or {}
     is_text = isinstance(arguments, str)
     if as_json and not is_text:
@@ -428,7 +432,7 @@ def _call(call: dict[str, Any], as_json: bool) -> dict[str, Any]:
 
 
 def _equal_at_start(one: Sequence[int], other: np.ndarray) -> int:
-    """Return with how many equal tokens two texts begin."""
+    """Return with how many equal tokens two texts begin; they may have different lengths."""
     n = min(len(one), len(other))
     different = np.flatnonzero(np.asarray(one[:n], np.int64) != other[:n])
     return int(different[0]) if len(different) else n
