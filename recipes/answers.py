@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torchsft.metrics.summary import Answers
 from torchsft.parallel.pipeline import OneStage, Pipeline
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
+
+SHOWN = 4  # answers on the console
 
 
 def answer(trainer: Trainer, when: str) -> Answers:
@@ -39,28 +42,34 @@ def answer(trainer: Trainer, when: str) -> Answers:
         max_tokens=config.data.seq_len * config.train.micro_batch_size,
         label=f"answers {when} training" if config.metrics.progress else "",
     )
-    correct = sum(a.correct for a in answers)
-    ended = sum(a.ended(stops) for a in answers)
+    correct = sum(answer.correct for answer in answers)
+    ended = sum(answer.ended(stops) for answer in answers)
     if trainer.output.log:
         path = trainer.output.directory / f"answers-{when}.jsonl"
-        with trainer.output.may_fail(), open(path, "w", encoding="utf-8") as file:
-            for a in answers:
-                texts = {
-                    f"{part}_text": tokenizer.decode(getattr(a, part))
-                    for part in ("prompt", "reference", "generated")
-                }
-                line = (
-                    dataclasses.asdict(a) | {"correct": a.correct, "ended": a.ended(stops)} | texts
-                )
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        share = 100 * correct / len(answers)
-        lines = [
-            f"{when} training: {correct} of {len(answers)} held-out answers are exactly right "
-            f"({share:.1f} %), for example"
-        ]
-        lines += [a.shown(tokenizer) for a in answers[:4]]
+        with trainer.output.may_fail():
+            _write(answers, path, tokenizer, stops)
+        share = f"{100 * correct / len(answers):.1f} %"
+        right = f"{correct} of {len(answers)} held-out answers are exactly right ({share})"
+        lines = [f"{when} training: {right}, for example"]
+        lines += [answer.shown(tokenizer) for answer in answers[:SHOWN]]
         trainer.output.log.message("\n".join(lines))
     return Answers(correct, ended, len(answers))
+
+
+def _write(
+    answers: Sequence[Answer],
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Collection[int],
+) -> None:
+    """Write one JSON object a line for each answer: token ids, their texts, and how it came out."""
+    with open(path, "w", encoding="utf-8") as file:
+        for answer in answers:
+            line = dataclasses.asdict(answer)
+            line |= {"correct": answer.correct, "ended": answer.ended(stops)}
+            for part in ("prompt", "reference", "generated"):
+                line[f"{part}_text"] = tokenizer.decode(getattr(answer, part))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def answer_prompts(sample: Sample) -> list[tuple[list[int], list[int]]]:
@@ -102,7 +111,9 @@ class Answer:
         """
         question = tokenizer.decode(self.prompt)[-60:].replace("\n", " ")
         line = f"  ...{question!r} -> {tokenizer.decode(self.generated)!r}"
-        return line if self.correct else line + f" (reference {tokenizer.decode(self.reference)!r})"
+        if self.correct:
+            return line
+        return f"{line} (reference {tokenizer.decode(self.reference)!r})"
 
 
 @torch.no_grad()
@@ -130,77 +141,101 @@ def greedy_answers(
             then. References must fit.
         label: what rank 0 shows progress under; empty: it shows none.
     """
-    mine = [Answer(*prompt, generated=[]) for prompt in prompts[world.data_rank :: world.data_size]]
-    groups: list[list[Answer]] = [[]]
-    filled = 0
-    for answer in mine:
-        length = min(len(answer.prompt) + max_new_tokens, max_tokens)
-        if groups[-1] and filled + length > max_tokens:
-            groups.append([])
-            filled = 0
-        groups[-1].append(answer)
-        filled += length
-    count = torch.tensor(len(groups), device=world.device)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    groups += [[]] * (int(count) - len(groups))
+    limits = Limits(frozenset(stops), max_new_tokens, max_tokens)
+    of_this_rank = prompts[world.data_rank :: world.data_size]
+    mine = [Answer(*prompt, generated=[]) for prompt in of_this_rank]
+    groups = _groups(mine, limits)
+    most_groups = torch.tensor(len(groups), device=world.device)
+    dist.all_reduce(most_groups, op=dist.ReduceOp.MAX)
+    while len(groups) < int(most_groups):
+        groups.append([])
     with Waiting(label, len(prompts), "answers", shown=bool(label) and world.is_main) as waiting:
-        for index, group in enumerate(groups):
-            before = sum(map(len, groups[:index]))
-            for done, still_open in _generate(
-                pipeline, group, world, stops, max_new_tokens, max_tokens, before
-            ):
+        done_before = 0  # on this rank, in earlier groups
+        for group in groups:
+            for done, still_open in _generate(pipeline, group, world, limits, done_before):
                 waiting.done(done, f"{still_open} under way")
+            done_before += len(group)
     gathered: list[tuple[int, list[Answer]]] = [(0, []) for _ in range(world.size)]
     dist.all_gather_object(gathered, (world.data_rank, mine))
     of_rank = dict(gathered)  # ranks that read the same rows have the same answers
     return [of_rank[i % world.data_size][i // world.data_size] for i in range(len(prompts))]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Where answers end; see `greedy_answers`."""
+
+    stops: frozenset[int]
+    max_new_tokens: int
+    max_tokens: int
+
+    def goes_on(self, answer: Answer) -> bool:
+        """Whether an answer gets a further token, as far as the first and last limit say."""
+        length = len(answer.prompt) + len(answer.generated)
+        return not answer.ended(self.stops) and length < self.max_tokens
+
+
+def _groups(answers: Sequence[Answer], limits: Limits) -> list[list[Answer]]:
+    """Divide answers into groups that fit into a forward pass."""
+    groups: list[list[Answer]] = [[]]
+    filled = 0
+    for answer in answers:
+        length = min(len(answer.prompt) + limits.max_new_tokens, limits.max_tokens)
+        if groups[-1] and filled + length > limits.max_tokens:
+            groups.append([])
+            filled = 0
+        groups[-1].append(answer)
+        filled += length
+    return groups
+
+
 def _generate(
     pipeline: Pipeline | OneStage,
     answers: list[Answer],
     world: World,
-    stops: Collection[int],
-    max_new_tokens: int,
-    max_tokens: int,
-    before: int,
+    limits: Limits,
+    done_before: int,
 ) -> Iterator[tuple[int, int]]:
     """Extend `answers` in place; the ranks go on together until none has an open answer, since
     their layers communicate.
 
-    Before each token: how many answers are done (`before` on this rank in earlier groups) and under
-    way, over all ranks.
+    Before each token: how many answers are done (`done_before` on this rank in earlier groups) and
+    under way, over all ranks.
     """
-    device, together = world.device, world.sequence["sequence"].size()
-    for _ in range(max_new_tokens):
-        unfinished = [
-            a
-            for a in answers
-            if not a.ended(stops) and len(a.prompt) + len(a.generated) < max_tokens
-        ]
-        mine = [len(unfinished), before + len(answers) - len(unfinished)]
+    for _ in range(limits.max_new_tokens):
+        unfinished = [answer for answer in answers if limits.goes_on(answer)]
+        finished = len(answers) - len(unfinished)
+        counts = world.sum([len(unfinished), done_before + finished]).tolist()
         copies = world.size // world.data_size  # ranks that read the same rows
-        still_open, done = (int(count) // copies for count in world.sum(mine).tolist())
+        still_open, done = (int(count) // copies for count in counts)
         yield done, still_open
         if not still_open:
             return
-        sequences = [a.prompt + a.generated for a in unfinished]
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
-        ends = lengths.cumsum(0)
-        tokens = [t for s in sequences for t in s]
-        positions = [p for s in sequences for p in range(len(s))]
-        # Padding, so that the tokens divide over cp x tp ranks, and a rank without open answers can
-        # take part.
-        padding = [0] * (-len(tokens) % together or (0 if tokens else together))
-        tokens, positions = tokens + padding, positions + padding
-        logits = pipeline.logits(
-            torch.tensor(tokens, device=device),
-            positions=torch.tensor(positions, device=device),
-            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends])
-            .to(torch.int32)
-            .to(device),
-            max_seqlen=int(lengths.max()) if sequences else 0,
-            logits_at=(ends - 1).to(device),
-        )
-        for answer, token in zip(unfinished, logits.argmax(-1).tolist(), strict=True):
+        next_tokens = _next_tokens(pipeline, unfinished, world)
+        for answer, token in zip(unfinished, next_tokens, strict=True):
             answer.generated.append(token)
+
+
+def _next_tokens(
+    pipeline: Pipeline | OneStage, answers: Sequence[Answer], world: World
+) -> list[int]:
+    """Return the likeliest next token of each answer, by one forward pass over all of them."""
+    sequences = [answer.prompt + answer.generated for answer in answers]
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
+    tokens = [token for sequence in sequences for token in sequence]
+    positions = [position for sequence in sequences for position in range(len(sequence))]
+    # Padding, so that the tokens divide over cp x tp ranks, and a rank without open answers can
+    # take part.
+    ranks = world.sequence["sequence"].size()
+    missing = -len(tokens) % ranks if tokens else ranks
+    padding = [0] * missing
+    logits = pipeline.logits(
+        torch.tensor(tokens + padding, device=world.device),
+        positions=torch.tensor(positions + padding, device=world.device),
+        cu_seqlens=cu_seqlens.to(world.device),
+        max_seqlen=int(lengths.max()) if sequences else 0,
+        logits_at=(ends - 1).to(world.device),
+    )
+    return logits.argmax(-1).tolist()

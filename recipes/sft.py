@@ -139,12 +139,12 @@ def run(
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     from answers import answer
-    from torchsft.checkpoint.publish import claimed
+    from torchsft.checkpoint.publish import output_lock
     from torchsft.parallel.world import World
     from torchsft.trainer import Trainer
 
     with (
         World(config.parallel, config.train.seed) as world,
-        claimed(Path(config.output), world.is_main),
+        output_lock(Path(config.output), world.is_main),
     ):
         Trainer(config, world, generate, answer).run()

@@ -18,7 +18,7 @@ from recipes import deepseek_v3_sft
 from tests.distributed.test_layouts import SilentTrainer, config_for
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint import state
-from torchsft.checkpoint.publish import claimed
+from torchsft.checkpoint.publish import output_lock
 from torchsft.config import InputError, Optim, Precision, Train
 from torchsft.parallel.world import World
 from torchsft.resolution import resolve
@@ -473,7 +473,7 @@ def test_loss_weights_stay_fp32_in_bf16_compute(inputs, tmp_path):
 
 def test_two_runs_in_one_output_are_refused(inputs, tmp_path, monkeypatch):
     with (
-        claimed(tmp_path / "run", main=True),
+        output_lock(tmp_path / "run", main=True),
         pytest.raises(
             InputError,
             match=r"another run is writing to .*run; wait for it or choose "

@@ -59,7 +59,7 @@ from torchsft.config import Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.families import read_model_config
 from torchsft.models.language_model import ModelConfig
-from torchsft.ops import wanted
+from torchsft.ops import gradients_asked_for
 from torchsft.parallel.pipeline import Pipeline
 from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.torch_pipelining import weight_pass_possible
@@ -150,7 +150,7 @@ class _Work(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        want_x, want_weight = wanted(ctx)[:2]
+        want_x, want_weight = gradients_asked_for(ctx)[:2]
         time.sleep(ctx.unit * (want_x + want_weight))
         # a contiguous gradient, as it is sent to another rank
         return (

@@ -277,9 +277,7 @@ def main() -> int:
         return 1
     # its imports take seconds as those here do, and go on beside them
     if getattr(options, "workers", 1) > 1:
-        multiprocessing.forkserver.set_forkserver_preload(
-            ["tools.conversion.verify", "torch._dynamo"]
-        )
+        multiprocessing.forkserver.set_forkserver_preload(["tools.conversion.verify"])
         multiprocessing.forkserver.ensure_running()
 
     try:

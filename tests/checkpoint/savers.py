@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from torchsft.checkpoint import state
-from torchsft.checkpoint.dcp_files import ChunkReader, ChunkWriter
+from torchsft.checkpoint import state, writer
+from torchsft.checkpoint.reader import RangeReader
 from torchsft.config import InputError
 
 PLACES = {  # mesh shape, placements of the two matrices
@@ -91,7 +91,7 @@ class Gate:
     def __init__(self) -> None:
         self.open, self.error = threading.Event(), None
         self.open.set()
-        write = ChunkWriter.write
+        write = writer.write_archive
 
         def watched(*arguments):
             assert self.open.wait(60)
@@ -99,7 +99,7 @@ class Gate:
                 raise self.error
             write(*arguments)
 
-        ChunkWriter.write = watched
+        writer.write_archive = watched
 
 
 def full_disk():
@@ -154,9 +154,9 @@ def saves(directory):
 
     # A second save while rank 3 alone has not ended the first one.
     skipping = begin("skip", if_busy="skip")
-    late, write_all = threading.Event(), skipping._write
+    late, report = threading.Event(), skipping._report
     if rank == 3:
-        skipping._write = lambda *arguments: (write_all(*arguments), late.wait(60))[0]
+        skipping._report = lambda *arguments: (report(*arguments), late.wait(60))[0]
     seen["skip"] = [save(skipping, 1)]
     if rank != 3:
         skipping.wait()
@@ -185,20 +185,20 @@ def saves(directory):
         save(failing, 2)
         failing.wait()
         gate.error = None
-        metadata = state.write_metadata
+        metadata = writer.write_metadata
         if rank == 0:
-            state.write_metadata = lambda *_: (_ for _ in ()).throw(
+            writer.write_metadata = lambda *_: (_ for _ in ()).throw(
                 PermissionError(errno.EACCES, "no")
             )
         save(failing, 3)
         failing.wait()
-        state.write_metadata = metadata
+        writer.write_metadata = metadata
         if mode == "async":
-            copied = failing._copied
+            copy = failing._stager.copy
             if rank == 1:
-                failing._copied = lambda _: (_ for _ in ()).throw(MemoryError("no host memory"))
+                failing._stager.copy = no_host_memory
             save(failing, 4)
-            failing._copied = copied
+            failing._stager.copy = copy
         save(failing, 5)
         seen[mode] = end(failing), sorted(os.listdir(f"{directory}/{mode}"))
         seen[f"{mode} restored"] = restored(mode, 1), restored(mode, 5)
@@ -211,7 +211,7 @@ def saves(directory):
 
     # A part of the saved bytes cannot be read on one rank, or nothing on another: all say so.
     seen["refused"] = []
-    for faulty, name, fault in ((1, "ChunkReader", Unreadable), (2, "reading", gone)):
+    for faulty, name, fault in ((1, "RangeReader", Unreadable), (2, "read_lock", gone)):
         good = getattr(state, name)
         if rank == faulty:
             setattr(state, name, fault)
@@ -225,17 +225,21 @@ def saves(directory):
     return seen
 
 
+def no_host_memory(tensors):
+    raise MemoryError("no host memory")
+
+
 def gone(folder):
     raise InputError("removed for rank 2")
 
 
-class Unreadable(ChunkReader):
+class Unreadable(RangeReader):
     """Fails at the last tensor."""
 
-    def read(self, name, box):
-        if name == "rng.1.cpu":
+    def _chunk(self, item):
+        if item.storage_index.fqn == "rng.1.cpu":
             raise InputError("rank 1 cannot read it")
-        return super().read(name, box)
+        return super()._chunk(item)
 
 
 def write(directory, layout, rows):
@@ -255,12 +259,12 @@ def read(path, layouts, rows):
     """By layout: what it made of the model, and the bytes that this rank read."""
     readers = []
 
-    class Counting(ChunkReader):
+    class Counting(RangeReader):
         def __init__(self, folder):
             super().__init__(folder)
             readers.append(self)
 
-    state.ChunkReader = Counting
+    state.RangeReader = Counting
     dist.init_process_group("gloo")
     seen = {}
     for layout in layouts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -11,12 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from torchsft.checkpoint.boxes import Box, local_box, piece_box, shard_box
+from torchsft.checkpoint.boxes import Box, local_box, piece_box
 from torchsft.models.decoder import Piece
 
 LAYOUTS = [
@@ -52,10 +51,21 @@ def test_the_box_is_the_shard_that_distribute_tensor_gives(sizes, placements):
             dist.destroy_process_group()
 
 
+def placed(shape, sizes, placements):
+    """An empty DTensor of this shape, on a mesh of these sizes."""
+    mesh = init_device_mesh("cpu", sizes)
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        torch.empty(0), mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
+    )
+
+
 def test_boxes_of_all_ranks_cover_a_tensor_once():
     full = torch.zeros(7, 5)
-    for coordinate in itertools.product(range(3), range(2)):
-        box = shard_box((7, 5), (3, 2), (Shard(0), Shard(1)), coordinate)
+    for rank in range(6):
+        dist.init_process_group("fake", rank=rank, world_size=6, store=FakeStore())
+        box = local_box(placed((7, 5), (3, 2), (Shard(0), Shard(1))))
+        dist.destroy_process_group()
         full[box.within((0, 0))] += 1
     assert torch.equal(full, torch.ones(7, 5))
 
@@ -117,8 +127,11 @@ def test_placements_that_are_no_box_are_refused():
         ((9, 4), (4, 2), (_StridedShard(0, split_factor=2), Shard(0))),
         ((8, 4), (2,), (Partial(),)),
     ]:
+        dist.init_process_group("fake", rank=0, world_size=math.prod(sizes), store=FakeStore())
+        tensor = placed(shape, sizes, placements)
         with pytest.raises(TypeError, match="not one box per rank"):
-            shard_box(shape, sizes, placements, (0,) * len(sizes))
+            local_box(tensor)
+        dist.destroy_process_group()
 
 
 def test_intersection_and_indexing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import resource
 import shutil
@@ -18,8 +19,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from tests.checkpoint import savers
-from torchsft.checkpoint import state
-from torchsft.checkpoint.dcp_files import ChunkReader, ChunkWriter
+from torchsft.checkpoint import state, writer
+from torchsft.checkpoint.manifest import damaged
+from torchsft.checkpoint.reader import RangeReader
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
 
@@ -194,6 +196,26 @@ def test_dcp_itself_loads_a_checkpoint(tmp_path):
         assert torch.equal(targets[name], tensor), name
 
 
+def test_a_checkpoint_of_an_older_version_opens():
+    """Written by commit 1e9825c, which made DCP's files by its own hand and took CRC-32 of them:
+    `Toy` after 2 steps of `train` of `build(0)`.
+    """
+    path = Path(__file__).parent / "written_by_1e9825c"
+    expected, expected_optimizer = build(0)
+    train(expected, expected_optimizer, 2)
+    model, optimizer = build(1)
+    assert state.load(path, model, optimizer) == {"position": [1, 20]}
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6), name
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert float(optimizer.state[one]["step"]) == 2
+        moments = optimizer.state[one]["exp_avg"], expected_optimizer.state[other]["exp_avg"]
+        assert torch.allclose(*moments, rtol=1e-5, atol=1e-6)
+    assert damaged(Folder(path)) == []
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    assert all("crc32" in entry for entry in manifest["files"].values())
+
+
 # --------------------------------------------------------------------------------------------------
 # asynchronous
 
@@ -205,9 +227,9 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
     model, optimizer = build(0)
     train(model, optimizer, 2)
     checkpointer = begin(tmp_path, mode="async")
-    write, may_write = ChunkWriter.write, threading.Event()
+    write, may_write = writer.write_archive, threading.Event()
     monkeypatch.setattr(
-        ChunkWriter, "write", lambda *arguments: may_write.wait(60) and write(*arguments)
+        writer, "write_archive", lambda *arguments: may_write.wait(60) and write(*arguments)
     )
     states, random_states, buffers, path = {}, {}, {}, None
     for step in (2, 3):
@@ -219,7 +241,7 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
         train(model, optimizer, 1)
         may_write.set()
         checkpointer.wait()
-        buffers[step] = [tensor.data_ptr() for tensor in checkpointer._host.values()]
+        buffers[step] = [tensor.data_ptr() for tensor in checkpointer._stager.host.values()]
         (report,) = checkpointer.reports()
         path = report.path
         assert (
@@ -261,7 +283,7 @@ def test_a_gpu_is_copied_to_pinned_memory(tmp_path):
         buffers.append(
             {
                 name: tensor.data_ptr()
-                for name, tensor in checkpointer._host.items()
+                for name, tensor in checkpointer._stager.host.items()
                 if tensor.is_pinned()
             }
         )
@@ -285,7 +307,7 @@ def test_a_synchronous_save_copies_nothing(tmp_path):
         checkpointer.save(1, model, optimizer, extra={}, config={}, now=now)
         (report,) = checkpointer.reports()
         assert (
-            not checkpointer._host
+            not checkpointer._stager.host
             and report.error is None
             and report.stall_seconds == report.write_seconds
         )
@@ -462,14 +484,14 @@ def test_incomplete_ones_do_not_count_and_are_left_alone(tmp_path):
 def test_a_checkpoint_that_is_read_stays_until_it_has_been_read(tmp_path, monkeypatch):
     model, optimizer = build(0)
     path = save(tmp_path, 1, model, optimizer)
-    read, during = ChunkReader.read, []
+    read, during = RangeReader.read_data, []
 
     def reading(*arguments):
         if not during:
             during.append(retained(tmp_path, [(2, None), (3, None)], keep=1))
         return read(*arguments)
 
-    monkeypatch.setattr(ChunkReader, "read", reading)
+    monkeypatch.setattr(RangeReader, "read_data", reading)
     state.load(path, *build(1))
     assert during == [[1, 3]]
     assert retained(tmp_path, [(4, None)], keep=1) == [4]
@@ -570,7 +592,7 @@ def test_a_failed_save_leaves_nothing_that_looks_complete(place, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ChunkWriter, "write", full_disk)
+    monkeypatch.setattr(writer, "write_archive", full_disk)
     checkpointer = begin(place, keep=1)
     assert checkpointer.save(2, model, optimizer, extra={}, config={})
     (report,) = checkpointer.reports()
@@ -639,7 +661,7 @@ def test_the_manifest_of_a_failed_remote_save_goes_first(place, monkeypatch):
     # else what is left, if the removal fails too, looks like a damaged checkpoint, at which `auto`
     # stops
     removed = []
-    monkeypatch.setattr(state, "publish", lambda *_: (_ for _ in ()).throw(OSError("lost")))
+    monkeypatch.setattr(writer, "publish", lambda *_: (_ for _ in ()).throw(OSError("lost")))
     monkeypatch.setattr(
         type(fsspec.filesystem("memory")), "rm", lambda _, path, **__: removed.append(path)
     )
@@ -697,7 +719,7 @@ def test_unusable_checkpoints_are_refused_in_one_sentence(tmp_path):
     for data in path.glob("*.distcp"):
         content = data.read_bytes()
         data.write_bytes(bytes(len(content)))
-        assert "is damaged: model.kept cannot be read from __0_0.distcp" in refusal(
+        assert "is damaged: model.down.bias cannot be read from __0_0.distcp" in refusal(
             path, model, optimizer
         )
         data.write_bytes(content[:-3000])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-import zlib
 
 import fsspec
 import pytest
 import torch
+import xxhash
 
-from torchsft.checkpoint.publish import published, reading
+from torchsft.checkpoint.publish import published, read_lock
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import InputError
 
@@ -39,7 +39,7 @@ def test_files_go_out_and_come_back(place):
         out.write(memoryview(data)[5:1_000_000])
         # any buffer
         out.write(torch.frombuffer(bytearray(data[1_000_000:]), dtype=torch.int32).numpy())
-    assert (out.size, out.crc32) == (len(data), zlib.crc32(data))
+    assert (out.size, out.checksum) == (len(data), xxhash.xxh3_64_hexdigest(data))
     with fsspec.open(f"{place}/a", "rb") as file:  # what others see
         assert file.read() == data
     assert folder.has("a") and not folder.has("b") and folder.size("a") == len(data)
@@ -124,13 +124,13 @@ def test_what_is_replaced_while_it_is_read_is_not_taken_for_one_checkpoint(tmp_p
     folder = Folder(tmp_path / "replaced")
     with (
         pytest.raises(InputError, match="has just been removed or replaced"),
-        reading(folder),
+        read_lock(folder),
         published(folder) as staging,
     ):
         staging.write_text("trainer.json", "{}")
     with (
         pytest.raises(InputError, match="removed has just been removed"),
-        reading(Folder(tmp_path / "removed")),
+        read_lock(Folder(tmp_path / "removed")),
     ):
         Folder(tmp_path / "removed").remove()
 

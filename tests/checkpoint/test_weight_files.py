@@ -116,32 +116,6 @@ def test_slices_read_their_bytes_and_no_more(directory, bounds):
     )
 
 
-def test_contiguous_bytes_are_read_at_once(directory, monkeypatch):
-    index, read, calls = WeightIndex(directory), os.preadv, []
-    monkeypatch.setattr(
-        os, "preadv", lambda *arguments: calls.append(arguments[1][0].nbytes) or read(*arguments)
-    )
-    for part, sizes in [
-        ((), [6 * 7 * 32]),
-        ((slice(2, 5),), [3 * 7 * 32]),
-        ((slice(2, 3), slice(1, 5)), [4 * 32]),
-        ((slice(1, 3), slice(2, 6)), [4 * 32] * 2),
-        ((slice(0, 2), slice(0, 7), slice(1, 3)), [2 * 4] * 14),
-    ]:
-        calls.clear()
-        index.read("x", part)
-        assert calls == sizes
-
-
-def test_the_kernel_may_give_less_at_once(directory, monkeypatch):
-    index, read = WeightIndex(directory), os.preadv
-    expected = index.read_whole("x")
-    monkeypatch.setattr(
-        os, "preadv", lambda descriptor, parts, at: read(descriptor, [parts[0][:100]], at)
-    )
-    assert same_bits(index.read_whole("x"), expected)
-
-
 @given(
     st.tuples(st.integers(0, 300), st.integers(0, 300)),
     st.tuples(st.integers(0, 270), st.integers(0, 270)),
@@ -236,34 +210,34 @@ TWICE = (
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "its header should have 0 bytes, but the file has 0"),
+        (b"", "it has 0 bytes"),
         (
             header({"a": entry(0, 8)}, b"", 1 << 40),
-            "should have 1099511627776 bytes, but the file has",
+            "header too large",
         ),
-        (header({"a": entry(0, 8)}, bytes(7)), "bytes, but has"),
-        (header({"a": entry(0, 8)}, bytes(9)), "bytes, but has"),
+        (header({"a": entry(0, 8)}, bytes(7)), "file not fully covered"),
+        (header({"a": entry(0, 8)}, bytes(9)), "file not fully covered"),
         (
             header({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
-            "b begins at byte 4 of the data, where 8 bytes lie",
+            "invalid offset for tensor `b`",
         ),
         (
             header({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),
-            "b begins at byte 12 of the data, where 8 bytes lie",
+            "invalid offset for tensor `b`",
         ),
-        (header({"a": entry(-8, 0)}, b""), "a begins at byte -8"),
-        (header({"a": entry(0, 4)}, bytes(4)), r"a (F32, (2,)) has 4 bytes"),
-        (header({"a": entry(0, 8, (-2,))}, bytes(8)), r"a (F32, (-2,)) has 8 bytes"),
+        (header({"a": entry(-8, 0)}, b""), "integer `-8`"),
+        (header({"a": entry(0, 4)}, bytes(4)), "invalid shape, data type, or offset"),
+        (header({"a": entry(0, 8, (-2,))}, bytes(8)), "integer `-2`"),
         (header(b"{", bytes(8)), "Expecting"),
-        (header(b"[1]", bytes(8)), "no table of tensors"),
-        (header({"a": {"dtype": "F32"}}, bytes(8)), "no table of tensors"),
-        (header({"a": 3}, bytes(8)), "no table of tensors"),
+        (header(b"[1]", bytes(8)), "invalid type: sequence"),
+        (header({"a": {"dtype": "F32"}}, bytes(8)), "missing field `shape`"),
+        (header({"a": 3}, bytes(8)), "invalid type: integer `3`"),
         (header(TWICE, bytes(16)), "it has a twice"),
-        (header({"a": entry(0, 8, ("2",))}, bytes(8)), "a (F32, ('2',)) has 8 bytes"),
-        (header({"a": entry(0, 8, (2.0,))}, bytes(8)), "a (F32, (2.0,)) has 8 bytes"),
-        (header({"a": entry(0, 8, (-2, -1))}, bytes(8)), "a (F32, (-2, -1)) has 8 bytes"),
-        (header({"a": entry(0, 8.0)}, bytes(8)), "a (F32, (2,)) has 8.0 bytes"),
-        (header(b"[" * 200_000, bytes(8)), "no table of tensors"),
+        (header({"a": entry(0, 8, ("2",))}, bytes(8)), 'invalid type: string "2"'),
+        (header({"a": entry(0, 8, (2.0,))}, bytes(8)), "floating point `2.0`"),
+        (header({"a": entry(0, 8, (-2, -1))}, bytes(8)), "integer `-2`"),
+        (header({"a": entry(0, 8.0)}, bytes(8)), "floating point `8.0`"),
+        (header(b"[" * 200_000, bytes(8)), "recursion depth exceeded"),
     ],
 )
 def test_damaged_files(tmp_path, content, reason):

@@ -18,11 +18,12 @@ import pytest
 from tests.data import chat
 from torchsft.config import Data, InputError
 from torchsft.data.cache import fingerprint
-from torchsft.data.files import Files, open_source, table_rows
+from torchsft.data.files import Files, open_source
 from torchsft.data.hub import unreachable
 from torchsft.data.prepare import open_sources, prepare
 from torchsft.data.rows import RowError, decode
 from torchsft.data.specs import evaluation_sets, parse_spec
+from torchsft.data.tables import table_rows
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}
 
@@ -199,7 +200,7 @@ def test_what_is_no_row_of_the_table_is_told_with_its_line(tmp_path):
     [fault, *_] = [payload for _, payload in source.rows()]
     assert "1 fields, but the header names 2 columns" in str(fault)
     for header in ("a,a", "a,"):
-        [(_, (reason, said))] = table_rows([f"{header}\n1,2\n".encode()], ",")
+        [(_, (reason, said))] = table_rows([f"{header}\n1,2\n".encode()], ",", 1000)
         assert reason == "csv-header" and "the header has" in said
 
 
@@ -266,14 +267,14 @@ def test_a_file_in_two_sources_is_refused(tmp_path):
 
 
 def test_nul_is_no_text_of_a_table():
-    assert next(table_rows([b"a,b\n1,\x00\n"], ","))[1][0] == "nul-bytes"
+    assert next(table_rows([b"a,b\n1,\x00\n"], ",", 1000))[1][0] == "nul-bytes"
 
 
 def test_what_lies_behind_a_broken_table_is_not_lost_in_silence():
     def told(text):
         return [
             (line, row[1] if isinstance(row, tuple) else row)
-            for line, row in table_rows([text], ",")
+            for line, row in table_rows([text], ",", 1000)
         ]
 
     good = (2, {"a": "1", "b": "2"})

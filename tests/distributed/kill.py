@@ -231,8 +231,10 @@ def _rank(
         (trainer, "evaluate_loss", "evaluation"),
         (huggingface, "export", "export"),
         (state.Checkpointer, "save", "save"),
-        (state.Checkpointer, "_write", "writing"),
-        (state.Checkpointer, "_finish", "publishing"),  # rank 0 only
+        (dcp, "save", "writing"),  # of this thread
+        (dcp.state_dict_saver, "save", "writing"),  # of the thread that `async_save` starts
+        (state.Checkpointer, "_end", "writing"),
+        (state.PublishingWriter, "finish", "publishing"),  # rank 0 only
     ):
         at = trap[1] if trap[0] == phase else 0
         setattr(owner, name, phases.around(rank, phase, getattr(owner, name), at))

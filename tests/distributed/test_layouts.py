@@ -438,10 +438,18 @@ def test_bf16_compute_stays_close_to_fp32_on_several_ranks(ranks, inputs, one_pr
     """bf16 keeps 8 bits: 2 % of the loss; gradients of the right size, which a wrong factor of 2 or
     ep would not be.
     """
-    result, expected_result = (
-        on_ranks(ranks, n, directory=inputs, compute="bf16", **sizes)[0],
-        one_process[0],
-    )
+    result = on_ranks(ranks, n, directory=inputs, compute="bf16", **sizes)[0]
+    compare_bf16(result, one_process[0])
+
+
+def test_so_does_bf16_compute_of_qwen3(ranks, inputs, one_process_qwen3):
+    """Its router, which is no DeepSeek router, stays in fp32 too."""
+    options = {"pp": 2, "tp": 2, "ep": 2, "pp_schedule": "1F1B", "compute": "bf16"}
+    result = on_ranks(ranks, 4, directory=inputs, model="qwen3", **options)[0]
+    compare_bf16(result, one_process_qwen3[0])
+
+
+def compare_bf16(result, expected_result):
     assert result["losses"] == pytest.approx(expected_result["losses"], rel=0.02)
     assert result["losses"] != expected_result["losses"]
     for name, expected in expected_result["gradients"].items():

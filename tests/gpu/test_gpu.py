@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed import test_layouts
 from tests.ranks import RankPool
-from tests.tiny import write_conversations, write_tiny_model
+from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from torchsft import load_model
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +38,15 @@ def directory(tmp_path_factory):
         qk_rope_head_dim=64,
         v_head_dim=128,
     )
+
+
+@pytest.fixture(scope="module", params=["deepseek_v3", "qwen3"])
+def either(request, tmp_path_factory, directory):
+    """That model, or one whose query heads share key/value heads, with Qwen3's head width."""
+    if request.param == "deepseek_v3":
+        return directory
+    config = tiny_qwen3_config(hidden_size=64, moe_intermediate_size=32, head_dim=128)
+    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), config=config)
 
 
 def batch(device):
@@ -77,8 +86,8 @@ def with_attention(directory, attention, dtype, device):
 
 
 @pytest.fixture(scope="module")
-def reference(directory):
-    return results(load_model(directory), "cpu")
+def reference(either):
+    return results(load_model(either), "cpu")
 
 
 def compare(got, reference, tolerance):
@@ -94,12 +103,12 @@ def compare(got, reference, tolerance):
     assert not wrong
 
 
-def test_fp32_on_the_gpu_equals_the_cpu(directory, reference):
+def test_fp32_on_the_gpu_equals_the_cpu(either, reference):
     """Full fp32 products (no TF32), `auto` attention (one SDPA call per document): only the order
     of sums differs.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
-    compare(results(load_model(directory, device="cuda"), "cuda"), reference, 1e-4)
+    compare(results(load_model(either, device="cuda"), "cuda"), reference, 1e-4)
 
 
 def test_experts_and_documents_without_tokens_get_zero_gradients(directory):
@@ -131,12 +140,12 @@ def test_experts_and_documents_without_tokens_get_zero_gradients(directory):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen", "flex"])
-def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(directory, reference, attention):
+def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(either, reference, attention):
     """bf16 routing can flip near ties, so the bound is what the CPU's bf16 reference itself is off
     by, doubled.
     """
-    cpu = results(with_attention(directory, "sdpa", torch.bfloat16, "cpu"), "cpu")
-    got = results(with_attention(directory, attention, torch.bfloat16, "cuda"), "cuda")
+    cpu = results(with_attention(either, "sdpa", torch.bfloat16, "cpu"), "cpu")
+    got = results(with_attention(either, attention, torch.bfloat16, "cuda"), "cuda")
     assert got[1] == pytest.approx(reference[1], rel=2e-2)
     pairs = {"logits": (cpu[0], got[0], reference[0])}
     pairs |= {
@@ -151,9 +160,9 @@ def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(directory, refer
     assert not wrong
 
 
-def test_the_step_does_not_wait_for_the_device(directory):
+def test_the_step_does_not_wait_for_the_device(either):
     """No host synchronisation in forward and backward: torch raises on each."""
-    model = with_attention(directory, "varlen", torch.bfloat16, "cuda").train()
+    model = with_attention(either, "varlen", torch.bfloat16, "cuda").train()
     inputs = batch("cuda")
     model(**inputs).backward()  # the first call may initialise libraries
     torch.cuda.synchronize()

@@ -227,6 +227,8 @@ SIZES = {
     [
         ({"num_key_value_heads": 3}, r"4 num_attention_heads, which num_key_value_heads \(3\)"),
         ({"num_key_value_heads": None}, "lacks num_key_value_heads"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_attention_heads": "4"}, "num_attention_heads = '4', but numbers are needed"),
         ({"num_experts": None}, "lacks num_experts"),
         ({"num_local_experts": 16}, "num_experts = 8 and num_local_experts = 16, two names"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9, but only 8"),

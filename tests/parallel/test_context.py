@@ -12,11 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models.test_qwen3 import QWEN3_30B
 from tests.parallel.passes import compare, training_pass
 from tools.benchmark_gpu import V3, hf_config
 from torchsft.config import InputError, Parallel
 from torchsft.models.attention import locate_documents
-from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.models.families import build_model
 from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.sequence import exchange_heads, heads_to_tokens
 from torchsft.parallel.tensor import apply_tensor_parallel
@@ -142,9 +143,9 @@ class ReceivedValues(TorchDispatchMode):
         return result
 
 
-def attention_traffic(cp, tp, tokens):
-    """Values that one rank receives per token of the row in V3's attention, by pass and collective:
-    on meta, one process.
+def attention_traffic(cp, tp, tokens, config):
+    """Values that one rank receives per token of the row in a layer's attention, by pass and
+    collective: on meta, one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -154,23 +155,20 @@ def attention_traffic(cp, tp, tokens):
         name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
         for name, axes in mesh_sizes(Parallel(cp=cp, tp=tp), cp * tp).items()
     }
-    config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=1) | {
-        "num_hidden_layers": 1,
-        "first_k_dense_replace": 1,
-    }
     with torch.device("meta"):
-        model = DeepseekV3(DeepseekV3Config.from_hf(config))
+        model = build_model(config)
     world = SimpleNamespace(**meshes)
     if tp > 1:
         apply_tensor_parallel(model, world)
     if cp > 1:
         apply_context_parallel(model, world)
-    angles = torch.zeros(tokens, 32)
+    angles = torch.zeros(tokens, model.config.rope.dim // 2)
     documents = locate_documents(
         "sdpa", angles, angles, torch.tensor([0, tokens], dtype=torch.int32), tokens, model.layout
     )
     documents = replace(documents, cos_TP=angles.to("meta"), sin_TP=angles.to("meta"))
-    x_SD = torch.empty(tokens // (cp * tp), 7168, device="meta", requires_grad=True)
+    shape_SD = (tokens // (cp * tp), model.config.hidden_size)
+    x_SD = torch.empty(shape_SD, device="meta", requires_grad=True)
     with ReceivedValues() as forward:
         out_SD = model.model.layers["0"].self_attn(x_SD, documents)
     assert out_SD.shape == x_SD.shape
@@ -188,7 +186,11 @@ def test_latents_travel_and_not_keys_and_values(ranks, cp, tp):
     parallel/context.py.
     """
     n = cp * tp
-    ((forward, backward),) = ranks(1, attention_traffic, cp=cp, tp=tp, tokens=64)
+    config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=1) | {
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+    }
+    ((forward, backward),) = ranks(1, attention_traffic, cp=cp, tp=tp, tokens=64, config=config)
     latents = (1536 + 512 + 64) * (n - 1) / n
     outputs = 128 * 128 / n * (cp - 1) / cp
     summed = 7168 / cp * (tp - 1) / tp
@@ -210,3 +212,21 @@ def test_latents_travel_and_not_keys_and_values(ranks, cp, tp):
     )
     if cp == 8:
         assert (latents + outputs) * 9 < gathered == 35840
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(2, 1), (4, 1), (2, 2), (1, 4)])
+def test_of_grouped_query_attention_heads_travel_and_not_whole_rows(ranks, cp, tp):
+    """Measured for Qwen3-30B-A3B's sizes, 32 query and 4 key/value heads of 128, against the
+    formula of parallel/context.py.
+    """
+    config = QWEN3_30B | {"num_hidden_layers": 1}
+    ((forward, backward),) = ranks(1, attention_traffic, cp=cp, tp=tp, tokens=64, config=config)
+    heads = (2 * 32 + 2 * 4) / tp * 128 * (cp - 1) / cp**2
+    tokens = 2048 / cp * (tp - 1) / tp
+    expected = {
+        "all_gather_into_tensor": tokens,
+        "all_to_all_single": heads,
+        "reduce_scatter_tensor": tokens,
+    }
+    expected = {name: count for name, count in expected.items() if count}
+    assert forward == expected and backward == expected

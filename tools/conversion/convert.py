@@ -16,25 +16,23 @@ import hashlib
 import json
 import math
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from tools.conversion.jobs import Bar, Journal, Progress, run, shares
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
-from torchsft.checkpoint.dcp_files import (
-    METADATA,
-    Chunk,
-    ChunkWriter,
-    write_manifest,
-    write_metadata,
-)
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
     Weights,
@@ -49,11 +47,14 @@ from torchsft.checkpoint.hf_directory import (
     read_config,
 )
 from torchsft.checkpoint.huggingface import check_weights
-from torchsft.checkpoint.publish import publish, reading, staging_of
+from torchsft.checkpoint.manifest import METADATA, FileEntry
+from torchsft.checkpoint.planning import chunk_box, write_item
+from torchsft.checkpoint.publish import publish, read_lock, staging_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import (
     DTYPES,
     INDEX,
+    Contents,
     SafetensorsWriter,
     file_order,
     has_weights,
@@ -61,6 +62,7 @@ from torchsft.checkpoint.weight_files import (
     size_of,
     tensor_bytes,
 )
+from torchsft.checkpoint.writer import DirectoryWriter
 from torchsft.config import InputError
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
@@ -100,22 +102,47 @@ def meta_model(config: Mapping[str, Any]) -> LanguageModel:
 
 @dataclass(frozen=True)
 class Part:
-    """A slice of a source tensor, which a worker holds.
+    """A slice of a source tensor, which a worker holds, and where it goes.
 
     Attributes:
         key, index: of it in the source.
         bytes: of it there.
-        name, shape, start: the DCP tensor that it goes into, and where it begins there.
-        dtype: in which it is written.
+        item: which box of which DCP tensor it becomes, and in which dtype.
     """
 
     key: str
     index: tuple[slice, ...]
     bytes: int
+    item: WriteItem
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of its values in the DCP tensor."""
+        return chunk_box(self.item).size * self.item.tensor_data.properties.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a parameter a Hugging Face tensor goes.
+
+    Attributes:
+        name, shape: of the DCP tensor.
+        start: where the tensor begins in that.
+        dtype: of the DCP tensor.
+    """
+
     name: str
     shape: tuple[int, ...]
     start: tuple[int, ...]
     dtype: torch.dtype
+
+    def item(self, index: tuple[slice, ...]) -> WriteItem:
+        """Return the item that writes a slice of the Hugging Face tensor."""
+        leading = len(self.start) - len(index)
+        starts = [o + i.start for o, i in zip(self.start[leading:], index, strict=True)]
+        extents = [i.stop - i.start for i in index]
+        box = Box((*self.start[:leading], *starts), (1,) * leading + tuple(extents))
+        return write_item(self.name, self.shape, self.dtype, box)
 
 
 @dataclass(frozen=True)
@@ -133,7 +160,7 @@ class Item:
     shape: tuple[int, ...]
     bytes: int
     carried: bool
-    contents: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    contents: Contents
 
 
 @dataclass(frozen=True)
@@ -150,6 +177,47 @@ class Task:
     bytes: int
 
 
+class SourcePlanner(DefaultSavePlanner):
+    """Resolves parts of DCP tensors from the weights of a Hugging Face directory, one at a time.
+
+    Args:
+        weights: of the directory.
+        parts: what is resolved.
+        progress: called with the source's bytes of each.
+    """
+
+    def __init__(self, weights: Weights, parts: Sequence[Part], progress: Progress) -> None:
+        super().__init__()
+        self._weights, self._progress = weights, progress
+        self._parts = {part.item.index: part for part in parts}
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Return the values of an item, in the dtype in which they are written."""
+        part, data = self._parts[write_item.index], write_item.tensor_data
+        as_stored = write_item.index.fqn.startswith(CARRIED)
+        read = self._weights.read if as_stored else self._weights.values
+        values = read(part.key, part.index).to(data.properties.dtype)
+        self._progress(part.bytes)
+        return values.view(data.chunk.sizes)
+
+
+@dataclass(frozen=True)
+class DcpWorker:
+    """Writes files of a converted directory."""
+
+    weights: Weights
+    folder: Folder
+
+    def work(self, task: Task, progress: Progress) -> dict[str, Any]:
+        """Write one file and return its record: its manifest entry and the place of each chunk."""
+        writer = DirectoryWriter(self.folder, task.file)
+        planner = SourcePlanner(self.weights, task.content, progress)
+        plan = SavePlan([part.item for part in task.content])
+        *chunks, file = writer.write_data(plan, planner).value()
+        places = [(chunk.storage_data.offset, chunk.storage_data.length) for chunk in chunks]
+        return {"file": task.file, "places": places, **asdict(file.storage_data)}
+
+
 class ToDcp:
     """A Hugging Face directory to a converted directory (checkpoint/converted.py).
 
@@ -162,6 +230,7 @@ class ToDcp:
     Attributes:
         inputs: the directories that are read.
         notes: sentences for the user, after `plan`.
+        worker: does the tasks.
 
     Raises:
         InputError: see `read_config` and `check_weights`.
@@ -174,72 +243,62 @@ class ToDcp:
         self.part_elements, self.file_bytes = part_elements, file_bytes
         self.model = meta_model(read_config(source))
         self.weights = check_weights(source, self.model)
+        self.worker = DcpWorker(self.weights, self.folder)
         self.inputs: list[Path] = [source]
         self.notes: list[str] = []
 
     def plan(self) -> list[Task]:
-        """The files to write, of tensors in the order in which they lie in the source's files."""
+        """Return the files to write, of tensors in the order in which they lie in the source's
+        files.
+        """
         parts = list(self._parts())
-        sizes = [
-            math.prod(i.stop - i.start for i in part.index) * part.dtype.itemsize for part in parts
-        ]
-        groups = shares(list(zip(parts, sizes, strict=True)), sizes, self.file_bytes)
+        groups = shares(parts, [part.bytes_written for part in parts], self.file_bytes)
         return [
             Task(
                 f"__{i}_0.distcp",
-                [p for p, _ in group],
-                sum(p.bytes for p, _ in group),
-                sum(size for _, size in group),
+                group,
+                source_bytes=sum(part.bytes for part in group),
+                bytes=sum(part.bytes_written for part in group),
             )
             for i, group in enumerate(groups)
         ]
 
-    def _parts(self) -> Iterator[Part]:
-        stored, fp8, layers = (
-            self.weights.tensors,
-            self.weights.fp8,
-            self.model.config.num_hidden_layers,
-        )
+    def _places(self) -> dict[str, Place]:
+        """Return where the model's own weights go, by key."""
+        stored, fp8 = self.weights.tensors, self.weights.fp8
         state, places = self.model.state_dict(), {}
         for name, pieces in self.model.checkpoint_pieces().items():
-            kinds = {
+            dtypes = {
                 torch.float32 if piece.key in fp8 else DTYPES[stored[piece.key].dtype]
                 for piece in pieces
             }
-            # which holds all of them exactly
-            dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+            # fp32 holds all of them exactly
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            shape = tuple(state[name].shape)
             for piece in pieces:
-                places[piece.key] = (
-                    MODEL + name,
-                    tuple(state[name].shape),
-                    piece_box(piece).start,
-                    dtype,
-                )
+                places[piece.key] = Place(MODEL + name, shape, piece_box(piece).start, dtype)
+        return places
+
+    def _parts(self) -> Iterator[Part]:
+        places, layers = self._places(), self.model.config.num_hidden_layers
         unknown, left_out = [], []
-        for key, tensor in sorted(stored.items(), key=lambda item: (item[1].file, item[1].start)):
+        for key, tensor in self.weights.tensors.items():
             if tensor.dtype not in DTYPES:
                 raise InputError(
                     f"{self.source}: {key} has dtype {tensor.dtype}, which is not "
                     f"supported; remove it"
                 )
             dtype = DTYPES[tensor.dtype]
-            name, shape, start, target = places.get(
-                key, (CARRIED + key, tensor.shape, (0,) * len(tensor.shape), dtype)
-            )
             if key not in places and not key.endswith(SCALE_SUFFIX) and not is_mtp(key, layers):
                 if not is_carried(key, layers):
                     left_out.append(key)
                     continue
                 unknown.append(key)
+            origin = (0,) * len(tensor.shape)
+            place = places.get(key) or Place(CARRIED + key, tensor.shape, origin, dtype)
             for index in slices(tensor.shape, self.part_elements):
-                size = math.prod(i.stop - i.start for i in index) * dtype.itemsize
-                row = len(start) - len(index)
-                at = (
-                    (*start[:row], start[row] + index[0].start, *start[row + 1 :])
-                    if index
-                    else start
-                )
-                yield Part(key, index, size, name, shape, at, target)
+                elements = math.prod(i.stop - i.start for i in index)
+                yield Part(key, index, elements * dtype.itemsize, place.item(index))
         if unknown:
             self.notes.append(_note(unknown))
         if left_out:
@@ -248,47 +307,97 @@ class ToDcp:
                 f"twice: {listing(left_out, 5)}"
             )
 
-    def work(self, task: Task, progress: Progress) -> dict[str, Any]:
-        """Write one file; its record."""
-        with ChunkWriter(self.folder, task.file) as writer:
-            for part in task.content:
-                read = self.weights.read if part.name.startswith(CARRIED) else self.weights.values
-                values = read(part.key, part.index).to(part.dtype)
-                box = Box(part.start, (1,) * (len(part.shape) - values.ndim) + tuple(values.shape))
-                writer.write(part.name, part.shape, box, values.view(box.shape))
-                progress(part.bytes)
-        chunks = [
-            (
-                name,
-                shape,
-                str(dtype).removeprefix("torch."),
-                chunk.box.start,
-                chunk.box.shape,
-                chunk.offset,
-                chunk.length,
-            )
-            for name, shape, dtype, chunk in writer.written
-        ]
-        return {"file": task.file, "bytes": writer.size, "crc32": writer.crc32, "chunks": chunks}
-
-    def finish(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+    def finish(self, tasks: Sequence[Task], records: Mapping[str, Mapping[str, Any]]) -> None:
         """Write side files, `.metadata` and the manifest."""
-        folder = self.folder
-        copy_side_files(self.source, folder)
-        folder.write_text("config.json", (self.source / "config.json").read_text(encoding="utf-8"))
-        written = []
-        for file, record in records.items():
-            for name, shape, dtype, start, extent, *place in record["chunks"]:
-                chunk = Chunk(Box(tuple(start), tuple(extent)), file, *place)
-                written.append((name, tuple(shape), getattr(torch, dtype), chunk))
-        write_metadata(folder, written)
-        files = {file: (record["bytes"], record["crc32"]) for file, record in records.items()}
-        for path in folder.path.rglob("*"):
-            name = path.relative_to(folder.path).as_posix()
-            if path.is_file() and name not in files and name != Journal.NAME:
-                data = path.read_bytes()
-                files[name] = len(data), zlib.crc32(data)
-        write_manifest(folder, files)
+        config = (self.source / "config.json").read_text(encoding="utf-8")
+        writer = DirectoryWriter(self.folder, tasks[0].file, {"config.json": config})
+        writer.others = copy_side_files(self.source, self.folder)
+        plans, results = [], []
+        for task in tasks:
+            items = [part.item for part in task.content]
+            names = {item.index.fqn: (item.index.fqn,) for item in items}
+            plans.append(SavePlan(items, planner_data=names))
+            record = records[task.file]
+            results += [
+                WriteResult(item.index, length, _StorageInfo(task.file, start, length))
+                for item, (start, length) in zip(items, record["places"], strict=True)
+            ]
+            entry = FileEntry(record["bytes"], record["checksum"], record["algorithm"])
+            results.append(WriteResult(MetadataIndex(task.file), entry.bytes, entry))
+        _, metadata = DefaultSavePlanner().create_global_plan(plans)
+        writer.finish(metadata, [results])
+
+
+@dataclass(frozen=True)
+class HfWorker:
+    """Writes files of a Hugging Face directory.
+
+    Attributes:
+        weights, base_weights: of the model, and what the rest comes from.
+        block, power_of_two: the format of fp8 (see `quantise`).
+        part_elements: most elements of a tensor that are held at once, in rows.
+    """
+
+    weights: Weights
+    base_weights: Weights | None
+    folder: Folder
+    block: tuple[int, int]
+    power_of_two: bool
+    part_elements: int
+
+    def work(self, task: Task, progress: Progress) -> dict[str, Any]:
+        """Write one file and return its record: the bytes of it and of each of its tensors."""
+        contents = merged(task.content)
+        with SafetensorsWriter(self.folder, task.file, contents) as writer:
+            for item in task.content:
+                if item.dtype == torch.float8_e4m3fn:
+                    self._write_fp8(writer, item, progress)
+                else:
+                    self._write(writer, item, progress)
+        keys = {key: tensor_bytes(*entry) for key, entry in contents.items()}
+        return {"file": task.file, "bytes": self.folder.size(task.file), "keys": keys}
+
+    def _write(self, writer: SafetensorsWriter, item: Item, progress: Progress) -> None:
+        weights = self.base_weights if item.carried else self.weights
+        for index in slices(item.shape, self.part_elements):
+            values = weights.values(item.key, index)
+            writer.write(item.key, values.to(item.dtype))
+            progress(_share(item, values))
+
+    def _write_fp8(self, writer: SafetensorsWriter, item: Item, progress: Progress) -> None:
+        """Write a tensor and its scales; those of the base where they fit."""
+        base = self.base_weights
+        known = base.scales(item.key) if base is not None and item.key in base.fp8 else None
+        if item.carried and known is not None:  # in fp8 here and there
+            for index in slices(item.shape, self.part_elements):
+                values = base.read(item.key, index)
+                writer.write(item.key, values)
+                progress(_share(item, values))
+            writer.write(scale_key(item.key), known)
+            return
+        if known is not None and tuple(known.shape) != scale_shape(item.shape, self.block):
+            known = None
+        weights = base if item.carried else self.weights
+        scales = []
+        for index in slices(item.shape, self.part_elements, multiple=self.block[0]):
+            values = weights.values(item.key, index).float()
+            rows = slice(index[0].start // self.block[0], None)
+            known_rows = None if known is None else known[rows]
+            q, scale = quantise(values, self.block, self.power_of_two, known_rows, item.key)
+            scales.append(scale)
+            writer.write(item.key, q)
+            progress(_share(item, values))
+        writer.write(scale_key(item.key), torch.cat(scales))
+
+
+def merged(items: Sequence[Item]) -> Contents:
+    """Return the contents of all items."""
+    return {key: entry for item in items for key, entry in item.contents.items()}
+
+
+def _share(item: Item, values: Tensor) -> int:
+    """Return the source's bytes of a part of an item."""
+    return item.bytes // max(1, math.prod(item.shape)) * values.numel()
 
 
 class ToHf:
@@ -307,6 +416,7 @@ class ToHf:
     Attributes:
         inputs: the directories that are read.
         notes: sentences for the user, after `plan`.
+        worker: does the tasks.
 
     Raises:
         InputError: no DCP directory, incomplete or of another model; a base that does not exist or
@@ -347,6 +457,14 @@ class ToHf:
             self.base_weights = self.weights
         elif is_dcp(base) or has_weights(base):
             self.base_weights = check_weights(base, self.model)
+        self.worker = HfWorker(
+            self.weights,
+            self.base_weights,
+            self.folder,
+            self.block,
+            self.power_of_two,
+            self.part_elements,
+        )
         self.inputs: list[Path] = sorted({source, base})
         self.notes: list[str] = []
 
@@ -390,71 +508,14 @@ class ToHf:
             items.append(self._item(key, dtype, carried=True))
         if unknown := [key for key in keys if not is_mtp(key, layers)]:
             self.notes.append(_note(unknown))
-        by_key = {item.key: item for item in items}
-        # refuses odd fp8 weights at once
-        file_order({key: entry for item in items for key, entry in item.contents.items()})
-        sizes = [size_of(item.contents) for item in items]
-        groups = shares(list(zip(items, sizes, strict=True)), sizes, self.file_bytes)
-        tasks = []
-        for i, group in enumerate(groups, start=1):
-            order = file_order(
-                {key: entry for item, _ in group for key, entry in item.contents.items()}
-            )
-            content = [by_key[key] for key in order if key in by_key]
-            name = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            tasks.append(
-                Task(
-                    name,
-                    content,
-                    sum(item.bytes for item in content),
-                    sum(size for _, size in group),
-                )
-            )
-        return tasks
+        file_order(merged(items))  # refuses odd fp8 weights at once
+        groups = shares(items, [size_of(item.contents) for item in items], self.file_bytes)
+        return [
+            _hf_task(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group)
+            for i, group in enumerate(groups, start=1)
+        ]
 
-    def work(self, task: Task, progress: Progress) -> dict[str, Any]:
-        """Write one file; its record."""
-        contents = {key: entry for item in task.content for key, entry in item.contents.items()}
-        with SafetensorsWriter(self.folder, task.file, contents) as writer:
-            for item in task.content:
-                self._write(writer, item, progress)
-        keys = {key: tensor_bytes(*entry) for key, entry in contents.items()}
-        return {"file": task.file, "bytes": self.folder.size(task.file), "keys": keys}
-
-    def _write(self, writer: SafetensorsWriter, item: Item, progress: Progress) -> None:
-        """A tensor, part by part, and its scales."""
-        weights, base = self.base_weights if item.carried else self.weights, self.base_weights
-        quantised = item.dtype == torch.float8_e4m3fn
-        known = (
-            base.scales(item.key)
-            if quantised and base is not None and item.key in base.fp8
-            else None
-        )
-        as_it_is = quantised and item.carried and known is not None
-        if known is not None and tuple(known.shape) != scale_shape(item.shape, self.block):
-            known = None
-        scales = []
-        for index in slices(item.shape, self.part_elements, multiple=self.block[0]):
-            if as_it_is:
-                values = weights.read(item.key, index)
-            else:
-                values = weights.values(item.key, index)
-                if quantised:
-                    rows = slice(index[0].start // self.block[0], None)
-                    values, scale = quantise(
-                        values.float(),
-                        self.block,
-                        self.power_of_two,
-                        None if known is None else known[rows],
-                        item.key,
-                    )
-                    scales.append(scale)
-            writer.write(item.key, values.to(item.dtype))
-            progress(item.bytes // max(1, math.prod(item.shape)) * values.numel())
-        if quantised:
-            writer.write(scale_key(item.key), known if as_it_is else torch.cat(scales))
-
-    def finish(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+    def finish(self, tasks: Sequence[Task], records: Mapping[str, Mapping[str, Any]]) -> None:
         """Write side files, the index and config.json."""
         files = {key: file for file, record in records.items() for key in record["keys"]}
         total = sum(size for record in records.values() for size in record["keys"].values())
@@ -466,6 +527,18 @@ class ToHf:
         self.folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
         write_generation_config(self.generation, self.base, self.folder)
         self.folder.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
+
+
+def _hf_task(file: str, items: Sequence[Item]) -> Task:
+    """Return the task of a file of these items, in an order in which each is aligned."""
+    by_key = {item.key: item for item in items}
+    content = [by_key[key] for key in file_order(merged(items)) if key in by_key]
+    return Task(
+        file,
+        content,
+        source_bytes=sum(item.bytes for item in content),
+        bytes=sum(size_of(item.contents) for item in content),
+    )
 
 
 def _note(unknown: Sequence[str]) -> str:
@@ -581,17 +654,16 @@ def _convert(
         raise InputError(f"{out} exists already; remove it or choose another output")
     target = Folder(out)
     staging = staging_of(target)
-    arguments = (source, staging.path, *options)
     with ExitStack() as stack:
         # a run that goes on must not remove what is being looked at
-        stack.enter_context(reading(Folder(source)))
-        conversion = kind(*arguments)
+        stack.enter_context(read_lock(Folder(source)))
+        conversion = kind(source, staging.path, *options)
         for path in conversion.inputs:
             if path.resolve() in (out.resolve(), *out.resolve().parents):
                 raise InputError(
                     f"the output {out} lies in {path}, which is read; choose another output"
                 )
-            stack.enter_context(reading(Folder(path)))
+            stack.enter_context(read_lock(Folder(path)))
         tasks = conversion.plan()
         state = [kind.__name__, options, tasks, [_state(path) for path in conversion.inputs]]
         journal = stack.enter_context(
@@ -604,7 +676,7 @@ def _convert(
         )
         try:
             _check_room(staging.path, sum(task.bytes for task in left))
-            for _, record in run(kind, arguments, left, workers, bar.add):
+            for _, record in run(conversion.worker, left, workers, bar.add):
                 journal.add(record)
         except InputError:
             if not journal.records:
@@ -614,7 +686,7 @@ def _convert(
             raise OSError(
                 f"{out} could not be written ({error}); mend that and give the same command again"
             ) from error
-        conversion.finish({task.file: journal.records[task.file] for task in tasks})
+        conversion.finish(tasks, {task.file: journal.records[task.file] for task in tasks})
         (staging.path / Journal.NAME).unlink()
         publish(staging, target)
     again = (

@@ -4,6 +4,7 @@ it continues.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import multiprocessing
@@ -16,13 +17,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from torchsft.config import InputError
 
+KEPT_BYTES = 2**28  # of freed memory, in a process
 Progress = Callable[[int], None]
 Item = TypeVar("Item")
 
@@ -151,12 +153,26 @@ class Bar:
             )
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what is allocated next. It gives large blocks back to the
+    system, and to get one's pages anew takes ten times as long as to fill it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(mmap_threshold, KEPT_BYTES)
+        mallopt(trim_threshold, KEPT_BYTES)
+
+
+class Worker(Protocol):
+    """Does tasks; it is sent to other processes."""
+
+    def work(self, task: Any, progress: Progress) -> Any:
+        """Do a task and return its result; `progress` is called with bytes that are done."""
+
+
 def run(
-    make: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    tasks: Sequence[Any],
-    workers: int,
-    progress: Progress,
+    worker: Worker, tasks: Sequence[Any], workers: int, progress: Progress
 ) -> Iterator[tuple[Any, Any]]:
     """Do tasks in several processes, or in this one; yields each task and its result as they are
     done, in any order.
@@ -164,17 +180,16 @@ def run(
     Where a task fails, those that have begun are still brought to their end.
 
     Args:
-        make: called with `arguments` in each process; its result's `work(task, progress)` does a
-            task.
         workers: 1 works in this process.
-        progress: told of bytes, by this process.
+        progress: called with bytes that are done, by this process.
 
     Raises:
         InputError: a process has been killed.
         Exception: what a task raised.
     """
-    if min(workers, len(tasks)) < 2:
-        worker = make(*arguments) if tasks else None
+    workers = min(workers, len(tasks))
+    if workers < 2:
+        keep_freed_memory()
         for task in tasks:
             yield task, worker.work(task, progress)
         return
@@ -182,9 +197,8 @@ def run(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     count = context.Value("q", 0)
-    workers = min(workers, len(tasks))
     shown, failure = 0, None
-    with ProcessPoolExecutor(workers, context, _begin, (make, arguments, count, workers)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (worker, count, workers)) as pool:
         tasks_of: dict[Future[Any], Any] = {pool.submit(_work, task): task for task in tasks}
         try:
             while tasks_of:
@@ -214,19 +228,17 @@ def run(
         raise failure
 
 
-# What processes need, and what building a model on the meta device imports (a second of work).
-IMPORTS = ["tools.conversion.verify", "torch._dynamo"]
+IMPORTS = ["tools.conversion.verify"]  # what processes need
 
-
-_make: Callable[[], Any]
-_worker: Any = None
+_worker: Worker
 _count: Any
 
 
-def _begin(make: Callable[..., Any], arguments: tuple[Any, ...], count: Any, workers: int) -> None:
+def _begin(worker: Worker, count: Any, workers: int) -> None:
     """In a new process: note what it is for, and end it with its parent, however that ends."""
-    global _make, _count
-    _make, _count = lambda: make(*arguments), count
+    global _worker, _count
+    _worker, _count = worker, count
+    keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
     def follow() -> None:
@@ -237,9 +249,6 @@ def _begin(make: Callable[..., Any], arguments: tuple[Any, ...], count: Any, wor
 
 
 def _work(task: Any) -> Any:
-    global _worker
-    if _worker is None:
-        _worker = _make()
     return _worker.work(task, _add)
 
 

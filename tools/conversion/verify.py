@@ -6,9 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,11 @@ from tools.conversion.convert import PART_ELEMENTS, TRAINER, is_training, meta_m
 from tools.conversion.jobs import Bar, Progress, run, shares
 from torchsft.checkpoint.boxes import Box
 from torchsft.checkpoint.converted import CARRIED, MODEL, is_dcp
-from torchsft.checkpoint.dcp_files import SLAB_BYTES, ChunkReader, incomplete, read_manifest
 from torchsft.checkpoint.hf_directory import Weights, is_model_key, is_mtp, read_config
 from torchsft.checkpoint.huggingface import check_weights, open_weights
-from torchsft.checkpoint.publish import reading
+from torchsft.checkpoint.manifest import damaged, incomplete, read_manifest
+from torchsft.checkpoint.publish import read_lock
+from torchsft.checkpoint.reader import RangeReader
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import (
     DTYPE_NAMES,
@@ -60,10 +60,10 @@ class RawTensors:
     fp8: frozenset[str] = frozenset()
 
     def __init__(self, directory: Path) -> None:
-        self.reader = ChunkReader(Folder(directory))
+        self.reader = RangeReader(Folder(directory))
         self.tensors = {
-            n: StoredTensor(n, s.shape, DTYPE_NAMES[s.dtype])
-            for n, s in self.reader.tensors.items()
+            name: StoredTensor(name, tuple(t.size), DTYPE_NAMES[t.properties.dtype])
+            for name, t in self.reader.tensors.items()
         }
 
     def values(self, name: str, index: tuple[slice, ...]) -> Tensor:
@@ -115,7 +115,7 @@ def verify(
     findings = Findings()
     with ExitStack() as stack:
         for side in sides:
-            stack.enter_context(reading(Folder(side)))
+            stack.enter_context(read_lock(Folder(side)))
         for side in sides:
             _check(side, findings, progress)
         if findings.differences:
@@ -154,34 +154,11 @@ def _check(side: Path, findings: Findings, progress: bool) -> None:
         return
     with Bar(
         f"checksums of {side.name}",
-        sum(size for size, _ in read_manifest(folder).values()),
+        sum(entry.bytes for entry in read_manifest(folder).values()),
         progress,
     ) as bar:
         findings.differences += [f"{side}: {fault}" for fault in damaged(folder, bar.add)]
-    for name, stored in ChunkReader(folder).tensors.items():
-        held = sum(math.prod(chunk.box.shape) for chunk in stored.chunks)
-        if held != math.prod(stored.shape):
-            findings.differences.append(
-                f"{side}: {name} has {held} of its {math.prod(stored.shape)} elements"
-            )
-
-
-def damaged(folder: Folder, progress: Callable[[int], None] | None = None) -> list[str]:
-    """As `incomplete`, and the checksums of all files: every byte is read, and `progress` told of
-    how many.
-    """
-    if problems := incomplete(folder):
-        return problems
-    for name, (size, expected) in read_manifest(folder).items():
-        found = 0
-        for start in range(0, size, SLAB_BYTES):
-            data = folder.read(name, start, min(start + SLAB_BYTES, size))
-            found = zlib.crc32(data, found)
-            if progress:
-                progress(len(data))
-        if found != expected:
-            problems.append(f"{name} has the checksum {found:08x} instead of {expected:08x}")
-    return problems
+    RangeReader(folder)  # an InputError: a tensor is not complete
 
 
 def _configs(a: Path, b: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -243,8 +220,8 @@ def _compare(
     tasks = shares(list(zip(common, sizes, strict=True)), sizes, TASK_BYTES)
     other_dtypes = []
     with Bar("comparing", sum(sizes), progress) as bar:
-        arguments = (a, b, tolerance, part_elements)
-        for _, (differences, retyped) in run(_Comparison, arguments, tasks, workers, bar.add):
+        comparison = _Comparison((a[0], b[0]), (one, other), tolerance, part_elements)
+        for _, (differences, retyped) in run(comparison, tasks, workers, bar.add):
             findings.differences += differences
             other_dtypes += retyped
     if other_dtypes:
@@ -281,10 +258,13 @@ class _Comparison:
     """Compares tensors of two sides in a process."""
 
     def __init__(
-        self, a: tuple[Path, Any], b: tuple[Path, Any], tolerance: float, part_elements: int
+        self,
+        names: tuple[Path, Path],
+        sides: tuple[Weights | RawTensors, Weights | RawTensors],
+        tolerance: float,
+        part_elements: int,
     ) -> None:
-        self.names = a[0], b[0]
-        self.sides = _open(*a), _open(*b)
+        self.names, self.sides = names, sides
         # of two sides, and what is computed
         self.tolerance, self.part_elements = tolerance, max(1, part_elements // 4)
 

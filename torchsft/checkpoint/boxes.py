@@ -4,14 +4,14 @@ writes it.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-# private; tests/checkpoint/test_boxes.py holds it to FSDP2
+# Both are private; tests/checkpoint/test_boxes.py holds them to FSDP2.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchsft.models.decoder import Piece
@@ -24,95 +24,99 @@ class Box:
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
     def __and__(self, other: "Box") -> "Box | None":
-        """The common part; None where there is none."""
-        for a, n, b, m in zip(self.start[:1], self.shape, other.start, other.shape, strict=False):
-            if a >= b + m or b >= a + n:  # most of a stack's boxes, told apart without more ado
+        """Return the common part, None where there is none."""
+        starts, shape = [], []
+        for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True):
+            start = max(a, b)
+            length = min(a + n, b + m) - start
+            if length <= 0:
                 return None
-        start = tuple(map(max, self.start, other.start))
-        dims = zip(self.start, self.shape, other.start, other.shape, start, strict=True)
-        shape = tuple(min(a + n, b + m) - s for a, n, b, m, s in dims)
-        return Box(start, shape) if min(shape, default=1) > 0 else None
+            starts.append(start)
+            shape.append(length)
+        return Box(tuple(starts), tuple(shape))
 
     def within(self, origin: Sequence[int]) -> tuple[slice, ...]:
-        """Index of this box in a tensor whose first element stands at `origin`."""
+        """Return the index of this box in a tensor whose first element stands at `origin`."""
+        offsets = [start - first for start, first in zip(self.start, origin, strict=True)]
         return tuple(
-            slice(s - o, s - o + n) for s, o, n in zip(self.start, origin, self.shape, strict=True)
+            slice(offset, offset + n) for offset, n in zip(offsets, self.shape, strict=True)
         )
 
 
-def shard_box(
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    placements: Sequence[Placement],
-    coordinate: Sequence[int],
-) -> Box:
-    """The box of a DTensor of global `shape` that the rank at mesh `coordinate` holds. DTensor's
-    rule: axis by axis, the part that the axes before left is cut as by `torch.chunk`: equal parts,
-    rounded up, the last ones smaller or empty. FSDP2 cuts what tensor parallelism has cut already,
-    although its axis comes first: where both cut the same dim, it says so with a `_StridedShard`,
-    whose turn comes after all axes behind it. A TypeError where a rank's part is not one box, or
-    where FSDP2
-    and DTensor itself differ: a `_StridedShard` of a dim that the axes behind it do not cut
-    evenly.
-    """
-    start, extent = [0] * len(shape), list(shape)
-
-    def cut(dim: int, size: int, index: int) -> None:
-        part = -(-extent[dim] // size)
-        offset = min(part * index, extent[dim])
-        start[dim] += offset
-        extent[dim] = min(part, extent[dim] - offset)
-
-    later: list[tuple[int, int, int]] = []
-    for axis, (size, placement, index) in enumerate(
-        zip(mesh_shape, placements, coordinate, strict=True)
-    ):
-        if type(placement) is Shard:
-            cut(placement.dim, size, index)
-        elif isinstance(placement, _StridedShard):
-            behind = zip(mesh_shape[axis + 1 :], placements[axis + 1 :], strict=True)
-            parts = math.prod(
-                n for n, other in behind if getattr(other, "dim", None) == placement.dim
-            )
-            if placement.split_factor != parts or extent[placement.dim] % parts:
-                raise TypeError(
-                    f"{tuple(shape)} placed as {tuple(placements)} on "
-                    f"{tuple(mesh_shape)} is not one box per rank"
-                )
-            later.append((placement.dim, size, index))
-        elif not isinstance(placement, Replicate):
-            raise TypeError(
-                f"a parameter placed as {placement} is not one box per rank; place it "
-                f"as Shard or Replicate"
-            )
-    for last in reversed(later):
-        cut(*last)
-    return Box(tuple(start), tuple(extent))
+def whole_box(shape: Sequence[int]) -> Box:
+    """Return the box that is all of a tensor of this shape."""
+    return Box((0,) * len(shape), tuple(shape))
 
 
 def local_box(tensor: Tensor) -> Box:
-    """The box of `tensor` that this rank holds: all of a plain tensor."""
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        return shard_box(tensor.shape, mesh.shape, tensor.placements, mesh.get_coordinate())
-    return Box((0,) * tensor.ndim, tuple(tensor.shape))
+    """Return the box of `tensor` that this rank holds: all of a plain tensor.
+
+    Raises:
+        TypeError: a rank's part of the DTensor is not one box.
+    """
+    if not isinstance(tensor, DTensor):
+        return whole_box(tensor.shape)
+    _check_placements(tensor)
+    shape, start = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return Box(tuple(start), tuple(shape))
+
+
+def _check_placements(tensor: DTensor) -> None:
+    """Refuse a DTensor of which a rank holds something else than one box of values.
+
+    FSDP2 cuts what tensor parallelism has cut already, although its axis comes first: where both
+    cut the same dim, it says so with a `_StridedShard` of as many parts as the axes behind it make.
+    FSDP2 and DTensor itself cut differently where these do not divide the dim.
+    """
+    mesh_shape, placements = tensor.device_mesh.shape, tensor.placements
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, _StridedShard):
+            dim = placement.dim
+            parts = math.prod(
+                size
+                for size, later in zip(mesh_shape[axis + 1 :], placements[axis + 1 :], strict=True)
+                if getattr(later, "dim", None) == dim
+            )
+            one_box = placement.split_factor == parts and tensor.shape[dim] % parts == 0
+        else:
+            one_box = isinstance(placement, Shard | Replicate)
+        if not one_box:
+            raise TypeError(
+                f"a tensor of shape {tuple(tensor.shape)} placed as {tuple(placements)} on a mesh "
+                f"of {tuple(mesh_shape)} is not one box per rank; place it as Shard or Replicate"
+            )
 
 
 def piece_box(piece: Piece) -> Box:
-    """The box of its parameter that a Hugging Face tensor fills."""
-    return Box(piece.start, (1,) * (len(piece.start) - len(piece.hf_shape)) + piece.hf_shape)
+    """Return the box of its parameter that a Hugging Face tensor fills."""
+    leading = len(piece.start) - len(piece.hf_shape)
+    return Box(piece.start, (1,) * leading + piece.hf_shape)
 
 
-def share_out(items: Mapping[Any, tuple[int, Collection[int]]]) -> dict[Any, int]:
-    """Which rank writes each item of (bytes, ranks that hold it): the one of these with the fewest
-    bytes so far. Items that few ranks hold come first (so an expert is gathered only over them),
-    then large ones.
+@dataclass(frozen=True)
+class Shared:
+    """A part that one of several ranks has to write."""
+
+    bytes: int
+    ranks: Collection[int]  # that hold it
+
+
+def choose_writers(parts: Mapping[Hashable, Shared]) -> dict[Hashable, int]:
+    """Choose the rank that writes each part: of those that hold it, the one with the fewest bytes
+    so far. Parts that few ranks hold come first (so an expert is gathered only over them), then
+    large ones.
     """
-    load, owners = Counter(), {}
-    for key, (size, ranks) in sorted(
-        items.items(), key=lambda item: (len(item[1][1]), -item[1][0])
-    ):
-        owners[key] = min(ranks, key=lambda rank: (load[rank], rank))
-        load[owners[key]] += size
-    return owners
+    load: Counter[int] = Counter()
+    writers = {}
+    for key, part in sorted(parts.items(), key=lambda item: (len(item[1].ranks), -item[1].bytes)):
+        writers[key] = min(part.ranks, key=lambda rank: (load[rank], rank))
+        load[writers[key]] += part.bytes
+    return writers

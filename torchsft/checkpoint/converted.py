@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from torchsft.checkpoint.boxes import Box, piece_box
-from torchsft.checkpoint.dcp_files import METADATA, ChunkReader, incomplete
+from torchsft.checkpoint.boxes import Box, piece_box, whole_box
+from torchsft.checkpoint.manifest import METADATA, incomplete
+from torchsft.checkpoint.reader import RangeReader
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import (
     DTYPE_NAMES,
@@ -39,8 +40,14 @@ class ConvertedWeights(Weights):
     """The weights of a converted directory or a training checkpoint, known from `.metadata` alone.
     A tensor's `file` is its name in the DCP directory. The scales of the model's own weights are
     not among `tensors`, since these have been dequantised; `scales` has them. `fp8` are the weights
-    that were fp8 in the source, or are. `pieces`: `checkpoint_pieces()` of the model.
-    An InputError: incomplete or damaged, or weights of another model.
+    that were fp8 in the source, or are.
+
+    Args:
+        directory: local.
+        pieces: `checkpoint_pieces()` of the model.
+
+    Raises:
+        InputError: incomplete or damaged, or weights of another model.
     """
 
     def __init__(self, directory: str | Path, pieces: Mapping[str, Sequence[Piece]]) -> None:
@@ -50,48 +57,42 @@ class ConvertedWeights(Weights):
                 f"{self.directory} is not a complete checkpoint: "
                 f"{listing(faults, most=3)}; write it again"
             )
-        self._reader = ChunkReader(Folder(self.directory))
+        self._reader = RangeReader(Folder(self.directory))
+        self._shapes = {name: tuple(t.size) for name, t in self._reader.tensors.items()}
+        self._check_model(pieces)
         self.tensors: dict[str, StoredTensor] = {}
         self._starts: dict[str, tuple[int, ...]] = {}
-        self._check_model(pieces)
         for name, tensor in self._reader.tensors.items():
-            parts = pieces[name.removeprefix(MODEL)] if name.startswith(MODEL) else ()
-            if name.startswith(CARRIED):
-                parts = [Piece(name.removeprefix(CARRIED), tensor.shape, (0,) * len(tensor.shape))]
-            for piece in parts:
-                self.tensors[piece.key] = StoredTensor(
-                    name, piece.hf_shape, DTYPE_NAMES[tensor.dtype]
-                )
+            dtype = DTYPE_NAMES[tensor.properties.dtype]
+            for piece in self._pieces_of(name, pieces):
+                self.tensors[piece.key] = StoredTensor(name, piece.hf_shape, dtype)
                 self._starts[piece.key] = piece.start
-        own = [
-            key
-            for key, tensor in self.tensors.items()
-            if tensor.file.startswith(MODEL) and scale_key(key) in self.tensors
-        ]
-        self._scales = {key: self.tensors.pop(scale_key(key)) for key in own}
-        self.fp8 = frozenset(self._scales) | {
-            key for key, tensor in self.tensors.items() if tensor.dtype == FP8
+        own = [key for key, tensor in self.tensors.items() if tensor.file.startswith(MODEL)]
+        self._scales = {
+            key: self.tensors.pop(scale_key(key)) for key in own if scale_key(key) in self.tensors
         }
+        stored_fp8 = {key for key, tensor in self.tensors.items() if tensor.dtype == FP8}
+        self.fp8 = frozenset(self._scales) | stored_fp8
+
+    def _pieces_of(self, name: str, pieces: Mapping[str, Sequence[Piece]]) -> Sequence[Piece]:
+        """Return the Hugging Face tensors that a DCP tensor holds."""
+        if name.startswith(MODEL):
+            return pieces[name.removeprefix(MODEL)]
+        if name.startswith(CARRIED):
+            shape = self._shapes[name]
+            return [Piece(name.removeprefix(CARRIED), shape, (0,) * len(shape))]
+        return []
 
     def _check_model(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
         """Compare names and shapes of the model's tensors with those that the pieces make up."""
-        expected = {}
-        for name, parts in pieces.items():
-            ends = [
-                [a + n for a, n in zip(b.start, b.shape, strict=True)]
-                for b in map(piece_box, parts)
-            ]
-            expected[MODEL + name] = tuple(map(max, zip(*ends, strict=True)))
-        found = {
-            name: s.shape for name, s in self._reader.tensors.items() if name.startswith(MODEL)
-        }
-        if differing := sorted(
-            name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)
-        ):
-            odd = [
-                f"{name} is {found.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
-                for name in differing
-            ]
+        expected = {MODEL + name: _whole_shape(parts) for name, parts in pieces.items()}
+        found = {name: shape for name, shape in self._shapes.items() if name.startswith(MODEL)}
+        odd = [
+            f"{name} is {found.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
+            for name in sorted(expected.keys() | found.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        if odd:
             fault = (
                 f"another model than its config.json (or the one of --base) describes: "
                 f"{listing(odd, most=3)}"
@@ -104,20 +105,30 @@ class ConvertedWeights(Weights):
         return self._reader.bytes_read
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice of a tensor, on the CPU, in its stored dtype. Only its bytes are read."""
+        """Return one slice of a tensor, on the CPU, in its stored dtype. Only its bytes are
+        read.
+        """
         tensor, origin = self.tensors[key], self._starts[key]
         ranges = bounds(index, tensor.shape)
         shape = tuple(max(0, end - start) for start, end in ranges)
         leading = len(origin) - len(shape)
         starts = tuple(o + start for o, (start, _) in zip(origin[leading:], ranges, strict=True))
-        return self._reader.read(
-            tensor.file, Box(origin[:leading] + starts, (1,) * leading + shape)
-        ).reshape(shape)
+        box = Box(origin[:leading] + starts, (1,) * leading + shape)
+        return self._reader.read(tensor.file, box).reshape(shape)
 
     def scales(self, key: str) -> Tensor | None:
-        """The fp32 scales with which the source stored a weight; None for one that was not fp8."""
+        """Return the fp32 scales with which the source stored a weight; None for one that was not
+        fp8.
+        """
         if key not in self.fp8:
             return None
         if (scale := self._scales.get(key)) is not None:
-            return self._reader.read(scale.file, Box((0,) * len(scale.shape), scale.shape))
+            return self._reader.read(scale.file, whole_box(scale.shape))
         return self.read_whole(scale_key(key))
+
+
+def _whole_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """Return the shape of the parameter that pieces fill."""
+    boxes = map(piece_box, pieces)
+    ends = [[a + n for a, n in zip(box.start, box.shape, strict=True)] for box in boxes]
+    return tuple(map(max, zip(*ends, strict=True)))

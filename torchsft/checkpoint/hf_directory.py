@@ -2,6 +2,7 @@
 holds.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from torchsft.checkpoint.converted import ConvertedWeights, is_dcp
+from torchsft.checkpoint.manifest import FileEntry, entry_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import (
     DTYPES,
@@ -99,27 +101,34 @@ def is_carried(key: str, layers: int) -> bool:
     return not is_model_key(key, layers) and not key.endswith(ROTARY)
 
 
-def copy_side_files(source: Path, target: Folder, chat_template: str | None = None) -> None:
-    """Copy everything that is not weights or config.json: see SIDE_FILES. `chat_template`: text in
-    place of all templates of the source; loaders take chat_template.jinja before what stands in
-    tokenizer_config.json.
+def copy_side_files(
+    source: Path, target: Folder, chat_template: str | None = None
+) -> dict[str, FileEntry]:
+    """Copy everything that is not weights or config.json: see SIDE_FILES.
+
+    Args:
+        chat_template: text in place of all templates of the source; loaders take
+            chat_template.jinja before what stands in tokenizer_config.json.
+
+    Returns:
+        The files that were written, by path in `target`.
     """
-    for pattern in SIDE_FILES:
-        if chat_template is not None and pattern.endswith(".jinja"):
+    written = {}
+    for path in itertools.chain.from_iterable(sorted(source.glob(p)) for p in SIDE_FILES):
+        replaced = chat_template is not None and path.suffix == ".jinja"
+        excluded = path.name in _OTHERS or path.name.endswith(".index.json")
+        if replaced or excluded or not path.is_file():
             continue
-        for path in sorted(source.glob(pattern)):
-            if (
-                path.is_file()
-                and path.name not in _OTHERS
-                and not path.name.endswith(".index.json")
-            ):
-                folder = target if path.parent == source else target.child(path.parent.name)
-                folder.make()
-                with open(path, "rb") as file, folder.writer(path.name) as copy:
-                    shutil.copyfileobj(file, copy)
+        folder = target if path.parent == source else target.child(path.parent.name)
+        folder.make()
+        with open(path, "rb") as file, folder.writer(path.name) as copy:
+            shutil.copyfileobj(file, copy)
+        written[path.relative_to(source).as_posix()] = entry_of(copy)
     if chat_template is not None:
         target.make()
-        target.write_text("chat_template.jinja", chat_template)
+        output = target.write_text("chat_template.jinja", chat_template)
+        written["chat_template.jinja"] = entry_of(output)
+    return written
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

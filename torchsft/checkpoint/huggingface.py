@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torchsft.checkpoint import hf_directory
-from torchsft.checkpoint.boxes import Box, local_box, piece_box, share_out
+from torchsft.checkpoint.boxes import Box, Shared, choose_writers, local_box, piece_box
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
     Weights,
@@ -113,7 +114,7 @@ def _check_tied(index: Weights, rows: int = 4096) -> None:
 def load_weights(model: LanguageModel, index: Weights) -> int:
     """Fill all parameters and persistent buffers, in their dtypes; each rank reads only what it
     holds. Returns bytes read. `model`: materialised, whole or the part that this rank holds; of
-    plain tensors or DTensors (see `shard_box`). `index`: from `check_weights` of the whole model. A
+    plain tensors or DTensors (see `local_box`). `index`: from `check_weights` of the whole model. A
     tensor that holds nan or inf is an InputError.
     """
     pieces, before = model.checkpoint_pieces(), index.bytes_read
@@ -167,119 +168,210 @@ def load_model(
     return model.eval()
 
 
-@dataclass
-class _Written:
-    """One tensor of an export."""
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of an export.
+
+    Attributes:
+        contents: what it is in the file, in fp8 its scales too.
+        parts: which ranks hold which part of it (parameter coordinates): one rank or several.
+        name, piece: the parameter that it is a piece of; None for a tensor that is taken over from
+            the source.
+    """
 
     key: str
-    contents: Contents  # what it is in the file, in fp8 its scales too
-    # which ranks hold which part of it (parameter coordinates): one rank or several
+    contents: Contents
     parts: Mapping[Box, Sequence[int]]
-    # the parameter that it is a piece of; None for a tensor that is carried through from the source
     name: str | None = None
     piece: Piece | None = None
-    owner: int = -1  # the rank that writes it
-    file: int = -1  # the number of the file
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return size_of(self.contents)
+
+    @property
+    def holders(self) -> set[int]:
+        """The ranks that hold some of it."""
+        return set(itertools.chain.from_iterable(self.parts.values()))
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of an export: the rank that writes it, and its tensors in order."""
+
+    writer: int
+    tensors: list[_Tensor]
+
+
+@dataclass(frozen=True)
+class _Format:
+    """In which dtype an export has the parameters; in fp8, how its blocks are."""
+
+    dtype: torch.dtype
+    block: tuple[int, int]
+    power_of_two: bool
 
 
 @torch.no_grad()
 def export(
-    model: LanguageModel,  # what this rank holds; all ranks together hold every tensor
-    out_dir: str | Path,  # the directory to write, or the URL of a folder
-    # of the parameters (see `exported_dtype`); the routing bias keeps the source's, fp32 in
-    # published ones
+    model: LanguageModel,
+    out_dir: str | Path,
     dtype: torch.dtype,
-    # the Hugging Face or converted directory that the run began with; its weights may be absent
     source_dir: str | Path,
-    # ids of the tokens that ended trained turns: the exported eos ids name them too
     ends: Iterable[int] = (),
-    max_shard_bytes: float = 5e9,  # size of a file, in bytes of tensors
-    chat_template: str | None = None,  # the text of one that replaces those of the source
+    max_shard_bytes: float = 5e9,
+    chat_template: str | None = None,
 ) -> None:
     """Write the model as a Hugging Face directory; collective over all ranks, or one process
     without a group.
 
-    MTP layers, unknown tensors and other files come from the source, and in fp8
-    (torch.float8_e4m3fn) the bytes of a block that still has its source's values. Each tensor is
-    sent to the one rank that writes it, straight into its file: a rank holds its share of the model
-    and the tensor in flight. `out_dir` appears, or is replaced, when all ranks have finished; a
-    remote one is written in place, config.json last. A SharedError, on every rank: one could not
-    write; a local directory stays as it was. A rank that fails otherwise raises at once; the others
-    wait until they are ended. An InputError: `out_dir` is the source or no model directory; a
-    source that cannot be used; what fp8 cannot hold.
+    MTP layers, unknown tensors and other files come from the source, and in fp8 the bytes of a
+    block that still has its source's values. Each tensor is sent to the one rank that writes it,
+    straight into its file: a rank holds its share of the model and the tensor in flight. `out_dir`
+    appears, or is replaced, when all ranks have finished; a remote one is written in place,
+    config.json last.
+
+    Args:
+        model: what this rank holds; all ranks together hold every tensor.
+        out_dir: the directory to write, or the URL of a folder.
+        dtype: of the parameters (see `exported_dtype`), torch.float8_e4m3fn for fp8; the routing
+            bias keeps the source's, fp32 in published ones.
+        source_dir: the Hugging Face or converted directory that the run began with; its weights may
+            be absent.
+        ends: ids of the tokens that ended trained turns: the exported eos ids name them too.
+        max_shard_bytes: size of a file, in bytes of tensors.
+        chat_template: the text of one that replaces those of the source.
+
+    Raises:
+        SharedError: on every rank: one could not write; a local directory stays as it was. A rank
+            that fails otherwise raises at once; the others wait until they are ended.
+        InputError: `out_dir` is the source or no model directory; a source that cannot be used;
+            what fp8 cannot hold.
     """
     source, target = Path(source_dir), Folder(out_dir)
-    exported = hf_directory.exported_config(read_config(source), dtype)
-    exported, generation = with_ends(exported, read_generation_config(source), ends)
+    config = hf_directory.exported_config(read_config(source), dtype)
+    config, generation = with_ends(config, read_generation_config(source), ends)
     check_target(source, target)
-    rank, ranks = rank_and_size()
-    block, power_of_two = hf_directory.fp8_format(exported) if dtype == FP8 else (BLOCK, False)
+    block, power_of_two = hf_directory.fp8_format(config) if dtype == FP8 else (BLOCK, False)
+    form = _Format(dtype, block, power_of_two)
     with torch.device("meta"):
         whole = model.family(model.config)
-    tensors, buffers = model.state_dict(keep_vars=True), dict(whole.named_buffers())
+    held = model.state_dict(keep_vars=True)
     weights = open_weights(source, whole.checkpoint_pieces(), optional=True)
-    plan = []
-    for name, piece, parts in _pieces_and_holders(whole, tensors):
-        kept = hf_directory.exported_dtype(
+    tensors = _ordered(
+        [*_model_tensors(whole, held, weights, form), *_carried_tensors(model, weights, form)]
+    )
+    files = _assign(tensors, max_shard_bytes)
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    named = dict(zip(names, files, strict=True))
+    with published(target) as folder:
+        _write_files(folder, tensors, named, held, weights, form)
+        if rank_and_size()[0] == 0:
+            copy_side_files(source, folder, chat_template)
+            folder.write_text(INDEX, json.dumps(_index(named), indent=2) + "\n")
+            write_generation_config(generation, source, folder)
+            folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _model_tensors(
+    whole: LanguageModel, held: Mapping[str, Tensor], weights: Weights | None, form: _Format
+) -> Iterator[_Tensor]:
+    """Yield what is exported of the model's own tensors; collective.
+
+    Args:
+        whole: the whole model, on meta.
+        held: the tensors of the part that this rank holds.
+    """
+    buffers = dict(whole.named_buffers())
+    for name, piece, parts in _pieces_and_holders(whole, held):
+        dtype = hf_directory.exported_dtype(
             piece.key,
-            dtype,
+            form.dtype,
             weights,
             buffer=name in buffers,
-            quantised=model.is_quantised(piece.key),
+            quantised=whole.is_quantised(piece.key),
         )
-        plan.append(
-            _Written(
-                piece.key, contents_of(piece.key, kept, piece.hf_shape, block), parts, name, piece
-            )
+        contents = contents_of(piece.key, dtype, piece.hf_shape, form.block)
+        yield _Tensor(piece.key, contents, parts, name, piece)
+
+
+def _carried_tensors(
+    model: LanguageModel, weights: Weights | None, form: _Format
+) -> Iterator[_Tensor]:
+    """Yield what is exported of the source's tensors for which the model has no place. Any rank can
+    write them.
+    """
+    if weights is None:
+        return
+    _, ranks = rank_and_size()
+    for key in _carried(weights, model.config.num_hidden_layers):
+        dtype = hf_directory.carried_dtype(
+            key, form.dtype, weights, quantised=model.is_quantised(key)
         )
-    for key in _carried(weights, model.config.num_hidden_layers) if weights is not None else ():
-        kept = hf_directory.carried_dtype(key, dtype, weights, quantised=model.is_quantised(key))
-        contents = contents_of(key, kept, weights.tensors[key].shape, block)
-        plan.append(_Written(key, contents, {Box((), ()): range(ranks)}))  # any rank can write it
-    items, contents = {item.key: item for item in plan}, _merged(plan)
-    plan = [items[key] for key in file_order(contents) if key in items]
-    files = _assign(plan, max_shard_bytes)
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    with published(target) as folder:
-        if dist.is_initialized():
-            # NCCL sets up its communicator in the first collective: all ranks must join that, while
-            # transfers need few.
-            dist.all_reduce(next(map(local, tensors.values())).new_zeros(1))
-        gathered = (
-            (item, _gather(item, tensors[item.name], rank) if item.name in tensors else None)
-            for item in plan
-        )
-        with together():
-            try:
-                with ExitStack() as stack:
-                    writing = -1
-                    for item, values in gathered:
-                        if item.owner != rank:
-                            continue
-                        if item.file != writing:  # a rank's files come one after another
-                            stack.close()
-                            writing = item.file
-                            writer = stack.enter_context(
-                                SafetensorsWriter(folder, names[writing], _merged(files[writing]))
-                            )
-                        for key, part in _encoded(
-                            item, values, block, power_of_two, weights
-                        ).items():
-                            writer.write(key, part)
-            except OSError:
-                for _ in gathered:  # the other ranks still send and receive
-                    pass
-                raise
-        if rank == 0:
-            weight_map = {key: names[item.file] for item in plan for key in item.contents}
-            index = {
-                "metadata": {"total_size": size_of(contents)},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            copy_side_files(source, folder, chat_template)
-            folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
-            write_generation_config(generation, source, folder)
-            folder.write_text("config.json", json.dumps(exported, indent=2) + "\n")
+        contents = contents_of(key, dtype, weights.tensors[key].shape, form.block)
+        yield _Tensor(key, contents, {Box((), ()): range(ranks)})
+
+
+def _ordered(tensors: Sequence[_Tensor]) -> list[_Tensor]:
+    """Return tensors in an order in which each is aligned in a file."""
+    by_key = {tensor.key: tensor for tensor in tensors}
+    return [by_key[key] for key in file_order(_merged(tensors)) if key in by_key]
+
+
+def _merged(tensors: Iterable[_Tensor]) -> Contents:
+    """Return the contents of all tensors."""
+    return {key: entry for tensor in tensors for key, entry in tensor.contents.items()}
+
+
+def _index(files: Mapping[str, _File]) -> dict[str, Any]:
+    """Return the content of the index file."""
+    places = {key: name for name, file in files.items() for key in _merged(file.tensors)}
+    total = sum(tensor.size for file in files.values() for tensor in file.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+
+
+def _write_files(
+    folder: Folder,
+    tensors: Sequence[_Tensor],
+    files: Mapping[str, _File],
+    held: Mapping[str, Tensor],
+    weights: Weights | None,
+    form: _Format,
+) -> None:
+    """Gather one tensor after another on the rank that writes it, which does; collective."""
+    rank, _ = rank_and_size()
+    if dist.is_initialized():
+        # NCCL sets up its communicator in the first collective: all ranks must join that, while
+        # transfers need few.
+        dist.all_reduce(next(map(local, held.values())).new_zeros(1))
+    file_of = {tensor.key: name for name, file in files.items() for tensor in file.tensors}
+
+    def gathered() -> Iterator[tuple[_Tensor, Tensor | None]]:
+        for tensor in tensors:
+            writer = files[file_of[tensor.key]].writer
+            own = held.get(tensor.name)
+            yield tensor, None if own is None else _gather(tensor, own, writer)
+
+    arriving = gathered()
+    with together():
+        try:
+            with ExitStack() as stack:
+                current = None
+                for tensor, values in arriving:
+                    name = file_of[tensor.key]
+                    if files[name].writer != rank:
+                        continue
+                    if name != current:  # a rank's files come one after another
+                        stack.close()
+                        current, contents = name, _merged(files[name].tensors)
+                        output = stack.enter_context(SafetensorsWriter(folder, name, contents))
+                    for key, part in _encoded(tensor, values, weights, form).items():
+                        output.write(key, part)
+        except OSError:
+            for _ in arriving:  # the other ranks still send and receive
+                pass
+            raise
 
 
 def check_target(source: Path, target: Folder) -> None:
@@ -294,10 +386,6 @@ def check_target(source: Path, target: Folder) -> None:
             f"{target} is not empty and holds no exported model; choose another "
             f"directory for the export"
         )
-
-
-def _merged(items: Iterable[_Written]) -> Contents:
-    return {key: entry for item in items for key, entry in item.contents.items()}
 
 
 def _pieces_and_holders(
@@ -339,8 +427,8 @@ def _pieces_and_holders(
 
 
 def _carried(weights: Weights, layers: int) -> list[str]:
-    """The source's tensors for which the model has no place; of unknown ones the first rank
-    tells.
+    """Return the keys of the source's tensors for which the model has no place; the first rank
+    prints a note of unknown ones.
     """
     keys = [
         key
@@ -357,44 +445,48 @@ def _carried(weights: Weights, layers: int) -> list[str]:
     return keys
 
 
-def _assign(plan: Sequence[_Written], max_shard_bytes: float) -> list[list[_Written]]:
-    """Set `owner` and `file` of each tensor; the tensors of each file."""
-    sizes = {item.key: size_of(item.contents) for item in plan}
-    holders = {item.key: set(itertools.chain.from_iterable(item.parts.values())) for item in plan}
-    owners = share_out({key: (size, holders[key]) for key, size in sizes.items()})
-    files: list[list[_Written]] = []
-    owner, size = -1, 0
-    for item in sorted(plan, key=lambda item: owners[item.key]):
-        item.owner = owners[item.key]
-        if item.owner != owner or size + sizes[item.key] > max_shard_bytes:
-            files.append([])
-            owner, size = item.owner, 0
-        files[-1].append(item)
-        item.file = len(files) - 1
-        size += sizes[item.key]
+def _assign(tensors: Sequence[_Tensor], max_shard_bytes: float) -> list[_File]:
+    """Choose which rank writes each tensor, and put it into files."""
+    parts = {tensor.key: Shared(tensor.size, tensor.holders) for tensor in tensors}
+    writers = choose_writers(parts)
+    files: list[_File] = []
+    size = 0
+    for tensor in sorted(tensors, key=lambda tensor: writers[tensor.key]):
+        writer = writers[tensor.key]
+        same_writer = bool(files) and files[-1].writer == writer
+        if not same_writer or size + tensor.size > max_shard_bytes:
+            files.append(_File(writer, []))
+            size = 0
+        files[-1].tensors.append(tensor)
+        size += tensor.size
     return files
 
 
-def _gather(item: _Written, tensor: Tensor, rank: int) -> Tensor | None:
-    """The whole of one tensor on its owner, in the dtype in which it is written, for fp8 in fp32;
-    None on the other ranks. Point to point between the ranks that hold a part (`tensor`); of
-    several copies of the model, in the owner's own.
+def _gather(tensor: _Tensor, own: Tensor, writer: int) -> Tensor | None:
+    """Return the whole of one tensor on the rank that writes it, in the dtype in which it is
+    written, for fp8 in fp32; None on the other ranks. Point to point between the ranks that hold a
+    part; of several copies of the model, in the writer's own.
+
+    Args:
+        own: this rank's part of the parameter.
     """
-    mine, origin, dtype = local(tensor), local_box(tensor).start, item.contents[item.key][0]
+    rank, _ = rank_and_size()
+    mine, origin = local(own), local_box(own).start
+    dtype, _ = tensor.contents[tensor.key]
     dtype = torch.float32 if dtype == FP8 else dtype
-    whole = mine.new_empty(piece_box(item.piece).shape, dtype=dtype) if rank == item.owner else None
+    whole = None
+    if rank == writer:
+        whole = mine.new_empty(piece_box(tensor.piece).shape, dtype=dtype)
     transfers, arriving = [], []
     # Each part lies on as many ranks, one of each copy, in the order of the ranks.
-    copy = next(
-        holders.index(item.owner) for holders in item.parts.values() if item.owner in holders
-    )
-    for part, holders in item.parts.items():
-        sender = holders[copy]
-        place = None if whole is None else whole[part.within(item.piece.start)]
+    copy = next(ranks.index(writer) for ranks in tensor.parts.values() if writer in ranks)
+    for part, ranks in tensor.parts.items():
+        sender = ranks[copy]
+        place = None if whole is None else whole[part.within(tensor.piece.start)]
         if sender == rank:
             values = mine[part.within(origin)].to(dtype)
             if place is None:
-                transfers.append(dist.P2POp(dist.isend, values.contiguous(), item.owner))
+                transfers.append(dist.P2POp(dist.isend, values.contiguous(), writer))
             else:
                 place.copy_(values)
         elif place is not None:
@@ -410,24 +502,23 @@ def _gather(item: _Written, tensor: Tensor, rank: int) -> Tensor | None:
 
 
 def _encoded(
-    item: _Written,
-    values: Tensor | None,
-    block: tuple[int, int],
-    power_of_two: bool,
-    weights: Weights | None,
+    tensor: _Tensor, values: Tensor | None, weights: Weights | None, form: _Format
 ) -> dict[str, Tensor]:
-    """What is written of a tensor, by key: `values` (None: those of the source's `weights`), in fp8
-    with scales, of which those of the source are kept where they still give the values exactly.
+    """Return what is written of a tensor, by key: `values` (None: those of the source's `weights`),
+    in fp8 with scales, of which those of the source are kept where they still give the values
+    exactly.
     """
-    dtype, shape = item.contents[item.key]
-    known = weights.scales(item.key) if dtype == FP8 and weights is not None else None
+    key = tensor.key
+    dtype, shape = tensor.contents[key]
+    known = weights.scales(key) if dtype == FP8 and weights is not None else None
     if values is None:
         if known is not None:  # in fp8 here and there
-            return {item.key: weights.read_whole(item.key), scale_key(item.key): known}
-        values = weights.values(item.key, ())
+            return {key: weights.read_whole(key), scale_key(key): known}
+        values = weights.values(key, ())
     if dtype != FP8:
-        return {item.key: values.to(dtype)}
-    same_model = known is not None and known.shape == scale_shape(shape, block)
+        return {key: values.to(dtype)}
+    same_model = known is not None and known.shape == scale_shape(shape, form.block)
     known = known.to(values.device) if same_model else None
-    q, scale = quantise(values.float().reshape(shape), block, power_of_two, known, item.key)
-    return {item.key: q, scale_key(item.key): scale}
+    values = values.float().reshape(shape)
+    q, scale = quantise(values, form.block, form.power_of_two, known, key)
+    return {key: q, scale_key(key): scale}

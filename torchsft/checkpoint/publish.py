@@ -3,15 +3,19 @@
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torchsft.checkpoint.dcp_files import MANIFEST
-from torchsft.checkpoint.storage import Folder, told
+from torchsft.checkpoint.manifest import MANIFEST
+from torchsft.checkpoint.storage import Folder, in_one_line
 from torchsft.config import InputError
 from torchsft.parallel.collectives import gather_objects, rank_and_size
+
+# What a run that was killed leaves beside its checkpoints.
+_LEFT = re.compile(r"\.step-\d+\.(incomplete|removed)")
 
 
 def sync_directory(path: Path) -> None:
@@ -24,17 +28,19 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def claimed(output: Path, main: bool) -> Iterator[None]:
+def output_lock(output: Path, main: bool) -> Iterator[None]:
     """On the `main` rank: make a run's directory and keep other runs out until this one leaves or
-    its process ends. An
-    InputError: another process has claimed it, or it cannot be written.
+    its process ends.
+
+    Raises:
+        InputError: another process writes to it, or it cannot be written.
     """
     if not main:
         yield
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "w")  # noqa: SIM115 (held open as long as the claim)
+        lock = open(output / ".lock", "w")  # noqa: SIM115 (held open as long as the lock)
     except OSError as error:
         fault = (
             "is a file" if isinstance(error, FileExistsError) else f"cannot be written ({error})"
@@ -51,10 +57,12 @@ def claimed(output: Path, main: bool) -> Iterator[None]:
 
 
 @contextmanager
-def reading(folder: Folder) -> Iterator[None]:
-    """Keep a training checkpoint from being removed by its run while it is read. Raises InputError
-    where it was removed or replaced all the same, before or meanwhile. Of a remote one nothing is
-    known.
+def read_lock(folder: Folder) -> Iterator[None]:
+    """Keep a training checkpoint from being removed by its run while it is read. Of a remote one
+    nothing is known.
+
+    Raises:
+        InputError: it was removed or replaced all the same, before or meanwhile.
     """
     if folder.remote or not (path := folder.path / "trainer.json").is_file():
         yield
@@ -119,6 +127,21 @@ def staging_of(target: Folder) -> Folder:
     )
 
 
+def prepare_staging(target: Folder) -> None:
+    """Make an empty staging folder for a training checkpoint. The directory that it lies in must
+    be there; what killed runs left in that is removed.
+    """
+    staging = staging_of(target)
+    discard(staging)
+    if staging.remote:
+        staging.make()
+        return
+    directory = target.path.parent
+    for path in filter(lambda path: _LEFT.fullmatch(path.name), directory.iterdir()):
+        shutil.rmtree(path, ignore_errors=True)
+    staging.path.mkdir()
+
+
 def publish(staging: Folder, target: Folder) -> None:
     """Let a complete staging folder take `target`'s place, on the disk too; there is nothing left
     to do for a remote one. A `target` that is there already is exchanged in one step on Linux;
@@ -163,7 +186,7 @@ def together() -> Iterator[None]:
         raise
     except OSError as error:
         failure = error
-    problems = gather_objects(failure and told(failure))
+    problems = gather_objects(failure and in_one_line(failure))
     for rank, problem in enumerate(problems):
         if problem:
             raise SharedError(f"rank {rank}: {problem}") from failure

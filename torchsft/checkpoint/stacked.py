@@ -12,10 +12,8 @@ Published directories store each expert by itself, as
 stacked tensor, so that reading one reads nothing else.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from torchsft.checkpoint.stored import DTYPES, FP8, StoredTensor, listing
 from torchsft.precision.blockwise import scale_key
@@ -86,8 +84,10 @@ def _experts(key: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor
     experts, rows, columns = stored.shape
     parts = _PARTS[name]
     shape = rows // len(parts), columns
-    size = math.prod(shape) * DTYPES[stored.dtype].itemsize
     for expert in range(experts):
         for number, part in enumerate(parts):
-            start = stored.start + (expert * len(parts) + number) * size
-            yield f"{layer}.{expert}.{part}.weight", replace(stored, shape=shape, start=start)
+            start = expert, number * shape[0], 0
+            yield (
+                f"{layer}.{expert}.{part}.weight",
+                StoredTensor(stored.file, shape, stored.dtype, stack=key, start=start),
+            )

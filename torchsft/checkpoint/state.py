@@ -8,8 +8,10 @@ layout.
         config.json                     the run's resolved configuration
         checkpoint.json                 size and checksum of each file; written last
 
-A local directory with such a name is complete: it is written aside and renamed when all ranks have
-finished. A remote one is written in place and complete when it has its checkpoint.json.
+`torch.distributed.checkpoint` saves and loads them, with the planners, the stager, the writer and
+the reader of this folder. A local directory with such a name is complete: it is written aside and
+renamed when all ranks have finished. A remote one is written in place and complete when it has its
+checkpoint.json.
 """
 
 import itertools
@@ -19,16 +21,20 @@ import re
 import threading
 import time
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,92 +42,112 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from torchsft.checkpoint.boxes import Box, local_box, share_out
-from torchsft.checkpoint.dcp_files import (
-    MANIFEST,
-    ChunkReader,
-    ChunkWriter,
-    Stored,
-    incomplete,
-    write_manifest,
-    write_metadata,
-)
+from torchsft.checkpoint.boxes import Box, local_box
 from torchsft.checkpoint.hf_directory import mismatches
+from torchsft.checkpoint.manifest import MANIFEST, incomplete
+from torchsft.checkpoint.planning import (
+    HostStager,
+    OwnedPlanner,
+    owned_items,
+)
 from torchsft.checkpoint.publish import (
     discard,
-    publish,
-    reading,
+    read_lock,
     remove_unread,
-    staging_of,
 )
-from torchsft.checkpoint.storage import Folder, told
+from torchsft.checkpoint.reader import RangeReader
+from torchsft.checkpoint.storage import Folder, in_one_line
+from torchsft.checkpoint.writer import PublishingWriter, WriteError
 from torchsft.config import InputError
 from torchsft.models.decoder import local
 from torchsft.parallel.collectives import gather_objects, rank_and_size
 
 _NAME = re.compile(r"step-(\d{8,})")
-_LEFT = re.compile(r"\.step-\d+\.(incomplete|removed)")
-# name -> global shape, box that this rank holds, its values
-Held = Mapping[str, tuple[tuple[int, ...], Box, Tensor]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a save ended; the same on every rank."""
+    """How a save ended; the same on every rank.
+
+    Attributes:
+        path: the checkpoint's.
+        stall_seconds: how long training stood still on the slowest rank.
+        write_seconds: from the copy to the end, beside training or not.
+        bytes: of all files of all ranks.
+        error: a sentence, if it could not be written; older checkpoints are untouched then.
+    """
 
     step: int
     path: str
-    stall_seconds: float  # how long training stood still on the slowest rank
-    write_seconds: float  # from the copy to the end, beside training or not
-    bytes: int  # of all files of all ranks
-    # a sentence, if it could not be written; older checkpoints are untouched then
+    stall_seconds: float
+    write_seconds: float
+    bytes: int
     error: str | None
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Held:
+    """What this rank holds of a tensor."""
+
+    box: Box
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save that goes on.
+
+    Attributes:
+        began: `time.perf_counter()` when training stopped for it.
+        asynchronous: whether training went on when the copy was done.
+    """
+
     step: int
-    tensors: Held  # what this rank writes
-    texts: Mapping[str, str]  # by file name
+    writer: PublishingWriter
     began: float
-    stall: float | None  # seconds that training stood still; None: until the job is done
-    error: str | None  # of the copy on this rank
+    asynchronous: bool
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run; every rank has one, and writes its share. If `mode` is
-    "async", a thread writes what `save` has copied to host memory, which is allocated once (pinned
-    if there is CUDA); "sync": `save` returns when it is written, without a copy.
+    """Writes the checkpoints of a run; every rank has one, and writes its share.
+
+    Args:
+        directory: of the checkpoints, a path or URL; made if it is not there.
+        mode: "async": a thread writes what `save` has copied to host memory, which is allocated
+            once (pinned if there is CUDA); "sync": `save` returns when it is written, without a
+            copy.
+        if_busy: what `save` does while an older one is being written; skip: nothing.
+        keep: how many of the newest checkpoints stay (0: all).
+        keep_every: those whose step this divides stay too.
+        keep_best: as do so many with the lowest scores.
+        group: gloo, of all ranks, that nothing else uses; None: one process.
     """
 
     def __init__(
         self,
-        directory: str | Path,  # of the checkpoints, a path or URL; made if it is not there
+        directory: str | Path,
         *,
         mode: Literal["async", "sync"] = "async",
-        # what `save` does while an older one is being written; skip: nothing
         if_busy: Literal["wait", "skip"] = "wait",
-        keep: int = 0,  # how many of the newest checkpoints stay (0: all)
-        keep_every: int = 0,  # those whose step this divides stay too
-        keep_best: int = 0,  # as do so many with the lowest scores
-        # gloo, of all ranks, that nothing else uses; None: one process
+        keep: int = 0,
+        keep_every: int = 0,
+        keep_best: int = 0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.folder = Folder(directory)
         self._mode, self._if_busy = mode, if_busy
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._group = group
-        self._rank, self._size = rank_and_size()
-        assert group is not None or self._size == 1, (
-            "several ranks need a group for the writing thread"
-        )
+        self._rank, size = rank_and_size()
+        assert group is not None or size == 1, "several ranks need a group for the writing thread"
         if self._rank == 0:
             self.folder.make()
-        self._thread: threading.Thread | None = None
-        self._ended: deque[Report] = deque()
-        self._held: dict[str, Box] = {}  # what `_owned` was computed for
-        self._owned: set[str] = set()
-        self._host: dict[str, Tensor] = {}
+        self._stager = HostStager()
+        self._current: _Save | None = None
+        self._reports: deque[Report] = deque()
+        self._held: dict[str, _Held] = {}  # what `_items` was computed for
+        self._items: list[WriteItem] = []
 
     def save(
         self,
@@ -129,16 +155,23 @@ class Checkpointer:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        # JSON-able counters and data position, equal on all ranks; `load` returns it
         extra: Mapping[str, Any],
-        config: Mapping[str, Any],  # JSON-able resolved configuration
-        score: float | None = None,  # for `keep_best`, the lower the better
-        now: bool = False,  # wait for an older save and write before returning, whatever the mode
+        config: Mapping[str, Any],
+        score: float | None = None,
+        now: bool = False,
     ) -> bool:
         """Begin to write `directory/step-00000100` (for step 100; replaces an older one);
-        collective. `reports` tells the end. The optimizer's options (learning rate, ...) are not
-        saved: they follow from the configuration and the step. Returns False if it was skipped, on
-        every rank.
+        collective. See `reports` for how it ends. The optimizer's options (learning rate, ...) are
+        not saved: they follow from the configuration and the step.
+
+        Args:
+            extra: JSON-able counters and data position, equal on all ranks; `load` returns it.
+            config: JSON-able resolved configuration.
+            score: for `keep_best`, the lower the better.
+            now: wait for an older save and write before returning, whatever the mode.
+
+        Returns:
+            False if it was skipped, on every rank.
         """
         began = time.perf_counter()
         score = None if score is None or math.isnan(score) else score
@@ -149,146 +182,90 @@ class Checkpointer:
         }
         # An optimizer that has not stepped has nothing to save; asking for its state would create
         # one that has stepped.
-        tensors = _tensors(model, optimizer if optimizer.state else None) | _random_states(
-            self._rank
-        )
-        held = {name: local_box(tensor) for name, tensor in tensors.items()}
-        flags = self._thread is not None and self._thread.is_alive(), held != self._held
-        busy, changed = map(any, zip(*gather_objects(flags), strict=True))
-        if busy and self._if_busy == "skip" and not now:
+        tensors = _tensors(model, optimizer if optimizer.state else None)
+        tensors |= _random_states(self._rank)
+        held = {name: _Held(local_box(tensor), tensor.dtype) for name, tensor in tensors.items()}
+        is_busy = self._current is not None and not self._current.ended.is_set()
+        flags = gather_objects((is_busy, held != self._held))
+        any_busy, any_changed = map(any, zip(*flags, strict=True))
+        if any_busy and self._if_busy == "skip" and not now:
             return False
         self.wait()
-        if changed:
-            self._owned, self._held = _choose_owned(held, tensors, self._rank), held
-        mine = {
-            name: (tuple(tensors[name].shape), held[name], local(tensors[name]))
-            for name in held
-            if name in self._owned
-        }
-        if now or self._mode == "sync":
-            self._ended.append(self._write(_Job(step, mine, texts, began, None, None)))
-            return True
-        try:
-            mine, error = self._copied(mine), None
-        # no host memory; the others learn it when all write
-        except (RuntimeError, MemoryError) as failure:
-            mine, error = {}, told(failure)
-        job = _Job(step, mine, texts, began, time.perf_counter() - began, error)
-        self._thread = threading.Thread(
-            target=lambda: self._ended.append(self._write(job)), daemon=True
-        )
-        self._thread.start()
+        if any_changed:
+            self._items, self._held = owned_items(tensors), held
+        names = [item.index.fqn for item in self._items]
+        owned = {name: local(tensors[name]).detach() for name in names}
+        writer = PublishingWriter(self.folder.child(f"step-{step:08d}"), self._rank, texts)
+        asynchronous = self._mode == "async" and not now
+        self._write(_Save(step, writer, began, asynchronous), owned)
         return True
 
     def reports(self) -> list[Report]:
-        """Of the saves that have ended on this rank since the last call. On other ranks it may be a
-        moment sooner or later.
+        """Return the reports of the saves that have ended on this rank since the last call. On
+        other ranks that may be a moment sooner or later.
         """
-        return [self._ended.popleft() for _ in range(len(self._ended))]
+        return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def wait(self) -> None:
-        """Until nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Return when nothing is being written."""
+        if self._current is not None:
+            self._current.ended.wait()
+            self._current = None
 
-    def _copied(self, tensors: Held) -> Held:
-        """The same with values in host memory, which is reused from save to save."""
-        host = {}
-        for name, (_, _, values) in tensors.items():
-            old = self._host.get(name)
-            if old is None or (old.shape, old.dtype) != (values.shape, values.dtype):
-                old = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            host[name] = old.copy_(values.detach(), non_blocking=True)
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
-        self._host = host
-        return {name: (shape, box, host[name]) for name, (shape, box, _) in tensors.items()}
-
-    def _write(self, job: _Job) -> Report:
-        """All ranks together: every rank its file, then rank 0 the rest. A failure on one rank is
-        learned by all of them.
-        """
-        target = self.folder.child(f"step-{job.step:08d}")
-        staging, problem, written, size, crc32 = staging_of(target), job.error, [], 0, 0
-        try:
-            try:
-                if self._rank == 0 and not problem:
-                    self._prepare(staging)
-            except Exception as failure:
-                problem = told(failure)
-            if not any(gather_objects(problem, self._group)):
-                try:
-                    with ChunkWriter(staging, f"__{self._rank}_0.distcp") as writer:
-                        for name, (shape, box, values) in job.tensors.items():
-                            writer.write(name, shape, box, values)
-                    written, size, crc32 = writer.written, writer.size, writer.crc32
-                except Exception as failure:
-                    problem = told(failure)
-            record = problem, written, size, crc32, job.stall
-            records = [record] * self._size if self._rank == 0 else None
-            if self._size > 1:
-                dist.gather_object(record, records, 0, group=self._group)
-            return gather_objects(
-                records and self._finish(job, staging, target, records), self._group
-            )[0]
-        except Exception as failure:  # a rank has died: the collectives cannot go on
-            error = f"checkpoint {target} could not be written ({told(failure)})"
-            return Report(
-                job.step, str(target), job.stall or 0.0, time.perf_counter() - job.began, 0, error
-            )
-
-    def _prepare(self, staging: Folder) -> None:
-        """An empty staging folder, in a directory that must still be there; what killed runs left
-        is removed.
-        """
-        discard(staging)
-        if staging.remote:
-            staging.make()
-            return
-        for name in filter(_LEFT.fullmatch, self.folder.names()):
-            self.folder.child(name).remove()
-        staging.path.mkdir()
-
-    def _finish(self, job: _Job, staging: Folder, target: Folder, records: list[Any]) -> Report:
-        """On rank 0: the other files, the publication and the removal of old checkpoints, or the
-        end of a failed attempt.
-        """
-        error = next(
-            (f"rank {rank}: {record[0]}" for rank, record in enumerate(records) if record[0]), None
-        )
-        files = {
-            f"__{rank}_0.distcp": (size, crc32)
-            for rank, (_, _, size, crc32, _) in enumerate(records)
+    def _write(self, save: _Save, owned: dict[str, Tensor]) -> None:
+        """Let DCP write what this rank owns, or begin to."""
+        _ignore_warning_of_one_process()
+        arguments = {
+            "storage_writer": save.writer,
+            "planner": OwnedPlanner(self._items),
+            "process_group": self._group,
         }
-        if error is None:
-            try:
-                written = [entry for record in records for entry in record[1]]
-                elements = Counter()
-                for name, shape, _, chunk in written:
-                    elements[name, shape] += math.prod(chunk.box.shape)
-                for (name, shape), held in elements.items():
-                    if held != math.prod(shape):
-                        raise RuntimeError(
-                            f"the ranks hold {held} of the {math.prod(shape)} elements of {name}"
-                        )
-                outputs = {name: staging.write_text(name, text) for name, text in job.texts.items()}
-                outputs[".metadata"] = write_metadata(staging, written)
-                files |= {name: (out.size, out.crc32) for name, out in outputs.items()}
-                write_manifest(staging, files)
-                publish(staging, target)
-            except Exception as failure:
-                error = f"rank 0: {told(failure)}"
-        if error is None:
-            self._remove_old(target)
-        else:
+        if save.asynchronous:
+            self._current = save
+            future = dcp.async_save(owned, async_stager=self._stager, **arguments)
+            future.add_done_callback(lambda future: self._end(save, future.exception()))
+            return
+        failure = None
+        try:
+            dcp.save(owned, **arguments)
+        except (Exception, CheckpointException) as error:
+            failure = error
+        self._end(save, failure)
+
+    def _end(self, save: _Save, failure: BaseException | None) -> None:
+        """Note how a save ended, in the thread that wrote it."""
+        try:
+            if failure is not None and not isinstance(failure, CheckpointException):
+                raise failure
+            report = self._report(save, failure)
+        except Exception as error:  # a rank has died: the collectives cannot go on
+            report = self._own_report(save, f"{_unwritten(save)} ({in_one_line(error)})")
+        self._reports.append(report)
+        save.ended.set()
+
+    def _report(self, save: _Save, failure: CheckpointException | None) -> Report:
+        """Return the report of a save that has ended on all ranks; collective. Rank 0 first removes
+        old checkpoints, or what a failed attempt left.
+        """
+        error = None
+        if failure is not None:
+            reason = _first_failure(failure)
+            error = f"{_unwritten(save)} ({reason}); older ones are untouched"
+        if self._rank == 0 and error is None:
+            self._remove_old(save.writer.target)
+        elif self._rank == 0:
             with suppress(Exception):
-                discard(staging)
-            error = f"checkpoint {target} could not be written ({error}); older ones are untouched"
-        seconds = time.perf_counter() - job.began
-        stall = seconds if job.stall is None else max(record[-1] for record in records)
-        total = 0 if error else sum(size for size, _ in files.values())
-        return Report(job.step, str(target), stall, seconds - (job.stall or 0.0), total, error)
+                discard(save.writer.folder)
+        reports = gather_objects(self._own_report(save, error), self._group)
+        stall = max(report.stall_seconds for report in reports)
+        return replace(reports[0], stall_seconds=stall)
+
+    def _own_report(self, save: _Save, error: str | None) -> Report:
+        seconds = time.perf_counter() - save.began
+        stall = self._stager.ended - save.began if save.asynchronous else seconds
+        writing = seconds - stall if save.asynchronous else seconds
+        size = 0 if error else save.writer.bytes
+        return Report(save.step, str(save.writer.target), stall, writing, size, error)
 
     def _remove_old(self, newest: Folder) -> None:
         """Remove the complete checkpoints that no rule keeps; not `newest`, and none that is being
@@ -297,23 +274,9 @@ class Checkpointer:
         if not self._keep:
             return
         try:
-            complete = {
-                step: folder
-                for step, folder in _by_step(self.folder).items()
-                if not incomplete(folder)
-            }
-            kept = set(list(complete)[-self._keep :])
-            if self._keep_every:
-                kept |= {step for step in complete if step % self._keep_every == 0}
-            if self._keep_best:
-                scores = {
-                    step: json.loads(folder.read("trainer.json")).get("score")
-                    for step, folder in complete.items()
-                }
-                scored = sorted(
-                    (score, -step) for step, score in scores.items() if score is not None
-                )
-                kept |= {-step for _, step in scored[: self._keep_best]}
+            folders = _by_step(self.folder)
+            complete = {step: folders[step] for step in folders if not incomplete(folders[step])}
+            kept = self._kept_steps(complete)
             for step, folder in complete.items():
                 if step not in kept and str(folder) != str(newest):
                     remove_unread(folder)
@@ -323,36 +286,52 @@ class Checkpointer:
                 stacklevel=2,
             )
 
+    def _kept_steps(self, complete: Mapping[int, Folder]) -> set[int]:
+        """Return which steps stay of complete checkpoints by rising step."""
+        kept = set(list(complete)[-self._keep :])
+        if self._keep_every:
+            kept |= {step for step in complete if step % self._keep_every == 0}
+        if self._keep_best:
+            scores = {
+                step: json.loads(folder.read("trainer.json")).get("score")
+                for step, folder in complete.items()
+            }
+            scored = sorted((score, -step) for step, score in scores.items() if score is not None)
+            kept |= {-step for _, step in scored[: self._keep_best]}
+        return kept
 
-def _choose_owned(held: Mapping[str, Box], tensors: Mapping[str, Tensor], rank: int) -> set[str]:
-    """The tensors of which this rank writes its box; collective. Replicas share the work."""
-    sizes = {
-        name: (box, math.prod(box.shape) * tensors[name].dtype.itemsize)
-        for name, box in held.items()
-    }
-    # of equal values one object, which pickle stores once
-    once = {value: value for value in sizes.values()}
-    holders: dict[tuple[str, Box], tuple[int, list[int]]] = {}
-    for holder, entries in enumerate(
-        gather_objects({name: once[value] for name, value in sizes.items()})
-    ):
-        for name, (box, size) in entries.items():
-            holders.setdefault((name, box), (size, []))[1].append(holder)
-    owners = share_out({key: holders[key] for key in sorted(holders, key=lambda key: key[0])})
-    return {
-        name for (name, box), owner in owners.items() if owner == rank and held.get(name) == box
-    }
+
+def _unwritten(save: _Save) -> str:
+    return f"checkpoint {save.writer.target} could not be written"
+
+
+def _first_failure(failure: CheckpointException) -> str:
+    """Return what happened on the first rank that failed, in one line."""
+    rank = min(failure.failures)
+    error, _ = failure.failures[rank]
+    return f"rank {rank}: {error if isinstance(error, WriteError) else in_one_line(error)}"
+
+
+def _ignore_warning_of_one_process() -> None:
+    """DCP warns of a save or load without a process group, which is as it should be here."""
+    if not dist.is_initialized():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
-    """The newest complete checkpoint in a directory or URL, by names and sizes of files, and a
-    sentence for each newer one that
-    is not complete. An InputError: there are only damaged ones. (Remote ones that were never
-    completed do not count.)
+    """Find the newest complete checkpoint in a directory or URL, by names and sizes of files.
+
+    Returns:
+        Its path, None where there is none, and a sentence for each newer one that is not complete.
+
+    Raises:
+        InputError: there are only damaged ones. (Remote ones that were never completed do not
+            count.)
     """
     passed, damaged = [], False
     for folder in reversed(_by_step(Folder(directory)).values()):
-        if not (problems := incomplete(folder)):
+        problems = incomplete(folder)
+        if not problems:
             return str(folder), passed
         never_completed = folder.remote and not folder.has(MANIFEST)
         damaged |= not never_completed
@@ -365,15 +344,19 @@ def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
 
 
 def saved_step(place: str | Path) -> int:
-    """The step after which this checkpoint was written. Raises InputError where it is not
-    complete.
+    """Return the step after which a checkpoint was written.
+
+    Raises:
+        InputError: it is not complete.
     """
     return _read_json(Folder(place), "trainer.json")["step"]
 
 
 def saved_config(place: str | Path) -> dict[str, Any]:
-    """The resolved configuration of the run that wrote this checkpoint. Raises InputError where it
-    is not complete.
+    """Return the resolved configuration of the run that wrote a checkpoint.
+
+    Raises:
+        InputError: it is not complete.
     """
     return _read_json(Folder(place), "config.json")
 
@@ -382,16 +365,21 @@ def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str,
     """Restore `model`, `optimizer` and this rank's random states in place; collective. The sharding
     may differ from the saved; each rank reads only the bytes of its shards. Gradients are
     discarded. The optimizer keeps its options (learning rate, ...), and a rank that the saving run
-    did not have its random states. Returns `extra` as given to `save`. An InputError, the same
-    on every rank: not complete, damaged, or of another model or optimizer (what differs is
-    named).
+    did not have its random states.
+
+    Returns:
+        `extra` as given to `save`.
+
+    Raises:
+        InputError: the same on every rank: not complete, damaged, or of another model or optimizer
+            (what differs is named).
     """
     folder = Folder(place)
     with ExitStack() as stack:
-        with _agreed():
-            stack.enter_context(reading(folder))
+        with _raised_on_all_ranks():
+            stack.enter_context(read_lock(folder))
             extra = _read_json(folder, "trainer.json")["extra"]
-            reader = ChunkReader(folder)
+            reader = RangeReader(folder)
         optimizer.zero_grad(set_to_none=True)
         stepped = any(name.startswith("optimizer.") for name in reader.tensors)
         if not stepped:  # saved before the first step
@@ -404,21 +392,34 @@ def load(place: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str,
                 f"checkpoint {folder} is of another model: {problem}; use the options "
                 f"that it was made with"
             )
-        random_states = {
-            name: s
-            for name, s in _random_states(rank_and_size()[0]).items()
-            if name in reader.tensors
-        }
-        with _agreed(), torch.no_grad():
-            for name, tensor in (tensors | random_states).items():
-                local(tensor).copy_(reader.read(name, local_box(tensor)))
+        random_states = _random_states(rank_and_size()[0])
+        random_states = {name: s for name, s in random_states.items() if name in reader.tensors}
+        _load_tensors(tensors | random_states, reader)
     for name, values in random_states.items():
         (torch.cuda if name.endswith("cuda") else torch).set_rng_state(values)
     return extra
 
 
+def _load_tensors(tensors: dict[str, Tensor], reader: RangeReader) -> None:
+    """Fill tensors and DTensors in place; collective. An InputError of one rank is raised on all of
+    them.
+    """
+    _ignore_warning_of_one_process()
+    for tensor in tensors.values():
+        local_box(tensor)  # a TypeError: this rank's part is not one box
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with torch.no_grad():
+            dcp.load(tensors, storage_reader=reader, planner=planner)
+    except CheckpointException as failure:
+        error, _ = failure.failures[min(failure.failures)]
+        if isinstance(error, InputError):
+            raise InputError(str(error)) from failure
+        raise
+
+
 @contextmanager
-def _agreed() -> Iterator[None]:
+def _raised_on_all_ranks() -> Iterator[None]:
     """An InputError in here on one rank is raised on all of them; collective."""
     problem = None
     try:
@@ -429,13 +430,14 @@ def _agreed() -> Iterator[None]:
         raise InputError(problem)
 
 
-def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> str:
-    """How the tensors of all ranks together differ from the stored ones, in words, the same on
-    every rank; collective. Ranks of
-    a pipeline hold different ones: they exchange a byte for each stored name, not V3's 3,000
-    names.
+def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, TensorStorageMetadata]) -> str:
+    """Describe how the tensors of all ranks together differ from the stored ones, the same on
+    every rank; collective. Ranks of a pipeline hold different ones: they exchange a byte for each
+    stored name, not V3's 3,000 names.
     """
-    shapes = {name: entry.shape for name, entry in stored.items() if not name.startswith("rng.")}
+    shapes = {
+        name: tuple(entry.size) for name, entry in stored.items() if not name.startswith("rng.")
+    }
     odd = {
         name: tuple(tensor.shape)
         for name, tensor in tensors.items()
@@ -448,9 +450,9 @@ def _mismatches(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> 
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """Parameters, persistent buffers and, per parameter name, the optimizer's state, as the tensors
-    that the two hold (no copies), to be loaded in place: `load_state_dict` would convert moments of
-    another dtype to the parameter's.
+    """Return parameters, persistent buffers and, per parameter name, the optimizer's state, as the
+    tensors that the two hold (no copies), to be loaded in place: `load_state_dict` would convert
+    moments of another dtype to the parameter's.
     """
     tensors = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
     # All of a pipeline rank's part may be frozen: it has no moments, for which torch would raise.

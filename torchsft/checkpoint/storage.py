@@ -5,43 +5,69 @@
 import copy
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+import xxhash
 
 from torchsft.config import InputError
 
+# Bytes are hashed and written in slabs that stay in the processor's cache in between.
+SLAB_BYTES = 2**20
+# A local file begins to go to the disk when so many bytes are waiting, not only when it is closed.
+WRITEBACK_BYTES = 64 * 2**20
 
-def told(failure: Exception) -> str:
-    """An exception in one line."""
+
+def in_one_line(failure: BaseException) -> str:
+    """Return an exception as one line."""
     return f"{type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")
 
 
 class Output:
-    """A file being written from start to end, which knows its `size` in bytes and, if asked for,
-    its `crc32`, so far.
+    """A file being written from start to end.
+
+    Attributes:
+        size: bytes so far.
+        checksum: xxh3 of these bytes, 16 hexadecimal digits; "" where none is kept.
     """
 
-    def __init__(self, file: BinaryIO, checksum: bool) -> None:
-        self._file, self._checksum = file, checksum
-        self.size = self.crc32 = 0
+    def __init__(self, file: BinaryIO, checksum: bool, local: bool) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_64() if checksum else None
+        self._writes_back = local and hasattr(os, "posix_fadvise")
+        self._handed_over = 0  # bytes on their way to the disk
+        self.size = 0
+
+    @property
+    def checksum(self) -> str:
+        return self._hash.hexdigest() if self._hash else ""
 
     def write(self, data: Any) -> int:
-        """Append bytes (anything with the buffer interface)."""
-        rest = data = memoryview(data).cast("B")
-        if self._checksum:
-            self.crc32 = zlib.crc32(data, self.crc32)
-        self.size += data.nbytes
-        while rest.nbytes:
-            rest = rest[self._file.write(rest) :]
+        """Append bytes (anything with the buffer interface) and return their number."""
+        data = memoryview(data).cast("B")
+        for start in range(0, data.nbytes, SLAB_BYTES):
+            slab = data[start : start + SLAB_BYTES]
+            if self._hash:
+                self._hash.update(slab)
+            while slab.nbytes:
+                written = self._file.write(slab)
+                self.size += written
+                slab = slab[written:]
+            if self._writes_back and self.size - self._handed_over >= WRITEBACK_BYTES:
+                self._start_writeback()
         return data.nbytes
 
+    def _start_writeback(self) -> None:
+        """Let the disk write what has not been handed over to it, without waiting for that."""
+        start, length = self._handed_over, self.size - self._handed_over
+        os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+        self._handed_over = self.size
+
     def flush(self) -> None:
-        """Nothing: leaving `Folder.writer` flushes."""
+        """Do nothing: leaving `Folder.writer` flushes."""
 
 
 class Folder:
@@ -157,7 +183,8 @@ class Folder:
             if self.remote
             else open(self._of(name), "wb", buffering=0) as file
         ):
-            yield Output(file, checksum)
+            output = Output(file, checksum, local=not self.remote)
+            yield output
             if not self.remote:
                 os.fsync(file.fileno())
 

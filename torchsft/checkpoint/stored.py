@@ -31,11 +31,17 @@ def listing(names: Sequence[str], most: int = 20) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of one tensor. `dtype` is its word for it, such as "BF16"; `start` is the
-    first byte in the file.
+    """What a header says of one tensor.
+
+    Attributes:
+        dtype: the header's word for it, such as "BF16".
+        stack: key of the tensor in the file that it is a part of; "" where it stands there by
+            itself.
+        start: index of its first element in that.
     """
 
     file: str
     shape: tuple[int, ...]
     dtype: str
-    start: int = 0
+    stack: str = ""
+    start: tuple[int, ...] = ()

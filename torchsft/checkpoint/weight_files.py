@@ -5,14 +5,13 @@ each tensor, data without gaps."""
 import itertools
 import json
 import math
-import os
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchsft.checkpoint.stacked import stacked_in, unstacked
@@ -130,7 +129,6 @@ class WeightIndex(Weights):
 
     def __init__(self, hf_dir: str | Path) -> None:
         self.directory, self.tensors, self.bytes_read = Path(hf_dir), {}, 0
-        self._descriptors: dict[str, int] = {}
         weight_map = self._weight_map()
         files = sorted(set(weight_map.values())) or [SINGLE]
         if absent := [name for name in files if not (self.directory / name).is_file()]:
@@ -226,45 +224,37 @@ class WeightIndex(Weights):
             )
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU, in its
-        stored dtype. An InputError where torch lacks that or the file has become shorter.
+        """Return one slice (steps of 1; dims that are not named are whole) of a tensor, on the CPU,
+        in its stored dtype, contiguous. Its memory may be the file's, mapped.
+
+        Raises:
+            InputError: torch lacks that dtype, or the file has changed since it was opened.
         """
         stored = self.tensors[key]
         if stored.dtype not in DTYPES:
             self._refuse(f"{key} has dtype {stored.dtype}, which cannot be read; remove it")
-        dtype, ranges = DTYPES[stored.dtype], bounds(index, stored.shape)
-        values = torch.empty([end - start for start, end in ranges], dtype=dtype)
-        if not values.numel():
-            return values
-        # A run of bytes: the last dims that are taken whole, and the part of the dim before them.
-        strides = [tensor_bytes(dtype, stored.shape[dim + 1 :]) for dim in range(len(ranges))]
-        outer = len(ranges)
-        while outer and (outer == len(ranges) or ranges[outer] == (0, stored.shape[outer])):
-            outer -= 1
-        first = stored.start + sum(
-            start * stride for (start, _), stride in zip(ranges, strides, strict=True)
-        )
-        target = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-        length = target.nbytes // math.prod(values.shape[:outer])
-        steps = [
-            range(0, n * stride, stride)
-            for n, stride in zip(values.shape[:outer], strides[:outer], strict=True)
-        ]
-        for i, step in enumerate(itertools.product(*steps)):
-            self._fill(target[i * length : (i + 1) * length], first + sum(step), stored.file)
-        self.bytes_read += target.nbytes
-        return values
-
-    def _fill(self, target: memoryview, offset: int, name: str) -> None:
-        """Read as many bytes as `target` has; the kernel gives at most 2 GiB at once."""
-        if name not in self._descriptors:
-            self._descriptors[name] = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._descriptors[name])
-        while target.nbytes:
-            count = os.preadv(self._descriptors[name], [target], offset)
-            if not count:
-                self._refuse(f"{name} has become shorter since it was opened; download it again")
-            target, offset = target[count:], offset + count
+        ranges = bounds(index, stored.shape)
+        shape = [end - start for start, end in ranges]
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=DTYPES[stored.dtype])
+        part = [slice(*ends) for ends in ranges]
+        if stored.stack:
+            expert, row, _ = stored.start
+            rows, columns = part
+            part = [slice(expert, expert + 1), slice(rows.start + row, rows.stop + row), columns]
+        try:
+            # Opened for each slice: what stays open keeps every page that was read in memory.
+            with safe_open(self.directory / stored.file, "pt") as file:
+                name = stored.stack or key
+                values = file.get_slice(name)[tuple(part)] if part else file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            self._refuse(
+                f"{stored.file} has become shorter or changed since it was opened ({error}); "
+                f"download it again"
+            )
+        self.bytes_read += values.nbytes
+        # A column of one element keeps the file's stride, although it counts as contiguous.
+        return values.contiguous().as_strided((values.numel(),), (1,)).view(shape)
 
     def scales(self, key: str) -> Tensor | None:
         """All scales of an fp8 weight, fp32; None for other tensors."""
@@ -272,44 +262,25 @@ class WeightIndex(Weights):
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, which must have the size that its header describes."""
+    """Return the tensors of a safetensors file, in the order of their bytes."""
+    size = 0
     try:
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 + length:
-                raise ValueError(f"its header should have {length} bytes, but the file has {size}")
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-        header.pop("__metadata__", None)
-        data, end, tensors = 8 + length, 0, {}
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, dtype, (start, stop) = (
-                tuple(entry["shape"]),
-                entry["dtype"],
-                entry["data_offsets"],
+            # safetensors would take the last of two entries of one name
+            entries = json.loads(
+                file.read(min(length, size)), object_pairs_hook=_without_duplicates
             )
-            if start != end:
-                raise ValueError(
-                    f"{key} begins at byte {start} of the data, where {end} bytes lie before it"
-                )
-            numbers = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-            if not numbers or (
-                dtype in DTYPES and stop - start != tensor_bytes(DTYPES[dtype], shape)
-            ):
-                raise ValueError(f"{key} ({dtype}, {shape}) has {stop - start} bytes")
-            end = stop
-            tensors[key] = StoredTensor(path.name, shape, dtype, data + start)
-        if size != data + end:
-            raise ValueError(f"it should have {data + end} bytes, but has {size}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = (
-            error
-            if isinstance(error, OSError | ValueError)
-            else "its header is no table of tensors"
-        )
-        fault = f"{path} cannot be read as safetensors ({reason})"
+        with safe_open(path, "pt") as file:  # refuses what does not fit the file's bytes
+            keys = file.offset_keys()
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        fault = f"{path} cannot be read as safetensors ({error}; it has {size} bytes)"
         raise InputError(f"{fault}; it is incomplete or damaged, download it again") from error
-    return tensors
+    return {
+        key: StoredTensor(path.name, tuple(entries[key]["shape"]), entries[key]["dtype"])
+        for key in keys
+    }
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

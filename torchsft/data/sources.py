@@ -26,6 +26,7 @@ from torchsft.data.hub import open_dataset
 from torchsft.data.json_array import array_lines
 from torchsft.data.rows import Fault, Row, RowError
 from torchsft.data.specs import Spec
+from torchsft.data.tables import table_rows
 
 MAX_BYTES = 64 * 2**20  # of one line, or element of a JSON array
 TOO_LONG = Fault("line-too-long", f"longer than {MAX_BYTES:,} bytes; split it or leave it out")
@@ -151,12 +152,10 @@ class Source:
         """Yield the rows of a table of text, as `rows`; the number of a row is that of its first
         line.
         """
-        from torchsft.data.files import table_rows
-
         delimiter = "," if self.kind == "csv" else "\t"
         number = 1
         try:
-            for number, row in table_rows(self._chunks(), delimiter):
+            for number, row in table_rows(self._chunks(), delimiter, MAX_BYTES):
                 if number > start:
                     yield number, self._payload(number, row)
         except DAMAGE as error:

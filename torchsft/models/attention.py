@@ -167,7 +167,7 @@ def _varlen(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Do
     if q_THd.shape[1] != k_TGd.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
-        else:  # torch 2.11 asks for as many key/value heads as query heads
+        else:  # torch 2.11 says nothing of fewer key/value heads than query heads
             copies = q_THd.shape[1] // k_TGd.shape[1]
             k_TGd, v_TGd = (x.repeat_interleave(copies, dim=1) for x in (k_TGd, v_TGd))
     v_TGd = _as_wide_as(q_THd, v_TGd)

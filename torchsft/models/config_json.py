@@ -41,7 +41,7 @@ def read_fields(
     *,
     apart: Collection[str] = ("rope",),  # fields that the family reads itself
     spellings: Sequence[tuple[str, str]] = (),  # name of a field, and another name of it
-    fixed: Mapping[str, Any] | None = None,  # settings of which one value is supported
+    supported_values: Mapping[str, Any] | None = None,  # settings of which one value is supported
     null_says_something: Collection[str] = (),  # fields whose null is not their default
 ) -> dict[str, Any]:
     """Read the numbers of a configuration.
@@ -51,8 +51,8 @@ def read_fields(
 
     Raises:
         InputError: weights are quantised otherwise than in DeepSeek's fp8; two names of one setting
-            disagree; a field without a default is absent; a value is no number; a fixed setting has
-            another value.
+            disagree; a field without a default is absent; a value is no number; a setting has a
+            value that is not supported.
     """
     _refuse_other_quantisation(config)
     for names in (*spellings, _DTYPE_NAMES):
@@ -74,7 +74,7 @@ def read_fields(
         if not isinstance(config.get(field.name), allowed):
             odd.append(f"{field.name} = {config[field.name]!r}")
     refuse_if(odd, f"{', '.join(odd)}, but numbers are needed there")
-    for name, value in (fixed or {}).items():
+    for name, value in (supported_values or {}).items():
         refuse_if(
             config.get(name) not in (None, value),
             f"{name} = {config.get(name)!r}, but only {value!r} is supported",

@@ -28,7 +28,7 @@ from torchsft.models.rope import Rope
 
 # Fields with one supported value; a config.json that says another one describes another
 # computation.
-_FIXED = {
+_SUPPORTED_VALUES = {
     "hidden_act": "silu",
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -92,7 +92,7 @@ class DeepseekV3Config(ModelConfig):
             config,
             cls,
             spellings=_SPELLINGS,
-            fixed=_FIXED,
+            supported_values=_SUPPORTED_VALUES,
             null_says_something=("q_lora_rank",),  # that there is no query latent
         )
         heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
@@ -132,9 +132,9 @@ class DeepseekV3Config(ModelConfig):
             open_groups < groups and experts // groups < 2,
             f"{each}, but groups compete by their best two",
         )
-        wanted, reachable = self.num_experts_per_tok, experts // groups * open_groups
+        chosen, reachable = self.num_experts_per_tok, experts // groups * open_groups
         few = f"the {open_groups} groups open to a token (topk_group) hold only {reachable} experts"
-        refuse_if(wanted > reachable, f"num_experts_per_tok = {wanted}, but {few}")
+        refuse_if(chosen > reachable, f"num_experts_per_tok = {chosen}, but {few}")
 
     @property
     def qk_head_dim(self) -> int:

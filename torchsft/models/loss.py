@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.models.decoder import VocabularyPart
-from torchsft.ops import plain, wanted
+from torchsft.ops import gradients_asked_for, plain
 
 IGNORE = -100  # label of a position that predicts nothing
 
@@ -114,7 +114,7 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None, None]
-        for i, want in enumerate(wanted(ctx)[:2]):
+        for i, want in enumerate(gradients_asked_for(ctx)[:2]):
             if not want:
                 continue
             kept = ctx.gradients[i]

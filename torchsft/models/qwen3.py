@@ -28,7 +28,7 @@ from torchsft.models.rope import Rope
 
 # Fields with one supported value; a config.json that says another one describes another
 # computation.
-_FIXED = {"hidden_act": "silu", "attention_dropout": 0, "use_sliding_window": False}
+_SUPPORTED_VALUES = {"hidden_act": "silu", "attention_dropout": 0, "use_sliding_window": False}
 # Fields that `from_hf` reads otherwise than as numbers.
 _APART = ("rope", "mlp_only_layers")
 
@@ -68,7 +68,9 @@ class Qwen3Config(ModelConfig):
     @classmethod
     def _values(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         spellings = (("num_experts", "num_local_experts"),)
-        values = read_fields(config, cls, apart=_APART, spellings=spellings, fixed=_FIXED)
+        values = read_fields(
+            config, cls, apart=_APART, spellings=spellings, supported_values=_SUPPORTED_VALUES
+        )
         kinds = set(config.get("layer_types") or ()) - {"full_attention"}
         refuse_if(
             kinds, f"layer_types with {', '.join(sorted(kinds))}; only full_attention is supported"
@@ -132,9 +134,10 @@ class Qwen3MoeConfig(Qwen3Config):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3MoeConfig":
         """Read a config.json's object; see `Qwen3Config.from_hf`."""
-        if config.get("head_dim") is None and config.get("num_attention_heads"):
-            head_dim = config["hidden_size"] // config["num_attention_heads"]
-            config = {**config, "head_dim": head_dim}
+        width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        known = isinstance(width, int) and isinstance(heads, int) and heads > 0
+        if known and config.get("head_dim") is None:
+            config = {**config, "head_dim": width // heads}
         dense = config.get("mlp_only_layers") or []
         odd = not isinstance(dense, list) or not all(type(layer) is int for layer in dense)
         refuse_if(odd, f"mlp_only_layers = {dense!r}, but it must be a list of layers")

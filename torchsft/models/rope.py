@@ -155,19 +155,11 @@ def rotate_reference(
     """`rotate` in plain PyTorch."""
     dim = 2 * cos.shape[-1]
     cos, sin = _spread(cos, x), _spread(sin, x)
-    split = [x.shape[-1] - dim, dim] if place == "end" else [dim, x.shape[-1] - dim]
-    parts = list(x.split(split, dim=-1))
-    turned = 1 if place == "end" else 0
-    if pairing == "neighbours":
-        first, second = parts[turned][..., 0::2], parts[turned][..., 1::2]
-    else:
-        first, second = parts[turned].chunk(2, dim=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    if pairing == "neighbours":
-        parts[turned] = torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
-    else:
-        parts[turned] = torch.cat(rotated, dim=-1).to(x.dtype)
-    return torch.cat(parts, dim=-1)
+    first, second, _ = _entries(x.shape[-1], dim, pairing, place)
+    turned = x.clone()
+    turned[..., first] = (x[..., first] * cos - x[..., second] * sin).to(x.dtype)
+    turned[..., second] = (x[..., second] * cos + x[..., first] * sin).to(x.dtype)
+    return turned
 
 
 def _spread(table_TP: Tensor, x: Tensor) -> Tensor:

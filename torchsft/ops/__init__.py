@@ -22,7 +22,7 @@ def plain() -> bool:
     return _plain
 
 
-def wanted(ctx: Any) -> list[bool]:
+def gradients_asked_for(ctx: Any) -> list[bool]:
     """Inside the backward of an autograd Function: whether this pass computes the gradient of each
     of its tensor arguments.
 

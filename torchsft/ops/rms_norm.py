@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchsft.ops import plain, wanted
+from torchsft.ops import gradients_asked_for, plain
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,7 +51,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        want_x, want_weight = wanted(ctx)
+        want_x, want_weight = gradients_asked_for(ctx)
         grad = _wide(grad)
         normed = _wide(x) * scale
         grad_x = grad_weight = None

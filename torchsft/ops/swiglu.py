@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchsft.ops import plain, wanted
+from torchsft.ops import gradients_asked_for, plain
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class _Kept:
 
 class _GroupedSwiglu(torch.autograd.Function):
     """Zero-bubble pipeline schedules traverse it twice, for rows and later for weights
-    (`ops.wanted`); others once.
+    (`ops.gradients_asked_for`); others once.
     """
 
     @staticmethod
@@ -99,7 +99,7 @@ class _GroupedSwiglu(torch.autograd.Function):
     def backward(
         ctx: Any, grad_RD: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        asked = wanted(ctx)
+        asked = gradients_asked_for(ctx)
         want_x, want_gate_up, want_down, _ = asked
         ctx.pending = [pending and not now for pending, now in zip(ctx.pending, asked, strict=True)]
         later = any(ctx.pending)

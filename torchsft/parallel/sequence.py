@@ -52,16 +52,16 @@ def check_sizes(config: ModelConfig, world: World) -> None:
         other_tp, other_cp = sizes
         return (other_tp == tp) + (other_cp == cp), other_tp * other_cp, other_tp
 
-    tp, cp = max(possible, key=nearness)
+    good_tp, good_cp = max(possible, key=nearness)
     raise InputError(
-        f"config.json has {found}; set --parallel.tp {tp} --parallel.cp {cp} --parallel.dp-shard -1"
+        f"config.json has {found}; set --parallel.tp {good_tp} --parallel.cp {good_cp} "
+        "--parallel.dp-shard -1"
     )
 
 
 def _what_does_not_divide(config: ModelConfig, tp: int, cp: int) -> str | None:
     """Say which size of the model these sizes do not divide; None: they divide all."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    ranks = tp * cp
+    heads, kv_heads, ranks = config.num_attention_heads, config.num_key_value_heads, tp * cp
     if heads % ranks:
         return (
             f"num_attention_heads = {heads}, which --parallel.tp {tp} x --parallel.cp {cp} = "
@@ -109,14 +109,18 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def exchange_heads(
     q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All heads of this rank's tokens to this rank's heads of all tokens, in one all-to-all;
-    differentiable.
+    """Exchange all heads of this rank's tokens for this rank's heads of all tokens, in one
+    all-to-all; differentiable.
 
     Neighbouring query heads share a key/value head; the head dim of values may be another. The
-    ranks of `group` are in the order of their tokens. Returns q [T, H / ranks, d], k and v [T, G /
-    ranks, d]; where there are more ranks than key/value heads, k and v [T, 1, d]: the head that
-    this rank's queries need, which is on several ranks. InputError where the ranks do not divide H,
-    or G is neither a multiple nor a divisor of them.
+    ranks of `group` are in the order of their tokens.
+
+    Returns:
+        q [T, H / ranks, d], k and v [T, G / ranks, d]; where there are more ranks than key/value
+        heads, k and v [T, 1, d]: the head that this rank's queries need, which is on several ranks.
+
+    Raises:
+        InputError: the ranks do not divide H, or G is neither a multiple nor a divisor of them.
     """
     ranks, heads, kv_heads = group.size(), q_CHd.shape[1], k_CGd.shape[1]
 
@@ -125,22 +129,23 @@ def exchange_heads(
 
     if not divides(ranks):
         good = [str(n) for n in range(1, heads + 1) if divides(n)]
-        raise InputError(
+        fault = (
             f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp "
-            f"{ranks} ranks; set --parallel.cp to one of {', '.join(good)}"
+            f"{ranks} ranks; "
         )
+        raise InputError(fault + f"set --parallel.cp to one of {', '.join(good)}")
     if ranks > kv_heads:
         copies = ranks // kv_heads
         k_CGd = k_CGd.repeat_interleave(copies, dim=1)
         v_CGd = v_CGd.repeat_interleave(copies, dim=1)
-    # [C, ranks, heads of a rank, d] each
-    parts = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]
-    sent = torch.cat([part.flatten(2) for part in parts], dim=-1)
-    received = exchange(sent.transpose(0, 1), group).flatten(0, 1)
-    widths = [part.shape[2] * part.shape[3] for part in parts]
+    # [C, ranks, heads of a rank, d]
+    by_rank = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]
+    together = torch.cat([part.flatten(2) for part in by_rank], dim=-1)
+    arrived = exchange(together.transpose(0, 1), group).flatten(0, 1)
+    heads_of_a_rank = [part.shape[2:] for part in by_rank]
+    parts = arrived.split([n * d for n, d in heads_of_a_rank], dim=-1)
     q_Thd, k_Tgd, v_Tgd = (
-        x.unflatten(-1, part.shape[2:])
-        for x, part in zip(received.split(widths, dim=-1), parts, strict=True)
+        part.unflatten(-1, shape) for part, shape in zip(parts, heads_of_a_rank, strict=True)
     )
     return q_Thd, k_Tgd, v_Tgd
 
@@ -166,31 +171,27 @@ class SequenceLayout(Layout):
         self.cp, self.tp = world.dense["cp"], world.dense["tp"]
         self.sequence = world.sequence["sequence"]
         if self.tp.size() > 1:
-            rows_of_a_rank = vocab_size // self.tp.size()
+            tokens_a_rank = vocab_size // self.tp.size()
             self.vocabulary = VocabularyPart(
-                first=self.tp.get_local_rank() * rows_of_a_rank,
+                first=self.tp.get_local_rank() * tokens_a_rank,
                 max=partial(_reduce, op="max", mesh=self.tp),
                 sum=partial(_reduce, op="sum", mesh=self.tp),
             )
 
     def context(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(0, (self.cp.size(), -1))
-        return parts[self.cp.get_local_rank()]
+        return x.unflatten(0, (self.cp.size(), -1))[self.cp.get_local_rank()]
 
     def tokens(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(0, (self.sequence.size(), -1))
-        return parts[self.sequence.get_local_rank()]
+        return x.unflatten(0, (self.sequence.size(), -1))[self.sequence.get_local_rank()]
 
     def gather_tensor(self, x_SD: Tensor) -> Tensor:
-        if self.tp.size() == 1:
-            return x_SD
-        return gather_tokens(x_SD, self.tp)
+        return x_SD if self.tp.size() == 1 else gather_tokens(x_SD, self.tp)
 
     def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
         # All parts in one all-gather.
         together = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        gathered = gather_tokens(together, self.sequence)
-        return gathered.split([part.shape[-1] for part in parts], dim=-1)
+        whole = gather_tokens(together, self.sequence)
+        return whole.split([part.shape[-1] for part in parts], dim=-1)
 
     def tokens_to_heads(
         self, q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor
@@ -200,9 +201,7 @@ class SequenceLayout(Layout):
         return exchange_heads(q_CHd, k_CGd, v_CGd, self.cp.get_group())
 
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
-        if self.cp.size() == 1:
-            return x_THd
-        return heads_to_tokens(x_THd, self.cp.get_group())
+        return x_THd if self.cp.size() == 1 else heads_to_tokens(x_THd, self.cp.get_group())
 
     def sum(self, x: Tensor) -> Tensor:
         return _reduce(x, "sum", self.sequence)

@@ -29,11 +29,15 @@ def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     block-scaled e4m3 weights.
     """
     fp8 = config.get("quantization_config")
-    block = fp8.get("weight_block_size") if isinstance(fp8, Mapping) else None
-    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
+    if not isinstance(fp8, Mapping):
+        return None
+    block = fp8.get("weight_block_size")
+    if not isinstance(block, list) or [type(size) for size in block] != [int, int]:
         return None
     is_e4m3 = fp8.get("quant_method") == "fp8" and fp8.get("fmt", "e4m3") == "e4m3"
-    return tuple(block) if is_e4m3 else None
+    if min(block) < 1 or not is_e4m3:
+        return None
+    return tuple(block)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:
@@ -51,14 +55,17 @@ def dequantise(
     `scale`: fp32, of the blocks (of `block` rows and columns) that the part meets, and no
     others.
     """
+    rows, columns = q.shape
+    height, width = block
     values = torch.empty_like(q, dtype=torch.float32)
-    column_blocks = (torch.arange(q.shape[1], device=q.device) + origin[1] % block[1]) // block[1]
-    row = 0
+    block_of_column = (torch.arange(columns, device=q.device) + origin[1] % width) // width
+    begin = 0
     for scale_of_row in scale:  # as many rows as a block: little memory
-        end = min(q.shape[0], block[0] - (origin[0] + row) % block[0] + row)
-        values[row:end] = _decode(q[row:end])
-        values[row:end] *= (256 * scale_of_row)[column_blocks]
-        row = end
+        left_of_block = height - (origin[0] + begin) % height
+        end = min(rows, begin + left_of_block)
+        values[begin:end] = _decode(q[begin:end])
+        values[begin:end] *= (256 * scale_of_row)[block_of_column]
+        begin = end
     return values
 
 
@@ -78,50 +85,83 @@ def _decode(q: Tensor) -> Tensor:
 
 
 def quantise(
-    w: Tensor,  # fp32 [m, n], a weight or some of its rows, beginning with a block
-    block: tuple[int, int] = BLOCK,  # rows and columns of a block
-    power_of_two: bool = False,  # round scales up to powers of two ("scale_fmt": "ue8m0")
-    # fp32, the scales with which the weight was stored before training
+    w: Tensor,
+    block: tuple[int, int] = BLOCK,
+    power_of_two: bool = False,
     known_scale: Tensor | None = None,
-    name: str = "a weight",  # for the InputError that nan or inf is
+    name: str = "a weight",
 ) -> tuple[Tensor, Tensor]:
-    """Weight to e4m3 [m, n] and fp32 scales, the largest value of each block to 448; 1 is the scale
-    of zeros.
+    """Quantise a weight so that the largest value of each block becomes 448.
 
     A block whose every value `known_scale` gives in every bit keeps its scale, and hence its very
     bytes: what training did not change comes back as it was.
+
+    Args:
+        w: fp32 [m, n], a weight or some of its rows, beginning with a block.
+        block: rows and columns of a block.
+        power_of_two: round scales up to powers of two ("scale_fmt": "ue8m0").
+        known_scale: fp32, the scales with which the weight was stored before training.
+        name: of the weight, for the error.
+
+    Returns:
+        The weight in e4m3 [m, n], and its fp32 scales; 1 is the scale of zeros.
+
+    Raises:
+        InputError: the weight holds nan or inf.
     """
-    q, scale = (
-        torch.empty_like(w, dtype=torch.float8_e4m3fn),
-        w.new_empty(scale_shape(tuple(w.shape), block)),
-    )
-    width = w.shape[1]
-    for i, rows in enumerate(w.split(block[0])):
-        padded = F.pad(rows, (0, -width % block[1])) if width % block[1] else rows
-        blocks = padded.unflatten(1, (-1, block[1]))
-        largest = blocks.abs().amax((0, 2))
-        if not largest.isfinite().all():
-            raise InputError(
-                f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
-            )
-        scale[i] = torch.where(largest > 0, largest / LARGEST, 1).clamp(
-            min=torch.finfo(torch.float32).tiny
+    height, width = block
+    quantised = torch.empty_like(w, dtype=torch.float8_e4m3fn)
+    scales = w.new_empty(scale_shape(tuple(w.shape), block))
+    columns = w.shape[1]
+    for index, rows in enumerate(w.split(height)):
+        missing = -columns % width
+        padded = F.pad(rows, (0, missing)) if missing else rows
+        blocks = padded.unflatten(1, (-1, width))
+        scale = _scale_of(blocks, power_of_two, name)
+        if known_scale is None:
+            encoded = _encode(blocks, scale)
+        else:
+            encoded, scale = _encode_with_known(blocks, scale, known_scale[index])
+        scales[index] = scale
+        begin = index * height
+        quantised[begin : begin + len(rows)] = encoded.flatten(1)[:, :columns]
+    return quantised, scales
+
+
+def _scale_of(blocks: Tensor, power_of_two: bool, name: str) -> Tensor:
+    """Return the scale of each block [rows, blocks, columns]."""
+    largest = blocks.abs().amax((0, 2))
+    if not largest.isfinite().all():
+        raise InputError(
+            f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
         )
-        if power_of_two:
-            mantissa, exponent = torch.frexp(scale[i])  # in [0.5, 1)
-            scale[i] = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
-        if known_scale is not None:
-            encoded = _encode(blocks, known_scale[i])
-            given = _decode(encoded) * (256 * known_scale[i][:, None])
-            same = (given.view(torch.int32) == blocks.view(torch.int32)).all(2).all(0)
-            scale[i] = torch.where(same, known_scale[i], scale[i])
-        if known_scale is None or not same.all():
-            encoded = _encode(blocks, scale[i])
-        q[i * block[0] : i * block[0] + len(rows)] = encoded.flatten(1)[:, :width]
-    return q, scale
+    scale = torch.where(largest > 0, largest / LARGEST, 1)
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    if power_of_two:
+        mantissa, exponent = torch.frexp(scale)  # in [0.5, 1)
+        is_power = mantissa == 0.5
+        scale = torch.ldexp(torch.ones_like(mantissa), exponent - is_power.int())
+    return scale
+
+
+def _encode_with_known(blocks: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode blocks with the scales that are known where these give every bit, else with `scale`.
+
+    Returns:
+        The values in e4m3, and the scale of each block.
+    """
+    encoded = _encode(blocks, known)
+    decoded = _decode(encoded) * (256 * known[:, None])
+    same_bits = decoded.view(torch.int32) == blocks.view(torch.int32)
+    unchanged = same_bits.all(2).all(0)
+    if unchanged.all():
+        return encoded, known
+    scale = torch.where(unchanged, known, scale)
+    return _encode(blocks, scale), scale
 
 
 def _encode(blocks: Tensor, scale: Tensor) -> Tensor:
     """Values [rows, blocks, columns] in units of their block's scale, to the nearest e4m3."""
     unit = torch.where(scale == 0, 1, scale)  # all values of such a block are zeros
-    return (blocks / unit[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    in_units = blocks / unit[:, None]
+    return in_units.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

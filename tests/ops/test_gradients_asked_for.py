@@ -1,12 +1,12 @@
-"""What `torchsft.ops.wanted` says inside a backward pass: it rests on a private function of
-torch.
+"""What `torchsft.ops.gradients_asked_for` says inside a backward pass: it rests on a private
+function of torch.
 """
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from torchsft.ops import wanted
+from torchsft.ops import gradients_asked_for
 from torchsft.parallel.torch_pipelining import weight_pass_possible
 
 
@@ -23,7 +23,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        Product.asked.append(wanted(ctx))
+        Product.asked.append(gradients_asked_for(ctx))
         return grad * w, grad * x, None
 
 

@@ -19,23 +19,28 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tools.conversion.verify import damaged
-from torchsft.checkpoint import dcp_files
-from torchsft.checkpoint.boxes import Box
-from torchsft.checkpoint.dcp_files import (
-    ChunkReader,
-    ChunkWriter,
-    incomplete,
-    read_metadata,
-    write_manifest,
-    write_metadata,
-)
+from torchsft.checkpoint import archive, metadata, planning, reader
+from torchsft.checkpoint.boxes import Box, whole_box
+from torchsft.checkpoint.manifest import FileEntry, damaged, incomplete, write_manifest
+from torchsft.checkpoint.metadata import read_metadata
+from torchsft.checkpoint.planning import OwnedPlanner, owned_items, write_item
+from torchsft.checkpoint.reader import RangeReader
 from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.writer import DirectoryWriter, write_metadata
 from torchsft.config import InputError
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -45,7 +50,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled") 
 
 
 def whole(tensor):
-    return Box((0,) * tensor.ndim, tuple(tensor.shape))
+    return whole_box(tensor.shape)
 
 
 def bits(tensor):
@@ -86,35 +91,70 @@ def tensors():
     return found
 
 
-def write(place, named, shape_of=None):
+def write_boxes(folder, file, boxes):
+    """Write one file of boxes, name -> (global shape, Box, its values); the plan and the
+    results.
+    """
+    items = [write_item(n, shape, values.dtype, box) for n, (shape, box, values) in boxes.items()]
+    planner = OwnedPlanner(items)
+    planner.set_up_planner({name: values for name, (_, _, values) in boxes.items()})
+    plan = planner.create_local_plan()
+    return plan, DirectoryWriter(folder, file).write_data(plan, planner).value()
+
+
+def finish(folder, *written):
+    """Complete a checkpoint of (plan, results) of all files; its metadata."""
+    planner = OwnedPlanner([])
+    _, found = planner.create_global_plan([plan for plan, _ in written])
+    DirectoryWriter(folder, "").finish(found, [results for _, results in written])
+    return found
+
+
+def write(place, named):
+    """A checkpoint of whole tensors in one file; its metadata."""
     folder = Folder(place)
     folder.make()
-    with ChunkWriter(folder, "__0_0.distcp") as writer:
-        for name, tensor in named.items():
-            writer.write(name, tensor.shape, whole(tensor), tensor)
-    return writer, write_metadata(folder, writer.written)
+    boxes = {name: (tensor.shape, whole(tensor), tensor) for name, tensor in named.items()}
+    return finish(folder, write_boxes(folder, "__0_0.distcp", boxes))
 
 
-@pytest.mark.parametrize("limit", [dcp_files.CHUNK_BYTES, 10_000, 1])
+def place_chunk(name, shape, dtype, file, length):
+    """Metadata of one tensor, which is `length` bytes of a file."""
+    size = torch.Size(shape)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(shape)), size)
+    tensor = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [chunk])
+    index = MetadataIndex(name, chunk.offsets)
+    return {name: tensor}, {index: _StorageInfo(file, 0, length)}
+
+
+def write_places(directory, *places):
+    """Write what `place_chunk` made."""
+    tensors, infos = {}, {}
+    for more, at in places:
+        tensors |= more
+        infos |= at
+    write_metadata(Folder(directory), Metadata(tensors, storage_data=infos))
+
+
+@pytest.mark.parametrize("limit", [planning.CHUNK_BYTES, 10_000, 1])
 def test_dcp_loads_what_we_write(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(dcp_files, "CHUNK_BYTES", limit)
+    monkeypatch.setattr(planning, "CHUNK_BYTES", limit)
     named = {name: t for name, t in tensors().items() if limit > 1 or t.numel() < 300}
-    writer, _ = write(tmp_path, named)
-    data = (tmp_path / "__0_0.distcp").read_bytes()
-    assert (writer.size, writer.crc32) == (len(data), zlib.crc32(data))
+    written = write(tmp_path, named)
+    size = (tmp_path / "__0_0.distcp").stat().st_size
     # no part comes with its whole
-    assert len(data) < sum(t.nbytes for t in named.values()) + 2000 * len(writer.written)
-    assert all(
-        math.prod(c.box.shape) * dtype.itemsize <= max(limit, dtype.itemsize)
-        for _, _, dtype, c in writer.written
-    )
+    assert size < sum(t.nbytes for t in named.values()) + 2000 * len(written.storage_data)
+    for tensor in written.state_dict_metadata.values():
+        itemsize = tensor.properties.dtype.itemsize
+        for chunk in tensor.chunks:
+            assert chunk.sizes.numel() * itemsize <= max(limit, itemsize)
     targets = {name: torch.zeros_like(tensor.contiguous()) for name, tensor in named.items()}
     dcp.load(targets, checkpoint_id=tmp_path)
     for name, tensor in named.items():
         assert_same(targets[name], tensor)
-    metadata = dcp.FileSystemReader(tmp_path).read_metadata()  # and in every detail that we set
-    assert metadata.planner_data == {name: (name,) for name in named}
-    assert {name: entry.size for name, entry in metadata.state_dict_metadata.items()} == {
+    found = dcp.FileSystemReader(tmp_path).read_metadata()  # and in every detail that we set
+    assert found.planner_data == {name: (name,) for name in named}
+    assert {name: entry.size for name, entry in found.state_dict_metadata.items()} == {
         n: t.shape for n, t in named.items()
     }
 
@@ -135,17 +175,17 @@ def test_we_read_what_dcp_saves(tmp_path):
     """Besides tensors it has pickles of other things, which are left alone."""
     named = tensors()
     dcp.save(named | {"nested": {"list": [torch.ones(2), 5], "text": "x"}}, checkpoint_id=tmp_path)
-    reader = ChunkReader(tmp_path)
-    assert set(reader.tensors) == {*named, "nested.list.0"}
+    opened = RangeReader(tmp_path)
+    assert set(opened.tensors) == {*named, "nested.list.0"}
     for name, tensor in named.items():
-        stored = reader.tensors[name]
-        assert (stored.shape, stored.dtype) == (tuple(tensor.shape), tensor.dtype)
-        assert_same(reader.read(name, whole(tensor)), tensor)
+        stored = opened.tensors[name]
+        assert (stored.size, stored.properties.dtype) == (tensor.shape, tensor.dtype)
+        assert_same(opened.read(name, whole(tensor)), tensor)
         for index in (
             [(0,) * tensor.ndim, tuple(n - 1 for n in tensor.shape)] if tensor.numel() else []
         ):
             assert_same(
-                reader.read(name, Box(index, (1,) * tensor.ndim)),
+                opened.read(name, Box(index, (1,) * tensor.ndim)),
                 tensor[index].reshape((1,) * tensor.ndim),
             )
 
@@ -160,9 +200,9 @@ def test_we_read_dcps_other_file_layouts(tmp_path, threads, single):
             tmp_path, single_file_per_rank=single, thread_count=threads
         ),
     )
-    reader = ChunkReader(str(tmp_path))
+    opened = RangeReader(str(tmp_path))
     for name, tensor in named.items():
-        assert_same(reader.read(name, whole(tensor)), tensor)
+        assert_same(opened.read(name, whole(tensor)), tensor)
 
 
 def shards(directory):
@@ -175,8 +215,8 @@ def shards(directory):
     places = {"a": [Shard(0), Shard(1)], "b": [Replicate(), Shard(0)], "c": [Shard(0), Shard(0)]}
     named = {name: distribute_tensor(tensor, mesh, places[name]) for name, tensor in full.items()}
     dcp.save(named, checkpoint_id=f"{directory}/theirs")
-    reader = ChunkReader(f"{directory}/theirs")
-    wrong = [name for name, t in full.items() if not torch.equal(reader.read(name, whole(t)), t)]
+    opened = RangeReader(f"{directory}/theirs")
+    wrong = [name for name, t in full.items() if not torch.equal(opened.read(name, whole(t)), t)]
     for _ in range(20):  # boxes that lie across their chunks
         shape = full["b"].shape
         start = tuple(int(torch.randint(n, ())) for n in shape)
@@ -184,23 +224,24 @@ def shards(directory):
             start,
             tuple(int(torch.randint(1, n - s + 1, ())) for n, s in zip(shape, start, strict=True)),
         )
-        if not torch.equal(reader.read("b", box), full["b"][box.within((0, 0, 0))]):
+        if not torch.equal(opened.read("b", box), full["b"][box.within((0, 0, 0))]):
             wrong.append(box)
 
     # Ours: rank r writes other boxes than any DTensor has, each value once.
     folder = Folder(f"{directory}/ours")
     folder.make()
-    with ChunkWriter(folder, f"__{rank}_0.distcp") as writer:
-        for name, tensor in full.items():
-            n = len(tensor)
-            bounds = [0, n // 7, n // 3, n - 1, n]  # some of them empty
-            rows = tensor[bounds[rank] : bounds[rank + 1]]
-            start = (bounds[rank],) + (0,) * (tensor.ndim - 1)
-            writer.write(name, tensor.shape, Box(start, tuple(rows.shape)), rows)
+    boxes = {}
+    for name, tensor in full.items():
+        n = len(tensor)
+        bounds = [0, n // 7, n // 3, n - 1, n]  # some of them empty
+        rows = tensor[bounds[rank] : bounds[rank + 1]]
+        start = (bounds[rank],) + (0,) * (tensor.ndim - 1)
+        if len(rows):
+            boxes[name] = tensor.shape, Box(start, tuple(rows.shape)), rows
     gathered = [None] * 4
-    dist.all_gather_object(gathered, writer.written)
+    dist.all_gather_object(gathered, write_boxes(folder, f"__{rank}_0.distcp", boxes))
     if rank == 0:
-        write_metadata(folder, [entry for entries in gathered for entry in entries])
+        finish(folder, *gathered)
     dist.barrier()
     targets = {}
     for name, t in named.items():
@@ -237,40 +278,39 @@ def test_any_box_is_read_and_little_else(tmp_path_factory, data):
     )
     directory = tmp_path_factory.mktemp("box")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dcp_files, "CHUNK_BYTES", data.draw(st.sampled_from([500, 3000, 10**9])))
-        patch.setattr(dcp_files, "SLAB_BYTES", data.draw(st.sampled_from([64, 10**9])))
+        patch.setattr(planning, "CHUNK_BYTES", data.draw(st.sampled_from([500, 3000, 10**9])))
+        patch.setattr(reader, "SLAB_BYTES", data.draw(st.sampled_from([64, 10**9])))
         small = data.draw(st.sampled_from([3072, 3500, 10**9]))
-        patch.setattr(dcp_files, "SMALL_BYTES", small)
+        patch.setattr(reader, "SMALL_BYTES", small)
         gap = data.draw(st.sampled_from([0, 256]))
-        patch.setattr(dcp_files, "GAPS", {False: gap})
+        patch.setattr(reader, "GAPS", {False: gap})
         write(directory, {"x": tensor})
-        reader = ChunkReader(directory)
-        found = reader.read("x", box)
+        opened = RangeReader(directory)
+        found = opened.read("x", box)
         assert_same(found, tensor[box.within((0,) * len(shape))])
-        once = reader.bytes_read
-        reader.read("x", box)  # now the headers are known
-        small_chunks = sum(
-            chunk.length for chunk in reader.tensors["x"].chunks if chunk.length <= small
-        )
-        assert gap or reader.bytes_read - once <= found.nbytes + small_chunks
+        once = opened.bytes_read
+        opened.read("x", box)  # now the headers are known
+        places = opened.read_metadata().storage_data.values()
+        small_chunks = sum(place.length for place in places if place.length <= small)
+        assert gap or opened.bytes_read - once <= found.nbytes + small_chunks
 
 
 def test_a_row_range_of_a_large_chunk_is_read_by_its_bytes(tmp_path):
     tensor = torch.randn(4096, 1024)
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
-    reader = ChunkReader(tmp_path)
-    assert_same(reader.read("x", Box((100, 0), (50, 1024))), tensor[100:150])
-    assert 50 * 4096 <= reader.bytes_read <= 50 * 4096 + 4096
+    opened = RangeReader(tmp_path)
+    assert_same(opened.read("x", Box((100, 0), (50, 1024))), tensor[100:150])
+    assert 50 * 4096 <= opened.bytes_read <= 50 * 4096 + 4096
     # columns: runs of 400 bytes
-    assert_same(reader.read("x", Box((0, 300), (4096, 100))), tensor[:, 300:400])
-    assert reader.bytes_read <= 50 * 4096 + 4096 + 4096 * 400
+    assert_same(opened.read("x", Box((0, 300), (4096, 100))), tensor[:, 300:400])
+    assert opened.bytes_read <= 50 * 4096 + 4096 + 4096 * 400
 
 
 def test_layouts_that_are_not_plain_are_left_to_torch(tmp_path, monkeypatch):
     """Views of larger storages, transposed strides: what `torch.save` may hold. The reader must not
     take their bytes as they stand.
     """
-    monkeypatch.setattr(dcp_files, "SMALL_BYTES", dcp_files.HEAD_BYTES + dcp_files.TAIL_BYTES)
+    monkeypatch.setattr(reader, "SMALL_BYTES", archive.HEAD_BYTES + archive.TAIL_BYTES)
     base = torch.arange(2400.0).reshape(4, 600)
     odd = {
         "transposed": base.t(),
@@ -280,20 +320,18 @@ def test_layouts_that_are_not_plain_are_left_to_torch(tmp_path, monkeypatch):
     }
     odd["conjugated"] = torch.view_as_complex(base.reshape(4, 300, 2)).conj()
     odd["negative"] = torch._neg_view(base)  # a flag, as conj().imag has it
-    written, data = [], b""
+    places = []
     for name, tensor in odd.items():
         stream = io.BytesIO()
         torch.save(tensor, stream)
-        chunk = dcp_files.Chunk(whole(tensor), "file", len(data), len(stream.getvalue()))
-        written.append((name, tuple(tensor.shape), tensor.dtype, chunk))
-        data += stream.getvalue()
-    folder = Folder(tmp_path)
-    (tmp_path / "file").write_bytes(data)
-    write_metadata(folder, written)
-    reader = ChunkReader(folder)
+        data = stream.getvalue()
+        (tmp_path / name).write_bytes(data)
+        places.append(place_chunk(name, tensor.shape, tensor.dtype, name, len(data)))
+    write_places(tmp_path, *places)
+    opened = RangeReader(tmp_path)
     for name, tensor in odd.items():
-        assert torch.equal(reader.read(name, whole(tensor)), tensor), name
-        assert torch.equal(reader.read(name, Box((1, 1), (1, 2))), tensor[1:2, 1:3]), name
+        assert torch.equal(opened.read(name, whole(tensor)), tensor), name
+        assert torch.equal(opened.read(name, Box((1, 1), (1, 2))), tensor[1:2, 1:3]), name
 
 
 def test_a_chunk_of_another_byte_order_is_left_to_torch(tmp_path):
@@ -311,20 +349,20 @@ def test_a_chunk_of_another_byte_order_is_left_to_torch(tmp_path):
                 entry.filename, b"big" if entry.filename.endswith("byteorder") else content
             )
     (tmp_path / "file").write_bytes(swapped.getvalue())
-    chunk = dcp_files.Chunk(whole(tensor), "file", 0, len(swapped.getvalue()))
-    assert chunk.length > dcp_files.SMALL_BYTES
-    write_metadata(Folder(tmp_path), [("a", (300, 100), torch.float32, chunk)])
-    assert_same(ChunkReader(tmp_path).read("a", Box((7, 3), (20, 90))), tensor[7:27, 3:93])
+    length = len(swapped.getvalue())
+    assert length > reader.SMALL_BYTES
+    write_places(tmp_path, place_chunk("a", (300, 100), torch.float32, "file", length))
+    assert_same(RangeReader(tmp_path).read("a", Box((7, 3), (20, 90))), tensor[7:27, 3:93])
 
 
 def test_object_stores_work_too():
     try:
         named = {"a": torch.randn(30, 40), "b": torch.ones(3, dtype=torch.float8_e4m3fn)}
         write("memory://dcp-files/x", named)
-        reader = ChunkReader("memory://dcp-files/x")
+        opened = RangeReader("memory://dcp-files/x")
         for name, tensor in named.items():
-            assert_same(reader.read(name, whole(tensor)), tensor)
-        assert_same(reader.read("a", Box((3, 5), (7, 9))), named["a"][3:10, 5:14])
+            assert_same(opened.read(name, whole(tensor)), tensor)
+        assert_same(opened.read("a", Box((3, 5), (7, 9))), named["a"][3:10, 5:14])
     finally:
         fsspec.filesystem("memory").store.clear()
 
@@ -345,8 +383,6 @@ class Command:
 
 def attacks(marker):
     """Pickles that would do something with pickle.load, and the name that the refusal must say."""
-    from torch.distributed.checkpoint.metadata import Metadata
-
     yield pickle.dumps(Command(marker)), f"{os.system.__module__}.system"
     yield (
         pickle.dumps(Metadata({}, planner_data=Command(marker), storage_data={})),
@@ -372,7 +408,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, number):
     content, name = list(attacks(marker))[number]
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(InputError) as error:
-        ChunkReader(tmp_path)
+        RangeReader(tmp_path)
     assert f"names {name}, which DCP's metadata has no use for; it was not run" in str(error.value)
     assert not marker.exists()
 
@@ -386,12 +422,10 @@ def test_the_attack_is_one(tmp_path):
 
 def test_a_pickle_cannot_change_classes(tmp_path):
     """BUILD with a class as its object sets attributes of the class."""
-    from torch.distributed.checkpoint.metadata import Metadata
-
     write(tmp_path, {"a": torch.ones(2)})
     state, known = (
         pickle.dumps((None, {"poisoned": 1}), protocol=2)[2:-1],
-        dcp_files._KNOWN[Metadata.__module__, "Metadata"],
+        metadata._KNOWN[Metadata.__module__, "Metadata"],
     )
     for name in ("Metadata", "TensorStorageMetadata"):
         bad = b"ctorch.distributed.checkpoint.metadata\n" + name.encode() + b"\n" + state + b"b."
@@ -406,24 +440,23 @@ def test_a_chunk_with_code_is_refused_and_not_run(tmp_path):
     stream = io.BytesIO()
     torch.save(Command(tmp_path / "executed"), stream)
     (tmp_path / "file").write_bytes(stream.getvalue())
-    chunk = dcp_files.Chunk(Box((0,), (2,)), "file", 0, len(stream.getvalue()))
-    write_metadata(Folder(tmp_path), [("a", (2,), torch.float32, chunk)])
+    length = len(stream.getvalue())
+    write_places(tmp_path, place_chunk("a", (2,), torch.float32, "file", length))
     with pytest.raises(InputError, match="a cannot be read from file"):
-        ChunkReader(tmp_path).read("a", chunk.box)
+        RangeReader(tmp_path).read("a", Box((0,), (2,)))
     assert not (tmp_path / "executed").exists()
 
 
 def test_an_empty_view_of_a_larger_tensor_is_written(tmp_path):
     write(tmp_path, {"a": torch.ones(5, 4)[5:]})
-    assert ChunkReader(tmp_path).read("a", Box((0, 0), (0, 4))).shape == (0, 4)
+    assert RangeReader(tmp_path).read("a", Box((0, 0), (0, 4))).shape == (0, 4)
 
 
 @pytest.mark.parametrize("file", ["../secret", "/etc/passwd", "..", "a\\b"])
 def test_a_metadata_that_points_outside_is_refused(tmp_path, file):
-    chunk = dcp_files.Chunk(Box((0,), (2,)), file, 0, 10)
-    write_metadata(Folder(tmp_path), [("a", (2,), torch.float32, chunk)])
+    write_places(tmp_path, place_chunk("a", (2,), torch.float32, file, 10))
     with pytest.raises(InputError, match="damaged: unreadable"):
-        ChunkReader(tmp_path)
+        RangeReader(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,9 +478,9 @@ def test_damaged_metadata_is_refused_in_one_sentence(tmp_path):
     for i in range(0, len(good), 7):  # any flipped byte is read, or refused in a sentence
         (tmp_path / ".metadata").write_bytes(good[:i] + bytes([good[i] ^ 0x15]) + good[i + 1 :])
         try:
-            reader = ChunkReader(folder)
-            for name, stored in reader.tensors.items():
-                reader.read(name, Box((0,) * len(stored.shape), stored.shape))
+            opened = RangeReader(folder)
+            for name, stored in opened.tensors.items():
+                opened.read(name, whole_box(stored.size))
         except InputError as error:
             assert "\n" not in str(error)
 
@@ -458,57 +491,58 @@ def test_missing_bytes_and_files_are_named(tmp_path):
     path, box = tmp_path / "__0_0.distcp", whole(tensor)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2 + 3000])
-    reader = ChunkReader(tmp_path)
-    assert_same(reader.read("a", box), tensor)
+    opened = RangeReader(tmp_path)
+    assert_same(opened.read("a", box), tensor)
     with pytest.raises(
         InputError,
         match=r"is damaged: b cannot be read from __0_0.distcp "
         r"\(OSError: .* too early",
     ):
-        reader.read("b", box)
+        opened.read("b", box)
     path.write_bytes(data[:100] + bytes(3000) + data[3100:])  # the archive's description
     with pytest.raises(InputError, match=r"a cannot be read from __0_0.distcp"):
-        ChunkReader(tmp_path).read("a", box)
+        RangeReader(tmp_path).read("a", box)
     path.unlink()
     with pytest.raises(InputError, match=r"a cannot be read from __0_0.distcp \(FileNotFoundError"):
-        ChunkReader(tmp_path).read("a", box)
+        RangeReader(tmp_path).read("a", box)
 
 
-def test_a_box_that_nobody_wrote_is_refused(tmp_path):
+def test_a_tensor_of_which_a_part_is_lacking_is_refused(tmp_path):
     folder = Folder(tmp_path)
-    with ChunkWriter(folder, "file") as writer:
-        writer.write("a", (10, 4), Box((0, 0), (3, 4)), torch.ones(3, 4))
-        writer.write("a", (10, 4), Box((5, 0), (5, 4)), torch.ones(5, 4))
-        writer.write("a", (10, 4), Box((5, 0), (0, 4)), torch.ones(0, 4))  # a rank without rows
-    write_metadata(folder, writer.written)
-    reader = ChunkReader(folder)
-    assert reader.read("a", Box((6, 1), (2, 2))).tolist() == [[1.0, 1.0]] * 2
-    assert reader.read("a", Box((4, 0), (0, 4))).shape == (0, 4)
-    with pytest.raises(InputError, match=r"holds 12 of the 20 elements of a at \(2, 0\)"):
-        reader.read("a", Box((2, 0), (5, 4)))
+    parts = {"0": Box((0, 0), (3, 4)), "1": Box((5, 0), (5, 4))}
+    written = [
+        write_boxes(folder, file, {"a": ((10, 4), box, torch.ones(box.shape))})
+        for file, box in parts.items()
+    ]
+    with pytest.raises(ValueError, match="a invalid fill"):
+        finish(folder, *written)
+    # such as another program may write
+    _, found = dcp.default_planner.create_default_global_save_plan([plan for plan, _ in written])
+    DirectoryWriter(folder, "").finish(found, [results for _, results in written])
+    with pytest.raises(InputError, match=r"is damaged: it holds 32 of the 40 elements of a"):
+        RangeReader(folder)
+
+
+def test_empty_boxes_are_left_out_and_empty_tensors_are_not():
+    items = owned_items({"a": torch.ones(3), "b": torch.ones(0, 4)})
+    assert [item.index.fqn for item in items] == ["a", "b"]
 
 
 def test_a_failed_write_says_what_the_disk_said(tmp_path):
     """Also where torch's archive writer covers it with words of its own: a file that cannot grow is
     written in part.
     """
-    values = torch.ones(100_000)
-    with (
-        pytest.raises(OSError, match="No space left on device"),
-        ChunkWriter(Folder("/dev"), "full") as writer,
-    ):
-        writer.write("a", values.shape, whole(values), values)
+    boxes = {"a": ((100_000,), Box((0,), (100_000,)), torch.ones(100_000))}
+    with pytest.raises(OSError, match="No space left on device"):
+        write_boxes(Folder("/dev"), "full", boxes)
     limits, handler = (
         resource.getrlimit(resource.RLIMIT_FSIZE),
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
     )
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with (
-            pytest.raises(OSError, match="File too large"),
-            ChunkWriter(Folder(tmp_path), "x") as writer,
-        ):
-            writer.write("a", values.shape, whole(values), values)
+        with pytest.raises(OSError, match="File too large"):
+            write_boxes(Folder(tmp_path), "x", boxes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -526,34 +560,38 @@ def test_what_torch_save_writes_elsewhere_keeps_its_checksums(tmp_path):
 # manifest
 
 
-def test_the_manifest_finds_absent_short_and_changed_files(tmp_path):
+def by_zlib(content):
+    return f"{zlib.crc32(content):08x}"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "checksum"), [("xxh3", xxhash.xxh3_64_hexdigest), ("crc32", by_zlib)]
+)
+def test_the_manifest_finds_absent_short_and_changed_files(tmp_path, algorithm, checksum):
     folder = Folder(tmp_path)
     assert incomplete(folder) == damaged(folder) == ["it has no checkpoint.json"]
-    writer, metadata = write(tmp_path, {"a": torch.randn(100)})
-    files = {
-        "__0_0.distcp": (writer.size, writer.crc32),
-        ".metadata": (metadata.size, metadata.crc32),
+    write(tmp_path, {"a": torch.randn(100)})
+    manifest = json.loads((tmp_path / "checkpoint.json").read_text())
+    contents = {name: (tmp_path / name).read_bytes() for name in ("__0_0.distcp", ".metadata")}
+    # what others say of the files
+    assert manifest["files"] == {
+        name: {"bytes": len(content), "xxh3": xxhash.xxh3_64_hexdigest(content)}
+        for name, content in contents.items()
     }
-    write_manifest(folder, files)
+    if algorithm == "crc32":  # as older versions wrote it
+        files = {n: {"bytes": len(c), "crc32": by_zlib(c)} for n, c in contents.items()}
+        (tmp_path / "checkpoint.json").write_text(json.dumps({"files": files}))
     read = []
-    assert (
-        incomplete(folder) == damaged(folder, read.append) == []
-        and sum(read) == writer.size + metadata.size
-    )
-    stated = json.loads((tmp_path / "checkpoint.json").read_text())["files"]
-    for name in files:  # what zlib says of the files, not what the writer said
-        content = (tmp_path / name).read_bytes()
-        assert stated[name] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    assert incomplete(folder) == damaged(folder, read.append) == []
+    assert sum(read) == sum(map(len, contents.values()))
 
-    path = tmp_path / "__0_0.distcp"
-    data = path.read_bytes()
+    path, data = tmp_path / "__0_0.distcp", contents["__0_0.distcp"]
     path.write_bytes(data[:-300] + bytes([data[-300] ^ 1]) + data[-299:])
     assert incomplete(folder) == []
-    (problem,) = damaged(folder)
-    assert (
-        problem.startswith("__0_0.distcp has the checksum")
-        and f"instead of {zlib.crc32(data):08x}" in problem
-    )
+    changed = checksum(path.read_bytes())
+    assert damaged(folder) == [
+        f"__0_0.distcp has the checksum {changed} instead of {checksum(data)}"
+    ]
     path.write_bytes(data[:-1])
     assert (
         incomplete(folder)
@@ -568,9 +606,11 @@ def test_the_manifest_finds_absent_short_and_changed_files(tmp_path):
         "{}",
         '{"files": {"a": 3}}',
         '{"files": {"a": {"bytes": "x", "crc32": 1}}}',
+        '{"files": {"a": {"bytes": 5}}}',
+        '{"files": {"a": {"bytes": 5, "xxh3": "z"}}}',
         "",
     ):
         (tmp_path / "checkpoint.json").write_text(text)
         assert incomplete(folder) == ["it has a damaged checkpoint.json"]
-    write_manifest(folder, {})
-    assert incomplete(folder) == ["its checkpoint.json names no .metadata"]
+    write_manifest(folder, {"x": FileEntry(0, "0")})
+    assert incomplete(folder) == ["its checkpoint.json names no .metadata", "it has no x"]
