@@ -197,7 +197,7 @@ def _check_outputs(options: Options) -> None:
 
 
 def _is_device(path: str) -> bool:
-    """Whether it is a pipe, a terminal or the like, such as /dev/stdout."""
+    """Return whether it is a pipe, a terminal or the like, such as /dev/stdout."""
     return path.startswith("/dev/") or (
         os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     )

@@ -8,7 +8,6 @@ a token that differs is in one of them only, or trained in one of them only.
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,12 @@ MOST_ALIGNED = 3000  # tokens between what is equal at both ends; of more, none 
 
 
 class Stretch(NamedTuple):
-    """Differing tokens [start, end) that follow each other, of one reason and side."""
+    """Differing tokens [start, end) that follow each other, of one reason and side.
+
+    Attributes:
+        start, end: in the tokens of both sides, put side by side.
+        side: that alone has them, or alone trains them.
+    """
 
     start: int
     end: int
@@ -40,7 +44,12 @@ class Stretch(NamedTuple):
 
 
 class ReasonCount(NamedTuple):
-    """How often a reason occurs on a side."""
+    """How often a reason occurs on a side.
+
+    Attributes:
+        samples: in which it occurs.
+        tokens: of which it is the reason.
+    """
 
     reason: str
     side: str
@@ -88,33 +97,43 @@ class Pair:
 
     def tally(self) -> Counter[tuple[str, str]]:
         """Return the number of differing tokens, by (reason, side)."""
-        return Counter((reason, self.side_of(i)) for i, reason in enumerate(self.reasons) if reason)
+        counts: Counter[tuple[str, str]] = Counter()
+        for i, reason in enumerate(self.reasons):
+            if reason:
+                counts[reason, self.side_of(i)] += 1
+        return counts
 
     def stretches(self) -> list[Stretch]:
         """Return the stretches of differing tokens, in order."""
-        keys = [
-            (reason, self.side_of(i)) if reason else None for i, reason in enumerate(self.reasons)
-        ]
-        found = []
-        start = 0
-        for key, group in itertools.groupby(keys):
-            end = start + len(list(group))
-            if key:
-                reason, side = key
-                found.append(Stretch(start, end, reason, side))
-            start = end
+        found: list[Stretch] = []
+        for i, reason in enumerate(self.reasons):
+            if not reason:
+                continue
+            side = self.side_of(i)
+            last = found[-1] if found else None
+            if last and (last.end, last.reason, last.side) == (i, reason, side):
+                found[-1] = last._replace(end=i + 1)
+            else:
+                found.append(Stretch(i, i + 1, reason, side))
         return found
 
 
 @dataclass
 class Comparison:
-    """All pairs; `other`: the name of the other tool or file."""
+    """All pairs.
+
+    Attributes:
+        other: name of the other tool or file.
+    """
 
     other: str
     pairs: list[Pair]
 
     def samples(self) -> dict[str, int]:
-        """Return how many are equal, different, only ours, only theirs."""
+        """Return how many samples are equal, different, only ours, only theirs.
+
+        What only one side has is not counted as different.
+        """
         whole = [pair for pair in self.pairs if pair.is_whole]
         different = sum(pair.differs for pair in whole)
         return {
@@ -125,7 +144,10 @@ class Comparison:
         }
 
     def trained(self) -> dict[str, int]:
-        """Return how many tokens both train, we alone, they alone."""
+        """Return how many tokens both train, we alone, they alone.
+
+        A token that one side alone has can only be trained by that side.
+        """
         both = ours = theirs = 0
         for pair in self.pairs:
             both += int((pair.ours_trained & pair.theirs_trained).sum())
@@ -134,7 +156,7 @@ class Comparison:
         return {"both": both, "ours only": ours, "theirs only": theirs}
 
     def tally(self) -> list[ReasonCount]:
-        """Return the reasons, the one of most samples first."""
+        """Return how often each reason occurs, that of most samples first."""
         samples: Counter[tuple[str, str]] = Counter()
         tokens: Counter[tuple[str, str]] = Counter()
         for pair in self.pairs:
@@ -147,7 +169,10 @@ class Comparison:
         return counts
 
     def findings(self) -> Iterator[Finding]:
-        """Yield a note for each of our samples that differs."""
+        """Yield a note for each of our samples that differs.
+
+        What is theirs alone is no sample of ours, and has none.
+        """
         for pair in self.pairs:
             if pair.ours is None or not pair.differs:
                 continue
@@ -165,7 +190,12 @@ def compare(
     """Put the samples of sources beside the documents of another tool.
 
     Args:
+        other: what the other tool makes of the data.
+        sources: ours.
         findings: ours, to say why a row gave no sample.
+
+    Returns:
+        Each sample and each document in one pair, with tokens side by side and reasons.
     """
     samples = [SourceSample(source.name, sample) for source in sources for sample in source.samples]
     pairs = [Pair(each.source, each.ours, each.theirs) for each in match(samples, other.documents)]
@@ -190,8 +220,11 @@ def compare(
 
 
 def _faults(findings: Sequence[Finding]) -> dict[tuple[str, int], str]:
-    """Return why rows gave no sample, by source and number."""
-    faults = {}
+    """Return why rows gave no sample, by source and number of the row.
+
+    The place in a finding ends with the number.
+    """
+    faults: dict[tuple[str, int], str] = {}
     for finding in findings:
         place = PLACE.search(finding.sample)
         if place:
@@ -200,7 +233,10 @@ def _faults(findings: Sequence[Finding]) -> dict[tuple[str, int], str]:
 
 
 def _row(pair: Pair) -> tuple[str, int]:
-    """Return source and number of the row that gave our sample."""
+    """Return source and number of the row that gave our sample.
+
+    A row may have given several; the number is without the part.
+    """
     return pair.source, row_number(pair.ours)
 
 
@@ -208,7 +244,11 @@ def _row(pair: Pair) -> tuple[str, int]:
 
 
 class Section(NamedTuple):
-    """Tokens of ours and theirs that stand beside each other; `is_equal`: they are the same."""
+    """Tokens of ours and theirs that stand beside each other.
+
+    Attributes:
+        is_equal: whether they are the same.
+    """
 
     is_equal: bool
     ours: slice
@@ -216,7 +256,10 @@ class Section(NamedTuple):
 
 
 def _put_side_by_side(pair: Pair) -> None:
-    """Fill in tokens, sides and masks."""
+    """Fill in tokens, sides and masks of a pair that both sides have.
+
+    Where the texts differ, the tokens of ours come first, and then those of theirs.
+    """
     ours = pair.ours.tokens.astype(np.int64)
     theirs = pair.theirs.tokens
     ours_trained = pair.ours.weights > 0
@@ -227,16 +270,18 @@ def _put_side_by_side(pair: Pair) -> None:
     for section in _align(ours, theirs):
         of_ours = ours[section.ours]
         of_theirs = theirs[section.theirs]
+        tokens.append(of_ours)
+        by_us.append(ours_trained[section.ours])
         if section.is_equal:
-            tokens.append(of_ours)
-            by_us.append(ours_trained[section.ours])
             by_them.append(theirs_trained[section.theirs])
             pair.sides += ["both"] * len(of_ours)
             continue
-        tokens += [of_ours, of_theirs]
-        by_us += [ours_trained[section.ours], np.zeros(len(of_theirs), bool)]
-        by_them += [np.zeros(len(of_ours), bool), theirs_trained[section.theirs]]
-        pair.sides += ["ours"] * len(of_ours) + ["theirs"] * len(of_theirs)
+        tokens.append(of_theirs)
+        by_us.append(np.zeros(len(of_theirs), bool))
+        by_them.append(np.zeros(len(of_ours), bool))
+        by_them.append(theirs_trained[section.theirs])
+        pair.sides += ["ours"] * len(of_ours)
+        pair.sides += ["theirs"] * len(of_theirs)
     pair.tokens = np.concatenate(tokens).astype(np.int64)
     pair.ours_trained = np.concatenate(by_us).astype(bool)
     pair.theirs_trained = np.concatenate(by_them).astype(bool)
@@ -247,7 +292,12 @@ def _put_side_by_side(pair: Pair) -> None:
 
 
 def _put_alone(pair: Pair, side: str, reason: str) -> None:
-    """Fill in tokens that one side has alone, with a reason for those that are trained."""
+    """Fill in tokens, sides and masks of a pair that one side has alone.
+
+    Args:
+        side: ours or theirs.
+        reason: of the tokens that are trained; "" for none.
+    """
     if side == "ours":
         pair.tokens = pair.ours.tokens.astype(np.int64)
         trained = pair.ours.weights > 0
@@ -262,8 +312,14 @@ def _put_alone(pair: Pair, side: str, reason: str) -> None:
 
 
 def _align(ours: np.ndarray, theirs: np.ndarray) -> Iterator[Section]:
-    """Yield the sections of two texts in order, as `difflib.SequenceMatcher` finds them; what is
-    equal at both ends costs nothing.
+    """Yield the sections of two texts in order, as `difflib.SequenceMatcher` finds them.
+
+    What is equal at both ends is found first, as most texts differ little; the rest takes time that
+    grows with its square.
+
+    Args:
+        ours: int64 [n]
+        theirs: int64 [m]
     """
     shorter = min(len(ours), len(theirs))
     head = _equal_at_start(ours[:shorter], theirs[:shorter])
@@ -280,27 +336,40 @@ def _align(ours: np.ndarray, theirs: np.ndarray) -> Iterator[Section]:
         matcher = difflib.SequenceMatcher(
             None, middle.tolist(), their_middle.tolist(), autojunk=False
         )
-        for tag, a, b, c, d in matcher.get_opcodes():
-            of_ours = slice(head + a, head + b)
-            of_theirs = slice(head + c, head + d)
+        for tag, start, end, their_start, their_end in matcher.get_opcodes():
+            of_ours = slice(head + start, head + end)
+            of_theirs = slice(head + their_start, head + their_end)
             yield Section(tag == "equal", of_ours, of_theirs)
     yield Section(True, slice(ours_end, len(ours)), slice(theirs_end, len(theirs)))
 
 
 def _equal_at_start(one: np.ndarray, other: np.ndarray) -> int:
-    """Return with how many equal tokens two texts of one length begin."""
+    """Return with how many equal tokens two texts begin.
+
+    Args:
+        one, other: int64 [n]
+    """
     is_same = one == other
     return len(one) if is_same.all() else int(np.argmin(is_same))
 
 
 def _reasons(pair: Pair, reader: Reader) -> list[str]:
-    """Return the reason of each token that differs, "" of the others."""
+    """Return the reason of each token that differs, "" of the others.
+
+    Where our row was split by turn, the other tool trains in its one document what we train in
+    several samples.
+    """
     n = len(pair.tokens)
-    is_both = all(side == "both" for side in pair.sides)
-    if is_both and np.array_equal(pair.ours_trained, pair.theirs_trained):
+    have_same_tokens = all(side == "both" for side in pair.sides)
+    if have_same_tokens and np.array_equal(pair.ours_trained, pair.theirs_trained):
         return [""] * n
-    tokens = pair.tokens.tolist()
-    explanation = Explanation(tokens, pair.sides, pair.ours_trained, pair.theirs_trained, reader)
+    explanation = Explanation(
+        pair.tokens.tolist(),
+        pair.sides,
+        pair.ours_trained,
+        pair.theirs_trained,
+        reader,
+    )
     reasons = [explanation.reason(i) for i in range(n)]
     is_one_of_several = "/" in pair.ours.id.rpartition(":")[2]
     if is_one_of_several:

@@ -7,17 +7,17 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tools.inspection.lint import NOTES, WARNINGS, Finding
 from tools.inspection.report import Inspected, plural
 from torchsft.config import Data, InputError
-from torchsft.data.cache import Samples, pack_block
+from torchsft.data.cache import RowSample, Samples, pack_block
 from torchsft.data.prepare import open_sources, prepare
 from torchsft.data.preparer import Preparer, Result
 from torchsft.data.sources import Source
@@ -42,23 +42,31 @@ class Facts:
 
 
 def facts(model: str) -> Facts:
-    """Read config.json (and its text_config) and generation_config.json. Raises InputError: one is
-    no JSON object.
+    """Read config.json (and its text_config) and generation_config.json.
+
+    Raises:
+        InputError: one is no JSON object.
     """
     config = _json(Path(model) / "config.json")
-    text = config.get("text_config")
-    config = {**(text if isinstance(text, dict) else {}), **config}
-    numbers = [config.get(name) for name in ("vocab_size", "max_position_embeddings")]
-    vocab_size, positions = (
-        number if isinstance(number, int) and number > 0 else None for number in numbers
-    )
+    text_config = config.get("text_config")
+    if isinstance(text_config, dict):
+        config = {**text_config, **config}
     eos = _json(Path(model) / "generation_config.json").get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
-    return Facts(vocab_size, positions, frozenset(token for token in eos if isinstance(token, int)))
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    return Facts(
+        vocab_size=_positive(config.get("vocab_size")),
+        positions=_positive(config.get("max_position_embeddings")),
+        eos_ids=frozenset(token for token in eos_ids if isinstance(token, int)),
+    )
+
+
+def _positive(number: Any) -> int | None:
+    """Return a number that is whole and above 0, else None."""
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file."""
+    """Return the object in a file; an empty one where there is no file."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -80,7 +88,8 @@ def gather(
     most: int | None = None,
     progress: bool = False,
 ) -> tuple[list[Inspected], list[Finding]]:
-    """Every source of `data.train` and `data.eval`, and a finding for each row that cannot be used.
+    """Return every source of `data.train` and `data.eval`, and a finding for each row that cannot
+    be used.
 
     Without `most`, training's cache is filled, or read where it is there.
 
@@ -94,38 +103,53 @@ def gather(
     sets = evaluation_sets(data.eval)
     if not data.train and not sets:
         raise InputError("there is nothing to inspect; name data with --data.train or --data.eval")
-    opened = [
-        ("", *each)
-        for each in zip(data.train, open_sources(data.train, data.streaming), strict=True)
-    ]
+    opened = _open("", data.train, data)
     for name, specs in sets.items():
-        opened += [
-            (name, *each) for each in zip(specs, open_sources(specs, data.streaming), strict=True)
-        ]
-    data, sources, findings = replace(data, on_error="skip"), [], []
-    for name, spec, source in opened:
+        opened += _open(name, specs, data)
+    data = replace(data, on_error="skip")
+    sources: list[Inspected] = []
+    findings: list[Finding] = []
+    for each in opened:
+        source = each.source
         preparer = Preparer(tokenizer, data, source, vocab_size)
-        inspected, refused = (
-            _first(source, preparer, most) if most else _all(spec, source, preparer, progress)
-        )
-        inspected.evaluation = bool(name)
+        if most:
+            inspected, refused = _first(source, preparer, most)
+        else:
+            inspected, refused = _all(each.spec, source, preparer, progress)
+        inspected.evaluation = bool(each.set_name)
         inspected.origin = preparer
         # Ids tell training and evaluation apart, where both have a file of this name.
-        inspected.name = inspected.samples.name = f"{name}={source.name}" if name else source.name
+        inspected.name = f"{each.set_name}={source.name}" if each.set_name else source.name
+        inspected.samples.name = inspected.name
         sources.append(inspected)
         findings += [replace(finding, source=inspected.name) for finding in refused]
-        findings += _told(inspected)
+        findings += _findings_of_source(inspected)
     return sources, findings
 
 
-def _told(source: Inspected) -> list[Finding]:
-    """What is to be known of a source as a whole: keys that mean nothing, and codes that its rows
+@dataclass
+class _Opened:
+    """An open source; `set_name`: of its evaluation set, "" for training."""
+
+    set_name: str
+    spec: str
+    source: Source
+
+
+def _open(set_name: str, specs: Sequence[str], data: Data) -> list[_Opened]:
+    """Open the sources of an evaluation set, or of training."""
+    sources = open_sources(specs, data.streaming)
+    return [_Opened(set_name, spec, source) for spec, source in zip(specs, sources, strict=True)]
+
+
+def _findings_of_source(source: Inspected) -> list[Finding]:
+    """Return what holds of a source as a whole: keys that mean nothing, and codes that its rows
     have.
     """
-    found = [
-        Finding("ignored-key", source.name, source.path, f"{key!r} in {plural(rows, 'row')}")
-        for key, rows in sorted(source.ignored.items())
-    ]
+    found = []
+    for key, rows in sorted(source.ignored.items()):
+        text = f"{key!r} in {plural(rows, 'row')}"
+        found.append(Finding("ignored-key", source.name, source.path, text))
     for code, rows in source.counts.items():
         if rows and code in (*WARNINGS, *NOTES):
             found.append(Finding(code, source.name, source.path, plural(rows, "row")))
@@ -137,10 +161,15 @@ def _told(source: Inspected) -> list[Finding]:
 def _all(
     spec: str, source: Source, preparer: Preparer, progress: bool
 ) -> tuple[Inspected, list[Finding]]:
-    """Every sample, by way of the cache."""
+    """Return every sample, by way of the cache, and a finding for each row that gave none."""
     try:
-        options = {"vocab_size": preparer.vocab_size, "progress": progress}
-        [prepared] = prepare([spec], preparer.tokenizer, preparer.data, **options)
+        [prepared] = prepare(
+            [spec],
+            preparer.tokenizer,
+            preparer.data,
+            vocab_size=preparer.vocab_size,
+            progress=progress,
+        )
     except InputError as error:
         found, findings = _first(source, preparer, None)
         # else every row is refused, which is what is to be shown
@@ -150,7 +179,8 @@ def _all(
     prepared.samples.name = source.name  # the whole path where several files have one name
     report = prepared.report
     found = _inspected(source, report.format, report.rows, prepared.samples, report.counts)
-    found.ignored, found.kept = report.ignored, report.kept
+    found.ignored = report.ignored
+    found.kept = report.kept
     found.digest = prepared.digest
     if not report.counts.get("skipped") and not report.counts.get("no-targets"):
         return found, []
@@ -167,13 +197,18 @@ def _all(
 
 
 def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspected, list[Finding]]:
-    """The first `most` samples, in memory."""
-    samples: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+    """Return the first `most` samples, in memory, and a finding for each row that gave none.
+
+    Args:
+        most: None: all.
+    """
+    samples: list[RowSample] = []
     findings: list[Finding] = []
     counts: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     kept: list[str] = []
-    read, rows = 0, source.rows()
+    read = 0
+    rows = source.rows()
     while (most is None or len(samples) < most) and (
         batch := list(itertools.islice(rows, ROWS_AT_ONCE))
     ):
@@ -181,22 +216,23 @@ def _first(source: Source, preparer: Preparer, most: int | None) -> tuple[Inspec
             if most is not None and len(samples) >= most:
                 break
             read += 1
-            counts.update([*result.notes, *(["skipped"] if result.fault else [])])
+            counts.update(result.notes)
+            if result.fault:
+                counts["skipped"] += 1
             ignored.update(result.ignored)
             kept += result.kept
             findings += _finding(source, result)
-            first = int(len(result.samples) > 1)
-            samples += [
-                (result.number, part, *each)
-                for part, each in enumerate(result.samples, start=first)
-            ]
+            first_part = 1 if len(result.samples) > 1 else 0
+            for part, sample in enumerate(result.samples, start=first_part):
+                samples.append(RowSample(result.number, part, sample.tokens, sample.weights))
     if not read:
         raise InputError(
             f"{source.spec.path} holds no rows; remove it or give a file with at least one"
         )
     made = Samples(source.name, pack_block(samples[:most]))
     found = _inspected(source, preparer.format, read, made, dict(counts))
-    found.ignored, found.kept = dict(ignored), kept
+    found.ignored = dict(ignored)
+    found.kept = kept
     return found, findings
 
 
@@ -204,34 +240,27 @@ def _inspected(
     source: Source, kind: str | None, rows: int, samples: Samples, counts: dict[str, int]
 ) -> Inspected:
     return Inspected(
-        source.name,
-        source.spec.path,
-        kind or "",
-        source.spec.weight,
-        False,
-        rows,
-        samples,
+        name=source.name,
+        path=source.spec.path,
+        format=kind or "",
+        weight=source.spec.weight,
+        evaluation=False,
+        rows=rows,
+        samples=samples,
         counts=counts,
     )
 
 
 def _finding(source: Source, result: Result) -> list[Finding]:
-    if result.fault:
-        found = Finding(result.fault.reason, source.name, result.fault.where, result.fault.text)
-        refused = (
-            "; training refuses the row unless --data.on-error skip"
-            if found.level == "warning"
-            else ""
-        )
-        return [replace(found, text=found.text + refused)]
-    # else it was cut, which is counted
+    """Return why a row gave no sample; nothing where it gave one, or was cut, which is counted."""
+    fault = result.fault
+    if fault:
+        found = Finding(fault.reason, source.name, fault.where, fault.text)
+        if found.level == "warning":
+            refusal = "; training refuses the row unless --data.on-error skip"
+            found = replace(found, text=found.text + refusal)
+        return [found]
     if not result.samples and set(result.notes) == {"no-targets"}:
-        return [
-            Finding(
-                "no-targets",
-                source.name,
-                source.where(result.number),
-                "no token has a weight above 0",
-            )
-        ]
+        where = source.where(result.number)
+        return [Finding("no-targets", source.name, where, "no token has a weight above 0")]
     return []

@@ -34,7 +34,12 @@ class Header(NamedTuple):
 
 @dataclass
 class FoundHeaders:
-    """The headers of a template, longest first, and its generation prompt ("" for none)."""
+    """What a template writes before contents.
+
+    Attributes:
+        headers: longest first.
+        prompt: for the answer to come; "" for none.
+    """
 
     headers: list[Header]
     prompt: str
@@ -66,13 +71,22 @@ def find_headers(
     """Find the headers of a template.
 
     Args:
+        variables: of the template.
         special: texts of the tokens that end turns, longest first.
     """
     return _Probe(tokenizer, variables, special).find()
 
 
 class _Probe:
-    """Renderings of a conversation of two questions and two answers."""
+    """Renderings of a conversation of two questions and two answers.
+
+    Attributes:
+        turns: the conversation.
+        plain: its rendering.
+        prompt: what the template writes for the answer to come.
+        opening: the token with which the prompt begins; "" for none.
+        turn_end: a token that ends turns, with the white space around it.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any], special: list[str]
@@ -85,7 +99,6 @@ class _Probe:
         self.turns = [{"role": ("user", "assistant")[i % 2], "content": MARKS[i]} for i in range(4)]
         self.plain = self.render(self.turns)
         self.prompt = self._generation_prompt()
-        # the token with which the generation prompt begins, "" for none
         self.opening = next(
             (token for token in special if self.prompt.lstrip().startswith(token)), ""
         )
@@ -100,20 +113,26 @@ class _Probe:
             return ""
 
     def find(self) -> FoundHeaders:
-        """Find the headers of all roles."""
+        """Find the headers of all roles; of one text, the role that was found last."""
         headers = [*self._of_user_and_assistant(), *self._of_system()]
         headers += self._around_tool_result(headers)
         long_enough = [header for header in headers if len(header.core) >= SHORTEST]
         by_text = {header.text: header for header in long_enough}
         longest_first = sorted(by_text.values(), key=lambda header: -len(header.text))
-        return FoundHeaders(longest_first, self.prompt)
+        return FoundHeaders(headers=longest_first, prompt=self.prompt)
 
     def _generation_prompt(self) -> str:
+        """Return what the template writes for the answer to come; "" for nothing."""
         before = self.render(self.turns[:3])
         asked = self.render(self.turns[:3], prompt=True)
         return asked[len(before) :] if before and asked.startswith(before) else ""
 
     def _of_user_and_assistant(self) -> list[Header]:
+        """Find what stands before questions and answers.
+
+        The generation prompt is a header of answers too: it may be longer than what the template
+        writes in the history. So is the token with which it begins, if that opens answers alone.
+        """
         user = self._behind_turn_end(_between(self.plain, MARKS[1], MARKS[2]))
         answer = self._answer_header(self.plain, MARKS[0], MARKS[1])
         # such as <|Assistant|>, with <think> behind it in the prompt and </think> in history
@@ -134,6 +153,7 @@ class _Probe:
         return headers
 
     def _of_system(self) -> list[Header]:
+        """Find what stands before a system turn with which a conversation begins."""
         text = self.render([{"role": "system", "content": MARKS[4]}, *self.turns])
         if MARKS[4] not in text:
             return []

@@ -92,8 +92,8 @@ class Finding:
 
     @property
     def level(self) -> Literal["error", "warning", "note"]:
-        """Whether it makes the inspection fail (error), should be looked at (warning), or is only
-        told (note).
+        """Whether it makes the inspection fail (error), should be looked at (warning), or is worth
+        knowing (note).
         """
         if self.reason in NOTES:
             return "note"
@@ -225,7 +225,7 @@ class Linter:
             yield "duplicate", f"the same tokens and weights as {first}"
 
     def _end(self, tokens: np.ndarray, start: int, end: int) -> Iterable[tuple[str, str]]:
-        """Whether the run of trained tokens [start, end) ends with a token that ends turns."""
+        """Yield a finding unless the trained tokens [start, end) end with one that ends turns."""
         if tokens[end - 1] in self.reader.special:
             return
         if tokens[end - 1] in self.reader.added and not self._is_end(tokens[end:]):
@@ -251,7 +251,7 @@ class Linter:
             )
 
     def _is_end(self, behind: np.ndarray) -> bool:
-        """Whether the first of these tokens that is no white space ends turns."""
+        """Return whether the first of these tokens that is no white space ends turns."""
         first = next(
             (int(token) for token in behind if self.reader.piece(int(token)).strip()), None
         )

@@ -10,6 +10,7 @@ import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,7 +39,11 @@ class SourceSample:
 
 @dataclass
 class Match:
-    """A sample of ours, a document of theirs, or both; `source`: its name, "" if not known."""
+    """A sample of ours, a document of theirs, or both.
+
+    Attributes:
+        source: name of the source; "" if it is not known.
+    """
 
     source: str
     ours: Sample | None
@@ -51,16 +56,19 @@ def row_number(sample: Sample) -> int:
 
 
 def match(samples: Sequence[SourceSample], documents: Sequence[Document]) -> list[Match]:
-    """Return each sample and each document once, in the order of the samples; those of theirs
-    without a sample come last.
+    """Match samples and documents.
+
+    Returns:
+        Each sample and each document once, in the order of the samples; documents without a sample
+        come last.
     """
     if all(document.row for document in documents):
         document_of, rest = _by_row(samples, documents)
     else:
         document_of, rest = _by_content(samples, documents)
-    matches = [
-        Match(each.source, each.sample, document_of.get(i)) for i, each in enumerate(samples)
-    ]
+    matches = []
+    for i, each in enumerate(samples):
+        matches.append(Match(each.source, each.sample, document_of.get(i)))
     for document in rest:
         source = document.row[0] if document.row else ""
         matches.append(Match(source, None, document))
@@ -90,14 +98,17 @@ def _by_row(
 def _by_content(
     samples: Sequence[SourceSample], documents: Sequence[Document]
 ) -> tuple[dict[int, Document], list[Document]]:
-    """Match by equal tokens, then by tokens in common, then by order where that is all there is;
-    returns as `_by_row`.
+    """Match by equal tokens, then by tokens in common, then by order where that is all there is.
+
+    Returns:
+        As `_by_row`.
     """
     samples_with: dict[bytes, deque[int]] = defaultdict(deque)
     for i, each in enumerate(samples):
         samples_with[_bytes(each.sample.tokens)].append(i)
     document_of: dict[int, Document] = {}
     rest: list[Document] = []
+    # by equal tokens
     for document in documents:
         for part in _unpacked(document, samples_with):
             equal = samples_with.get(_bytes(part.tokens))
@@ -105,6 +116,7 @@ def _by_content(
                 document_of[equal.popleft()] = part
             else:
                 rest.append(part)
+    # by tokens in common, or by order
     free = [i for i in range(len(samples)) if i not in document_of]
     our_tokens = [samples[i].sample.tokens for i in free]
     sample_of = _alike(our_tokens, [document.tokens for document in rest])
@@ -117,8 +129,12 @@ def _by_content(
 
 
 def _unpacked(document: Document, samples_with: dict[bytes, deque[int]]) -> Iterator[Document]:
-    """Yield the documents of a row that is packed without saying where they begin: it is taken
-    apart at those that are samples of ours.
+    """Yield the documents of a row that is packed without saying where they begin.
+
+    It is taken apart at those that are samples of ours; what stands between them are documents too.
+
+    Args:
+        samples_with: indices of our samples, by their tokens as int64 bytes.
     """
     tokens = document.tokens
     if _bytes(tokens) in samples_with:
@@ -148,7 +164,11 @@ def _unpacked(document: Document, samples_with: dict[bytes, deque[int]]) -> Iter
 def _length_of_sample(
     tokens: np.ndarray, lengths: Sequence[int], samples_with: dict[bytes, deque[int]]
 ) -> int:
-    """Return the length of the longest sample of ours with which tokens begin; 0 for none."""
+    """Return the length of the longest sample of ours with which tokens begin; 0 for none.
+
+    Args:
+        lengths: of our samples, the longest first.
+    """
     for length in lengths:
         if length <= len(tokens) and _bytes(tokens[:length]) in samples_with:
             return length
@@ -157,6 +177,9 @@ def _length_of_sample(
 
 def _alike(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> dict[int, int]:
     """Match the texts that share most; what many share, such as a system prompt, is not counted.
+
+    Args:
+        ours, theirs: tokens of each text.
 
     Returns:
         Index of ours, by index of theirs.
@@ -168,28 +191,44 @@ def _alike(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> dict[int
         sizes.append(len(shingles))
         for shingle in shingles:
             texts_with[shingle].append(i)
-    votes: list[tuple[int, int, int]] = []  # (-shared shingles, theirs, ours)
+    candidates: list[_Candidate] = []
     for j, tokens in enumerate(theirs):
         hits = [texts_with.get(shingle, []) for shingle in _shingles(tokens)]
         distinctive = [hit for hit in hits if len(hit) <= COMMON]
         shared = Counter(i for hit in distinctive for i in hit)
         for i, n in shared.most_common(COMMON):
-            if n >= ALIKE * min(len(distinctive), sizes[i]):
-                votes.append((-n, j, i))
+            shorter = min(len(distinctive), sizes[i])
+            if n >= ALIKE * shorter:
+                candidates.append(_Candidate(-n, j, i))
     found: dict[int, int] = {}
     taken: set[int] = set()
-    for _, j, i in sorted(votes):
-        if j not in found and i not in taken:
-            found[j] = i
-            taken.add(i)
+    for candidate in sorted(candidates):
+        if candidate.theirs not in found and candidate.ours not in taken:
+            found[candidate.theirs] = candidate.ours
+            taken.add(candidate.ours)
     return found
 
 
+class _Candidate(NamedTuple):
+    """Texts that may belong together; sorted, they are in the order in which they are taken.
+
+    Attributes:
+        minus_shared: number of stretches that they share, below 0.
+        theirs, ours: indices of the texts.
+    """
+
+    minus_shared: int
+    theirs: int
+    ours: int
+
+
 def _shingles(tokens: np.ndarray) -> set[bytes]:
+    """Return all stretches of SHINGLE tokens, as int64 bytes; of a shorter text, all of it."""
     tokens = np.asarray(tokens, np.int64)
     count = max(1, len(tokens) - SHINGLE + 1)
     return {tokens[i : i + SHINGLE].tobytes() for i in range(count)}
 
 
 def _bytes(tokens: np.ndarray) -> bytes:
+    """Return tokens as int64 bytes, by which equal texts are found."""
     return np.asarray(tokens, np.int64).tobytes()

@@ -63,8 +63,10 @@ class Other:
 
 
 def open_other(option: Sequence[str]) -> Callable[[Sequence[Inspected], str, Data], Other] | None:
-    """What `--compare` asks for, as a function of sources, model directory and data options; None:
-    nothing.
+    """Return what `--compare` asks for.
+
+    Returns:
+        A function of sources, model directory and data options; None where nothing is asked for.
 
     Raises:
         InputError: it is not `trl`, FILE or `axolotl-file FILE`; TRL is not installed; the file is
@@ -89,8 +91,8 @@ def open_other(option: Sequence[str]) -> Callable[[Sequence[Inspected], str, Dat
 
 
 def read_dump(path: str) -> list[Document]:
-    """The documents of a JSONL, JSON, Parquet or Arrow file or a `save_to_disk` directory, in
-    order.
+    """Return the documents of a JSONL, JSON, Parquet or Arrow file or a `save_to_disk` directory,
+    in order.
 
     Padding is taken out, packed rows are split where position_ids, seq_lengths, cu_seqlens,
     document_ids or a numbered attention_mask (axolotl's) say so. What is trained is said by labels,
@@ -99,17 +101,18 @@ def read_dump(path: str) -> list[Document]:
     Raises:
         InputError: it cannot be read, or its columns do not fit together.
     """
-    found = []
+    documents: list[Document] = []
     for where, row in _rows(path):
-        found += _documents(where, row)
-    if not found:
+        documents += _documents(where, row)
+    if not documents:
         raise InputError(
             f"{path} holds no rows; give --compare the dump of a tool, with input_ids and labels"
         )
-    return found
+    return documents
 
 
 def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a file."""
     if path.endswith(".arrow"):
         yield from _arrow(path)
         return
@@ -121,7 +124,9 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _arrow(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a file as `datasets` writes them (a stream), or in the format for random access."""
+    """Yield (place, row) of an Arrow file as `datasets` writes them (a stream), or in the format
+    for random access.
+    """
     try:
         with pyarrow.memory_map(path) as file:
             try:
@@ -130,14 +135,16 @@ def _arrow(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 table = pyarrow.ipc.open_file(file).read_all()
             rows = table.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path} cannot be read as an Arrow file ({said}); give --compare a file that exists"
+            f"{path} cannot be read as an Arrow file ({reason}); give --compare a file that exists"
         ) from None
-    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, start=1))
+    for i, row in enumerate(rows, start=1):
+        yield f"{path}, row {i}", row
 
 
 def _documents(where: str, row: dict[str, Any]) -> Iterator[Document]:
+    """Yield the documents of a row, without padding."""
     key = next((key for key in IDS if row.get(key) is not None), None)
     if key is None:
         has = ", ".join(row) or "none"
@@ -149,19 +156,27 @@ def _documents(where: str, row: dict[str, Any]) -> Iterator[Document]:
     trained = _trained(row, tokens, where)
     attention = _beside(row, "attention_mask", tokens, where)
     bounds = _bounds(row, attention, tokens, where)
-    kept = np.ones(len(tokens), bool) if attention is None else attention > 0
-    pieces = [piece for piece in np.split(np.arange(len(tokens)), bounds) if kept[piece].any()]
+    is_real = np.ones(len(tokens), bool) if attention is None else attention > 0
+    pieces = [piece[is_real[piece]] for piece in np.split(np.arange(len(tokens)), bounds)]
+    pieces = [piece for piece in pieces if len(piece)]
     for i, piece in enumerate(pieces, start=1):
-        own = piece[kept[piece]]
         name = f"{where}, document {i}" if len(pieces) > 1 else where
-        yield Document(name, tokens[own], trained[own])
+        yield Document(name, tokens[piece], trained[piece])
 
 
 def _trained(row: dict[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
+    """Return which tokens of a row are trained, bool [n], by labels, else by masks.
+
+    Labels stand at the place of their token, or of the token before it.
+    """
     labels = _beside(row, "labels", tokens, where)
     if labels is None:
-        masks = [mask for key in MASKS if (mask := _beside(row, key, tokens, where)) is not None]
-        return np.logical_and.reduce([np.ones(len(tokens), bool), *(mask > 0 for mask in masks)])
+        trained = np.ones(len(tokens), bool)
+        for key in MASKS:
+            mask = _beside(row, key, tokens, where)
+            if mask is not None:
+                trained &= mask > 0
+        return trained
     trained = labels != -100
     if (labels[trained] == tokens[trained]).all():
         return trained
@@ -169,17 +184,20 @@ def _trained(row: dict[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
     if (labels[:-1][trained[:-1]] == tokens[shifted]).all():
         return shifted
     i = int(np.flatnonzero(trained & (labels != tokens))[0])
-    said = (
-        f"label {labels[i]} of token {i + 1} is neither -100 nor its id {tokens[i]} nor that of "
-        f"the next token"
+    raise InputError(
+        f"{where}: label {labels[i]} of token {i + 1} is neither -100 nor its id {tokens[i]} nor "
+        f"that of the next token; dump labels as the loss takes them"
     )
-    raise InputError(f"{where}: {said}; dump labels as the loss takes them")
 
 
 def _bounds(
     row: dict[str, Any], attention: np.ndarray | None, tokens: np.ndarray, where: str
 ) -> np.ndarray:
-    """Where documents begin behind the first one."""
+    """Return where documents begin, but for the first one.
+
+    Args:
+        attention: the attention mask, which may number documents.
+    """
     if row.get("cu_seqlens") is not None:
         return _array(row["cu_seqlens"], "cu_seqlens", where)[1:-1]
     if row.get("seq_lengths") is not None:
@@ -195,7 +213,7 @@ def _bounds(
 
 
 def _beside(row: dict[str, Any], key: str, tokens: np.ndarray, where: str) -> np.ndarray | None:
-    """A column with a number for each token, if the row has it."""
+    """Return a column with a number for each token, if the row has it."""
     if row.get(key) is None:
         return None
     found = _array(row[key], key, where)
@@ -207,6 +225,7 @@ def _beside(row: dict[str, Any], key: str, tokens: np.ndarray, where: str) -> np
 
 
 def _array(value: Any, key: str, where: str) -> np.ndarray:
+    """Return a list of numbers, or a batch of one list, as int64 or float64 [n]."""
     with contextlib.suppress(ValueError, OverflowError):  # lists of different lengths
         found = np.asarray(value)
         if found.ndim == 2 and len(found) == 1:  # a batch of one
@@ -222,7 +241,7 @@ def _array(value: Any, key: str, where: str) -> np.ndarray:
 
 
 def run_trl(sources: Sequence[Inspected], model: str, data: Data) -> Other:
-    """What TRL's SFTTrainer trains of the rows of these sources.
+    """Return what TRL's SFTTrainer trains of the rows of these sources.
 
     It is the trainer itself, with its own choice of template and masks, beside a model of a few
     parameters. Its loss is on assistant messages only, unless --data.mask is all; on completions
@@ -254,6 +273,7 @@ def run_trl(sources: Sequence[Inspected], model: str, data: Data) -> Other:
 
 
 def _trl_version() -> str:
+    """Return the version of TRL. Raises InputError: it is not installed."""
     try:
         with _quiet():
             import trl
@@ -263,6 +283,7 @@ def _trl_version() -> str:
 
 
 def _trl_row(example: Example, data: Data) -> dict[str, Any] | None:
+    """Return an example as TRL reads it; None for tokens."""
     if isinstance(example, Text):
         if example.prompt:
             return {"prompt": example.prompt, "completion": example.completion}
@@ -272,13 +293,15 @@ def _trl_row(example: Example, data: Data) -> dict[str, Any] | None:
     row: dict[str, Any] = {"messages": example.messages}
     if example.tools:
         row["tools"] = json.dumps(example.tools)  # as Arrow would put keys of one tool into all
-    if variables := {**data.template_variables(), **example.template_kwargs}:
+    variables = {**data.template_variables(), **example.template_kwargs}
+    if variables:
         row["chat_template_kwargs"] = variables
     return row
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """Keep libraries from writing to the terminal."""
     import datasets
     from transformers.utils import logging
 
@@ -301,20 +324,26 @@ def _trl_documents(
     where: str,
     refused: dict[tuple[str, int], str],
 ) -> Iterator[Document]:
-    """Of these rows; where TRL fails on some, it is asked for each half, until those are found that
-    it fails on.
+    """Yield TRL's documents of some rows.
+
+    Where it fails on some, it is asked for each half, until those are found that it fails on.
+
+    Args:
+        name: of the source.
+        where: a directory for its output.
+        refused: rows of which it makes nothing are added to it, with what it says.
     """
     try:
         made = _prepare(rows, server, where)
     except Exception as error:  # of its checks, of Arrow, of the chat template
-        said = " ".join(str(error).split())
-        if "chat template is not" in said:
+        reason = " ".join(str(error).split())
+        if "chat template is not" in reason:
             raise InputError(
-                f"TRL cannot mask this chat template ({said}); compare with "
+                f"TRL cannot mask this chat template ({reason}); compare with "
                 f"--data.mask all, or a dump"
             ) from None
         if len(rows) == 1:
-            refused[name, rows[0]["torchsft_row"]] = said
+            refused[name, rows[0]["torchsft_row"]] = reason
             return
         half = len(rows) // 2
         for part in (rows[:half], rows[half:]):
@@ -322,26 +351,31 @@ def _trl_documents(
         return
     for row in made:
         number = row["torchsft_row"]
+        place = f"TRL's row {number}"
         tokens = np.array(row["input_ids"], np.int64)
-        yield Document(
-            f"TRL's row {number}",
-            tokens,
-            _trained(row, tokens, f"TRL's row {number}"),
-            (name, number),
-        )
-    missing = {row["torchsft_row"] for row in rows} - {row["torchsft_row"] for row in made}
-    refused |= {(name, number): "no token of it has a label" for number in missing}
+        trained = _trained(row, tokens, place)
+        yield Document(place, tokens, trained, row=(name, number))
+    given = {row["torchsft_row"] for row in rows}
+    kept = {row["torchsft_row"] for row in made}
+    for number in given - kept:
+        refused[name, number] = "no token of it has a label"
 
 
 def _prepare(rows: list[dict[str, Any]], server: Server, where: str) -> Any:
-    """The data set that TRL's trainer makes of rows."""
+    """Return the data set that TRL's trainer makes of rows."""
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(server.tokenizer), **size, **heads))
+    config = LlamaConfig(
+        vocab_size=len(server.tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    model = LlamaForCausalLM(config)
     arguments = SFTConfig(
         output_dir=where,
         max_length=server.data.seq_len,

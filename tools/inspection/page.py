@@ -27,8 +27,9 @@ Key = tuple[int, int]  # index of a source, and of a sample in it
 
 
 def render(inspection: Inspection) -> str:
-    """Return the page as text. It holds every sample, or as many as a browser takes: those with
-    findings, then the first rows.
+    """Return the page as text.
+
+    It holds every sample, or as many as a browser takes: those with findings, then the first rows.
     """
     data = _data(inspection)
     written = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
@@ -39,8 +40,9 @@ def render(inspection: Inspection) -> str:
 
 
 def _policy(template: str) -> str:
-    """Return a content security policy under which the page's own style and script run, and nothing
-    else does or is loaded.
+    """Return a content security policy.
+
+    Under it the page's own style and script run, and nothing else does or is loaded.
     """
     style = _digest_of("style", template)
     script = _digest_of("script", template)
@@ -51,6 +53,7 @@ def _policy(template: str) -> str:
 
 
 def _digest_of(tag: str, template: str) -> str:
+    """Return the hash of the content of a tag, as a policy names it."""
     (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
@@ -60,7 +63,9 @@ def _digest_of(tag: str, template: str) -> str:
 
 
 def _choose(inspection: Inspection) -> list[Key]:
-    """Return the samples that are shown, in the order of the sources."""
+    """Return the samples that are shown, in the order of the sources: as many as a browser
+    takes.
+    """
     chosen: set[Key] = set()
     tokens = 0
     for key in _candidates(inspection):
@@ -74,13 +79,16 @@ def _choose(inspection: Inspection) -> list[Key]:
 
 
 def _sample_of(inspection: Inspection, key: Key) -> Sample:
+    """Return the sample of a key."""
     source, index = key
     return inspection.sources[source].samples[index]
 
 
 def _candidates(inspection: Inspection) -> Iterator[Key]:
-    """Yield all samples; where they are too many, those with findings and in the first rows come
-    first.
+    """Yield all samples, in the order in which they are taken.
+
+    Where they are too many, samples with findings come first (so many that rows are shown too),
+    then those of the first packed rows. A sample may come several times.
     """
     samples = sum(len(source.samples) for source in inspection.sources)
     tokens = sum(source.tokens for source in inspection.sources)
@@ -94,6 +102,7 @@ def _candidates(inspection: Inspection) -> Iterator[Key]:
 
 
 def _with_findings(inspection: Inspection) -> Iterator[Key]:
+    """Yield the samples with errors or warnings."""
     wrong = inspection.wrong()
     named = {source for source, _ in wrong}
     for s, source in enumerate(inspection.sources):
@@ -121,7 +130,10 @@ class _Rows:
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:
-    """Return all that the page shows, as JSON."""
+    """Return all that the page shows, as JSON.
+
+    The text of each token stands once in `vocabulary`; samples have ids of tokens.
+    """
     chosen = _choose(inspection)
     findings_of = _findings_by_sample(inspection)
     packed = _rows(inspection, chosen)
@@ -138,7 +150,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
         shown["findings"] = findings
         shown["row"] = packed.place_of.get(key)
         samples.append(shown)
-    # of rows that gave no sample, and samples that are not shown
+    # What is left is of rows that gave no sample, and of samples that are not shown.
     elsewhere = [
         (finding.reason, finding.sample, finding.text)
         for findings in findings_of.values()
@@ -167,6 +179,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
 
 
 def _findings_by_sample(inspection: Inspection) -> dict[tuple[str, str], list[Finding]]:
+    """Return all findings, by the source's name and the sample's id or the place of its row."""
     found: dict[tuple[str, str], list[Finding]] = {}
     for finding in inspection.findings:
         found.setdefault((finding.source, finding.sample), []).append(finding)
@@ -174,6 +187,11 @@ def _findings_by_sample(inspection: Inspection) -> dict[tuple[str, str], list[Fi
 
 
 def _rows(inspection: Inspection, chosen: list[Key]) -> _Rows:
+    """Return the packed rows that are shown.
+
+    Args:
+        chosen: the samples that are shown.
+    """
     place_on_page = {key: place for place, key in enumerate(chosen)}
     packed = _Rows([], {})
     for row in inspection.plan.rows:
@@ -188,11 +206,16 @@ def _rows(inspection: Inspection, chosen: list[Key]) -> _Rows:
 
 
 def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return title, level, count and an example of each reason of findings."""
+    """Return title, level, count and an example of each reason of findings.
+
+    Args:
+        samples: those that are shown, with the notes on them.
+    """
     examples: dict[str, str] = {}
     for finding in inspection.findings:
         examples.setdefault(finding.reason, f"{finding.sample}: {finding.text}")
     reasons: dict[str, Any] = {}
+    # of findings
     for level, reason, n in inspection.tally():
         reasons[reason] = {
             "title": title(reason),
@@ -200,6 +223,7 @@ def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str,
             "count": n,
             "example": examples[reason],
         }
+    # of what happened to samples, which are no findings
     for note, text in NOTES.items():
         count = sum((note, "") in sample["findings"] for sample in samples)
         reasons[note] = {"title": text, "level": "note", "count": count}
@@ -207,7 +231,7 @@ def _reasons(inspection: Inspection, samples: list[dict[str, Any]]) -> dict[str,
 
 
 def _totals(inspection: Inspection) -> dict[str, int]:
-    """Return numbers of the training data."""
+    """Return numbers of the training data, which evaluation sets have no part in."""
     trained = inspection.trained
     return {
         "samples": sum(len(source.samples) for source in trained),
@@ -220,6 +244,7 @@ def _totals(inspection: Inspection) -> dict[str, int]:
 
 
 def _shown_of(shown: int, total: int, word: str) -> str:
+    """Return how many of all things are shown, in words."""
     if shown == total:
         return plural(total, word)
     return f"{shown:,} of {plural(total, word)} are on this page"

@@ -22,15 +22,23 @@ MOST_TOKENS_OF_A_CHARACTER = 8
 
 
 class Piece(NamedTuple):
-    """Tokens that write whole characters: one, or the few that share a character."""
+    """Tokens that write whole characters: one, or the few that share a character.
+
+    Attributes:
+        count: of tokens.
+        text: that they write.
+    """
 
     count: int
     text: str
 
 
 class Block(NamedTuple):
-    """A turn: tokens [start, end), of which [start, content) are the header. role is "" where no
-    header is known.
+    """A turn: tokens [start, end).
+
+    Attributes:
+        role: "" where no header is known.
+        content: where the header ends; it is tokens [start, content).
     """
 
     role: str
@@ -43,6 +51,7 @@ class Reader:
     """Reads the tokens of one tokenizer and its chat template.
 
     Attributes:
+        backend: a copy of the tokenizer's.
         headers: of system, user, assistant and tool, as far as the template writes any; longest
             first.
         prompt: what it writes for the answer to come (add_generation_prompt); "" where it does not.
@@ -55,6 +64,7 @@ class Reader:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any] | None = None
     ) -> None:
+        """Learn the headers and end-of-turn tokens of a chat template with these variables."""
         variables = variables or {}
         added = tokenizer.added_tokens_decoder
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -83,7 +93,11 @@ class Reader:
         self._header = re.compile("|".join(re.escape(form) for form in forms) or "(?!)")
 
     def _first_letter(self) -> int:
-        """Return the first token that is a letter or several."""
+        """Return the first token that writes letters and nothing else.
+
+        Returns:
+            Its id; 0 where there is none.
+        """
         for i in range(self.backend.get_vocab_size()):
             text = self.text([i])
             if text.isalpha() and text.isascii():
@@ -91,7 +105,7 @@ class Reader:
         return 0
 
     def _roles_by_text(self) -> dict[str, str]:
-        """Return the role of each header, with and without the white space behind it."""
+        """Return the roles of headers, by their texts with and without the white space behind."""
         roles: dict[str, str] = {}
         for header in reversed(self.headers):
             # a reasoning block that the header opens is shown with the answer
@@ -103,7 +117,8 @@ class Reader:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the decoded text, special tokens included."""
-        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+        ids = list(map(int, tokens))
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def texts(self, samples: Sequence[Sequence[int]]) -> list[str]:
         """Return `text` of many samples."""
@@ -129,7 +144,11 @@ class Reader:
         return found
 
     def _first_piece(self, tokens: list[int]) -> Piece:
-        """Return the piece with which tokens begin."""
+        """Return the piece with which tokens begin.
+
+        Bytes of one character may lie in several tokens: these write BROKEN until the character is
+        whole. A text may hold BROKEN itself.
+        """
         writes_broken = len(self._broken) > 1 and tokens[: len(self._broken)] == self._broken
         if writes_broken:
             return Piece(len(self._broken), self._behind_anchor(self._broken))
@@ -143,8 +162,15 @@ class Reader:
         return Piece(1, text)  # bytes that never become a character
 
     def blocks(self, pieces: Sequence[Piece]) -> list[Block]:
-        """Return the turns of a sample, in order and without gaps."""
-        # characters and tokens before piece i, and of all pieces
+        """Return the turns of a sample, in order and without gaps.
+
+        Headers are found in the text; a turn begins with the token in which its header begins, and
+        its content with the token behind that in which the header ends.
+
+        Args:
+            pieces: those of all of the sample's tokens.
+        """
+        # characters and tokens before each piece, and of all pieces
         characters = [0]
         tokens = [0]
         for piece in pieces:
@@ -170,8 +196,9 @@ class Reader:
         return [block._replace(end=end) for block, end in zip(found, ends, strict=True)]
 
     def _behind_anchor(self, tokens: list[int]) -> str:
-        """Return what tokens write behind a letter, as some decoders take the space from the
-        beginning of a text.
+        """Return what tokens write behind a letter.
+
+        Some decoders take the space from the beginning of a text.
         """
         before = self.backend.decode(self._anchor, skip_special_tokens=False)
         text = self.backend.decode(self._anchor + tokens, skip_special_tokens=False)

@@ -36,6 +36,15 @@ class Explanation:
         tokens: int64 [n], those of both sides, in order.
         sides: [n] of "both", "ours", "theirs": who has the token.
         ours_trained, theirs_trained: bool [n]
+
+    Attributes:
+        block_of: [n], the turn that each token belongs to.
+        is_one_sided: [n], whether one side alone has the token.
+        is_thinking: [n], whether it is of a reasoning block.
+        is_end: [n], whether it can end a turn.
+        is_blank: [n], whether it writes white space only.
+        trains_all: for each side, whether it trains all tokens that both have, but for the first.
+        tail_start: where the tokens begin that one side alone has at the end; 0 if these are all.
     """
 
     def __init__(
@@ -58,7 +67,6 @@ class Explanation:
         self.is_thinking = _is_thinking(pieces)
         self.is_end = [token in reader.special for token in tokens]
         self.is_blank = [not reader.piece(token).strip() for token in tokens]
-        # whether a side trains all tokens that both have, but for the first one
         is_shared = np.array([not each for each in self.is_one_sided])
         self.trains_all = {
             side: trained[is_shared][1:].all() for side, trained in self.trained.items()
@@ -73,7 +81,11 @@ class Explanation:
         return 0
 
     def reason(self, i: int) -> str:
-        """Return why token i differs; "" where it does not."""
+        """Return why token i differs.
+
+        Returns:
+            A key of REASONS; "" where it does not differ.
+        """
         if self.is_one_sided[i]:
             return self._reason_of_token(i)
         if self.trained["ours"][i] != self.trained["theirs"][i]:
@@ -81,7 +93,11 @@ class Explanation:
         return ""
 
     def _reason_of_token(self, i: int) -> str:
-        """Return why one side alone has token i."""
+        """Return why one side alone has token i.
+
+        The BOS stands before everything, a tail behind everything that both have: the end of the
+        text where it says nothing, or what was cut off on the other side.
+        """
         if self.tokens[i] == self.bos and all(self.is_one_sided[: i + 1]):
             return "bos"
         if self.tail_start and i >= self.tail_start:
@@ -91,7 +107,11 @@ class Explanation:
         return "reasoning" if self.is_thinking[i] else "other-tokens"
 
     def _reason_of_mask(self, i: int) -> str:
-        """Return why one side alone trains token i."""
+        """Return why one side alone trains token i, by the turn that it belongs to.
+
+        Tools train an answer from the end of its header through its end of turn; some train the
+        header too, or the white space behind the end, or leave out reasoning.
+        """
         block = self.block_of[i]
         alone, beside = ("ours", "theirs") if self.trained["ours"][i] else ("theirs", "ours")
         if self.trains_all[alone]:
@@ -123,7 +143,11 @@ class Explanation:
         return bool(self.trained["ours"][i - 1] or self.trained["theirs"][i - 1])
 
     def _last_text(self, i: int, block: Block) -> int:
-        """Return the last token before i that is not blank; the block's first one if all are."""
+        """Return the last token before i that is not blank.
+
+        Returns:
+            Its index; that of the block's first token if all are blank.
+        """
         for j in range(i - 1, block.start - 1, -1):
             if not self.is_blank[j]:
                 return j

@@ -82,14 +82,15 @@ class Inspected:
     def count(self, checked: Iterator[Sample]) -> Iterator[Sample]:
         """Pass samples on, and count their supervised tokens on the way."""
         lengths = self.samples.lengths
-        self.tokens, self.longest = int(lengths.sum()), int(lengths.max(initial=0))
+        self.tokens = int(lengths.sum())
+        self.longest = int(lengths.max(initial=0))
         self.histogram = histogram(lengths)
         for sample in checked:
             self.supervised_tokens += int((sample.weights > 0).sum())
             yield sample
 
     def outcomes(self) -> list[str]:
-        """Sentences on what did not become a sample as it was."""
+        """Return sentences on what did not become a sample as it was."""
         known = [
             f"{n:,} {OUTCOMES[what]}" for what, n in self.counts.items() if n and what in OUTCOMES
         ]
@@ -113,14 +114,18 @@ class Plan:
     epochs: float
 
     def fill(self, seq_len: int) -> float:
-        """Share of the rows' room that holds tokens."""
+        """Return the share of the rows' room that holds tokens."""
         return self.tokens / max(1, len(self.rows) * seq_len)
 
 
 @dataclass
 class Inspection:
-    """Everything that is shown. `data` and `training` are options; `left_out`: why not every sample
-    was read, as a sentence.
+    """Everything that is shown.
+
+    Attributes:
+        model: its directory.
+        data, training: options.
+        left_out: why not every sample was read, as a sentence; "" where every one was.
     """
 
     model: str
@@ -139,29 +144,29 @@ class Inspection:
         return [source for source in self.sources if not source.evaluation]
 
     def tally(self) -> list[tuple[str, str, int]]:
-        """(level, reason, findings): errors, warnings, notes; each by number."""
+        """Return (level, reason, number of findings): errors, warnings, notes; each by number."""
         found = Counter((finding.level, finding.reason) for finding in self.findings)
         rows = [(level, reason, n) for (level, reason), n in found.items()]
         return sorted(rows, key=lambda row: (LEVELS.index(row[0]), -row[2], row[1]))
 
     def level(self, name: str) -> int:
-        """Number of errors, warnings or notes."""
+        """Return the number of errors, warnings or notes."""
         return sum(finding.level == name for finding in self.findings)
 
     def wrong(self) -> set[tuple[str, str]]:
-        """(source, sample) of errors and warnings: what is to be looked at first."""
+        """Return (source, sample) of errors and warnings: what is to be looked at first."""
         return {
             (finding.source, finding.sample) for finding in self.findings if finding.level != "note"
         }
 
     def plan_text(self) -> str:
-        """Steps in words."""
+        """Return the steps in words."""
         batch = self.training["global_batch_size"]
         epochs = f"{self.plan.epochs:g} epoch{'s' * (self.plan.epochs != 1)}"
         return f"{plural(self.plan.steps, 'step')} of {plural(batch, 'row')}, {epochs}"
 
     def options(self) -> list[tuple[str, str]]:
-        """Those of --data that shape samples, as on the command line."""
+        """Return the options of --data that shape samples, as on the command line."""
         names = (
             "map",
             "system",
@@ -171,26 +176,40 @@ class Inspection:
             "template_kwargs",
             "chat_template",
             "template_date",
+            "on_lost_context",
+            "truncation",
+            "packing",
+            "packing_buffer",
         )
-        names += ("on_lost_context", "truncation", "packing", "packing_buffer")
         values = [(name.replace("_", "-"), getattr(self.data, name)) for name in names]
         return [(name, str(value)) for name, value in values if value not in ("", None)]
 
 
 def notes(source: Inspected, sample: Sample, seq_len: int) -> list[str]:
-    """What happened to a sample, as far as can be told from it."""
-    found = ["one-of-several"] if "/" in sample.id.removeprefix(source.name) else []
-    cut = source.counts.get("truncated", 0) + source.counts.get("split", 0) > 0
-    return [*found, "full-length"] if cut and len(sample.tokens) == seq_len else found
+    """Return what happened to a sample, as far as it shows."""
+    found = []
+    if "/" in sample.id.removeprefix(source.name):
+        found.append("one-of-several")
+    has_cut_samples = source.counts.get("truncated", 0) + source.counts.get("split", 0) > 0
+    if has_cut_samples and len(sample.tokens) == seq_len:
+        found.append("full-length")
+    return found
 
 
 def plural(n: int, word: str) -> str:
-    """A number of things."""
+    """Return a number of things in words."""
     return f"{n:,} {word}{'s' * (n != 1)}"
 
 
 def histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
-    """At most BINS bins of equal width that begin at 0 and hold every length."""
+    """Count lengths in at most BINS bins of equal width that begin at 0.
+
+    Args:
+        lengths: int32 [N]
+
+    Returns:
+        Edges [n + 1] and counts [n]; bin i holds lengths of edges[i] to edges[i + 1] - 1.
+    """
     longest = int(lengths.max(initial=0))
     width = max(1, -(-(longest + 1) // BINS))
     counts = np.bincount(lengths // width) if len(lengths) else np.zeros(1, int)
@@ -224,7 +243,11 @@ def plan(
     steps: int | None,
     epochs: float | None,
 ) -> Plan:
-    """Rows and steps, from the loader that training uses."""
+    """Return rows and steps, from the loader that training uses.
+
+    Args:
+        steps, epochs: as the user gives them; neither: 1 epoch.
+    """
     numbers = [i for i, source in enumerate(sources) if len(source.samples)]
     if not numbers:
         return Plan([], 0, 0, 0.0)
@@ -251,8 +274,8 @@ def plan(
 
 
 def write_json(path: Path, inspection: Inspection) -> None:
-    """One JSON object a line for each sample: id, source, tokens, weights, text, the keys that are
-    ignored in its source (with the number of rows that have them), and where another tool
+    """Write one JSON object a line for each sample: id, source, tokens, weights, text, the keys
+    that are ignored in its source (with the number of rows that have them), and where another tool
     differs.
     """
     pairs = inspection.comparison.pairs if inspection.comparison is not None else ()
@@ -276,7 +299,9 @@ def write_json(path: Path, inspection: Inspection) -> None:
 
 
 def _differences(pair: Pair) -> list[dict[str, Any]]:
-    """Each stretch of tokens that differ; `at`: in the tokens of both sides, put side by side."""
+    """Return each stretch of tokens that differ; `at`: in the tokens of both sides, put side by
+    side.
+    """
     found = []
     for start, end, reason, side in pair.stretches():
         found.append(
@@ -286,21 +311,23 @@ def _differences(pair: Pair) -> list[dict[str, Any]]:
 
 
 def number(value: float) -> float | str:
-    """A float32 in few digits; one that JSON does not know as a string."""
+    """Return a float32 in few digits; one that JSON does not know as a string."""
     return float(f"{value:.6g}") if np.isfinite(value) else str(value)
 
 
 def weight_runs(weights: np.ndarray) -> list[list[Any]]:
-    """[start, end, weight] of each stretch of one weight above 0."""
+    """Return [start, end, weight] of each stretch of one weight above 0."""
     found = []
     for start, end in runs_of(weights):
-        edges = [start, *(np.flatnonzero(np.diff(weights[start:end])) + start + 1).tolist(), end]
-        found += [[a, b, number(float(weights[a]))] for a, b in itertools.pairwise(edges)]
+        changes = np.flatnonzero(np.diff(weights[start:end])) + start + 1
+        edges = [start, *changes.tolist(), end]
+        for first, last in itertools.pairwise(edges):
+            found.append([first, last, number(float(weights[first]))])
     return found
 
 
 def as_dict(source: Inspected) -> dict[str, Any]:
-    """The numbers of a source, JSON-able."""
+    """Return the numbers of a source as JSON."""
     plain = {
         each.name: getattr(source, each.name)
         for each in dataclasses.fields(source)

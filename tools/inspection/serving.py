@@ -78,8 +78,10 @@ class Server:
         return findings
 
     def compare(self, example: Example, samples: Sequence[Sample]) -> str:
-        """Return what differs between an example's samples and serving, as a sentence; "" where
-        nothing does.
+        """Compare an example's samples with serving.
+
+        Returns:
+            What differs, as a sentence; "" where nothing does.
         """
         if isinstance(example, Text):
             return self._compare_text(example, samples[0])
@@ -109,8 +111,9 @@ class Server:
         return [i for i in answers if i and weights[i] != 0 and _has_content(example.messages[i])]
 
     def _is_too_long(self, example: Conversation, i: int) -> bool:
-        """Return whether an answer has no sample because it does not fit, as --data.truncation
-        leaves such samples out.
+        """Return whether an answer has no sample because it does not fit.
+
+        --data.truncation leaves such samples out.
         """
         lengths = [len(tokens) for tokens in self._renderings(example, i + 1, prompt=False)]
         return max(lengths, default=0) >= self.data.seq_len
@@ -152,7 +155,11 @@ class Server:
             yield from self._with_bos(tokens)
 
     def _with_bos(self, tokens: list[int]) -> Iterator[list[int]]:
-        """Yield tokens with the BOS that `add_bos_token` may give them, or without."""
+        """Yield tokens with the BOS that `add_bos_token` may give them, or without.
+
+        Without the flag they are what the tokenizer gives. Some classes do not read it, so that
+        both forms are right there.
+        """
         bos = self.tokenizer.bos_token_id
         adds_bos = self.flags.get("add_bos_token")
         has_bos = tokens[:1] == [bos]
@@ -212,8 +219,11 @@ class Server:
 
 @dataclass
 class _Nearest:
-    """The sample that is nearest to what serving gives; `equal`: with how many equal tokens they
-    begin.
+    """The sample that is nearest to what serving gives.
+
+    Attributes:
+        tokens: what serving gives.
+        equal: with how many equal tokens the two begin.
     """
 
     tokens: list[int]
@@ -222,6 +232,7 @@ class _Nearest:
 
 
 def _load(model: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as servers do; code in its directory is never run."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -301,7 +312,11 @@ def read_examples(source: Inspected, most: int | None = MOST_ROWS) -> Iterator[t
 
 
 def _rows_of(opened: Any, numbers: np.ndarray) -> Iterator[Any]:
-    """Yield the rows of an open source with these numbers, which rise."""
+    """Yield the rows of an open source with some numbers.
+
+    Args:
+        numbers: int64 [n], rising, n at least 1.
+    """
     chosen = set(numbers.tolist())
     first = int(numbers[0])
     last = int(numbers[-1])
@@ -316,7 +331,7 @@ def _rows_of(opened: Any, numbers: np.ndarray) -> Iterator[Any]:
 def _examples(
     preparer: Preparer, recorder: _Recorder, rows: Iterator[Any]
 ) -> Iterator[tuple[int, Example]]:
-    """Yield the examples that a preparer makes of rows."""
+    """Yield the examples that a preparer makes of rows, each with the number of its row."""
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
         preparer(batch)
         numbers = {row_id(preparer.name, number): number for number, _ in batch}
@@ -342,7 +357,7 @@ class _Recorder:
     examples: list[Example] = field(default_factory=list)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Keep examples."""
+        """Keep examples; none of them gives a sample."""
         self.examples += examples
         return [Encoded([]) for _ in examples]
 
@@ -351,6 +366,7 @@ class _Recorder:
 
 
 def _has_content(message: Message) -> bool:
+    """Return whether a message says anything."""
     return any(message.get(key) for key in ("content", "tool_calls", "reasoning_content"))
 
 
@@ -397,7 +413,11 @@ def _form(message: Message, as_json: bool, in_content: bool | None, empty: str |
 
 
 def _call(call: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    """Return a tool call whose arguments are JSON, or an object."""
+    """Return a tool call in one form.
+
+    Args:
+        as_json: whether its arguments are JSON; else they are an object.
+    """
     arguments = call["function"].get("arguments") or {}
     is_text = isinstance(arguments, str)
     if as_json and not is_text:
@@ -412,7 +432,7 @@ def _call(call: dict[str, Any], as_json: bool) -> dict[str, Any]:
 
 
 def _equal_at_start(one: Sequence[int], other: np.ndarray) -> int:
-    """Return with how many equal tokens two texts begin."""
+    """Return with how many equal tokens two texts begin; they may have different lengths."""
     n = min(len(one), len(other))
     different = np.flatnonzero(np.asarray(one[:n], np.int64) != other[:n])
     return int(different[0]) if len(different) else n

@@ -42,41 +42,45 @@ class Batch:
     max_seqlen: int
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which a GPU copies beside its work (once: what
-        is pinned stays).
+        """Return the same batch in page-locked memory, from which a GPU copies beside its work
+        (once: what is pinned stays).
         """
-        return Batch(
-            **{
-                name: v.pin_memory() if isinstance(v, Tensor) else v
-                for name, v in self.model_inputs().items()
-            }
-        )
+        pinned = {}
+        for name, value in self.model_inputs().items():
+            pinned[name] = value.pin_memory() if isinstance(value, Tensor) else value
+        return Batch(**pinned)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; copies to a GPU go through pinned memory and are not waited
-        for.
+        """Return the same batch on `device`; copies to a GPU go through pinned memory and are not
+        waited for.
         """
-        pin = torch.device(device).type == "cuda"
-        values = (self.pin_memory() if pin else self).model_inputs()
-        moved = {
-            name: v.to(device, non_blocking=pin) if isinstance(v, Tensor) else v
-            for name, v in values.items()
-        }
+        is_gpu = torch.device(device).type == "cuda"
+        source = self.pin_memory() if is_gpu else self
+        moved = {}
+        for name, value in source.model_inputs().items():
+            is_tensor = isinstance(value, Tensor)
+            moved[name] = value.to(device, non_blocking=is_gpu) if is_tensor else value
         return Batch(**moved)
 
     def model_inputs(self) -> dict[str, Tensor | int]:
-        """Keyword arguments of a model that is to return the loss sum."""
+        """Return the keyword arguments of a model that is to return the loss sum."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -> Batch:
-    """The microbatch of some rows, each of samples of together at most seq_len tokens (else
-    InputError); a row may be empty.
+    """Return the microbatch of some rows.
 
-    `pad_token_id` stands in padding; nothing depends on it, it only has to be a token of the
-    model.
+    Args:
+        rows: samples of each row; a row may be empty.
+        seq_len: tokens of a row.
+        pad_token_id: stands in padding; nothing depends on it, it only has to be a token of the
+            model.
+
+    Raises:
+        InputError: the samples of a row have more than seq_len tokens.
     """
-    size, ends = len(rows) * seq_len, [0]
+    size = len(rows) * seq_len
+    ends = [0]  # of the documents
     tokens = np.full(size, pad_token_id, dtype=np.int64)
     labels = np.full(size, NO_LABEL, dtype=np.int64)
     loss_weights = np.zeros(size, dtype=np.float32)
@@ -89,7 +93,8 @@ def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -
                 f"the samples first"
             )
         for sample in row:
-            start, end = ends[-1], ends[-1] + len(sample.tokens)
+            start = ends[-1]
+            end = start + len(sample.tokens)
             ends.append(end)
             tokens[start:end] = sample.tokens
             positions[start:end] = np.arange(end - start)

@@ -38,8 +38,10 @@ NUMBERS = (*WEIGHTS, "train", "trainable")
 
 
 def number_of(cell: str) -> float | bool | str | None:
-    """The weight or switch in a cell of a table, whose cells are all text; None: it is empty. What
-    is neither stays, to be refused.
+    """Return the weight or switch in a cell of a table, whose cells are all text.
+
+    Returns:
+        None for an empty cell; what is neither weight nor switch stays as it is, to be refused.
     """
     text = cell.strip().lower()
     if text in ("", "true", "false"):
@@ -51,7 +53,8 @@ def number_of(cell: str) -> float | bool | str | None:
 
 
 def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
-    """The row with its columns under the names that `pairs` (of `config.Data.columns`) gives them.
+    """Return the row with its columns under the names that `pairs` (of `config.Data.columns`) gives
+    them.
 
     Several columns of one role are joined, with an empty line between them.
 
@@ -109,8 +112,8 @@ def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
 
 
 def suggestion(row: Row) -> str:
-    """The option that would make messages of a row, as the end of a sentence; "" where none is
-    evident.
+    """Return the option that would make messages of a row, as the end of a sentence; "" where none
+    is evident.
     """
     names = {str(key).lower(): str(key) for key, value in row.items() if isinstance(value, str)}
     asked = next((names[name] for name in QUESTIONS if name in names), None)

@@ -113,6 +113,11 @@ class ContextCheck:
     def _ambiguous(self, messages: Sequence[Message], extras: Extras, roles: Roles) -> list[int]:
         """Return messages of context whose words also stand elsewhere, and of which it is not known
         that the template writes them.
+
+        Elsewhere is in another message, in tools or documents, or in the template itself.
+
+        Returns:
+            Indices of the messages.
         """
         sources = ["\n".join(leaves(message)) for message in messages]
         sources.append(self._words_of_extras(extras))
@@ -127,7 +132,7 @@ class ContextCheck:
         return found
 
     def _words_of_extras(self, extras: Extras) -> str:
-        """Return the strings and numbers in tools and documents."""
+        """Return the strings and numbers in tools and documents, one a line."""
         key = repr((extras.tools, extras.documents))
         if key not in self._words:
             if len(self._words) >= KNOWN_RESULTS:
@@ -138,7 +143,9 @@ class ContextCheck:
     def _missing_tools(
         self, messages: Sequence[Message], extras: Extras, text: str
     ) -> Iterator[Missing]:
-        """Yield the tools of which the text lacks name, description or the name of a parameter."""
+        """Yield the tools that a text does not declare: it lacks their name, their description or
+        the name of a parameter.
+        """
         roles = tuple(message["role"] for message in messages)
         for tool in extras.tools or ():
             declaration = declaration_of(tool)
@@ -253,7 +260,10 @@ def contains_loosely(text: str, source: str) -> bool:
 
 
 def _count(text: str, name: str) -> int:
-    """Count how often a name stands in a text, not as a part of another name."""
+    """Count how often a name stands in a text, not as a part of another name.
+
+    It may be written as it is, or escaped as in JSON.
+    """
     plain = re.escape(name)
     escaped = re.escape(json.dumps(name)[1:-1])
     if escaped == plain:  # what begins with a literal is found 12 times as fast

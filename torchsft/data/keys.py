@@ -83,8 +83,8 @@ _KNOWN_ROW_KEYS = frozenset().union(*ROW_KEYS.values())
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, false, or a string, list or object that is empty or holds
-    nulls only.
+    """Return whether a value says nothing: null, false, or a string, list or object that is empty
+    or holds nulls only.
     """
     inner = value.values() if isinstance(value, dict) else value
     if isinstance(value, dict | list):
@@ -93,7 +93,7 @@ def is_empty(value: Any) -> bool:
 
 
 def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]:
-    """The keys of a row that its format does not know; they change nothing and are to be listed.
+    """Return the keys of a row that its format does not know; they change nothing and are listed.
 
     Raises:
         RowError: misspelt-key; or a key that means something which cannot be followed here.
@@ -107,25 +107,27 @@ def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]
     for key in others:
         is_name = key in ("file", "document") and isinstance(row[key], str)  # where it comes from
         if key in MEDIA and not is_name and not isinstance(row[key], bool):
-            said = (
+            problem = (
                 f"{key} holds {_described(key, row[key])}, but only text can be trained; remove it "
                 f"or the row"
             )
-            raise RowError(where, "not-text", said)
+            raise RowError(where, "not-text", problem)
         if key in _REFUSED and not is_empty(row[key]):
             raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
         if form in ("text", "tokens") and key in _CONTEXT and not is_empty(row[key]):
-            said = (
+            problem = (
                 f"{key} stands beside {form}, which no chat template renders; write messages or "
                 f"remove {key}"
             )
-            raise RowError(where, "unsupported-key", said)
+            raise RowError(where, "unsupported-key", problem)
     return _checked(others, row, known, _KNOWN_ROW_KEYS, where)
 
 
 def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
-    """Whether the key says what happens anyway. Raises RowError where it says that the row is to be
-    trained otherwise.
+    """Return whether the key says what happens anyway.
+
+    Raises:
+        RowError: it says that the row is to be trained otherwise.
     """
     fault = ""
     # else the class of a classification, say
@@ -162,7 +164,8 @@ def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
 def other_keys_within(
     value: Mapping[str, Any], known: frozenset[str], path: str, where: str
 ) -> tuple[str, ...]:
-    """As `other_keys`, for an object inside a row: a message, content part, tool call or function.
+    """Return what `other_keys` does, for an object inside a row: a message, content part, tool call
+    or function.
 
     Args:
         path: what is put in front of the key where it is listed, such as `messages[].`
@@ -174,11 +177,11 @@ def other_keys_within(
         if key in _REFUSED and not is_empty(value[key]):
             raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
         if key in MEDIA and not is_empty(value[key]):
-            said = (
+            problem = (
                 f"{key} holds {_described(key, value[key])}, but only text can be trained; remove "
                 f"it or the row"
             )
-            raise RowError(where, "not-text", said)
+            raise RowError(where, "not-text", problem)
     return tuple(path + key for key in _checked(others, value, known, known, where))
 
 
@@ -189,23 +192,23 @@ def _checked(
     everywhere: frozenset[str],
     where: str,
 ) -> tuple[str, ...]:
-    """The keys, none of which is a misspelling of a key that is absent."""
+    """Return keys, none of which is a misspelling of a key that is absent."""
     for key in others:
         if key in everywhere:  # of another format, beside which this one stands
             continue
         meant = misspelt(key, known)
         if meant and value.get(meant) is None and _could_be(meant, value[key]):
-            said = (
+            problem = (
                 f"key {key!r} is not known, but {meant!r} is; rename it, or rename it to something "
                 f"else if it is not that"
             )
-            raise RowError(where, "misspelt-key", said)
+            raise RowError(where, "misspelt-key", problem)
     return tuple(others)
 
 
 @functools.lru_cache(maxsize=4096)
 def misspelt(key: str, known: Iterable[str]) -> str | None:
-    """The known key that `key` is a misspelling of, if any.
+    """Return the known key that `key` is a misspelling of, if any.
 
     Written in another style (toolCalls, tool-calls), or within one edit (two, from eight letters
     on) with the
@@ -233,15 +236,15 @@ def _plain(key: str) -> str:
 
 
 def _is_doubled(longer: str, shorter: str) -> bool:
-    """Whether one is the other with one letter written twice."""
+    """Return whether one is the other with one letter written twice."""
     return len(longer) == len(shorter) + 1 and any(
         shorter[: i + 1] + shorter[i:] == longer for i in range(len(shorter))
     )
 
 
 def _edits(a: str, b: str) -> int:
-    """Insertions, deletions, replaced letters and exchanged neighbours between two words (optimal
-    string alignment).
+    """Count insertions, deletions, replaced letters and exchanged neighbours between two words
+    (optimal string alignment).
     """
     if abs(len(a) - len(b)) > 2:
         return 3

@@ -28,8 +28,8 @@ CLASSES_WITH_FLAGS = {
 def load_tokenizer(
     hf_dir: str | Path, *, chat_template: str | None = None, date: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory as servers load it. Local files only; code in them
-    is never run.
+    """Return the tokenizer of a Hugging Face directory as servers load it. Local files only; code
+    in them is never run.
 
     `tokenizer(text)` gives what a server makes of a text without chat template: `add_bos_token` and
     `add_prefix_space` of tokenizer_config.json are followed, which transformers 5 drops for classes
@@ -76,7 +76,11 @@ def load_tokenizer(
 
 
 def read_chat_template(path: str) -> str:
-    """The chat template in a file. Raises InputError: it cannot be read, or is empty."""
+    """Return the chat template in a file.
+
+    Raises:
+        InputError: it cannot be read, or is empty.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -89,8 +93,8 @@ def read_chat_template(path: str) -> str:
 
 
 def at_day(template: str, day: datetime.date) -> str:
-    """A chat template that asks for the date, with `day` in place of the question; any other one as
-    it is.
+    """Return a chat template that asks for the date, with `day` in place of the question; any other
+    one as it is.
 
     Raises:
         InputError: it asks with a format that is not a plain string, so that the answer would be
@@ -109,8 +113,8 @@ def at_day(template: str, day: datetime.date) -> str:
 
 
 def eos_ids(hf_dir: str | Path) -> tuple[int, ...]:
-    """Ids of the tokens at which servers stop: `eos_token_id` of generation_config.json, else of
-    config.json.
+    """Return the ids of the tokens at which servers stop: `eos_token_id` of generation_config.json,
+    else of config.json.
     """
     for name in ("generation_config.json", "config.json"):
         found = _read_json(Path(hf_dir) / name).get("eos_token_id")
@@ -164,8 +168,10 @@ def _follow_flags(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) 
 
 
 def _set_prefix_space(state: dict[str, Any], wanted: bool, legacy: bool) -> bool:
-    """Set it in the state of a pre-tokenizer, and in those that it is made of; whether anything
-    changed.
+    """Set `add_prefix_space` in the state of a pre-tokenizer, and in those that it is made of.
+
+    Returns:
+        Whether anything changed.
     """
     if state.get("type") == "Sequence":
         changed = [_set_prefix_space(part, wanted, legacy) for part in state["pretokenizers"]]
@@ -180,7 +186,7 @@ def _set_prefix_space(state: dict[str, Any], wanted: bool, legacy: bool) -> bool
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none."""
+    """Return the object in a file; an empty one where there is no file."""
     if not path.is_file():
         return {}
     try:
