@@ -514,7 +514,7 @@ def test_a_tensor_of_which_a_part_is_lacking_is_refused(tmp_path):
         write_boxes(folder, file, {"a": ((10, 4), box, torch.ones(box.shape))})
         for file, box in parts.items()
     ]
-    with pytest.raises(ValueError, match="a invalid fill"):
+    with pytest.raises(ValueError, match="Failed to validate global plan"):
         finish(folder, *written)
     # such as another program may write
     _, found = dcp.default_planner.create_default_global_save_plan([plan for plan, _ in written])
