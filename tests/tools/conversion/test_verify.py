@@ -237,7 +237,7 @@ def test_damaged_checkpoint_files_are_found(work, tmp_path, name):
     file.write_bytes(data)
     (line,) = differences(bad)
     assert re.match(
-        rf"{bad}: __0_0.distcp has the checksum [0-9a-f]{{8}} instead of [0-9a-f]{{8}}", line
+        rf"{bad}: __0_0.distcp has the checksum [0-9a-f]{{16}} instead of [0-9a-f]{{16}}", line
     )
     assert differences(bad, work / name) == differences(work / name, bad) == [line]
     file.write_bytes(data[:-1])
