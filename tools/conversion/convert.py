@@ -572,7 +572,7 @@ def trained_ends(source: Path) -> list[int]:
 
 
 def default_base(source: Path) -> Path:
-    """Where to-hf takes what is not in a DCP directory from, if not told.
+    """Return where to-hf takes what is not in a DCP directory from, unless the user names it.
 
     Raises:
         InputError: a training checkpoint whose run's model is not known or not there.

@@ -52,6 +52,22 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Side:
+    """A directory of a comparison, and the config.json by which its tensors have Hugging Face keys;
+    None: they are compared under their DCP names.
+    """
+
+    directory: Path
+    config: Mapping[str, Any] | None
+
+    def open(self) -> Weights | RawTensors:
+        """Return its tensors."""
+        if self.config is None:
+            return RawTensors(self.directory)
+        return open_weights(self.directory, meta_model(self.config).checkpoint_pieces())
+
+
 class RawTensors:
     """The tensors of a DCP directory under their own names, with what a comparison needs of
     `WeightIndex`.
@@ -73,15 +89,6 @@ class RawTensors:
         )
 
     read = values
-
-
-def _open(directory: Path, config: Mapping[str, Any] | None) -> Weights | RawTensors:
-    """A side of a comparison by Hugging Face key, or, without config, by DCP name."""
-    return (
-        RawTensors(directory)
-        if config is None
-        else open_weights(directory, meta_model(config).checkpoint_pieces())
-    )
 
 
 def verify(
@@ -135,11 +142,9 @@ def verify(
                     f"config.json describes"
                 )
             return findings
-        configs = _configs(*sides)
         _compare_configs(*sides, tolerance, findings)
-        _compare(
-            *zip(sides, configs, strict=True), tolerance, workers, part_elements, progress, findings
-        )
+        one, other = _sides(*sides)
+        _compare(one, other, tolerance, workers, part_elements, progress, findings)
     return findings
 
 
@@ -161,13 +166,15 @@ def _check(side: Path, findings: Findings, progress: bool) -> None:
     RangeReader(folder)  # an InputError: a tensor is not complete
 
 
-def _configs(a: Path, b: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """By which config.json each side's keys are found; a training checkpoint has none, so the
-    other's.
+def _sides(a: Path, b: Path) -> tuple[Side, Side]:
+    """Return how two directories are compared: a training checkpoint has no config.json of a model,
+    so by that of the other.
     """
     if is_training(a) and is_training(b):
-        return None, None
-    return read_config(b if is_training(a) else a), read_config(a if is_training(b) else b)
+        return Side(a, None), Side(b, None)
+    one = read_config(b if is_training(a) else a)
+    other = read_config(a if is_training(b) else b)
+    return Side(a, one), Side(b, other)
 
 
 def _compare_configs(a: Path, b: Path, tolerance: float, findings: Findings) -> None:
@@ -189,44 +196,49 @@ def _compare_configs(a: Path, b: Path, tolerance: float, findings: Findings) -> 
 
 
 def _compare(
-    a: tuple[Path, dict[str, Any] | None],
-    b: tuple[Path, dict[str, Any] | None],
+    a: Side,
+    b: Side,
     tolerance: float,
     workers: int,
     part_elements: int,
     progress: bool,
     findings: Findings,
 ) -> None:
-    one, other = _open(*a), _open(*b)
-    keys = [_weight_keys(weights) for weights in (one, other)]
-    for here, there, side, absent_from in ((keys[0], keys[1], a, b), (keys[1], keys[0], b, a)):
-        only = sorted(here - there)
-        config = side[1]
-        training = is_training(absent_from[0])
-        spare = {
-            key
-            for key in only
-            if (key.startswith("rng.") if config is None else _is_spare(key, config, training))
-        }
-        if spare:
-            findings.notes.append(
-                f"{absent_from[0]} has none of {_some(sorted(spare))}, and need not"
-            )
-        only = [key for key in only if key not in spare]
-        if only:
-            findings.differences.append(f"only {side[0]} has {_some(only)}")
-    common = [key for key in one.tensors if key in keys[0] & keys[1]]
+    """Compare keys, then the tensors that both sides have."""
+    one, other = a.open(), b.open()
+    keys, other_keys = _weight_keys(one), _weight_keys(other)
+    _compare_keys(keys - other_keys, a, b, findings)
+    _compare_keys(other_keys - keys, b, a, findings)
+    common = [key for key in one.tensors if key in keys & other_keys]
     sizes = [tensor_bytes(DTYPES[one.tensors[key].dtype], one.tensors[key].shape) for key in common]
     tasks = shares(list(zip(common, sizes, strict=True)), sizes, TASK_BYTES)
+    names = a.directory, b.directory
+    comparison = _Comparison(names, (one, other), tolerance, part_elements)
     other_dtypes = []
     with Bar("comparing", sum(sizes), progress) as bar:
-        comparison = _Comparison((a[0], b[0]), (one, other), tolerance, part_elements)
         for _, (differences, retyped) in run(comparison, tasks, workers, bar.add):
             findings.differences += differences
             other_dtypes += retyped
     if other_dtypes:
         findings.notes.append(f"other dtypes, compared by value: {_some(sorted(other_dtypes))}")
-    findings.notes.append(f"{len(common)} tensors compared, {sum(sizes) / 1e9:.3f} GB of {a[0]}")
+    total = f"{sum(sizes) / 1e9:.3f} GB of {a.directory}"
+    findings.notes.append(f"{len(common)} tensors compared, {total}")
+
+
+def _compare_keys(only: set[str], side: Side, lacking: Side, findings: Findings) -> None:
+    """Note the keys that only `side` has: faults, unless the other can do without them."""
+    training = is_training(lacking.directory)
+    spare, faults = [], []
+    for key in sorted(only):
+        if side.config is None:
+            is_spare = key.startswith("rng.")
+        else:
+            is_spare = _is_spare(key, side.config, training)
+        (spare if is_spare else faults).append(key)
+    if spare:
+        findings.notes.append(f"{lacking.directory} has none of {_some(spare)}, and need not")
+    if faults:
+        findings.differences.append(f"only {side.directory} has {_some(faults)}")
 
 
 def _weight_keys(weights: Weights | RawTensors) -> set[str]:
