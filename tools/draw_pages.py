@@ -43,86 +43,151 @@ VIEWS = {
     "expert": {"edp": "shards of an expert", "ep": "experts"},
 }
 COLOURS = ("#4477aa", "#ee9944", "#66aa77", "#aa5577")
-CELL, STRIP, LEFT, GAP = 42, 24, 244, 12  # pixels: of a rank, of an axis, before ranks, of views
+# In pixels.
+RANK_WIDTH = 42
+AXIS_HEIGHT = 24
+RANKS_LEFT = 244
+VIEW_GAP = 12
 
 SHOWN = "chats.jsonl:2"  # the conversation that the inspector's picture shows
-CHARACTER, LINE, MARGIN = 7.8, 19, 14  # pixels
-# What the inspector's colours are called in SVG: of letters, and behind them.
-LETTERS = {"31": "#ff7b72", "33": "#e3b341", "34": "#79c0ff", "36": "#56d4dd", "157": "#afffaf"}
+# In pixels.
+CHARACTER_WIDTH = 7.8
+LINE_HEIGHT = 19
+MARGIN = 14
+# The terminal's colours of letters, and behind them.
+LETTERS = {
+    "31": "#ff7b72",
+    "33": "#e3b341",
+    "34": "#79c0ff",
+    "36": "#56d4dd",
+    "157": "#afffaf",
+}
 BEHIND = {"22": "#005f00"}
 
 
-def picture(width: float, height: float, parts: Sequence[str], background: str) -> str:
-    """Return an SVG file."""
-    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
-    ground = f'<rect width="100%" height="100%" fill="{background}"/>'
-    return "\n".join([head, ground, *parts, "</svg>", ""])
+# ---------------------------------------------------------------- SVG
+
+
+def element(tag: str, content: str = "", **attributes: object) -> str:
+    """Return an element; in names of attributes an underscore stands for a hyphen."""
+    given = []
+    for name, value in attributes.items():
+        name = name.replace("_", "-")
+        if isinstance(value, float):
+            value = f"{value:.1f}"
+        given.append(f'{name}="{value}"')
+    start = " ".join([tag, *given])
+    return f"<{start}>{content}</{tag}>"
+
+
+def rectangle(x: float, y: float, width: float, height: float, **attributes: object) -> str:
+    """Return a filled rectangle."""
+    place = {"x": float(x), "y": float(y)}
+    size = {"width": float(width), "height": float(height)}
+    return element("rect", **place, **size, **attributes)
 
 
 def word(x: float, y: float, text: str, **attributes: object) -> str:
-    """Return a text element; underscores in names of attributes are hyphens."""
-    given = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in attributes.items())
-    return f'<text x="{x:.1f}" y="{y:.1f}"{given}>{escape(text)}</text>'
+    """Return text whose line stands at `y`."""
+    return element("text", escape(text), x=float(x), y=float(y), **attributes)
+
+
+def picture(
+    width: float, height: float, background: str, parts: Sequence[str], **attributes: object
+) -> str:
+    """Return an SVG file; `attributes` are those of all parts."""
+    ground = rectangle(0, 0, width, height, fill=background)
+    group = element("g", "\n" + "\n".join(parts) + "\n", **attributes)
+    svg = element(
+        "svg",
+        f"\n{ground}\n{group}\n",
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {width:.0f} {height:.0f}",
+        width=float(width),
+        height=float(height),
+    )
+    return svg + "\n"
+
+
+# ---------------------------------------------------------------- layouts
 
 
 def draw_layouts() -> str:
     """Draw how the axes divide the ranks of `LAYOUT`, one strip for each axis."""
-    sizes_of = mesh_sizes(LAYOUT, RANKS)
-    parts = ['<g font-family="sans-serif" font-size="13" fill="#222222">']
+    meshes = mesh_sizes(LAYOUT, RANKS)
     y = 20.0
-    parts.append(word(10, y, "rank", font_weight="bold"))
+    parts = [word(10, y, "rank", font_weight="bold")]
     for rank in range(RANKS):
-        parts.append(word(LEFT + (rank + 0.5) * CELL, y, str(rank), text_anchor="middle"))
+        middle = RANKS_LEFT + (rank + 0.5) * RANK_WIDTH
+        parts.append(word(middle, y, str(rank), text_anchor="middle"))
     for view, axes in VIEWS.items():
-        y += GAP
-        sizes = sizes_of[view]
+        sizes = meshes[view]
         coordinates = np.unravel_index(range(RANKS), tuple(sizes.values()))
-        places = dict(zip(sizes, coordinates, strict=True))
+        numbers = dict(zip(sizes, coordinates, strict=True))
+        y += VIEW_GAP
         for axis, meaning in axes.items():
-            parts.append(word(10, y + 17, axis, font_weight="bold"))
-            parts.append(word(90, y + 17, meaning, fill="#666666"))
-            parts += strip(places[axis].tolist(), y)
-            y += STRIP
-    parts.append("</g>")
-    return picture(LEFT + RANKS * CELL + 10, y + 10, parts, "#ffffff")
+            line = y + 17
+            parts.append(word(10, line, axis, font_weight="bold"))
+            parts.append(word(90, line, meaning, fill="#666666"))
+            parts += draw_axis(numbers[axis].tolist(), y)
+            y += AXIS_HEIGHT
+    width = RANKS_LEFT + RANKS * RANK_WIDTH + 10
+    return picture(
+        width,
+        y + 10,
+        "#ffffff",
+        parts,
+        font_family="sans-serif",
+        font_size=13,
+        fill="#222222",
+    )
 
 
-def strip(numbers: Sequence[int], y: float) -> Iterator[str]:
-    """Draw the numbers of all ranks on an axis; neighbours with the same one are one box."""
-    for number, group in itertools.groupby(range(len(numbers)), key=lambda rank: numbers[rank]):
-        ranks = list(group)
-        x, width = LEFT + ranks[0] * CELL, len(ranks) * CELL
+def draw_axis(numbers: Sequence[int], y: float) -> Iterator[str]:
+    """Draw the numbers of all ranks on an axis; neighbours with the same one share a box."""
+    first = 0
+    for number, group in itertools.groupby(numbers):
+        ranks = len(list(group))
+        x = RANKS_LEFT + first * RANK_WIDTH
+        width = ranks * RANK_WIDTH
         colour = COLOURS[number % len(COLOURS)]
-        yield (
-            f'<rect x="{x + 1}" y="{y + 1:.0f}" width="{width - 2}" height="{STRIP - 2}" rx="4" '
-            f'fill="{colour}"/>'
-        )
+        yield rectangle(x + 1, y + 1, width - 2, AXIS_HEIGHT - 2, rx=4, fill=colour)
         yield word(x + width / 2, y + 17, str(number), fill="#ffffff", text_anchor="middle")
+        first += ranks
+
+
+# ---------------------------------------------------------------- the inspector
+
+
+def write_conversations(directory: Path) -> None:
+    """Write chats.jsonl: in one conversation an answer is not trained, one row has a key that means
+    nothing, and the last one is there twice.
+    """
+    path, _ = write_debug_data(directory, train=40, held_out=1)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[1]["messages"][4]["weight"] = 0
+    rows[3]["source"] = "forum"
+    rows.append(rows[6])
+    with open(directory / "chats.jsonl", "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def inspector_output() -> str:
-    """Return what the inspector prints, in colour, of 41 conversations: in one an answer is not
-    trained, one has a key that means nothing, and the last one is there twice.
-    """
+    """Return what the inspector prints of these conversations, in colour."""
+    command = [sys.executable, str(ROOT / "tools" / "inspect_data.py")]
+    command += ["--model.path", "model", "--data.train", "chats.jsonl", "--data.seq-len", "512"]
+    command += ["--show", SHOWN, "--color", "always"]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_debug_model(directory / "model")
-        path, _ = write_debug_data(directory, train=40, held_out=1)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows[1]["messages"][4]["weight"] = 0
-        rows[3]["source"] = "forum"
-        rows.append(rows[6])
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (directory / "chats.jsonl").write_text(lines, encoding="utf-8")
-        tool = [sys.executable, str(ROOT / "tools" / "inspect_data.py"), "--color", "always"]
-        options = ["--model.path", "model", "--data.train", "chats.jsonl", "--show", SHOWN]
-        options += ["--data.seq-len", "512"]
-        environment = os.environ | {"TORCHSFT_CACHE": str(directory / "cache"), "PYTHONUTF8": "1"}
+        write_conversations(directory)
+        cache = str(directory / "cache")
         ended = subprocess.run(
-            [*tool, *options],
+            command,
             cwd=directory,
-            env=environment,
+            env=os.environ | {"TORCHSFT_CACHE": cache, "PYTHONUTF8": "1"},
             check=True,
             capture_output=True,
             encoding="utf-8",
@@ -133,44 +198,51 @@ def inspector_output() -> str:
 def draw_inspector() -> str:
     """Draw what the inspector prints on a terminal."""
     lines = inspector_output().rstrip("\n").split("\n")
-    font = "ui-monospace, Menlo, Consolas, monospace"
-    parts = [f'<g font-family="{font}" font-size="13" fill="#d0d7de" xml:space="preserve">']
-    longest = 0
+    parts = []
+    columns = 0
     for number, line in enumerate(lines):
         column = 0
-        for style, text in runs(line):
-            parts += run(style, text, column, number)
+        for style, text in styled(line):
+            parts += draw_run(style, text, column, number)
             column += len(text)
-        longest = max(longest, column)
-    parts.append("</g>")
-    width, height = 2 * MARGIN + longest * CHARACTER, 2 * MARGIN + len(lines) * LINE
-    return picture(width, height, parts, "#0d1117")
+        columns = max(columns, column)
+    return picture(
+        2 * MARGIN + columns * CHARACTER_WIDTH,
+        2 * MARGIN + len(lines) * LINE_HEIGHT,
+        "#0d1117",
+        parts,
+        font_family="ui-monospace, Menlo, Consolas, monospace",
+        font_size=13,
+        fill="#d0d7de",
+    )
 
 
-def runs(line: str) -> Iterator[tuple[str, str]]:
-    """Take a line with escape sequences apart: codes (empty: none) and text."""
-    for codes, coloured, plain in re.findall(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m|([^\x1b]+)", line):
+def styled(line: str) -> Iterator[tuple[str, str]]:
+    """Take a line apart into runs of one style: its escape codes (empty: none) and its text."""
+    pattern = r"\x1b\[([\d;]+)m(.*?)\x1b\[0m|([^\x1b]+)"
+    for codes, coloured, plain in re.findall(pattern, line):
         yield codes, coloured or plain
 
 
-def run(codes: str, text: str, column: int, line: int) -> Iterator[str]:
-    """Draw text of one style; the escape codes are those of `STYLES`."""
+def draw_run(codes: str, text: str, column: int, line: int) -> Iterator[str]:
+    """Draw text of one style, at a column of a line."""
     assert not codes or codes in STYLES.values(), f"no style of the inspector: {codes}"
-    x, y, width = MARGIN + column * CHARACTER, MARGIN + line * LINE, len(text) * CHARACTER
+    x = MARGIN + column * CHARACTER_WIDTH
+    y = MARGIN + line * LINE_HEIGHT
+    width = len(text) * CHARACTER_WIDTH
+    # Spaces stay, and the text is as wide as on a terminal, whatever the font.
+    attributes: dict[str, object] = {"xml:space": "preserve", "textLength": width}
     numbers = codes.split(";")
-    attributes: dict[str, object] = {"textLength": f"{width:.1f}", "xml:space": "preserve"}
-    if codes.startswith("48;5"):  # number 2 is the colour behind, number 5 that of the letters
-        behind = BEHIND[numbers[2]]
-        yield (
-            f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{LINE - 1}" fill="{behind}"/>'
-        )
-        attributes["fill"] = LETTERS[numbers[5]]
-    elif numbers[0] in LETTERS:
-        attributes["fill"] = LETTERS[numbers[0]]
-    if codes.endswith("1"):
+    letters = numbers[0]
+    if numbers[:2] == ["48", "5"]:  # 48;5;BEHIND;38;5;LETTERS
+        yield rectangle(x, y, width, LINE_HEIGHT - 1, fill=BEHIND[numbers[2]])
+        letters = numbers[5]
+    if letters in LETTERS:
+        attributes["fill"] = LETTERS[letters]
+    if numbers[-1] == "1":
         attributes["font_weight"] = "bold"
     if codes == STYLES["faint"]:
-        attributes["opacity"] = "0.6"
+        attributes["opacity"] = 0.6
     if text.strip():
         yield word(x, y + 14, text, **attributes)
 
