@@ -428,6 +428,14 @@ def test_a_run_leaves_what_is_drawn(sandbox):
     assert found == {general(path) for path in drawn_run()}
 
 
+def test_the_example_of_a_model_alone_runs(sandbox):
+    (block,) = blocks(ROOT / "torchsft" / "README.md", "python")
+    names: dict[str, object] = {}
+    exec(block.replace("/models/", f"{sandbox}/models/"), names)
+    model, logits = names["model"], names["logits"]
+    assert logits.shape == (3, model.config.vocab_size)
+
+
 def quick_commands() -> list[str]:
     """The commands of all pages, each once, that read or convert a small model, or only answer a
     question.
