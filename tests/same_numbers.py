@@ -94,7 +94,7 @@ def compare(before: Path, after: Path) -> int:
     return different
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -105,7 +105,12 @@ def main() -> None:
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Record or compare."""
+    arguments = parse(sys.argv[1:])
     if arguments.command == "record":
         directory = arguments.directory.resolve()
         checkpoints = (arguments.checkpoints or directory).resolve()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,8 +32,8 @@ from tools import (
 )
 
 
-def main() -> None:
-    """Parse the command line and run one measurement."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,7 +75,12 @@ def main() -> None:
     )
     for command in (step, gpu, pipeline, layouts, checkpoint, data):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Run one measurement."""
+    options = parse(sys.argv[1:])
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
     elif options.command == "data":
