@@ -148,6 +148,7 @@ def test_a_wrong_value_is_told_with_its_option_and_what_is_allowed(argv, words):
         ("--trian.steps", "--train.steps"),
         ("--data.seqlen", "--data.seq-len"),
         ("--outptu", "--output"),
+        ("--no-metrics.progress", "--metrics.no-progress?"),
     ],
 )
 def test_an_unknown_option_gets_the_nearest(flag, ours):

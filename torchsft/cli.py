@@ -446,7 +446,11 @@ def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def suggestion(name: str, known: Mapping[str, Option]) -> str:
-    """What may have been meant by an unknown name, as the end of a sentence."""
+    """Say what may have been meant by an unknown name, as the end of a sentence."""
+    switch = known.get(name.removeprefix("no_"))
+    if switch is not None and switch.kind is bool:
+        section, dot, last = switch.flag.removeprefix("--").rpartition(".")
+        return f"did you mean --{section}{dot}no-{last}?"
     last = name.rpartition(".")[2]
     lasts: dict[str, list[str]] = {}
     for other in known:

@@ -99,8 +99,8 @@ def _plan(inspection: Inspection, pen: Pen) -> Iterator[str]:
         how += f" over {plural(data.packing_buffer, 'sample')}"
     filled = f"{100 * plan.fill(data.seq_len):.1f} % filled"
     rows = f"{plural(len(plan.rows), 'row')} of {data.seq_len:,} tokens"
-    yield f"{pen('bold', 'packing'):<10} {rows}, {filled} ({how})"
-    yield f"{pen('bold', 'training'):<10} {inspection.plan_text()}"
+    yield f"{pen('bold', 'packing')}    {rows}, {filled} ({how})"
+    yield f"{pen('bold', 'training')}   {inspection.plan_text()}"
     if len(inspection.trained) > 1:
         for source in inspection.trained:
             times = source.weight * plan.epochs
