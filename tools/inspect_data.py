@@ -204,7 +204,11 @@ def _is_device(path: str) -> bool:
 
 
 def _write(path: str, write: Callable[[Path], object]) -> None:
-    """A file that is there in whole or not at all. Raises InputError: it cannot be written."""
+    """A file that is there in whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     whole = Path(path if _is_device(path) else os.path.realpath(path))
     partial = whole if _is_device(path) else Path(f"{whole}{PARTIAL}")
     try:

@@ -280,8 +280,10 @@ def default_values(kind: type, prefix: str = "") -> Values:
 
 
 def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
-    """The dataclass of these values, with defaults for the others. Raises InputError: one is
-    missing, or is refused.
+    """The dataclass of these values, with defaults for the others.
+
+    Raises:
+        InputError: one is missing, or is refused.
     """
     arguments = {}
     hints = typing.get_type_hints(kind)
@@ -468,8 +470,10 @@ def suggestion(name: str, known: Mapping[str, Option]) -> str:
 
 
 def read_file(path: str, options: Mapping[str, Option]) -> Values:
-    """The values in a YAML, TOML or JSON file of these options. Raises InputError: it is none, or
-    says what cannot be.
+    """The values in a YAML, TOML or JSON file of these options.
+
+    Raises:
+        InputError: it is none, or says what cannot be.
     """
     content = _load(Path(path))
     if not isinstance(content, dict):
@@ -510,7 +514,11 @@ def _flat(
 
 
 def _load(path: Path) -> Any:
-    """The value that a file holds. Raises InputError: it cannot be read."""
+    """The value that a file holds.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     if not path.is_file():
         inside = path / "config.json"
         remedy = (

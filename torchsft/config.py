@@ -389,7 +389,11 @@ class Optim:
         self.parameter_groups()
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """`groups`, parsed. InputError where one is not understood."""
+        """`groups`, parsed.
+
+        Raises:
+            InputError: one is not understood.
+        """
         return [_parameter_group(text) for text in self.groups]
 
 

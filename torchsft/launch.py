@@ -78,7 +78,9 @@ def check_output(output: str) -> None:
 def model_directory(path: str) -> str:
     """The directory of `--model.path`: itself, or for a name on the hub, the snapshot in the local
     cache (said on stderr).
-    Raises InputError: there is none; the sentence says how to download it.
+
+    Raises:
+        InputError: there is none; the sentence says how to download it.
     """
     if os.path.exists(path) or not HUB_NAME.fullmatch(path):
         return path

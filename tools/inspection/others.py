@@ -273,7 +273,11 @@ def run_trl(sources: Sequence[Inspected], model: str, data: Data) -> Other:
 
 
 def _trl_version() -> str:
-    """Return the version of TRL. Raises InputError: it is not installed."""
+    """Return the version of TRL.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         with _quiet():
             import trl

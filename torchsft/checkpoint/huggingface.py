@@ -55,8 +55,10 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
     needs, from headers alone. Allowed although the model has no use for them: MTP layers and keys
     that no weight of the model could have (`export` carries both through), rotary `inv_freq`
     buffers, and an `lm_head.weight` that equals tied embeddings. `model`: whole, meta will do.
-    An InputError: keys that are missing, unexpected or of another shape, all named; dtypes but
-    bf16, fp16, fp32 and fp8.
+
+    Raises:
+        InputError: keys that are missing, unexpected or of another shape, all named; dtypes but
+            bf16, fp16, fp32 and fp8.
     """
     pieces, layers = model.checkpoint_pieces(), model.config.num_hidden_layers
     index, found = open_weights(hf_dir, pieces), {}

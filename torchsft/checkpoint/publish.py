@@ -91,8 +91,10 @@ def discard(folder: Folder) -> None:
 
 
 def remove_unread(folder: Folder) -> None:
-    """Remove a training checkpoint, unless it is being read; never half of it. Raises OSError where
-    it cannot be removed.
+    """Remove a training checkpoint, unless it is being read; never half of it.
+
+    Raises:
+        OSError: it cannot be removed.
     """
     if folder.remote:
         discard(folder)

@@ -149,8 +149,10 @@ def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _got_somewhere(output: Path, places: set[str]) -> bool:
-    """Whether an earlier run has left a complete checkpoint or an export. An InputError: a
-    checkpoint is damaged.
+    """Whether an earlier run has left a complete checkpoint or an export.
+
+    Raises:
+        InputError: a checkpoint is damaged.
     """
     beside = {str(output), *(place.removesuffix("/checkpoints") for place in places)}
     exported = any(
@@ -171,8 +173,10 @@ def _start_over(config: Config, where: str) -> Start:
 
 
 def _other_run(config: Config) -> str:
-    """How the length of the run whose checkpoint --checkpoint.resume names differs. An InputError:
-    other things do.
+    """How the length of the run whose checkpoint --checkpoint.resume names differs.
+
+    Raises:
+        InputError: other things do.
     """
     place = config.checkpoint.resume
     changes = _changes(state.saved_config(place), config)

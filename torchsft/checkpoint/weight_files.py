@@ -121,10 +121,13 @@ def bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, in
 
 class WeightIndex(Weights):
     """The weights of a Hugging Face directory, known from the files' headers; `tensors` has the
-    scales too. An InputError: no safetensors weights, files absent or damaged, an index that does
-    not fit them, a key twice, fp8 weights without scales or config.json's description, scales
-    without weight or of another shape or dtype, experts of no known form. Experts that are stored
-    stacked are seen one by one; `stacked` has the keys of what holds them.
+    scales too.
+
+    Raises:
+        InputError: no safetensors weights, files absent or damaged, an index that does not fit
+            them, a key twice, fp8 weights without scales or config.json's description, scales
+            without weight or of another shape or dtype, experts of no known form. Experts that are
+            stored stacked are seen one by one; `stacked` has the keys of what holds them.
     """
 
     def __init__(self, hf_dir: str | Path) -> None:

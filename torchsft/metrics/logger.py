@@ -85,8 +85,10 @@ class MetricsLogger:
 
     Steps count from 1: step k is the state after k steps. What an earlier run wrote beyond
     `start_step` is cut off (metrics.jsonl) or hidden (TensorBoard's purge), so that a resumed run
-    leaves what an uninterrupted one would. InputError where the metrics.jsonl found there is not
-    one of ours.
+    leaves what an uninterrupted one would.
+
+    Raises:
+        InputError: the metrics.jsonl found there is not one of ours.
     """
 
     def __init__(
@@ -130,8 +132,10 @@ class MetricsLogger:
         `record` is the step's line in metrics.jsonl, also shown on TensorBoard. A number that is
         not finite becomes null, is spelt out under the key "nonfinite" of the same line, and is
         told on the console. `scalars` are TensorBoard tags and values, for TensorBoard only.
-        OSError where a file cannot be written or has vanished: another step can follow, which then
-        also writes this line; TensorBoard's file ends at its first fault.
+
+        Raises:
+            OSError: a file cannot be written or has vanished: another step can follow, which then
+                also writes this line; TensorBoard's file ends at its first fault.
         """
         nonfinite = {key: str(value) for key, value in record.items() if not math.isfinite(value)}
         line = {
@@ -168,8 +172,10 @@ class MetricsLogger:
         self._pending = b""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Show TensorBoard tag -> value of a step; nothing without TensorBoard. OSError where its
-        file cannot be written.
+        """Show TensorBoard tag -> value of a step; nothing without TensorBoard.
+
+        Raises:
+            OSError: its file cannot be written.
         """
         try:
             for tag, value in values.items() if self._board else ():

@@ -59,7 +59,11 @@ def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
 
 
 def warmup_steps(optim: Optim, total_steps: int) -> int:
-    """Steps of the warm-up. InputError where the run has fewer."""
+    """Steps of the warm-up.
+
+    Raises:
+        InputError: the run has fewer.
+    """
     steps = steps_of(optim.warmup_steps, total_steps)
     if steps > total_steps:
         fault = (
@@ -71,8 +75,10 @@ def warmup_steps(optim: Optim, total_steps: int) -> int:
 
 
 def decay_steps(optim: Optim, total_steps: int) -> int:
-    """Steps at the end over which the learning rate falls. InputError where the warm-up leaves
-    fewer.
+    """Steps at the end over which the learning rate falls.
+
+    Raises:
+        InputError: the warm-up leaves fewer.
     """
     left = total_steps - warmup_steps(optim, total_steps)
     if optim.schedule != "wsd":

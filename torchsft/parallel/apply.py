@@ -28,7 +28,10 @@ def parallelize(
     memory is allocated.
 
     On one rank in fp32 there is nothing to shard and nothing to cast, so the model is left as it
-    is. InputError where something does not divide over the mesh.
+    is.
+
+    Raises:
+        InputError: something does not divide over the mesh.
     """
     for stage in stages:
         if world.dense["tp"].size() > 1:

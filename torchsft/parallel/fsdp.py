@@ -38,8 +38,11 @@ def apply_fsdp(
 
     `model` is all of it, or the part that one pipeline stage holds; the meshes are
     `World.parameter` and `World.expert`. `reshard_after_forward` frees the gathered parameters
-    between forward and backward (`pipeline.reshard_after_forward`). InputError where an expert dim
-    does not divide over `edp` (FSDP2 shards dims other than 0 evenly).
+    between forward and backward (`pipeline.reshard_after_forward`).
+
+    Raises:
+        InputError: an expert dim does not divide over `edp` (FSDP2 shards dims other than 0
+            evenly).
     """
     dense, edp = _mesh(parameter_mesh, "fsdp"), _mesh(expert_mesh, "edp")
     shards = expert_mesh["edp"].size()

@@ -34,8 +34,9 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
     """Axes and sizes of the meshes `dense`, `parameter`, `expert` and `sequence` for `world_size`
     ranks.
 
-    InputError where the sizes do not multiply to the world size, or ep does not divide dp_shard *
-    cp * tp.
+    Raises:
+        InputError: the sizes do not multiply to the world size, or ep does not divide dp_shard * cp
+            * tp.
     """
     others = parallel.pp * parallel.dp_replicate * parallel.cp * parallel.tp
     shard = max(world_size // others, 1) if parallel.dp_shard == -1 else parallel.dp_shard
@@ -109,8 +110,10 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> 
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The store in which all ranks find each other, this one's number, and how many they are. An
-    InputError: the port is in use.
+    """The store in which all ranks find each other, this one's number, and how many they are.
+
+    Raises:
+        InputError: the port is in use.
     """
     try:
         return next(dist.rendezvous("env://", timeout=timeout))
