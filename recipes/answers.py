@@ -106,8 +106,8 @@ class Answer:
         return bool(self.generated) and self.generated[-1] in stops
 
     def shown(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A line of text: the end of its prompt, what was generated, and the reference where it
-        differs.
+        """Return a line of text: the end of its prompt, what was generated, and the reference where
+        it differs.
         """
         question = tokenizer.decode(self.prompt)[-60:].replace("\n", " ")
         line = f"  ...{question!r} -> {tokenizer.decode(self.generated)!r}"

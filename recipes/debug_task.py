@@ -148,14 +148,14 @@ def is_held_out(first: int, second: int) -> bool:
 
 
 def _partners(values: Sequence[str], first: int, held_out: bool) -> list[str]:
-    """The values whose pair with the `first`-th entry of another list is on the wanted side of the
-    split.
+    """Return the values whose pair with the `first`-th entry of another list is on the wanted side
+    of the split.
     """
     return [value for second, value in enumerate(values) if is_held_out(first, second) == held_out]
 
 
 def _conversation(rng: random.Random, held_out: bool) -> list[dict[str, str]]:
-    """One conversation: a system turn, then 4 to 6 questions with their answers."""
+    """Return one conversation: a system turn, then 4 to 6 questions with their answers."""
     name, colour = rng.randrange(len(NAMES)), rng.randrange(len(COLOURS))
     facts = {
         "name": NAMES[name],
@@ -217,8 +217,8 @@ def write_debug_data(
 
 
 def debug_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (the kind DeepSeek uses), in which every word of the task is one
-    token.
+    """Return a byte-level BPE tokenizer (the kind DeepSeek uses), in which every word of the task
+    is one token.
 
     Any text round-trips, as single bytes are in the vocabulary. BOS comes from the chat template
     alone, never from the tokenizer itself.

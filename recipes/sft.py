@@ -61,8 +61,8 @@ def choose_preset(given: Mapping[str, Any]) -> str:
 def with_generated_inputs(
     config: Config, debug_model: Mapping[str, Any] | None
 ) -> tuple[Config, Callable[[], None]]:
-    """What the debug preset lacks: its model's config and tokenizer, and its data unless given, in
-    OUTPUT/generated.
+    """Return what the debug preset lacks: its model's config and tokenizer, and its data unless
+    given, in OUTPUT/generated.
 
     Args:
         debug_model: see `run`.
@@ -90,7 +90,7 @@ def with_generated_inputs(
 
 
 def checked(config: Config) -> Config:
-    """The configuration, with the model's directory, once its paths have been looked at.
+    """Return the configuration, with the model's directory, once its paths have been looked at.
 
     Raises:
         InputError: see launch.py.

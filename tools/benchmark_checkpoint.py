@@ -93,7 +93,7 @@ dcp.save(tensors, checkpoint_id=sys.argv[2], no_dist=True)
 
 
 def write_source(directory: Path, config: dict[str, Any], file_bytes: float = 1e9) -> int:
-    """A Hugging Face directory of random bf16 weights; returns its bytes of tensors."""
+    """Write a Hugging Face directory of random bf16 weights; return its bytes of tensors."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
@@ -133,7 +133,7 @@ def write_source(directory: Path, config: dict[str, Any], file_bytes: float = 1e
 
 
 def _resident(root: int) -> int:
-    """Bytes in memory of a process and its descendants."""
+    """Return bytes in memory of a process and its descendants."""
     try:
         own = int(Path("/proc", str(root), "statm").read_text().split()[1]) * os.sysconf(
             "SC_PAGE_SIZE"
@@ -147,7 +147,7 @@ def _resident(root: int) -> int:
 
 
 def watched(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds that a command takes, and the peak of its processes' memory in bytes.
+    """Return seconds that a command takes, and the peak of its processes' memory in bytes.
 
     Raises:
         CalledProcessError: it failed.
@@ -171,7 +171,7 @@ def watched(command: Sequence[str]) -> tuple[float, int]:
 
 
 def build(config: dict[str, Any], parallel: Parallel, world: World) -> LanguageModel:
-    """The part of the model that this rank holds; uninitialised."""
+    """Return the part of the model that this rank holds; uninitialised."""
     plan = plan_stages(parallel, read_model_config(config), microbatches=8)
     with torch.device("meta"):
         model = build_model(config, **plan.model_part(0))

@@ -160,8 +160,8 @@ def torchsft_side(where: Path) -> dict[str, float]:
 
 
 def trl_side(where: Path) -> dict[str, float]:
-    """The same with TRL: `SFTTrainer._prepare_dataset`, twice; the second time from the cache of
-    `datasets`.
+    """Measure the same with TRL: `SFTTrainer._prepare_dataset`, twice; the second time from the
+    cache of `datasets`.
     """
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -238,8 +238,8 @@ SIDES = {"encode": encode_side, "torchsft": torchsft_side, "trl": trl_side}
 
 
 def _resident(pid: int) -> int:
-    """Bytes of memory of a process and all of its children that no other process of them shares
-    (PSS).
+    """Return bytes of memory of a process and all of its children that no other process of them
+    shares (PSS).
     """
     total, found = 0, [pid]
     while found:

@@ -111,7 +111,7 @@ def hf_config(sizes: dict[str, Any], experts: int, moe_layers: int) -> dict[str,
 
 
 def build(config: dict[str, Any], **options: Any) -> LanguageModel:
-    """The model on the meta device."""
+    """Return the model on the meta device."""
     with torch.device("meta"):
         return build_model(config, **options)
 
@@ -228,7 +228,7 @@ def measure_step(
 def longest_kernels(
     step: Callable[[], None], device: torch.device, count: int = 10
 ) -> list[dict[str, Any]]:
-    """The operations of one step that take most of the device's time, with their share."""
+    """Return the operations of one step that take most of the device's time, with their share."""
     cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [
         torch.profiler.ProfilerActivity.CUDA

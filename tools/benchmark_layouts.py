@@ -188,7 +188,7 @@ class SentBytes(TorchDispatchMode):
 
 
 def _group(name: Any) -> dist.ProcessGroup:
-    """A functional collective's argument: a group, or (before torch 2.13) its name."""
+    """Return a functional collective's argument: a group, or (before torch 2.13) its name."""
     return (
         name
         if isinstance(name, dist.ProcessGroup)
@@ -199,8 +199,8 @@ def _group(name: Any) -> dist.ProcessGroup:
 def expected_bytes(
     model: LanguageModel, parallel: Parallel, train: Train, row: int, world_size: int
 ) -> dict[str, float]:
-    """What a rank has to send in a training step of a `model` with latent attention (whole, on
-    meta), by kind; fp32, mean over ranks, tokens spread evenly over experts.
+    """Return what a rank has to send in a training step of a `model` with latent attention (whole,
+    on meta), by kind; fp32, mean over ranks, tokens spread evenly over experts.
 
         parameters    gathered for the forward pass of each microbatch and again for its backward
                       pass, where FSDP frees them in between (without a pipeline); the embedding,
@@ -349,7 +349,7 @@ def write_inputs(directory: Path, **sizes: Any) -> LanguageModel:
 def measure(
     directory: Path, model: LanguageModel, row: int, repeats: int, sizes: dict[str, Any]
 ) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one line of the table."""
     axes = {axis: sizes.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
     n = math.prod(axes.values())
     config = config_for(directory, row, **sizes)

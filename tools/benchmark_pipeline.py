@@ -200,7 +200,7 @@ def _record(stage: Any, actions: list[Timed]) -> None:
 
 
 def _order(schedule: Any, rank: int, steps: Sequence[Sequence[Timed]]) -> Order:
-    """What a rank computes in a step, of which several were recorded."""
+    """Return what a rank computes in a step, of which several were recorded."""
     recorded = [timed.action for timed in steps[0]]
     assert all([timed.action for timed in step] == recorded for step in steps)
     if isinstance(schedule, PipelineScheduleSingle):  # torch 2.13 says another order than it does
@@ -334,7 +334,7 @@ def ideal_bubble(ranks: Sequence[Order], split: bool = True) -> float:
 
 
 def formula(schedule: str, p: int, m: int, v: int) -> float:
-    """The bubble of a schedule by the formula above."""
+    """Return the bubble of a schedule by the formula above."""
     idle = 2 * (p - 1) if schedule == "DualPipeV" else p - 1
     split = schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
     return idle / ((3 if split else 1) * v * m + idle)
@@ -343,7 +343,7 @@ def formula(schedule: str, p: int, m: int, v: int) -> float:
 def measure(
     p: int, cases: Sequence[tuple[str, int]], repeats: int, unit: float
 ) -> list[dict[str, Any]]:
-    """One line of the table for each case, on p ranks: the step whose bubble is the median."""
+    """Return a line of the table for each case, on p ranks: the step whose bubble is the median."""
     results = []
     ranks = on_ranks(p, record_steps, cases=cases, repeats=repeats, unit=unit)
     for case, (schedule, m) in enumerate(cases):

@@ -61,7 +61,7 @@ Side = tuple[Callable[[Tensor], Tensor], Callable[[], None]]
 
 
 def transformers_side() -> tuple[Side, dict[str, Tensor], dict[str, Any]]:
-    """The plain loop, its weights and its config."""
+    """Return the plain loop, its weights and its config."""
     from transformers import DeepseekV3Config as HfConfig
     from transformers import DeepseekV3ForCausalLM
 
@@ -130,7 +130,7 @@ def held_peak(function: Callable[[], object]) -> int:
 
 
 def time_table(function: Callable[[], object], rows: int = 25) -> str:
-    """Where the time of a call goes, by operator."""
+    """Return where the time of a call goes, by operator."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         function()
     return profiler.key_averages().table(

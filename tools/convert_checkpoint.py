@@ -42,7 +42,7 @@ MOST_LINES = 50
 
 
 def size(text: str) -> float:
-    """Bytes of "5GB", "500MB", "4GiB" and the like."""
+    """Return bytes of "5GB", "500MB", "4GiB" and the like."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.upper())
     if not match or not float(match[1]) > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 5GB or 500MB")
@@ -50,7 +50,7 @@ def size(text: str) -> float:
 
 
 def place(text: str) -> Path:
-    """A local path."""
+    """Return a local path."""
     if "://" in text:
         raise argparse.ArgumentTypeError(
             f"{text} is a URL; this tool works on local directories, so copy it first"
@@ -59,14 +59,14 @@ def place(text: str) -> Path:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Return a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
 def share(text: str) -> float:
-    """A finite number of at least 0."""
+    """Return a finite number of at least 0."""
     try:
         value = float(text)
     except ValueError:
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_dcp = commands.add_parser("to-dcp", help="Hugging Face directory to DCP directory")
@@ -193,8 +193,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_sources(options: argparse.Namespace) -> None:
-    """Raises InputError: a directory to read does not exist, or is a run's; the sentence names its
-    checkpoints.
+    """Look whether the directories to read are there.
+
+    Raises:
+        InputError: one does not exist, or is a run's; the sentence names its checkpoints.
     """
     places = {
         name: getattr(options, name, None) for name in ("source", "base", "a", "b", "directory")

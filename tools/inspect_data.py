@@ -158,7 +158,11 @@ def inspect(options: Options, progress: bool) -> Inspection:
 
 
 def _check_outputs(options: Options) -> None:
-    """Raises InputError: a file to write that is also read, or cannot be written."""
+    """Look whether the files to write can be written.
+
+    Raises:
+        InputError: one cannot, or is also read.
+    """
     specs = [
         *options.data.train,
         *(spec for specs in evaluation_sets(options.data.eval).values() for spec in specs),

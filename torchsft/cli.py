@@ -227,7 +227,7 @@ def override(below: Values, above: Values) -> Values:
 
 
 def options_of(kind: type, prefix: str = "") -> dict[str, Option]:
-    """The options of a dataclass and those nested in it, by name."""
+    """Return the options of a dataclass and those nested in it, by name."""
     found: dict[str, Option] = {}
     hints, docs = typing.get_type_hints(kind), field_docs(kind)
     for field in dataclasses.fields(kind):
@@ -243,7 +243,7 @@ def options_of(kind: type, prefix: str = "") -> dict[str, Option]:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The strings behind the fields of a class in its source."""
+    """Return the strings behind the fields of a class in its source."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     docs = {}
     for statement, behind in zip(definition.body, definition.body[1:], strict=False):
@@ -255,7 +255,7 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 def values_of(config: Any, prefix: str = "") -> Values:
-    """The values in a dataclass and those nested in it."""
+    """Return the values in a dataclass and those nested in it."""
     found: Values = {}
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
@@ -267,7 +267,7 @@ def values_of(config: Any, prefix: str = "") -> Values:
 
 
 def default_values(kind: type, prefix: str = "") -> Values:
-    """The defaults of a dataclass and those nested in it, as far as they have some."""
+    """Return the defaults of a dataclass and those nested in it, as far as they have some."""
     found: Values = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -280,7 +280,7 @@ def default_values(kind: type, prefix: str = "") -> Values:
 
 
 def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
-    """The dataclass of these values, with defaults for the others.
+    """Return the dataclass of these values, with defaults for the others.
 
     Raises:
         InputError: one is missing, or is refused.
@@ -338,7 +338,7 @@ def _read_member(kind: Any, value: Any) -> Any:
 
 
 def allowed(kind: Any) -> str:
-    """What `kind` allows, in words."""
+    """Return what `kind` allows, in words."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         members = [allowed(member) for member in typing.get_args(kind)]
         return " or ".join(
@@ -359,8 +359,8 @@ def allowed(kind: Any) -> str:
 
 
 def read_option(option: Option, value: Any, said: str) -> Any:
-    """The value of an option; `value`: a list for one that takes a list. Raises InputError, which
-    names it as `said`.
+    """Return the value of an option; `value`: a list for one that takes a list. Raises InputError,
+    which names it as `said`.
     """
     items = value if option.is_list and isinstance(value, list | tuple) else [value]
     kind = typing.get_args(option.kind)[0] if option.is_list else option.kind
@@ -380,7 +380,7 @@ def _shown(value: Any) -> str:
 
 
 def _meant(kind: Any, value: Any) -> str:
-    """The nearest allowed word, as the end of a sentence."""
+    """Return the nearest allowed word, as the end of a sentence."""
     words = [word for word in typing.get_args(kind) if isinstance(word, str)]
     found = difflib.get_close_matches(str(value), words, 1)
     return f"; did you mean {found[0]}?" if found else ""
@@ -390,8 +390,8 @@ def _meant(kind: Any, value: Any) -> str:
 
 
 def read_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[Values, str]:
-    """The values of a command line, and "help" or "help_all" where that is asked for, else "".
-    Raises InputError.
+    """Return the values of a command line, and "help" or "help_all" where that is asked for, else
+    "". Raises InputError.
     """
     known = {**options, CONFIG_FILE.name: CONFIG_FILE}
     given: Values = {}
@@ -431,7 +431,7 @@ def read_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[
 
 
 def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each option as it is written, with the words that follow it."""
+    """Return each option as it is written, with the words that follow it."""
     groups: list[tuple[str, list[str]]] = []
     for word in argv:
         number = re.fullmatch(r"-(\d|\.\d|inf).*", word)
@@ -470,7 +470,7 @@ def suggestion(name: str, known: Mapping[str, Option]) -> str:
 
 
 def read_file(path: str, options: Mapping[str, Option]) -> Values:
-    """The values in a YAML, TOML or JSON file of these options.
+    """Return the values in a YAML, TOML or JSON file of these options.
 
     Raises:
         InputError: it is none, or says what cannot be.
@@ -514,7 +514,7 @@ def _flat(
 
 
 def _load(path: Path) -> Any:
-    """The value that a file holds.
+    """Return the value that a file holds.
 
     Raises:
         InputError: it cannot be read.
@@ -547,8 +547,8 @@ def _load(path: Path) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Raises ValueError: one key is there twice, of which JSON and YAML would keep the
-    last without a word, or is a list or table.
+    """Return an object. Raises ValueError: one key is there twice, of which JSON and YAML would
+    keep the last without a word, or is a list or table.
     """
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -623,7 +623,7 @@ def show_help(
 
 
 def _metavar(option: Option) -> str:
-    """What stands for the value in the help."""
+    """Return what stands for the value in the help."""
     if option.is_list:
         return "[VALUE ...]"
     if typing.get_origin(option.kind) is Literal:

@@ -561,7 +561,7 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The whole configuration as JSON-able nested dictionaries."""
+    """Return the whole configuration as JSON-able nested dictionaries."""
     # tuples become lists, as they do in config.json
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

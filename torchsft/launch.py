@@ -19,8 +19,10 @@ MOST_NAMED = 10  # paths in one sentence
 
 
 def check_data(data: Data) -> None:
-    """Raises InputError: sources or the chat template are not there; all that are missing stand in
-    one sentence.
+    """Look whether all sources and the chat template are there.
+
+    Raises:
+        InputError: some are not; all that are missing stand in one sentence.
     """
     specs = {"--data.train": list(map(str, data.train))}
     specs["--data.eval"] = [
@@ -40,7 +42,7 @@ def check_data(data: Data) -> None:
 
 
 def _source_fault(text: str) -> str:
-    """What is wrong with a source as far as the file system shows it, or nothing."""
+    """Return what is wrong with a source as far as the file system shows it, or nothing."""
     spec = parse_spec(text)
     if is_several(spec):
         files, others = files_of(spec.path)
@@ -59,7 +61,11 @@ def _file_fault(path: str) -> str:
 
 
 def check_output(output: str) -> None:
-    """Raises InputError: the directory is a file, is in one, or cannot be written."""
+    """Look whether the output directory can be made and written.
+
+    Raises:
+        InputError: it is a file, is in one, or cannot be written.
+    """
     place = Path(os.path.abspath(output))
     while not place.exists():
         place = place.parent
@@ -76,8 +82,8 @@ def check_output(output: str) -> None:
 
 
 def model_directory(path: str) -> str:
-    """The directory of `--model.path`: itself, or for a name on the hub, the snapshot in the local
-    cache (said on stderr).
+    """Return the directory of `--model.path`: itself, or for a name on the hub, the snapshot in the
+    local cache (said on stderr).
 
     Raises:
         InputError: there is none; the sentence says how to download it.
@@ -104,8 +110,11 @@ def model_directory(path: str) -> str:
 
 
 def check_model(path: str, config: bool = True, weights: bool = True) -> None:
-    """Raises InputError: the directory is none, or lacks its tokenizer, or its config.json or
-    weights where they are needed.
+    """Look whether a model directory has all that a run needs.
+
+    Raises:
+        InputError: it is none, or lacks its tokenizer, or its config.json or weights where they are
+            needed.
     """
     directory = Path(path)
     option = f"--model.path {path}"
@@ -130,8 +139,8 @@ def check_model(path: str, config: bool = True, weights: bool = True) -> None:
 
 
 def _lacking_weights(directory: Path) -> list[str]:
-    """What is missing of a directory's weights: safetensors, all that an index names, or what
-    convert_checkpoint.py wrote.
+    """Return what is missing of a directory's weights: safetensors, all that an index names, or
+    what convert_checkpoint.py wrote.
     """
     if (directory / ".metadata").is_file():
         return []

@@ -95,7 +95,7 @@ def slices(shape: Sequence[int], elements: int, multiple: int = 1) -> Iterator[t
 
 
 def meta_model(config: Mapping[str, Any]) -> LanguageModel:
-    """The model of a config.json without memory: names and shapes."""
+    """Return the model of a config.json without memory: names and shapes."""
     with torch.device("meta"):
         return build_model(config)
 
@@ -481,7 +481,7 @@ class ToHf:
         )
 
     def plan(self) -> list[Task]:
-        """The files to write, of tensors in the model's order."""
+        """Return the files to write, of tensors in the model's order."""
         base, layers, buffers = (
             self.base_weights,
             self.model.config.num_hidden_layers,
@@ -549,7 +549,7 @@ def _note(unknown: Sequence[str]) -> str:
 
 
 def _chat_template(source: Path) -> str | None:
-    """The chat template that a training checkpoint's run was given in place of its model's."""
+    """Return the chat template that a checkpoint's run was given in place of its model's."""
     path = (
         (read_config(source).get("data") or {}).get("chat_template")
         if is_training(source)
@@ -563,8 +563,8 @@ def _chat_template(source: Path) -> str | None:
 
 
 def trained_ends(source: Path) -> list[int]:
-    """Ids of the tokens that ended the turns trained so far; of a training checkpoint that knows
-    them.
+    """Return ids of the tokens that ended the turns trained so far; of a training checkpoint that
+    knows them.
     """
     if not is_training(source):
         return []

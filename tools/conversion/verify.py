@@ -83,7 +83,7 @@ class RawTensors:
         }
 
     def values(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice of a tensor, in its stored dtype."""
+        """Return one slice of a tensor, in its stored dtype."""
         return self.reader.read(
             name, Box(tuple(i.start for i in index), tuple(i.stop - i.start for i in index))
         )
@@ -242,7 +242,7 @@ def _compare_keys(only: set[str], side: Side, lacking: Side, findings: Findings)
 
 
 def _weight_keys(weights: Weights | RawTensors) -> set[str]:
-    """Keys without the scales, which are part of their weights."""
+    """Return keys without the scales, which are part of their weights."""
     return {
         k
         for k in weights.tensors
@@ -363,7 +363,7 @@ class _Comparison:
 
 
 def _bounds(*tensors: Tensor) -> list[float]:
-    """Sizes of the smallest and largest values; nan where there is one."""
+    """Return sizes of the smallest and largest values; nan where there is one."""
     return [abs(bound.item()) for values in tensors for bound in values.aminmax()]
 
 
@@ -381,7 +381,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def info(directory: str | Path) -> list[str]:
-    """Lines that say what a directory holds, from headers alone.
+    """Return lines that say what a directory holds, from headers alone.
 
     Raises:
         InputError: it cannot be read.
@@ -438,7 +438,7 @@ def info(directory: str | Path) -> list[str]:
 
 
 def _group(key: str, dcp: bool, layers: float) -> str:
-    """What kind of tensor this is, in words."""
+    """Return what kind of tensor this is, in words."""
     if dcp and not key.startswith((MODEL, CARRIED)):
         return "optimizer" if key.startswith("optimizer.") else "random states"
     if dcp and key.startswith(MODEL):

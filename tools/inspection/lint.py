@@ -101,7 +101,7 @@ class Finding:
 
 
 def title(reason: str) -> str:
-    """The reason as a line for people."""
+    """Return the reason as a line for people."""
     return TITLES.get(reason, reason.replace("-", " ").capitalize())
 
 
@@ -298,8 +298,8 @@ class Linter:
     def _inner_end(
         self, tokens: np.ndarray, runs: Sequence[tuple[int, int]]
     ) -> Iterable[tuple[str, str]]:
-        """A token that ends a turn, before the one that does: content with its text in it forges
-        turns.
+        """Return a token that ends a turn, before the one that does: content with its text in it
+        forges turns.
         """
         for start, end in runs:
             last = start + int(
@@ -329,7 +329,7 @@ class Linter:
 
 
 def beyond_positions(samples: Samples, source: str, positions: int) -> list[Finding]:
-    """A finding for each sample with more tokens than the model has positions, the longest
+    """Return a finding for each sample with more tokens than the model has positions, the longest
     first.
     """
     lengths = samples.lengths
@@ -345,15 +345,15 @@ def beyond_positions(samples: Samples, source: str, positions: int) -> list[Find
 
 
 def runs_of(weights: np.ndarray) -> list[tuple[int, int]]:
-    """Where tokens with a weight above 0 begin and end, for each contiguous run."""
+    """Return where tokens with a weight above 0 begin and end, for each contiguous run."""
     trained = np.concatenate([[False], weights > 0, [False]])
     edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _part(header: Header, prompt: str, before: str, run: str) -> str:
-    """The part of a header with which a run of trained text begins, if the rest of the header
-    stands before it.
+    """Return the part of a header with which a run of trained text begins, if the rest of the
+    header stands before it.
     """
     # What the generation prompt writes is the header to its last character; of others, the last
     # space may be content's.

@@ -22,7 +22,7 @@ _KEY = "eos_token_id"
 
 
 def read_generation_config(hf_dir: str | Path) -> dict[str, Any] | None:
-    """The directory's generation_config.json; None where there is none."""
+    """Return the directory's generation_config.json; None where there is none."""
     path = Path(hf_dir) / GENERATION
     return read_json_object(path) if path.is_file() else None
 
@@ -30,7 +30,7 @@ def read_generation_config(hf_dir: str | Path) -> dict[str, Any] | None:
 def stop_ids(
     config: Mapping[str, Any], generation: Mapping[str, Any] | None, ends: Iterable[int]
 ) -> list[int]:
-    """Ids of the tokens at which generation with an export's files stops.
+    """Return ids of the tokens at which generation with an export's files stops.
 
     Args:
         config, generation: of the base, the latter None where it has no such file.
@@ -88,8 +88,8 @@ def about(
     ends: Iterable[int],
     tokenizer: "PreTrainedTokenizerBase",
 ) -> str:
-    """What is to be said of an export's ends, in words that go on a sentence: what its base lacks,
-    and what is odd.
+    """Return what is to be said of an export's ends, in words that go on a sentence: what its base
+    lacks, and what is odd.
     """
 
     def shown(token: int) -> str:
@@ -124,7 +124,7 @@ def write_generation_config(
 
 
 def _holder(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that has the model's special tokens."""
+    """Return the part of config.json that has the model's special tokens."""
     text = config.get("text_config")
     return (
         text

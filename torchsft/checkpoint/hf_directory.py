@@ -36,7 +36,7 @@ ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wro
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
-    """The directory's config.json; an InputError where there is none."""
+    """Return the directory's config.json; an InputError where there is none."""
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         fault = "has no config.json" if path.parent.is_dir() else "does not exist"
@@ -49,8 +49,8 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
 def open_weights(
     directory: str | Path, pieces: Mapping[str, Sequence[Piece]], optional: bool = False
 ) -> Weights | None:
-    """The weights of a Hugging Face directory, or of a converted one of a model of these `pieces`;
-    None where there are none and they are `optional`.
+    """Return the weights of a Hugging Face directory, or of a converted one of a model of these
+    `pieces`; None where there are none and they are `optional`.
     """
     if is_dcp(directory):
         return ConvertedWeights(directory, pieces)
@@ -60,7 +60,7 @@ def open_weights(
 def mismatches(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...] | None]
 ) -> str:
-    """What is missing, unexpected and of another shape, in words; empty where the two agree."""
+    """Return what is missing, unexpected or of another shape, in words; empty if nothing is."""
     missing, unexpected = (
         [key for key in expected if key not in found],
         [key for key in found if key not in expected],
@@ -132,7 +132,7 @@ def copy_side_files(
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config.json with the exported dtype, under the name(s) that it uses.
+    """Return the source's config.json with the exported dtype, under the name(s) that it uses.
     `quantization_config` is there in fp8 alone (what is not fp8 is bf16 then): the source's, where
     that describes DeepSeek's fp8, else DeepSeek-V3's.
     """
@@ -153,8 +153,8 @@ def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, 
 
 
 def fp8_format(exported: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
-    """Of an fp8 export's config.json: rows and columns of a block, and whether scales are powers of
-    two.
+    """Return of an fp8 export's config.json: rows and columns of a block, and whether scales are
+    powers of two.
     """
     return described_block(exported), exported["quantization_config"].get("scale_fmt") == "ue8m0"
 
@@ -162,7 +162,7 @@ def fp8_format(exported: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
 def contents_of(
     key: str, dtype: torch.dtype, shape: tuple[int, ...], block: tuple[int, int]
 ) -> Contents:
-    """What an export has in `dtype` for a tensor: itself, and in fp8 the fp32 scales of its
+    """Return what an export has in `dtype` for a tensor: itself, and in fp8 the fp32 scales of its
     blocks.
     """
     scales = (

@@ -22,7 +22,7 @@ FILES = ("metrics.jsonl", "answers-before.jsonl", "answers-after.jsonl")
 
 
 def _strings(options: Mapping[str, Any]) -> Iterator[str]:
-    """All texts among nested options."""
+    """Yield all texts among nested options."""
     for value in options.values():
         if isinstance(value, Mapping):
             yield from _strings(value)
@@ -33,8 +33,8 @@ def _strings(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _inputs_in(config: Config, place: str) -> list[str]:
-    """What `config` names in the directory or URL `place`: a path, NAME=PATH, or files that are one
-    source.
+    """Return what `config` names in the directory or URL `place`: a path, NAME=PATH, or files that
+    are one source.
     """
     asked = to_dict(config)
     del asked["output"], asked["checkpoint"]["remote"]
@@ -51,7 +51,7 @@ def _inputs_in(config: Config, place: str) -> list[str]:
 
 
 def _files_of_sources(config: Config) -> Iterator[str]:
-    """The files of sources that are directories or globs."""
+    """Yield the files of sources that are directories or globs."""
     members = evaluation_sets(config.data.eval).values()
     for text in [*config.data.train, *itertools.chain.from_iterable(members)]:
         spec = parse_spec(str(text))
@@ -60,8 +60,14 @@ def _files_of_sources(config: Config) -> Iterator[str]:
 
 
 def refuse_to_delete_inputs(config: Config, checkpoints: str) -> None:
-    """An InputError: what `config` reads would be deleted by --overwrite. `checkpoints`: their
-    directory or URL.
+    """Look whether --overwrite would delete what the run reads.
+
+    Args:
+        config: of the run.
+        checkpoints: their directory or URL.
+
+    Raises:
+        InputError: it would.
     """
     # elsewhere than in the output where that is remote
     beside = checkpoints.removesuffix("/checkpoints") + "/hf"
@@ -136,7 +142,7 @@ def _remove_events(directory: Path) -> bool:
 
 
 def _remove_checkpoints(place: str) -> list[str]:
-    """All of them; their directory stays, or becomes one where it was a link."""
+    """Return all of them; their directory stays, or becomes one where it was a link."""
     folder = Folder(place)
     if not folder.remote and folder.path.is_symlink():
         folder.path.unlink()

@@ -119,8 +119,8 @@ def _hide(path: Path) -> Path:
 
 
 def staging_of(target: Folder) -> Folder:
-    """The folder in which what becomes `target` is written: a hidden one beside it; remote ones
-    know no rename.
+    """Return the folder in which what becomes `target` is written: a hidden one beside it; remote
+    ones know no rename.
     """
     return (
         target

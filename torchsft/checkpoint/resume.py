@@ -29,12 +29,12 @@ class Start:
 
 
 def checkpoints_of(output: str | Path, remote: str | None) -> str:
-    """Where a run with these options keeps its checkpoints: a directory or URL."""
+    """Return where a run with these options keeps its checkpoints: a directory or URL."""
     return f"{remote.rstrip('/')}/checkpoints" if remote else str(Path(output) / "checkpoints")
 
 
 def find_start(config: Config, announce: bool) -> Start:
-    """What the run starts from; to be called by every rank before one writes to the output
+    """Return what the run starts from; to be called by every rank before one writes to the output
     directory.
 
     Args:
@@ -114,7 +114,7 @@ def find_start(config: Config, announce: bool) -> Start:
 
 
 def _found_config(output: Path, config: Config) -> dict[str, Any] | None:
-    """The configuration of the run in `output`, if there is one."""
+    """Return the configuration of the run in `output`, if there is one."""
     saved = output / "config.json"
     if not saved.exists():
         return None
@@ -136,8 +136,8 @@ def _found_config(output: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _changes(found: Mapping[str, Any], config: Config) -> list[str]:
-    """What makes the run with `config` another one than that with `found`; the inputs that a preset
-    generated in the output directory are the same in any directory.
+    """Return what makes the run with `config` another one than that with `found`; the inputs that a
+    preset generated in the output directory are the same in any directory.
     """
     old, new = (_elsewhere(options) for options in (found, to_dict(config)))
     return differences(old, new)
@@ -164,7 +164,7 @@ def _got_somewhere(output: Path, places: set[str]) -> bool:
 
 
 def _start_over(config: Config, where: str) -> Start:
-    """What --overwrite asks for."""
+    """Return the start that --overwrite asks for."""
     refuse_to_delete_inputs(config, where)
     replaces = f"--overwrite: the earlier run in {config.output} is replaced"
     if config.checkpoint.resume in ("auto", "never"):
@@ -173,7 +173,7 @@ def _start_over(config: Config, where: str) -> Start:
 
 
 def _other_run(config: Config) -> str:
-    """How the length of the run whose checkpoint --checkpoint.resume names differs.
+    """Return how the length of the run whose checkpoint --checkpoint.resume names differs.
 
     Raises:
         InputError: other things do.

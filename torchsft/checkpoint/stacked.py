@@ -25,12 +25,12 @@ _REMEDY = "save the model again with transformers, without save_original_format=
 
 
 def stacked_in(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Keys of the tensors that hold all experts of a layer."""
+    """Return keys of the tensors that hold all experts of a layer."""
     return [key for key in tensors if (match := _EXPERTS.fullmatch(key)) and match[2] in _PARTS]
 
 
 def unstacked(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The same tensors, with a tensor for each expert in place of the stacked ones.
+    """Return the same tensors, with a tensor for each expert in place of the stacked ones.
 
     Raises:
         ValueError: what is wrong, in words: experts both stacked and one by one, a stacked tensor

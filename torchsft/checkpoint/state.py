@@ -470,7 +470,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]
 
 
 def _random_states(rank: int) -> dict[str, Tensor]:
-    """This rank's generator states, uint8; names differ per rank, so that each is kept."""
+    """Return this rank's generator states, uint8; names differ per rank, so that each is kept."""
     states = {f"rng.{rank}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()

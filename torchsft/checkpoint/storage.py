@@ -109,13 +109,13 @@ class Folder:
         return f"{self._root}/{name}" if name else self._root
 
     def child(self, name: str) -> "Folder":
-        """The folder of this name in it."""
+        """Return the folder of this name in it."""
         child = copy.copy(self)  # with its connection: fsspec makes one for each thread
         child.place, child._root = f"{self.place}/{name}", self._of(name)
         return child
 
     def names(self) -> list[str]:
-        """Names of the files and folders in it, sorted; none where it does not exist."""
+        """Return names of the files and folders in it, sorted; none where it does not exist."""
         if not self.remote:
             return sorted(os.listdir(self._root)) if os.path.isdir(self._root) else []
         self._system.invalidate_cache()
@@ -131,7 +131,7 @@ class Folder:
         )
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return bytes of a file."""
         return self._system.size(self._of(name)) if self.remote else os.path.getsize(self._of(name))
 
     def make(self) -> None:
@@ -150,7 +150,7 @@ class Folder:
             shutil.rmtree(self._root, ignore_errors=True)
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file."""
+        """Return bytes [start, end) of a file."""
         if self.remote:
             return self._system.cat_file(self._of(name), start=start, end=end)
         with open(self._of(name), "rb") as file:
@@ -189,7 +189,7 @@ class Folder:
                 os.fsync(file.fileno())
 
     def write_text(self, name: str, text: str) -> Output:
-        """A whole UTF-8 file."""
+        """Return a whole UTF-8 file."""
         with self.writer(name) as out:
             out.write(text.encode())
         return out

@@ -32,17 +32,17 @@ Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a file: key -
 
 
 def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Bytes of a dense tensor."""
+    """Return bytes of a dense tensor."""
     return math.prod(shape) * dtype.itemsize
 
 
 def size_of(contents: Contents) -> int:
-    """Bytes of a file's tensors."""
+    """Return bytes of a file's tensors."""
     return sum(tensor_bytes(*entry) for entry in contents.values())
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an InputError where there is none."""
+    """Return the JSON object in a file; an InputError where there is none."""
     try:
         content = json.loads(
             path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates
@@ -62,8 +62,8 @@ def has_weights(directory: str | Path) -> bool:
 
 
 def fp8_block(directory: str | Path) -> tuple[int, int]:
-    """Rows and columns of a block of a directory's fp8 weights; an InputError where config.json
-    does not describe such.
+    """Return rows and columns of a block of a directory's fp8 weights; an InputError where
+    config.json does not describe such.
     """
     config = read_json_object(Path(directory) / "config.json")
     if (block := described_block(config)) is None:
@@ -87,12 +87,12 @@ class Weights:
     """
 
     def read_whole(self, key: str) -> Tensor:
-        """A whole tensor, on the CPU, in its stored dtype; see `read`."""
+        """Return a whole tensor, on the CPU, in its stored dtype; see `read`."""
         return self.read(key, ())
 
     def values(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """One slice of a tensor's values on the CPU: fp32 of one that is stored in fp8, else as
-        stored; see `read`.
+        """Return one slice of a tensor's values on the CPU: fp32 of one that is stored in fp8, else
+        as stored; see `read`.
         """
         stored, raw = self.tensors[key], self.read(key, index)
         if stored.dtype != FP8:
@@ -112,7 +112,7 @@ class Weights:
 
 
 def bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Where a slice begins and ends in each dim; dims that it does not name are whole."""
+    """Return where a slice begins and ends in each dim; dims that it does not name are whole."""
     return [
         part.indices(size)[:2]
         for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None))
@@ -123,11 +123,12 @@ class WeightIndex(Weights):
     """The weights of a Hugging Face directory, known from the files' headers; `tensors` has the
     scales too.
 
+    Experts that are stored stacked are seen one by one; `stacked` has the keys of what holds them.
+
     Raises:
         InputError: no safetensors weights, files absent or damaged, an index that does not fit
             them, a key twice, fp8 weights without scales or config.json's description, scales
-            without weight or of another shape or dtype, experts of no known form. Experts that are
-            stored stacked are seen one by one; `stacked` has the keys of what holds them.
+            without weight or of another shape or dtype, experts of no known form.
     """
 
     def __init__(self, hf_dir: str | Path) -> None:
@@ -260,7 +261,7 @@ class WeightIndex(Weights):
         return values.contiguous().as_strided((values.numel(),), (1,)).view(shape)
 
     def scales(self, key: str) -> Tensor | None:
-        """All scales of an fp8 weight, fp32; None for other tensors."""
+        """Return all scales of an fp8 weight, fp32; None for other tensors."""
         return self.read_whole(scale_key(key)) if key in self.fp8 else None
 
 
@@ -287,7 +288,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names must differ."""
+    """Return a JSON object, whose names must differ."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -298,8 +299,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def file_order(contents: Contents) -> list[str]:
-    """Keys in an order in which every tensor is aligned to its elements and scales follow their fp8
-    weight; an InputError where the scales would not be aligned.
+    """Return keys in an order in which every tensor is aligned to its elements and scales follow
+    their fp8 weight; an InputError where the scales would not be aligned.
     """
     scales = {name: key for key in contents if (name := scale_key(key)) in contents}
     if odd := sorted(key for key in scales.values() if tensor_bytes(*contents[key]) % 4):

@@ -241,7 +241,9 @@ class MetricsLogger:
 
 
 def _evaluation(record: Mapping[str, float | int]) -> str:
-    """The eval loss of a step, of each of several sets too; nothing where it was not evaluated."""
+    """Return the eval loss of a step, of each of several sets too; nothing where it was not
+    evaluated.
+    """
     if "eval_loss" not in record:
         return ""
     prefix = "eval_loss/"

@@ -32,8 +32,8 @@ _PEAK_BF16_TFLOPS = (
 
 
 def peak_bf16_tflops(device_name: str) -> float | None:
-    """Peak dense bf16 TFLOP/s of one NVIDIA device by its name (`torch.cuda.get_device_name`); None
-    if it is not known.
+    """Return peak dense bf16 TFLOP/s of one NVIDIA device by its name
+    (`torch.cuda.get_device_name`); None if it is not known.
 
     A MIG slice has a share of the device that its name does not tell, so it is not known either.
     """
@@ -45,8 +45,8 @@ def peak_bf16_tflops(device_name: str) -> float | None:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Peak dense bf16 TFLOP/s of `device`; None for a CPU and for a device that is not in the
-    table.
+    """Return peak dense bf16 TFLOP/s of `device`; None for a CPU and for a device that is not in
+    the table.
     """
     return peak_bf16_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
@@ -62,7 +62,7 @@ def mfu(flops: float, seconds: float, peak_tflops: float) -> float:
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process since its start, in GiB, by TensorBoard tag.
+    """Return peak memory of this process since its start, in GiB, by TensorBoard tag.
 
     On CUDA what the caching allocator gave out and what it held; on CPU the resident set of the
     whole process.

@@ -10,8 +10,8 @@ STARTUP = "startup"
 
 
 def process_age() -> float:
-    """Seconds since this process was started, its imports included; 0 where the system does not
-    tell (it is not Linux).
+    """Return seconds since this process was started, its imports included; 0 where the system does
+    not tell (it is not Linux).
     """
     try:
         after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -52,7 +52,7 @@ class Stopwatch:
             self._turn(before)
 
     def shown(self) -> str:
-        """All phases so far, the longest first; those too short to be seen are in "other"."""
+        """Return all phases so far, the longest first; those too short to be seen are "other"."""
         self._turn(self._phase)
         total = sum(self.seconds.values())
         seen = {phase: s for phase, s in self.seconds.items() if phase != "other" and s >= 0.05}

@@ -24,7 +24,7 @@ def refuse_if(refused: Any, problem: str) -> None:
 
 
 def required_fields(kind: type, apart: Collection[str] = ("rope",)) -> list[str]:
-    """Names of a configuration's fields without a default: its sizes.
+    """Return names of a configuration's fields without a default: its sizes.
 
     Args:
         kind: the dataclass.
@@ -144,7 +144,7 @@ def _yarn(values: Mapping[str, Any], longest: int) -> Yarn:
 
 
 def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of rotary embeddings, with `rope_type` and `rope_theta` in it.
+    """Return what config.json says of rotary embeddings, with `rope_type` and `rope_theta` in it.
 
     Programs differ in which of the two tables they prefer, so where there are both they must say
     the same.
@@ -161,7 +161,7 @@ def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """One of the two tables, with what stands beside it."""
+    """Return one of the two tables, with what stands beside it."""
     table = config.get(name) or {}
     refuse_if(not isinstance(table, Mapping), f"{name} = {table!r}, but it must be an object")
     table = {key: value for key, value in table.items() if value is not None}

@@ -53,7 +53,7 @@ class Piece:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter, as a plain tensor whose gradient finds its way back.
+    """Return this rank's part of a parameter, as a plain tensor whose gradient finds its way back.
 
     What a rank adds to the gradient of a parameter that is replicated over ranks is one summand,
     since each rank sees other tokens; of a sharded parameter it is this rank's part, whole. The
@@ -98,7 +98,7 @@ class Layout:
         return x_SD
 
     def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Each [S, width] of every rank to [T, width] on each; differentiable."""
+        """Gather each [S, width] of every rank to [T, width] on each; differentiable."""
         return parts
 
     def tokens_to_heads(
@@ -110,7 +110,7 @@ class Layout:
         return q_CHd, k_CGd, v_CGd
 
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
-        """This rank's heads of all T tokens to its tensor group's heads of its C tokens;
+        """Send this rank's heads of all T tokens for its tensor group's heads of its C tokens;
         differentiable.
         """
         return x_THd
@@ -211,8 +211,8 @@ class SwigluMLP(nn.Module):
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """Normal numbers, fp32 on CPU, that depend on name, shape and seed alone, so on no layout of
-    ranks.
+    """Return normal numbers, fp32 on CPU, that depend on name, shape and seed alone, so on no
+    layout of ranks.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

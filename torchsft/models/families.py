@@ -25,7 +25,7 @@ FAMILIES = {
 
 
 def family_of(config: Mapping[str, Any]) -> type[LanguageModel]:
-    """The class of the models that a config.json's object describes.
+    """Return the class of the models that a config.json's object describes.
 
     Raises:
         InputError: it describes an architecture that is not in the list.
@@ -46,7 +46,7 @@ def family_of(config: Mapping[str, Any]) -> type[LanguageModel]:
 
 
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The configuration of the model that a config.json's object describes.
+    """Return the configuration of the model that a config.json's object describes.
 
     Raises:
         InputError: see `family_of` and `ModelConfig.from_hf`.

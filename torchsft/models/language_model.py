@@ -157,7 +157,7 @@ class DecoderLayer(nn.Module):
         return self.compute(x_SD, documents)
 
     def compute(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """What `forward` returns."""
+        """Return what `forward` returns."""
         x_SD = x_SD + self.self_attn(self.input_layernorm(x_SD), documents)
         normed_SD = self.post_attention_layernorm(x_SD)
         if isinstance(self.mlp, MoE):
@@ -233,8 +233,8 @@ class LanguageModel(nn.Module):
                 self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def part(self, layers: Sequence[int], first: bool, last: bool) -> "LanguageModel":
-        """Some of the layers that are here, as a model of their own, which shares modules and so
-        parameters.
+        """Return some of the layers that are here, as a model of their own, which shares modules
+        and so parameters.
 
         Args:
             layers: by number in the whole model.
@@ -277,7 +277,7 @@ class LanguageModel(nn.Module):
         # int64 [n], the only tokens whose logits are wanted (generation); None means all
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits [T, V] or [n, V] in the model's dtype, or with labels the loss sum_t
+        """Return logits [T, V] or [n, V] in the model's dtype, or with labels the loss sum_t
         loss_weights[t] * nll[t] over this rank's C tokens, an fp32 scalar; from a part that is not
         the last, hidden states [S, D].
         """
@@ -314,7 +314,7 @@ class LanguageModel(nn.Module):
             moe.init_buffers()
 
     def moe_layers(self) -> dict[str, MoE]:
-        """The mixture-of-experts blocks that are here, by the number of their layer."""
+        """Return the mixture-of-experts blocks that are here, by the number of their layer."""
         return {
             name: layer.mlp
             for name, layer in self.model.layers.items()
@@ -322,8 +322,8 @@ class LanguageModel(nn.Module):
         }
 
     def checkpoint_pieces(self) -> dict[str, list[Piece]]:
-        """Which Hugging Face tensors make up each parameter and persistent buffer, by its name
-        here.
+        """Return which Hugging Face tensors make up each parameter and persistent buffer, by its
+        name here.
         """
         pieces: dict[str, list[Piece]] = {}
         for name, tensor in self.state_dict().items():
@@ -359,5 +359,5 @@ class LanguageModel(nn.Module):
         return seeded_normal(name, shape, self.config.initializer_range, seed)
 
     def _owner(self, name: str) -> nn.Module:
-        """The module that a parameter or buffer belongs to."""
+        """Return the module that a parameter or buffer belongs to."""
         return self.get_submodule(name.rpartition(".")[0])

@@ -166,8 +166,8 @@ def _partial_log_softmax(
 
 
 def _gradient_of_logits(found: _LogProbabilities, weights_C: Tensor, weighs_C: Tensor) -> Tensor:
-    """The gradient of the loss, softmax - one_hot for each token, weighted; in the place of the
-    log-probabilities.
+    """Return the gradient of the loss, softmax - one_hot for each token, weighted; in the place of
+    the log-probabilities.
     """
     grad_CV = found.log_probs_CV.exp_()
     grad_CV.scatter_add_(1, found.column_C1, -found.here_C1.to(grad_CV.dtype))

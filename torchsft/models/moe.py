@@ -45,7 +45,7 @@ class Router(Protocol):
 
 
 def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
-    """A router's linear map in fp32, [S, E]."""
+    """Return a router's linear map in fp32, [S, E]."""
     return F.linear(x_SD.float(), local(weight_ED).float())
 
 
@@ -79,7 +79,8 @@ class Experts(nn.Module):
 
 
 def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
-    """The Hugging Face tensors that make up a stacked parameter of `Experts`: each expert's own.
+    """Return the Hugging Face tensors that make up a stacked parameter of `Experts`: each expert's
+    own.
 
     Args:
         name: of the parameter in the model, such as model.layers.3.mlp.experts.down_proj.
@@ -179,7 +180,7 @@ class MoE(nn.Module):
         return routed_SD if shared_SD is None else routed_SD + shared_SD
 
     def shared(self, x_SD: Tensor) -> Tensor | None:
-        """What the shared experts return, if there are any."""
+        """Return what the shared experts return, if there are any."""
         return None if self.shared_experts is None else self.shared_experts(x_SD)
 
     def add_balance_loss(

@@ -167,8 +167,8 @@ def _spread(table_TP: Tensor, x: Tensor) -> Tensor:
 
 
 def _entries(width: int, dim: int, pairing: Pairing, place: Place) -> tuple[slice, slice, slice]:
-    """Where the first and the second entries of the pairs, and those without position, lie among
-    the `width` entries of a head.
+    """Return where the first and the second entries of the pairs, and those without position, lie
+    among the `width` entries of a head.
     """
     start = width - dim if place == "end" else 0
     end = start + dim

@@ -9,7 +9,7 @@ WSD_DECAY = 0.1  # share of the steps over which wsd decays, unless --optim.deca
 
 
 def steps_of(number: float, total_steps: int) -> int:
-    """Steps that an option means: `number` of them or, below 1, this share of `total_steps`,
+    """Return steps that an option means: `number` of them or, below 1, this share of `total_steps`,
     rounded up.
 
     The share is the decimal number that was written: 0.1 of 30 steps is 3, although 0.1 * 30 > 3 in
@@ -21,8 +21,8 @@ def steps_of(number: float, total_steps: int) -> int:
 
 
 def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
-    """What the peak learning rate is multiplied with in update number `step` (0 is the first), a
-    function of its arguments.
+    """Return what the peak learning rate is multiplied with in update number `step` (0 is the
+    first), a function of its arguments.
 
     With w warm-up steps, d decay steps (of wsd; else d = n - w), n = total_steps, and floor =
     min_lr_ratio:
@@ -59,7 +59,7 @@ def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
 
 
 def warmup_steps(optim: Optim, total_steps: int) -> int:
-    """Steps of the warm-up.
+    """Return steps of the warm-up.
 
     Raises:
         InputError: the run has fewer.
@@ -75,7 +75,7 @@ def warmup_steps(optim: Optim, total_steps: int) -> int:
 
 
 def decay_steps(optim: Optim, total_steps: int) -> int:
-    """Steps at the end over which the learning rate falls.
+    """Return steps at the end over which the learning rate falls.
 
     Raises:
         InputError: the warm-up leaves fewer.

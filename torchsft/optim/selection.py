@@ -76,8 +76,8 @@ def select(
 def matching(
     pattern: str, names: Collection[str], words: Mapping[str, str], option: str
 ) -> set[str]:
-    """Names that a pattern means: a word, layers.N, layers.A-B, or a pattern with * and ? of names
-    or their beginnings.
+    """Return names that a pattern means: a word, layers.N, layers.A-B, or a pattern with * and ? of
+    names or their beginnings.
 
     Raises:
         InputError: there are none, or not for each of the layers; `option` gave the pattern.
@@ -107,7 +107,7 @@ def matching(
 
 
 def _matching(pattern: str, names: Iterable[str]) -> set[str]:
-    """Names that match as a whole, or up to a dot (a module and all that is in it)."""
+    """Return names that match as a whole, or up to a dot (a module and all that is in it)."""
     match = re.compile(f"{translate(pattern)}|{translate(pattern + '.*')}").match
     return {name for name in names if match(name)}
 

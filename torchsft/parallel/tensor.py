@@ -78,7 +78,7 @@ def apply_tensor_parallel(model: LanguageModel, world: World) -> None:
 
 
 def _style(name: str, table: Mapping[str, str]) -> str | None:
-    """The style of the first pattern that a module's name matches."""
+    """Return the style of the first pattern that a module's name matches."""
     for pattern, style in table.items():
         if fnmatchcase(name, pattern):
             return style

@@ -76,7 +76,7 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
 
 
 def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """A part of `store` that only the ranks of this start have; every rank calls it.
+    """Return a part of `store` that only the ranks of this start have; every rank calls it.
 
     `torchrun --max-restarts` gives restarted ranks the store of those before, where they would find
     the addresses of dead ones (torch 2.13: gloo then waits for ever). A rank's greeting is new each
@@ -110,7 +110,8 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> 
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The store in which all ranks find each other, this one's number, and how many they are.
+    """Return the store in which all ranks find each other, this one's number, and how many they
+    are.
 
     Raises:
         InputError: the port is in use.

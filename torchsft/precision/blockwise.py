@@ -20,12 +20,12 @@ SCALE_SUFFIX = "_scale_inv"
 
 
 def scale_key(key: str) -> str:
-    """The key of a weight's scales."""
+    """Return the key of a weight's scales."""
     return key + SCALE_SUFFIX
 
 
 def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of an fp8 block by a config.json; None where it does not describe
+    """Return rows and columns of an fp8 block by a config.json; None where it does not describe
     block-scaled e4m3 weights.
     """
     fp8 = config.get("quantization_config")
@@ -41,7 +41,7 @@ def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:
-    """Shape of the scales of a weight [m, n]."""
+    """Return shape of the scales of a weight [m, n]."""
     rows, cols = shape
     return -(-rows // block[0]), -(-cols // block[1])
 
@@ -161,7 +161,7 @@ def _encode_with_known(blocks: Tensor, scale: Tensor, known: Tensor) -> tuple[Te
 
 
 def _encode(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Values [rows, blocks, columns] in units of their block's scale, to the nearest e4m3."""
+    """Return [rows, blocks, columns] in units of their block's scale, to the nearest e4m3."""
     unit = torch.where(scale == 0, 1, scale)  # all values of such a block are zeros
     in_units = blocks / unit[:, None]
     return in_units.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
