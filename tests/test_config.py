@@ -23,7 +23,7 @@ from torchsft.config import (
 )
 from torchsft.resolution import resolve
 
-# Documentation and tools rely on these names (DESIGN.md).
+# Documentation and tools rely on these names.
 CONTRACT = """
 model.path data.train data.eval data.seq-len data.mask train.steps train.epochs
 train.global-batch-size train.micro-batch-size train.seed parallel.pp parallel.dp-replicate

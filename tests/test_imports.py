@@ -1,4 +1,4 @@
-"""Imports run one way (DESIGN.md): read from the source, those inside functions included."""
+"""Imports run one way: read from the source, those inside functions included."""
 
 import ast
 from pathlib import Path

@@ -236,8 +236,8 @@ class Train:
     memory, a third more time.
     """
     max_nonfinite_steps: int = 3
-    """Steps in a row whose gradient norm may be inf or nan (each is skipped whole) before the run
-    stops.
+    """Steps in a row whose gradient norm may be inf or nan, or that supervise nothing (each is
+    skipped whole), before the run stops.
     """
 
     def __post_init__(self) -> None:

@@ -40,8 +40,11 @@ class RunOutput:
             keep_best=options.keep_best,
             group=world.writers,
         )
-        self.unreported: list[state.Report] = []  # saves that have ended, as this rank knows
-        # A rank knows of a checkpoint that failed since the last step; as all ranks know it.
+        # How the end of a save reaches the run: this rank fetches reports (`collect_reports`); a
+        # step's all-reduce tells all ranks whether any knows of a failure (`save_failed`, set by
+        # the trainer); behind the step all of them print what they know (`report_saves`), and end
+        # together where a save failed.
+        self.unreported: list[state.Report] = []  # fetched, and not printed yet
         self.save_failed = False
         self.last_failure = ""  # what befell the newest checkpoint, if it failed
         self.faults = 0  # of the output, where the run goes on nevertheless
@@ -98,7 +101,7 @@ class RunOutput:
             last: nothing is trained behind it, so that it must be complete.
         """
         if last:
-            self.checkpointer.wait()  # it must not be left out since another is being written
+            self.checkpointer.wait()  # before the new save, whose stall it does not belong to
         written = self.checkpointer.save(
             step, model, optimizer, extra=extra, config=saved_config, score=score, now=last
         )

@@ -176,6 +176,7 @@ class Trainer:
             part = self.plan.model_part(pp_rank)
             self.model = self.family(self.model_config, **implementations, **part)
             self.selection.apply(self.model)
+            # Stages share the modules of `self.model`, which so has the sharded parameters too.
             self.stages = split(self.model, self.plan, pp_rank)
         reshard = reshard_after_forward(parallel)
         parallelize(
@@ -452,6 +453,7 @@ class Trainer:
         """
         began = time.perf_counter()
         batch = count_global_batch(step.microbatches, self.model_config.flops, self.world)
+        # The balance loss is a mean over tokens; it adds its gradient by itself.
         for moe in self.model.moe_layers().values():
             moe.balance_scale = self.config.train.aux_loss / max(batch.tokens, 1)
         loss_sum = self.pipeline.step(step.microbatches, batch.divisor)
@@ -608,8 +610,10 @@ class Trainer:
             raise OSError(f"{error}; {known}: mend that and run the same command again") from error
 
     def export_step(self, repeat: bool = True) -> None:
-        """Export this step's weights where --checkpoint.export-every asks for it; those of the last
-        step `run` exports.
+        """Export this step's weights where --checkpoint.export-every asks for it.
+
+        Not those of the last step, nor of one at which a signal ends the run: `run` exports the
+        first, and the run that continues the second.
 
         Args:
             repeat: whether to write an export that is there already.

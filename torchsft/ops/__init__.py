@@ -1,7 +1,7 @@
 """Operations with a gradient of their own, each beside the plain PyTorch that it replaces.
 
-`--model.ops plain` computes a whole run with the plain twins (here, and the rotation and the loss
-in models/).
+`--model.ops plain` computes a run with the plain twins (here, and the rotation and the loss in
+models/), but for the experts, whose twin is `--model.experts loop`.
 """
 
 from typing import Any

@@ -5,7 +5,8 @@
                       saves x and gate|up, recomputes the rest. Its plain twin is
                       `grouped_swiglu_reference`, one matrix product per expert.
 
-Shape suffixes: R rows, D width, F expert width, E experts held here.
+Shape suffixes: R rows (of those that were received), D width, F expert width, E experts held
+here (`e` elsewhere).
 """
 
 from dataclasses import dataclass

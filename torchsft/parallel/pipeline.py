@@ -178,12 +178,12 @@ class Runner(ABC):
 class OneStage(Runner):
     """The whole model on this rank (and those that share it): one microbatch after the other."""
 
-    def step(self, batches: Sequence[Batch], weight: float) -> Tensor:
+    def step(self, batches: Sequence[Batch], divisor: float) -> Tensor:
         """Run forward and backward passes of a step's microbatches.
 
         Args:
             batches: of this rank.
-            weight: gradients are those of loss sum / weight.
+            divisor: gradients are those of loss sum / divisor.
 
         Returns:
             The loss sum of this rank's microbatches, float64 scalar.
@@ -191,10 +191,11 @@ class OneStage(Runner):
         model, total = self.modules[0], self.zero.clone()
         for number, batch in enumerate(batches, start=1):
             if isinstance(model, FSDPModule):
-                # Replicas (HSDP) sum once, what each has summed over its microbatches.
+                # Shards are summed for every microbatch, so that no rank holds whole gradients;
+                # replicas (HSDP) sum once, what each has summed over its microbatches.
                 model.set_requires_all_reduce(number == len(batches))
             loss = model(**batch.to(self.world.device).model_inputs())
-            (loss / weight).backward()
+            (loss / divisor).backward()
             total += loss.detach()
         return total
 
@@ -230,7 +231,7 @@ class Pipeline(Runner):
         # Receive buffers are as many; more would hardly fill more bubble.
         self.microbatches_at_once = min(microbatches, len(plan.ranks))
         self.group = world.dense.get_group("pp")
-        self.weight, self.total = 1.0, self.zero
+        self.divisor, self.total = 1.0, self.zero
         self.stages = self._stages(training=True)
         # NCCL sets up a group's communicator in its first call, which all of its ranks must join;
         # two neighbours do not.
@@ -248,7 +249,7 @@ class Pipeline(Runner):
         # Forward-only schedules and their stages, by number of microbatches.
         self.forward_only: dict[int, tuple[PipelineScheduleMulti, list[Stage]]] = {}
 
-    def step(self, batches: Sequence[Batch], weight: float) -> Tensor:
+    def step(self, batches: Sequence[Batch], divisor: float) -> Tensor:
         """Do as `OneStage.step`; the loss sum is 0 where the last stage is not.
 
         FSDP sums gradients over ranks once, behind the last microbatch.
@@ -256,7 +257,7 @@ class Pipeline(Runner):
         expected = f"{len(batches)} microbatches, the schedule has {self.microbatches}"
         assert len(batches) == self.microbatches, expected
         self.forward_only.clear()  # with their receive buffers
-        self.weight, self.total = weight, self.zero.clone()
+        self.divisor, self.total = divisor, self.zero.clone()
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)
         return self.total
@@ -282,7 +283,7 @@ class Pipeline(Runner):
     def _loss(self, output: Tensor, _: None) -> Tensor:
         """Add a microbatch's loss sum, and return what its backward pass begins with."""
         self.total += output.detach()
-        return output / self.weight
+        return output / self.divisor
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
         count = len(inputs)

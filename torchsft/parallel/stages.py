@@ -149,6 +149,7 @@ def _check_stage_count(parallel: Parallel, stages: int, layers: int) -> None:
 def _check_microbatches(parallel: Parallel, stages: int, microbatches: int) -> None:
     pp, schedule = parallel.pp, parallel.pp_schedule
 
+    # What the schedules check themselves (torch.distributed.pipelining.schedules, 2.11 to 2.13).
     def possible(count: int) -> bool:
         if schedule in ("1F1B", "DualPipeV"):
             return count >= stages
@@ -182,6 +183,7 @@ def balance(layer_costs: Sequence[int], stages: int, first: int, last: int) -> t
     Returns:
         How many layers each stage gets, at least one.
     """
+    # The least that the costliest stage can cost, then the least sum of squares below that.
     limit, _ = _best_division(layer_costs, stages, first, last, combine=max, penalty=float)
 
     def squared(cost: float) -> float:

@@ -82,8 +82,8 @@ class _NoGradientFor(torch.autograd.Function):
 
 
 def _no_weight_pass() -> Callable[[], None]:
-    """Return a weight pass that does nothing: torch then does a whole backward pass in the input
-    pass's place.
+    """Return a weight pass that does nothing: where a stage has a `dw_builder`, torch's
+    `backward_one_chunk` does a whole backward pass in the input pass's place.
     """
     return lambda: None
 
@@ -231,6 +231,9 @@ def forward_only_schedule(
     microbatches: int,
 ) -> PipelineScheduleMulti:
     """Make a schedule of the forward passes of a training schedule.
+
+    In the place of what torch's multi-stage schedules prepare when they are made: their order of
+    actions, with sends and receives put in.
 
     Args:
         training: whose order of forward passes is kept.
