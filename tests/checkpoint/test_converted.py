@@ -15,7 +15,8 @@ import torchsft
 from tests.checkpoint.deepseek_format import is_fp8, plain, write_deepseek
 from tests.checkpoint.sources import change_config, copy, read_tensors, same_bits, write_source
 from tools.conversion import convert
-from tools.conversion.convert import is_training, slices
+from tools.conversion.convert import slices
+from tools.conversion.training import is_training
 from torchsft.checkpoint.converted import ConvertedWeights, is_dcp
 from torchsft.checkpoint.huggingface import check_weights, read_config
 from torchsft.checkpoint.state import Checkpointer

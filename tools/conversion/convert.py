@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tools.conversion.jobs import Bar, Journal, Progress, run, shares
+from tools.conversion.training import chat_template, default_base, trained_ends
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
@@ -71,13 +72,7 @@ from torchsft.precision.blockwise import SCALE_SUFFIX, quantise, scale_key, scal
 PART_ELEMENTS = 1 << 24  # of a tensor; a worker holds them as read, as written and perhaps in fp32
 DCP_FILE_BYTES = 1e9
 SHARD_BYTES = 5e9
-TRAINER = "trainer.json"
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
-
-
-def is_training(directory: str | Path) -> bool:
-    """Whether a directory is a training checkpoint."""
-    return is_dcp(directory) and (Path(directory) / TRAINER).is_file()
 
 
 def slices(shape: Sequence[int], elements: int, multiple: int = 1) -> Iterator[tuple[slice, ...]]:
@@ -437,7 +432,7 @@ class ToHf:
                 f"{source} has no {METADATA}; give a converted directory or a training checkpoint"
             )
         base = base or default_base(source)
-        self.base, self.folder, self.chat_template = base, Folder(staging), _chat_template(source)
+        self.base, self.folder, self.chat_template = base, Folder(staging), chat_template(source)
         self.dtype, self.part_elements, self.file_bytes = (
             EXPORT_DTYPES[dtype],
             part_elements,
@@ -546,51 +541,6 @@ def _note(unknown: Sequence[str]) -> str:
         f"{len(unknown)} tensors that the model does not know are kept as they are: "
         f"{listing(unknown, 5)}"
     )
-
-
-def _chat_template(source: Path) -> str | None:
-    """Return the chat template that a checkpoint's run was given in place of its model's."""
-    path = (
-        (read_config(source).get("data") or {}).get("chat_template")
-        if is_training(source)
-        else None
-    )
-    if not path:
-        return None
-    from torchsft.data.tokenizer import read_chat_template  # imports transformers
-
-    return read_chat_template(path)
-
-
-def trained_ends(source: Path) -> list[int]:
-    """Return ids of the tokens that ended the turns trained so far; of a training checkpoint that
-    knows them.
-    """
-    if not is_training(source):
-        return []
-    return json.loads((source / TRAINER).read_text(encoding="utf-8"))["extra"].get("end_tokens", [])
-
-
-def default_base(source: Path) -> Path:
-    """Return where to-hf takes what is not in a DCP directory from, unless the user names it.
-
-    Raises:
-        InputError: a training checkpoint whose run's model is not known or not there.
-    """
-    if not is_training(source):
-        return source
-    path = (read_config(source).get("model") or {}).get("path")
-    if path is None or not Path(path).is_dir():
-        was = (
-            "its run's config.json names none"
-            if path is None
-            else f"that of its run, {path}, is not here"
-        )
-        raise InputError(
-            f"{source} needs the Hugging Face directory that training began with, and "
-            f"{was}; name it with --base"
-        )
-    return Path(path)
 
 
 # --------------------------------------------------------------------------------------------------

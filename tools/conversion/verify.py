@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.conversion.convert import PART_ELEMENTS, TRAINER, is_training, meta_model, slices
+from tools.conversion.convert import PART_ELEMENTS, meta_model, slices
 from tools.conversion.jobs import Bar, Progress, run, shares
+from tools.conversion.training import TRAINER, is_training
 from torchsft.checkpoint.boxes import Box
 from torchsft.checkpoint.converted import CARRIED, MODEL, is_dcp
 from torchsft.checkpoint.hf_directory import Weights, is_model_key, is_mtp, read_config
