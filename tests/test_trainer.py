@@ -19,6 +19,7 @@ from tests.distributed.test_layouts import SilentTrainer, config_for
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint import state
 from torchsft.checkpoint.publish import output_lock
+from torchsft.checkpoint.writer import PublishingWriter
 from torchsft.config import InputError, Optim, Precision, Train
 from torchsft.parallel.world import World
 from torchsft.resolution import resolve
@@ -624,7 +625,7 @@ def test_a_checkpoint_that_is_due_too_soon_is_left_out_if_asked(
         "none",
     ]
     ended = threading.Event()
-    write, trainer_save = state.Checkpointer._write, Trainer.save
+    write, trainer_save = PublishingWriter.write_data, Trainer.save
 
     def slow(self, *arguments):
         ended.wait(60)
@@ -635,7 +636,7 @@ def test_a_checkpoint_that_is_due_too_soon_is_left_out_if_asked(
             ended.set()
         return trainer_save(self, *arguments)
 
-    monkeypatch.setattr(state.Checkpointer, "_write", slow)
+    monkeypatch.setattr(PublishingWriter, "write_data", slow)
     monkeypatch.setattr(Trainer, "save", save)
     run_recipe(monkeypatch, *options, "--output", tmp_path / "run")
     saved = sorted(state.saved_step(path) for path in (tmp_path / "run" / "checkpoints").iterdir())
