@@ -4,6 +4,7 @@ was never told.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -139,9 +140,15 @@ def send_at_once(pids: list[int], phases: Phases) -> None:
 def test_ctrl_c_before_training_is_one_line(inputs, ranks, tmp_path):
     """Whatever the ranks are doing, in collectives too: no traceback of any."""
     log, output = tmp_path / "log.txt", tmp_path / "run"
+    # So many rows that they are still being tokenised when the signal comes.
+    message = {"role": "user", "content": "one two three"}
+    rows = [{"messages": [message, {"role": "assistant", "content": str(n)}]} for n in range(30000)]
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(json.dumps(row) for row in rows))
+    more = ["--data.train", str(many), "--data.cache", str(tmp_path / "cache")]
     run = {
         "size": 2,
-        "argv": [*options(inputs, output, STEPS), "--data.cache", str(tmp_path / "cache")],
+        "argv": [*options(inputs, output, STEPS), *more],
         "log": str(log),
     }
     ((codes, _),) = ranks(1, attend, deed=send_at_once, **run)
