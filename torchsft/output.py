@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.endings import about, read_generation_config, stop_ids
+from torchsft.checkpoint.hf_directory import EXPORT_DTYPES
 from torchsft.checkpoint.resume import checkpoints_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config
 from torchsft.metrics.logger import MetricsLogger
 from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.world import World
-
-EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 class RunOutput:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from tests.checkpoint.layouts import optimizer_for, update
-from tools.conversion.convert import EXPORT_DTYPES
 from torchsft.checkpoint import huggingface
+from torchsft.checkpoint.hf_directory import EXPORT_DTYPES
 from torchsft.checkpoint.state import Checkpointer
 from torchsft.config import Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config

@@ -36,6 +36,7 @@ from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
+    EXPORT_DTYPES,
     Weights,
     carried_dtype,
     contents_of,
@@ -72,7 +73,6 @@ from torchsft.precision.blockwise import SCALE_SUFFIX, quantise, scale_key, scal
 PART_ELEMENTS = 1 << 24  # of a tensor; a worker holds them as read, as written and perhaps in fp32
 DCP_FILE_BYTES = 1e9
 SHARD_BYTES = 5e9
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 
 def slices(shape: Sequence[int], elements: int, multiple: int = 1) -> Iterator[tuple[slice, ...]]:

@@ -32,6 +32,8 @@ from torchsft.precision.blockwise import BLOCK, described_block, scale_key, scal
 # configuration's `auto_map` (other tools may need them); they are copied, never run.
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "additional_chat_templates/*.jinja")
 _OTHERS = {"config.json", "checkpoint.json", "trainer.json"}  # written anew, or of a DCP directory
+# What --checkpoint.export and to-hf --dtype call the dtypes of an export.
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote
 
 

@@ -15,6 +15,7 @@ Permutations are computed position by position, so nothing here grows with the d
 Streaming sources are read in the order of their files instead.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from fractions import Fraction
@@ -203,9 +204,9 @@ class _Loader(Iterator[Step]):
         self.sizes = [0] * len(self.sources)  # samples of each source, 0 while that is not known
         self.contents = [f"{source.name} streamed" for source in self.sources]
 
+    @abstractmethod
     def _take(self, start: WindowStart) -> _Taken:
         """Return the samples of the window that begins at `start`."""
-        raise NotImplementedError
 
     def _read(self, ref: SampleRef) -> Sample:
         if isinstance(ref.sample, Sample):
