@@ -22,6 +22,9 @@ from sft import debug_preset, finetune_preset, run
 from torchsft.config import Config, Data, Optim, Parallel, Train
 from torchsft.interruption import run_main
 
+# What this recipe trains, as config.json names it.
+ARCHITECTURES = ("DeepseekV3ForCausalLM",)
+
 
 def debug() -> Config:
     """Small random model that learns a generated chat task in about 2 minutes on 2 CPU cores."""
@@ -101,7 +104,7 @@ PRESETS = {
 
 def main() -> None:
     """Train as the command line says."""
-    run(PRESETS, __doc__ or "")
+    run(PRESETS, __doc__ or "", ARCHITECTURES)
 
 
 if __name__ == "__main__":

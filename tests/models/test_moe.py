@@ -5,8 +5,8 @@ import torch
 
 from torchsft.models.attention import locate_documents
 from torchsft.models.decoder import SwigluMLP
-from torchsft.models.deepseek_v3 import GroupedSigmoidRouter
 from torchsft.models.moe import Experts, MoE
+from torchsft.models.routers import GroupedSigmoidRouter
 
 T, D, E = 50, 12, 8
 

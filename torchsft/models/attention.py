@@ -294,7 +294,8 @@ class GroupedQueryAttention(nn.Module):
         heads: int,
         kv_heads: int,  # a divisor of `heads`
         head_dim: int,
-        rope: Rope,  # rotary embedding of queries and keys; of rope.dim <= head_dim entries
+        # rotary embedding of rope.dim <= head_dim entries of queries and keys; None: without
+        rope: Rope | None,
         bias: bool = False,  # of the projections of queries, keys and values
         output_bias: bool = False,
         qk_norm_eps: float | None = None,  # of the norms of each query and key; None: without
@@ -323,9 +324,10 @@ class GroupedQueryAttention(nn.Module):
         v_CGd = self.v_proj(x_CD).unflatten(-1, by_head)
         if self.q_norm is not None:
             q_CHd, k_CGd = self.q_norm(q_CHd), self.k_norm(k_CGd)
-        cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
-        q_CHd = rotate(q_CHd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
-        k_CGd = rotate(k_CGd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
+        if self.rope is not None:
+            cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
+            q_CHd = rotate(q_CHd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
+            k_CGd = rotate(k_CGd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
 
         q_THd, k_TGd, v_TGd = layout.tokens_to_heads(q_CHd, k_CGd, v_CGd)
         out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents)

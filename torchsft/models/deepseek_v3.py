@@ -11,20 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from torchsft.models.attention import LatentAttention
 from torchsft.models.config_json import read_fields, read_rope, refuse_if, required_fields
-from torchsft.models.decoder import Float32Buffers, SwigluMLP
+from torchsft.models.decoder import SwigluMLP
 from torchsft.models.language_model import (
     DecoderLayer,
     ExpertImplementation,
     LanguageModel,
     ModelConfig,
 )
-from torchsft.models.moe import Experts, MoE, Routing, router_logits
+from torchsft.models.moe import Experts, MoE
 from torchsft.models.rope import Rope
+from torchsft.models.routers import GroupedSigmoidRouter
 
 # Fields with one supported value; a config.json that says another one describes another
 # computation.
@@ -186,58 +184,6 @@ class DeepseekV3Config(ModelConfig):
         """Of each head a score, from queries and keys, and what it takes of a value."""
         heads = self.num_hidden_layers * self.num_attention_heads
         return heads * (self.qk_head_dim + self.v_head_dim)
-
-
-class GroupedSigmoidRouter(Float32Buffers):
-    """Chooses K (`top_k`) of E experts for every token; everything here is fp32 whatever the model
-    computes in.
-
-    Experts are split into G groups of neighbours, and those of `top_groups` groups may be chosen.
-    `normalise` divides a token's K weights by their sum; `scale` is the factor of the weights after
-    that.
-    """
-
-    e_score_correction_bias: Tensor
-
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        *,
-        top_k: int,
-        groups: int,
-        top_groups: int,
-        normalise: bool,
-        scale: float,
-    ) -> None:
-        super().__init__()
-        self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
-        self.normalise, self.scale = normalise, scale
-        self.weight = nn.Parameter(torch.empty(experts, width))
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
-
-    def forward(self, x_SD: Tensor) -> Routing:
-        """Choose experts. Weights are the sigmoid scores; the correction bias takes part in the
-        choice alone.
-
-        Groups compete by the sum of their two best biased scores, and experts of the other groups
-        are out (-inf: a fill of 0, as in DeepSeek's first public code, lets them win over negative
-        biased scores; transformers 5 uses -inf too).
-        """
-        scores_SE = router_logits(x_SD, self.weight).sigmoid()
-        choice_SE = scores_SE.detach() + self.e_score_correction_bias
-        if self.top_groups < self.groups:
-            choice_SGe = choice_SE.unflatten(1, (self.groups, -1))
-            group_scores_SG = choice_SGe.topk(2, dim=-1).values.sum(-1)
-            best_groups = group_scores_SG.topk(self.top_groups, dim=-1, sorted=False).indices
-            out_SG = torch.ones_like(group_scores_SG, dtype=torch.bool)
-            out_SG.scatter_(1, best_groups, False)
-            choice_SE = choice_SGe.masked_fill(out_SG.unsqueeze(-1), float("-inf")).flatten(1)
-        experts_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
-        weights_SK = scores_SE.gather(1, experts_SK)
-        if self.normalise:
-            weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(weights_SK * self.scale, experts_SK, scores_SE)
 
 
 class DeepseekV3(LanguageModel):

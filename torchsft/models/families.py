@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torchsft.config import InputError
 from torchsft.models.deepseek_v3 import DeepseekV3
 from torchsft.models.language_model import LanguageModel, ModelConfig
+from torchsft.models.llama import Llama, Mistral, Qwen2, SmolLM3
 from torchsft.models.qwen3 import Qwen3, Qwen3Moe
 
 
@@ -19,8 +20,12 @@ class Family(NamedTuple):
 # `architectures` of config.json -> its family.
 FAMILIES = {
     "DeepseekV3ForCausalLM": Family("deepseek_v3", DeepseekV3),
+    "LlamaForCausalLM": Family("llama", Llama),
+    "MistralForCausalLM": Family("mistral", Mistral),
+    "Qwen2ForCausalLM": Family("qwen2", Qwen2),
     "Qwen3ForCausalLM": Family("qwen3", Qwen3),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3Moe),
+    "SmolLM3ForCausalLM": Family("smollm3", SmolLM3),
 }
 
 

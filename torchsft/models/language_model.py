@@ -18,6 +18,7 @@ Shape suffixes: T tokens (all rows of the microbatch folded), S of them on this 
 and C on its tensor group (models/decoder.py), D width, V vocabulary, N documents, P rope pairs.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
@@ -186,6 +187,9 @@ class LanguageModel(nn.Module):
         "model.layers.*.mlp.down_proj": "row",
         "lm_head": "vocabulary",
     }
+    # Where Hugging Face keys differ from names here: pattern -> replacement, applied in order to a
+    # name (experts one by one).
+    renamed: ClassVar[Mapping[str, str]] = {}
     # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release.
     quantised: ClassVar[re.Pattern[str]]
     # Word -> pattern of parameter names (optim/selection.py).
@@ -332,7 +336,17 @@ class LanguageModel(nn.Module):
                 pieces[name] = expert_pieces(name, shape)
             else:
                 pieces[name] = [Piece(name, shape, (0,) * len(shape))]
-        return pieces
+        return {
+            name: [dataclasses.replace(piece, key=self.hf_key(piece.key)) for piece in parts]
+            for name, parts in pieces.items()
+        }
+
+    @classmethod
+    def hf_key(cls, name: str) -> str:
+        """Return the Hugging Face key of a parameter, or of one expert's part of it."""
+        for pattern, replacement in cls.renamed.items():
+            name = re.sub(pattern, replacement, name)
+        return name
 
     @classmethod
     def is_quantised(cls, key: str) -> bool:
