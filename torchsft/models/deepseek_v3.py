@@ -224,7 +224,8 @@ class GroupedSigmoidRouter(Float32Buffers):
         are out (-inf: a fill of 0, as in DeepSeek's first public code, lets them win over negative
         biased scores; transformers 5 uses -inf too).
         """
-        scores_SE = router_logits(x_SD, self.weight).sigmoid()
+        logits_SE = router_logits(x_SD, self.weight)
+        scores_SE = logits_SE.sigmoid()
         choice_SE = scores_SE.detach() + self.e_score_correction_bias
         if self.top_groups < self.groups:
             choice_SGe = choice_SE.unflatten(1, (self.groups, -1))
@@ -237,7 +238,7 @@ class GroupedSigmoidRouter(Float32Buffers):
         weights_SK = scores_SE.gather(1, experts_SK)
         if self.normalise:
             weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(weights_SK * self.scale, experts_SK, scores_SE)
+        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
 
 
 class DeepseekV3(LanguageModel):

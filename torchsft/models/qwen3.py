@@ -177,11 +177,12 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Routing:
         """Choose experts."""
-        scores_SE = router_logits(x_SD, self.weight).softmax(-1)
+        logits_SE = router_logits(x_SD, self.weight)
+        scores_SE = logits_SE.softmax(-1)
         weights_SK, experts_SK = scores_SE.topk(self.top_k, dim=-1, sorted=False)
         if self.normalise:
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
-        return Routing(weights_SK, experts_SK, scores_SE)
+        return Routing(weights_SK, experts_SK, scores_SE, logits_SE)
 
 
 class Qwen3(LanguageModel):
