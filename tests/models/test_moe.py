@@ -28,7 +28,7 @@ def test_choice_and_weights_equal_a_loop_over_tokens(mean, groups):
     """
     gate = router(mean, groups=groups[0], top_groups=groups[1])
     x = torch.randn(T, D)
-    weights_TK, experts_TK, _ = gate(x)
+    weights_TK, experts_TK, *_ = gate(x)
     scores = (x @ gate.weight.T).sigmoid().tolist()
     bias, size = gate.e_score_correction_bias.tolist(), E // groups[0]
     for token in range(T):
@@ -49,8 +49,8 @@ def test_scores_are_fp32_for_bf16_tokens():
     """
     gate = router(0.0)
     x = torch.randn(T, D).bfloat16()
-    weights, experts, _ = gate(x)
-    expected_weights, expected_experts, _ = gate(x.float())
+    weights, experts, *_ = gate(x)
+    expected_weights, expected_experts, *_ = gate(x.float())
     assert weights.dtype == torch.float32
     assert torch.equal(weights, expected_weights) and torch.equal(experts, expected_experts)
     small = router(0.0).to(torch.bfloat16)
@@ -119,7 +119,7 @@ def test_the_balance_loss_is_that_of_each_document_and_reaches_the_router_whatev
         torch.nn.init.normal_(parameter, std=0.5)
     x, factors, lengths = torch.randn(T, 16), torch.ones(T, 4), [7, 1, 30]
     documents = locate_documents("sdpa", factors, factors, torch.tensor([0, 7, 8, 38]), None)
-    _, experts_TK, _ = gate(x)
+    _, experts_TK, *_ = gate(x)
     chosen = [set(row) for row in experts_TK.tolist()]
 
     def definition(weight: torch.Tensor) -> float:

@@ -137,7 +137,7 @@ def test_the_router_equals_a_loop_over_tokens():
     gate = SoftmaxRouter(12, 8, top_k=3, normalise=True)
     torch.nn.init.normal_(gate.weight)
     x_SD = torch.randn(20, 12)
-    weights_SK, experts_SK, scores_SE = gate(x_SD)
+    weights_SK, experts_SK, scores_SE, _ = gate(x_SD)
     torch.testing.assert_close(scores_SE.sum(-1), torch.ones(20))
     for token in range(20):
         scores = (x_SD[token] @ gate.weight.T).exp().tolist()

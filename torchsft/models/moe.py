@@ -31,6 +31,7 @@ class Routing(NamedTuple):
     weights_SK: Tensor  # fp32, factors of the experts' outputs
     experts_SK: Tensor  # int64, the chosen experts
     scores_SE: Tensor  # fp32, at least 0: what the choice followed, for the balance loss
+    logits_SE: Tensor  # fp32, from which the scores are made, for the z-loss
 
 
 class Router(Protocol):
@@ -154,7 +155,7 @@ class MoE(nn.Module):
         """x_SD to y_SD. Padding tokens are assigned to experts in turn, so that none is overloaded,
         weigh 0 and are not counted.
         """
-        weights_SK, experts_SK, scores_SE = self.gate(x_SD)
+        weights_SK, experts_SK, scores_SE, _ = self.gate(x_SD)
         valid_S1 = documents.valid_S.unsqueeze(1)
         if self.training and self.balance_scale:
             weights_SK = self.add_balance_loss(weights_SK, experts_SK, scores_SE, documents)

@@ -46,7 +46,8 @@ class GroupedSigmoidRouter(Float32Buffers):
         are out (-inf: a fill of 0, as in DeepSeek's first public code, lets them win over negative
         biased scores; transformers 5 uses -inf too).
         """
-        scores_SE = router_logits(x_SD, self.weight).sigmoid()
+        logits_SE = router_logits(x_SD, self.weight)
+        scores_SE = logits_SE.sigmoid()
         choice_SE = scores_SE.detach() + self.e_score_correction_bias
         if self.top_groups < self.groups:
             choice_SGe = choice_SE.unflatten(1, (self.groups, -1))
@@ -59,7 +60,7 @@ class GroupedSigmoidRouter(Float32Buffers):
         weights_SK = scores_SE.gather(1, experts_SK)
         if self.normalise:
             weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(weights_SK * self.scale, experts_SK, scores_SE)
+        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
 
 
 class SoftmaxRouter(nn.Module):
@@ -74,8 +75,9 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Routing:
         """Choose experts."""
-        scores_SE = router_logits(x_SD, self.weight).softmax(-1)
+        logits_SE = router_logits(x_SD, self.weight)
+        scores_SE = logits_SE.softmax(-1)
         weights_SK, experts_SK = scores_SE.topk(self.top_k, dim=-1, sorted=False)
         if self.normalise:
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
-        return Routing(weights_SK, experts_SK, scores_SE)
+        return Routing(weights_SK, experts_SK, scores_SE, logits_SE)
