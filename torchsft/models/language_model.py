@@ -18,6 +18,7 @@ Shape suffixes: T tokens (all rows of the microbatch folded), S of them on this 
 and C on its tensor group (models/decoder.py), D width, V vocabulary, N documents, P rope pairs.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
@@ -95,7 +96,9 @@ class ModelConfig(Protocol):
 
     @property
     def pair_cost(self) -> int:
-        """Multiply-adds of all layers' attention for a token and one that it sees."""
+        """Multiply-adds of all layers' attention for a token and one that it sees, which are as
+        many in each.
+        """
         ...
 
     @property
@@ -104,6 +107,10 @@ class ModelConfig(Protocol):
         in config.json.
         """
         ...
+
+    def attention_window(self, layer: int) -> int | None:
+        """How many tokens a token of a layer (from 0) sees, itself the last; None: all."""
+        return None
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts."""
@@ -125,12 +132,17 @@ class ModelConfig(Protocol):
 
         2 per multiply-add. Every matrix that a token meets counts once (`layer_costs` and the
         output embedding, not the input embedding), and attention counts its causal half: L^2 / 2
-        pairs for a document of L tokens.
+        pairs for a document of L tokens. Where a window w is shorter than that, w^2 / 2 pairs until
+        it is full and w for each token behind.
         """
         per_token = self.head_cost + sum(self.layer_costs())
-        pairs = sum(length**2 / 2 for length in document_lengths)
-        multiply_adds = per_token * sum(document_lengths) + self.pair_cost * pairs
-        return 3 * 2 * float(multiply_adds)
+        windows = list(map(self.attention_window, range(self.num_hidden_layers)))
+        pairs = 0.0
+        for window, length in itertools.product(windows, document_lengths):
+            seen = length if window is None else min(window, length)
+            pairs += seen * (length - seen / 2)
+        attention = self.pair_cost * pairs / len(windows)
+        return 3 * 2 * float(per_token * sum(document_lengths) + attention)
 
 
 class DecoderLayer(nn.Module):
@@ -285,7 +297,10 @@ class LanguageModel(nn.Module):
         x_SD = self.model.embed_tokens(layout.context(tokens)) if self.first else tokens
         implementation = choose_implementation(self.attention, x_SD.device, x_SD.dtype)
         cos_TP, sin_TP = self.model.rotary_emb(positions)
-        documents = locate_documents(implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout)
+        windows = {self.config.attention_window(int(layer)) for layer in self.model.layers}
+        documents = locate_documents(
+            implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout, windows
+        )
         for layer in self.model.layers.values():
             x_SD = layer(x_SD, documents)
         if not self.last:
