@@ -343,7 +343,8 @@ class LanguageModel(nn.Module):
         pieces: dict[str, list[Piece]] = {}
         for name, tensor in self.state_dict().items():
             shape = tuple(tensor.shape)
-            if isinstance(self._owner(name), Experts):
+            owner = self._owner(name)
+            if isinstance(owner, Experts) and owner.stored_singly:
                 pieces[name] = expert_pieces(name, shape)
             else:
                 pieces[name] = [Piece(name, shape, (0,) * len(shape))]
