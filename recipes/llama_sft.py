@@ -11,8 +11,8 @@ Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py m
 packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
 data, context (cp) and tensor (tp) parallelism in any combination that divides. Ctrl-C, SIGTERM and
 SIGUSR1 make it save and end; the same command continues.
-Refuses: fp8 compute (not in this version), tied embeddings with pp, sliding windows, biases in
-feed-forward networks.
+Refuses: fp8 compute (not in this version), tied embeddings with pp, biases in feed-forward
+networks, sliding windows of Qwen2 and SmolLM3.
 """
 
 from __future__ import annotations

@@ -83,9 +83,8 @@ TINY = {
     ),
     "mistral": TinyFamily(
         "MistralForCausalLM",
-        GROUPED | {"sliding_window": None},
-        {"tied": {"tie_word_embeddings": True}},
-        inert=frozenset({"sliding_window"}),  # refused, which a test of its own shows
+        GROUPED | {"sliding_window": 20},
+        {"tied, without a window": {"tie_word_embeddings": True, "sliding_window": None}},
     ),
     "qwen2": TinyFamily(
         "Qwen2ForCausalLM",

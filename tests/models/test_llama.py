@@ -48,7 +48,7 @@ def test_layers_without_rope_are_those_of_the_list_or_of_every_interval():
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("mistral", {"sliding_window": 4096}, "sliding_window = 4096, but only null"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0, but it must be at least 1"),
         ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers = \[1, 0\], but .* 4 layers"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "with sliding_attention; only"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "without factor, low_freq_factor"),

@@ -79,14 +79,14 @@ def test_absent_fields_mean_what_transformers_assumes(family):
     ours = read_model_config(
         {key: value for key, value in sizes.items() if value is not None}
         | {"architectures": stated.architectures}
-        | {key: None for key in ("sliding_window",) if key in sizes}
     )
     assumed = kind(**sizes)
     compared = [f.name for f in dataclasses.fields(ours) if hasattr(assumed, f.name)]
     assert len(compared) >= 10
     for name in compared:
         mine, theirs = getattr(ours, name), getattr(assumed, name)
-        assert (list(mine) if isinstance(mine, tuple) else mine) == theirs or not mine, name
+        if mine != ():  # an empty list stands for a rule, which the family's own tests look at
+            assert (list(mine) if isinstance(mine, tuple) else mine) == theirs, name
     assert ours.rope.theta == assumed.rope_parameters["rope_theta"]
 
 
@@ -124,5 +124,9 @@ def test_flops_are_those_of_the_matrices(family, case):
         logits_of(model, packed(lengths))
     counts = counter.get_flop_counts()["Global"]
     matrices = sum(n for op, n in counts.items() if "scaled_dot_product" not in str(op))
-    pairs = sum(length**2 / 2 for length in lengths)
-    assert model.config.flops(lengths) == 3 * (matrices + 2 * model.config.pair_cost * pairs)
+    layers = [model.config.attention_window(layer) or 99 for layer in range(4)]
+    pairs = sum(
+        length**2 / 2 - max(0, length - window) ** 2 / 2 for length in lengths for window in layers
+    )
+    attention = 2 * model.config.pair_cost * pairs / 4
+    assert model.config.flops(lengths) == pytest.approx(3 * (matrices + attention), rel=1e-12)

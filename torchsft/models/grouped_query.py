@@ -49,6 +49,7 @@ class GroupedQueryConfig(ModelConfig):
     # Fields that `from_hf` reads otherwise than as numbers, and names of one setting.
     apart: ClassVar[Collection[str]] = ("rope",)
     spellings: ClassVar[Sequence[tuple[str, str]]] = ()
+    null_says_something: ClassVar[Collection[str]] = ()
     # Of the rotary embedding, where config.json is silent: its base, and the part of a head that is
     # rotated.
     rope_theta: ClassVar[float] = 10000.0
@@ -69,6 +70,7 @@ class GroupedQueryConfig(ModelConfig):
             apart=cls.apart,
             spellings=cls.spellings,
             supported_values=cls.supported_values,
+            null_says_something=cls.null_says_something,
         )
         if cls.only_full_attention:
             kinds = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
@@ -180,7 +182,9 @@ class GroupedQueryModel(LanguageModel):
 
     def attention_options(self, layer: int) -> dict[str, Any]:
         """Return what a layer's `GroupedQueryAttention` has besides its sizes."""
-        return {"rope": self.config.rope, "bias": self.config.attention_bias}
+        config = self.config
+        window = config.attention_window(layer)
+        return {"rope": config.rope, "bias": config.attention_bias, "window": window}
 
     def build_moe(self, layer: int, implementation: ExpertImplementation) -> MoE:
         """Make a layer's router and experts, with shared ones where a token meets more than the

@@ -44,9 +44,12 @@ class Llama(GroupedQueryModel):
 
 @dataclass(frozen=True, kw_only=True)
 class MistralConfig(GroupedQueryConfig):
-    """Sizes and constants of a Mistral without a sliding window."""
+    """Sizes and constants of a Mistral."""
 
     max_position_embeddings: int = 131072
+    sliding_window: int | None = 4096  # tokens that a token sees in every layer; None: all
+
+    null_says_something = ("sliding_window",)
 
     supported_values: ClassVar[Mapping[str, Any]] = {
         **GroupedQueryConfig.supported_values,
@@ -54,12 +57,17 @@ class MistralConfig(GroupedQueryConfig):
         "layer_types": None,
     }
 
-    @classmethod
-    def read_apart(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Refuse a sliding window; transformers assumes one of 4096 where config.json is silent."""
-        window = config.get("sliding_window", 4096)
-        refuse_if(window is not None, f"sliding_window = {window}, but only null is supported")
-        return {}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window = self.sliding_window
+        refuse_if(
+            window is not None and window < 1,
+            f"sliding_window = {window}, but it must be at least 1",
+        )
+
+    def attention_window(self, layer: int) -> int | None:
+        """How many tokens a token sees, itself the last; None: all."""
+        return self.sliding_window
 
 
 class Mistral(GroupedQueryModel):

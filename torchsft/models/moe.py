@@ -6,7 +6,7 @@ S * K routed rows, N documents.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,9 @@ def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
 
 class Experts(nn.Module):
     """The SwiGLU networks of this rank's experts, stacked."""
+
+    # Whether Hugging Face checkpoints hold each expert by itself, or the parameters as they are.
+    stored_singly: ClassVar[bool] = True
 
     def __init__(
         self,
