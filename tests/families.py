@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from recipes import deepseek_v3_sft, llama_sft, qwen3_sft
+from recipes import deepseek_v2_sft, deepseek_v3_sft, llama_sft, qwen3_sft
 from torchsft.models.families import FAMILIES
 
 # Each recipe's module.
-RECIPES: list[ModuleType] = [deepseek_v3_sft, llama_sft, qwen3_sft]
+RECIPES: list[ModuleType] = [deepseek_v2_sft, deepseek_v3_sft, llama_sft, qwen3_sft]
 
 # Widths that differ from each other; 4 layers, 4 query heads.
 SIZES = dict(
@@ -36,6 +36,18 @@ SIZES = dict(
     eos_token_id=None,
 )
 GROUPED = SIZES | dict(num_key_value_heads=2, head_dim=12)
+LATENT = SIZES | dict(
+    num_key_value_heads=4,
+    moe_intermediate_size=16,
+    n_shared_experts=1,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    q_lora_rank=24,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+)
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -71,6 +83,35 @@ class TinyFamily:
 
 
 TINY = {
+    "deepseek_v2": TinyFamily(
+        "DeepseekV2ForCausalLM",
+        LATENT
+        | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)
+        | dict(first_k_dense_replace=1, routed_scaling_factor=2.0, n_shared_experts=2),
+        {
+            "as V2-Lite": {"q_lora_rank": None, "topk_method": "greedy", "n_group": None},
+            "biases, tied, yarn": {
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+                "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+            },
+        },
+        inert=frozenset(
+            {"pretraining_tp", "output_router_logits", "head_dim", "qk_head_dim"}
+            | {"num_key_value_heads"}  # must be as many as heads
+        ),
+    ),
+    "glm4_moe_lite": TinyFamily(
+        "Glm4MoeLiteForCausalLM",
+        LATENT | dict(v_head_dim=20, n_group=2, topk_group=1),
+        {
+            "no query latent, not normalised": {"q_lora_rank": None, "norm_topk_prob": False},
+            "dense layers listed": {"mlp_layer_types": ["sparse", "dense", "dense", "sparse"]},
+            "yarn": {"rope_parameters": YARN, "attention_bias": True},
+        },
+        inert=frozenset({"pretraining_tp", "output_router_logits", "num_key_value_heads"})
+        | {"qk_head_dim"},
+    ),
     "llama": TinyFamily(
         "LlamaForCausalLM",
         GROUPED,
@@ -198,8 +239,93 @@ QWEN3_235B = QWEN3_30B | {
     "num_hidden_layers": 94,
 }
 
+DEEPSEEK_V2 = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1536,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+GLM_4_7_FLASH = {
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 202752,
+    "model_type": "glm4_moe_lite",
+    "moe_intermediate_size": 1536,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_attention_heads": 20,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 47,
+    "num_key_value_heads": 20,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.8,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
+
 # Presets (but debug and finetune) of the recipes, by name.
 PUBLISHED = {
+    "v2_lite": Published(deepseek_v2_sft, DEEPSEEK_V2_LITE, 31, 15_706_484_224),
+    "v2": Published(deepseek_v2_sft, DEEPSEEK_V2, 59, 235_741_434_880),
+    "glm_4_7_flash": Published(deepseek_v3_sft, GLM_4_7_FLASH, 60),
     "qwen3_30b": Published(qwen3_sft, QWEN3_30B, 61, 30_532_122_624),
     "qwen3_235b": Published(qwen3_sft, QWEN3_235B, 59, 235_093_634_560),
     "llama_8b": Published(llama_sft, LLAMA_8B, 16, 8_030_261_248),

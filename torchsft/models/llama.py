@@ -117,9 +117,9 @@ class SmolLM3Config(LlamaConfig):
     only_full_attention = True
 
     @classmethod
-    def read_apart(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def read_apart(cls, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Read which layers have a rotary embedding."""
-        layers, rotated = config["num_hidden_layers"], config.get("no_rope_layers")
+        layers, rotated = values["num_hidden_layers"], config.get("no_rope_layers")
         if rotated is None:
             return {}
         odd = not isinstance(rotated, list) or not set(rotated) <= {0, 1} or len(rotated) < layers

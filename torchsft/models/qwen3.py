@@ -44,7 +44,7 @@ class Qwen3MoeConfig(Qwen3Config):
     spellings = (("num_experts", "num_local_experts"),)
 
     @classmethod
-    def read_apart(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def read_apart(cls, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Read which layers are dense."""
         dense = config.get("mlp_only_layers") or []
         odd = not isinstance(dense, list) or not all(type(layer) is int for layer in dense)
