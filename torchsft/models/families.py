@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torchsft.config import InputError
 from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.models.gpt_oss import GptOss
 from torchsft.models.language_model import LanguageModel, ModelConfig
 from torchsft.models.llama import Llama, Mistral, Qwen2, SmolLM3
 from torchsft.models.qwen3 import Qwen3, Qwen3Moe
@@ -20,6 +21,7 @@ class Family(NamedTuple):
 # `architectures` of config.json -> its family.
 FAMILIES = {
     "DeepseekV3ForCausalLM": Family("deepseek_v3", DeepseekV3),
+    "GptOssForCausalLM": Family("gpt_oss", GptOss),
     "LlamaForCausalLM": Family("llama", Llama),
     "MistralForCausalLM": Family("mistral", Mistral),
     "Qwen2ForCausalLM": Family("qwen2", Qwen2),

@@ -65,17 +65,21 @@ class GroupedSigmoidRouter(Float32Buffers):
 
 class SoftmaxRouter(nn.Module):
     """Chooses the K (`top_k`) of E experts with the largest softmax scores, which weigh them;
-    `normalise` divides a token's K weights by their sum. Everything here is fp32.
+    `normalise` divides a token's K weights by their sum, which makes them the softmax over the
+    chosen logits. Everything here is fp32.
     """
 
-    def __init__(self, width: int, experts: int, *, top_k: int, normalise: bool) -> None:
+    def __init__(
+        self, width: int, experts: int, *, top_k: int, normalise: bool, bias: bool = False
+    ) -> None:
         super().__init__()
         self.top_k, self.normalise = top_k, normalise
         self.weight = nn.Parameter(torch.empty(experts, width))
+        self.bias = nn.Parameter(torch.empty(experts)) if bias else None
 
     def forward(self, x_SD: Tensor) -> Routing:
         """Choose experts."""
-        logits_SE = router_logits(x_SD, self.weight)
+        logits_SE = router_logits(x_SD, self.weight, self.bias)
         scores_SE = logits_SE.softmax(-1)
         weights_SK, experts_SK = scores_SE.topk(self.top_k, dim=-1, sorted=False)
         if self.normalise:
