@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from recipes import deepseek_v2_sft, deepseek_v3_sft, llama_sft, qwen3_sft
+from recipes import deepseek_v2_sft, deepseek_v3_sft, gpt_oss_sft, llama_sft, qwen3_sft
 from torchsft.models.families import FAMILIES
 
 # Each recipe's module.
-RECIPES: list[ModuleType] = [deepseek_v2_sft, deepseek_v3_sft, llama_sft, qwen3_sft]
+RECIPES: list[ModuleType] = [deepseek_v2_sft, deepseek_v3_sft, gpt_oss_sft, llama_sft, qwen3_sft]
 
 # Widths that differ from each other; 4 layers, 4 query heads.
 SIZES = dict(
@@ -122,6 +122,41 @@ TINY = {
         },
         inert=frozenset({"pretraining_tp"}),
     ),
+    "gpt_oss": TinyFamily(
+        "GptOssForCausalLM",
+        GROUPED
+        | dict(
+            intermediate_size=16,
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            sliding_window=11,
+            swiglu_limit=0.5,  # is met
+            rope_parameters=YARN | {"rope_theta": 150000.0, "factor": 32.0, "truncate": False},
+        ),
+        {
+            "all layers full, without biases": {
+                "layer_types": ["full_attention"] * 4,
+                "attention_bias": False,
+            },
+            "all layers see themselves alone, tied": {
+                "layer_types": ["sliding_attention"] * 4,
+                "sliding_window": 1,
+                "tie_word_embeddings": True,
+            },
+            "wide clamps, whole pairs, one key/value head": {
+                "swiglu_limit": 7.0,
+                "swiglu_alpha": 0.7,
+                "num_key_value_heads": 1,
+                "rope_parameters": YARN,
+            },
+            "a window beyond every document, no yarn": {
+                "sliding_window": 200,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        # of a loss that is not computed here, and of a name for what experts compute
+        inert=frozenset({"router_aux_loss_coef", "output_router_logits"}),
+    ),
     "mistral": TinyFamily(
         "MistralForCausalLM",
         GROUPED | {"sliding_window": 20},
@@ -199,6 +234,48 @@ LLAMA_70B = LLAMA_8B | {
     "intermediate_size": 28672,
     "num_attention_heads": 64,
     "num_hidden_layers": 80,
+}
+
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+GPT_OSS_120B = GPT_OSS_20B | {
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
 }
 
 QWEN3_30B = {
@@ -328,6 +405,8 @@ PUBLISHED = {
     "glm_4_7_flash": Published(deepseek_v3_sft, GLM_4_7_FLASH, 60),
     "qwen3_30b": Published(qwen3_sft, QWEN3_30B, 61, 30_532_122_624),
     "qwen3_235b": Published(qwen3_sft, QWEN3_235B, 59, 235_093_634_560),
+    "gpt_oss_20b": Published(gpt_oss_sft, GPT_OSS_20B, 42, 20_914_757_184),
+    "gpt_oss_120b": Published(gpt_oss_sft, GPT_OSS_120B, 58, 116_829_156_672),
     "llama_8b": Published(llama_sft, LLAMA_8B, 16, 8_030_261_248),
     "llama_70b": Published(llama_sft, LLAMA_70B, 35, 70_553_706_496),
 }

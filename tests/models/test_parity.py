@@ -49,7 +49,7 @@ def test_logits_and_gradients_equal_transformers(family, case, record_property):
     loss = model(**inputs)
     loss.backward()
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {model.hf_key(name): p.grad for name, p in model.named_parameters()}
     expected_gradients = {name: p.grad for name, p in hf.named_parameters() if p.requires_grad}
     assert gradients.keys() == expected_gradients.keys()
     errors = {

@@ -45,9 +45,10 @@ class Router(Protocol):
         """Choose K of E experts for every token."""
 
 
-def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
+def router_logits(x_SD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """Return a router's linear map in fp32, [S, E]."""
-    return F.linear(x_SD.float(), local(weight_ED).float())
+    bias_E = None if bias_E is None else local(bias_E).float()
+    return F.linear(x_SD.float(), local(weight_ED).float(), bias_E)
 
 
 class Experts(nn.Module):

@@ -74,7 +74,8 @@ class SoftmaxRouter(nn.Module):
     """Chooses the K (`top_k`) of E experts with the largest softmax scores, which weigh them, among
     those of the `top_groups` groups with the best expert. Everything here is fp32.
 
-    `normalise` divides a token's K weights by their sum; `scale` is the factor of the weights after
+    `normalise` divides a token's K weights by their sum, which makes them the softmax over the
+    chosen logits; `scale` is the factor of the weights after
     that.
     """
 
@@ -88,15 +89,17 @@ class SoftmaxRouter(nn.Module):
         groups: int = 1,
         top_groups: int = 1,
         scale: float = 1.0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
         self.normalise, self.scale = normalise, scale
         self.weight = nn.Parameter(torch.empty(experts, width))
+        self.bias = nn.Parameter(torch.empty(experts)) if bias else None
 
     def forward(self, x_SD: Tensor) -> Routing:
         """Choose experts."""
-        logits_SE = router_logits(x_SD, self.weight)
+        logits_SE = router_logits(x_SD, self.weight, self.bias)
         scores_SE = logits_SE.softmax(-1)
         choice_SE = within_open_groups(scores_SE.detach(), self.groups, self.top_groups, rivals=1)
         experts_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
