@@ -166,8 +166,9 @@ class Trainer:
         with torch.device("meta"):
             whole = self.family(self.model_config, **implementations)
             self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+            frozen = (*train.freeze, *whole.untrained)
             self.selection = select(
-                self.shapes, train.freeze, config.optim.parameter_groups(), whole.parts
+                self.shapes, frozen, config.optim.parameter_groups(), whole.parts
             )
             self.selection.apply(whole)
             # A run that continues, or begins at random, does not read the directory's weights.
@@ -645,6 +646,7 @@ class Trainer:
             all=sum(numbers.values()),
             frozen=sum(numbers[name] for name in frozen),
             tied_head_is_frozen=tied and "model.embed_tokens.weight" in frozen,
+            untrained=self.family.untrained,
         )
         config = self.config
         rows = f"{config.train.global_batch_size} rows of {config.data.seq_len} tokens"

@@ -477,11 +477,8 @@ class ToHf:
 
     def plan(self) -> list[Task]:
         """Return the files to write, of tensors in the model's order."""
-        base, layers, buffers = (
-            self.base_weights,
-            self.model.config.num_hidden_layers,
-            dict(self.model.named_buffers()),
-        )
+        base, layers = self.base_weights, self.model.config.num_hidden_layers
+        constants = self.model.constants()
         items = []
         for name, pieces in self.model.checkpoint_pieces().items():
             for piece in pieces:
@@ -489,7 +486,7 @@ class ToHf:
                     piece.key,
                     self.dtype,
                     base,
-                    buffer=name in buffers,
+                    constant=name in constants,
                     quantised=self.model.is_quantised(piece.key),
                 )
                 items.append(self._item(piece.key, dtype, carried=False))
