@@ -180,8 +180,7 @@ def exported_dtype(
 ) -> torch.dtype:
     """In which dtype an export in `dtype` has a tensor of the model: in fp8 as an fp8 source has
     it, else fp8 where it is `quantised` (`LanguageModel.is_quantised`), or bf16. A `buffer` (the
-    routing bias, whose values training does not change) keeps the source's, and is fp32 without
-    one.
+    routing bias) keeps the source's, and is fp32 without one.
     """
     if buffer:
         return (

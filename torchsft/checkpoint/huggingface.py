@@ -96,6 +96,20 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
     return index
 
 
+def check_moving_bias(index: Weights, model: LanguageModel) -> None:
+    """Refuse a correction bias that training moves, but that an export, in the dtype of the source,
+    would round.
+    """
+    pieces = model.checkpoint_pieces()
+    for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+        for key in (piece.key for piece in pieces[name]):
+            if (found := index.tensors[key].dtype) != "F32":
+                raise InputError(
+                    f"{index.directory}: {key} is {found}, which is too coarse for "
+                    "--router.bias-update-rate; make it F32 or leave that option out"
+                )
+
+
 def _check_tied(index: Weights, rows: int = 4096) -> None:
     """Compare lm_head.weight with the embedding, `rows` rows at a time."""
     keys = "lm_head.weight", "model.embed_tokens.weight"
