@@ -1,5 +1,5 @@
 """Full-parameter supervised fine-tuning of DeepSeek-V3-architecture models (V3, R1, V3.1, Kimi-K2,
-Moonlight).
+Moonlight, GLM-4.7-Flash).
 
     # the debug preset: learns a generated task
     torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py
@@ -21,6 +21,9 @@ import dataclasses
 from sft import debug_preset, finetune_preset, run
 from torchsft.config import Config, Data, Optim, Parallel, Train
 from torchsft.interruption import run_main
+
+# What this recipe trains, as config.json names it.
+ARCHITECTURES = ("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM")
 
 
 def debug() -> Config:
@@ -89,6 +92,14 @@ def moonlight() -> Config:
     )
 
 
+def glm_4_7_flash() -> Config:
+    """GLM-4.7-Flash on 8 H100-80GB (one node): FSDP2 over all of them, 8 of 64 experts on each;
+    60 GB a GPU for weights, gradients and moments, activations beside that.
+    """
+    config = moonlight()
+    return dataclasses.replace(config, data=Data(seq_len=4096), output="outputs/glm_4_7_flash")
+
+
 PRESETS = {
     "debug": debug,
     "finetune": finetune,
@@ -96,12 +107,13 @@ PRESETS = {
     "v3_128": v3_128,
     "v3_64": v3_64,
     "moonlight": moonlight,
+    "glm_4_7_flash": glm_4_7_flash,
 }
 
 
 def main() -> None:
     """Train as the command line says."""
-    run(PRESETS, __doc__ or "")
+    run(PRESETS, __doc__ or "", ARCHITECTURES)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from sft import debug_preset, finetune_preset, run
 from torchsft.config import Config, Data, Optim, Parallel, Train
 from torchsft.interruption import run_main
 
+# What this recipe trains, as config.json names it.
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 # config.json of the debug preset's model, without what follows from its tokenizer.
 DEBUG_MODEL = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -102,7 +104,7 @@ PRESETS = {
 
 def main() -> None:
     """Train as the command line says."""
-    run(PRESETS, __doc__ or "", DEBUG_MODEL)
+    run(PRESETS, __doc__ or "", ARCHITECTURES, DEBUG_MODEL)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,32 @@ def checked(config: Config) -> Config:
     return dataclasses.replace(config, model=model)
 
 
+def check_family(model_path: str, architectures: Sequence[str]) -> None:
+    """Refuse a model that the recipe is not for, before anything of it is loaded.
+
+    Args:
+        model_path: its directory.
+        architectures: those that the recipe trains, as a config.json names them.
+
+    Raises:
+        InputError: its config.json describes another one.
+    """
+    from torchsft.checkpoint.hf_directory import read_config
+    from torchsft.models.families import FAMILIES, family_of
+
+    described = read_config(model_path)
+    if family_of(described) not in [FAMILIES[name].model for name in architectures]:
+        found = ", ".join(described.get("architectures") or [str(described.get("model_type"))])
+        raise InputError(
+            f"--model.path {model_path} holds a {found}, but this recipe trains "
+            f"{', '.join(architectures)}; take the recipe of that family (recipes/README.md)"
+        )
+
+
 def run(
     presets: Mapping[str, Callable[[], Config]],
     doc: str,
+    architectures: Sequence[str],
     debug_model: Mapping[str, Any] | None = None,
 ) -> None:
     """Read the command line, take this rank's place in the world, train.
@@ -116,6 +139,7 @@ def run(
     Args:
         presets: name -> function that builds its configuration; `debug` and `finetune` are there.
         doc: text above the options in the help.
+        architectures: those that the recipe trains, as a config.json names them.
         debug_model: config.json of what the debug preset trains, without vocabulary and special
             tokens; None: that of a DeepSeek-V3.
     """
@@ -136,6 +160,7 @@ def run(
         config, generate = with_generated_inputs(config, debug_model)
     else:
         config = checked(config)
+        check_family(config.model.path, architectures)
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     from answers import answer

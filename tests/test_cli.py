@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes import qwen3_sft
 from recipes.deepseek_v3_sft import PRESETS
 from recipes.sft import choose_preset
+from tests.families import RECIPES
 from torchsft import cli, launch
 from torchsft.config import Config, Data, InputError, to_dict
 
@@ -226,7 +226,7 @@ def test_a_file_lies_between_preset_and_options(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("presets", "preset"),
-    [(presets, name) for presets in (PRESETS, qwen3_sft.PRESETS) for name in presets],
+    [(recipe.PRESETS, name) for recipe in RECIPES for name in recipe.PRESETS],
 )
 def test_a_written_configuration_is_a_config_file(presets, preset, tmp_path):
     config = options(

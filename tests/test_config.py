@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from recipes import qwen3_sft
 from recipes.deepseek_v3_sft import PRESETS
 from recipes.sft import choose_preset
+from tests.families import RECIPES
 from torchsft.cli import parse
 from torchsft.config import (
     Checkpoint,
@@ -164,7 +164,9 @@ def test_epochs_are_numbers_with_or_without_a_point():
     assert '"epochs": 2,' in json.dumps(to_dict(options("finetune", "--train.epochs", "2")[1]))
 
 
-@pytest.mark.parametrize("preset", [*PRESETS.values(), *qwen3_sft.PRESETS.values()])
+@pytest.mark.parametrize(
+    "preset", [preset for recipe in RECIPES for preset in recipe.PRESETS.values()]
+)
 def test_every_preset_can_be_looked_at_without_its_ranks(preset, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config = dataclasses.replace(preset(), print_config=True)

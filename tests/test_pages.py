@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ import torchsft
 from recipes import deepseek_v3_sft
 from recipes.sft import choose_preset
 from tests import same_numbers
+from tests.families import RECIPES
 from tools import benchmark, convert_checkpoint, draw_pages, inspect_data
 from torchsft import cli
 from torchsft.config import Config
@@ -103,14 +105,15 @@ def all_commands(page: Path) -> list[list[str]]:
 # ---------------------------------------------------------------- the real parsers
 
 
-def check_recipe(name: str, argv: Sequence[str]) -> None:
-    presets = importlib.import_module(f"recipes.{name}").PRESETS
-    cli.parse(presets, choose_preset, argv, "")
+def check_recipe(recipe: ModuleType, argv: Sequence[str]) -> None:
+    cli.parse(recipe.PRESETS, choose_preset, argv, "")
 
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "recipes/deepseek_v3_sft.py": functools.partial(check_recipe, "deepseek_v3_sft"),
-    "recipes/qwen3_sft.py": functools.partial(check_recipe, "qwen3_sft"),
+    **{
+        f"{recipe.__name__.replace('.', '/')}.py": functools.partial(check_recipe, recipe)
+        for recipe in RECIPES
+    },
     "tools/inspect_data.py": lambda argv: cli.parse_tool(inspect_data.Options, argv, ""),
     "tools/convert_checkpoint.py": convert_checkpoint.parse,
     "tools/benchmark.py": benchmark.parse,

@@ -18,7 +18,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes.sft import check_family
+from tests.families import RECIPES
 from tests.tiny import write_tiny_model
+from torchsft.config import InputError
+from torchsft.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -69,6 +73,29 @@ def succeed(ranks: int, *options: object, recipe: str = "deepseek_v3_sft.py") ->
 
 def records(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", [Path(module.__file__).name for module in RECIPES])
+def test_every_recipe_has_a_debug_preset_that_trains(tmp_path, recipe):
+    output = tmp_path / "run"
+    options = ["--train.steps", 1, "--eval.answers", 0]
+    succeed(1, *options, "--data.seq-len", 128, "--output", output, recipe=recipe)
+    assert len(records(output)) == 1 and (output / "hf" / "config.json").is_file()
+
+
+def test_a_recipe_trains_its_own_families_alone(tmp_path):
+    """Said from config.json, before weights are opened: there are none."""
+    listed = [name for module in RECIPES for name in module.ARCHITECTURES]
+    assert sorted(listed) == sorted(FAMILIES)
+    for architecture in FAMILIES:
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        for module in RECIPES:
+            if architecture in module.ARCHITECTURES:
+                check_family(str(tmp_path), module.ARCHITECTURES)
+                continue
+            sentence = f"holds a {architecture}, but this recipe trains {module.ARCHITECTURES[0]}"
+            with pytest.raises(InputError, match=sentence):
+                check_family(str(tmp_path), module.ARCHITECTURES)
 
 
 @pytest.mark.parametrize("recipe", ["deepseek_v3_sft.py", "qwen3_sft.py"])

@@ -51,13 +51,16 @@ def randomise(model: PreTrainedModel, bias: tuple[float, float] = (0.0, 0.3)) ->
 
 
 def our_model(hf: PreTrainedModel, **options: Any) -> LanguageModel:
-    """Ours, with the weights of `hf`, whose state dict has the same keys (tied embeddings once)."""
+    """Ours, with the weights of `hf`, whose state dict has the same tensors (tied
+    embeddings once).
+    """
     config = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
     model = build_model(config, **options)
     state = hf.state_dict()
     if hf.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    model.load_state_dict(state)
+    names = {model.hf_key(name): name for name in model.state_dict()}
+    model.load_state_dict({names[key]: tensor for key, tensor in state.items()})
     return model
 
 

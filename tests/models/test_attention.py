@@ -9,29 +9,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsft.config import InputError
 from torchsft.models.attention import attend, choose_implementation, locate_documents
+from torchsft.ops import sinks as sinks_module
 
 H, QK, V = 4, 12, 8
 
 
-def pack(implementation, lengths, padding, max_seqlen=None):
+def pack(implementation, lengths, padding, max_seqlen=None, window=None):
     total = sum(lengths) + padding
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     factors = torch.ones(total, 2)
-    return locate_documents(implementation, factors, factors, cu_seqlens, max_seqlen)
+    return locate_documents(
+        implementation, factors, factors, cu_seqlens, max_seqlen, windows=(window,)
+    )
 
 
-def dense_attention(q, k, v, scale, lengths, padding):
-    """Full scores, masked: softmax over earlier tokens of one's own document."""
+def dense_attention(q, k, v, scale, lengths, padding, window=None, sinks=None, lse=False):
+    """Full scores, masked: softmax over earlier tokens of one's own document, and over the sink."""
     document = torch.cat(
         [torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((padding,), -1)]
     )
     index = torch.arange(len(document))
     visible = (document[:, None] == document) & (index[:, None] >= index)
+    if window is not None:
+        visible &= index[:, None] < index + window
     copies = q.shape[1] // k.shape[1]  # neighbouring query heads share a key/value head
     k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
-    return torch.where((document >= 0)[:, None, None], out, 0)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : len(k)]
+    out = torch.einsum("hqk,khd->qhd", weights, v)
+    out = torch.where((document >= 0)[:, None, None], out, 0)
+    return (out, scores.logsumexp(-1)) if lse else out
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -67,6 +77,54 @@ def test_gradients_of_documents_equal_dense_attention(kv_heads):
         dense_attention(*inputs, 0.3, lengths, padding), inputs, upstream
     )
     torch.testing.assert_close(got, expected)
+
+
+# Windows shorter and longer than documents, dividing the tokens and not; with sinks and without.
+SPECIAL = [(1, False), (4, True), (5, True), (7, False), (30, True), (50, True), (None, True)]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("implementation", ["sdpa", "flex"])
+@pytest.mark.parametrize(("window", "has_sinks"), SPECIAL)
+def test_windows_and_sinks_are_those_of_dense_attention(implementation, window, has_sinks):
+    torch.manual_seed(0)
+    for lengths, padding, kv_heads in (([5, 1, 30], 0, H), ([7, 20], 9, 2), ([], 6, 1)):
+        q = torch.randn(sum(lengths) + padding, H, QK)
+        k, v = (torch.randn(len(q), kv_heads, width) for width in (QK, V))
+        sinks = torch.randn(H) if has_sinks else None
+        where = pack(implementation, lengths, padding, window=window)
+        with torch.no_grad():
+            got = attend(q, k, v, 0.3, where, window, sinks)
+        expected = dense_attention(q, k, v, 0.3, lengths, padding, window, sinks)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert (got[sum(lengths) :] == 0).all()
+
+
+@pytest.mark.parametrize(("window", "has_sinks"), SPECIAL)
+def test_gradients_through_windows_and_sinks_equal_dense_attention(window, has_sinks):
+    torch.manual_seed(0)
+    for lengths, padding in (([5, 1, 12], 6), ([], 4)):
+        shapes = [(sum(lengths) + padding, *shape) for shape in ((H, QK), (2, QK), (2, V))]
+        shapes += [(H,)] * has_sinks
+        inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        q, k, v, sinks = inputs if has_sinks else [*inputs, None]
+        where = pack("sdpa", lengths, padding, window=window)
+        got = attend(q, k, v, 0.3, where, window, sinks)
+        expected = dense_attention(q, k, v, 0.3, lengths, padding, window, sinks)
+        upstream = torch.randn_like(got)
+        gradients = [torch.autograd.grad(out, inputs, upstream) for out in (got, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_a_window_needs_memory_for_its_own_length_not_the_documents():
+    """The largest tensor of a document of 4096 tokens seen through 64: its queries, 4096 x 4 x 12,
+    padded, and keys of two blocks; scores would be 4096 x 4096 x 4.
+    """
+    q, k, v = (torch.randn(4096, heads, 12) for heads in (H, 2, 2))
+    with torch.no_grad(), Operations() as seen:
+        attend(q, k, v, 0.3, pack("sdpa", [4096], 0, window=64), 64, torch.randn(H))
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in seen.names
+    assert seen.largest <= 4096 * 130  # the mask: 64 blocks of 64 x 129
 
 
 @pytest.mark.parametrize(
@@ -106,9 +164,12 @@ def test_auto_is_varlen_on_cuda_and_sdpa_elsewhere():
 
 @pytest.mark.parametrize("kv_heads", [H, 2, 1])
 @pytest.mark.parametrize(("lengths", "padding"), [([5, 1, 30], 0), ([7, 20], 9), ([], 6)])
-def test_varlen_calls_its_kernel_as_torch_defines_it(monkeypatch, lengths, padding, kv_heads):
+@pytest.mark.parametrize(("window", "has_sinks"), [(None, False), (4, False), (4, True)])
+def test_varlen_calls_its_kernel_as_torch_defines_it(
+    monkeypatch, lengths, padding, kv_heads, window, has_sinks
+):
     """The kernel is CUDA's; here an emulation that takes exactly its arguments and leaves rows of
-    no document as nan.
+    no document as nan. Its backward pass is emulated with the formulas of flash attention.
     """
     module = pytest.importorskip("torch.nn.attention.varlen")
     signature = inspect.signature(module.varlen_attn)
@@ -118,7 +179,8 @@ def test_varlen_calls_its_kernel_as_torch_defines_it(monkeypatch, lengths, paddi
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         a = given.arguments
-        assert a["window_size"] == (-1, 0) and a["cu_seq_q"].dtype == torch.int32
+        assert a["window_size"] == (-1 if window is None else window - 1, 0)
+        assert a["cu_seq_q"].dtype == torch.int32
         q, k, v = a["query"], a["key"], a["value"]
         # flash attention wants one head width; keys and values are not copied where it can do
         # without
@@ -130,20 +192,61 @@ def test_varlen_calls_its_kernel_as_torch_defines_it(monkeypatch, lengths, paddi
             max(e - s for s, e in itertools.pairwise(bounds)) <= a["max_q"]
             and a["max_q"] == a["max_k"]
         )
-        out = torch.full_like(q, float("nan"))
+        out, lse = torch.full_like(q, float("nan")), torch.zeros(H, len(q))
         for start, end in itertools.pairwise(bounds):
             rows = slice(start, end)
-            out[rows] = dense_attention(q[rows], k[rows], v[rows], a["scale"], [end - start], 0)
-        return out
+            out[rows], lse[:, rows] = dense_attention(
+                q[rows], k[rows], v[rows], a["scale"], [end - start], 0, window, lse=True
+            )
+        return (out, lse) if a["return_aux"] else out
 
     emulation.__signature__ = signature
     monkeypatch.setattr(module, "varlen_attn", emulation)
+    monkeypatch.setattr(sinks_module, "flash_backward", flash_backward)
     torch.manual_seed(0)
     total = sum(lengths) + padding
-    q = torch.randn(total, H, QK)
-    k, v = (torch.randn(total, kv_heads, width) for width in (QK, V))
-    got = attend(q, k, v, 0.3, pack("varlen", lengths, padding, max(lengths, default=0)))
-    torch.testing.assert_close(got, dense_attention(q, k, v, 0.3, lengths, padding))
+    shapes = [(total, H, QK), (total, kv_heads, QK), (total, kv_heads, V), *[(H,)] * has_sinks]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    q, k, v, sinks = inputs if has_sinks else [*inputs, None]
+    where = pack("varlen", lengths, padding, max(lengths, default=0), window)
+    got = attend(q, k, v, 0.3, where, window, sinks)
+    expected = dense_attention(q, k, v, 0.3, lengths, padding, window, sinks)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(got)
+    gradients = [torch.autograd.grad(out, inputs, upstream) for out in (got, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def flash_backward(grad, q, k, v, out, lse, bounds, longest, options):
+    """What flash attention's backward kernel computes from output and lse, as they are given."""
+    document = torch.searchsorted(bounds[1:].contiguous(), torch.arange(len(q)), right=True)
+    index, (left, _) = torch.arange(len(q)), options["window_size"]
+    visible = (document[:, None] == document) & (index[:, None] >= index)
+    if left >= 0:
+        visible &= index[:, None] <= index + left
+    copies = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * options["scale"]
+    weights = torch.where(visible, (scores - lse.unsqueeze(-1)).exp(), 0)
+    of_weights = torch.einsum("qhd,khd->hqk", grad, values)
+    of_scores = weights * (of_weights - (grad * out).sum(-1).T.unsqueeze(-1)) * options["scale"]
+    of_keys = torch.einsum("hqk,qhd->khd", of_scores, q)
+    of_values = torch.einsum("hqk,qhd->khd", weights, grad)
+    shared = [x.unflatten(1, (-1, copies)).sum(2) for x in (of_keys, of_values)]
+    return torch.einsum("hqk,khd->qhd", of_scores, keys), *shared
+
+
+def test_the_private_operator_of_sinks_is_as_torch_defines_it():
+    """`ops/sinks.py` calls it with these arguments; what varlen_attn itself calls."""
+    schema = torch.ops.aten._flash_attention_backward.default._schema
+    names = ["grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k"]
+    names += ["max_q", "max_k", "dropout_p", "is_causal", "rng_state", "unused"]
+    assert [a.name for a in schema.arguments if not a.kwarg_only] == names
+    assert [a.name for a in schema.arguments if a.kwarg_only] == [
+        *("scale", "window_size_left", "window_size_right")
+    ]
+    source = inspect.getsource(pytest.importorskip("torch.nn.attention.varlen"))
+    assert "torch.ops.aten._flash_attention_backward(" in source
 
 
 def test_shared_key_value_heads_are_not_copied():
@@ -156,12 +259,16 @@ def test_shared_key_value_heads_are_not_copied():
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that are called."""
+    """Names of the operations that are called, and elements of the largest tensor they make."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.names, self.largest = set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.add(function._schema.name)
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result

@@ -195,7 +195,7 @@ def test_absent_fields_mean_what_transformers_assumes():
         ({"num_key_value_heads": 2}, "2 num_key_value_heads for 4 heads"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}},
-            "rope type 'linear'.*'default' and 'yarn'",
+            "rope type 'linear'.*'default', 'yarn', 'llama3' are",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

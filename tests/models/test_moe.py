@@ -7,8 +7,8 @@ from tests.parallel.passes import build
 from torchsft.config import InputError, Router
 from torchsft.models.attention import locate_documents
 from torchsft.models.decoder import SwigluMLP
-from torchsft.models.deepseek_v3 import GroupedSigmoidRouter
 from torchsft.models.moe import Experts, MoE, frozen_by_router
+from torchsft.models.routers import GroupedSigmoidRouter
 
 T, D, E = 50, 12, 8
 

@@ -4,13 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.families import QWEN3_30B, QWEN3_235B
 from tests.models.oracle import hf_logits, hf_loss, hf_qwen3, logits_of, our_model, packed
 from torchsft import ops
 from torchsft.config import InputError
 from torchsft.models.families import build_model, read_model_config
 from torchsft.models.language_model import LanguageModel
-from torchsft.models.qwen3 import Qwen3Moe, SoftmaxRouter
+from torchsft.models.qwen3 import Qwen3Moe
 from torchsft.models.rope import Rope, Yarn
+from torchsft.models.routers import SoftmaxRouter
 
 CASES = {
     "as Qwen3-MoE": {},
@@ -32,44 +34,7 @@ CASES = {
         }
     },
 }
-# The published files, as far as they matter here.
-QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-QWEN3_235B = QWEN3_30B | {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 94,
-}
+# The published file, as far as it matters here.
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
     "head_dim": 128,

@@ -98,7 +98,7 @@ def test_a_frozen_parameter_takes_memory_for_its_weight_alone():
         (
             ["model.layers.1.mlp.experts.0.up_proj.weight"],
             [],
-            "are stacked in two parameters: model.layers.1.mlp.experts.down_proj",
+            "are stacked in parameters such as model.layers.1.mlp.experts.down_proj",
         ),
         (["gate"], [], "words: router, embeddings, experts, layers, layers.N, layers.A-B"),
         (["qqqq"], [], "a name is such as model.embed_tokens.weight"),

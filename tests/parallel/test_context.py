@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.models.test_qwen3 import QWEN3_30B
+from tests.families import QWEN3_30B
 from tests.parallel.passes import compare, training_pass
 from tools.benchmark_gpu import V3, hf_config
 from torchsft.config import InputError, Parallel

@@ -7,6 +7,9 @@ transformers 5 keeps a layer's experts in two tensors, and
                                                above its up projection
     model.layers.3.mlp.experts.down_proj       [experts, width, width of an expert]
 
+A layer whose experts have biases (`gate_up_proj_bias`) is stored so by its family, and in another
+order: it is left as it is.
+
 Published directories store each expert by itself, as
 `model.layers.3.mlp.experts.17.gate_proj.weight` and so on. Each of these is a run of bytes of a
 stacked tensor, so that reading one reads nothing else.
@@ -25,8 +28,14 @@ _REMEDY = "save the model again with transformers, without save_original_format=
 
 
 def stacked_in(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Return keys of the tensors that hold all experts of a layer."""
-    return [key for key in tensors if (match := _EXPERTS.fullmatch(key)) and match[2] in _PARTS]
+    """Return keys of the tensors that hold all experts of a layer, to be seen one by one."""
+    return [
+        key
+        for key in tensors
+        if (match := _EXPERTS.fullmatch(key))
+        and match[2] in _PARTS
+        and f"{match[1]}.gate_up_proj_bias" not in tensors
+    ]
 
 
 def unstacked(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -13,6 +13,10 @@ returns zero for padding:
 Where several query heads share a key/value head, the kernels read it as often as it is needed: it
 is not copied.
 
+A layer may look through a window, in which a token sees itself and the window - 1 tokens before it,
+and its heads may have sinks: learned scores that take part in a softmax and bring no value. All
+implementations compute both.
+
 Shape suffixes: T tokens, of which S are on this rank outside of the attention and C on its tensor
 group (models/decoder.py), D width, H query heads and G key/value heads (of this rank), d entries of
 a head, N documents, P rope pairs. MLA's head dims: `nope` entries without and `rope` with position
@@ -21,17 +25,24 @@ make a query or key; values have their own dim, smaller than that.
 
 import functools
 import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from torchsft.config import InputError
-from torchsft.models.decoder import Layout, Linear, RMSNorm
+from torchsft.models.decoder import Layout, Linear, RMSNorm, local
 from torchsft.models.rope import Rope, rotate, softmax_scale
+from torchsft.ops.sinks import varlen_with_sinks, with_sinks
 
 Implementation = Literal["sdpa", "varlen", "flex"]
 # made when it is first called, and once
@@ -79,7 +90,11 @@ class Documents:
     lengths: tuple[int, ...] | None = None  # sdpa: tokens of each document, then of the padding
     cu_seqlens: Tensor | None = None  # varlen: int32, padding cut into documents of its own
     max_seqlen: int = 0  # varlen: longest of these
-    block_mask: BlockMask | None = None  # flex
+    # flex: for each window of a layer (None: without), which tokens see which
+    block_masks: Mapping[int | None, BlockMask] | None = None
+    # sdpa: for windows shorter than the longest document, bool [blocks, 1, window, 2 * window]:
+    # which tokens of a block see which of the block before and of their own
+    near: Mapping[int, Tensor] | None = None
 
 
 def locate_documents(
@@ -90,6 +105,7 @@ def locate_documents(
     # longest document; None reads it from cu_seqlens (varlen: stops the host)
     max_seqlen: int | None,
     layout: Layout | None = None,  # of the T tokens; None: all are here
+    windows: Collection[int | None] = (None,),  # those that layers look through; None: without one
 ) -> Documents:
     """Prepare `Documents` for the implementation that will read it."""
     layout = layout or Layout()
@@ -111,7 +127,11 @@ def locate_documents(
         length_N1,
     )
     if implementation == "sdpa":
-        return located(lengths=tuple(length_N1.tolist()))
+        lengths = tuple(length_N1.tolist())
+        longest = max(lengths[:-1], default=0)
+        shorter = {window for window in windows if window is not None and window < longest}
+        near = {window: _near(document_T, window) for window in shorter}
+        return located(lengths=lengths, near=near)
     if implementation == "varlen":
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
@@ -123,15 +143,38 @@ def locate_documents(
         ends = (cu_seqlens[-1] + numbers * longest).clamp(max=tokens)
         return located(cu_seqlens=torch.cat([cu_seqlens, ends]), max_seqlen=longest)
 
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_T[query] == document_T[key])
+    def block_mask(window: int | None) -> BlockMask:
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = (query >= key) & (document_T[query] == document_T[key])
+            return seen if window is None else seen & (query - key < window)
 
-    mask = create_block_mask(visible, None, None, tokens, tokens, device=str(device))
-    return located(block_mask=mask)
+        return create_block_mask(visible, None, None, tokens, tokens, device=str(device))
+
+    return located(block_masks={window: block_mask(window) for window in windows})
+
+
+def _near(document_T: Tensor, window: int) -> Tensor:
+    """Return `Documents.near` of one window."""
+    tokens, device = document_T.shape[0], document_T.device
+    blocks = -(-tokens // window)
+    padding = blocks * window - tokens
+    own = torch.cat([document_T, document_T[-1:].expand(padding)]).unflatten(0, (blocks, window))
+    before = torch.cat([torch.full_like(own[:1], -1), own[:-1]])
+    same = own.unsqueeze(2) == torch.cat([before, own], dim=1).unsqueeze(1)
+    # tokens between a token of a block and one of both
+    place = torch.arange(window, device=device)
+    distance = window + place.unsqueeze(1) - torch.arange(2 * window, device=device)
+    return (same & (distance >= 0) & (distance < window)).unsqueeze(1)
 
 
 def attend(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, documents: Documents
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    scale: float,
+    documents: Documents,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within documents, by the implementation that these are prepared for.
 
@@ -140,17 +183,23 @@ def attend(
         k_TGd: G key heads, as wide as the query heads.
         v_TGd: G value heads, which may be narrower: [T, G, v].
         scale: factor of the scores.
+        documents: prepared for this window.
+        window: how many tokens a token sees, itself and those before it; None: all of them.
+        sinks_H: of each head, the score of a key that all tokens see and whose value is 0; None:
+            there is none.
 
     Returns:
         [T, H, v], zero for padding.
     """
+    arguments = q_THd, k_TGd, v_TGd, scale, documents, window, sinks_H
     if documents.implementation == "sdpa":
-        return _sdpa(q_THd, k_TGd, v_TGd, scale, documents)
-    v_dim = v_TGd.shape[-1]
-    if documents.implementation == "varlen":
-        out_THd = _varlen(q_THd, k_TGd, v_TGd, scale, documents)
-    else:
-        out_THd = _flex(q_THd, k_TGd, v_TGd, scale, documents)
+        return _sdpa(*arguments)
+    out_THd = (_varlen if documents.implementation == "varlen" else _flex)(*arguments)
+    return _of_documents(out_THd, v_TGd.shape[-1], documents)
+
+
+def _of_documents(out_THd: Tensor, v_dim: int, documents: Documents) -> Tensor:
+    """Of heads padded to the width of queries, those of values; zero for padding."""
     return torch.where(documents.valid_T[:, None, None], out_THd[..., :v_dim], 0)
 
 
@@ -160,10 +209,18 @@ def _as_wide_as(q_THd: Tensor, v_TGd: Tensor) -> Tensor:
     return F.pad(v_TGd, (0, missing)) if missing else v_TGd
 
 
-def _varlen(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Documents) -> Tensor:
+def _varlen(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    scale: float,
+    where: Documents,
+    window: int | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # registers CUDA operators on import
 
-    options = {"scale": scale, "window_size": (-1, 0)}
+    options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if q_THd.shape[1] != k_TGd.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
@@ -172,39 +229,106 @@ def _varlen(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Do
             k_TGd, v_TGd = (x.repeat_interleave(copies, dim=1) for x in (k_TGd, v_TGd))
     v_TGd = _as_wide_as(q_THd, v_TGd)
     bounds, longest = where.cu_seqlens, where.max_seqlen
+    if sinks_H is not None:
+        return varlen_with_sinks(q_THd, k_TGd, v_TGd, sinks_H, bounds, longest, options)
     return varlen_attn(q_THd, k_TGd, v_TGd, bounds, bounds, longest, longest, **options)
 
 
-def _flex(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Documents) -> Tensor:
+def _flex(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    scale: float,
+    where: Documents,
+    window: int | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
     attention = _compiled_flex() if q_THd.is_cuda else flex_attention
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
-    grouped = q.shape[1] != k.shape[1]
-    out = attention(q, k, v, block_mask=where.block_mask, scale=scale, enable_gqa=grouped)
-    return out.squeeze(0).transpose(0, 1)
+    mask, grouped = where.block_masks[window], q.shape[1] != k.shape[1]
+    attention = functools.partial(
+        attention, q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped
+    )
+    if sinks_H is None:
+        return attention().squeeze(0).transpose(0, 1)
+    out, found = attention(return_aux=AuxRequest(lse=True))
+    return with_sinks(out.squeeze(0).transpose(0, 1), found.lse.squeeze(0).T, sinks_H)
 
 
-def _sdpa(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, where: Documents) -> Tensor:
+def _sdpa(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    scale: float,
+    where: Documents,
+    window: int | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    v_dim = v_TGd.shape[-1]
+    sink_1Gd = None
+    if sinks_H is not None:
+        # A sink becomes a key, with an entry of its own: there queries have the sink, and this key
+        # alone something other than 0. The kernel need not know of it.
+        own_entry = sinks_H.to(q_THd.dtype).view(1, -1, 1).expand(len(q_THd), -1, 1)
+        q_THd, k_TGd = torch.cat([q_THd, own_entry], dim=-1), F.pad(k_TGd, (0, 1))
+        sink_1Gd = torch.zeros_like(k_TGd[:1])
+        sink_1Gd[..., -1] = 1 / scale
     # With v narrower than q and k torch falls back from flash attention to full T x T scores (2.5
     # times slower at 1024 tokens and heads of 48 / 32, and all its memory), so v is padded.
-    v_dim = v_TGd.shape[-1]
     v_TGd = _as_wide_as(q_THd, v_TGd)
+    if window is not None and window < max(where.lengths[:-1], default=0):
+        out_THd = _sdpa_in_blocks(q_THd, k_TGd, v_TGd, scale, where.near[window], sink_1Gd)
+        return _of_documents(out_THd, v_dim, where)
     grouped = q_THd.shape[1] != k_TGd.shape[1]
     # split, not slices: the backward pass of N slices writes N full-size gradients.
     *documents, padding = zip(*(x.split(where.lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
     outputs = []
-    for parts in documents:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
+    for q, k, v in documents:
+        if sink_1Gd is not None:  # a first token, whose output is dropped
+            q, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, v))
+            k = torch.cat([sink_1Gd, k])
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
-        outputs.append(out.squeeze(0).transpose(0, 1)[..., :v_dim])
+        out = out.squeeze(0).transpose(0, 1)[..., :v_dim]
+        outputs.append(out if sink_1Gd is None else out[1:])
     # Zero, but connected to q, k and v: in a microbatch without documents too every parameter must
     # get a gradient, or FSDP's ranks would reduce different sets of them (gloo aborts, NCCL would
     # hang).
-    connected = sum(x[:, :1, :v_dim] for x in padding)
+    connected = sum(x[:, :1, -v_dim:] for x in padding)
     zeros = torch.where(torch.zeros_like(connected, dtype=torch.bool), connected, 0)
     outputs.append(zeros.expand(-1, q_THd.shape[1], -1))
     return torch.cat(outputs)
+
+
+def _sdpa_in_blocks(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    scale: float,
+    near: Tensor,  # see `Documents`
+    sink_1Gd: Tensor | None,  # a key that all tokens see, whose value is 0
+) -> Tensor:
+    """Attention through a window: each block of `window` tokens sees the one before and itself, so
+    that time and memory grow with T, not with the square of a document's length.
+    """
+    tokens, (blocks, _, window, _) = len(q_THd), near.shape
+    padding = blocks * window - tokens
+    q, k, v = (
+        F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(0, (blocks, window))
+        for x in (q_THd, k_TGd, v_TGd)
+    )
+    k, v = (torch.cat([F.pad(x[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], dim=1) for x in (k, v))
+    if sink_1Gd is not None:
+        k = torch.cat([sink_1Gd.expand(blocks, 1, -1, -1), k], dim=1)
+        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+        near = F.pad(near, (1, 0), value=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=near, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
 class LatentAttention(nn.Module):
@@ -294,13 +418,16 @@ class GroupedQueryAttention(nn.Module):
         heads: int,
         kv_heads: int,  # a divisor of `heads`
         head_dim: int,
-        rope: Rope,  # rotary embedding of queries and keys; of rope.dim <= head_dim entries
+        # rotary embedding of rope.dim <= head_dim entries of queries and keys; None: without
+        rope: Rope | None,
         bias: bool = False,  # of the projections of queries, keys and values
         output_bias: bool = False,
         qk_norm_eps: float | None = None,  # of the norms of each query and key; None: without
+        window: int | None = None,  # how many tokens a token sees, itself the last; None: all
+        sinks: bool = False,  # whether heads have learned scores beside those of tokens
     ) -> None:
         super().__init__()
-        self.head_dim, self.rope = head_dim, rope
+        self.head_dim, self.rope, self.window = head_dim, rope, window
         self.scale = head_dim**-0.5
         self.q_proj = Linear(width, heads * head_dim, bias=bias)
         self.k_proj = Linear(width, kv_heads * head_dim, bias=bias)
@@ -310,6 +437,7 @@ class GroupedQueryAttention(nn.Module):
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps)
+        self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
 
     def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
         """x_SD (normed) to the attention block's output, both [S, D]; with biases, padding gets
@@ -323,12 +451,14 @@ class GroupedQueryAttention(nn.Module):
         v_CGd = self.v_proj(x_CD).unflatten(-1, by_head)
         if self.q_norm is not None:
             q_CHd, k_CGd = self.q_norm(q_CHd), self.k_norm(k_CGd)
-        cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
-        q_CHd = rotate(q_CHd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
-        k_CGd = rotate(k_CGd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
+        if self.rope is not None:
+            cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
+            q_CHd = rotate(q_CHd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
+            k_CGd = rotate(k_CGd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
 
         q_THd, k_TGd, v_TGd = layout.tokens_to_heads(q_CHd, k_CGd, v_CGd)
-        out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents)
+        sinks_H = None if self.sinks is None else layout.heads(local(self.sinks))
+        out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents, self.window, sinks_H)
         return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
 
 

@@ -6,11 +6,12 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from torchsft.config import InputError
-from torchsft.models.rope import Pairing, Rope, Yarn
+from torchsft.models.rope import Llama3Scaling, Pairing, Rope, Yarn
 from torchsft.precision.blockwise import described_block
 
 # Two names of one setting, whatever the family.
 _DTYPE_NAMES = ("dtype", "torch_dtype")
+_ROPE_KINDS = ("default", "yarn", "llama3")
 
 
 def refuse_if(refused: Any, problem: str) -> None:
@@ -109,9 +110,13 @@ def _refuse_contradiction(config: Mapping[str, Any], names: tuple[str, str]) -> 
 
 def read_rope(
     config: Mapping[str, Any],
-    dim: int,  # rotated entries of a head
+    width: int,  # entries of a head, or those of it that have a position
     pairing: Pairing,
     default_context: int,  # max_position_embeddings where config.json does not state it
+    *,
+    default_theta: float = 10000.0,
+    # the part of `width` that is rotated; None: only all of it is supported
+    default_partial: float | None = None,
 ) -> Rope:
     """Read the rotary embedding from `rope_parameters` (transformers 5), or from `rope_scaling`
     with `rope_theta` beside it (official repositories).
@@ -119,18 +124,38 @@ def read_rope(
     Raises:
         InputError: the two disagree, or describe what is not supported.
     """
-    values = _rope_settings(config)
+    defaults = {"rope_theta": default_theta, "partial_rotary_factor": default_partial or 1.0}
+    values = _rope_settings(config, defaults)
     kind, partial = values["rope_type"], values["partial_rotary_factor"]
-    refuse_if(partial != 1, f"partial_rotary_factor = {partial}, only 1 is supported")
+    dim, said = int(width * partial), f"partial_rotary_factor = {partial}"
+    refuse_if(default_partial is None and partial != 1, f"{said}, only 1 is supported")
     refuse_if(
-        kind not in ("default", "yarn"),
-        f"rope type {kind!r}, but only 'default' and 'yarn' are supported",
+        partial != 1 and (dim % 2 or not 0 < dim <= width),
+        f"{said}, which rotates {dim} of {width} entries; the number must be even",
     )
-    yarn = None
-    if kind == "yarn":
-        longest = config.get("max_position_embeddings") or default_context
-        yarn = _yarn(values, longest)
-    return Rope(dim=dim, theta=float(values["rope_theta"]), yarn=yarn, pairing=pairing)
+    refuse_if(
+        kind not in _ROPE_KINDS,
+        f"rope type {kind!r}, but only {', '.join(map(repr, _ROPE_KINDS))} are supported",
+    )
+    longest = config.get("max_position_embeddings") or default_context
+    return Rope(
+        dim=dim,
+        theta=float(values["rope_theta"]),
+        yarn=_yarn(values, longest) if kind == "yarn" else None,
+        llama3=_llama3(values, longest) if kind == "llama3" else None,
+        pairing=pairing,
+        place="start" if dim < width else "end",
+    )
+
+
+def _llama3(values: Mapping[str, Any], longest: int) -> Llama3Scaling:
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    absent = [name for name in names if not values.get(name)]
+    refuse_if(absent, f"rope type 'llama3' without {', '.join(absent)}")
+    return Llama3Scaling(
+        original_context=values.get("original_max_position_embeddings") or longest,
+        **{name: float(values[name]) for name in names},
+    )
 
 
 def _yarn(values: Mapping[str, Any], longest: int) -> Yarn:
@@ -143,14 +168,15 @@ def _yarn(values: Mapping[str, Any], longest: int) -> Yarn:
     return Yarn(factor=factor, original_context=original, **stated)
 
 
-def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of rotary embeddings, with `rope_type` and `rope_theta` in it.
+def _rope_settings(config: Mapping[str, Any], defaults: Mapping[str, float]) -> dict[str, Any]:
+    """Return what config.json says of rotary embeddings, with `rope_type` and those that have
+    `defaults` in it.
 
     Programs differ in which of the two tables they prefer, so where there are both they must say
     the same.
     """
     names = [name for name in ("rope_parameters", "rope_scaling") if config.get(name)]
-    tables = [_rope_table(name, config) for name in names or ["rope_parameters"]]
+    tables = [_rope_table(name, config, defaults) for name in names or ["rope_parameters"]]
     if len(tables) == 2:
         new, old = tables
         for key in sorted(new.keys() | old.keys()):
@@ -160,7 +186,9 @@ def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return tables[0]
 
 
-def _rope_table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_table(
+    name: str, config: Mapping[str, Any], defaults: Mapping[str, float]
+) -> dict[str, Any]:
     """Return one of the two tables, with what stands beside it."""
     table = config.get(name) or {}
     refuse_if(not isinstance(table, Mapping), f"{name} = {table!r}, but it must be an object")
@@ -170,7 +198,7 @@ def _rope_table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         old and new and old != new, f"type = {old!r} and rope_type = {new!r} in {name}; keep one"
     )
     table["rope_type"] = new or old or "default"
-    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1)):
+    for key, default in defaults.items():
         inside, outside = table.get(key), config.get(key)
         both = f"{key} = {outside!r} and another one, {inside!r}, in {name}"
         refuse_if(None not in (inside, outside) and inside != outside, f"{both}; keep one")

@@ -110,6 +110,10 @@ class Layout:
         """
         return q_CHd, k_CGd, v_CGd
 
+    def heads(self, x_H: Tensor) -> Tensor:
+        """Of what the heads of its tensor group have each, that of this rank's heads."""
+        return x_H
+
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
         """Send this rank's heads of all T tokens for its tensor group's heads of its C tokens;
         differentiable.

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torchsft.config import InputError
-from torchsft.models.deepseek_v3 import DeepseekV3
+from torchsft.models.deepseek_v2 import DeepseekV2
+from torchsft.models.deepseek_v3 import DeepseekV3, Glm4MoeLite
+from torchsft.models.gpt_oss import GptOss
 from torchsft.models.language_model import LanguageModel, ModelConfig
+from torchsft.models.llama import Llama, Mistral, Qwen2, SmolLM3
 from torchsft.models.qwen3 import Qwen3, Qwen3Moe
 
 
@@ -18,9 +21,16 @@ class Family(NamedTuple):
 
 # `architectures` of config.json -> its family.
 FAMILIES = {
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", DeepseekV2),
     "DeepseekV3ForCausalLM": Family("deepseek_v3", DeepseekV3),
+    "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", Glm4MoeLite),
+    "GptOssForCausalLM": Family("gpt_oss", GptOss),
+    "LlamaForCausalLM": Family("llama", Llama),
+    "MistralForCausalLM": Family("mistral", Mistral),
+    "Qwen2ForCausalLM": Family("qwen2", Qwen2),
     "Qwen3ForCausalLM": Family("qwen3", Qwen3),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3Moe),
+    "SmolLM3ForCausalLM": Family("smollm3", SmolLM3),
 }
 
 

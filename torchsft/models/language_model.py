@@ -18,6 +18,8 @@ Shape suffixes: T tokens (all rows of the microbatch folded), S of them on this 
 and C on its tensor group (models/decoder.py), D width, V vocabulary, N documents, P rope pairs.
 """
 
+import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
@@ -95,7 +97,9 @@ class ModelConfig(Protocol):
 
     @property
     def pair_cost(self) -> int:
-        """Multiply-adds of all layers' attention for a token and one that it sees."""
+        """Multiply-adds of all layers' attention for a token and one that it sees, which are as
+        many in each.
+        """
         ...
 
     @property
@@ -104,6 +108,10 @@ class ModelConfig(Protocol):
         in config.json.
         """
         ...
+
+    def attention_window(self, layer: int) -> int | None:
+        """How many tokens a token of a layer (from 0) sees, itself the last; None: all."""
+        return None
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts."""
@@ -125,12 +133,17 @@ class ModelConfig(Protocol):
 
         2 per multiply-add. Every matrix that a token meets counts once (`layer_costs` and the
         output embedding, not the input embedding), and attention counts its causal half: L^2 / 2
-        pairs for a document of L tokens.
+        pairs for a document of L tokens. Where a window w is shorter than that, w^2 / 2 pairs until
+        it is full and w for each token behind.
         """
         per_token = self.head_cost + sum(self.layer_costs())
-        pairs = sum(length**2 / 2 for length in document_lengths)
-        multiply_adds = per_token * sum(document_lengths) + self.pair_cost * pairs
-        return 3 * 2 * float(multiply_adds)
+        windows = list(map(self.attention_window, range(self.num_hidden_layers)))
+        pairs = 0.0
+        for window, length in itertools.product(windows, document_lengths):
+            seen = length if window is None else min(window, length)
+            pairs += seen * (length - seen / 2)
+        attention = self.pair_cost * pairs / len(windows)
+        return 3 * 2 * float(per_token * sum(document_lengths) + attention)
 
 
 class DecoderLayer(nn.Module):
@@ -186,6 +199,9 @@ class LanguageModel(nn.Module):
         "model.layers.*.mlp.down_proj": "row",
         "lm_head": "vocabulary",
     }
+    # Where Hugging Face keys differ from names here: pattern -> replacement, applied in order to a
+    # name (experts one by one).
+    renamed: ClassVar[Mapping[str, str]] = {}
     # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release.
     quantised: ClassVar[re.Pattern[str]]
     # Word -> pattern of parameter names (optim/selection.py).
@@ -285,7 +301,10 @@ class LanguageModel(nn.Module):
         x_SD = self.model.embed_tokens(layout.context(tokens)) if self.first else tokens
         implementation = choose_implementation(self.attention, x_SD.device, x_SD.dtype)
         cos_TP, sin_TP = self.model.rotary_emb(positions)
-        documents = locate_documents(implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout)
+        windows = {self.config.attention_window(int(layer)) for layer in self.model.layers}
+        documents = locate_documents(
+            implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout, windows
+        )
         for layer in self.model.layers.values():
             x_SD = layer(x_SD, documents)
         if not self.last:
@@ -328,11 +347,22 @@ class LanguageModel(nn.Module):
         pieces: dict[str, list[Piece]] = {}
         for name, tensor in self.state_dict().items():
             shape = tuple(tensor.shape)
-            if isinstance(self._owner(name), Experts):
+            owner = self._owner(name)
+            if isinstance(owner, Experts) and owner.stored_singly:
                 pieces[name] = expert_pieces(name, shape)
             else:
                 pieces[name] = [Piece(name, shape, (0,) * len(shape))]
-        return pieces
+        return {
+            name: [dataclasses.replace(piece, key=self.hf_key(piece.key)) for piece in parts]
+            for name, parts in pieces.items()
+        }
+
+    @classmethod
+    def hf_key(cls, name: str) -> str:
+        """Return the Hugging Face key of a parameter, or of one expert's part of it."""
+        for pattern, replacement in cls.renamed.items():
+            name = re.sub(pattern, replacement, name)
+        return name
 
     @classmethod
     def is_quantised(cls, key: str) -> bool:

@@ -6,7 +6,7 @@ S * K routed rows, N documents.
 """
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,17 @@ class Router(Protocol):
         """Choose K of E experts for every token."""
 
 
-def router_logits(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
+def router_logits(x_SD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """Return a router's linear map in fp32, [S, E]."""
-    return F.linear(x_SD.float(), local(weight_ED).float())
+    bias_E = None if bias_E is None else local(bias_E).float()
+    return F.linear(x_SD.float(), local(weight_ED).float(), bias_E)
 
 
 class Experts(nn.Module):
     """The SwiGLU networks of this rank's experts, stacked."""
+
+    # Whether Hugging Face checkpoints hold each expert by itself, or the parameters as they are.
+    stored_singly: ClassVar[bool] = True
 
     def __init__(
         self,

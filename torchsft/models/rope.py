@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies (plain and YaRN) and the rotation.
+"""Rotary position embedding: frequencies (plain, YaRN and Llama 3's) and the rotation.
 
 Families differ in which entries of a head are rotated together (`Pairing`), and in whether those
 without position stand before or behind them (`Place`):
@@ -43,12 +43,25 @@ class Yarn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Context extension of Llama 3.1 (The Llama 3 Herd of Models, arXiv:2407.21783, section 3.4.2;
+    the formula is that of Meta's reference code).
+    """
+
+    factor: float  # frequencies that turn less than low_freq_factor times are divided by it
+    original_context: int  # positions of the original context
+    low_freq_factor: float
+    high_freq_factor: float  # rotations above which a frequency stays as it is
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary embedding of one model."""
+    """Rotary embedding of one model, with at most one way to extend its context."""
 
     dim: int  # rotated entries of a head; even
     theta: float
     yarn: Yarn | None = None
+    llama3: Llama3Scaling | None = None
     pairing: Pairing = "neighbours"
     place: Place = "end"
 
@@ -84,13 +97,19 @@ def softmax_scale(rope: Rope, head_dim: int) -> float:
 def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
     """Angle per position of each pair, fp32 [P].
 
-    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly in
-    between; the bounds are the pairs that turn beta_fast and beta_slow times within the original
-    context (sections 3.2 and A.2 of the paper).
+    Both extensions divide the slow frequencies by `factor`, keep the fast ones and blend in
+    between: Llama 3 by how often they turn within the original context, YaRN by their number, from
+    the pair that turns beta_fast times to the one that turns beta_slow times (sections 3.2 and A.2
+    of the paper).
     """
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
-    inverse = rope.theta**-exponents
-    yarn = rope.yarn
+    inverse = 1 / rope.theta**exponents  # as transformers does, to the bit
+    yarn, llama3 = rope.yarn, rope.llama3
+    if llama3 is not None:
+        rotations = llama3.original_context * inverse / (2 * math.pi)
+        low, high = llama3.low_freq_factor, llama3.high_freq_factor
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        return inverse / llama3.factor * (1 - kept) + inverse * kept
     if yarn is None:
         return inverse
 

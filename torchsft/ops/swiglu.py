@@ -116,7 +116,7 @@ class _GroupedSwiglu(torch.autograd.Function):
             grad_x_RD = F.grouped_mm(kept.grad_both_RG, kept.gate_up, offs=kept.offs_E)
         if want_gate_up:
             grad_gate_up = F.grouped_mm(kept.grad_both_RG.mT, kept.x_RD, offs=kept.offs_E)
-        _zero_gradients_without_rows(kept.offs_E, grad_gate_up, grad_down)
+        zero_gradients_without_rows(kept.offs_E, grad_gate_up, grad_down)
         return grad_x_RD, grad_gate_up, grad_down, None
 
 
@@ -150,7 +150,7 @@ def _first_traversal(
     return _Kept(x_RD, gate_up, offs_E, hidden_RF, both_RG), grad_down
 
 
-def _zero_gradients_without_rows(offs_E: Tensor, *gradients: Tensor | None) -> None:
+def zero_gradients_without_rows(offs_E: Tensor, *gradients: Tensor | None) -> None:
     """Zero what an expert without rows gets: it has no terms to add up, and some kernels leave its
     gradient as it was in memory (pytorch issue 172439).
     """

@@ -116,7 +116,7 @@ def _near(pattern: str, names: Iterable[str], words: Mapping[str, str]) -> str:
     known = ", ".join(words)
     if re.search(r"\.experts\.\d", pattern):
         stacked = " and ".join(sorted(_matching(words["experts"], names))[:2])
-        return f"the experts of a layer are stacked in two parameters: {stacked}"
+        return f"the experts of a layer are stacked in parameters such as {stacked}"
     near = get_close_matches(pattern, [*words, *names], n=3, cutoff=0.4)
     similar = (
         f"similar names: {', '.join(near)}" if near else f"a name is such as {next(iter(names))}"

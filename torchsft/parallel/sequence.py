@@ -200,6 +200,9 @@ class SequenceLayout(Layout):
             return q_CHd, k_CGd, v_CGd
         return exchange_heads(q_CHd, k_CGd, v_CGd, self.cp.get_group())
 
+    def heads(self, x_H: Tensor) -> Tensor:
+        return self.context(x_H)  # heads are cut over cp as tokens are
+
     def heads_to_tokens(self, x_THd: Tensor) -> Tensor:
         return x_THd if self.cp.size() == 1 else heads_to_tokens(x_THd, self.cp.get_group())
 

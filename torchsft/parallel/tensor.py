@@ -9,6 +9,7 @@ name -> style:
                   and each rank computes the head that its query heads share
     row           weight split by inputs; the products are summed and scattered over tokens, then
                   the bias is added
+    heads         an attention block, whose sinks are split as its query heads are
     vocabulary    rows of an embedding or of the head: each rank has a range of token ids
     gather        a feed-forward network whose matrices are split: it sees the tokens of all ranks
                   of the tensor group
@@ -36,6 +37,7 @@ from torchsft.parallel.world import World
 _PLACEMENTS = {
     "column": {"weight": Shard(0), "bias": Shard(0)},
     "row": {"weight": Shard(1)},
+    "heads": {"sinks": Shard(0)},
     "vocabulary": {"weight": Shard(0)},
     "gather": {},
 }

@@ -1,0 +1,423 @@
+"""Every family that torchsft computes: tiny models of it, with its features on and off, and the
+published models that its recipe has presets for.
+
+What must hold for each of them is tested over these tables: tests/models/test_parity.py (logits and
+gradients of `transformers`, strict configurations, FLOPs), tests/checkpoint/test_families.py
+(conversions and exports), tests/distributed/test_families.py (layouts, resuming) and
+tests/parallel/test_scale.py (presets). A family's own file of tests has what is special to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from recipes import deepseek_v2_sft, deepseek_v3_sft, gpt_oss_sft, llama_sft, qwen3_sft
+from torchsft.models.families import FAMILIES
+
+# Each recipe's module.
+RECIPES: list[ModuleType] = [deepseek_v2_sft, deepseek_v3_sft, gpt_oss_sft, llama_sft, qwen3_sft]
+
+# Widths that differ from each other; 4 layers, 4 query heads.
+SIZES = dict(
+    vocab_size=272,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    initializer_range=0.1,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+GROUPED = SIZES | dict(num_key_value_heads=2, head_dim=12)
+LATENT = SIZES | dict(
+    num_key_value_heads=4,
+    moe_intermediate_size=16,
+    n_shared_experts=1,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    q_lora_rank=24,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+)
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """Tiny models of one architecture.
+
+    Attributes:
+        architecture: key of torchsft.models.families.FAMILIES.
+        sizes: what transformers' configuration is made with.
+        cases: name -> what is changed in it: features on and off.
+        inert: fields of transformers' configuration that change nothing that is computed here,
+            besides those that do so in no family.
+    """
+
+    architecture: str
+    sizes: Mapping[str, Any]
+    cases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inert: frozenset[str] = frozenset()
+
+    def config(self, **changes: Any) -> PreTrainedConfig:
+        """Return transformers' configuration."""
+        kind = CONFIG_MAPPING[FAMILIES[self.architecture].model_type]
+        made = kind(**{**self.sizes, **changes})
+        made.architectures = [self.architecture]
+        return made
+
+
+TINY = {
+    "deepseek_v2": TinyFamily(
+        "DeepseekV2ForCausalLM",
+        LATENT
+        | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)
+        | dict(first_k_dense_replace=1, routed_scaling_factor=2.0, n_shared_experts=2),
+        {
+            "as V2-Lite": {"q_lora_rank": None, "topk_method": "greedy", "n_group": None},
+            "biases, tied, yarn": {
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+                "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+            },
+        },
+        inert=frozenset(
+            {"pretraining_tp", "output_router_logits", "head_dim", "qk_head_dim"}
+            | {"num_key_value_heads"}  # must be as many as heads
+        ),
+    ),
+    "glm4_moe_lite": TinyFamily(
+        "Glm4MoeLiteForCausalLM",
+        LATENT | dict(v_head_dim=20, n_group=2, topk_group=1),
+        {
+            "no query latent, not normalised": {"q_lora_rank": None, "norm_topk_prob": False},
+            "dense layers listed": {"mlp_layer_types": ["sparse", "dense", "dense", "sparse"]},
+            "yarn": {"rope_parameters": YARN, "attention_bias": True},
+        },
+        inert=frozenset({"pretraining_tp", "output_router_logits", "num_key_value_heads"})
+        | {"qk_head_dim"},
+    ),
+    "llama": TinyFamily(
+        "LlamaForCausalLM",
+        GROUPED,
+        {
+            "biases, tied": {"attention_bias": True, "tie_word_embeddings": True},
+            "llama3 rope": {"rope_parameters": LLAMA3},
+            "as many key/value heads": {"num_key_value_heads": None, "head_dim": None},
+        },
+        inert=frozenset({"pretraining_tp"}),
+    ),
+    "gpt_oss": TinyFamily(
+        "GptOssForCausalLM",
+        GROUPED
+        | dict(
+            intermediate_size=16,
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            sliding_window=11,
+            swiglu_limit=0.5,  # is met
+            rope_parameters=YARN | {"rope_theta": 150000.0, "factor": 32.0, "truncate": False},
+        ),
+        {
+            "all layers full, without biases": {
+                "layer_types": ["full_attention"] * 4,
+                "attention_bias": False,
+            },
+            "all layers see themselves alone, tied": {
+                "layer_types": ["sliding_attention"] * 4,
+                "sliding_window": 1,
+                "tie_word_embeddings": True,
+            },
+            "wide clamps, whole pairs, one key/value head": {
+                "swiglu_limit": 7.0,
+                "swiglu_alpha": 0.7,
+                "num_key_value_heads": 1,
+                "rope_parameters": YARN,
+            },
+            "a window beyond every document, no yarn": {
+                "sliding_window": 200,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        # of a loss that is not computed here, and of a name for what experts compute
+        inert=frozenset({"router_aux_loss_coef", "output_router_logits"}),
+    ),
+    "mistral": TinyFamily(
+        "MistralForCausalLM",
+        GROUPED | {"sliding_window": 20},
+        {"tied, without a window": {"tie_word_embeddings": True, "sliding_window": None}},
+    ),
+    "qwen2": TinyFamily(
+        "Qwen2ForCausalLM",
+        {key: value for key, value in GROUPED.items() if key != "head_dim"},
+        {"tied, yarn": {"tie_word_embeddings": True, "rope_parameters": YARN}},
+        inert=frozenset({"sliding_window", "max_window_layers"}),
+    ),
+    "smollm3": TinyFamily(
+        "SmolLM3ForCausalLM",
+        {key: value for key, value in GROUPED.items() if key != "head_dim"},
+        {
+            "other layers without rope": {"no_rope_layers": [0, 1, 1, 0]},
+            # biases of keys move nothing where there is no rope: their gradient is zero
+            "biases": {"no_rope_layers": [1, 1, 1, 1], "attention_bias": True},
+            "untied": {"tie_word_embeddings": False, "no_rope_layer_interval": 2},
+        },
+        inert=frozenset({"sliding_window"}),
+    ),
+}
+
+# Fields that change nothing in the computation of training, in any family.
+INERT = {
+    *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"),
+    # of generation, outputs and other heads in old files of every model
+    *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
+    *("is_encoder_decoder", "id2label", "label2id", "problem_type", "is_decoder"),
+    *("add_cross_attention", "cross_attention_hidden_size", "_name_or_path", "finetuning_task"),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model, and the preset for it.
+
+    Attributes:
+        config: what matters of its config.json.
+        parameters: its published number; None where that counts what is not computed here.
+        gigabytes: what the preset's help says.
+    """
+
+    recipe: ModuleType
+    config: Mapping[str, Any]
+    gigabytes: int
+    parameters: int | None = None
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+GPT_OSS_120B = GPT_OSS_20B | {
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+}
+
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_235B = QWEN3_30B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 94,
+}
+
+DEEPSEEK_V2 = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1536,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+GLM_4_7_FLASH = {
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 202752,
+    "model_type": "glm4_moe_lite",
+    "moe_intermediate_size": 1536,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_attention_heads": 20,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 47,
+    "num_key_value_heads": 20,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.8,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
+
+# Presets (but debug and finetune) of the recipes, by name.
+PUBLISHED = {
+    "v2_lite": Published(deepseek_v2_sft, DEEPSEEK_V2_LITE, 31, 15_706_484_224),
+    "v2": Published(deepseek_v2_sft, DEEPSEEK_V2, 59, 235_741_434_880),
+    "glm_4_7_flash": Published(deepseek_v3_sft, GLM_4_7_FLASH, 60),
+    "qwen3_30b": Published(qwen3_sft, QWEN3_30B, 61, 30_532_122_624),
+    "qwen3_235b": Published(qwen3_sft, QWEN3_235B, 59, 235_093_634_560),
+    "gpt_oss_20b": Published(gpt_oss_sft, GPT_OSS_20B, 42, 20_914_757_184),
+    "gpt_oss_120b": Published(gpt_oss_sft, GPT_OSS_120B, 58, 116_829_156_672),
+    "llama_8b": Published(llama_sft, LLAMA_8B, 16, 8_030_261_248),
+    "llama_70b": Published(llama_sft, LLAMA_70B, 35, 70_553_706_496),
+}
+
+
+def cases() -> list[tuple[str, str]]:
+    """Return (family, case) of every tiny model; "" is the case that changes nothing."""
+    return [(name, case) for name, family in TINY.items() for case in ("", *family.cases)]
+
+
+def tiny(family: str, case: str = "", **changes: Any) -> PreTrainedConfig:
+    """Return the configuration of a tiny model."""
+    found = TINY[family]
+    return found.config(**{**(found.cases[case] if case else {}), **changes})

@@ -1,0 +1,152 @@
+"""What families with latent attention (MLA) share: the fields of their configurations, and how
+their layers are built. Each family's file says what is special to it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torchsft.models.attention import LatentAttention
+from torchsft.models.config_json import refuse_if
+from torchsft.models.family import FamilyConfig, FamilyModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(FamilyConfig):
+    """Sizes and constants of a model whose layers have experts, behind dense ones."""
+
+    # Sizes without which no parameter has a shape.
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    # The defaults are what transformers assumes where config.json is silent.
+    q_lora_rank: int | None = 1536
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    # Layers from this one on have experts.
+    first_k_dense_replace: int = 0
+
+    supported_values: ClassVar[Mapping[str, Any]] = {
+        **FamilyConfig.supported_values,
+        "moe_layer_freq": 1,
+    }
+    null_says_something = ("q_lora_rank",)  # that there is no query latent
+    rope_width = "qk_rope_head_dim"
+    pairing = "neighbours"
+    rivals: ClassVar[int]  # by the sum of how many of its best scores a group of experts competes
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LatentConfig":
+        """Read a config.json's object; see `FamilyConfig.from_hf`."""
+        read = super().from_hf(config)
+        heads, kv_heads = read.num_attention_heads, config.get("num_key_value_heads")
+        refuse_if(
+            kv_heads not in (None, heads),
+            f"{kv_heads} num_key_value_heads for {heads} heads; MLA needs them equal",
+        )
+        return read
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_shared_experts", "n_group", "topk_group"):
+            self.check_positive(name)
+        refuse_if(
+            self.qk_rope_head_dim % 2,
+            f"qk_rope_head_dim = {self.qk_rope_head_dim}, but it must be even",
+        )
+        dims = f"v_head_dim = {self.v_head_dim} above the {self.qk_head_dim} of queries and keys"
+        refuse_if(
+            self.v_head_dim > self.qk_head_dim, f"{dims}, which the attention does not support"
+        )
+        experts, groups, open_groups = self.n_routed_experts, self.n_group, self.topk_group
+        refuse_if(
+            experts % groups,
+            f"{experts} n_routed_experts, which n_group ({groups}) does not divide",
+        )
+        refuse_if(
+            open_groups > groups, f"topk_group = {open_groups}, but only {groups} groups (n_group)"
+        )
+        each = f"{experts} n_routed_experts in {groups} groups"
+        refuse_if(
+            open_groups < groups and experts // groups < self.rivals,
+            f"{each}, but groups compete by their best two",
+        )
+        chosen, reachable = self.num_experts_per_tok, experts // groups * open_groups
+        few = f"the {open_groups} groups open to a token (topk_group) hold only {reachable} experts"
+        refuse_if(chosen > reachable, f"num_experts_per_tok = {chosen}, but {few}")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Entries of a head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Every head has keys and values of its own, expanded from one latent."""
+        return self.num_attention_heads
+
+    def routed_experts(self, layer: int) -> int:
+        """Experts of a layer among which its router chooses; 0: it is dense."""
+        return self.n_routed_experts if layer >= self.first_k_dense_replace else 0
+
+    @property
+    def expert_costs(self) -> tuple[int, int]:
+        """Inner width of an expert, and how many a token meets: routed and shared ones."""
+        return self.moe_intermediate_size, self.num_experts_per_tok + self.n_shared_experts
+
+    @property
+    def attention_cost(self) -> int:
+        """Of queries, keys and values, through their latents, and of the output."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        q_out = heads * self.qk_head_dim
+        q = width * q_out if self.q_lora_rank is None else self.q_lora_rank * (width + q_out)
+        kv_a = width * (self.kv_lora_rank + self.qk_rope_head_dim)
+        kv_b = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return q + kv_a + kv_b + heads * self.v_head_dim * width
+
+    @property
+    def pair_cost(self) -> int:
+        """Of each head a score, from queries and keys, and what it takes of a value."""
+        heads = self.num_hidden_layers * self.num_attention_heads
+        return heads * (self.qk_head_dim + self.v_head_dim)
+
+
+class LatentModel(FamilyModel):
+    """A family with latent attention; see `LanguageModel`."""
+
+    config: LatentConfig
+    # Replicated are what makes the latents, the norms, the router and the shared experts.
+    tensor_parallel: ClassVar[Mapping[str, str]] = {
+        **FamilyModel.tensor_parallel,
+        "model.layers.*.self_attn.q_proj": "column",
+        "model.layers.*.self_attn.q_b_proj": "column",
+        "model.layers.*.self_attn.kv_b_proj": "column",
+        "model.layers.*.self_attn.o_proj": "row",
+    }
+    # All linear maps of attention and feed-forward networks; not the router, norms, biases,
+    # embeddings and what joins MTP layers.
+    quantised = re.compile(
+        r"\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+        r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate|up|down)_proj)\.weight$"
+    )
+
+    def build_attention(self, layer: int) -> LatentAttention:
+        """Make a layer's attention."""
+        config = self.config
+        return LatentAttention(
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            q_rank=config.q_lora_rank,
+            kv_rank=config.kv_lora_rank,
+            nope_dim=config.qk_nope_head_dim,
+            v_dim=config.v_head_dim,
+            rope=config.rope,
+            bias=config.attention_bias,
+        )

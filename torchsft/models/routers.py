@@ -1,0 +1,109 @@
+"""The routers that several families share: how tokens choose their experts.
+
+Shape suffixes: S tokens on this rank, E experts, G expert groups, K choices per token.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchsft.models.decoder import Float32Buffers
+from torchsft.models.moe import Routing, router_logits
+
+
+def within_open_groups(choice_SE: Tensor, groups: int, top_groups: int, rivals: int) -> Tensor:
+    """Return scores of a choice, -inf for experts of groups that are closed to their token.
+
+    Experts are split into groups of neighbours, which compete by the sum of their `rivals` best
+    scores for `top_groups` places. (A fill of 0, as in DeepSeek's first public code, would let
+    closed ones win over negative biased scores; transformers 5 uses -inf too.)
+    """
+    if top_groups == groups:
+        return choice_SE
+    choice_SGe = choice_SE.unflatten(1, (groups, -1))
+    group_scores_SG = choice_SGe.topk(rivals, dim=-1).values.sum(-1)
+    best_groups = group_scores_SG.topk(top_groups, dim=-1, sorted=False).indices
+    out_SG = torch.ones_like(group_scores_SG, dtype=torch.bool)
+    out_SG.scatter_(1, best_groups, False)
+    return choice_SGe.masked_fill(out_SG.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+class GroupedSigmoidRouter(Float32Buffers):
+    """Chooses K (`top_k`) of E experts for every token; everything here is fp32 whatever the model
+    computes in.
+
+    Experts are split into G groups of neighbours, and those of `top_groups` groups may be chosen.
+    `normalise` divides a token's K weights by their sum; `scale` is the factor of the weights after
+    that.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        *,
+        top_k: int,
+        groups: int,
+        top_groups: int,
+        normalise: bool,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
+        self.normalise, self.scale = normalise, scale
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+
+    def forward(self, x_SD: Tensor) -> Routing:
+        """Choose experts. Weights are the sigmoid scores; the correction bias takes part in the
+        choice alone. Groups compete by their two best biased scores.
+        """
+        logits_SE = router_logits(x_SD, self.weight)
+        scores_SE = logits_SE.sigmoid()
+        choice_SE = scores_SE.detach() + self.e_score_correction_bias
+        choice_SE = within_open_groups(choice_SE, self.groups, self.top_groups, rivals=2)
+        experts_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
+        weights_SK = scores_SE.gather(1, experts_SK)
+        if self.normalise:
+            weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
+
+
+class SoftmaxRouter(nn.Module):
+    """Chooses the K (`top_k`) of E experts with the largest softmax scores, which weigh them, among
+    those of the `top_groups` groups with the best expert. Everything here is fp32.
+
+    `normalise` divides a token's K weights by their sum, which makes them the softmax over the
+    chosen logits; `scale` is the factor of the weights after
+    that.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        *,
+        top_k: int,
+        normalise: bool,
+        groups: int = 1,
+        top_groups: int = 1,
+        scale: float = 1.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
+        self.normalise, self.scale = normalise, scale
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.bias = nn.Parameter(torch.empty(experts)) if bias else None
+
+    def forward(self, x_SD: Tensor) -> Routing:
+        """Choose experts."""
+        logits_SE = router_logits(x_SD, self.weight, self.bias)
+        scores_SE = logits_SE.softmax(-1)
+        choice_SE = within_open_groups(scores_SE.detach(), self.groups, self.top_groups, rivals=1)
+        experts_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
+        weights_SK = scores_SE.gather(1, experts_SK)
+        if self.normalise:
+            weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
+        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
