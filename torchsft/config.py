@@ -54,9 +54,18 @@ class Model:
     """
     loss_chunk: int = 1024
     """Tokens whose logits exist at the same time in the vocabulary loss."""
+    mtp: Literal["keep", "train", "drop"] = "keep"
+    """What becomes of multi-token-prediction layers: exported as they were (a server that drafts
+    tokens with them is slower the more the model has changed), trained too, or left out.
+    """
+    mtp_weight: float = 0.1
+    """Factor of the loss of --model.mtp train (DeepSeek-V3 pre-trained with 0.3, later 0.1)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, loss_chunk=1)
+        _at_least(self, loss_chunk=1, mtp_weight=0)
+        if self.mtp != "train" and self.mtp_weight != type(self).mtp_weight:
+            fault = f"--model.mtp-weight is {self.mtp_weight}, but --model.mtp is {self.mtp}"
+            raise InputError(f"{fault}; set --model.mtp train or leave it out")
 
 
 # What rendering itself gives to a chat template.

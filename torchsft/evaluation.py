@@ -33,7 +33,9 @@ def evaluate_loss(
 
     Returns:
         Of all sets together `eval_loss` and `eval_perplexity`; of each of several also
-        `eval_loss/NAME` and `eval_perplexity/NAME`.
+        `eval_loss/NAME` and `eval_perplexity/NAME`. Where MTP layers are trained, likewise
+        `eval_mtp_acceptance`: the share of supervised tokens that the first of them drafts as the
+        model itself would choose them.
     """
     totals = {name: _total(pipeline, batches, world) for name, batches in sets.items()}
     by_suffix = {"": sum(totals.values())}
@@ -41,16 +43,20 @@ def evaluate_loss(
         by_suffix |= {f"/{name}": total for name, total in totals.items()}
     results = {}
     for suffix, total in by_suffix.items():
-        loss_sum, loss_weight = total.tolist()
+        loss_sum, loss_weight, accepted, drafted = total.tolist()
         loss = loss_sum / loss_weight
         results[f"eval_loss{suffix}"] = loss
         results[f"eval_perplexity{suffix}"] = math.exp(min(loss, LARGEST_EXPONENT))
+        if drafted:
+            results[f"eval_mtp_acceptance{suffix}"] = accepted / drafted
     return results
 
 
 def _total(pipeline: Pipeline | OneStage, batches: EvalSet, world: World) -> torch.Tensor:
-    """Return loss sum and loss weight of a set over all ranks, float64 [2]."""
+    """Return loss sum, loss weight, accepted and all drafts of a set over all ranks, float64."""
     loss_sum, loss_weight = pipeline.zero.clone(), 0.0
+    drafts = pipeline.modules[-1].mtp_drafts
+    drafts.zero_()
     for start in range(0, len(batches), BATCHES_AT_ONCE):
         end = min(start + BATCHES_AT_ONCE, len(batches))
         group = [batches[number] for number in range(start, end)]
@@ -60,9 +66,11 @@ def _total(pipeline: Pipeline | OneStage, batches: EvalSet, world: World) -> tor
     if world.dense.get_local_rank("tp") > 0:
         # Each rank of a tensor group has the loss of all of its tokens: its first one counts.
         loss_sum.zero_()
+        drafts.zero_()
     if not world.is_reader:
         loss_weight = 0.0
-    return world.sum(torch.stack([loss_sum, loss_sum.new_tensor(loss_weight)]))
+    sums = torch.stack([loss_sum, loss_sum.new_tensor(loss_weight)])
+    return world.sum(torch.cat([sums, drafts]))
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
 from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.attention import choose_implementation
 from torchsft.models.families import family_of, read_model_config
+from torchsft.models.language_model import check_mtp
 from torchsft.models.moe import frozen_by_router
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
@@ -167,7 +168,9 @@ class Trainer:
 
         self.plan = plan_stages(parallel, self.model_config, microbatches)
         pp_rank = world.dense.get_local_rank("pp")
+        check_mtp(options.mtp, self.model_config, parallel.pp)
         implementations = {
+            "mtp": options.mtp,
             "attention": options.attention,
             "experts": options.experts,
             "loss_chunk": options.loss_chunk,
@@ -184,6 +187,12 @@ class Trainer:
             # A run that continues, or begins at random, does not read the directory's weights.
             if self.start.checkpoint is None and not options.random_init:
                 self.weights = huggingface.check_weights(self.source, whole)
+                if options.mtp == "keep" and huggingface.has_mtp(self.weights, whole):
+                    self.output.message(
+                        "MTP layers are exported as they are: drafts of a server that uses them "
+                        "are accepted less often the more training changes the model, which slows "
+                        "it down; --model.mtp train trains them too"
+                    )
                 if config.router.bias_update_rate:
                     huggingface.check_moving_bias(self.weights, whole)
             part = self.plan.model_part(pp_rank)
@@ -492,6 +501,9 @@ class Trainer:
         for moe in moe_layers.values():
             moe.balance_scale = router.aux_loss / tokens
             moe.z_scale = router.z_loss / (tokens * len(experts_of_layers))
+        mtp_layers = self.model.depth - self.model_config.num_hidden_layers
+        if mtp_layers:
+            self.model.mtp_scale = self.config.model.mtp_weight / (mtp_layers * batch.divisor)
         loss_sum = self.pipeline.step(step.microbatches, batch.divisor)
         lr_scale = lr_factor(self.counters.updates, self.config.optim, self.total_steps)
         updates = self.counters.updates
@@ -500,6 +512,7 @@ class Trainer:
         self.output.collect_reports()
         results = reduce_results(
             loss_sum,
+            self.model.mtp_loss,
             moe_layers,
             experts_of_layers,
             signalled=self.preemption.received is not None,
@@ -544,7 +557,7 @@ class Trainer:
     def experts_of_layers(self) -> dict[int, int]:
         """Return the number of experts of every MoE layer of the whole model."""
         config = self.model_config
-        layers = range(config.num_hidden_layers)
+        layers = range(self.model.depth)
         return {layer: config.routed_experts(layer) for layer in layers if config.is_moe(layer)}
 
     def step_record(
@@ -575,6 +588,8 @@ class Trainer:
         if router.z_loss:
             mean = results.z_loss / (tokens * len(results.expert_load))
             record["z_loss"] = router.z_loss * mean
+        if mtp_layers := self.model.depth - self.model_config.num_hidden_layers:
+            record["mtp_loss"] = results.mtp_loss / (mtp_layers * batch.divisor)
         return record
 
     def step_scalars(

@@ -57,6 +57,7 @@ class StepResults:
     """What a step's passes found, over all ranks; the same on every rank."""
 
     loss_sum: float  # of weighted token losses
+    mtp_loss: float  # likewise, of MTP layers
     balance_loss: float  # summed over layers and documents' tokens, not yet scaled
     z_loss: float  # likewise
     expert_load: Mapping[int, Tensor]  # layer -> tokens of each of its experts, float64
@@ -66,6 +67,7 @@ class StepResults:
 
 def reduce_results(
     loss_sum: Tensor,
+    mtp_loss: Tensor,
     moe_layers: Mapping[str, MoE],
     layer_experts: Mapping[int, int],
     *,
@@ -80,6 +82,7 @@ def reduce_results(
 
     Args:
         loss_sum: float64 scalar; all ranks of a tensor group have that of all of its tokens.
+        mtp_loss: likewise, of MTP layers.
         moe_layers: this rank's, by number in the whole model.
         layer_experts: number of experts of every MoE layer of the whole model.
         signalled: whether this rank has been told to end.
@@ -94,18 +97,27 @@ def reduce_results(
         row[0], row[1] = moe.balance_loss, moe.z_loss
         row[2 : 2 + moe.expert_load.numel()] = moe.expert_load
         moe.init_buffers()
+    losses = torch.stack([loss_sum, mtp_loss.double()])
     if world.dense.get_local_rank("tp") > 0:
-        loss_sum = torch.zeros_like(loss_sum)
+        losses.zero_()
     flags = counted.new_tensor([signalled, save_failed])
-    summed = world.sum(torch.cat([loss_sum[None], flags, counted.flatten()])).cpu()
-    total, any_signalled, any_failed = summed[:3].tolist()
-    of_layers = summed[3:].view(shape)
+    summed = world.sum(torch.cat([losses, flags, counted.flatten()])).cpu()
+    total, mtp_total, any_signalled, any_failed = summed[:4].tolist()
+    of_layers = summed[4:].view(shape)
     balance_loss, z_loss = of_layers[:, :2].sum(0).tolist()
     expert_load = {
         layer: of_layers[row, 2 : 2 + experts]
         for row, (layer, experts) in enumerate(layer_experts.items())
     }
-    return StepResults(total, balance_loss, z_loss, expert_load, any_signalled > 0, any_failed > 0)
+    return StepResults(
+        total,
+        mtp_total,
+        balance_loss,
+        z_loss,
+        expert_load,
+        any_signalled > 0,
+        any_failed > 0,
+    )
 
 
 def busiest_over_mean(load_E: Tensor) -> float:

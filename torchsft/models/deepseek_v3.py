@@ -98,7 +98,9 @@ class Glm4MoeLiteConfig(DeepseekV3Config):
     def routed_experts(self, layer: int) -> int:
         """Experts of a layer among which its router chooses; 0: it is dense."""
         if self.mlp_layer_types:
-            return self.n_routed_experts if self.mlp_layer_types[layer] == "sparse" else 0
+            # MTP layers, behind those that are listed, have experts
+            dense = self.mlp_layer_types[layer : layer + 1] == ("dense",)
+            return 0 if dense else self.n_routed_experts
         return super().routed_experts(layer)
 
 

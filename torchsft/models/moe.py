@@ -118,7 +118,7 @@ def local_exchange(
     return experts(x_RD, counts_E.cumsum(0).to(torch.int32)), meanwhile()
 
 
-class _AddLoss(torch.autograd.Function):
+class AddLoss(torch.autograd.Function):
     """Passes x on and makes `loss` part of what is minimised: its gradient is 1 whatever x's is."""
 
     @staticmethod
@@ -242,7 +242,7 @@ class MoE(nn.Module):
         loss = torch.where(documents.valid_S, loss_S, 0).sum()
         if self.counting:
             total += loss.detach()
-        return _AddLoss.apply(weights_SK, loss * scale)
+        return AddLoss.apply(weights_SK, loss * scale)
 
 
 def frozen_by_router(options: RouterOptions, moes: Collection[MoE]) -> list[str]:
