@@ -75,8 +75,12 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
         changes.pop("output", str(base / "unused-output")),
     )
     return Config(
-        model=Model(path=str(base / model)),
-        data=Data(train=(str(base / "train.jsonl"),), seq_len=changes.pop("seq_len", 192)),
+        model=Model(path=str(base / model), mtp=changes.pop("mtp", "keep")),
+        data=Data(
+            train=(str(base / "train.jsonl"),),
+            eval=changes.pop("eval", ()),
+            seq_len=changes.pop("seq_len", 192),
+        ),
         train=Train(steps=STEPS, **train),
         parallel=Parallel(**({"timeout_seconds": 60} | changes)),
         # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of
@@ -147,6 +151,8 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     steps = [next(trainer.loader) for _ in range(STEPS)]
     without = common | reported(steps, [trainer.train_step(step)[0] for step in steps])
     state = {name: full(t) for name, t in trainer.model.state_dict().items()}
+    for result in (without, balanced):
+        result["evaluation"] = trainer.evaluate() if trainer.run_data.eval_sets else {}
     if all(index == 0 for axis, index in place.items() if axis != "pp"):
         balanced["gradients"] = gradients[0]
         without |= {"gradients": gradients[1], "state": state}
@@ -156,7 +162,7 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
 def reported(steps: list[Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     """What this rank read, and what it says of the steps."""
     keys = {"losses": "loss", "norms": "grad_norm", "tokens": "tokens"}
-    keys |= {"aux": "aux_loss", "z": "z_loss"}
+    keys |= {"aux": "aux_loss", "z": "z_loss", "mtp": "mtp_loss"}
     ids = [step.sample_ids for step in steps]
     empty = sum(int(b.cu_seqlens[-1]) == 0 for step in steps for b in step.microbatches)
     return {name: [r.get(key) for r in records] for name, key in keys.items()} | {
@@ -177,7 +183,7 @@ def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
     layers.
     """
     # all ranks report the same
-    numbers = ("losses", "norms", "tokens", "aux", "z")
+    numbers = ("losses", "norms", "tokens", "aux", "z", "mtp", "evaluation")
     assert len({str([r[key] for key in numbers]) for r in results}) == 1
     whole = {key: results[0][key] for key in numbers}
     for key in ("gradients", "state"):
@@ -255,6 +261,9 @@ def compare(result: dict[str, Any], reference: dict[str, Any], label: str = "") 
     if reference["aux"][0] is not None:
         assert result["aux"] == pytest.approx(reference["aux"], rel=1e-6)
         assert result["z"] == pytest.approx(reference["z"], rel=1e-6)
+    if reference["mtp"][0] is not None:
+        assert result["mtp"] == pytest.approx(reference["mtp"], rel=1e-6)
+    assert result["evaluation"] == pytest.approx(reference["evaluation"], rel=1e-6)
     assert (result["tokens"], result["ids"]) == (reference["tokens"], reference["ids"])
     wrong, worst = [], 0.0
     assert result["gradients"].keys() == reference["gradients"].keys()
