@@ -29,7 +29,7 @@ RUNS = {
         4,
         [*SHORT, "--parallel.pp", "2", "--parallel.ep", "2", "--checkpoint.every", "5"],
     ),
-    "tp2": (2, [*SHORT, "--parallel.tp", "2", "--train.aux-loss", "0.01"]),
+    "tp2": (2, [*SHORT, "--parallel.tp", "2", "--router.aux-loss", "0.01"]),
     "cp2-ep2": (2, [*SHORT, "--parallel.cp", "2", "--parallel.ep", "2"]),
     "replicate2": (2, [*SHORT, "--parallel.dp-replicate", "2", "--parallel.ep", "1"]),
 }

@@ -17,6 +17,7 @@ from torchsft.config import (
     Metrics,
     Optim,
     Parallel,
+    Router,
     Train,
     differences,
     to_dict,
@@ -30,7 +31,8 @@ train.global-batch-size train.micro-batch-size train.seed parallel.pp parallel.d
 parallel.dp-shard parallel.cp parallel.tp parallel.ep parallel.pp-schedule optim.lr optim.schedule
 optim.warmup-steps optim.clip-norm precision.compute checkpoint.every checkpoint.resume
 checkpoint.keep checkpoint.export eval.every output print-config checkpoint.mode checkpoint.if-busy
-checkpoint.keep-every checkpoint.keep-best checkpoint.on-error checkpoint.remote
+checkpoint.keep-every checkpoint.keep-best checkpoint.on-error checkpoint.remote router.train
+router.bias-update-rate router.aux-loss router.z-loss
 """.split()
 
 
@@ -83,7 +85,7 @@ def test_options_override_the_preset():
         (lambda: Optim(lr=float("inf")), "--optim.lr is inf, but it must be a finite number"),
         (lambda: Optim(eps=float("inf")), "--optim.eps is inf, but it must be a finite number"),
         (lambda: Optim(weight_decay=float("inf")), "--optim.weight-decay is inf"),
-        (lambda: Train(aux_loss=float("inf")), "--train.aux-loss is inf"),
+        (lambda: Router(aux_loss=float("inf")), "--router.aux-loss is inf"),
         (lambda: Train(seed=2**64), "--train.seed is 18446744073709551616"),
         (lambda: Metrics(peak_tflops=0.0), "--metrics.peak-tflops is 0.0"),
         (lambda: Parallel(timeout_seconds=float("inf")), "--parallel.timeout-seconds is inf"),
@@ -95,7 +97,9 @@ def test_options_override_the_preset():
             lambda: Parallel(pp_layers=(4, -1)),
             "--parallel.pp-layers is (4, -1), but a stage cannot have fewer than 0 layers",
         ),
-        (lambda: Train(aux_loss=-1.0), "--train.aux-loss is -1.0"),
+        (lambda: Router(aux_loss=-1.0), "--router.aux-loss is -1.0"),
+        (lambda: Router(z_loss=-1.0), "--router.z-loss is -1.0"),
+        (lambda: Router(bias_update_rate=float("nan")), "--router.bias-update-rate is nan"),
         (lambda: Parallel(dp_shard=0), "--parallel.dp-shard is 0"),
         (lambda: Parallel(timeout_seconds=0.0), "--parallel.timeout-seconds is 0.0"),
         (
@@ -136,6 +140,16 @@ def test_an_option_that_an_older_version_did_not_have_had_its_default_there():
     assert differences(old, to_dict(new)) == []
     new.train.freeze = ("router",)
     assert differences(old, to_dict(new)) == ["train.freeze: [] -> ['router']"]
+
+
+def test_an_option_that_is_no_more_counts_where_it_asked_for_something():
+    """--train.aux-loss became --router.aux-loss: a run that did not use it can go on."""
+    old, new = to_dict(Config()), to_dict(Config())
+    del old["router"]
+    old["train"]["aux_loss"] = 0.0
+    assert differences(old, new) == []
+    old["train"]["aux_loss"] = 1e-4
+    assert differences(old, new) == ["train.aux_loss: 0.0001 -> None"]
 
 
 def test_epochs_are_numbers_with_or_without_a_point():

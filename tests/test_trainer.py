@@ -205,6 +205,72 @@ def test_a_run_ends_after_some_skipped_steps_in_a_row_and_all_are_in_the_metrics
     )
 
 
+def choices(trainer):
+    """(token, layer, expert) of each choice in the first row of the first evaluation set."""
+    (samples,) = trainer.run_data.eval_sets["train"].rows[:1]
+    row = [trainer.run_data.eval_sets["train"].sources[s].samples[i] for s, i in samples]
+    tokens = torch.tensor([token for sample in row for token in sample.tokens])
+    lengths = torch.tensor([0, *(len(sample.tokens) for sample in row)])
+    found = set()
+    hooks = [
+        moe.gate.register_forward_hook(
+            lambda _, __, out, name=name: found.update(
+                (token, name, expert)
+                for token, experts in enumerate(out.experts_SK.tolist())
+                for expert in experts
+            )
+        )
+        for name, moe in trainer.model.moe_layers().items()
+    ]
+    positions = torch.cat([torch.arange(len(sample.tokens)) for sample in row])
+    with torch.no_grad():
+        trainer.model(tokens, positions=positions, cu_seqlens=lengths.cumsum(0).int())
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_routing_drift_is_against_the_model_before_the_first_step_also_when_a_run_continues(
+    inputs, tmp_path, capsys
+):
+    """Against sets of choices; the continued run has other rows a microbatch. Where the evaluation
+    data is another one there is no drift, but a line.
+    """
+
+    def run(name, **changes):
+        config = trainer_for(inputs, tmp_path, output=str(tmp_path / name))
+        config.data.eval, config.eval.every = (f"train={inputs / 'train.jsonl'}",), 1
+        config.checkpoint.every, config.checkpoint.keep = 1, 0
+        for group, option, value in changes.get("options", ()):
+            setattr(getattr(config, group), option, value)
+        with World(config.parallel, 0) as world:
+            trainer = Trainer(config, world)
+            before = choices(trainer)
+            trainer.run()
+            after = choices(trainer)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        drifts = [json.loads(line).get("eval_routing_drift") for line in lines]
+        return before, after, drifts
+
+    before, after, drifts = run("whole")
+    assert min(drifts) > 0 and drifts[-1] == pytest.approx(len(after - before) / len(after))
+    write_conversations(tmp_path / "other.jsonl", 5, seed=1)
+    step_1 = str(tmp_path / "whole" / "checkpoints" / "step-00000001")
+    resumed = [("checkpoint", "resume", step_1), ("train", "micro_batch_size", 1)]
+    assert run("resumed", options=resumed)[2] == drifts[1:]
+    other = [*resumed, ("data", "eval", (str(tmp_path / "other.jsonl"),))]
+    capsys.readouterr()
+    run_other = trainer_for(inputs, tmp_path, output=str(tmp_path / "other"))
+    for group, option, value in other:
+        setattr(getattr(run_other, group), option, value)
+    with World(run_other.parallel, 0) as world:
+        trainer = Trainer(run_other, world)
+        assert "eval_routing_drift" not in trainer.evaluate()
+    assert (
+        "no routing drift: --data.eval begins otherwise than at step 0" in capsys.readouterr().out
+    )
+
+
 def test_automatic_options_are_resolved_in_the_saved_configuration(inputs, tmp_path):
     config = trainer_for(inputs, tmp_path)
     resolved = resolve(config)

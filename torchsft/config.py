@@ -54,9 +54,18 @@ class Model:
     """
     loss_chunk: int = 1024
     """Tokens whose logits exist at the same time in the vocabulary loss."""
+    mtp: Literal["keep", "train", "drop"] = "keep"
+    """What becomes of multi-token-prediction layers: exported as they were (a server that drafts
+    tokens with them is slower the more the model has changed), trained too, or left out.
+    """
+    mtp_weight: float = 0.1
+    """Factor of the loss of --model.mtp train (DeepSeek-V3 pre-trained with 0.3, later 0.1)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, loss_chunk=1)
+        _at_least(self, loss_chunk=1, mtp_weight=0)
+        if self.mtp != "train" and self.mtp_weight != type(self).mtp_weight:
+            fault = f"--model.mtp-weight is {self.mtp_weight}, but --model.mtp is {self.mtp}"
+            raise InputError(f"{fault}; set --model.mtp train or leave it out")
 
 
 # What rendering itself gives to a chat template.
@@ -227,10 +236,6 @@ class Train:
     to a dot: '*.mlp.shared_experts', lm_head. The experts of a layer are two parameters,
     experts.gate_up_proj and experts.down_proj.
     """
-    aux_loss: float = 0.0
-    """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with
-    1e-4); 0: none.
-    """
     activation_checkpointing: Literal["none", "full"] = "none"
     """full keeps only each layer's input and computes the layer again in the backward pass: less
     memory, a third more time.
@@ -252,11 +257,34 @@ class Train:
             global_batch_size=1,
             micro_batch_size=1,
             seed=0,
-            aux_loss=0,
             max_nonfinite_steps=1,
         )
         if self.seed >= 2**64:
             raise InputError(f"--train.seed is {self.seed}, but it must be less than 2**64")
+
+
+@dataclass(kw_only=True)
+class Router:
+    """How the routing of tokens to experts is trained; the same for all families."""
+
+    train: bool = True
+    """False freezes every router: its weight, and its bias where it has one."""
+    bias_update_rate: float = 0.0
+    """After each step the correction bias of experts that got more tokens than the mean falls by
+    this, that of the others rises (DeepSeek-V3 pre-trained with 1e-3, at its end with 0); 0: it
+    stays.
+    """
+    aux_loss: float = 0.0
+    """Factor of the sequence-wise balance loss of expert routing (DeepSeek-V3 pre-trained with
+    1e-4); 0: none.
+    """
+    z_loss: float = 0.0
+    """Factor of the mean over tokens and layers of logsumexp(router logits)^2, which keeps these
+    small (ST-MoE: 1e-3); 0: none.
+    """
+
+    def __post_init__(self) -> None:
+        _at_least(self, bias_update_rate=0, aux_loss=0, z_loss=0)
 
 
 LONGEST_TIMEOUT = 1e9  # seconds, 32 years
@@ -540,6 +568,7 @@ class Config:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    router: Router = field(default_factory=Router)
     parallel: Parallel = field(default_factory=Parallel)
     optim: Optim = field(default_factory=Optim)
     precision: Precision = field(default_factory=Precision)
@@ -586,13 +615,13 @@ def differences(
     -> 1'.
 
     An option that `old` lacks, as the version that wrote it had none, had its default there
-    (`defaults`, of this level).
+    (`defaults`, of this level); one that `new` lacks any more counts where it asked for something.
     """
     defaults = to_dict(Config()) if defaults is None else defaults
     found = []
     for key in sorted(old.keys() | new.keys()):
-        name, b = prefix + key, new.get(key)
-        a = old.get(key, defaults.get(key))
+        name, a = prefix + key, old.get(key, defaults.get(key))
+        b = new.get(key) if key in new or a else a
         if name in FREE_TO_CHANGE or a == b:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -1,17 +1,28 @@
-"""Held-out loss over every row."""
+"""Held-out loss over every row, and how far the routing of held-out tokens has drifted.
+
+Shapes: T tokens of a microbatch, S of them on this rank, n those that count, L layers that have
+experts, E experts.
+"""
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from torchsft.data.batch import Batch
 from torchsft.data.stream import EvalSet
+from torchsft.models.moe import Routing
 from torchsft.parallel.pipeline import OneStage, Pipeline
 from torchsft.parallel.world import World
 
 # Batches of a set that are in memory; many, so that a pipeline's ranks are busy.
 BATCHES_AT_ONCE = 64
 LARGEST_EXPONENT = 700.0  # exp of more is infinite in float64
+DRIFT_TOKENS = 512  # of the first evaluation row: those whose routing is compared
 
 
 @torch.no_grad()
@@ -22,7 +33,9 @@ def evaluate_loss(
 
     Returns:
         Of all sets together `eval_loss` and `eval_perplexity`; of each of several also
-        `eval_loss/NAME` and `eval_perplexity/NAME`.
+        `eval_loss/NAME` and `eval_perplexity/NAME`. Where MTP layers are trained, likewise
+        `eval_mtp_acceptance`: the share of supervised tokens that the first of them drafts as the
+        model itself would choose them.
     """
     totals = {name: _total(pipeline, batches, world) for name, batches in sets.items()}
     by_suffix = {"": sum(totals.values())}
@@ -30,16 +43,20 @@ def evaluate_loss(
         by_suffix |= {f"/{name}": total for name, total in totals.items()}
     results = {}
     for suffix, total in by_suffix.items():
-        loss_sum, loss_weight = total.tolist()
+        loss_sum, loss_weight, accepted, drafted = total.tolist()
         loss = loss_sum / loss_weight
         results[f"eval_loss{suffix}"] = loss
         results[f"eval_perplexity{suffix}"] = math.exp(min(loss, LARGEST_EXPONENT))
+        if drafted:
+            results[f"eval_mtp_acceptance{suffix}"] = accepted / drafted
     return results
 
 
 def _total(pipeline: Pipeline | OneStage, batches: EvalSet, world: World) -> torch.Tensor:
-    """Return loss sum and loss weight of a set over all ranks, float64 [2]."""
+    """Return loss sum, loss weight, accepted and all drafts of a set over all ranks, float64."""
     loss_sum, loss_weight = pipeline.zero.clone(), 0.0
+    drafts = pipeline.modules[-1].mtp_drafts
+    drafts.zero_()
     for start in range(0, len(batches), BATCHES_AT_ONCE):
         end = min(start + BATCHES_AT_ONCE, len(batches))
         group = [batches[number] for number in range(start, end)]
@@ -49,6 +66,60 @@ def _total(pipeline: Pipeline | OneStage, batches: EvalSet, world: World) -> tor
     if world.dense.get_local_rank("tp") > 0:
         # Each rank of a tensor group has the loss of all of its tokens: its first one counts.
         loss_sum.zero_()
+        drafts.zero_()
     if not world.is_reader:
         loss_weight = 0.0
-    return world.sum(torch.stack([loss_sum, loss_sum.new_tensor(loss_weight)]))
+    sums = torch.stack([loss_sum, loss_sum.new_tensor(loss_weight)])
+    return world.sum(torch.cat([sums, drafts]))
+
+
+@torch.no_grad()
+def routing_choices(
+    pipeline: Pipeline | OneStage, row: Batch, layer_experts: Mapping[int, int], world: World
+) -> dict[str, Any]:
+    """Note which experts every layer chooses for the first tokens of a row.
+
+    Args:
+        pipeline: of the model.
+        row: a microbatch; that of data rank 0 counts, the others keep it company.
+        layer_experts: number of experts of every MoE layer of the whole model.
+        world: the ranks.
+
+    Returns:
+        JSON-able, on the main rank: its `tokens`, and `chosen`, a bit for each of [n, L, E].
+    """
+    layers, tokens = list(layer_experts), pipeline.tokens
+    shape = (tokens, len(layers), max(layer_experts.values()))
+    chosen_TLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
+    hooks = []
+    for model in pipeline.modules:
+        place_S = model.layout.tokens(torch.arange(tokens, device=world.device))
+        for name, moe in model.moe_layers().items():
+            note = partial(_note, chosen_TLE[:, layers.index(int(name))], place_S)
+            hooks.append(moe.gate.register_forward_hook(note))
+    pipeline.evaluate([row])
+    for hook in hooks:
+        hook.remove()
+    chosen_TLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
+    chosen_nLE = world.sum(chosen_TLE[:DRIFT_TOKENS]).bool().cpu()
+    n = int(chosen_nLE.any(-1).any(-1).sum())  # the rest is padding
+    chosen_nLE = chosen_nLE[:n]
+    bits = np.packbits(chosen_nLE.numpy()).tobytes()
+    return {"tokens": row.tokens[:n].tolist(), "chosen": bits.hex()}
+
+
+def _note(
+    chosen_TE: Tensor, place_S: Tensor, gate: nn.Module, inputs: Any, routing: Routing
+) -> None:
+    """Mark the experts that a router has chosen for this rank's tokens."""
+    chosen_TE[place_S.unsqueeze(1), routing.experts_SK] = True
+
+
+def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
+    """Return the share of the choices of `now` that `base` did not make; None if they are of other
+    tokens.
+    """
+    if now["tokens"] != base["tokens"]:
+        return None
+    chosen, before = int(now["chosen"], 16), int(base["chosen"], 16)
+    return (chosen & ~before).bit_count() / chosen.bit_count()

@@ -22,10 +22,17 @@ from torchsft.config import Config, InputError, to_dict
 from torchsft.data.background import Background
 from torchsft.data.run_data import DataRank, check_options, load_run_data, with_faults
 from torchsft.data.stream import Step, microbatches_per_step
-from torchsft.evaluation import evaluate_loss
+from torchsft.evaluation import evaluate_loss, routing_choices, routing_drift
 from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger, bars_can_be_drawn
-from torchsft.metrics.step import GlobalBatch, StepResults, count_global_batch, reduce_results
+from torchsft.metrics.step import (
+    GlobalBatch,
+    StepResults,
+    busiest_over_mean,
+    count_global_batch,
+    reduce_results,
+    unused_share,
+)
 from torchsft.metrics.summary import (
     Answers,
     ParameterCounts,
@@ -37,6 +44,8 @@ from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
 from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.attention import choose_implementation
 from torchsft.models.families import family_of, read_model_config
+from torchsft.models.language_model import check_mtp
+from torchsft.models.moe import frozen_by_router
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
@@ -109,6 +118,8 @@ class Trainer:
         self.counters = Counters()
         # Tokens that ended turns which the run trained before the checkpoint that it continues.
         self.earlier_end_tokens: list[int] = []
+        # How the model before the first step routes the first evaluation row.
+        self.base_routing: dict[str, Any] | None = None
         if generate:
             if world.is_main:
                 generate()
@@ -157,7 +168,9 @@ class Trainer:
 
         self.plan = plan_stages(parallel, self.model_config, microbatches)
         pp_rank = world.dense.get_local_rank("pp")
+        check_mtp(options.mtp, self.model_config, parallel.pp)
         implementations = {
+            "mtp": options.mtp,
             "attention": options.attention,
             "experts": options.experts,
             "loss_chunk": options.loss_chunk,
@@ -166,14 +179,23 @@ class Trainer:
         with torch.device("meta"):
             whole = self.family(self.model_config, **implementations)
             self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
-            frozen = (*train.freeze, *whole.untrained)
+            freeze = [*train.freeze, *whole.untrained]
+            freeze += frozen_by_router(config.router, whole.moe_layers().values())
             self.selection = select(
-                self.shapes, frozen, config.optim.parameter_groups(), whole.parts
+                self.shapes, freeze, config.optim.parameter_groups(), whole.parts
             )
             self.selection.apply(whole)
             # A run that continues, or begins at random, does not read the directory's weights.
             if self.start.checkpoint is None and not options.random_init:
                 self.weights = huggingface.check_weights(self.source, whole)
+                if options.mtp == "keep" and huggingface.has_mtp(self.weights, whole):
+                    self.output.message(
+                        "MTP layers are exported as they are: drafts of a server that uses them "
+                        "are accepted less often the more training changes the model, which slows "
+                        "it down; --model.mtp train trains them too"
+                    )
+                if config.router.bias_update_rate:
+                    huggingface.check_moving_bias(self.weights, whole)
             part = self.plan.model_part(pp_rank)
             self.model = self.family(self.model_config, **implementations, **part)
             self.selection.apply(self.model)
@@ -278,6 +300,7 @@ class Trainer:
         self.counters = Counters(**{name: extra[name] for name in names})
         self.loader.load_state_dict(extra["data"])
         self.earlier_end_tokens = extra.get("end_tokens", [])  # older checkpoints have none
+        self.base_routing = extra.get("base_routing")
         step = self.counters.step
         self.output.message(f"continuing from {checkpoint} at step {step} of {self.total_steps}")
         if self.start.longer and step < self.total_steps:
@@ -376,6 +399,8 @@ class Trainer:
             What the last step's evaluation found, if there was one; and how fast the steps were.
         """
         config, counters = self.config, self.counters
+        if counters.step == 0:
+            self.base_routing = self.routing()
         if config.eval.answers and counters.step == 0:
             self.generate_answers("before")
             self.share_signal()
@@ -429,9 +454,26 @@ class Trainer:
         self.signalled = bool(self.world.sum([float(received)]))
 
     def evaluate(self) -> dict[str, float]:
-        """Compute the loss over the evaluation sets; see `evaluate_loss`."""
+        """Compute the loss over the evaluation sets (see `evaluate_loss`), and the share of choices
+        of experts that the model before the first step did not make.
+        """
         with self.clock("evaluation"):
-            return evaluate_loss(self.pipeline, self.run_data.eval_sets, self.world)
+            found = evaluate_loss(self.pipeline, self.run_data.eval_sets, self.world)
+        if self.base_routing and (routing := self.routing()):
+            drift = routing_drift(routing, self.base_routing)
+            if drift is None:
+                self.output.message("no routing drift: --data.eval begins otherwise than at step 0")
+            else:
+                found["eval_routing_drift"] = drift
+        return found
+
+    def routing(self) -> dict[str, Any] | None:
+        """Return how the first evaluation row is routed; None where there is none."""
+        layers, sets = self.experts_of_layers(), [*self.run_data.eval_sets.values()]
+        if not layers or not sets or not len(sets[0]):
+            return None
+        with self.clock("evaluation"):
+            return routing_choices(self.pipeline, sets[0].first_row(), layers, self.world)
 
     def generate_answers(self, when: str) -> Answers:
         """Generate answers "before" or "after" training, as the recipe does."""
@@ -454,23 +496,34 @@ class Trainer:
         """
         began = time.perf_counter()
         batch = count_global_batch(step.microbatches, self.model_config.flops, self.world)
-        # The balance loss is a mean over tokens; it adds its gradient by itself.
-        for moe in self.model.moe_layers().values():
-            moe.balance_scale = self.config.train.aux_loss / max(batch.tokens, 1)
+        # The losses of routing are means over tokens, and add their gradients by themselves.
+        router, tokens = self.config.router, max(batch.tokens, 1)
+        experts_of_layers, moe_layers = self.experts_of_layers(), self.model.moe_layers()
+        for moe in moe_layers.values():
+            moe.balance_scale = router.aux_loss / tokens
+            moe.z_scale = router.z_loss / (tokens * len(experts_of_layers))
+        mtp_layers = self.model.depth - self.model_config.num_hidden_layers
+        if mtp_layers:
+            self.model.mtp_scale = self.config.model.mtp_weight / (mtp_layers * batch.divisor)
         loss_sum = self.pipeline.step(step.microbatches, batch.divisor)
         lr_scale = lr_factor(self.counters.updates, self.config.optim, self.total_steps)
+        updates = self.counters.updates
         norm = self.update_weights(batch.loss_weight, lr_scale)
         self.counters.step += 1
         self.output.collect_reports()
         results = reduce_results(
             loss_sum,
-            self.model.moe_layers(),
-            self.experts_of_layers(),
+            self.model.mtp_loss,
+            moe_layers,
+            experts_of_layers,
             signalled=self.preemption.received is not None,
             save_failed=self.output.knows_of_failed_save,
             world=self.world,
         )
         self.signalled, self.output.save_failed = results.signalled, results.save_failed
+        if router.bias_update_rate and self.counters.updates > updates:
+            for name, moe in moe_layers.items():
+                moe.move_bias(results.expert_load[int(name)], router.bias_update_rate)
         seconds = time.perf_counter() - began
         self.counters.last_loss = results.loss_sum / batch.divisor
         if math.isnan(self.counters.first_loss):
@@ -505,7 +558,7 @@ class Trainer:
     def experts_of_layers(self) -> dict[int, int]:
         """Return the number of experts of every MoE layer of the whole model."""
         config = self.model_config
-        layers = range(config.num_hidden_layers)
+        layers = range(self.model.depth)
         return {layer: config.routed_experts(layer) for layer in layers if config.is_moe(layer)}
 
     def step_record(
@@ -529,10 +582,15 @@ class Trainer:
             "epoch": step.epoch,
             "data_wait_share": self.loader.waited / (self.loader.waited + seconds),
         }
-        if self.config.train.aux_loss:
-            # As it is minimised: the mean over tokens.
-            scaled_sum = self.config.train.aux_loss * results.balance_loss
-            record["aux_loss"] = scaled_sum / max(batch.tokens, 1)
+        # As they are minimised: means over tokens, that of the z-loss over layers too.
+        router, tokens = self.config.router, max(batch.tokens, 1)
+        if router.aux_loss:
+            record["aux_loss"] = router.aux_loss * results.balance_loss / tokens
+        if router.z_loss:
+            mean = results.z_loss / (tokens * len(results.expert_load))
+            record["z_loss"] = router.z_loss * mean
+        if mtp_layers := self.model.depth - self.model_config.num_hidden_layers:
+            record["mtp_loss"] = results.mtp_loss / (mtp_layers * batch.divisor)
         return record
 
     def step_scalars(
@@ -555,7 +613,9 @@ class Trainer:
                 scalars[f"optim/lr/{group.pattern}"] = lr_scale * group.lr
         scalars |= memory_gib(self.world.device)
         for layer, load in results.expert_load.items():
-            scalars[f"expert_load/layer_{layer}_max_over_mean"] = load
+            scalars[f"expert_load/layer_{layer}_max_over_mean"] = busiest_over_mean(load)
+        if results.expert_load:
+            scalars["expert_load/unused_share"] = unused_share(results.expert_load.values())
         peak = self.config.metrics.peak_tflops or peak_tflops(self.world.device)
         if peak:
             scalars["speed/mfu"] = mfu(batch.flops / self.world.size, seconds, peak)
@@ -573,6 +633,7 @@ class Trainer:
         extra = dataclasses.asdict(self.counters)
         extra["data"] = self.loader.state_dict()
         extra["end_tokens"] = self.end_tokens()
+        extra["base_routing"] = self.base_routing
         self.output.save(
             self.counters.step,
             self.model,

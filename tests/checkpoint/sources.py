@@ -92,6 +92,32 @@ def write_source(
     return directory
 
 
+def add_mtp(directory: Path, modules: int = 1) -> None:
+    """Give a tiny model of random weights MTP layers, in the format of published ones."""
+    config = json.loads((directory / "config.json").read_text())
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    tensors = read_tensors(directory)
+    torch.manual_seed(2)
+    new = {}
+    for layer in range(layers, layers + modules):
+        prefix = f"model.layers.{layer}."
+        for key, tensor in tensors.items():
+            if key.startswith(f"model.layers.{layers - 1}."):
+                std = tensor.float().std()
+                values = 1 + std * torch.randn(tensor.shape)
+                values = values if "norm" in key else values - 1
+                new[prefix + key.split(".", 3)[3]] = values.to(tensor.dtype)
+        dtype = tensors["model.norm.weight"].dtype
+        for part in ("enorm", "hnorm", "shared_head.norm"):
+            new[f"{prefix}{part}.weight"] = torch.rand(width).to(dtype) + 0.5
+        new[f"{prefix}eh_proj.weight"] = (0.1 * torch.randn(width, 2 * width)).to(dtype)
+        embedding = tensors["model.embed_tokens.weight"]
+        new[f"{prefix}embed_tokens.weight"] = embedding.clone()
+        new[f"{prefix}shared_head.head.weight"] = tensors.get("lm_head.weight", embedding).clone()
+    change_tensors(directory, new)
+    change_config(directory, num_nextn_predict_layers=modules)
+
+
 def copy(directory: Path, target: Path) -> Path:
     shutil.copytree(directory, target)
     return target

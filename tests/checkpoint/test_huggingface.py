@@ -23,7 +23,13 @@ from tests.checkpoint.sources import (
     weight_files,
     write_source,
 )
-from torchsft.checkpoint.huggingface import check_weights, export, initialise_weights, read_config
+from torchsft.checkpoint.huggingface import (
+    check_moving_bias,
+    check_weights,
+    export,
+    initialise_weights,
+    read_config,
+)
 from torchsft.config import InputError
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 
@@ -370,6 +376,20 @@ def test_weights_must_be_floating(single, tmp_path):
     bad = copy(single, tmp_path / "bad")
     change_tensors(bad, {"model.norm.weight": torch.ones(32, dtype=torch.int32)})
     assert "model.norm.weight (I32)" in refusal(bad)
+
+
+def test_a_coarse_routing_bias_cannot_be_moved(single, tmp_path):
+    """An export has it in the dtype of the source, where small updates would be lost."""
+    key = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bad = copy(single, tmp_path / "bad")
+    with torch.device("meta"):
+        model = DeepseekV3(DeepseekV3Config.from_hf(read_config(bad)))
+    check_moving_bias(check_weights(bad, model), model)
+    change_tensors(bad, {key: read_tensors(bad)[key].bfloat16()})
+    with pytest.raises(
+        InputError, match=f"{re.escape(key)} is BF16, which is too coarse for --rou"
+    ):
+        check_moving_bias(check_weights(bad, model), model)
 
 
 def test_configurations_that_cannot_be_read_are_refused(tmp_path):

@@ -23,7 +23,8 @@ CASES = {
     "the first stages": (["embeddings", "layers.0-1"], []),
     "all but embeddings and one layer": (["layers.0-1", "layers.3", "model.norm", "lm_head"], []),
     "all but the head": (["embeddings", "layers", "model.norm"], []),
-    "the router": (["router"], ["experts:lr=2e-3,weight_decay=0", "*norm*:lr=0.05"]),
+    # by --router.train false, with the correction bias moving
+    "the router": ([], ["experts:lr=2e-3,weight_decay=0", "*norm*:lr=0.05"]),
     "experts and some of each layer": (
         ["experts", "*_layernorm", "*.kv_a_proj_with_mqa", "*.q_b_proj", "*.shared_experts"],
         [],
@@ -41,6 +42,8 @@ def train(directory: str, **sizes: Any) -> dict[str, dict[str, Any]]:
         for name, (freeze, groups) in CASES.items():
             config = config_for(directory, freeze=tuple(freeze), groups=tuple(groups), **sizes)
             config.data.workers = 0
+            if name == "the router":
+                config.router.train, config.router.bias_update_rate = False, 0.02
             results[name] = two_steps(SilentTrainer(config, world))
     return results
 
@@ -62,7 +65,7 @@ def two_steps(trainer: SilentTrainer) -> dict[str, Any]:
             lambda _, __, output, name=name: backward.update([name] if output.requires_grad else [])
         )
     trainer.optimizer.step = keep_gradients_and_update
-    trainer.config.train.aux_loss = 0.05
+    trainer.config.router.aux_loss = 0.05
     records = [trainer.train_step(next(trainer.loader))[0] for _ in range(2)]
     named = dict(trainer.model.named_parameters())
     still = sorted(name for name, p in named.items() if torch.equal(full(p), before[name]))

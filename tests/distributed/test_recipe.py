@@ -164,6 +164,8 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
         "speed/supervised_tokens_per_second",
         "expert_load/layer_1_max_over_mean",
         "expert_load/layer_2_max_over_mean",
+        "expert_load/unused_share",
+        "eval/routing_drift",
     }
     wanted |= (
         {"memory/peak_resident_gib"}
@@ -211,7 +213,7 @@ def test_eight_ranks_of_a_pipeline_with_tensor_and_expert_parallelism_print_what
     """
     shared = (
         "--train.steps 5 --optim.warmup-steps 1 --train.global-batch-size 8 "
-        "--train.micro-batch-size 1 --train.aux-loss 0.01"
+        "--train.micro-batch-size 1 --router.aux-loss 0.01 --router.z-loss 0.01"
     )
     shared = f"{shared} --eval.answers 6 --eval.every 4".split()
     layouts = {

@@ -29,6 +29,7 @@ def train(
     config.train.steps, config.checkpoint.mode = STEPS, mode
     # legs of one run prepare their data in different ways
     config.data.workers = {"sync": 0, "async": 3}[mode]
+    config.router.bias_update_rate = 0.02
     with World(config.parallel, 0) as world:
         trainer = Trainer(config, world)
         world.barrier()

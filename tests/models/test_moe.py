@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from tests.parallel.passes import build
+from torchsft.config import InputError, Router
 from torchsft.models.attention import locate_documents
 from torchsft.models.decoder import SwigluMLP
-from torchsft.models.moe import Experts, MoE
+from torchsft.models.moe import Experts, MoE, frozen_by_router
 from torchsft.models.routers import GroupedSigmoidRouter
 
 T, D, E = 50, 12, 8
@@ -147,6 +149,52 @@ def test_the_balance_loss_is_that_of_each_document_and_reaches_the_router_whatev
     assert torch.equal(router_gradient(2.0), router_gradient(0.0))  # evaluation has no balance loss
 
 
+def test_the_z_loss_is_that_of_real_tokens_and_reaches_the_router_whatever_the_loss_is():
+    """Against eq. 5 of ST-MoE in float64, value and gradient; a repeated pass is not counted."""
+    torch.manual_seed(0)
+    gate = GroupedSigmoidRouter(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
+    layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, factors = torch.randn(T, 16), torch.ones(T, 4)
+    documents = locate_documents("sdpa", factors, factors, torch.tensor([0, 7, 38]), None)
+    weight = gate.weight.detach().double().requires_grad_()
+    expected = (x[:38].double() @ weight.T).exp().sum(-1).log().square().sum()
+    (slope,) = torch.autograd.grad(expected, weight)
+
+    def router_gradient(scale: float) -> torch.Tensor:
+        layer.z_scale = scale
+        (gradient,) = torch.autograd.grad(7 * layer(x, documents).sum(), gate.weight)
+        return gradient
+
+    without = router_gradient(0.0)
+    assert layer.z_loss == 0
+    added = router_gradient(2.0) - without
+    torch.testing.assert_close(added.double(), 2 * slope, rtol=1e-4, atol=1e-3)
+    assert layer.z_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    layer.counting = False
+    assert torch.equal(router_gradient(2.0) - without, added)
+    assert layer.z_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    layer.eval()
+    assert torch.equal(router_gradient(2.0), without)
+
+
+def test_the_correction_bias_falls_where_more_tokens_than_the_mean_were_routed():
+    """Section 2.1.2 of DeepSeek-V3's report, by hand; padding is no load."""
+    gate = GroupedSigmoidRouter(16, 4, top_k=2, groups=1, top_groups=1, normalise=True, scale=1.0)
+    layer = MoE(gate, Experts(4, 16, 8, "grouped_mm"))
+    gate.e_score_correction_bias += torch.tensor([1.0, 2.0, 3.0, 4.0])
+    layer.move_bias(torch.tensor([5, 0, 2, 1], dtype=torch.float64), 0.25)
+    assert gate.e_score_correction_bias.tolist() == [0.75, 2.25, 3.0, 4.25]
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    documents = locate_documents(
+        "sdpa", torch.ones(12, 4), torch.ones(12, 4), torch.tensor([0, 8]), None
+    )
+    layer(torch.randn(12, 16), documents)
+    assert layer.expert_load.sum() == 2 * 8
+
+
 def test_experts_used_alike_have_a_balance_loss_of_one_per_token():
     gate = GroupedSigmoidRouter(16, E, top_k=2, groups=1, top_groups=1, normalise=True, scale=1.0)
     layer = MoE(gate, Experts(E, 16, 8, "grouped_mm"), SwigluMLP(16, 8))
@@ -158,3 +206,18 @@ def test_experts_used_alike_have_a_balance_loss_of_one_per_token():
     layer.balance_scale = 1.0
     layer.add_balance_loss(torch.ones(12, 2), chosen, torch.full((12, E), 0.5), documents)
     assert layer.balance_loss.item() == pytest.approx(8)
+
+
+def test_router_options_are_refused_where_nothing_could_follow_them():
+    """A model without experts, and a router without a correction bias."""
+
+    def moes(**changes):
+        return build(**changes).moe_layers().values()
+
+    assert frozen_by_router(Router(bias_update_rate=0.1), moes()) == []
+    assert frozen_by_router(Router(train=False, z_loss=1.0), moes(qwen3=True)) == ["router"]
+    assert frozen_by_router(Router(), moes(qwen3=True, dense=True)) == []
+    with pytest.raises(InputError, match=r"no experts, but the options are Router\(train=False"):
+        frozen_by_router(Router(train=False), moes(qwen3=True, dense=True))
+    with pytest.raises(InputError, match=r"rate is 0\.1, but this model's routers have no correct"):
+        frozen_by_router(Router(bias_update_rate=0.1), moes(qwen3=True))

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tools.conversion.jobs import Bar, Journal, Progress, run, shares
-from tools.conversion.training import chat_template, default_base, trained_ends
+from tools.conversion.training import chat_template, default_base, trained_ends, trained_mtp
 from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
@@ -39,6 +39,7 @@ from torchsft.checkpoint.hf_directory import (
     EXPORT_DTYPES,
     Weights,
     carried_dtype,
+    carried_keys,
     contents_of,
     copy_side_files,
     exported_config,
@@ -67,7 +68,7 @@ from torchsft.checkpoint.weight_files import (
 from torchsft.checkpoint.writer import DirectoryWriter
 from torchsft.config import InputError
 from torchsft.models.families import build_model
-from torchsft.models.language_model import LanguageModel
+from torchsft.models.language_model import LanguageModel, Mtp
 from torchsft.precision.blockwise import SCALE_SUFFIX, quantise, scale_key, scale_shape
 
 PART_ELEMENTS = 1 << 24  # of a tensor; a worker holds them as read, as written and perhaps in fp32
@@ -89,10 +90,10 @@ def slices(shape: Sequence[int], elements: int, multiple: int = 1) -> Iterator[t
         yield (slice(start, min(start + rows, shape[0])), *(slice(0, size) for size in shape[1:]))
 
 
-def meta_model(config: Mapping[str, Any]) -> LanguageModel:
+def meta_model(config: Mapping[str, Any], mtp: Mtp = "keep") -> LanguageModel:
     """Return the model of a config.json without memory: names and shapes."""
     with torch.device("meta"):
-        return build_model(config)
+        return build_model(config, mtp=mtp)
 
 
 @dataclass(frozen=True)
@@ -439,19 +440,23 @@ class ToHf:
             file_bytes,
         )
         config = read_config(base)
-        self.model, exported = meta_model(config), exported_config(config, self.dtype)
+        mtp = trained_mtp(source)
+        self.model = meta_model(config, mtp)
+        exported = exported_config(config, self.dtype, mtp)
         self.config, self.generation = with_ends(
             exported, read_generation_config(base), trained_ends(source)
         )
         self.block, self.power_of_two = (
             fp8_format(self.config) if dtype == "fp8" else ((1, 1), False)
         )
-        self.weights: Weights = ConvertedWeights(source, self.model.checkpoint_pieces())
         self.base_weights: Weights | None = None
+        if not base.samefile(source) and (is_dcp(base) or has_weights(base)):
+            self.base_weights = check_weights(base, self.model)
+        keys = self.base_weights.tensors if self.base_weights else ()
+        self.pieces = self.model.checkpoint_pieces(keys)
+        self.weights: Weights = ConvertedWeights(source, self.pieces)
         if base.samefile(source):
             self.base_weights = self.weights
-        elif is_dcp(base) or has_weights(base):
-            self.base_weights = check_weights(base, self.model)
         self.worker = HfWorker(
             self.weights,
             self.base_weights,
@@ -477,10 +482,9 @@ class ToHf:
 
     def plan(self) -> list[Task]:
         """Return the files to write, of tensors in the model's order."""
-        base, layers = self.base_weights, self.model.config.num_hidden_layers
-        constants = self.model.constants()
+        base, constants = self.base_weights, self.model.constants()
         items = []
-        for name, pieces in self.model.checkpoint_pieces().items():
+        for name, pieces in self.pieces.items():
             for piece in pieces:
                 dtype = exported_dtype(
                     piece.key,
@@ -490,15 +494,14 @@ class ToHf:
                     quantised=self.model.is_quantised(piece.key),
                 )
                 items.append(self._item(piece.key, dtype, carried=False))
-        candidates = [] if base is None else base.tensors
-        keys = [
-            key for key in candidates if is_carried(key, layers) and not key.endswith(SCALE_SUFFIX)
-        ]
+        keys, unknown = [], []
+        if base is not None:
+            keys, unknown = carried_keys(base, self.model.depth, self.model.mtp == "drop")
         for key in keys:
             quantised = self.model.is_quantised(key)
             dtype = carried_dtype(key, self.dtype, base, quantised=quantised)
             items.append(self._item(key, dtype, carried=True))
-        if unknown := [key for key in keys if not is_mtp(key, layers)]:
+        if unknown:
             self.notes.append(_note(unknown))
         file_order(merged(items))  # refuses odd fp8 weights at once
         groups = shares(items, [size_of(item.contents) for item in items], self.file_bytes)

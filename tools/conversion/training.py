@@ -6,6 +6,7 @@ from pathlib import Path
 from torchsft.checkpoint.converted import is_dcp
 from torchsft.checkpoint.hf_directory import read_config
 from torchsft.config import InputError
+from torchsft.models.language_model import Mtp
 
 TRAINER = "trainer.json"
 
@@ -36,6 +37,13 @@ def trained_ends(source: Path) -> list[int]:
         return []
     counters = json.loads((source / TRAINER).read_text(encoding="utf-8"))["extra"]
     return counters.get("end_tokens", [])
+
+
+def trained_mtp(source: Path) -> Mtp:
+    """Return what a checkpoint's run does with MTP layers."""
+    if not is_training(source):
+        return "keep"
+    return (read_config(source).get("model") or {}).get("mtp", "keep")
 
 
 def default_base(source: Path) -> Path:

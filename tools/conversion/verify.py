@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tools.conversion.convert import PART_ELEMENTS, meta_model, slices
 from tools.conversion.jobs import Bar, Progress, run, shares
-from tools.conversion.training import TRAINER, is_training
+from tools.conversion.training import TRAINER, is_training, trained_mtp
 from torchsft.checkpoint.boxes import Box
 from torchsft.checkpoint.converted import CARRIED, MODEL, is_dcp
 from torchsft.checkpoint.hf_directory import Weights, is_model_key, is_mtp, read_config
@@ -66,7 +66,8 @@ class Side:
         """Return its tensors."""
         if self.config is None:
             return RawTensors(self.directory)
-        return open_weights(self.directory, meta_model(self.config).checkpoint_pieces())
+        model = meta_model(self.config, trained_mtp(self.directory))
+        return open_weights(self.directory, model.checkpoint_pieces())
 
 
 class RawTensors:

@@ -26,7 +26,14 @@ from torchsft.checkpoint.weight_files import (
 )
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
-from torchsft.precision.blockwise import BLOCK, described_block, scale_key, scale_shape
+from torchsft.models.language_model import Mtp
+from torchsft.precision.blockwise import (
+    BLOCK,
+    SCALE_SUFFIX,
+    described_block,
+    scale_key,
+    scale_shape,
+)
 
 # What an export takes over from its source besides config.json. Python files belong to the
 # configuration's `auto_map` (other tools may need them); they are copied, never run.
@@ -34,6 +41,8 @@ SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "additional_chat_
 _OTHERS = {"config.json", "checkpoint.json", "trainer.json"}  # written anew, or of a DCP directory
 # What --checkpoint.export and to-hf --dtype call the dtypes of an export.
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+# What config.json calls the number of MTP layers.
+MTP_COUNTS = {"num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules"}
 ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote
 
 
@@ -103,6 +112,20 @@ def is_carried(key: str, layers: int) -> bool:
     return not is_model_key(key, layers) and not key.endswith(ROTARY)
 
 
+def carried_keys(weights: Weights, layers: int, drop_mtp: bool) -> tuple[list[str], list[str]]:
+    """Return the keys of the source's tensors that an export takes over (scales belong to them),
+    and which of them are unknown.
+    """
+    keys = [
+        key
+        for key in weights.tensors
+        if is_carried(key, layers)
+        and not key.endswith(SCALE_SUFFIX)
+        and not (drop_mtp and is_mtp(key, layers))
+    ]
+    return keys, [key for key in keys if not is_mtp(key, layers)]
+
+
 def copy_side_files(
     source: Path, target: Folder, chat_template: str | None = None
 ) -> dict[str, FileEntry]:
@@ -133,7 +156,9 @@ def copy_side_files(
     return written
 
 
-def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def exported_config(
+    config: Mapping[str, Any], dtype: torch.dtype, mtp: Mtp = "keep"
+) -> dict[str, Any]:
     """Return the source's config.json with the exported dtype, under the name(s) that it uses.
     `quantization_config` is there in fp8 alone (what is not fp8 is bf16 then): the source's, where
     that describes DeepSeek's fp8, else DeepSeek-V3's.
@@ -151,6 +176,8 @@ def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, 
             config["quantization_config"] if described_block(config) else fp8
         )
         dtype = torch.bfloat16
+    if mtp == "drop":
+        exported |= dict.fromkeys(MTP_COUNTS & exported.keys(), 0)
     return exported | dict.fromkeys(names, str(dtype).removeprefix("torch."))
 
 

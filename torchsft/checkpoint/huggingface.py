@@ -62,13 +62,18 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
     """
     pieces, layers = model.checkpoint_pieces(), model.config.num_hidden_layers
     index, found = open_weights(hf_dir, pieces), {}
+    shared = model.shared_keys()
     expected = {
         piece.key: piece.hf_shape for piece in itertools.chain.from_iterable(pieces.values())
     }
     for key, stored in index.tensors.items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             _check_tied(index)
-        elif hf_directory.is_model_key(key, layers) and not key.endswith(SCALE_SUFFIX):
+        elif (
+            hf_directory.is_model_key(key, model.depth)
+            and not key.endswith(SCALE_SUFFIX)
+            and key not in shared
+        ):
             found[key] = stored.shape
     if problem := hf_directory.mismatches(expected, found):
         raise InputError(
@@ -94,6 +99,25 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
             f"convert the directory first"
         )
     return index
+
+
+def has_mtp(index: Weights, model: LanguageModel) -> bool:
+    """Whether there are MTP layers."""
+    return any(hf_directory.is_mtp(key, model.config.num_hidden_layers) for key in index.tensors)
+
+
+def check_moving_bias(index: Weights, model: LanguageModel) -> None:
+    """Refuse a correction bias that training moves, but that an export, in the dtype of the source,
+    would round.
+    """
+    pieces = model.checkpoint_pieces()
+    for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+        for key in (piece.key for piece in pieces[name]):
+            if (found := index.tensors[key].dtype) != "F32":
+                raise InputError(
+                    f"{index.directory}: {key} is {found}, which is too coarse for "
+                    "--router.bias-update-rate; make it F32 or leave that option out"
+                )
 
 
 def _check_tied(index: Weights, rows: int = 4096) -> None:
@@ -252,13 +276,13 @@ def export(
             what fp8 cannot hold.
     """
     source, target = Path(source_dir), Folder(out_dir)
-    config = hf_directory.exported_config(read_config(source), dtype)
+    config = hf_directory.exported_config(read_config(source), dtype, model.mtp)
     config, generation = with_ends(config, read_generation_config(source), ends)
     check_target(source, target)
     block, power_of_two = hf_directory.fp8_format(config) if dtype == FP8 else (BLOCK, False)
     form = _Format(dtype, block, power_of_two)
     with torch.device("meta"):
-        whole = model.family(model.config)
+        whole = model.family(model.config, mtp=model.mtp)
     held = model.state_dict(keep_vars=True)
     weights = open_weights(source, whole.checkpoint_pieces(), optional=True)
     tensors = _ordered(
@@ -286,7 +310,8 @@ def _model_tensors(
         held: the tensors of the part that this rank holds.
     """
     constants = whole.constants()
-    for name, piece, parts in _pieces_and_holders(whole, held):
+    pieces = whole.checkpoint_pieces(weights.tensors if weights else ())
+    for name, piece, parts in _pieces_and_holders(whole, held, pieces):
         dtype = hf_directory.exported_dtype(
             piece.key,
             form.dtype,
@@ -307,7 +332,7 @@ def _carried_tensors(
     if weights is None:
         return
     _, ranks = rank_and_size()
-    for key in _carried(weights, model.config.num_hidden_layers):
+    for key in _carried(weights, model):
         dtype = hf_directory.carried_dtype(
             key, form.dtype, weights, quantised=model.is_quantised(key)
         )
@@ -391,13 +416,13 @@ def check_target(source: Path, target: Folder) -> None:
 
 
 def _pieces_and_holders(
-    model: LanguageModel, tensors: Mapping[str, Tensor]
+    model: LanguageModel, tensors: Mapping[str, Tensor], pieces: Mapping[str, Sequence[Piece]]
 ) -> Iterator[tuple[str, Piece, dict[Box, list[int]]]]:
-    """Of the whole `model` (on meta) each parameter's name, its pieces, and which ranks hold which
-    part of a piece; collective, and in the same order on every rank. `tensors`: what this rank
-    holds.
+    """Of the whole `model` (on meta) each parameter's name, its `pieces`, and which ranks hold
+    which part of a piece; collective, and in the same order on every rank. `tensors`: what this
+    rank holds.
     """
-    whole, pieces = model.state_dict(), model.checkpoint_pieces()
+    whole = model.state_dict()
     if unknown := tensors.keys() - whole.keys():
         raise RuntimeError(f"{listing(sorted(unknown))} are no tensors of the model")
     held = [local_box(tensors[name]) if name in tensors else None for name in whole]
@@ -428,16 +453,11 @@ def _pieces_and_holders(
             yield name, piece, parts[filled]
 
 
-def _carried(weights: Weights, layers: int) -> list[str]:
+def _carried(weights: Weights, model: LanguageModel) -> list[str]:
     """Return the keys of the source's tensors for which the model has no place; the first rank
     prints a note of unknown ones.
     """
-    keys = [
-        key
-        for key in weights.tensors
-        if hf_directory.is_carried(key, layers) and not key.endswith(SCALE_SUFFIX)
-    ]
-    unknown = [key for key in keys if not hf_directory.is_mtp(key, layers)]
+    keys, unknown = hf_directory.carried_keys(weights, model.depth, model.mtp == "drop")
     if unknown and rank_and_size()[0] == 0:
         print(
             f"note: unknown tensors of {weights.directory} are taken over as they are: "

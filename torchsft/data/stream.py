@@ -599,6 +599,12 @@ class EvalSet(Sequence[Batch]):
     def __getitem__(self, index: int) -> Batch:
         index = range(len(self))[index]  # refuses what is outside
         first = index * self.micro_batch_size
-        rows = self.rows[first : first + self.micro_batch_size]
+        return self._batch(self.rows[first : first + self.micro_batch_size])
+
+    def first_row(self) -> Batch:
+        """Return a microbatch of the first row alone."""
+        return self._batch([*self.rows[:1], *[[]] * (self.micro_batch_size - 1)])
+
+    def _batch(self, rows: Sequence[Sequence[SampleRef]]) -> Batch:
         samples = [[self.sources[ref.source].samples[ref.sample] for ref in row] for row in rows]
         return collate(samples, self.seq_len, self.pad_token_id)

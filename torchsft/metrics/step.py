@@ -2,7 +2,7 @@
 ranks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +57,17 @@ class StepResults:
     """What a step's passes found, over all ranks; the same on every rank."""
 
     loss_sum: float  # of weighted token losses
+    mtp_loss: float  # likewise, of MTP layers
     balance_loss: float  # summed over layers and documents' tokens, not yet scaled
-    expert_load: Mapping[int, float]  # layer -> tokens of its busiest expert over the mean
+    z_loss: float  # likewise
+    expert_load: Mapping[int, Tensor]  # layer -> tokens of each of its experts, float64
     signalled: bool  # a rank has been told to end
     save_failed: bool  # a rank knows of a checkpoint that failed
 
 
 def reduce_results(
     loss_sum: Tensor,
+    mtp_loss: Tensor,
     moe_layers: Mapping[str, MoE],
     layer_experts: Mapping[int, int],
     *,
@@ -79,30 +82,49 @@ def reduce_results(
 
     Args:
         loss_sum: float64 scalar; all ranks of a tensor group have that of all of its tokens.
+        mtp_loss: likewise, of MTP layers.
         moe_layers: this rank's, by number in the whole model.
         layer_experts: number of experts of every MoE layer of the whole model.
         signalled: whether this rank has been told to end.
         save_failed: whether this rank knows of a checkpoint that failed.
         world: the ranks.
     """
-    shape = (len(layer_experts), 1 + max(layer_experts.values(), default=0))
+    shape = (len(layer_experts), 2 + max(layer_experts.values(), default=0))
     counted = torch.zeros(shape, dtype=torch.float64, device=world.device)
     rows = {layer: row for row, layer in enumerate(layer_experts)}
     for name, moe in moe_layers.items():
         row = counted[rows[int(name)]]
-        row[0] = moe.balance_loss
-        row[1 : 1 + moe.expert_load.numel()] = moe.expert_load
+        row[0], row[1] = moe.balance_loss, moe.z_loss
+        row[2 : 2 + moe.expert_load.numel()] = moe.expert_load
         moe.init_buffers()
+    losses = torch.stack([loss_sum, mtp_loss.double()])
     if world.dense.get_local_rank("tp") > 0:
-        loss_sum = torch.zeros_like(loss_sum)
+        losses.zero_()
     flags = counted.new_tensor([signalled, save_failed])
-    summed = world.sum(torch.cat([loss_sum[None], flags, counted.flatten()]))
-    total, any_signalled, any_failed = summed[:3].tolist()
-    balance_loss, expert_load = 0.0, {}
-    for (layer, experts), row in zip(
-        layer_experts.items(), summed[3:].view(shape).tolist(), strict=True
-    ):
-        load = row[1 : 1 + experts]
-        balance_loss += row[0]
-        expert_load[layer] = max(load) * experts / max(sum(load), 1.0)
-    return StepResults(total, balance_loss, expert_load, any_signalled > 0, any_failed > 0)
+    summed = world.sum(torch.cat([losses, flags, counted.flatten()])).cpu()
+    total, mtp_total, any_signalled, any_failed = summed[:4].tolist()
+    of_layers = summed[4:].view(shape)
+    balance_loss, z_loss = of_layers[:, :2].sum(0).tolist()
+    expert_load = {
+        layer: of_layers[row, 2 : 2 + experts]
+        for row, (layer, experts) in enumerate(layer_experts.items())
+    }
+    return StepResults(
+        total,
+        mtp_total,
+        balance_loss,
+        z_loss,
+        expert_load,
+        any_signalled > 0,
+        any_failed > 0,
+    )
+
+
+def busiest_over_mean(load_E: Tensor) -> float:
+    """Return the tokens of a layer's busiest expert over the mean of its experts."""
+    return (load_E.max() / load_E.mean().clamp(min=1 / len(load_E))).item()
+
+
+def unused_share(loads: Iterable[Tensor]) -> float:
+    """Return the share of all layers' experts that no token was routed to."""
+    return (torch.cat(list(loads)) == 0).double().mean().item()

@@ -23,6 +23,7 @@ a head, N documents, P rope pairs. MLA's head dims: `nope` entries without and `
 make a query or key; values have their own dim, smaller than that.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Collection, Mapping
@@ -97,6 +98,17 @@ class Documents:
     # sdpa: for windows shorter than the longest document, bool [blocks, 1, window, 2 * window]:
     # which tokens of a block see which of the block before and of their own
     near: Mapping[int, Tensor] | None = None
+
+    def shortened(self, valid_S: Tensor, tokens: int) -> "Documents":
+        """Return the same for what follows the attention: of this rank's tokens `valid_S` alone,
+        and documents that have `tokens` fewer.
+        """
+        return dataclasses.replace(
+            self,
+            valid_S=valid_S,
+            document_S=torch.where(valid_S, self.document_S, len(self.length_N1) - 1),
+            length_N1=self.length_N1 - tokens,
+        )
 
 
 def locate_documents(

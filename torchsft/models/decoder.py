@@ -16,7 +16,8 @@ of this table and nowhere else; each stands in its class with the value of one r
     Experts' parameters     DTensors: this rank's experts                            expert
     MoE.exchange            takes rows to the ranks of their experts and back        expert
     MoE.counting            False while a forward pass is repeated                   activation
-    MoE.balance_scale       factor of the balance loss, before each step             trainer
+    MoE.balance_scale,      factors of the losses of routing, before each step       trainer
+    MoE.z_scale
     DecoderLayer.recompute  runs a layer so that little of it is kept                activation
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.

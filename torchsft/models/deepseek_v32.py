@@ -199,7 +199,7 @@ class GlmMoeDsaConfig(DeepseekV32Config):
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer chooses tokens itself."""
-        return self.indexer_types[layer] == "full"
+        return self.indexer_types[layer : layer + 1] != ("shared",)  # MTP layers do
 
 
 class GlmMoeDsa(DeepseekV32):

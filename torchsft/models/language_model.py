@@ -21,7 +21,7 @@ and C on its tensor group (models/decoder.py), D width, V vocabulary, N document
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchsft.config import InputError
 from torchsft.models.attention import (
     Attention,
     Documents,
@@ -46,12 +47,14 @@ from torchsft.models.decoder import (
     local,
     seeded_normal,
 )
-from torchsft.models.loss import vocabulary_loss
-from torchsft.models.moe import Experts, MoE, expert_pieces
+from torchsft.models.loss import IGNORE, best_tokens, vocabulary_loss
+from torchsft.models.moe import AddLoss, Experts, MoE, expert_pieces
 from torchsft.models.rope import Rope, RotaryEmbedding
 
 # How experts are computed; loop is the plain twin.
 ExpertImplementation = Literal["grouped_mm", "loop"]
+# Whether MTP layers are carried from the source to exports, parts of the model, or left out.
+Mtp = Literal["keep", "train", "drop"]
 
 
 class ModelConfig(Protocol):
@@ -73,8 +76,8 @@ class ModelConfig(Protocol):
     initializer_range: float  # standard deviation of weights that begin at random
     tie_word_embeddings: bool  # whether the output embedding is the input embedding
     rope: Rope
-    # Layers that a checkpoint may hold behind the model's last one (MTP), which exports carry
-    # through; None: config.json does not say.
+    # Layers for multi-token prediction (MTP) that a checkpoint may hold behind the model's last
+    # one; None: config.json does not say.
     mtp_layers: int | None
 
     @classmethod
@@ -164,11 +167,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(width, norm_eps)
         self.post_attention_layernorm = RMSNorm(width, norm_eps)
 
-    def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """Residual stream [S, D] to [S, D]."""
+    def forward(self, x_SD: Tensor, documents: Documents, *more_SD: Tensor) -> Tensor:
+        """Residual stream [S, D] to [S, D]; `more_SD` for `MTPLayer`."""
         if self.recompute is not None and torch.is_grad_enabled():
-            return self.recompute(self.compute, x_SD, documents)
-        return self.compute(x_SD, documents)
+            return self.recompute(self.compute, x_SD, documents, *more_SD)
+        return self.compute(x_SD, documents, *more_SD)
 
     def compute(self, x_SD: Tensor, documents: Documents) -> Tensor:
         """Return what `forward` returns."""
@@ -177,6 +180,34 @@ class DecoderLayer(nn.Module):
         if isinstance(self.mlp, MoE):
             return x_SD + self.mlp(normed_SD, documents)
         return x_SD + self.mlp(normed_SD)
+
+
+class MTPLayer(DecoderLayer):
+    """A layer for multi-token prediction (arXiv:2412.19437, section 2.2).
+
+    It has the parts of a `layer` of the model, and what joins two of its inputs. Files have the
+    embedding's half of `eh_proj` first; the report writes the two halves the other way round.
+    """
+
+    def __init__(self, layer: DecoderLayer, width: int, norm_eps: float) -> None:
+        super().__init__(width, norm_eps, layer.self_attn, layer.mlp)
+        self.enorm, self.hnorm = RMSNorm(width, norm_eps), RMSNorm(width, norm_eps)
+        self.eh_proj = Linear(2 * width, width, bias=False)
+        self.shared_head = nn.Module()
+        self.shared_head.norm = RMSNorm(width, norm_eps)
+
+    def compute(self, x_SD: Tensor, documents: Documents, next_SD: Tensor) -> Tensor:
+        """Return the hidden states that the head reads, behind the layer's last norm.
+
+        Args:
+            x_SD: the hidden states before this layer, behind the model's last norm or that of the
+                MTP layer before. (The report leaves open which side of it. Behind it is where
+                transformers, vLLM and SGLang take them.)
+            documents: without the tokens whose next one is not in their document.
+            next_SD: the embedding of a token further on.
+        """
+        both = torch.cat([self.enorm(next_SD), self.hnorm(x_SD)], dim=-1)
+        return self.shared_head.norm(super().compute(self.eh_proj(both), documents))
 
 
 class LanguageModel(nn.Module):
@@ -200,6 +231,14 @@ class LanguageModel(nn.Module):
         "model.layers.*.mlp.down_proj": "row",
         "lm_head": "vocabulary",
     }
+    # What the loss of MTP layers is multiplied with in the gradient: its factor over their number
+    # and the loss weight of the global batch, set before each step.
+    mtp_scale = 0.0
+    # Sums since they were last zeroed; not saved.
+    mtp_loss: Tensor  # fp32 scalar: weighted token losses of MTP layers, in training mode
+    # int64 [2], in evaluation mode: supervised tokens that the first MTP layer drafts as the model
+    # itself would choose them, and all of them
+    mtp_drafts: Tensor
     # Where Hugging Face keys differ from names here: pattern -> replacement, applied in order to a
     # name (experts one by one).
     renamed: ClassVar[Mapping[str, str]] = {}
@@ -231,12 +270,16 @@ class LanguageModel(nn.Module):
         layers: Sequence[int] | None = None,
         first: bool = True,  # whether it begins with token ids and the embedding
         last: bool = True,  # whether it ends with the last norm, the head and the loss
+        mtp: Mtp = "keep",  # with train, the last part has the MTP layers
     ) -> None:
         super().__init__()
         # This class; FSDP2 gives a sharded model another one.
         self.family = type(self)
         self.config, self.attention, self.loss_chunk = config, attention, loss_chunk
-        self.first, self.last = first, last
+        self.first, self.last, self.mtp = first, last, mtp
+        self.depth = config.num_hidden_layers  # layers of the whole model, trained MTP layers too
+        if mtp == "train":
+            self.depth += config.mtp_layers or 0
         # where tokens and vocabulary lie; tensor and context parallelism replace it
         self.layout = Layout()
         layers = range(config.num_hidden_layers) if layers is None else layers
@@ -247,7 +290,14 @@ class LanguageModel(nn.Module):
         self.model.layers = nn.ModuleDict(
             {str(layer): self.build_layer(layer, experts) for layer in layers}
         )
+        self.register_buffer("mtp_loss", torch.zeros(()), persistent=False)
+        drafts = torch.zeros(2, dtype=torch.int64)
+        self.register_buffer("mtp_drafts", drafts, persistent=False)
         if last:
+            width, eps = config.hidden_size, config.rms_norm_eps
+            for layer in range(config.num_hidden_layers, self.depth):
+                built = self.build_layer(layer, experts)
+                self.model.layers[str(layer)] = MTPLayer(built, width, eps)
             self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -268,7 +318,10 @@ class LanguageModel(nn.Module):
             layers=(),
             first=False,
             last=False,
+            mtp=self.mtp,
         )
+        if last:
+            layers = [*layers, *range(self.config.num_hidden_layers, self.depth)]
         part.layout, part.first, part.last = self.layout, first, last
         part.model.rotary_emb = self.model.rotary_emb
         part.model.layers.update({str(layer): self.model.layers[str(layer)] for layer in layers})
@@ -309,8 +362,10 @@ class LanguageModel(nn.Module):
         documents = locate_documents(
             implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout, windows
         )
+        mtp_layers = self.mtp_layers()
         for layer in self.model.layers.values():
-            x_SD = layer(x_SD, documents)
+            if layer not in mtp_layers:
+                x_SD = layer(x_SD, documents)
         if not self.last:
             return x_SD
         hidden_SD = self.model.norm(x_SD)
@@ -320,21 +375,78 @@ class LanguageModel(nn.Module):
             (hidden_TD,) = layout.gather(hidden_SD)
             hidden_nD = hidden_TD if logits_at is None else hidden_TD[logits_at]
             return layout.logits(F.linear(hidden_nD, weight_VD))
-        labels = layout.context(labels)
-        if loss_weights is not None:
-            loss_weights = layout.context(loss_weights)
-        hidden_CD = layout.gather_tensor(hidden_SD)
-        return vocabulary_loss(
-            hidden_CD, weight_VD, labels, loss_weights, self.loss_chunk, layout.vocabulary
+        if loss_weights is None:
+            loss_weights = torch.ones_like(labels, dtype=torch.float32)
+
+        def loss_of(state_SD: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+            state_CD = layout.gather_tensor(state_SD)
+            parts = layout.context(labels), layout.context(weights)
+            return vocabulary_loss(state_CD, weight_VD, *parts, self.loss_chunk, layout.vocabulary)
+
+        loss, state_SD = loss_of(hidden_SD, labels, loss_weights), hidden_SD
+        for depth, layer in enumerate(mtp_layers, start=1):
+            # At position i: the state there and token i + depth predict the token behind that, as
+            # far as both are in the document.
+            ahead_T = positions.roll(-depth) == positions + depth
+            next_SD = self.model.embed_tokens(layout.context(tokens.roll(-depth)))
+            state_SD = layer(state_SD, documents.shortened(layout.tokens(ahead_T), depth), next_SD)
+            weights = torch.where(ahead_T, loss_weights.roll(-depth), 0)
+            if self.training:
+                further = loss_of(state_SD, labels.roll(-depth), weights)
+                self.mtp_loss += further.detach()
+                loss = AddLoss.apply(loss, further * self.mtp_scale)
+            elif depth == 1:
+                supervised_T = (weights != 0) & (labels.roll(-depth) != IGNORE)
+                self._count_drafts(hidden_SD, state_SD, weight_VD, supervised_T)
+        return loss
+
+    def _count_drafts(
+        self, hidden_SD: Tensor, draft_SD: Tensor, weight_VD: Tensor, supervised_T: Tensor
+    ) -> None:
+        """Count for how many supervised tokens i + 2 what is drafted at i, of the true tokens up to
+        i + 1, is what the model itself chooses there.
+        """
+        layout = self.layout
+        chosen_C, drafted_C = (
+            best_tokens(
+                layout.gather_tensor(state_SD), weight_VD, self.loss_chunk, layout.vocabulary
+            )
+            for state_SD in (hidden_SD, draft_SD)
         )
+        # Of all tokens: the next one can be another rank's. A tensor group's ranks have the same.
+        place_C = layout.context(torch.arange(len(supervised_T), device=chosen_C.device))
+        sums_2T = chosen_C.new_zeros(2, len(supervised_T))
+        sums_2T[:, place_C] = torch.stack([chosen_C, torch.ones_like(chosen_C)])
+        chosen_T, ranks_T = layout.sum(sums_2T)
+        right_C = layout.context((chosen_T // ranks_T).roll(-1)) == drafted_C
+        supervised_C = layout.context(supervised_T)
+        self.mtp_drafts += torch.stack([(right_C & supervised_C).sum(), supervised_C.sum()])
 
     def init_buffers(self) -> None:
         """Recompute the buffers that no checkpoint holds (rotary frequencies, expert load), e.g.
         after `to_empty`.
         """
         self.model.rotary_emb.init_buffers()
+        self.mtp_loss.zero_()
+        self.mtp_drafts.zero_()
         for moe in self.moe_layers().values():
             moe.init_buffers()
+
+    def mtp_layers(self) -> list[MTPLayer]:
+        """Return the MTP layers that are here, in order."""
+        return [layer for layer in self.model.layers.values() if isinstance(layer, MTPLayer)]
+
+    def shared_keys(self) -> dict[str, str]:
+        """Return the Hugging Face keys under which files may have tensors of the model once more,
+        for MTP layers that share them, and the names of these.
+        """
+        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        shared = {"embed_tokens": "model.embed_tokens", "shared_head.head": head}
+        return {
+            self.hf_key(f"model.layers.{layer}.{part}.weight"): f"{name}.weight"
+            for layer in range(self.config.num_hidden_layers, self.depth)
+            for part, name in shared.items()
+        }
 
     def moe_layers(self) -> dict[str, MoE]:
         """Return the mixture-of-experts blocks that are here, by the number of their layer."""
@@ -344,9 +456,9 @@ class LanguageModel(nn.Module):
             if isinstance(layer.mlp, MoE)
         }
 
-    def checkpoint_pieces(self) -> dict[str, list[Piece]]:
+    def checkpoint_pieces(self, more: Container[str] = ()) -> dict[str, list[Piece]]:
         """Return which Hugging Face tensors make up each parameter and persistent buffer, by its
-        name here.
+        name here; of `shared_keys`, those among `more` too, which fill the same part once more.
         """
         pieces: dict[str, list[Piece]] = {}
         for name, tensor in self.state_dict().items():
@@ -356,10 +468,14 @@ class LanguageModel(nn.Module):
                 pieces[name] = expert_pieces(name, shape)
             else:
                 pieces[name] = [Piece(name, shape, (0,) * len(shape))]
-        return {
+        pieces = {
             name: [dataclasses.replace(piece, key=self.hf_key(piece.key)) for piece in parts]
             for name, parts in pieces.items()
         }
+        for key, name in self.shared_keys().items():
+            if key in more:
+                pieces[name].append(dataclasses.replace(pieces[name][0], key=key))
+        return pieces
 
     @classmethod
     def hf_key(cls, name: str) -> str:
@@ -404,3 +520,17 @@ class LanguageModel(nn.Module):
     def _owner(self, name: str) -> nn.Module:
         """Return the module that a parameter or buffer belongs to."""
         return self.get_submodule(name.rpartition(".")[0])
+
+
+def check_mtp(mtp: Mtp, config: ModelConfig, pp: int) -> None:
+    """Refuse to train MTP layers that a model does not have, or in a pipeline of `pp` ranks."""
+    if mtp == "train" and not config.mtp_layers:
+        raise InputError(
+            f"--model.mtp is train, but config.json has {config.mtp_layers or 0} layers for "
+            "multi-token prediction (num_nextn_predict_layers); set --model.mtp keep"
+        )
+    if mtp == "train" and pp > 1:
+        raise InputError(
+            f"--parallel.pp is {pp}, but --model.mtp is train: MTP layers need the embedding of "
+            "the first stage and the head of the last; set --parallel.pp 1 or --model.mtp keep"
+        )

@@ -108,8 +108,8 @@ class LatentConfig(FamilyConfig):
     def routed_experts(self, layer: int) -> int:
         """Experts of a layer among which its router chooses; 0: it is dense."""
         sparse = layer >= self.first_k_dense_replace
-        if self.mlp_layer_types:
-            sparse = self.mlp_layer_types[layer] == "sparse"
+        if self.mlp_layer_types:  # MTP layers, behind those that are listed, have experts
+            sparse = self.mlp_layer_types[layer : layer + 1] != ("dense",)
         return self.n_routed_experts if sparse else 0
 
     @property

@@ -60,6 +60,26 @@ def vocabulary_loss_reference(
     return (nll_T * weights_T).sum()
 
 
+@torch.no_grad()
+def best_tokens(
+    hidden_TD: Tensor, weight_VD: Tensor, chunk: int, vocabulary: VocabularyPart | None = None
+) -> Tensor:
+    """Return the token with the largest logit at each position, int64 [T]; the arguments are those
+    of `vocabulary_loss`.
+    """
+    best = []
+    for hidden_CD in hidden_TD.split(chunk):
+        logit_C, token_C = F.linear(hidden_CD, weight_VD).max(-1)
+        if vocabulary is not None:
+            beaten_C = logit_C < vocabulary.max(logit_C)
+            first_C = (token_C + vocabulary.first).masked_fill(
+                beaten_C, torch.iinfo(torch.int64).max
+            )
+            token_C = -vocabulary.max(-first_C)
+        best.append(token_C)
+    return torch.cat(best)
+
+
 def _effective_weights(labels_T: Tensor, loss_weights_T: Tensor | None) -> Tensor:
     supervised_T = labels_T != IGNORE
     return supervised_T.float() if loss_weights_T is None else loss_weights_T * supervised_T

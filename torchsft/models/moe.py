@@ -1,11 +1,11 @@
-"""Mixture of experts: what a router must offer, routed and shared experts, and the sequence-wise
-balance loss. The routers themselves stand in the files of their families.
+"""Mixture of experts: what a router must offer, routed and shared experts, the losses of routing
+and the moving correction bias. The routers themselves stand in the files of their families.
 
 Shape suffixes: S tokens on this rank, D width, F expert width, E experts, K choices per token, R =
 S * K routed rows, N documents.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchsft.config import InputError
+from torchsft.config import Router as RouterOptions
 from torchsft.models.attention import Documents
 from torchsft.models.decoder import Piece, SwigluMLP, local
 from torchsft.ops.permute import combine, permute
@@ -37,6 +38,8 @@ class Routing(NamedTuple):
 class Router(Protocol):
     """What a `MoE` layer asks of its `gate`, which is a module (and, below fp32, computes in fp32
     whatever the model computes in: `parallel/fsdp.py` keeps its parameters so).
+
+    Where it has a buffer `e_score_correction_bias` [E], the choice follows scores plus that bias.
     """
 
     weight: nn.Parameter  # [E, D]
@@ -115,7 +118,7 @@ def local_exchange(
     return experts(x_RD, counts_E.cumsum(0).to(torch.int32)), meanwhile()
 
 
-class _AddLoss(torch.autograd.Function):
+class AddLoss(torch.autograd.Function):
     """Passes x on and makes `loss` part of what is minimised: its gradient is 1 whatever x's is."""
 
     @staticmethod
@@ -132,12 +135,14 @@ class MoE(nn.Module):
     through.
     """
 
-    # Both since they were last zeroed, over real tokens; not saved.
+    # All since they were last zeroed, over real tokens; not saved.
     expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
     balance_loss: Tensor  # fp32 scalar: sum of the balance loss
-    # What the balance loss is multiplied with in the gradient: its factor over the tokens of the
-    # global batch, set before each step; 0 leaves it out.
+    z_loss: Tensor  # fp32 scalar: sum of the z-loss
+    # What the two are multiplied with in the gradient: their factors over what they are averaged
+    # over, set before each step; 0 leaves one out.
     balance_scale = 0.0
+    z_scale = 0.0
     counting = True  # False while a forward pass is repeated for the backward pass
 
     def __init__(
@@ -148,21 +153,39 @@ class MoE(nn.Module):
         self.exchange: Exchange = local_exchange  # expert parallelism puts its all-to-all here
         load = torch.zeros(gate.weight.shape[0], dtype=torch.int64)
         self.register_buffer("expert_load", load, persistent=False)
-        self.register_buffer("balance_loss", torch.zeros((), dtype=torch.float32), persistent=False)
+        for name in ("balance_loss", "z_loss"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
 
     def init_buffers(self) -> None:
         """Zero the counters."""
-        self.expert_load.zero_()
-        self.balance_loss.zero_()
+        for counter in (self.expert_load, self.balance_loss, self.z_loss):
+            counter.zero_()
+
+    @property
+    def correction_bias(self) -> Tensor | None:
+        """What the router adds to scores before it chooses, fp32 [E]; None: nothing."""
+        return getattr(self.gate, "e_score_correction_bias", None)
+
+    @torch.no_grad()
+    def move_bias(self, load_E: Tensor, rate: float) -> None:
+        """Let the correction bias fall by `rate` where more tokens than the mean were routed, and
+        rise where fewer were (arXiv:2412.19437, section 2.1.2).
+        """
+        bias = self.correction_bias
+        bias += rate * (load_E.mean() - load_E).sign().to(bias)
 
     def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
         """x_SD to y_SD. Padding tokens are assigned to experts in turn, so that none is overloaded,
         weigh 0 and are not counted.
         """
-        weights_SK, experts_SK, scores_SE, _ = self.gate(x_SD)
+        weights_SK, experts_SK, scores_SE, logits_SE = self.gate(x_SD)
         valid_S1 = documents.valid_S.unsqueeze(1)
         if self.training and self.balance_scale:
             weights_SK = self.add_balance_loss(weights_SK, experts_SK, scores_SE, documents)
+        if self.training and self.z_scale:
+            # arXiv:2202.08906, eq. 5
+            loss_S = logits_SE.logsumexp(-1).square()
+            weights_SK = self._minimise(loss_S, documents, self.z_loss, self.z_scale, weights_SK)
         number_SK = torch.arange(experts_SK.numel(), device=x_SD.device).view_as(experts_SK)
         in_turn_SK = number_SK % len(self.expert_load)
         experts_SK = torch.where(valid_S1, experts_SK, in_turn_SK)
@@ -209,7 +232,35 @@ class MoE(nn.Module):
         frequency_NE = counts_NE * (experts / experts_SK.shape[1]) / length_N1
         share_SE = scores_SE / scores_SE.sum(-1, keepdim=True)
         loss_S = (frequency_NE[documents.document_S] * share_SE).sum(-1)
+        scale = self.balance_scale
+        return self._minimise(loss_S, documents, self.balance_loss, scale, weights_SK)
+
+    def _minimise(
+        self, loss_S: Tensor, documents: Documents, total: Tensor, scale: float, weights_SK: Tensor
+    ) -> Tensor:
+        """Add a loss of real tokens to its `total`; `weights_SK`, carrying its gradient."""
         loss = torch.where(documents.valid_S, loss_S, 0).sum()
         if self.counting:
-            self.balance_loss += loss.detach()
-        return _AddLoss.apply(weights_SK, loss * self.balance_scale)
+            total += loss.detach()
+        return AddLoss.apply(weights_SK, loss * scale)
+
+
+def frozen_by_router(options: RouterOptions, moes: Collection[MoE]) -> list[str]:
+    """Return the patterns that --router.train freezes.
+
+    Args:
+        options: of --router.
+        moes: the mixture-of-experts blocks of the whole model.
+
+    Raises:
+        InputError: this model has nothing that an option of --router could change.
+    """
+    if options != RouterOptions() and not moes:
+        raise InputError(
+            f"this model has no experts, but the options are {options}; leave them out"
+        )
+    rate = options.bias_update_rate
+    if rate and any(moe.correction_bias is None for moe in moes):
+        fault = f"--router.bias-update-rate is {rate}, but this model's routers have no correction"
+        raise InputError(f"{fault} bias; leave it out, or balance by --router.aux-loss")
+    return [] if options.train else ["router"]
