@@ -92,7 +92,7 @@ def is_empty(value: Any) -> bool:
     return value is None or value is False or value == ""
 
 
-def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]:
+def other_keys(row: Mapping[str, Any], form: str) -> tuple[str, ...]:
     """Return the keys of a row that its format does not know; they change nothing and are listed.
 
     Raises:
@@ -102,28 +102,28 @@ def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]
     if known.issuperset(row):
         return ()
     others = [key for key in row if key not in known and row[key] is not None]
-    others = [key for key in others if not _is_followed_as_default(key, row[key], where)]
+    others = [key for key in others if not _is_followed_as_default(key, row[key])]
     others = [key for key in others if key not in MEDIA or not is_empty(row[key])]
     for key in others:
         is_name = key in ("file", "document") and isinstance(row[key], str)  # where it comes from
         if key in MEDIA and not is_name and not isinstance(row[key], bool):
-            problem = (
+            raise RowError(
+                "not-text",
                 f"{key} holds {_described(key, row[key])}, but only text can be trained; remove it "
-                f"or the row"
+                f"or the row",
             )
-            raise RowError(where, "not-text", problem)
         if key in _REFUSED and not is_empty(row[key]):
-            raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
+            raise RowError("unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
         if form in ("text", "tokens") and key in _CONTEXT and not is_empty(row[key]):
-            problem = (
+            raise RowError(
+                "unsupported-key",
                 f"{key} stands beside {form}, which no chat template renders; write messages or "
-                f"remove {key}"
+                f"remove {key}",
             )
-            raise RowError(where, "unsupported-key", problem)
-    return _checked(others, row, known, _KNOWN_ROW_KEYS, where)
+    return _checked(others, row, known, _KNOWN_ROW_KEYS)
 
 
-def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
+def _is_followed_as_default(key: str, value: Any) -> bool:
     """Return whether the key says what happens anyway.
 
     Raises:
@@ -157,12 +157,12 @@ def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
     else:
         return False
     if fault:
-        raise RowError(where, "unsupported-key", f"{key} is {value!r:.60}; it {fault}")
+        raise RowError("unsupported-key", f"{key} is {value!r:.60}; it {fault}")
     return True
 
 
 def other_keys_within(
-    value: Mapping[str, Any], known: frozenset[str], path: str, where: str
+    value: Mapping[str, Any], known: frozenset[str], path: str
 ) -> tuple[str, ...]:
     """Return what `other_keys` does, for an object inside a row: a message, content part, tool call
     or function.
@@ -175,14 +175,14 @@ def other_keys_within(
     others = [key for key in value if key not in known and value[key] is not None]
     for key in others:
         if key in _REFUSED and not is_empty(value[key]):
-            raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
+            raise RowError("unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
         if key in MEDIA and not is_empty(value[key]):
-            problem = (
+            raise RowError(
+                "not-text",
                 f"{key} holds {_described(key, value[key])}, but only text can be trained; remove "
-                f"it or the row"
+                f"it or the row",
             )
-            raise RowError(where, "not-text", problem)
-    return tuple(path + key for key in _checked(others, value, known, known, where))
+    return tuple(path + key for key in _checked(others, value, known, known))
 
 
 def _checked(
@@ -190,7 +190,6 @@ def _checked(
     value: Mapping[str, Any],
     known: frozenset[str],
     everywhere: frozenset[str],
-    where: str,
 ) -> tuple[str, ...]:
     """Return keys, none of which is a misspelling of a key that is absent."""
     for key in others:
@@ -198,11 +197,11 @@ def _checked(
             continue
         meant = misspelt(key, known)
         if meant and value.get(meant) is None and _could_be(meant, value[key]):
-            problem = (
+            raise RowError(
+                "misspelt-key",
                 f"key {key!r} is not known, but {meant!r} is; rename it, or rename it to something "
-                f"else if it is not that"
+                f"else if it is not that",
             )
-            raise RowError(where, "misspelt-key", problem)
     return tuple(others)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from torchsft.config import RESERVED, InputError
+from torchsft.config import InputError
 from torchsft.data.formats import Conversation, Example, Text, Tokens
 from torchsft.data.patterns import TrainedText
 from torchsft.data.rendering import AddedTokens, ChatTemplate, Extras, without_reasoning
@@ -205,7 +205,7 @@ class ChatTokenizer:
             for marked in found.texts
         ]
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
-        results: list[Encoded | RowError] = []
+        results = []
         for example, found in zip(examples, prepared, strict=True):
             if not isinstance(found, _Rendered):
                 results.append(found)
@@ -214,7 +214,7 @@ class ChatTokenizer:
             try:
                 results.append(self._encoded(found, own_encodings))
             except RowError as error:
-                results.append(RowError(example.id, error.reason, error.text))
+                results.append(error.at(example.id))
         return results
 
     # ------------------------------------------------------------ from examples to marked texts
@@ -228,7 +228,7 @@ class ChatTokenizer:
                 return self._plain(example)
             return self._conversation(example)
         except RowError as error:
-            return RowError(example.id, error.reason, error.text)
+            return error.at(example.id)
 
     def _pretokenised(self, example: Tokens) -> Encoded:
         """Return the documents of a row that is tokens already, each of them as a sample."""
@@ -266,7 +266,6 @@ class ChatTokenizer:
         """Return a text without chat template, which ends with the eos token."""
         if not self.eos:
             raise RowError(
-                "",
                 "no-end-of-turn",
                 "the tokenizer has no eos_token to end the text with; name one",
             )
@@ -298,7 +297,6 @@ class ChatTokenizer:
         lost = _missing_context(texts)
         if lost and not self.keeps_lost_context:
             raise RowError(
-                "",
                 "context-lost",
                 f"{lost[0]}, so that the answer would be trained without it; use a template that "
                 f"writes it, take it out of the row, or set --data.on-lost-context keep",
@@ -325,19 +323,7 @@ class ChatTokenizer:
         return self.finders[key]
 
     def _new_finder(self, name: str, variables: Mapping[str, Any]) -> TurnFinder:
-        """Return a finder for a template and the row's own variables.
-
-        Raises:
-            RowError: template-kwargs: rendering itself gives a variable of this name.
-        """
-        reserved = sorted(variables.keys() & RESERVED)
-        if reserved:
-            raise RowError(
-                "",
-                "template-kwargs",
-                f"the row's variables of the chat template have {reserved[0]!r}, which rendering "
-                f"itself gives; remove it",
-            )
+        """Return a finder for a template and the row's own variables."""
         if len(self.finders) >= KNOWN_VARIABLES:
             self.finders.clear()
         text = self.templates[name]
@@ -441,7 +427,6 @@ class ChatTokenizer:
             return ids, weights
         if len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
             raise RowError(
-                "",
                 "double-bos",
                 f"the text begins with two BOS tokens (id {self.bos_id}); take one out of the chat "
                 f"template",
@@ -467,7 +452,6 @@ class ChatTokenizer:
         decoded = self.backend.decode(_ids(pieces), skip_special_tokens=False)
         if decoded != self.backend.decode(whole.ids, skip_special_tokens=False):
             raise RowError(
-                "",
                 "straddling-token",
                 "a token reaches from the prompt into an assistant turn, and this tokenizer "
                 "changes the text when it is split there; change the whitespace there or the chat "

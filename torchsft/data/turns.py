@@ -210,7 +210,6 @@ class TurnFinder:
         for turn in turns:
             if not _holds(whole.text, turn):
                 raise RowError(
-                    "",
                     "not-prefix-stable",
                     f"message {turn.index + 1}: the chat template changes it once others follow, "
                     f"so that it can have no weight or mask of its own; set --data.mask assistant",
@@ -291,7 +290,6 @@ class TurnFinder:
         if header.strip() and header in rendering:
             return rendering[: rendering.index(header)] + template.opening
         raise RowError(
-            "",
             "not-prefix-stable",
             "message 1: the chat template writes no header of its own before an assistant message "
             "that comes first; put a user message before it",
@@ -322,7 +320,6 @@ class TurnFinder:
                 return prompt + text[closed.start() :]
         at = _first_difference(prompt, rendering)
         raise RowError(
-            "",
             "not-prefix-stable",
             f"message {i + 1}: the chat template writes the turn ({rendering[at : at + 30]!r}) in "
             f"another way than its generation prompt ({prompt[at : at + 30]!r}), so that inference "
@@ -354,7 +351,6 @@ class TurnFinder:
             if text.endswith(enders, prompt_end, end):
                 return end
         raise RowError(
-            "",
             "no-end-of-turn",
             f"message {i + 1}: the chat template writes no special token that ends the turn; add "
             f"one, such as the token with which the next turn begins (the model's own templates "
@@ -423,7 +419,6 @@ class TurnFinder:
             if self.mask == "all":  # the others can split by turn
                 remedy = "set --data.mask assistant"
         raise RowError(
-            "",
             reason,
             f"message {i + 1}: the chat template leaves out or changes its {what} "
             f"({source.strip()[:40]!r}); {remedy}",
@@ -434,7 +429,6 @@ class TurnFinder:
         lacking = self._lacking(message, text)
         if lacking is not None:
             raise RowError(
-                "",
                 "generation-blocks",
                 f"message {i + 1}: the chat template has {{% generation %}} blocks that do not "
                 f"hold its {lacking[0]}; move or remove them",
@@ -445,7 +439,6 @@ class TurnFinder:
         lacking = self._lacking(message, text)
         if lacking is not None:
             raise RowError(
-                "",
                 "text-lost",
                 f"message {i + 1}: the chat template writes its {lacking[0]} before the end of its "
                 f"reasoning, which is masked; set --data.reasoning train",
