@@ -73,6 +73,14 @@ class Conversation:
     ignored: tuple[str, ...] = field(default=(), compare=False)
     row_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in sorted(self.template_kwargs.keys() & RESERVED):
+            raise RowError(
+                "bad-chat_template_kwargs",
+                f"the row's variables of the chat template have {name!r}, which rendering itself "
+                f"gives; remove it",
+            )
+
 
 @dataclass(frozen=True)
 class Text:
@@ -352,13 +360,6 @@ def _objects(row: Row, key: str) -> list[dict[str, Any]]:
 
 def _template_kwargs(row: Row) -> dict[str, Any]:
     found = expect(dict, row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
-    reserved = sorted(found.keys() & RESERVED)
-    if reserved:
-        raise RowError(
-            "bad-chat_template_kwargs",
-            f"chat_template_kwargs has {reserved[0]!r}, which rendering itself gives to the chat "
-            f"template; remove it",
-        )
     check_json(found, "chat_template_kwargs")
     return found
 
