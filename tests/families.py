@@ -16,11 +16,25 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from recipes import deepseek_v2_sft, deepseek_v3_sft, gpt_oss_sft, llama_sft, qwen3_sft
+from recipes import (
+    deepseek_v2_sft,
+    deepseek_v3_sft,
+    deepseek_v32_sft,
+    gpt_oss_sft,
+    llama_sft,
+    qwen3_sft,
+)
 from torchsft.models.families import FAMILIES
 
 # Each recipe's module.
-RECIPES: list[ModuleType] = [deepseek_v2_sft, deepseek_v3_sft, gpt_oss_sft, llama_sft, qwen3_sft]
+RECIPES: list[ModuleType] = [
+    deepseek_v2_sft,
+    deepseek_v3_sft,
+    deepseek_v32_sft,
+    gpt_oss_sft,
+    llama_sft,
+    qwen3_sft,
+]
 
 # Widths that differ from each other; 4 layers, 4 query heads.
 SIZES = dict(
@@ -82,6 +96,11 @@ class TinyFamily:
         return made
 
 
+# Derived from others, of other versions, and keys and values, which must be as many as heads.
+LATENT_INERT = frozenset(
+    {"pretraining_tp", "output_router_logits", "head_dim", "qk_head_dim", "num_key_value_heads"}
+)
+
 TINY = {
     "deepseek_v2": TinyFamily(
         "DeepseekV2ForCausalLM",
@@ -96,10 +115,37 @@ TINY = {
                 "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
             },
         },
-        inert=frozenset(
-            {"pretraining_tp", "output_router_logits", "head_dim", "qk_head_dim"}
-            | {"num_key_value_heads"}  # must be as many as heads
-        ),
+        inert=LATENT_INERT,
+    ),
+    "deepseek_v32": TinyFamily(
+        "DeepseekV32ForCausalLM",
+        LATENT
+        | dict(n_group=4, topk_group=2, first_k_dense_replace=1)
+        # many heads, so that no scores are equal (all of their relus zero)
+        | dict(index_topk=24, index_head_dim=20, index_n_heads=32),
+        {
+            "longest document within the choice": {"index_topk": 100},
+            "yarn, tied": {
+                "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+                "tie_word_embeddings": True,
+            },
+        },
+        inert=LATENT_INERT,
+    ),
+    "glm_moe_dsa": TinyFamily(
+        "GlmMoeDsaForCausalLM",
+        LATENT
+        | dict(v_head_dim=20, first_k_dense_replace=1)
+        # many heads, so that no scores are equal (all of their relus zero)
+        | dict(index_topk=24, index_head_dim=20, index_n_heads=32),
+        {
+            "layers share choices": {
+                "indexer_types": ["full", "shared", "full", "shared"],
+                "index_topk": 100,
+            },
+            "dense layers listed": {"mlp_layer_types": ["sparse", "dense", "dense", "sparse"]},
+        },
+        inert=LATENT_INERT,
     ),
     "glm4_moe_lite": TinyFamily(
         "Glm4MoeLiteForCausalLM",
@@ -109,8 +155,7 @@ TINY = {
             "dense layers listed": {"mlp_layer_types": ["sparse", "dense", "dense", "sparse"]},
             "yarn": {"rope_parameters": YARN, "attention_bias": True},
         },
-        inert=frozenset({"pretraining_tp", "output_router_logits", "num_key_value_heads"})
-        | {"qk_head_dim"},
+        inert=LATENT_INERT,
     ),
     "llama": TinyFamily(
         "LlamaForCausalLM",
@@ -368,6 +413,58 @@ DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
     "topk_group": 1,
     "topk_method": "greedy",
 }
+DEEPSEEK_V32 = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v32",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": DEEPSEEK_V2["rope_scaling"],
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+GLM_5 = DEEPSEEK_V32 | {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "hidden_size": 6144,
+    "index_n_heads": 32,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 202752,
+    "model_type": "glm_moe_dsa",
+    "n_group": 1,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 78,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "topk_group": 1,
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
 GLM_4_7_FLASH = {
     "architectures": ["Glm4MoeLiteForCausalLM"],
     "first_k_dense_replace": 1,
@@ -402,6 +499,8 @@ GLM_4_7_FLASH = {
 PUBLISHED = {
     "v2_lite": Published(deepseek_v2_sft, DEEPSEEK_V2_LITE, 31, 15_706_484_224),
     "v2": Published(deepseek_v2_sft, DEEPSEEK_V2, 59, 235_741_434_880),
+    "v32_256": Published(deepseek_v32_sft, DEEPSEEK_V32, 63),
+    "glm_5_512": Published(deepseek_v32_sft, GLM_5, 40),
     "glm_4_7_flash": Published(deepseek_v3_sft, GLM_4_7_FLASH, 60),
     "qwen3_30b": Published(qwen3_sft, QWEN3_30B, 61, 30_532_122_624),
     "qwen3_235b": Published(qwen3_sft, QWEN3_235B, 59, 235_093_634_560),

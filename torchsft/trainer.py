@@ -180,7 +180,8 @@ class Trainer:
         with torch.device("meta"):
             whole = self.family(self.model_config, **implementations)
             self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
-            freeze = [*train.freeze, *frozen_by_router(config.router, whole.moe_layers().values())]
+            freeze = [*train.freeze, *whole.untrained]
+            freeze += frozen_by_router(config.router, whole.moe_layers().values())
             self.selection = select(
                 self.shapes, freeze, config.optim.parameter_groups(), whole.parts
             )
@@ -709,6 +710,7 @@ class Trainer:
             all=sum(numbers.values()),
             frozen=sum(numbers[name] for name in frozen),
             tied_head_is_frozen=tied and "model.embed_tokens.weight" in frozen,
+            untrained=self.family.untrained,
         )
         config = self.config
         rows = f"{config.train.global_batch_size} rows of {config.data.seq_len} tokens"

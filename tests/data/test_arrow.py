@@ -12,7 +12,7 @@ import pytest
 
 from tests.data.test_formats import read
 from torchsft.data.arrow import rows_of
-from torchsft.data.rows import RowError, decode
+from torchsft.data.rows import RowError, read_row
 from torchsft.data.sources import Source
 from torchsft.data.specs import parse_spec
 
@@ -34,7 +34,7 @@ TOOLS = [
 def read_all(path):
     """Every row as training sees it."""
     source = Source(parse_spec(str(path)))
-    return [decode(payload, source.where(number)) for number, payload in source.rows()]
+    return [read_row(payload)[0] for number, payload in source.rows()]
 
 
 def written(rows, tmp_path):
@@ -153,8 +153,8 @@ def test_what_cannot_be_an_object_is_refused_with_its_row(tmp_path):
     keys = pa.array([[(1, "a")], [(2, "b")]], pa.map_(pa.int64(), pa.string()))
     pq.write_table(pa.table({"text": ["x", "y"], "more": keys}), tmp_path / "rows.parquet")
     source = Source(parse_spec(str(tmp_path / "rows.parquet")))
-    faults = [payload for _, payload in source.rows()]
-    assert [str(fault) for fault in faults if isinstance(fault, RowError)] == [
+    assert all(isinstance(fault, RowError) for _, fault in source.rows())
+    assert [str(fault.at(source.where(number))) for number, fault in source.rows()] == [
         f"{tmp_path / 'rows.parquet'}, row {n}: a value cannot be read (a map has the key {n}, but "
         f"keys must be text);"
         " repair it or leave the row out"
@@ -166,4 +166,4 @@ def test_two_columns_of_one_name_are_refused_as_a_key_given_twice_is(tmp_path):
     table = pa.table({"text": ["x"]}).append_column("text", pa.array(["y"]))
     pq.write_table(table, tmp_path / "rows.parquet")
     [(_, fault)] = Source(parse_spec(str(tmp_path / "rows.parquet"))).rows()
-    assert "row 1: a value cannot be read (two columns have the name 'text')" in str(fault)
+    assert "a value cannot be read (two columns have the name 'text')" in str(fault)

@@ -10,7 +10,7 @@ from torchsft.data.rows import RowError
 
 
 def made(row, text):
-    return mapped(row, Data(map=text).columns(), "f.csv, line 2")
+    return mapped(row, Data(map=text).columns())
 
 
 def test_columns_become_turns_and_other_columns_stay():
@@ -93,10 +93,10 @@ def test_a_row_that_the_map_does_not_fit_is_refused(row, text, says):
 )
 def test_the_refusal_of_an_unknown_format_prints_the_option_that_would_do(row, option):
     with pytest.raises(RowError) as error:
-        recognise(row, "f.jsonl, line 1")
+        recognise(row)
     assert str(error.value).endswith(option)
     text = option.removeprefix("--data.map ")
-    assert recognise(made(row, text), "") == "messages"
+    assert recognise(made(row, text)) == "messages"
 
 
 def test_a_system_text_is_given_or_stands_in_a_file(tmp_path):

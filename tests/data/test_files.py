@@ -21,7 +21,7 @@ from torchsft.data.cache import fingerprint
 from torchsft.data.files import Files, open_source
 from torchsft.data.hub import unreachable
 from torchsft.data.prepare import open_sources, prepare
-from torchsft.data.rows import RowError, decode
+from torchsft.data.rows import RowError, read_row
 from torchsft.data.specs import evaluation_sets, parse_spec
 from torchsft.data.tables import table_rows
 
@@ -43,7 +43,7 @@ def read(source, start=0):
     return [
         (
             source.where(number),
-            payload.reason if isinstance(payload, RowError) else decode(payload, ""),
+            payload.reason if isinstance(payload, RowError) else read_row(payload)[0],
         )
         for number, payload in source.rows(start)
     ]
@@ -200,8 +200,8 @@ def test_what_is_no_row_of_the_table_is_told_with_its_line(tmp_path):
     [fault, *_] = [payload for _, payload in source.rows()]
     assert "1 fields, but the header names 2 columns" in str(fault)
     for header in ("a,a", "a,"):
-        [(_, (reason, said))] = table_rows([f"{header}\n1,2\n".encode()], ",", 1000)
-        assert reason == "csv-header" and "the header has" in said
+        [(_, fault)] = table_rows([f"{header}\n1,2\n".encode()], ",", 1000)
+        assert fault.reason == "csv-header" and "the header has" in fault.text
 
 
 def test_a_table_is_trained_by_the_option_that_its_refusal_prints(tmp_path):
@@ -267,7 +267,7 @@ def test_a_file_in_two_sources_is_refused(tmp_path):
 
 
 def test_nul_is_no_text_of_a_table():
-    assert next(table_rows([b"a,b\n1,\x00\n"], ",", 1000))[1][0] == "nul-bytes"
+    assert next(table_rows([b"a,b\n1,\x00\n"], ",", 1000))[1].reason == "nul-bytes"
 
 
 def test_what_lies_behind_a_broken_table_is_not_lost_in_silence():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchsft.data.formats import Conversation, Text, Tokens, parse, recognise
-from torchsft.data.rows import RowError, decode
+from torchsft.data.rows import RowError, located, read_row
 from torchsft.data.sources import Source
 from torchsft.data.specs import parse_spec
 
@@ -39,7 +39,8 @@ def messages(*given):
 
 
 def read(row, where="f.jsonl, line 3"):
-    return parse(row, recognise(row, where), "f:3", where)
+    with located(where):
+        return parse(row, recognise(row), "f:3")
 
 
 def call(name, arguments, number=None):
@@ -88,7 +89,7 @@ def test_two_tool_rounds_are_the_same_before_and_after_parquet(tmp_path):
         and stored[4]["tool_calls"][0]["function"]["arguments"]["a"] is None
     )
     back = [
-        read(decode(payload, ""))
+        read(read_row(payload)[0])
         for _, payload in Source(parse_spec(str(tmp_path / "a.parquet"))).rows()
     ]
     assert (
@@ -301,18 +302,18 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_are_recognised_by_their_keys(name):
-    assert recognise(FORMATS[name], "") == name
+    assert recognise(FORMATS[name]) == name
 
 
 def test_an_unknown_format_is_refused_with_the_keys_that_are_there():
     with pytest.raises(
         RowError,
-        match=r"^here: no format has the keys answer, question; give "
+        match=r"^: no format has the keys answer, question; give "
         r"messages",
     ) as error:
-        recognise({"question": "a", "answer": "b", "messages": None}, "here")
+        recognise({"question": "a", "answer": "b", "messages": None})
     assert error.value.reason == "unknown-format"
-    assert recognise({"input_ids": [1]}, "") == "tokens"
+    assert recognise({"input_ids": [1]}) == "tokens"
 
 
 BAD = {

@@ -9,7 +9,7 @@ import pytest
 from tests.data import chat
 from tests.data.chat import call, encode, word_tokenizer
 from torchsft.data.formats import Conversation, parse, recognise
-from torchsft.data.rows import decode
+from torchsft.data.rows import read_row
 from torchsft.data.sources import Source
 from torchsft.data.specs import parse_spec
 
@@ -454,11 +454,11 @@ def test_two_tool_rounds_are_the_same_after_parquet(name, arguments, tmp_path):
     row = {"messages": messages, "tools": tools}
     pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "a.parquet")
     source = Source(parse_spec(str(tmp_path / "a.parquet")))
-    rows = [decode(payload, source.where(number)) for number, payload in source.rows()]
+    rows = [read_row(payload)[0] for number, payload in source.rows()]
     assert len(rows) == 2
     tokenizer = word_tokenizer(template, words_of(samples))
     for row in rows:
-        example = parse(row, recognise(row, "here"), "a:1", "here")
+        example = parse(row, recognise(row), "a:1")
         found = encode(example, tokenizer, template_kwargs=variables)
         assert [(ids.tolist(), weights.tolist()) for ids, weights in found.samples] == [
             expected(tokenizer, pieces) for pieces in samples

@@ -11,7 +11,7 @@ import pytest
 from tests.data.test_formats import ANSWER, TOOLS, USER, call, messages, read
 from torchsft.data.formats import KEYS, Text, parse, recognise
 from torchsft.data.keys import misspelt
-from torchsft.data.rows import RowError
+from torchsft.data.rows import RowError, located
 
 CHAT = messages(USER, ANSWER)
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -515,8 +515,9 @@ def test_nothing_is_trained_that_the_row_does_not_say_and_nothing_is_dropped_sil
     for _ in range(rng.randint(1, 3)):
         _change(row, rng)
     try:
-        form = recognise(row, "f.jsonl, line 3")
-        example = parse(copy.deepcopy(row), form, "f:3", "f.jsonl, line 3")
+        with located("f.jsonl, line 3"):
+            form = recognise(row)
+            example = parse(copy.deepcopy(row), form, "f:3")
     except RowError as error:
         assert error.reason and str(error).startswith("f.jsonl, line 3")
         return

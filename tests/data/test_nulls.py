@@ -114,7 +114,7 @@ def test_rows_that_datasets_wrote_are_as_they_were(tmp_path):
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines()
     assert b"null" in lines[0]
     for stored in (lines, [kept[i] for i in range(2)]):
-        assert [read_row(one, "") for one in stored] == [(row, ()) for row in rows]
+        assert [read_row(one) for one in stored] == [(row, ()) for row in rows]
 
 
 def test_doubt_is_counted_and_a_warning_of_the_inspector(tmp_path):

@@ -643,7 +643,7 @@ def test_with_the_mask_all_the_weight_of_a_row_scales_all_of_it(template, weight
     }
     for form, given in forms.items():
         whole, scaled = (
-            tokenize(parse({**given, **more}, form, "a:1", "a"), tokenizer, "all")
+            tokenize(parse({**given, **more}, form, "a:1"), tokenizer, "all")
             for more in ({}, {"weight": weight})
         )
         assert whole.weights.max() == (2.0 if form == "messages" else 1.0)

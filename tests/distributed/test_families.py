@@ -55,7 +55,7 @@ def runs(ranks, n, layouts, **options):
 
 @pytest.mark.parametrize("family", TINY)
 def test_a_step_does_not_depend_on_the_layout(ranks, inputs, family):
-    options = {"directory": str(inputs), "model": family, "seq_len": 96}
+    options = {"directory": str(inputs), "model": family, "seq_len": 192}
     options |= {"micro_batch_size": 2, "global_batch_size": 4}
     config = read_model_config(tiny(family).to_dict())
     has_experts = any(map(config.is_moe, range(config.num_hidden_layers)))

@@ -121,7 +121,9 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     update = trainer.optimizer.step
 
     def keep_gradients() -> None:
-        gradients.append({name: full(p.grad) for name, p in trainer.model.named_parameters()})
+        gradients.append(
+            {name: full(p.grad) for name, p in trainer.model.named_parameters() if p.requires_grad}
+        )
 
     def keep_gradients_once_and_update() -> None:
         if len(gradients) == 1:

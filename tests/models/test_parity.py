@@ -49,8 +49,11 @@ def test_logits_and_gradients_equal_transformers(family, case, record_property):
     loss = model(**inputs)
     loss.backward()
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    constants = {model.hf_key(name) for name in model.constants()}
     gradients = {model.hf_key(name): p.grad for name, p in model.named_parameters()}
     expected_gradients = {name: p.grad for name, p in hf.named_parameters() if p.requires_grad}
+    for name in constants & expected_gradients.keys():  # what has none in transformers either
+        assert gradients.pop(name) is expected_gradients.pop(name) is None
     assert gradients.keys() == expected_gradients.keys()
     errors = {
         name: ((gradients[name] - value).abs().max() / value.abs().max()).item()
@@ -101,7 +104,7 @@ def test_every_field_that_transformers_has_is_read_or_refused_or_changes_nothing
     known = {f.name for f in dataclasses.fields(kind)} | INERT | TINY[family].inert
     known |= {name for pair in kind.spellings for name in pair} | set(kind.supported_values)
     known |= {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
-    known |= {"layer_types"} if kind.only_full_attention else set()
+    known |= {"layer_types"} if kind.only_layer_type else set()
     assert sorted(set(stated) - known) == []
     for name, value in kind.supported_values.items():
         other = not value if isinstance(value, bool) else 7 if value is None else f"not {value}"

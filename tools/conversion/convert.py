@@ -482,7 +482,7 @@ class ToHf:
 
     def plan(self) -> list[Task]:
         """Return the files to write, of tensors in the model's order."""
-        base, buffers = self.base_weights, dict(self.model.named_buffers())
+        base, constants = self.base_weights, self.model.constants()
         items = []
         for name, pieces in self.pieces.items():
             for piece in pieces:
@@ -490,7 +490,7 @@ class ToHf:
                     piece.key,
                     self.dtype,
                     base,
-                    buffer=name in buffers,
+                    constant=name in constants,
                     quantised=self.model.is_quantised(piece.key),
                 )
                 items.append(self._item(piece.key, dtype, carried=False))

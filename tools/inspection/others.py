@@ -19,7 +19,7 @@ from tools.inspection.report import Inspected
 from tools.inspection.serving import Server, read_examples
 from torchsft.config import Data, InputError
 from torchsft.data.formats import Conversation, Example, Text
-from torchsft.data.rows import decode
+from torchsft.data.rows import RowError, located, read_row
 from torchsft.data.sources import Source
 from torchsft.data.specs import parse_spec
 
@@ -118,9 +118,12 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     source = Source(parse_spec(path))
     for number, payload in source.rows():
-        if isinstance(payload, Exception):
-            raise payload
-        yield source.where(number), decode(payload, source.where(number))
+        where = source.where(number)
+        with located(where):
+            if isinstance(payload, RowError):
+                raise payload
+            row, _ = read_row(payload)
+        yield where, row
 
 
 def _arrow(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -203,18 +203,16 @@ def contents_of(
 
 
 def exported_dtype(
-    key: str, dtype: torch.dtype, source: Weights | None, *, buffer: bool, quantised: bool
+    key: str, dtype: torch.dtype, source: Weights | None, *, constant: bool, quantised: bool
 ) -> torch.dtype:
     """In which dtype an export in `dtype` has a tensor of the model: in fp8 as an fp8 source has
-    it, else fp8 where it is `quantised` (`LanguageModel.is_quantised`), or bf16. A `buffer` (the
-    routing bias) keeps the source's, and is fp32 without one.
+    it, else fp8 where it is `quantised` (`LanguageModel.is_quantised`), or bf16. A `constant`
+    (`LanguageModel.constants`, such as the routing bias) keeps the source's if that is not fp8, and
+    is fp32 without one.
     """
-    if buffer:
-        return (
-            DTYPES[source.tensors[key].dtype]
-            if source is not None and key in source.tensors
-            else torch.float32
-        )
+    stored = source.tensors.get(key) if source is not None else None
+    if constant and (stored is None or stored.dtype != FP8):
+        return torch.float32 if stored is None else DTYPES[stored.dtype]
     if dtype != torch.float8_e4m3fn:
         return dtype
     if source is not None and source.fp8 and key in source.tensors:

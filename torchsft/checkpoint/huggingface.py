@@ -309,14 +309,14 @@ def _model_tensors(
         whole: the whole model, on meta.
         held: the tensors of the part that this rank holds.
     """
-    buffers = dict(whole.named_buffers())
+    constants = whole.constants()
     pieces = whole.checkpoint_pieces(weights.tensors if weights else ())
     for name, piece, parts in _pieces_and_holders(whole, held, pieces):
         dtype = hf_directory.exported_dtype(
             piece.key,
             form.dtype,
             weights,
-            buffer=name in buffers,
+            constant=name in constants,
             quantised=whole.is_quantised(piece.key),
         )
         contents = contents_of(piece.key, dtype, piece.hf_shape, form.block)

@@ -52,7 +52,7 @@ def number_of(cell: str) -> float | bool | str | None:
         return cell
 
 
-def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
+def mapped(row: Row, pairs: Sequence[tuple[str, str]]) -> Row:
     """Return the row with its columns under the names that `pairs` (of `config.Data.columns`) gives
     them.
 
@@ -63,7 +63,7 @@ def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
     """
     columns = {column for column, _ in pairs}
     result = {key: value for key, value in row.items() if key not in columns}
-    turns: dict[str, list[str]] = {role: [] for role in ROLES}
+    turns = {}  # texts, by their role
     makes_turns = any(target in ("user", "assistant") for _, target in pairs)
     for column, target in pairs:
         if target == "ignore":
@@ -71,43 +71,43 @@ def mapped(row: Row, pairs: Sequence[tuple[str, str]], where: str) -> Row:
         if column not in row:
             has = ", ".join(sorted(row)) or "none"
             raise RowError(
-                where, "bad-map", f"--data.map names the column {column!r}, but the row has {has}"
+                "bad-map", f"--data.map names the column {column!r}, but the row has {has}"
             )
         value = row[column]
         if makes_turns and target in ROLES:
-            if value is None and target == "system":
-                continue
-            if not isinstance(value, str):
-                fault = (
+            is_absent = value is None and target == "system"
+            if not is_absent and not isinstance(value, str):
+                raise RowError(
+                    "bad-map",
                     f"the column {column!r}, which --data.map makes a turn, holds no text but "
-                    f"{value!r:.60}"
+                    f"{value!r:.60}",
                 )
-                raise RowError(where, "bad-map", fault)
-            turns[target].append(value)
+            turns.setdefault(target, []).append(value or "")
         elif result.get(target) is not None:
-            fault = (
+            raise RowError(
+                "bad-map",
                 f"--data.map makes {column!r} the key {target!r}, but the row has that as well; "
-                f"map that to ignore"
+                f"map that to ignore",
             )
-            raise RowError(where, "bad-map", fault)
         else:
             is_number = target in NUMBERS and isinstance(value, str)
             result[target] = number_of(value) if is_number else value
     if makes_turns:
         if result.get("messages") is not None:
             raise RowError(
-                where,
                 "bad-map",
                 "--data.map makes messages, but the row has messages; leave it out",
             )
-        texts = {role: "\n\n".join(text for text in turns[role] if text.strip()) for role in ROLES}
-        named = {target for _, target in pairs}
-        messages = [
-            {"role": role, "content": texts[role]}
+        joined = {
+            role: "\n\n".join(text for text in turns[role] if text.strip())
             for role in ROLES
-            if role in named and (texts[role] or role != "system")
+            if role in turns
+        }
+        result["messages"] = [
+            {"role": role, "content": text}
+            for role, text in joined.items()
+            if text or role != "system"
         ]
-        result["messages"] = messages
     return result
 
 

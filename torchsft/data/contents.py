@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchsft.data.keys import MEDIA, PART_KEYS, SWITCHES, WEIGHTS, is_empty, other_keys_within
-from torchsft.data.rows import RowError
+from torchsft.data.rows import RowError, located
 from torchsft.data.values import expect
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -28,7 +28,7 @@ class Content:
     ignored: list[str] = field(default_factory=list)
 
 
-def parse_content(content: Any, where: str, path: str = "messages[].content[].") -> Content:
+def parse_content(content: Any, path: str = "messages[].content[].") -> Content:
     """Return what a content says.
 
     Args:
@@ -40,68 +40,54 @@ def parse_content(content: Any, where: str, path: str = "messages[].content[].")
     if content is None:
         return Content(None)
     if not isinstance(content, list):
-        return Content(expect(str, content, "content", where))
-    texts: list[str] = []
+        return Content(expect(str, content, "content"))
     found = Content("")
     for i, part in enumerate(content, start=1):
         if isinstance(part, str):
-            texts.append(part)
+            found.text += part
             continue
-        place = f"{where}, part {i}"
-        part = expect(dict, part, "content part", place)
-        _check_keys(part, place)
-        kind = part.get("type")
-        if kind in REASONING_PARTS and isinstance(part.get(kind), str):
-            if any(texts):
-                raise RowError(
-                    place,
-                    "bad-content",
-                    "reasoning stands behind text, but is written before the whole answer; split "
-                    "the message there",
-                )
-            found.reasoning.append(part[kind])
-            known = frozenset({"type", kind})
-        else:
-            texts.append(_text_of(part, place))
-            known = PART_KEYS | {"content", "value"}
-        found.ignored += other_keys_within(part, known, path, place)
-    found.text = "".join(texts)
+        with located(f"part {i}"):
+            _add_part(found, expect(dict, part, "content part"), path)
     return found
 
 
-def parse_plain_content(value: Any, what: str, where: str) -> Content:
-    """Return what a content says that has no reasoning, such as a system text beside messages.
+def _add_part(found: Content, part: dict[str, Any], path: str) -> None:
+    """Add what a part says to what those before it say."""
+    _check_keys(part)
+    kind = part.get("type")
+    if kind in REASONING_PARTS and isinstance(part.get(kind), str):
+        if found.text:
+            raise RowError(
+                "bad-content",
+                "reasoning stands behind text, but is written before the whole answer; split "
+                "the message there",
+            )
+        found.reasoning.append(part[kind])
+        known = frozenset({"type", kind})
+    else:
+        found.text += _text_of(part)
+        known = PART_KEYS | {"content", "value"}
+    found.ignored += other_keys_within(part, known, path)
 
-    Args:
-        what: the key that it stands under.
 
-    Raises:
-        RowError: as `parse_content`, or it has reasoning.
-    """
-    found = parse_content(value, where, f"{what}[].")
-    if found.reasoning:
-        problem = f"{what} holds reasoning, which only an assistant's message can have"
-        raise RowError(where, f"bad-{what}", problem)
-    return found
-
-
-def _check_keys(part: dict[str, Any], where: str) -> None:
+def _check_keys(part: dict[str, Any]) -> None:
     """Check that a part has no keys that only whole messages can have."""
     for key in FLAGS:
         if part.get(key) is not None:
             raise RowError(
-                where,
                 "unsupported-key",
                 f"a content part has {key}, but only whole messages can be weighted; split the "
                 f"message in two",
             )
     for key in ("role", "from"):
         if part.get(key) is not None:
-            problem = f"a content part has {key}, as a message has; write it as one of its own"
-            raise RowError(where, "bad-content", problem)
+            raise RowError(
+                "bad-content",
+                f"a content part has {key}, as a message has; write it as one of its own",
+            )
 
 
-def _text_of(part: dict[str, Any], where: str) -> str:
+def _text_of(part: dict[str, Any]) -> str:
     """Return the text of one part, whose type may be missing."""
     kind = part.get("type")
     is_text = kind is None or kind in TEXT_PARTS
@@ -109,7 +95,6 @@ def _text_of(part: dict[str, Any], where: str) -> str:
     if media or not is_text:
         name = media[0] if is_text else kind
         raise RowError(
-            where,
             "bad-content",
             f"a content part has type {name!r:.60}, but only text can be trained; remove it or the "
             f"row",
@@ -118,9 +103,8 @@ def _text_of(part: dict[str, Any], where: str) -> str:
     if len(texts) > 1:
         keys = ", ".join(part) or "none"
         raise RowError(
-            where,
             "bad-content",
             f"a content part needs one text, but has the keys {keys}; write it as {{'type': "
             f"'text', 'text': ...}}",
         )
-    return expect(str, texts[0] if texts else None, "text of a content part", where)
+    return expect(str, texts[0] if texts else None, "text of a content part")

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from torchsft.config import RESERVED
 from torchsft.data import messages as chat
 from torchsft.data import pretokenised
 from torchsft.data.columns import suggestion
-from torchsft.data.contents import parse_plain_content
+from torchsft.data.contents import parse_content
 from torchsft.data.keys import DOCUMENT_BOUNDS, ROW_KEYS, TOKEN_MASKS, misspelt, other_keys
-from torchsft.data.rows import Row, RowError
-from torchsft.data.values import check_json, expect, unpacked, weight_of
+from torchsft.data.rows import Row, RowError, located
+from torchsft.data.values import check_json, expect, weight_of
 
 # The keys that make a row one of a format; the first that fits is taken.
 KEYS = {
@@ -41,15 +42,6 @@ _OF_TEMPLATES = (
 )
 _LOSS_MASKS = ("loss_mask", "message_loss_mask")
 _SYSTEM_ROLES = ("system", "developer")
-# What rendering itself gives to a chat template.
-_RESERVED = {
-    "messages",
-    "conversations",
-    "tools",
-    "documents",
-    "chat_template",
-    "add_generation_prompt",
-}
 
 
 @dataclass(frozen=True)
@@ -80,6 +72,14 @@ class Conversation:
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
     row_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.template_kwargs.keys() & RESERVED):
+            raise RowError(
+                "bad-chat_template_kwargs",
+                f"the row's variables of the chat template have {name!r}, which rendering itself "
+                f"gives; remove it",
+            )
 
 
 @dataclass(frozen=True)
@@ -121,20 +121,7 @@ class Tokens:
 Example = Conversation | Text | Tokens
 
 
-@dataclass
-class _RowText:
-    """A row whose text is taken as it is.
-
-    Attributes:
-        what: the key that the trained text stands under.
-    """
-
-    prompt: Any
-    completion: Any
-    what: str
-
-
-def recognise(row: Row, where: str) -> str:
+def recognise(row: Row) -> str:
     """Return the format of a row, one of `KEYS`.
 
     Raises:
@@ -151,221 +138,197 @@ def recognise(row: Row, where: str) -> str:
     for key in sorted(given - known):
         meant = misspelt(key, needed)
         if meant:
-            problem = f"key {key!r} is not known, but {meant!r} is; rename it"
-            raise RowError(where, "misspelt-key", problem)
+            raise RowError("misspelt-key", f"key {key!r} is not known, but {meant!r} is; rename it")
     has = ", ".join(sorted(given)) or "(none)"
     formats = "; ".join(" and ".join(keys) for keys in KEYS.values())
-    problem = f"no format has the keys {has}; give {formats}{suggestion(row)}"
-    raise RowError(where, "unknown-format", problem)
+    raise RowError(
+        "unknown-format", f"no format has the keys {has}; give {formats}{suggestion(row)}"
+    )
 
 
-def parse(row: Row, form: str, name: str, where: str, system: str = "") -> Example:
+def parse(row: Row, form: str, name: str, system: str = "") -> Example:
     """Return the example that a row holds.
 
     Args:
         form: the row's format, one of `KEYS`.
         name: the example's id.
-        where: file and line, for errors.
         system: system turn for conversations that have none.
 
     Raises:
         RowError: the row lacks or contradicts something, or says what cannot be followed.
     """
-    ignored = other_keys(row, form, where)
+    ignored = other_keys(row, form)
     if form == "tokens":
-        found = pretokenised.parse(row, where)
+        found = pretokenised.parse(row)
         return Tokens(name, found.tokens, found.weights, found.starts, found.notes, ignored)
-    text = _text_in(row, form)
-    if text is not None:
-        return _text(row, text, name, where, system, ignored)
-    return _conversation(row, form, name, where, system, ignored)
-
-
-def _text_in(row: Row, form: str) -> _RowText | None:
-    """Return the text of a row that is no conversation."""
     if form == "text":
-        return _RowText("", row.get("text"), "text")
-    prompt = row.get("prompt")
-    completion = row.get("completion")
-    are_messages = isinstance(prompt, list) and isinstance(completion, list)
-    if form == "prompt-completion" and not are_messages:
-        return _RowText(prompt, completion, "completion")
-    return None
+        return _text(row, "", "text", name, system, ignored)
+    if form == "prompt-completion":
+        prompt = row["prompt"]
+        if not isinstance(prompt, list) or not isinstance(row["completion"], list):
+            return _text(row, prompt, "completion", name, system, ignored)
+    return _conversation(row, form, name, system, ignored)
 
 
 def _text(
-    row: Row, text: _RowText, name: str, where: str, system: str, ignored: tuple[str, ...]
+    row: Row, prompt: Any, what: str, name: str, system: str, ignored: tuple[str, ...]
 ) -> Text:
-    what = text.what
+    """Return a row whose text is taken as it is.
+
+    Args:
+        what: the key that the trained text stands under.
+    """
     for key in _OF_TEMPLATES:
         if row.get(key):
             raise RowError(
-                where,
                 "unsupported-key",
                 f"{key} stands beside {what} as a string, which no chat template renders; write "
                 f"messages or remove {key}",
             )
     if system:
         raise RowError(
-            where,
             "unsupported-key",
             f"--data.system cannot be given to {what} as a string, which has no turns; write "
             f"messages or leave it out",
         )
     for key in _LOSS_MASKS:
         if row.get(key) is not None:
-            problem = f"{key} says which messages are trained, but {what} is a string"
-            raise RowError(where, "unsupported-key", problem)
-    prompt = expect(str, text.prompt, "prompt", where)
-    completion = expect(str, text.completion, what, where)
-    return Text(name, prompt, completion, _row_weight(row, where), ignored=ignored)
+            raise RowError(
+                "unsupported-key", f"{key} says which messages are trained, but {what} is a string"
+            )
+    prompt = expect(str, prompt, "prompt")
+    return Text(name, prompt, expect(str, row[what], what), _row_weight(row), ignored=ignored)
 
 
-def _row_weight(row: Row, where: str) -> float:
-    weight = weight_of(row, where)
+def _row_weight(row: Row) -> float:
+    weight = weight_of(row)
     return 1.0 if weight is None else weight
 
 
 def _conversation(
-    row: Row, form: str, name: str, where: str, system: str, ignored: tuple[str, ...]
+    row: Row, form: str, name: str, system: str, ignored: tuple[str, ...]
 ) -> Conversation:
-    given = _given_messages(row, form, where)
     has_prompt = form == "prompt-completion"
     context = len(row["prompt"]) if has_prompt else 0  # messages that are not trained
     what = "turn" if form == "sharegpt" else "message"
-    parsed = [
-        chat.parse(message, f"{where}, {what} {i}") for i, message in enumerate(given, start=1)
-    ]
-    chat.follow_masks(parsed, where)
-    _follow_loss_masks(row, parsed, where)
+    parsed = []
+    for i, message in enumerate(_given_messages(row, form), start=1):
+        with located(f"{what} {i}"):
+            parsed.append(chat.parse(message))
+    chat.follow_masks(parsed)
+    _follow_loss_masks(row, parsed)
     parsed, fewer = chat.merge_calls(parsed, context)
     context -= fewer
     inner_ignored = [key for message in parsed for key in message.ignored]
-    system_turn = _system_turn(row, parsed, where, system, inner_ignored)
-    if system_turn is not None:
-        parsed.insert(0, system_turn)
-        context += 1 if has_prompt else 0
+    system_text = _system_text(row, parsed, system, inner_ignored)
+    if system_text:
+        parsed.insert(0, chat.Parsed({"role": "system", "content": system_text}))
+        context += has_prompt
 
     if not any(message.is_answer for message in parsed[context:]):
         reason = "no-assistant" if parsed else "no-messages"
-        problem = "no assistant message, so there is nothing to learn; add one or remove the row"
-        raise RowError(where, reason, problem)
-    row_weight = _row_weight(row, where)
+        raise RowError(
+            reason, "no assistant message, so there is nothing to learn; add one or remove the row"
+        )
+    row_weight = _row_weight(row)
     weights = _weights(row_weight, parsed, context)
     return Conversation(
         name,
         [message.fields for message in parsed],
-        tools=_tools(row, where),
+        tools=_tools(row),
         weights=() if set(weights) == {None} else tuple(weights),
-        template_kwargs=_template_kwargs(row, where),
-        documents=_documents(row, where),
+        template_kwargs=_template_kwargs(row),
+        documents=_documents(row),
         notes=chat.notes_of(parsed, context),
         ignored=ignored + tuple(dict.fromkeys(inner_ignored)),
         row_weight=row_weight,
     )
 
 
-def _given_messages(row: Row, form: str, where: str) -> list[Any]:
+def _given_messages(row: Row, form: str) -> list[Any]:
     """Return the messages of a row as it has them, in OpenAI's shape or ShareGPT's."""
     if form == "prompt-completion":
         return [*row["prompt"], *row["completion"]]
     if form == "messages":
-        return expect(list, row.get("messages"), "messages", where)
+        return expect(list, row["messages"], "messages")
     if form == "sharegpt":
-        return expect(list, row.get("conversations"), "conversations", where)
-    return _alpaca_messages(row, where)
+        return expect(list, row["conversations"], "conversations")
+    return _alpaca_messages(row)
 
 
-def _alpaca_messages(row: Row, where: str) -> list[dict[str, Any]]:
-    messages = []
-    for given in expect(list, row.get("history") or [], "history", where):
-        pair = expect(list, given, "pair of the history", where)
+def _alpaca_messages(row: Row) -> list[dict[str, Any]]:
+    pairs = []
+    for given in expect(list, row.get("history") or [], "history"):
+        pair = expect(list, given, "pair of the history")
         if len(pair) != 2:
-            problem = f"the history has {len(pair)} texts together, but needs [question, answer]"
-            raise RowError(where, "bad-history", problem)
-        question, answer = pair
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
-    texts = [expect(str, row.get(key) or "", key, where) for key in ("instruction", "input")]
-    question = "\n\n".join(text for text in texts if text.strip())
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": row["output"]})
-    return messages
+            raise RowError(
+                "bad-history",
+                f"the history has {len(pair)} texts together, but needs [question, answer]",
+            )
+        pairs.append(pair)
+    texts = [expect(str, row.get(key) or "", key) for key in ("instruction", "input")]
+    pairs.append(["\n\n".join(text for text in texts if text.strip()), row["output"]])
+    return [
+        {"role": role, "content": content}
+        for pair in pairs
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
-def _system_turn(
-    row: Row, parsed: Sequence[chat.Parsed], where: str, system: str, ignored: list[str]
-) -> chat.Parsed | None:
-    """Return the turn that `system` or `system_prompt` beside the messages gives, or else
-    --data.system; None where the messages have one, or none is given.
+def _system_text(row: Row, parsed: Sequence[chat.Parsed], system: str, ignored: list[str]) -> str:
+    """Return what `system` or `system_prompt` beside the messages says, or else --data.system; ""
+    where the messages have a system turn, or nothing is given.
 
     Args:
         ignored: keys of its parts that mean nothing are added to it.
     """
-    texts = []  # of the row's keys
+    texts = set()  # of the row's keys
     for key in ("system", "system_prompt"):
         if row.get(key):
-            content = parse_plain_content(row[key], key, where)
+            content = parse_content(row[key], f"{key}[].")
+            if content.reasoning:
+                raise RowError(
+                    f"bad-{key}",
+                    f"{key} holds reasoning, which only an assistant's message can have",
+                )
             ignored += content.ignored
-            if content.text:
-                texts.append(content.text)
-    first_text = None  # of a system turn with which the messages begin
-    if parsed and parsed[0].role in _SYSTEM_ROLES:
-        first_text = parsed[0].fields["content"]
-    different = set(texts)
-    if texts and first_text is not None:
-        different.add(first_text)
-    if len(different) > 1:
+            texts |= {content.text} - {""}
+    begins = [message.fields["content"] for message in parsed[:1] if message.role in _SYSTEM_ROLES]
+    if texts and len(texts.union(begins)) > 1:
         raise RowError(
-            where,
             "bad-system",
             "system stands beside the messages and says something else than the row's other system "
             "text; keep one of them",
         )
-    if first_text is not None:
-        return None
     if texts:
-        text = texts[0]
-    else:
-        has_later_turn = any(message.role in _SYSTEM_ROLES for message in parsed)
-        text = "" if has_later_turn else system
-    return chat.Parsed({"role": "system", "content": text}) if text else None
+        return "" if begins else texts.pop()
+    return "" if any(message.role in _SYSTEM_ROLES for message in parsed) else system
 
 
-def _follow_loss_masks(row: Row, parsed: Sequence[chat.Parsed], where: str) -> None:
+def _follow_loss_masks(row: Row, parsed: Sequence[chat.Parsed]) -> None:
     """Turn LLaMA-Factory's `loss_mask` and NeMo's `message_loss_mask`, a 0 or 1 for each message of
     the row, into weights.
     """
     for key in _LOSS_MASKS:
         if row.get(key) is None:
             continue
-        mask = expect(list, row[key], key, where)
+        mask = expect(list, row[key], key)
         if len(mask) != len(parsed) or any(value not in (0, 1) for value in mask):
             raise RowError(
-                where,
                 "bad-weight",
                 f"{key} must have a 0 or 1 for each of the {len(parsed)} messages, but has "
                 f"{len(mask)} values ({mask!r:.60})",
             )
         for message, value in zip(parsed, mask, strict=True):
-            _follow_loss_mask(message, key, value, where)
-
-
-def _follow_loss_mask(message: chat.Parsed, key: str, value: Any, where: str) -> None:
-    if not message.is_answer:
-        if value:  # 0 as a rule; else a note counts it
-            message.weight = 1.0
-        return
-    if message.weight is not None and bool(message.weight) != bool(value):
-        problem = f"{key} contradicts the weight of a message; keep one of them"
-        raise RowError(where, "bad-weight", problem)
-    if not value:
-        message.weight = 0.0
+            if message.is_answer:
+                message.follow_mask(bool(value), key)
+            elif value:  # 0 as a rule; else a note counts it
+                message.weight = 1.0
 
 
 def _weights(row_weight: float, parsed: Sequence[chat.Parsed], context: int) -> list[float | None]:
     """Return the weight of each message, that of the row in it; messages of a prompt have none."""
-    weights: list[float | None] = []
+    weights = []
     for i, message in enumerate(parsed):
         weight = message.weight
         has_weight = message.is_answer or weight is not None
@@ -375,51 +338,33 @@ def _weights(row_weight: float, parsed: Sequence[chat.Parsed], context: int) -> 
     return weights
 
 
-def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
+def _tools(row: Row) -> list[dict[str, Any]] | None:
     """Return the tools, those of the older key `functions` in the shape of `tools`."""
-    tools = _objects(row.get("tools") or [], "tools", "tool", where)
-    given_functions = _objects(row.get("functions") or [], "functions", "function", where)
-    functions = []
-    for function in given_functions:
-        is_wrapped = "function" in function
-        wrapped = function if is_wrapped else {"type": "function", "function": function}
-        functions.append(wrapped)
+    tools = _objects(row, "tools")
+    functions = [
+        function if "function" in function else {"type": "function", "function": function}
+        for function in _objects(row, "functions")
+    ]
     if tools and functions and tools != functions:
-        problem = "tools and functions say different things; keep one of them"
-        raise RowError(where, "bad-tools", problem)
-    found = tools or functions
-    if not found:
-        return None
-    check_json(found, "tools", where)
+        raise RowError("bad-tools", "tools and functions say different things; keep one of them")
+    found = tools or functions or None
+    check_json(found, "tools")
     return found
 
 
-def _objects(value: Any, what: str, what_of_one: str, where: str) -> list[dict[str, Any]]:
-    """Return a list of objects."""
-    objects = expect(list, value, what, where)
-    return [expect(dict, each, what_of_one, where) for each in objects]
+def _objects(row: Row, key: str) -> list[dict[str, Any]]:
+    """Return the list of objects under a key, named by the plural of what they are."""
+    objects = expect(list, row.get(key) or [], key)
+    return [expect(dict, each, key.removesuffix("s")) for each in objects]
 
 
-def _template_kwargs(row: Row, where: str) -> dict[str, Any]:
-    if not row.get("chat_template_kwargs"):
-        return {}
-    found = expect(dict, row["chat_template_kwargs"], "chat_template_kwargs", where)
-    reserved = sorted(found.keys() & _RESERVED)
-    if reserved:
-        raise RowError(
-            where,
-            "bad-chat_template_kwargs",
-            f"chat_template_kwargs has {reserved[0]!r}, which rendering itself gives to the chat "
-            f"template; remove it",
-        )
-    check_json(found, "chat_template_kwargs", where)
+def _template_kwargs(row: Row) -> dict[str, Any]:
+    found = expect(dict, row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+    check_json(found, "chat_template_kwargs")
     return found
 
 
-def _documents(row: Row, where: str) -> list[dict[str, Any]] | None:
-    if not row.get("documents"):
-        return None
-    given = unpacked(row["documents"], "documents", where)
-    documents = _objects(given, "documents", "document", where)
-    check_json(documents, "documents", where)
-    return documents
+def _documents(row: Row) -> list[dict[str, Any]] | None:
+    documents = _objects(row, "documents")
+    check_json(documents, "documents")
+    return documents or None

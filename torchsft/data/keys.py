@@ -79,6 +79,38 @@ _REFUSED = {
     "function_calls": "write it as `tool_calls`",
 }
 _HUMANS = ("user", "human", "system")
+_UNWANTED = (
+    "marks an answer that is not wanted (KTO), which fine-tuning would teach; remove the row"
+)
+# Switches of a row: the value that says what happens anyway, and what the other one asks for.
+_DEFAULTS = {
+    "label": (True, _UNWANTED),
+    "kto_tag": (True, _UNWANTED),
+    "unmask": (
+        False,
+        "asks to train every token of this row; --data.mask all does so for all rows of a run",
+    ),
+}
+# What a `mask` of a row asks for that is no text, and one that is.
+_OTHER_MASKS = (
+    "means 'trained' to some tools and 'not trained' to others; write `train` into the messages",
+    "names whose turns are not trained, which here are all but the assistant's; remove it",
+)
+# The kind of values of keys; a list may also be written as JSON.
+_KINDS: dict[Any, set[str]] = {
+    list: {
+        *("messages", "conversations", "tools", "functions", "documents", "history"),
+        *("tool_calls", "input_ids", "labels", "loss_weights", "attention_mask"),
+        *TOKEN_MASKS,
+        *DOCUMENT_BOUNDS,
+    },
+    str: {
+        *("role", "from", "value", "name", "tool_call_id", "system", "system_prompt"),
+        *("text", "instruction", "output", "input", *REASONING),
+    },
+    (bool, int, float): {*SWITCHES, *WEIGHTS, "mask", "masked", "unmask", "label", "kto_tag"},
+    (dict, str): {"chat_template_kwargs", "function", "function_call", "arguments"},
+}
 _KNOWN_ROW_KEYS = frozenset().union(*ROW_KEYS.values())
 
 
@@ -92,7 +124,7 @@ def is_empty(value: Any) -> bool:
     return value is None or value is False or value == ""
 
 
-def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]:
+def other_keys(row: Mapping[str, Any], form: str) -> tuple[str, ...]:
     """Return the keys of a row that its format does not know; they change nothing and are listed.
 
     Raises:
@@ -102,67 +134,44 @@ def other_keys(row: Mapping[str, Any], form: str, where: str) -> tuple[str, ...]
     if known.issuperset(row):
         return ()
     others = [key for key in row if key not in known and row[key] is not None]
-    others = [key for key in others if not _is_followed_as_default(key, row[key], where)]
+    others = [key for key in others if not _is_followed_as_default(key, row[key])]
     others = [key for key in others if key not in MEDIA or not is_empty(row[key])]
     for key in others:
         is_name = key in ("file", "document") and isinstance(row[key], str)  # where it comes from
-        if key in MEDIA and not is_name and not isinstance(row[key], bool):
-            problem = (
-                f"{key} holds {_described(key, row[key])}, but only text can be trained; remove it "
-                f"or the row"
-            )
-            raise RowError(where, "not-text", problem)
-        if key in _REFUSED and not is_empty(row[key]):
-            raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
+        if not is_name and not (key in MEDIA and isinstance(row[key], bool)):
+            _check_followed(key, row[key])
         if form in ("text", "tokens") and key in _CONTEXT and not is_empty(row[key]):
-            problem = (
+            raise RowError(
+                "unsupported-key",
                 f"{key} stands beside {form}, which no chat template renders; write messages or "
-                f"remove {key}"
+                f"remove {key}",
             )
-            raise RowError(where, "unsupported-key", problem)
-    return _checked(others, row, known, _KNOWN_ROW_KEYS, where)
+    # those of another format are spelt right
+    _check_spelling([key for key in others if key not in _KNOWN_ROW_KEYS], row, known)
+    return tuple(others)
 
 
-def _is_followed_as_default(key: str, value: Any, where: str) -> bool:
+def _is_followed_as_default(key: str, value: Any) -> bool:
     """Return whether the key says what happens anyway.
 
     Raises:
         RowError: it says that the row is to be trained otherwise.
     """
-    fault = ""
-    # else the class of a classification, say
-    if key in ("label", "kto_tag") and isinstance(value, bool):
-        if not value:
-            fault = (
-                "marks an answer that is not wanted (KTO), which fine-tuning would teach; remove "
-                "the row"
-            )
-    elif key == "unmask" and isinstance(value, bool):
-        if value:
-            fault = (
-                "asks to train every token of this row; --data.mask all does so for all rows of a "
-                "run"
-            )
-    elif key == "mask" and isinstance(value, str):  # NeMo: whose turns are not trained
-        if value.lower() not in _HUMANS:
-            fault = (
-                "names whose turns are not trained, which here are all but the assistant's; remove "
-                "it"
-            )
-    elif key == "mask":
-        fault = (
-            "means 'trained' to some tools and 'not trained' to others; write `train` into the "
-            "messages"
-        )
+    if key == "mask":
+        is_default = str(value).lower() in _HUMANS  # NeMo: whose turns are not trained
+        fault = _OTHER_MASKS[isinstance(value, str)]
+    elif key in _DEFAULTS and isinstance(value, bool):  # a label may be one of a classification
+        default, fault = _DEFAULTS[key]
+        is_default = value is default
     else:
         return False
-    if fault:
-        raise RowError(where, "unsupported-key", f"{key} is {value!r:.60}; it {fault}")
+    if not is_default:
+        raise RowError("unsupported-key", f"{key} is {value!r:.60}; it {fault}")
     return True
 
 
 def other_keys_within(
-    value: Mapping[str, Any], known: frozenset[str], path: str, where: str
+    value: Mapping[str, Any], known: frozenset[str], path: str
 ) -> tuple[str, ...]:
     """Return what `other_keys` does, for an object inside a row: a message, content part, tool call
     or function.
@@ -174,36 +183,35 @@ def other_keys_within(
         return ()
     others = [key for key in value if key not in known and value[key] is not None]
     for key in others:
-        if key in _REFUSED and not is_empty(value[key]):
-            raise RowError(where, "unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
-        if key in MEDIA and not is_empty(value[key]):
-            problem = (
-                f"{key} holds {_described(key, value[key])}, but only text can be trained; remove "
-                f"it or the row"
-            )
-            raise RowError(where, "not-text", problem)
-    return tuple(path + key for key in _checked(others, value, known, known, where))
+        _check_followed(key, value[key])
+    _check_spelling(others, value, known)
+    return tuple(path + key for key in others)
 
 
-def _checked(
-    others: list[str],
-    value: Mapping[str, Any],
-    known: frozenset[str],
-    everywhere: frozenset[str],
-    where: str,
-) -> tuple[str, ...]:
-    """Return keys, none of which is a misspelling of a key that is absent."""
+def _check_followed(key: str, value: Any) -> None:
+    """Refuse a key that means something which cannot be followed, unless its value is empty."""
+    if is_empty(value):
+        return
+    if key in _REFUSED:
+        raise RowError("unsupported-key", f"{key} cannot be followed: {_REFUSED[key]}")
+    if key in MEDIA:
+        raise RowError(
+            "not-text",
+            f"{key} holds {_described(key, value)}, but only text can be trained; remove it or "
+            f"the row",
+        )
+
+
+def _check_spelling(others: list[str], value: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Check that none of these keys of an object is a misspelling of a known key that is absent."""
     for key in others:
-        if key in everywhere:  # of another format, beside which this one stands
-            continue
         meant = misspelt(key, known)
         if meant and value.get(meant) is None and _could_be(meant, value[key]):
-            problem = (
+            raise RowError(
+                "misspelt-key",
                 f"key {key!r} is not known, but {meant!r} is; rename it, or rename it to something "
-                f"else if it is not that"
+                f"else if it is not that",
             )
-            raise RowError(where, "misspelt-key", problem)
-    return tuple(others)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -217,7 +225,7 @@ def misspelt(key: str, known: Iterable[str]) -> str | None:
     misspelt only if letters are exchanged: `test` is not `text`.
     """
     plain = _plain(key)
-    found: list[tuple[int, str]] = []
+    found = []
     for meant in known:
         target = _plain(meant)
         edits = _edits(plain, target)
@@ -237,9 +245,7 @@ def _plain(key: str) -> str:
 
 def _is_doubled(longer: str, shorter: str) -> bool:
     """Return whether one is the other with one letter written twice."""
-    return len(longer) == len(shorter) + 1 and any(
-        shorter[: i + 1] + shorter[i:] == longer for i in range(len(shorter))
-    )
+    return any(shorter[: i + 1] + shorter[i:] == longer for i in range(len(shorter)))
 
 
 def _edits(a: str, b: str) -> int:
@@ -248,7 +254,7 @@ def _edits(a: str, b: str) -> int:
     """
     if abs(len(a) - len(b)) > 2:
         return 3
-    before: list[int] = []
+    before = []
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, start=1):
         before, above, row = row, before, [i]
@@ -264,40 +270,9 @@ def _could_be(meant: str, value: Any) -> bool:
     """Whether a value is of the kind that the key takes: `tool: "search"` is no misspelling of
     `tools`.
     """
-    lists = {
-        "messages",
-        "conversations",
-        "tools",
-        "functions",
-        "documents",
-        "history",
-        "tool_calls",
-        "input_ids",
-    }
-    lists |= {"labels", "loss_weights", "attention_mask", *TOKEN_MASKS, *DOCUMENT_BOUNDS}
-    texts = {
-        "role",
-        "from",
-        "value",
-        "name",
-        "tool_call_id",
-        "system",
-        "system_prompt",
-        "text",
-        "instruction",
-    }
-    texts |= {"output", "input", *REASONING}
-    if meant in lists:
-        return isinstance(value, list) or (
-            isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
-        )
-    if meant in texts:
-        return isinstance(value, str)
-    if meant in (*SWITCHES, *WEIGHTS, "mask", "masked", "unmask", "label", "kto_tag"):
-        return isinstance(value, bool | int | float)
-    if meant in ("chat_template_kwargs", "function", "function_call", "arguments"):
-        return isinstance(value, dict | str)
-    return True
+    if meant in _KINDS[list] and isinstance(value, str):  # it may be JSON
+        return value.lstrip().startswith(("[", "{"))
+    return all(isinstance(value, kind) for kind, keys in _KINDS.items() if meant in keys)
 
 
 def _described(key: str, value: Any) -> str:

@@ -3,7 +3,7 @@ it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchsft.data.contents import parse_content
@@ -39,6 +39,8 @@ ROLES = {
 }
 # Roles whose content is a tool call, as JSON.
 CALL_ROLES = ("function_call", "tool_call")
+# What an answer can say, by the keys of its fields.
+SAID = ("content", "reasoning_content", "tool_calls")
 # What may follow a role in a usual conversation; behind the others comes the user.
 FOLLOWS = {
     "": ("system", "developer", "user"),
@@ -75,17 +77,33 @@ class Parsed:
         """Whether it is the assistant's."""
         return self.role == "assistant"
 
+    def follow_mask(self, is_trained: bool, key: str) -> None:
+        """Follow what a mask says of an answer.
 
-def parse(message: Any, where: str) -> Parsed:
+        Args:
+            key: under which the mask stands.
+
+        Raises:
+            RowError: the answer's weight says something else.
+        """
+        if self.weight is not None and bool(self.weight) != is_trained:
+            raise RowError(
+                "bad-weight", f"{key} contradicts the weight of a message; keep one of them"
+            )
+        if not is_trained:
+            self.weight = 0.0
+
+
+def parse(message: Any) -> Parsed:
     """Return one message.
 
     Raises:
         RowError: it says what cannot be followed.
     """
-    message = expect(dict, message, "message", where)
-    ignored = list(other_keys_within(message, TURN_KEYS, "messages[].", where))
-    role = _one_of(message, "role", "from", "role", where)
-    given_content = _one_of(message, "content", "value", "content", where)
+    message = expect(dict, message, "message")
+    ignored = list(other_keys_within(message, TURN_KEYS, "messages[]."))
+    role = _one_of(message, "role", "from")
+    given_content = _one_of(message, "content", "value")
     given_calls = [message.get("tool_calls"), message.get("function_call")]
     is_call = isinstance(role, str) and role.lower() in CALL_ROLES
     if is_call:
@@ -93,133 +111,132 @@ def parse(message: Any, where: str) -> Parsed:
         given_calls.insert(0, given_content)
         given_content = None
     else:
-        role = _role(role, where)
-    content = parse_content(given_content, where)
+        role = _role(role)
+    content = parse_content(given_content)
     ignored += content.ignored
-    fields: dict[str, Any] = {"role": role, "content": content.text}
-    calls = _calls(given_calls, where, ignored)
-    reasoning = _reasoning(message, content.reasoning, where)
+    fields = {"role": role, "content": content.text}
+    calls = _calls(given_calls, ignored)
+    reasoning = _reasoning(message, content.reasoning)
     if content.text is None and not calls:
         if role != "assistant":
-            expect(str, content.text, "content", where)  # raises
+            expect(str, content.text, "content")  # raises
         fields["content"] = ""
     if calls:
         fields["tool_calls"] = calls
     for key in ("tool_call_id", "name"):
         if message.get(key) is not None:
-            fields[key] = expect(str, message[key], key, where)
+            fields[key] = expect(str, message[key], key)
     if reasoning:
         fields["reasoning_content"] = reasoning
     for key in ("tool_calls", "reasoning_content"):
         if key in fields and role != "assistant":
-            problem = f"{key} in a message of role {role}, not assistant; remove it"
-            raise RowError(where, f"misplaced-{key}", problem)
+            raise RowError(
+                f"misplaced-{key}", f"{key} in a message of role {role}, not assistant; remove it"
+            )
     return Parsed(
         fields,
-        weight=_weight(message, where),
-        mask=_flag(message, "mask", where),
+        weight=_weight(message),
+        mask=_flag(message, "mask"),
         is_call=is_call and bool(calls),
         ignored=tuple(ignored),
     )
 
 
-def _one_of(message: dict[str, Any], name: str, other: str, what: str, where: str) -> Any:
+def _one_of(message: dict[str, Any], name: str, other: str) -> Any:
     """Return the value under one of two names of the same thing."""
     value = message.get(name)
     other_value = message.get(other)
     if value is None:
         return other_value
     if other_value is not None and other_value != value:
-        problem = f"{name} and {other} are two spellings of {what} and differ; keep one of them"
-        raise RowError(where, f"bad-{what}", problem)
+        raise RowError(
+            f"bad-{name}",
+            f"{name} and {other} are two spellings of {name} and differ; keep one of them",
+        )
     return value
 
 
-def _role(role: Any, where: str) -> str:
+def _role(role: Any) -> str:
     found = ROLES.get(role.lower()) if isinstance(role, str) else None
     if found is None:
         known = ", ".join([*ROLES, *CALL_ROLES])
-        raise RowError(where, "unknown-role", f"role is {role!r:.60}, but must be one of {known}")
+        raise RowError("unknown-role", f"role is {role!r:.60}, but must be one of {known}")
     return found
 
 
-def _reasoning(message: dict[str, Any], parts: Sequence[str], where: str) -> str:
+def _reasoning(message: dict[str, Any], parts: Sequence[str]) -> str:
     """Return the reasoning of a message, by its keys or the parts of its content."""
-    texts = {expect(str, message[key], key, where) for key in REASONING if message.get(key)}
+    texts = {expect(str, message[key], key) for key in REASONING if message.get(key)}
     names = list(REASONING)
     if parts:
         texts.add("\n".join(parts))
         names.append("content parts")
     if len(texts) > 1:
-        problem = f"different texts under {' and '.join(names)}; give one of them"
-        raise RowError(where, "bad-reasoning", problem)
+        raise RowError(
+            "bad-reasoning", f"different texts under {' and '.join(names)}; give one of them"
+        )
     return texts.pop() if texts else ""
 
 
 # ---------------------------------------------------------------- tool calls
 
 
-def _calls(places: Sequence[Any], where: str, ignored: list[str]) -> list[dict[str, Any]]:
+def _calls(places: Sequence[Any], ignored: list[str]) -> list[dict[str, Any]]:
     """Return the tool calls that stand in one of several places; in more, they are the same.
 
     Args:
         ignored: keys that mean nothing are added to it.
     """
-    found = []
-    for place in places:
-        calls = _calls_in(place or None, where, ignored)
-        if calls:
-            found.append(calls)
-    if not found:
-        return []
+    found = [calls for place in places if (calls := _calls_in(place, ignored))]
     functions = [[call["function"] for call in calls] for calls in found]
     if any(other != functions[0] for other in functions):
-        problem = "tool calls stand in two places of the message and differ; keep one of them"
-        raise RowError(where, "bad-tool-calls", problem)
-    return found[0]
+        raise RowError(
+            "bad-tool-calls",
+            "tool calls stand in two places of the message and differ; keep one of them",
+        )
+    return found[0] if found else []
 
 
-def _calls_in(calls: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:
+def _calls_in(calls: Any, ignored: list[str]) -> list[dict[str, Any]]:
     """Return tool calls in OpenAI's shape: those of a list, or one alone."""
-    if calls is None or (isinstance(calls, str) and not calls.strip()):
+    if not calls or (isinstance(calls, str) and not calls.strip()):
         return []
-    calls = unpacked(calls, "tool_calls", where)
+    calls = unpacked(calls, "tool_calls")
     if isinstance(calls, dict):
         calls = [calls]
-    return [_call(call, where, ignored) for call in expect(list, calls, "tool_calls", where)]
+    return [_call(call, ignored) for call in expect(list, calls, "tool_calls")]
 
 
-def _call(call: Any, where: str, ignored: list[str]) -> dict[str, Any]:
-    call = expect(dict, call, "tool call", where)
-    ignored += other_keys_within(call, CALL_KEYS, "tool_calls[].", where)
-    function = expect(dict, call.get("function", call), "function of a tool call", where)
+def _call(call: Any, ignored: list[str]) -> dict[str, Any]:
+    call = expect(dict, call, "tool call")
+    ignored += other_keys_within(call, CALL_KEYS, "tool_calls[].")
+    function = expect(dict, call.get("function", call), "function of a tool call")
     if function is not call:
-        ignored += other_keys_within(function, FUNCTION_KEYS, "tool_calls[].function.", where)
-        _check_beside_function(call, function, where)
+        ignored += other_keys_within(function, FUNCTION_KEYS, "tool_calls[].function.")
+        _check_beside_function(call, function)
     if call.get("type") not in (None, "function"):
-        problem = f"a tool call has type {call['type']!r:.60}, but only 'function' can be trained"
-        raise RowError(where, "bad-tool-call", problem)
-    name = expect(str, function.get("name") or None, "name of a tool call", where)
+        raise RowError(
+            "bad-tool-call",
+            f"a tool call has type {call['type']!r:.60}, but only 'function' can be trained",
+        )
+    name = expect(str, function.get("name") or None, "name of a tool call")
     arguments = function.get("arguments")
     is_blank = isinstance(arguments, str) and arguments.strip() in ("", "null")
     if arguments is None or is_blank:
         arguments = {}  # a function without parameters; Arrow cannot keep an empty object
-    parsed = expect(dict, arguments, "arguments of a tool call", where)
-    check_json(parsed, "arguments of a tool call", where)
-    result: dict[str, Any] = {}
-    if call.get("id") is not None:
-        result["id"] = expect(str, call["id"], "id of a tool call", where)
-    result["type"] = "function"
-    result["function"] = {"name": name, "arguments": arguments}
-    return result
+    parsed = expect(dict, arguments, "arguments of a tool call")
+    check_json(parsed, "arguments of a tool call")
+    result = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if call.get("id") is None:
+        return result
+    return {"id": expect(str, call["id"], "id of a tool call"), **result}
 
 
-def _check_beside_function(call: dict[str, Any], function: dict[str, Any], where: str) -> None:
+def _check_beside_function(call: dict[str, Any], function: dict[str, Any]) -> None:
     """Check that a tool call contradicts its function nowhere."""
     for key in ("name", "arguments"):
         if not is_empty(call.get(key)) and call[key] != function.get(key):
             raise RowError(
-                where,
                 "bad-tool-call",
                 f"a tool call has {key} beside its function, which says something else; write it "
                 f"in the function alone",
@@ -229,36 +246,33 @@ def _check_beside_function(call: dict[str, Any], function: dict[str, Any], where
 # ---------------------------------------------------------------- weights
 
 
-def _weight(message: dict[str, Any], where: str) -> float | None:
+def _weight(message: dict[str, Any]) -> float | None:
     """Return the weight of a message. torchtune's `masked` is true where a message is not
     trained.
     """
-    weight = weight_of(message, where, SWITCHES)
-    masked = _flag(message, "masked", where)
-    _flag(message, "mask", where)  # refused before a contradiction is
-    if masked is None:
-        return weight
+    weight = weight_of(message, SWITCHES)
+    masked = _flag(message, "masked")
+    _flag(message, "mask")  # refused before a contradiction is
     if weight is not None and bool(weight) == masked:
         raise RowError(
-            where,
             "bad-weight",
             f"masked is {message['masked']!r}, which contradicts the weight {weight:g}; keep one "
             f"of them",
         )
-    if masked:
-        return 0.0
-    return 1.0 if weight is None else weight
+    if weight is None and masked is not None:
+        return float(not masked)
+    return weight
 
 
-def _flag(message: dict[str, Any], key: str, where: str) -> bool | None:
+def _flag(message: dict[str, Any], key: str) -> bool | None:
     """Return a value that is true or false, or None where it is absent."""
     value = message.get(key)
     if value not in (None, 0, 1):
-        raise RowError(where, "bad-weight", f"{key} is {value!r:.60}, but must be true or false")
+        raise RowError("bad-weight", f"{key} is {value!r:.60}, but must be true or false")
     return None if value is None else bool(value)
 
 
-def follow_masks(parsed: Sequence[Parsed], where: str) -> None:
+def follow_masks(parsed: Sequence[Parsed]) -> None:
     """Turn `mask` of messages into weights.
 
     In some files true means trained, in others not trained. What the row says of messages that are
@@ -271,19 +285,13 @@ def follow_masks(parsed: Sequence[Parsed], where: str) -> None:
     of_context = {each.mask for each in parsed if not each.is_answer} - {None}
     if len(of_context) != 1:
         raise RowError(
-            where,
             "bad-weight",
             "`mask` of a message means 'trained' to some tools and 'not trained' to others; write "
             "`train`",
         )
     untrained = of_context.pop()
     for answer in answers:
-        is_trained = answer.mask is not untrained
-        if answer.weight is not None and bool(answer.weight) != is_trained:
-            problem = "`mask` of a message contradicts its weight; keep one of them"
-            raise RowError(where, "bad-weight", problem)
-        if not is_trained:
-            answer.weight = 0.0
+        answer.follow_mask(answer.mask is not untrained, "mask")
 
 
 # ---------------------------------------------------------------- several messages
@@ -314,13 +322,8 @@ def merge_calls(parsed: Sequence[Parsed], context: int) -> tuple[list[Parsed], i
 
 def _merged(one: Parsed, other: Parsed) -> Parsed:
     calls = one.fields["tool_calls"] + other.fields["tool_calls"]
-    return Parsed(
-        {**one.fields, "tool_calls": calls},
-        weight=one.weight,
-        mask=one.mask,
-        is_call=True,
-        ignored=one.ignored + other.ignored,
-    )
+    fields = {**one.fields, "tool_calls": calls}
+    return replace(one, fields=fields, ignored=one.ignored + other.ignored)
 
 
 def notes_of(parsed: Sequence[Parsed], context: int) -> tuple[str, ...]:
@@ -334,11 +337,7 @@ def notes_of(parsed: Sequence[Parsed], context: int) -> tuple[str, ...]:
     if not _is_usual_order(parsed):
         notes.append("unusual-order")
     for i, message in enumerate(parsed):
-        fields = message.fields
-        is_empty_message = not (
-            fields["content"] or fields.get("reasoning_content") or fields.get("tool_calls")
-        )
-        if message.is_answer and is_empty_message:
+        if message.is_answer and not any(map(message.fields.get, SAID)):
             notes.append("empty-answer")
         is_context = not message.is_answer or i < context
         if message.weight and is_context:

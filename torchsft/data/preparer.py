@@ -131,14 +131,13 @@ class Preparer:
                 examples.append(self._parse(result, payload))
                 parsed.append(result)
             except RowError as error:
-                result.fault = error
+                result.fault = error.at(self._place(result))
         for result, encoded in zip(parsed, self.chat.encode(examples), strict=True):
             try:
                 self._take(result, encoded)
             except RowError as error:
-                where = self._place(result)
                 result.samples = []
-                result.fault = RowError(where, error.reason, error.text)
+                result.fault = RowError(error.reason, error.text, self._place(result))
         return results
 
     def _place(self, result: Result) -> str:
@@ -148,20 +147,18 @@ class Preparer:
         """Return the example of a row, and note in its result what is to be counted."""
         if isinstance(payload, RowError):
             raise payload
-        where = self._place(result)
-        row, notes = read_row(payload, where)
+        row, notes = read_row(payload)
         result.notes += notes
         if self.columns:
-            row = mapped(row, self.columns, where)
-        form = recognise(row, where)
+            row = mapped(row, self.columns)
+        form = recognise(row)
         if self.format not in (None, form):
             raise RowError(
-                where,
                 "mixed-format",
                 f"format {form} where the rows before are {self.format}; give different formats as "
                 f"different files",
             )
-        example = parse(row, form, row_id(self.name, result.number), where, self.system)
+        example = parse(row, form, row_id(self.name, result.number), self.system)
         result.notes += example.notes
         result.ignored = example.ignored
         self.format = form
@@ -184,7 +181,6 @@ class Preparer:
         largest = sample.tokens.max(initial=0)
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise RowError(
-                "",
                 "unknown-token",
                 f"token id {largest}, but the model's vocabulary has {self.vocab_size}; use the "
                 f"model's tokenizer",
@@ -205,7 +201,6 @@ class Preparer:
         how = self.data.truncation
         if how == "raise":
             raise RowError(
-                "",
                 "too-long",
                 f"{length} tokens, but --data.seq-len is {limit}; raise it or set "
                 f"--data.truncation",

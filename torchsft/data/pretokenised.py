@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchsft.data.keys import DOCUMENT_BOUNDS, TOKEN_MASKS
-from torchsft.data.rows import Row, RowError
+from torchsft.data.rows import Row, RowError, located
 from torchsft.data.values import MAX_WEIGHT, expect, weight_of
 
 MAX_ID = 2**31 - 1
@@ -36,17 +36,17 @@ class ParsedTokens:
     notes: tuple[str, ...]
 
 
-def parse(row: Row, where: str) -> ParsedTokens:
+def parse(row: Row) -> ParsedTokens:
     """Return the tokens of a row.
 
     Raises:
         RowError: bad-tokens, bad-labels, bad-mask, bad-bounds or a fault of a weight.
     """
-    ids = _ids(row, where)
-    mask = _attention_mask(row, len(ids), where)
+    ids = _ids(row)
+    mask = _attention_mask(row, len(ids))
     attended = np.ones(len(ids), dtype=bool) if mask is None else mask > 0
-    label_key = _label_key(row, where)
-    trained_by_masks = _trained_by_masks(row, len(ids), where)
+    label_key = _label_key(row)
+    trained_by_masks = _trained_by_masks(row, len(ids))
     notes = []
     if label_key is None:
         weights = np.ones(len(ids), dtype=np.float64)
@@ -55,10 +55,10 @@ def parse(row: Row, where: str) -> ParsedTokens:
         if not trained_by_masks:
             notes.append("everything-trained")
     else:
-        weights = _weights(row, label_key, ids, attended, trained_by_masks, where)
-    documents = _documents(row, mask, attended, where)
+        weights = _weights(row, label_key, ids, attended, trained_by_masks)
+    documents = _documents(row, mask, attended)
     if not attended.any():
-        raise RowError(where, "bad-mask", "attention_mask leaves no token; remove the row")
+        raise RowError("bad-mask", "attention_mask leaves no token; remove the row")
     # padding is taken out
     ids = ids[attended]
     weights = weights[attended]
@@ -66,7 +66,7 @@ def parse(row: Row, where: str) -> ParsedTokens:
     starts = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
     if len(starts) > 1:
         notes.append("split-into-documents")
-    row_weight = weight_of(row, where)
+    row_weight = weight_of(row)
     if row_weight is not None:
         weights = weights * row_weight
     return ParsedTokens(
@@ -80,7 +80,7 @@ def parse(row: Row, where: str) -> ParsedTokens:
 # ---------------------------------------------------------------- columns of numbers
 
 
-def _numbers(value: Any, what: str, where: str, booleans: bool = True) -> np.ndarray:
+def _numbers(value: Any, what: str, booleans: bool = True) -> np.ndarray:
     """Return a list of numbers.
 
     Args:
@@ -94,18 +94,19 @@ def _numbers(value: Any, what: str, where: str, booleans: bool = True) -> np.nda
         RowError: bad-tokens, or it is no list.
     """
     try:
-        found = np.asarray(expect(list, value, what, where))
+        found = np.asarray(expect(list, value, what))
     except (ValueError, OverflowError):  # lists of different lengths
         found = np.array(0)
     kinds = "iufb" if booleans else "iuf"
     is_list_of_numbers = found.ndim == 1 and (len(found) == 0 or found.dtype.kind in kinds)
     if not is_list_of_numbers:
-        problem = f"{what} must be a list of numbers, none of them nested or too large"
-        raise RowError(where, "bad-tokens", problem)
+        raise RowError(
+            "bad-tokens", f"{what} must be a list of numbers, none of them nested or too large"
+        )
     return found.astype(np.int64) if found.dtype.kind == "b" else found
 
 
-def _for_each_token(row: Row, key: str, n: int, where: str) -> np.ndarray:
+def _for_each_token(row: Row, key: str, n: int) -> np.ndarray:
     """Return a column that has a number for each token.
 
     Returns:
@@ -114,60 +115,58 @@ def _for_each_token(row: Row, key: str, n: int, where: str) -> np.ndarray:
     Raises:
         RowError: bad-tokens, bad-labels or bad-mask.
     """
-    found = _numbers(row[key], key, where)
+    found = _numbers(row[key], key)
     if len(found) != n:
         reason = "bad-labels" if key in ("labels", "loss_weights") else "bad-mask"
-        problem = f"{n} input_ids, but {len(found)} {key}; give one for each token"
-        raise RowError(where, reason, problem)
+        raise RowError(reason, f"{n} input_ids, but {len(found)} {key}; give one for each token")
     return found
 
 
-def _ids(row: Row, where: str) -> np.ndarray:
+def _ids(row: Row) -> np.ndarray:
     """Return the tokens of a row, int64 [n] with n at least 1, padding among them."""
-    ids = _numbers(row["input_ids"], "input_ids", where, booleans=False)
+    ids = _numbers(row["input_ids"], "input_ids", booleans=False)
     is_whole = ids.dtype.kind != "f" and len(ids) > 0
     if not is_whole or ids.min() < 0 or ids.max() > MAX_ID:
-        problem = "input_ids must be at least one whole number, all from 0 to 2**31 - 1"
-        raise RowError(where, "bad-tokens", problem)
+        raise RowError(
+            "bad-tokens", "input_ids must be at least one whole number, all from 0 to 2**31 - 1"
+        )
     return ids
 
 
-def _attention_mask(row: Row, n: int, where: str) -> np.ndarray | None:
+def _attention_mask(row: Row, n: int) -> np.ndarray | None:
     """Return the attention mask [n]: 0 for padding; 1, or the number of the document (as axolotl's
     packing writes it).
     """
     if row.get("attention_mask") is None:
         return None
-    mask = _for_each_token(row, "attention_mask", n, where)
+    mask = _for_each_token(row, "attention_mask", n)
     if mask.dtype.kind == "f" or mask.min() < 0:
-        problem = "attention_mask must have whole numbers that are at least 0"
-        raise RowError(where, "bad-mask", problem)
+        raise RowError("bad-mask", "attention_mask must have whole numbers that are at least 0")
     return mask
 
 
 # ---------------------------------------------------------------- weights
 
 
-def _label_key(row: Row, where: str) -> str | None:
+def _label_key(row: Row) -> str | None:
     """Return which key of a row gives weights: labels, loss_weights, or None."""
     keys = [key for key in ("labels", "loss_weights") if row.get(key) is not None]
     if len(keys) > 1:
-        problem = "input_ids with labels and loss_weights; give one of them"
-        raise RowError(where, "bad-labels", problem)
+        raise RowError("bad-labels", "input_ids with labels and loss_weights; give one of them")
     return keys[0] if keys else None
 
 
-def _trained_by_masks(row: Row, n: int, where: str) -> dict[str, np.ndarray]:
+def _trained_by_masks(row: Row, n: int) -> dict[str, np.ndarray]:
     """Find which tokens the masks of a row train.
 
     Returns:
         bool [n], by the key of the mask.
     """
     keys = [key for key in TOKEN_MASKS if row.get(key) is not None]
-    masks = {key: _for_each_token(row, key, n, where) for key in keys}
+    masks = {key: _for_each_token(row, key, n) for key in keys}
     for key, mask in masks.items():
         if not np.isin(mask, (0, 1)).all():
-            raise RowError(where, "bad-mask", f"{key} must have a 0 or 1 for each token")
+            raise RowError("bad-mask", f"{key} must have a 0 or 1 for each token")
     return {key: mask == 1 for key, mask in masks.items()}
 
 
@@ -177,7 +176,6 @@ def _weights(
     ids: np.ndarray,
     attended: np.ndarray,
     trained_by_masks: Mapping[str, np.ndarray],
-    where: str,
 ) -> np.ndarray:
     """Return the weight of each token by labels or loss weights, which masks must not contradict.
 
@@ -193,25 +191,26 @@ def _weights(
     Raises:
         RowError: bad-labels, bad-mask or a fault of a weight.
     """
-    weights = _for_each_token(row, key, len(ids), where)
+    weights = _for_each_token(row, key, len(ids))
     if key == "labels":
-        _check_labels(weights, ids, attended, where)
+        _check_labels(weights, ids, attended)
         weights = (weights != NO_LABEL).astype(np.float64)
     wrong = np.flatnonzero(~((weights >= 0) & (weights < MAX_WEIGHT)))
     if len(wrong):
         first = wrong[0]
-        weight_of({"weight": weights[first].item()}, f"{where}, token {first + 1}")  # raises
+        with located(f"token {first + 1}"):
+            weight_of({"weight": weights[first].item()})  # raises
     for mask_key, trained in trained_by_masks.items():
         conflicts = np.flatnonzero((weights > 0) & ~trained & attended)
         if len(conflicts):
-            problem = (
-                f"{key} train token {conflicts[0] + 1}, but {mask_key} is 0 there; keep one of them"
+            raise RowError(
+                "bad-mask",
+                f"{key} train token {conflicts[0] + 1}, but {mask_key} is 0 there; keep one",
             )
-            raise RowError(where, "bad-mask", problem)
     return weights
 
 
-def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray, where: str) -> None:
+def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray) -> None:
     """Check that labels repeat the token at their own place, or are -100.
 
     Raises:
@@ -225,13 +224,13 @@ def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray, whe
     is_shifted = (labels[:-1] == NO_LABEL) | (labels[:-1] == ids[1:])
     if is_shifted.all():
         problem += ", but that of the token behind it"
-    raise RowError(where, "bad-labels", f"{problem}; labels must not be shifted")
+    raise RowError("bad-labels", f"{problem}; labels must not be shifted")
 
 
 # ---------------------------------------------------------------- documents
 
 
-def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray, where: str) -> np.ndarray:
+def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray) -> np.ndarray:
     """Return the number of each token's document.
 
     Args:
@@ -250,7 +249,7 @@ def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray, where: s
         numbers_by_key["attention_mask"] = mask
     for key in DOCUMENT_BOUNDS:
         if row.get(key) is not None:
-            numbers_by_key[key] = _document_numbers(row, key, attended, where)
+            numbers_by_key[key] = _document_numbers(row, key, attended)
     if not numbers_by_key:
         return np.zeros(n, dtype=np.int64)
     # of two tokens in a row that are no padding, whether the second one begins a document
@@ -261,8 +260,10 @@ def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray, where: s
     begins = begins_by_key[first_key]
     for key, other in begins_by_key.items():
         if not np.array_equal(begins, other):
-            problem = f"{first_key} and {key} divide the tokens differently; keep one of them"
-            raise RowError(where, "bad-bounds", problem)
+            raise RowError(
+                "bad-bounds",
+                f"{first_key} and {key} divide the tokens differently; keep one of them",
+            )
     documents = np.zeros(n, dtype=np.int64)
     if attended.any():
         numbers = np.cumsum(begins)  # of all attended tokens but the first one
@@ -270,23 +271,23 @@ def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray, where: s
     return documents
 
 
-def _document_numbers(row: Row, key: str, attended: np.ndarray, where: str) -> np.ndarray:
+def _document_numbers(row: Row, key: str, attended: np.ndarray) -> np.ndarray:
     """Return the number of each token's document, by one key of the row: any numbers that differ
     between documents.
     """
     n = len(attended)
     if key == "position_ids":
-        return _by_positions(_for_each_token(row, key, n, where), attended, where)
+        return _by_positions(_for_each_token(row, key, n), attended)
     if key == "seq_lengths":
-        lengths = _numbers(row[key], key, where)
+        lengths = _numbers(row[key], key)
         edges = np.concatenate([[0], np.cumsum(lengths)])
-        return _by_edges(edges, n, key, where)
+        return _by_edges(edges, n, key)
     if key.startswith("cu_"):
-        return _by_edges(_numbers(row[key], key, where), n, key, where)
-    return _for_each_token(row, key, n, where)
+        return _by_edges(_numbers(row[key], key), n, key)
+    return _for_each_token(row, key, n)
 
 
-def _by_positions(positions: np.ndarray, attended: np.ndarray, where: str) -> np.ndarray:
+def _by_positions(positions: np.ndarray, attended: np.ndarray) -> np.ndarray:
     """Return documents that begin where positions begin again; padding has none.
 
     Args:
@@ -305,17 +306,17 @@ def _by_positions(positions: np.ndarray, attended: np.ndarray, where: str) -> np
     elif len(wrong):
         token = int(wrong[0]) + 2
     if token:
-        problem = (
+        raise RowError(
+            "bad-bounds",
             f"position_ids of a document must count from 0, but that of token {token} is "
-            f"{real[token - 1]}"
+            f"{real[token - 1]}",
         )
-        raise RowError(where, "bad-bounds", problem)
     documents = np.zeros(len(positions), dtype=np.int64)
     documents[attended] = np.cumsum(real == 0)
     return documents
 
 
-def _by_edges(edges: np.ndarray, n: int, key: str, where: str) -> np.ndarray:
+def _by_edges(edges: np.ndarray, n: int, key: str) -> np.ndarray:
     """Return documents between cumulative lengths.
 
     Args:
@@ -336,6 +337,7 @@ def _by_edges(edges: np.ndarray, n: int, key: str, where: str) -> np.ndarray:
     )
     if not divides:
         last = edges[-1] if len(edges) else 0
-        problem = f"{key} must divide all {n} input_ids, from 0 to {n}, but ends at {last}"
-        raise RowError(where, "bad-bounds", problem)
+        raise RowError(
+            "bad-bounds", f"{key} must divide all {n} input_ids, from 0 to {n}, but ends at {last}"
+        )
     return np.repeat(np.arange(len(edges) - 1), np.diff(edges))

@@ -173,7 +173,6 @@ class ChatTemplate:
         # the template is a program of the model's author: it can fail in any way
         except Exception as error:
             raise RowError(
-                "",
                 "template",
                 f"the chat template refuses the conversation ({error}); change the data or the "
                 f"chat template",
@@ -237,7 +236,6 @@ class ChatTemplate:
                 parsed = None
         if not isinstance(parsed, dict):
             raise RowError(
-                "",
                 "tool-arguments",
                 f"the arguments of the tool call {function['name']!r} must be a JSON object for "
                 f"this chat template, but they are {str(arguments)[:40]!r}; correct them",

@@ -3,7 +3,9 @@
 import codecs
 import json
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torchsft.config import InputError
 from torchsft.data import nulls
@@ -21,34 +23,41 @@ JSON_NAMES = {
 }
 
 
-class Fault(NamedTuple):
-    """Why a row cannot be read, without its place; `reason` and `text` as of `RowError`."""
-
-    reason: str
-    text: str
-
-
 class RowError(InputError):
     """A row that cannot be used.
 
     Its string is `<where>: <text>`.
 
     Attributes:
-        where: its place, for the user.
         reason: a code such as `not-json`.
         text: a sentence.
+        where: its place, for the user; "" until somebody who knows it has called `at`.
     """
 
-    def __init__(self, where: str, reason: str, text: str) -> None:
+    def __init__(self, reason: str, text: str, where: str = "") -> None:
         text = " ".join(text.split())  # one line, whatever library or template it quotes
         # what pickle calls it with, as it comes back from other processes
-        super().__init__(where, reason, text)
-        self.where = where
+        super().__init__(reason, text, where)
         self.reason = reason
         self.text = text
+        self.where = where
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
+
+    def at(self, place: str) -> "RowError":
+        """Return the same error at a place, or at a part of it."""
+        where = f"{place}, {self.where}" if self.where else place
+        return RowError(self.reason, self.text, where)
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """In here, a RowError is raised at this place."""
+    try:
+        yield
+    except RowError as error:
+        raise error.at(place) from None
 
 
 def load_json(text: str) -> Any:
@@ -75,7 +84,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
     return found
 
 
-def read_row(payload: bytes | Row, where: str) -> tuple[Row, tuple[str, ...]]:
+def read_row(payload: bytes | Row) -> tuple[Row, tuple[str, ...]]:
     """Return the object of one row as `Source.rows` yields it, without nulls that say nothing, and
     notes on those in doubt.
 
@@ -84,37 +93,35 @@ def read_row(payload: bytes | Row, where: str) -> tuple[Row, tuple[str, ...]]:
     """
     if isinstance(payload, dict):
         return nulls.clean(payload, padded=True)
-    row = _parse(payload, where)
+    row = _parse(payload)
     return nulls.clean(row, padded=False) if b"null" in payload else (row, ())
 
 
-def decode(payload: bytes | Row, where: str) -> Row:
-    """Return the object of one row as `read_row`, without its notes."""
-    return read_row(payload, where)[0]
-
-
-def _parse(payload: bytes, where: str) -> Row:
+def _parse(payload: bytes) -> Row:
     """Return the object that is written in JSON."""
     try:
         # some editors begin a file with that mark
         row = load_json(payload.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
-        problem = f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
-        raise RowError(where, "not-utf-8", problem) from None
+        raise RowError(
+            "not-utf-8", f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
+        ) from None
     except UnicodeEncodeError as error:
         half = ord(error.object[error.start])
-        problem = f"half a surrogate pair ({half:#x}); write whole characters"
-        raise RowError(where, "surrogate", problem) from None
+        raise RowError(
+            "surrogate", f"half a surrogate pair ({half:#x}); write whole characters"
+        ) from None
     except ValueError as error:
         nul = payload.find(b"\0") + 1
         if nul:
-            problem = f"byte {nul} is NUL; convert the file to UTF-8, or repair it"
-            raise RowError(where, "nul-bytes", problem) from None
-        problem = f"not JSON ({error}); each row must be one JSON object"
-        raise RowError(where, "not-json", problem) from None
+            raise RowError(
+                "nul-bytes", f"byte {nul} is NUL; convert the file to UTF-8, or repair it"
+            ) from None
+        raise RowError(
+            "not-json", f"not JSON ({error}); each row must be one JSON object"
+        ) from None
     if not isinstance(row, dict):
-        problem = f"not a JSON object, but {kind_of(row)}; each row must be one"
-        raise RowError(where, "not-json", problem)
+        raise RowError("not-json", f"not a JSON object, but {kind_of(row)}; each row must be one")
     return row
 
 

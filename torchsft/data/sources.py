@@ -24,12 +24,12 @@ from torchsft.config import InputError
 from torchsft.data.arrow import rows_of
 from torchsft.data.hub import open_dataset
 from torchsft.data.json_array import array_lines
-from torchsft.data.rows import Fault, Row, RowError
+from torchsft.data.rows import Row, RowError
 from torchsft.data.specs import Spec
 from torchsft.data.tables import table_rows
 
 MAX_BYTES = 64 * 2**20  # of one line, or element of a JSON array
-TOO_LONG = Fault("line-too-long", f"longer than {MAX_BYTES:,} bytes; split it or leave it out")
+TOO_LONG = RowError("line-too-long", f"longer than {MAX_BYTES:,} bytes; split it or leave it out")
 # what reading a damaged file raises
 DAMAGE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)
 CHUNK_BYTES = 2**20
@@ -125,7 +125,7 @@ class Source:
         return digest.hexdigest()
 
     def rows(self, start: int = 0) -> Iterator[tuple[int, bytes | Row | RowError]]:
-        """Yield (number from 1, payload for `decode`) of all rows behind the first `start`, in
+        """Yield (number from 1, payload for `read_row`) of all rows behind the first `start`, in
         order.
 
         Blank lines are numbered and left out. Where nothing behind a fault can be read, its
@@ -143,10 +143,10 @@ class Source:
                 number += 1
                 is_blank = isinstance(row, bytes) and not row.strip()
                 if number > start and not is_blank:
-                    yield number, self._payload(number, row)
+                    yield number, row
         except DAMAGE as error:
             if number >= start:
-                yield number + 1, self._damaged(number + 1, error)
+                yield number + 1, _damaged(error)
 
     def _table_rows(self, start: int) -> Iterator[tuple[int, Row | RowError]]:
         """Yield the rows of a table of text, as `rows`; the number of a row is that of its first
@@ -157,23 +157,9 @@ class Source:
         try:
             for number, row in table_rows(self._chunks(), delimiter, MAX_BYTES):
                 if number > start:
-                    yield number, self._payload(number, row)
+                    yield number, row
         except DAMAGE as error:
-            yield number + 1, self._damaged(number + 1, error)
-
-    def _payload(self, number: int, row: bytes | Row | Fault) -> bytes | Row | RowError:
-        """Return a row as `rows` yields it, a fault with its place."""
-        if isinstance(row, Fault):
-            return RowError(self.where(number), row.reason, row.text)
-        return row
-
-    def _damaged(self, number: int, error: Exception) -> RowError:
-        """Return the last row of a file that cannot be read any further."""
-        return RowError(
-            self.where(number),
-            "truncated-file",
-            f"this and all that follows cannot be read ({error}); give the whole, undamaged file",
-        )
+            yield number + 1, _damaged(error)
 
     def _chunks(self) -> Iterator[bytes]:
         """Yield the file in portions, decompressed. Raises one of DAMAGE where it is cut off or
@@ -193,7 +179,7 @@ class Source:
                 self.read_bytes = raw.tell()
                 yield chunk
 
-    def _lines(self) -> Iterator[bytes | Fault]:
+    def _lines(self) -> Iterator[bytes | RowError]:
         """Yield the lines, or a fault for one that is too long, which is read over without being
         kept.
         """
@@ -215,7 +201,7 @@ class Source:
                 else:
                     pieces.clear()
 
-    def _arrow_rows(self, start: int) -> Iterator[Row | Fault]:
+    def _arrow_rows(self, start: int) -> Iterator[Row | RowError]:
         """Yield the rows behind the first `start` of a Parquet file or data set."""
         if self.kind == "parquet":
             batches, count = self._parquet_batches(start)
@@ -250,6 +236,14 @@ class Source:
         return table.skip(start).iter(ARROW_ROWS), count
 
 
+def _damaged(error: Exception) -> RowError:
+    """Return what stands in place of the rest of a file that cannot be read any further."""
+    return RowError(
+        "truncated-file",
+        f"this and all that follows cannot be read ({error}); give the whole, undamaged file",
+    )
+
+
 def _check_file(spec: Spec) -> None:
     """Raise InputError for a file that cannot be read as the spec asks for."""
     problem = ""
@@ -272,7 +266,7 @@ def _without_first(batches: Iterator[Any], n: int) -> Iterator[Any]:
         n = max(n - batch.num_rows, 0)
 
 
-def _python_rows(batch: Any) -> list[Row | Fault]:
+def _python_rows(batch: Any) -> list[Row | RowError]:
     """Return the rows of an Arrow batch; where one is faulty, each is read alone."""
     try:
         return rows_of(batch)
@@ -281,4 +275,6 @@ def _python_rows(batch: Any) -> list[Row | Fault]:
             single = (batch.slice(i, 1) for i in range(batch.num_rows))
             return [row for each in single for row in _python_rows(each)]
         reason = "not-utf-8" if isinstance(error, UnicodeError) else "unreadable"
-        return [Fault(reason, f"a value cannot be read ({error}); repair it or leave the row out")]
+        return [
+            RowError(reason, f"a value cannot be read ({error}); repair it or leave the row out")
+        ]

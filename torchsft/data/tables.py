@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torchsft.data.columns import NUMBERS, number_of
-from torchsft.data.rows import Fault
+from torchsft.data.rows import RowError
 
 _SURROGATES = re.compile("[\udc80-\udcff]")  # what bytes that are no UTF-8 become
 
 
 def table_rows(
     chunks: Iterable[bytes], delimiter: str, max_bytes: int
-) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
+) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Yield the rows of a CSV or TSV file: (line with which it begins, columns by name).
 
     Args:
@@ -32,7 +32,7 @@ def table_rows(
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, Fault("csv", _csv_problem(error, is_header=header is None))
+            yield line, RowError("csv", _csv_problem(error, is_header=header is None))
             if header is None:
                 return
             continue
@@ -44,17 +44,17 @@ def table_rows(
         header = [name.strip() for name in fields]
         problem = _header_problem(header)
         if problem:
-            yield line, Fault("csv-header", problem)
+            yield line, RowError("csv-header", problem)
             return
 
 
-def _table_row(header: list[str], fields: list[str]) -> dict[str, Any] | Fault:
+def _table_row(header: list[str], fields: list[str]) -> dict[str, Any] | RowError:
     if any(_SURROGATES.search(field) for field in fields):
-        return Fault("not-utf-8", "a field is not UTF-8; convert the file to UTF-8")
+        return RowError("not-utf-8", "a field is not UTF-8; convert the file to UTF-8")
     if any("\0" in field for field in fields):
-        return Fault("nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it")
+        return RowError("nul-bytes", "a field holds NUL; convert the file to UTF-8, or repair it")
     if len(fields) != len(header):
-        return Fault(
+        return RowError(
             "csv-columns",
             f"{len(fields)} fields, but the header names {len(header)} columns; quote fields that "
             f"hold the delimiter",

@@ -8,7 +8,7 @@ pieces, as inference does.
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from torchsft.config import RESERVED, InputError
+from torchsft.config import InputError
 from torchsft.data.formats import Conversation, Example, Text, Tokens
 from torchsft.data.patterns import TrainedText
 from torchsft.data.rendering import AddedTokens, ChatTemplate, Extras, without_reasoning
@@ -205,7 +205,7 @@ class ChatTokenizer:
             for marked in found.texts
         ]
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
-        results: list[Encoded | RowError] = []
+        results = []
         for example, found in zip(examples, prepared, strict=True):
             if not isinstance(found, _Rendered):
                 results.append(found)
@@ -214,7 +214,7 @@ class ChatTokenizer:
             try:
                 results.append(self._encoded(found, own_encodings))
             except RowError as error:
-                results.append(RowError(example.id, error.reason, error.text))
+                results.append(error.at(example.id))
         return results
 
     # ------------------------------------------------------------ from examples to marked texts
@@ -228,7 +228,7 @@ class ChatTokenizer:
                 return self._plain(example)
             return self._conversation(example)
         except RowError as error:
-            return RowError(example.id, error.reason, error.text)
+            return error.at(example.id)
 
     def _pretokenised(self, example: Tokens) -> Encoded:
         """Return the documents of a row that is tokens already, each of them as a sample."""
@@ -236,7 +236,7 @@ class ChatTokenizer:
         weights = np.array(example.weights, dtype=np.float32)
         weights[list(example.starts)] = 0.0  # nothing comes before them
         samples = []
-        ends: list[int] = []
+        ends = []
         for start, end in itertools.pairwise([*example.starts, len(tokens)]):
             sample = WeightedTokens(tokens[start:end], weights[start:end])
             samples.append(sample)
@@ -259,14 +259,16 @@ class ChatTokenizer:
         """
         template = ChatTemplate(self.templates["default"], self.variables, self.added_tokens)
         texts = {self.eos, template.closing, *template.openers.values()} - {None, ""}
-        ids = [self.backend.token_to_id(text) for text in texts]
-        return sorted({*self.eos_ids, *(token for token in ids if token is not None)})
+        return sorted({*self.eos_ids, *self._ids_of(texts)})
+
+    def _ids_of(self, texts: Iterable[str]) -> set[int]:
+        """Return the ids of the texts that are tokens."""
+        return {self.backend.token_to_id(text) for text in texts} - {None}
 
     def _plain(self, example: Text) -> _Rendered:
         """Return a text without chat template, which ends with the eos token."""
         if not self.eos:
             raise RowError(
-                "",
                 "no-end-of-turn",
                 "the tokenizer has no eos_token to end the text with; name one",
             )
@@ -275,8 +277,7 @@ class ChatTokenizer:
             text += self.eos
         start = len(example.prompt)
         span = _Span(start, start, len(text), example.weight)
-        marked = _MarkedText(text, [span], is_plain=True, weight=example.weight)
-        return _Rendered([marked])
+        return _Rendered([_MarkedText(text, [span], is_plain=True, weight=example.weight)])
 
     def _conversation(self, example: Conversation) -> _Rendered:
         """Return the texts of a conversation, which is rendered by its chat template.
@@ -298,7 +299,6 @@ class ChatTokenizer:
         lost = _missing_context(texts)
         if lost and not self.keeps_lost_context:
             raise RowError(
-                "",
                 "context-lost",
                 f"{lost[0]}, so that the answer would be trained without it; use a template that "
                 f"writes it, take it out of the row, or set --data.on-lost-context keep",
@@ -325,19 +325,7 @@ class ChatTokenizer:
         return self.finders[key]
 
     def _new_finder(self, name: str, variables: Mapping[str, Any]) -> TurnFinder:
-        """Return a finder for a template and the row's own variables.
-
-        Raises:
-            RowError: template-kwargs: rendering itself gives a variable of this name.
-        """
-        reserved = sorted(variables.keys() & RESERVED)
-        if reserved:
-            raise RowError(
-                "",
-                "template-kwargs",
-                f"the row's variables of the chat template have {reserved[0]!r}, which rendering "
-                f"itself gives; remove it",
-            )
+        """Return a finder for a template and the row's own variables."""
         if len(self.finders) >= KNOWN_VARIABLES:
             self.finders.clear()
         text = self.templates[name]
@@ -370,14 +358,9 @@ class ChatTokenizer:
             answers: indices of assistant messages.
             given: weights that the row gives to messages.
         """
-        weights = {}
-        if self.masks_reasoning:
-            for i in answers:
-                if without_reasoning(example.messages[i])[0]:
-                    weights[i] = example.row_weight
-        for i, weight in given.items():
-            if weight != example.row_weight:
-                weights[i] = weight
+        reasoned = [i for i in answers if without_reasoning(example.messages[i])[0]]
+        weights = dict.fromkeys(reasoned if self.masks_reasoning else (), example.row_weight)
+        weights |= {i: weight for i, weight in given.items() if weight != example.row_weight}
         return dict(sorted(weights.items()))
 
     # ------------------------------------------------------------ from marked texts to tokens
@@ -385,20 +368,27 @@ class ChatTokenizer:
     def _encoded(self, rendered: _Rendered, encodings: Sequence[Encoding]) -> Encoded:
         """Return the samples of an example, from the encodings of its texts."""
         samples = []
-        ends: list[int] = []
+        ends = []
         for marked, encoding in zip(rendered.texts, encodings, strict=True):
-            sample, ends_of_turns = self._weighted_tokens(marked, encoding)
-            samples.append(sample)
-            ends += ends_of_turns
+            samples.append(self._weighted_tokens(marked, encoding, ends))
         return Encoded(samples, rendered.notes, tuple(ends), rendered.kept)
 
     def _weighted_tokens(
-        self, marked: _MarkedText, encoding: Encoding
-    ) -> tuple[WeightedTokens, list[int]]:
-        """Return tokens and weights of a text, and the tokens that end its trained turns.
+        self, marked: _MarkedText, encoding: Encoding, ends: list[int]
+    ) -> WeightedTokens:
+        """Return tokens and weights of a text.
 
         A text without chat template has the BOS that the tokenizer adds, exactly once. A rendered
         conversation has the one that its template writes, as in `apply_chat_template`.
+
+        Args:
+            marked: the text, and what is trained of it.
+            encoding: of the text as a whole; the text is tokenised again, in pieces, where one of
+                its tokens would reach from a prompt into a turn.
+            ends: the tokens that end trained turns are added to it.
+
+        Raises:
+            RowError: double-bos, straddling-token.
         """
         spans = marked.spans
         pieces = [_Piece(0, 0, encoding)]
@@ -410,7 +400,6 @@ class ChatTokenizer:
         ids = np.array(_ids(pieces), dtype=np.int32)
         outside = marked.weight if self.mask == "all" else 0.0
         weights = np.full(len(ids), outside, dtype=np.float32)
-        ends = []
         for span in spans:
             prompt_end = boundaries[span.prompt_end].token
             start = boundaries[span.start].token
@@ -420,16 +409,11 @@ class ChatTokenizer:
             if span.weight and span.start < span.end:
                 ends.append(int(ids[end - 1]))
         if self.mask == "all" and not marked.is_plain:  # turns are not located one by one
-            ends += self._closing_tokens_in(ids)
+            closing = {finder.template.closing for finder in self.finders.values()}
+            ends += sorted(self._ids_of(closing).intersection(ids.tolist()))
         ids, weights = self._with_bos(ids, weights, marked.is_plain)
         weights[:1] = 0.0  # nothing comes before it
-        return WeightedTokens(ids, weights), ends
-
-    def _closing_tokens_in(self, ids: np.ndarray) -> list[int]:
-        """Return the tokens with which the templates end turns, of those that are in a text."""
-        closing = {finder.template.closing for finder in self.finders.values()} - {""}
-        tokens = [self.backend.token_to_id(text) for text in sorted(closing)]
-        return [token for token in tokens if token is not None and token in ids]
+        return WeightedTokens(ids, weights)
 
     def _with_bos(
         self, ids: np.ndarray, weights: np.ndarray, is_plain: bool
@@ -441,7 +425,6 @@ class ChatTokenizer:
             return ids, weights
         if len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
             raise RowError(
-                "",
                 "double-bos",
                 f"the text begins with two BOS tokens (id {self.bos_id}); take one out of the chat "
                 f"template",
@@ -467,7 +450,6 @@ class ChatTokenizer:
         decoded = self.backend.decode(_ids(pieces), skip_special_tokens=False)
         if decoded != self.backend.decode(whole.ids, skip_special_tokens=False):
             raise RowError(
-                "",
                 "straddling-token",
                 "a token reaches from the prompt into an assistant turn, and this tokenizer "
                 "changes the text when it is split there; change the whitespace there or the chat "
@@ -484,12 +466,11 @@ def templates_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """
     templates = tokenizer.chat_template
     if not isinstance(templates, dict):
-        templates = {"default": tokenizer.get_chat_template()}
+        return {"default": tokenizer.get_chat_template()}
     if "default" not in templates:
-        names = ", ".join(sorted(templates))
         raise InputError(
-            f"the tokenizer has chat templates named {names}, but none named default; "
-            f"name one of them so"
+            f"the tokenizer has chat templates named {', '.join(sorted(templates))}, but none "
+            f"named default; name one of them so"
         )
     return templates
 

@@ -114,11 +114,10 @@ class TurnFinder:
             RowError: a message cannot be trained.
         """
         messages = [self.template.prepared(message) for message in messages]
+        by_pattern = None
         if not extras.tools and not extras.documents:
-            texts = self._by_pattern(messages, located)
-            if texts:
-                return texts
-        return self._by_renderings(messages, extras, located)
+            by_pattern = self._by_pattern(messages, located)
+        return by_pattern or self._by_renderings(messages, extras, located)
 
     # ------------------------------------------------------------ by one rendering for each text
 
@@ -179,11 +178,8 @@ class TurnFinder:
         if self.mask == "all":
             self._check_single_text(whole, messages, turns)
             whole.turns = turns
-            texts = [whole]
-        elif not turns:
-            texts = [whole]
-        else:
-            texts = _texts_with(turns, whole)
+        is_whole = self.mask == "all" or not turns
+        texts = [whole] if is_whole else _texts_with(turns, whole)
         for text in texts:
             missing = self.context.missing(messages[: text.stop], extras, text.text)
             text.missing = tuple(missing)
@@ -210,7 +206,6 @@ class TurnFinder:
         for turn in turns:
             if not _holds(whole.text, turn):
                 raise RowError(
-                    "",
                     "not-prefix-stable",
                     f"message {turn.index + 1}: the chat template changes it once others follow, "
                     f"so that it can have no weight or mask of its own; set --data.mask assistant",
@@ -232,14 +227,27 @@ class TurnFinder:
         self._check_answer(i, message, text[start:end])
         if self.template.has_blocks:
             start, block_end = self._generation_span(answer, end)
-            self._check_in_blocks(i, message, text[start:block_end])
+            self._check_part(
+                i,
+                message,
+                text[start:block_end],
+                "generation-blocks",
+                "has {{% generation %}} blocks that do not hold its {}; move or remove them",
+            )
         if self.masks_reasoning and _has_reasoning(message, text, answer.header_end):
             reasoning_end = answer.reasoning_end
             if reasoning_end is None:
                 bare_end = min(end, len(answer.text))
                 reasoning_end = self._reasoning_end(messages[: i + 1], extras, answer, bare_end)
             start = max(start, reasoning_end)
-            self._check_behind_reasoning(i, message, text[start:end])
+            self._check_part(
+                i,
+                message,
+                text[start:end],
+                "text-lost",
+                "writes its {} before the end of its reasoning, which is masked; set "
+                "--data.reasoning train",
+            )
         return Turn(i, answer.prompt_end, start, end, answer.note, text, answer.rendering.text)
 
     def _locate_context(self, messages: Sequence[Message], extras: Extras, i: int) -> Turn:
@@ -291,7 +299,6 @@ class TurnFinder:
         if header.strip() and header in rendering:
             return rendering[: rendering.index(header)] + template.opening
         raise RowError(
-            "",
             "not-prefix-stable",
             "message 1: the chat template writes no header of its own before an assistant message "
             "that comes first; put a user message before it",
@@ -320,9 +327,8 @@ class TurnFinder:
             has_reasoning = without_reasoning(messages[i])[0]
             if closed and not has_reasoning and text.startswith(prompt[: closed.start()]):
                 return prompt + text[closed.start() :]
-        at = _first_difference(prompt, rendering)
+        at = next(i for i, letter in enumerate(prompt) if letter != rendering[i : i + 1])
         raise RowError(
-            "",
             "not-prefix-stable",
             f"message {i + 1}: the chat template writes the turn ({rendering[at : at + 30]!r}) in "
             f"another way than its generation prompt ({prompt[at : at + 30]!r}), so that inference "
@@ -340,12 +346,10 @@ class TurnFinder:
         probe = {"role": "assistant", "content": ANSWER}
         context = template.render([*messages[:i], probe], extras).text.partition(ANSWER)[0]
         before = template.render(messages[:i], extras).text
-        if not context.endswith(template.before_content):
-            return None
         rewritten = context.removesuffix(template.before_content)
-        if not rendering.startswith(rewritten):
-            return None
-        return before + rendering[len(rewritten) :]
+        if context.endswith(template.before_content) and rendering.startswith(rewritten):
+            return before + rendering.removeprefix(rewritten)
+        return None
 
     def _turn_end(self, text: str, prompt_end: int, i: int) -> int:
         """Return where the turn with which a text ends is over, behind its end-of-turn token."""
@@ -354,7 +358,6 @@ class TurnFinder:
             if text.endswith(enders, prompt_end, end):
                 return end
         raise RowError(
-            "",
             "no-end-of-turn",
             f"message {i + 1}: the chat template writes no special token that ends the turn; add "
             f"one, such as the token with which the next turn begins (the model's own templates "
@@ -411,8 +414,7 @@ class TurnFinder:
 
     def _check_answer(self, i: int, message: Message, text: str) -> None:
         """Raise RowError unless a text holds all that assistant message i says."""
-        lacking = self._lacking(message, text)
-        if lacking is None:
+        if not (lacking := self._lacking(message, text)):
             return
         what, source = lacking
         reason = "text-lost"
@@ -423,33 +425,19 @@ class TurnFinder:
             if self.mask == "all":  # the others can split by turn
                 remedy = "set --data.mask assistant"
         raise RowError(
-            "",
             reason,
             f"message {i + 1}: the chat template leaves out or changes its {what} "
             f"({source.strip()[:40]!r}); {remedy}",
         )
 
-    def _check_in_blocks(self, i: int, message: Message, text: str) -> None:
-        """Raise RowError unless the generation blocks hold all that message i says."""
-        lacking = self._lacking(message, text)
-        if lacking is not None:
-            raise RowError(
-                "",
-                "generation-blocks",
-                f"message {i + 1}: the chat template has {{% generation %}} blocks that do not "
-                f"hold its {lacking[0]}; move or remove them",
-            )
+    def _check_part(self, i: int, message: Message, part: str, reason: str, fault: str) -> None:
+        """Raise RowError unless a part of a text holds all that assistant message i says.
 
-    def _check_behind_reasoning(self, i: int, message: Message, text: str) -> None:
-        """Raise RowError unless all but the reasoning of message i stands behind the reasoning."""
-        lacking = self._lacking(message, text)
-        if lacking is not None:
-            raise RowError(
-                "",
-                "text-lost",
-                f"message {i + 1}: the chat template writes its {lacking[0]} before the end of its "
-                f"reasoning, which is masked; set --data.reasoning train",
-            )
+        Args:
+            fault: what the template does else, with `{}` for what the part lacks.
+        """
+        if lacking := self._lacking(message, part):
+            raise RowError(reason, f"message {i + 1}: the chat template {fault.format(lacking[0])}")
 
     def _lacking(self, message: Message, text: str) -> tuple[str, str] | None:
         """Return the first thing that an assistant message says and a text lacks.
@@ -514,7 +502,7 @@ def _texts_with(turns: Sequence[Turn], whole: TrainedText) -> list[TrainedText]:
     The text of the whole conversation is taken if it holds the last turn. Else, and for the turns
     that it does not hold, the text is that of the last of these turns.
     """
-    texts: list[TrainedText] = []
+    texts = []
     remaining = list(turns)
     text, rendering, stop = whole.text, whole.rendering, whole.stop
     while remaining:
@@ -530,11 +518,3 @@ def _texts_with(turns: Sequence[Turn], whole: TrainedText) -> list[TrainedText]:
 def _holds(text: str, turn: Turn) -> bool:
     """Return whether a text begins as the text of a turn, through the end of that turn."""
     return text.startswith(turn.text[: turn.trained_end])
-
-
-def _first_difference(one: str, other: str) -> int:
-    """Return the position of the first character that differs; the length of `other` if none."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return i
-    return len(other)

@@ -10,21 +10,21 @@ from torchsft.data.rows import RowError, kind_of, load_json
 MAX_WEIGHT = 3e38  # of float32
 
 
-def expect(kind: type, value: Any, what: str, where: str) -> Any:
+def expect(kind: type, value: Any, what: str) -> Any:
     """Return the value, if it is of this kind; objects and lists may stand in a string as JSON.
 
     Raises:
         RowError: bad-WHAT, or not-json.
     """
-    found = value if kind is str else unpacked(value, what, where)
+    found = value if kind is str else unpacked(value, what)
     if isinstance(found, kind):
         return found
     reason = f"bad-{what}".replace(" ", "-")
     expected = kind_of(kind())
-    raise RowError(where, reason, f"{what} must be {expected}, but it is {kind_of(found)}")
+    raise RowError(reason, f"{what} must be {expected}, but it is {kind_of(found)}")
 
 
-def unpacked(value: Any, what: str, where: str) -> Any:
+def unpacked(value: Any, what: str) -> Any:
     """Return what stands in a string as JSON: many files keep values in this way whose shapes
     differ from row to row.
 
@@ -36,12 +36,10 @@ def unpacked(value: Any, what: str, where: str) -> Any:
     try:
         return load_json(value)
     except ValueError as error:
-        raise RowError(
-            where, "not-json", f"{what} is a string that is not JSON ({error})"
-        ) from None
+        raise RowError("not-json", f"{what} is a string that is not JSON ({error})") from None
 
 
-def check_json(value: Any, what: str, where: str) -> None:
+def check_json(value: Any, what: str) -> None:
     """Check that a value can be written as JSON.
 
     Raises:
@@ -50,11 +48,11 @@ def check_json(value: Any, what: str, where: str) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise RowError(where, "not-json", f"{what} cannot be written as JSON ({error})") from None
+        raise RowError("not-json", f"{what} cannot be written as JSON ({error})") from None
 
 
 def weight_of(
-    value: Mapping[str, Any], where: str, switches: tuple[str, ...] = ("train", "trainable")
+    value: Mapping[str, Any], switches: tuple[str, ...] = ("train", "trainable")
 ) -> float | None:
     """Return the weight that weights and switches of a message or row give together; None where it
     has none.
@@ -83,12 +81,11 @@ def weight_of(
     if not is_known or contradicts:
         listed = ", ".join(f"{key} is {each!r:.60}" for key, each in given.items())
         remedy = "give a number or true or false, and no contradiction"
-        raise RowError(where, "bad-weight", f"{listed}; {remedy}")
+        raise RowError("bad-weight", f"{listed}; {remedy}")
     weight = next(iter(given.values()))
     if not 0 <= weight < MAX_WEIGHT:
         reason = "negative-weight" if weight < 0 else "non-finite-weight"
-        problem = f"weight is {weight!r:.60}, but must be finite and at least 0"
-        raise RowError(where, reason, problem)
+        raise RowError(reason, f"weight is {weight!r:.60}, but must be finite and at least 0")
     return float(weight)
 
 

@@ -19,6 +19,7 @@ class ParameterCounts:
     all: int
     frozen: int
     tied_head_is_frozen: bool  # the output embedding, by freezing the embeddings it is tied to
+    untrained: tuple[str, ...]  # patterns of those that the family never trains
 
 
 def describe_run(
@@ -29,6 +30,8 @@ def describe_run(
     if parameters.frozen:
         trained = (parameters.all - parameters.frozen) / 1e6
         model += f", of which {trained:,.2f} M are trained"
+    if parameters.untrained:
+        model += f" ({', '.join(parameters.untrained)} is never trained)"
     if parameters.tied_head_is_frozen:
         model += " (frozen with the embeddings: the output embedding, which is tied to them)"
     layout = ", ".join([*_axes(world), *_pipeline(config, plan)])

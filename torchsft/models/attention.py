@@ -28,7 +28,7 @@ import functools
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,10 @@ class Documents:
     valid_T: Tensor  # bool, False for padding
     layout: Layout  # which of the tokens are here, outside of the attention
     valid_S: Tensor  # bool
-    document_S: Tensor  # int64, number of the token's document; N for padding
+    document_T: Tensor  # int64, number of the token's document; N for padding
+    document_S: Tensor
     length_N1: Tensor  # int32, tokens of each document, then of the padding
+    longest: int  # tokens of the longest document
     lengths: tuple[int, ...] | None = None  # sdpa: tokens of each document, then of the padding
     cu_seqlens: Tensor | None = None  # varlen: int32, padding cut into documents of its own
     max_seqlen: int = 0  # varlen: longest of these
@@ -114,7 +116,7 @@ def locate_documents(
     cos_TP: Tensor,  # rotary factors of every token, fp32
     sin_TP: Tensor,
     cu_seqlens: Tensor,  # integers [N + 1], from 0; tokens from cu_seqlens[-1] to T are padding
-    # longest document; None reads it from cu_seqlens (varlen: stops the host)
+    # longest document; None reads it from cu_seqlens, which stops the host
     max_seqlen: int | None,
     layout: Layout | None = None,  # of the T tokens; None: all are here
     windows: Collection[int | None] = (None,),  # those that layers look through; None: without one
@@ -127,6 +129,8 @@ def locate_documents(
     valid_T = place_T < cu_seqlens[-1]
     document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), place_T, right=True)
     length_N1 = F.pad(cu_seqlens, (0, 1), value=tokens).diff()
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     located = functools.partial(
         Documents,
         implementation,
@@ -135,18 +139,17 @@ def locate_documents(
         valid_T,
         layout,
         layout.tokens(valid_T),
+        document_T,
         layout.tokens(document_T),
         length_N1,
+        max_seqlen,
     )
     if implementation == "sdpa":
         lengths = tuple(length_N1.tolist())
-        longest = max(lengths[:-1], default=0)
-        shorter = {window for window in windows if window is not None and window < longest}
+        shorter = {window for window in windows if window is not None and window < max_seqlen}
         near = {window: _near(document_T, window) for window in shorter}
         return located(lengths=lengths, near=near)
     if implementation == "varlen":
-        if max_seqlen is None:
-            max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
         # Kernels leave rows beyond the last document uninitialised, in gradients too. So padding
         # becomes documents, of at most max_seqlen tokens each; how many are needed is bounded
         # without asking the device.
@@ -187,6 +190,7 @@ def attend(
     documents: Documents,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    seen_TT: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within documents, by the implementation that these are prepared for.
 
@@ -199,10 +203,15 @@ def attend(
         window: how many tokens a token sees, itself and those before it; None: all of them.
         sinks_H: of each head, the score of a key that all tokens see and whose value is 0; None:
             there is none.
+        seen_TT: bool, which tokens (columns) a token sees, itself or another one among them, if
+            these are not all of its document up to it; comes without window and sinks.
 
     Returns:
         [T, H, v], zero for padding.
     """
+    if seen_TT is not None:
+        out_THd = _selected(q_THd, k_TGd, v_TGd, scale, documents, seen_TT)
+        return _of_documents(out_THd, v_TGd.shape[-1], documents)
     arguments = q_THd, k_TGd, v_TGd, scale, documents, window, sinks_H
     if documents.implementation == "sdpa":
         return _sdpa(*arguments)
@@ -343,9 +352,43 @@ def _sdpa_in_blocks(
     return out.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
+def _selected(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, scale: float, where: Documents, seen_TT: Tensor
+) -> Tensor:
+    """Attention of all tokens to those that they see: by flex, or masked scores where documents are
+    prepared for sdpa.
+    """
+    v_THd = _as_wide_as(q_THd, v_THd)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_THd, v_THd))
+    if where.implementation == "sdpa":
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TT, scale=scale)
+        return out.squeeze(0).transpose(0, 1)
+    tokens = len(seen_TT)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen_TT[query, key]
+
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=str(seen_TT.device))
+    attention = _compiled_flex() if q.is_cuda else flex_attention
+    return attention(q, k, v, block_mask=mask, scale=scale).squeeze(0).transpose(0, 1)
+
+
+class Indexer(Protocol):
+    """What chooses the tokens that a token sees in long documents; a module."""
+
+    top_k: int  # tokens that a token sees at most
+
+    def __call__(self, x_SD: Tensor, q_TR: Tensor, documents: "Documents") -> Tensor:
+        """Choose by hidden states [S, D] and query latents [T, R]: bool [T, T], in which every
+        token sees at least one.
+        """
+
+
 class LatentAttention(nn.Module):
     """MLA: queries (through a low-rank latent, or directly) and keys/values from one latent shared
     by all heads.
+
+    With an `indexer`, tokens of documents that are longer than its top_k see a choice of tokens.
 
     Between ranks travel the latents, not keys and values: each rank then computes its heads for all
     tokens, so that causal and packed work is balanced whatever the documents.
@@ -367,6 +410,7 @@ class LatentAttention(nn.Module):
         latent_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        self.indexer: Indexer | None = None
         self.q_rank, self.kv_rank = q_rank, kv_rank
         self.nope_dim, self.v_dim = nope_dim, v_dim
         self.rope = rope
@@ -403,6 +447,9 @@ class LatentAttention(nn.Module):
         latent_and_rope = self.kv_a_proj_with_mqa(x_SD)
         latent, k_rope = latent_and_rope.split([self.kv_rank, self.rope.dim], dim=-1)
         q, latent, k_rope = layout.gather(q, self.kv_a_layernorm(latent), k_rope)
+        seen_TT = None
+        if self.indexer is not None and documents.longest > self.indexer.top_k:
+            seen_TT = self.indexer(x_SD, q, documents)
 
         q = self.q_proj(q) if self.q_rank is None else self.q_b_proj(q)
         q_THd = turn(q.unflatten(-1, (-1, self.qk_dim)))
@@ -411,7 +458,7 @@ class LatentAttention(nn.Module):
         k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
         k_THd = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, k_nope.shape[1], -1)], dim=-1)
 
-        out_THd = attend(q_THd, k_THd, v_THd, self.scale, documents)
+        out_THd = attend(q_THd, k_THd, v_THd, self.scale, documents, seen_TT=seen_TT)
         return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
 
 

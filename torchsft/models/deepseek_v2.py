@@ -30,7 +30,7 @@ class DeepseekV2Config(LatentConfig):
         "norm_topk_prob": False,
         "mlp_bias": False,
     }
-    apart = ("rope", "topk_method")
+    apart = (*LatentConfig.apart, "topk_method")
     spellings = (("n_routed_experts", "num_experts"),)
     rivals = 1
 
@@ -42,7 +42,7 @@ class DeepseekV2Config(LatentConfig):
             method not in _METHODS,
             f"topk_method = {method!r}, but only {' and '.join(_METHODS)} are supported",
         )
-        apart = {"topk_method": method}
+        apart = super().read_apart(config, values) | {"topk_method": method}
         return apart if method != "greedy" else apart | {"n_group": 1, "topk_group": 1}
 
 

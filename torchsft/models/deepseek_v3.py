@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torchsft.models.config_json import refuse_if
 from torchsft.models.latent import LatentConfig, LatentModel
 from torchsft.models.routers import GroupedSigmoidRouter
 
@@ -66,7 +65,7 @@ class DeepseekV3(LatentModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Glm4MoeLiteConfig(DeepseekV3Config):
-    """Sizes and constants of a GLM-4.7-Flash, whose dense layers are listed."""
+    """Sizes and constants of a GLM-4.7-Flash."""
 
     q_lora_rank: int | None = 768
     first_k_dense_replace: int = 1
@@ -75,33 +74,11 @@ class Glm4MoeLiteConfig(DeepseekV3Config):
     routed_scaling_factor: float = 1.8
     max_position_embeddings: int = 202752
     rms_norm_eps: float = 1e-5
-    mlp_layer_types: tuple[str, ...] = ()  # of each layer; empty: dense in the first one alone
 
     supported_values: ClassVar[Mapping[str, Any]] = {
         **DeepseekV3Config.supported_values,
         "first_k_dense_replace": 1,
     }
-    apart = ("rope", "mlp_layer_types")
-
-    @classmethod
-    def read_apart(cls, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Read which layers are dense."""
-        kinds = config.get("mlp_layer_types") or []
-        layers = values["num_hidden_layers"]
-        odd = len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}
-        refuse_if(
-            kinds and odd,
-            f"mlp_layer_types = {kinds!r}, but it must say dense or sparse of {layers} layers",
-        )
-        return {"mlp_layer_types": tuple(kinds)}
-
-    def routed_experts(self, layer: int) -> int:
-        """Experts of a layer among which its router chooses; 0: it is dense."""
-        if self.mlp_layer_types:
-            # MTP layers, behind those that are listed, have experts
-            dense = self.mlp_layer_types[layer : layer + 1] == ("dense",)
-            return 0 if dense else self.n_routed_experts
-        return super().routed_experts(layer)
 
 
 class Glm4MoeLite(DeepseekV3):

@@ -48,7 +48,7 @@ class FamilyConfig(ModelConfig):
     apart: ClassVar[Collection[str]] = ("rope",)
     spellings: ClassVar[Sequence[tuple[str, str]]] = ()
     null_says_something: ClassVar[Collection[str]] = ()
-    only_full_attention: ClassVar[bool] = False  # whether other `layer_types` are refused
+    only_layer_type: ClassVar[str | None] = None  # the one of `layer_types`; others are refused
     # Of the rotary embedding: the field that says how many entries of a head have a position; base
     # and rotated part of these where config.json is silent (None: only all of them are supported).
     rope_width: ClassVar[str] = "head_dim"
@@ -72,10 +72,11 @@ class FamilyConfig(ModelConfig):
             supported_values=cls.supported_values,
             null_says_something=cls.null_says_something,
         )
-        if cls.only_full_attention:
-            kinds = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+        if cls.only_layer_type is not None:
+            kinds = sorted(set(config.get("layer_types") or ()) - {cls.only_layer_type})
             refuse_if(
-                kinds, f"layer_types with {', '.join(kinds)}; only full_attention is supported"
+                kinds,
+                f"layer_types with {', '.join(kinds)}; only {cls.only_layer_type} is supported",
             )
         values = cls.complete(values) | cls.read_apart(config, values)
         values["rope"] = read_rope(

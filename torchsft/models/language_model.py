@@ -22,6 +22,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -243,6 +244,9 @@ class LanguageModel(nn.Module):
     renamed: ClassVar[Mapping[str, str]] = {}
     # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release.
     quantised: ClassVar[re.Pattern[str]]
+    # Patterns of parameters that are never trained: they have no gradient, and exports keep them as
+    # they are.
+    untrained: ClassVar[tuple[str, ...]] = ()
     # Word -> pattern of parameter names (optim/selection.py).
     parts: ClassVar[Mapping[str, str]] = {
         "router": "model.layers.*.mlp.gate",
@@ -493,6 +497,15 @@ class LanguageModel(nn.Module):
         """Whether fp8 releases of this family hold the tensor of a Hugging Face key in fp8."""
         return cls.quantised.search(key) is not None
 
+    def constants(self) -> set[str]:
+        """Return names of persistent buffers and parameters that training does not change."""
+        untrained = (
+            name
+            for name, _ in self.named_parameters()
+            if any(fnmatchcase(name, f"{pattern}.*") for pattern in self.untrained)
+        )
+        return {name for name, _ in self.named_buffers()}.union(untrained)
+
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """Random initial value of a parameter or persistent buffer of this model.
 
@@ -508,7 +521,7 @@ class LanguageModel(nn.Module):
         owner, last = self._owner(name), name.rpartition(".")[2]
         if last.endswith("bias") or last in dict(owner.named_buffers(recurse=False)):
             return torch.zeros(shape)
-        if isinstance(owner, RMSNorm):
+        if isinstance(owner, RMSNorm | nn.LayerNorm):
             return torch.ones(shape)
         return seeded_normal(name, shape, self.config.initializer_range, seed)
 

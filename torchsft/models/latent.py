@@ -30,13 +30,15 @@ class LatentConfig(FamilyConfig):
     n_group: int = 1
     topk_group: int = 1
     routed_scaling_factor: float = 1.0
-    # Layers from this one on have experts.
+    # Which layers are dense: it is listed, or those before the number.
+    mlp_layer_types: tuple[str, ...] = ()
     first_k_dense_replace: int = 0
 
     supported_values: ClassVar[Mapping[str, Any]] = {
         **FamilyConfig.supported_values,
         "moe_layer_freq": 1,
     }
+    apart = ("rope", "mlp_layer_types")
     null_says_something = ("q_lora_rank",)  # that there is no query latent
     rope_width = "qk_rope_head_dim"
     pairing = "neighbours"
@@ -52,6 +54,17 @@ class LatentConfig(FamilyConfig):
             f"{kv_heads} num_key_value_heads for {heads} heads; MLA needs them equal",
         )
         return read
+
+    @classmethod
+    def read_apart(cls, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read which layers are dense."""
+        kinds, layers = config.get("mlp_layer_types") or [], values["num_hidden_layers"]
+        odd = len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}
+        refuse_if(
+            kinds and odd,
+            f"mlp_layer_types = {kinds!r}, but it must say dense or sparse of {layers} layers",
+        )
+        return {"mlp_layer_types": tuple(kinds)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +107,10 @@ class LatentConfig(FamilyConfig):
 
     def routed_experts(self, layer: int) -> int:
         """Experts of a layer among which its router chooses; 0: it is dense."""
-        return self.n_routed_experts if layer >= self.first_k_dense_replace else 0
+        sparse = layer >= self.first_k_dense_replace
+        if self.mlp_layer_types:  # MTP layers, behind those that are listed, have experts
+            sparse = self.mlp_layer_types[layer : layer + 1] != ("dense",)
+        return self.n_routed_experts if sparse else 0
 
     @property
     def expert_costs(self) -> tuple[int, int]:

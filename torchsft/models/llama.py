@@ -88,7 +88,7 @@ class Qwen2Config(GroupedQueryConfig):
         "attention_bias": True,
         "use_sliding_window": False,
     }
-    only_full_attention = True
+    only_layer_type = "full_attention"
 
 
 class Qwen2(GroupedQueryModel):
@@ -114,7 +114,7 @@ class SmolLM3Config(LlamaConfig):
         **LlamaConfig.supported_values,
         "use_sliding_window": False,
     }
-    only_full_attention = True
+    only_layer_type = "full_attention"
 
     @classmethod
     def read_apart(cls, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

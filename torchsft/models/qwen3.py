@@ -23,7 +23,7 @@ class Qwen3Config(GroupedQueryConfig):
         **GroupedQueryConfig.supported_values,
         "use_sliding_window": False,
     }
-    only_full_attention = True
+    only_layer_type = "full_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
