@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from recipes import deepseek_v3_sft
+from tests.checkpoint.sources import add_mtp
 from tests.distributed.test_layouts import SilentTrainer, config_for
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint import state
@@ -269,6 +270,18 @@ def test_routing_drift_is_against_the_model_before_the_first_step_also_when_a_ru
     assert (
         "no routing drift: --data.eval begins otherwise than at step 0" in capsys.readouterr().out
     )
+
+
+def test_a_run_that_keeps_mtp_layers_says_what_that_means(inputs, tmp_path, capsys):
+    directory = bad_model(inputs, tmp_path, {})
+    for told in (False, True):
+        config = trainer_for(inputs, tmp_path)
+        config.model.path = str(directory)
+        with World(config.parallel, 0) as world:
+            SilentTrainer(config, world)
+        line = "MTP layers are exported as they are: drafts of a server that uses them"
+        assert (line in capsys.readouterr().out) == told
+        add_mtp(directory)
 
 
 def test_automatic_options_are_resolved_in_the_saved_configuration(inputs, tmp_path):

@@ -1,7 +1,7 @@
 """Held-out loss over every row, and how far the routing of held-out tokens has drifted.
 
-Shapes: T tokens of a microbatch, S of them on this rank, n those that count, L layers that have
-experts, E experts.
+Shapes: S tokens of a microbatch on this rank, n those of all ranks that count, L layers that have
+experts, E experts, K choices per token.
 """
 
 import math
@@ -89,19 +89,19 @@ def routing_choices(
         JSON-able, on the main rank: its `tokens`, and `chosen`, a bit for each of [n, L, E].
     """
     layers, tokens = list(layer_experts), pipeline.tokens
-    shape = (tokens, len(layers), max(layer_experts.values()))
-    chosen_TLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
+    shape = (min(tokens, DRIFT_TOKENS), len(layers), max(layer_experts.values()))
+    chosen_nLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
     hooks = []
     for model in pipeline.modules:
         place_S = model.layout.tokens(torch.arange(tokens, device=world.device))
         for name, moe in model.moe_layers().items():
-            note = partial(_note, chosen_TLE[:, layers.index(int(name))], place_S)
+            note = partial(_note, chosen_nLE[:, layers.index(int(name))], place_S)
             hooks.append(moe.gate.register_forward_hook(note))
     pipeline.evaluate([row])
     for hook in hooks:
         hook.remove()
-    chosen_TLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
-    chosen_nLE = world.sum(chosen_TLE[:DRIFT_TOKENS]).bool().cpu()
+    chosen_nLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
+    chosen_nLE = world.sum(chosen_nLE).bool().cpu()
     n = int(chosen_nLE.any(-1).any(-1).sum())  # the rest is padding
     chosen_nLE = chosen_nLE[:n]
     bits = np.packbits(chosen_nLE.numpy()).tobytes()
@@ -109,10 +109,11 @@ def routing_choices(
 
 
 def _note(
-    chosen_TE: Tensor, place_S: Tensor, gate: nn.Module, inputs: Any, routing: Routing
+    chosen_nE: Tensor, place_S: Tensor, gate: nn.Module, inputs: Any, routing: Routing
 ) -> None:
-    """Mark the experts that a router has chosen for this rank's tokens."""
-    chosen_TE[place_S.unsqueeze(1), routing.experts_SK] = True
+    """Mark the experts that a router has chosen for this rank's tokens, as far as they count."""
+    here_S = place_S < len(chosen_nE)
+    chosen_nE[place_S[here_S].unsqueeze(1), routing.experts_SK[here_S]] = True
 
 
 def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

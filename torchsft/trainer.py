@@ -168,9 +168,10 @@ class Trainer:
             raise InputError(f"{fault}; set --parallel.tp to 1, not {parallel.tp}")
         ops.use_plain(options.ops == "plain")
 
-        self.plan = plan_stages(parallel, self.model_config, microbatches)
+        check_mtp(options.mtp, self.model_config)
+        mtp_layers = self.model_config.mtp_layers if options.mtp == "train" else 0
+        self.plan = plan_stages(parallel, self.model_config, microbatches, mtp_layers or 0)
         pp_rank = world.dense.get_local_rank("pp")
-        check_mtp(options.mtp, self.model_config, parallel.pp)
         implementations = {
             "mtp": options.mtp,
             "attention": options.attention,
@@ -277,7 +278,7 @@ class Trainer:
         config, world = self.config, self.world
         for stage in self.stages:
             stage.to_empty(device=world.device)
-        self.model.init_buffers()
+            stage.init_buffers()
         self.optimizer = build_optimizer(self.model, config.optim, self.selection.groups)
         if self.start.checkpoint:
             self.resume(self.start.checkpoint)
@@ -506,7 +507,9 @@ class Trainer:
             moe.z_scale = router.z_loss / (tokens * len(experts_of_layers))
         mtp_layers = self.model.depth - self.model_config.num_hidden_layers
         if mtp_layers:
-            self.model.mtp_scale = self.config.model.mtp_weight / (mtp_layers * batch.divisor)
+            self.pipeline.modules[-1].mtp_scale = self.config.model.mtp_weight / (
+                mtp_layers * batch.divisor
+            )
         loss_sum = self.pipeline.step(step.microbatches, batch.divisor)
         lr_scale = lr_factor(self.counters.updates, self.config.optim, self.total_steps)
         updates = self.counters.updates
@@ -515,7 +518,7 @@ class Trainer:
         self.output.collect_reports()
         results = reduce_results(
             loss_sum,
-            self.model.mtp_loss,
+            self.pipeline.modules[-1].mtp_loss,
             moe_layers,
             experts_of_layers,
             signalled=self.preemption.received is not None,
@@ -541,7 +544,7 @@ class Trainer:
             The norm of the gradients before clipping.
         """
         optim, counters = self.config.optim, self.counters
-        norm = global_norm(self.model.parameters())
+        norm = global_norm(self.pipeline.parameters())
         finite = math.isfinite(norm.item())
         if finite and loss_weight > 0:
             if optim.clip_norm is not None:

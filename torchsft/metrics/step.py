@@ -75,7 +75,7 @@ def reduce_results(
     save_failed: bool,
     world: World,
 ) -> StepResults:
-    """Sum a step's results over all ranks; the counters of the MoE layers start anew.
+    """Sum a step's results over all ranks; the counters of MoE and MTP layers start anew.
 
     One collective, that the host waits for. Every rank has the same places for all layers, and
     fills in those of its own.
@@ -100,6 +100,7 @@ def reduce_results(
     losses = torch.stack([loss_sum, mtp_loss.double()])
     if world.dense.get_local_rank("tp") > 0:
         losses.zero_()
+    mtp_loss.zero_()
     flags = counted.new_tensor([signalled, save_failed])
     summed = world.sum(torch.cat([losses, flags, counted.flatten()])).cpu()
     total, mtp_total, any_signalled, any_failed = summed[:4].tolist()
