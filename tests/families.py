@@ -20,6 +20,7 @@ from recipes import (
     deepseek_v2_sft,
     deepseek_v3_sft,
     deepseek_v32_sft,
+    glm4_moe_sft,
     gpt_oss_sft,
     llama_sft,
     qwen3_sft,
@@ -31,6 +32,7 @@ RECIPES: list[ModuleType] = [
     deepseek_v2_sft,
     deepseek_v3_sft,
     deepseek_v32_sft,
+    glm4_moe_sft,
     gpt_oss_sft,
     llama_sft,
     qwen3_sft,
@@ -146,6 +148,35 @@ TINY = {
             "dense layers listed": {"mlp_layer_types": ["sparse", "dense", "dense", "sparse"]},
         },
         inert=LATENT_INERT,
+    ),
+    "glm4_moe": TinyFamily(
+        "Glm4MoeForCausalLM",
+        GROUPED
+        | dict(moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3)
+        | dict(attention_bias=True, n_group=4, topk_group=2, routed_scaling_factor=2.5),
+        {
+            "norms, no biases, one group, two shared experts": {
+                "use_qk_norm": True,
+                "attention_bias": False,
+                "n_group": 1,
+                "topk_group": 1,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 3,
+            },
+            "whole heads rotated, not normalised, tied, one key/value head": {
+                "rope_parameters": YARN | {"partial_rotary_factor": 1.0},
+                "norm_topk_prob": False,
+                "tie_word_embeddings": True,
+                "first_k_dense_replace": 0,
+                "num_key_value_heads": 1,
+            },
+            "yarn on half a head, norms": {
+                "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+                "use_qk_norm": True,
+                "head_dim": 8,
+            },
+        },
+        inert=frozenset({"output_router_logits"}),
     ),
     "glm4_moe_lite": TinyFamily(
         "Glm4MoeLiteForCausalLM",
@@ -495,6 +526,49 @@ GLM_4_7_FLASH = {
     "vocab_size": 154880,
 }
 
+GLM_4_5_AIR = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
+GLM_4_5 = GLM_4_5_AIR | {
+    "first_k_dense_replace": 3,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 160,
+    "num_hidden_layers": 92,
+    "routed_scaling_factor": 2.5,
+    "use_qk_norm": True,
+}
+
 # Presets (but debug and finetune) of the recipes, by name.
 PUBLISHED = {
     "v2_lite": Published(deepseek_v2_sft, DEEPSEEK_V2_LITE, 31, 15_706_484_224),
@@ -502,6 +576,8 @@ PUBLISHED = {
     "v32_256": Published(deepseek_v32_sft, DEEPSEEK_V32, 63),
     "glm_5_512": Published(deepseek_v32_sft, GLM_5, 40),
     "glm_4_7_flash": Published(deepseek_v3_sft, GLM_4_7_FLASH, 60),
+    "glm_4_5_air": Published(glm4_moe_sft, GLM_4_5_AIR, 53, 106_852_245_504),
+    "glm_4_5": Published(glm4_moe_sft, GLM_4_5, 44, 352_797_814_784),
     "qwen3_30b": Published(qwen3_sft, QWEN3_30B, 61, 30_532_122_624),
     "qwen3_235b": Published(qwen3_sft, QWEN3_235B, 59, 235_093_634_560),
     "gpt_oss_20b": Published(gpt_oss_sft, GPT_OSS_20B, 42, 20_914_757_184),

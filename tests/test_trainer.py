@@ -314,7 +314,7 @@ def bad_model(inputs, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
         (
             {"moe_intermediate_size": 24},
             r"of another shape: .*experts.0.gate_proj.weight \(\(16, "

@@ -501,7 +501,7 @@ class Checkpoint:
     """URL, such as s3://bucket/run, that receives checkpoints/ and exports in place of --output
     (any fsspec file system).
     """
-    export: Literal["bf16", "fp32", "fp8", "none"] = "bf16"
+    export: Literal["bf16", "fp32", "fp8", "int4", "mxfp4", "none"] = "bf16"
     """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128,
     quantised from the fp32 masters.
     """

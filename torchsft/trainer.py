@@ -14,6 +14,7 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
+from torchsft.checkpoint.hf_directory import exported_config, read_config
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.resume import find_start
 from torchsft.checkpoint.storage import Folder
@@ -143,6 +144,7 @@ class Trainer:
             return
         if self.config.overwrite and self.start.replaces:  # an old export makes way too
             return
+        exported_config(read_config(self.source), self.config.checkpoint.export)  # or refuses
         huggingface.check_target(self.source, Folder(export_place(self.config, "hf")))
 
     # ------------------------------------------------------------------------------------------

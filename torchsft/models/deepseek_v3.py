@@ -8,59 +8,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torchsft.models.expert_groups import SigmoidGroupsConfig, SigmoidGroupsModel
 from torchsft.models.latent import LatentConfig, LatentModel
-from torchsft.models.routers import GroupedSigmoidRouter
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekV3Config(LatentConfig):
+class DeepseekV3Config(SigmoidGroupsConfig, LatentConfig):
     """Sizes and constants of a model."""
 
     first_k_dense_replace: int = 3
     n_group: int = 8
     topk_group: int = 4
-    norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     max_position_embeddings: int = 4096
-    # MTP layers that the checkpoint may hold behind the last layer
-    num_nextn_predict_layers: int | None = None
 
     supported_values: ClassVar[Mapping[str, Any]] = {
+        **SigmoidGroupsConfig.supported_values,
         **LatentConfig.supported_values,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
         "rope_interleave": True,
     }
-    spellings = (
-        ("n_routed_experts", "num_local_experts"),
-        ("num_nextn_predict_layers", "num_mtp_layers"),
-    )
-    rivals = 2
-
-    @property
-    def mtp_layers(self) -> int | None:
-        """MTP layers that the checkpoint may hold; None where config.json does not say."""
-        return self.num_nextn_predict_layers
 
 
-class DeepseekV3(LatentModel):
+class DeepseekV3(SigmoidGroupsModel, LatentModel):
     """DeepSeek-V3; see `LanguageModel`."""
 
     config: DeepseekV3Config
     config_class = DeepseekV3Config
-
-    def build_router(self) -> GroupedSigmoidRouter:
-        """Make the router of a layer with experts."""
-        config = self.config
-        return GroupedSigmoidRouter(
-            config.hidden_size,
-            config.n_routed_experts,
-            top_k=config.num_experts_per_tok,
-            groups=config.n_group,
-            top_groups=config.topk_group,
-            normalise=config.norm_topk_prob,
-            scale=config.routed_scaling_factor,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

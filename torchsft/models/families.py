@@ -7,6 +7,7 @@ from torchsft.config import InputError
 from torchsft.models.deepseek_v2 import DeepseekV2
 from torchsft.models.deepseek_v3 import DeepseekV3, Glm4MoeLite
 from torchsft.models.deepseek_v32 import DeepseekV32, GlmMoeDsa
+from torchsft.models.glm4_moe import Glm4Moe
 from torchsft.models.gpt_oss import GptOss
 from torchsft.models.language_model import LanguageModel, ModelConfig
 from torchsft.models.llama import Llama, Mistral, Qwen2, SmolLM3
@@ -25,6 +26,7 @@ FAMILIES = {
     "DeepseekV2ForCausalLM": Family("deepseek_v2", DeepseekV2),
     "DeepseekV3ForCausalLM": Family("deepseek_v3", DeepseekV3),
     "DeepseekV32ForCausalLM": Family("deepseek_v32", DeepseekV32),
+    "Glm4MoeForCausalLM": Family("glm4_moe", Glm4Moe),
     "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", Glm4MoeLite),
     "GlmMoeDsaForCausalLM": Family("glm_moe_dsa", GlmMoeDsa),
     "GptOssForCausalLM": Family("gpt_oss", GptOss),

@@ -435,8 +435,10 @@ class LanguageModel(nn.Module):
         after `to_empty`.
         """
         self.model.rotary_emb.init_buffers()
-        self.mtp_loss.zero_()
-        self.mtp_drafts.zero_()
+        # A model that is split into stages has its memory in these, and its own sums on meta.
+        device = self.model.rotary_emb.inv_freq.device
+        self.mtp_loss = torch.zeros_like(self.mtp_loss, device=device)
+        self.mtp_drafts = torch.zeros_like(self.mtp_drafts, device=device)
         for moe in self.moe_layers().values():
             moe.init_buffers()
 

@@ -9,40 +9,32 @@ from typing import Any, ClassVar
 
 from torchsft.models.attention import LatentAttention
 from torchsft.models.config_json import refuse_if
-from torchsft.models.family import FamilyConfig, FamilyModel
+from torchsft.models.expert_groups import ExpertGroupsConfig
+from torchsft.models.family import FamilyModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentConfig(FamilyConfig):
+class LatentConfig(ExpertGroupsConfig):
     """Sizes and constants of a model whose layers have experts, behind dense ones."""
 
     # Sizes without which no parameter has a shape.
-    moe_intermediate_size: int
-    n_routed_experts: int
-    num_experts_per_tok: int
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     # The defaults are what transformers assumes where config.json is silent.
     q_lora_rank: int | None = 1536
-    n_shared_experts: int = 1
-    n_group: int = 1
-    topk_group: int = 1
-    routed_scaling_factor: float = 1.0
-    # Which layers are dense: it is listed, or those before the number.
+    # Which layers are dense, dense or sparse of each; empty: those before first_k_dense_replace.
     mlp_layer_types: tuple[str, ...] = ()
-    first_k_dense_replace: int = 0
 
     supported_values: ClassVar[Mapping[str, Any]] = {
-        **FamilyConfig.supported_values,
+        **ExpertGroupsConfig.supported_values,
         "moe_layer_freq": 1,
     }
     apart = ("rope", "mlp_layer_types")
     null_says_something = ("q_lora_rank",)  # that there is no query latent
     rope_width = "qk_rope_head_dim"
     pairing = "neighbours"
-    rivals: ClassVar[int]  # by the sum of how many of its best scores a group of experts competes
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LatentConfig":
@@ -68,8 +60,6 @@ class LatentConfig(FamilyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_shared_experts", "n_group", "topk_group"):
-            self.check_positive(name)
         refuse_if(
             self.qk_rope_head_dim % 2,
             f"qk_rope_head_dim = {self.qk_rope_head_dim}, but it must be even",
@@ -78,22 +68,6 @@ class LatentConfig(FamilyConfig):
         refuse_if(
             self.v_head_dim > self.qk_head_dim, f"{dims}, which the attention does not support"
         )
-        experts, groups, open_groups = self.n_routed_experts, self.n_group, self.topk_group
-        refuse_if(
-            experts % groups,
-            f"{experts} n_routed_experts, which n_group ({groups}) does not divide",
-        )
-        refuse_if(
-            open_groups > groups, f"topk_group = {open_groups}, but only {groups} groups (n_group)"
-        )
-        each = f"{experts} n_routed_experts in {groups} groups"
-        refuse_if(
-            open_groups < groups and experts // groups < self.rivals,
-            f"{each}, but groups compete by their best two",
-        )
-        chosen, reachable = self.num_experts_per_tok, experts // groups * open_groups
-        few = f"the {open_groups} groups open to a token (topk_group) hold only {reachable} experts"
-        refuse_if(chosen > reachable, f"num_experts_per_tok = {chosen}, but {few}")
 
     @property
     def qk_head_dim(self) -> int:
@@ -107,15 +81,11 @@ class LatentConfig(FamilyConfig):
 
     def routed_experts(self, layer: int) -> int:
         """Experts of a layer among which its router chooses; 0: it is dense."""
-        sparse = layer >= self.first_k_dense_replace
-        if self.mlp_layer_types:  # MTP layers, behind those that are listed, have experts
-            sparse = self.mlp_layer_types[layer : layer + 1] != ("dense",)
-        return self.n_routed_experts if sparse else 0
-
-    @property
-    def expert_costs(self) -> tuple[int, int]:
-        """Inner width of an expert, and how many a token meets: routed and shared ones."""
-        return self.moe_intermediate_size, self.num_experts_per_tok + self.n_shared_experts
+        if not self.mlp_layer_types:
+            return super().routed_experts(layer)
+        # MTP layers, behind those that are listed, have experts.
+        dense = self.mlp_layer_types[layer : layer + 1] == ("dense",)
+        return 0 if dense else self.n_routed_experts
 
     @property
     def attention_cost(self) -> int:
