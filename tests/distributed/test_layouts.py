@@ -153,8 +153,8 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     steps = [next(trainer.loader) for _ in range(STEPS)]
     without = common | reported(steps, [trainer.train_step(step)[0] for step in steps])
     state = {name: full(t) for name, t in trainer.model.state_dict().items()}
-    for result in (without, balanced):
-        result["evaluation"] = trainer.evaluate() if trainer.run_data.eval_sets else {}
+    balanced["evaluation"] = {}
+    without["evaluation"] = trainer.evaluate() if trainer.run_data.eval_sets else {}
     if all(index == 0 for axis, index in place.items() if axis != "pp"):
         balanced["gradients"] = gradients[0]
         without |= {"gradients": gradients[1], "state": state}
