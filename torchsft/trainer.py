@@ -14,7 +14,7 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
-from torchsft.checkpoint.hf_directory import exported_config, read_config
+from torchsft.checkpoint.hf_directory import exported_config
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.resume import find_start
 from torchsft.checkpoint.storage import Folder
@@ -128,6 +128,8 @@ class Trainer:
         config_json, _ = base_configs(self.source)
         self.family = family_of(config_json)
         self.model_config = read_model_config(config_json)
+        if config.checkpoint.export != "none":
+            exported_config(config_json, config.checkpoint.export)  # refuses what cannot be
         self.plan_model()
         with self.clock("tokenising"):
             self.load_data()
@@ -143,7 +145,6 @@ class Trainer:
             return
         if self.config.overwrite and self.start.replaces:  # an old export makes way too
             return
-        exported_config(read_config(self.source), self.config.checkpoint.export)  # or refuses
         huggingface.check_target(self.source, Folder(export_place(self.config, "hf")))
 
     # ------------------------------------------------------------------------------------------

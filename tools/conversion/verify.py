@@ -36,6 +36,7 @@ from torchsft.checkpoint.weight_files import (
     stored_format,
 )
 from torchsft.config import differences
+from torchsft.models.families import read_model_config
 from torchsft.precision.formats import Fp8Blocks
 
 TASK_BYTES = 1e9
@@ -255,7 +256,8 @@ def _is_spare(key: str, config: Mapping[str, Any], training: bool) -> bool:
     doubled = key.endswith("rotary_emb.inv_freq") or (
         key == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
     )
-    return doubled or (training and not is_model_key(key, config["num_hidden_layers"]))
+    layers = read_model_config(config).num_hidden_layers
+    return doubled or (training and not is_model_key(key, layers))
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
@@ -399,7 +401,7 @@ def info(directory: str | Path) -> list[str]:
         if is_dcp(directory)
         else "Hugging Face"
     )
-    lines = [f"{directory}: {kind}"]
+    lines, text = [f"{directory}: {kind}"], config.get("text_config") or config
     if is_dcp(directory):
         lines += [f"  not complete: {fault}" for fault in incomplete(Folder(directory))]
     if is_training(directory):
@@ -411,12 +413,12 @@ def info(directory: str | Path) -> list[str]:
     else:
         lines.append(
             f"  {', '.join(config.get('architectures') or ['no architecture'])}, "
-            f"{config.get('num_hidden_layers')} layers"
+            f"{text.get('num_hidden_layers')} layers"
         )
     groups: dict[str, list[StoredTensor]] = {}
     for key, tensor in tensors.items():
         groups.setdefault(
-            _group(key, is_dcp(directory), config.get("num_hidden_layers") or math.inf), []
+            _group(key, is_dcp(directory), text.get("num_hidden_layers") or math.inf), []
         ).append(tensor)
     for group, members in groups.items():
         elements = sum(math.prod(tensor.shape) for tensor in members)
