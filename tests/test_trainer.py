@@ -662,7 +662,7 @@ def test_checkpoints_are_kept_by_age_step_and_eval_loss(inputs, tmp_path, monkey
     ]
     losses = iter([2.0, 1.0, 4.0, 3.0])
     monkeypatch.setattr(
-        "torchsft.trainer.evaluate_loss",
+        "torchsft.evaluation.evaluate_loss",
         lambda *_: {"eval_loss": next(losses), "eval_perplexity": 1.0},
     )
     run_recipe(monkeypatch, *options, "--checkpoint.export", "none", "--output", tmp_path / "run")

@@ -5,7 +5,7 @@ experts, E experts, K choices per token.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,41 @@ from torchsft.parallel.world import World
 BATCHES_AT_ONCE = 64
 LARGEST_EXPONENT = 700.0  # exp of more is infinite in float64
 DRIFT_TOKENS = 512  # of the first evaluation row: those whose routing is compared
+
+
+class Evaluation:
+    """A run's evaluation sets, and how the model before the first step routed their first row."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline | OneStage,
+        sets: Mapping[str, EvalSet],
+        layer_experts: Mapping[int, int],  # number of experts of every MoE layer of the whole model
+        world: World,
+    ) -> None:
+        self.pipeline, self.sets, self.world = pipeline, sets, world
+        self.layer_experts = layer_experts
+        self.base_routing: dict[str, Any] | None = None  # saved in checkpoints
+
+    def run(self, message: Callable[[str], None]) -> dict[str, float]:
+        """Compute the loss over all sets (see `evaluate_loss`), and the share of choices of experts
+        that the model before the first step did not make; `message` prints a line.
+        """
+        found = evaluate_loss(self.pipeline, self.sets, self.world)
+        if self.base_routing and (routing := self.routing()):
+            drift = routing_drift(routing, self.base_routing)
+            if drift is None:
+                message("no routing drift: --data.eval begins otherwise than at step 0")
+            else:
+                found["eval_routing_drift"] = drift
+        return found
+
+    def routing(self) -> dict[str, Any] | None:
+        """Return how the first evaluation row is routed; None where there is none."""
+        first = next(iter(self.sets.values()), ())
+        if not self.layer_experts or not len(first):
+            return None
+        return routing_choices(self.pipeline, first.first_row(), self.layer_experts, self.world)
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     trainer.optimizer.step = keep_gradients
     first = next(trainer.loader)
     router = trainer.config.router
-    if trainer.experts_of_layers():
+    if trainer.model.layer_experts():
         router.aux_loss, router.z_loss = AUX_LOSS, Z_LOSS
     balanced = common | reported([first], [trainer.train_step(first)[0]])
     balanced["routing"] = {name: torch.stack(seen) for name, seen in routing.items()}

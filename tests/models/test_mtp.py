@@ -14,7 +14,7 @@ from tests.models.oracle import VOCABULARY, packed, randomise
 from tests.tiny import tiny_config
 from torchsft.config import InputError, Model
 from torchsft.models.families import build_model
-from torchsft.models.language_model import check_mtp
+from torchsft.models.language_model import trained_mtp_layers
 
 LAYERS, FACTOR = 3, 0.3
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -216,10 +216,10 @@ def test_what_cannot_be_trained_is_refused():
     described = tiny_config(num_nextn_predict_layers=0).to_dict()
     config = build_model(described | {"architectures": None}).config
     with pytest.raises(InputError, match=r"config\.json has 0 layers for multi-token prediction"):
-        check_mtp("train", config)
-    check_mtp("drop", config)
+        trained_mtp_layers("train", config)
+    trained_mtp_layers("drop", config)
     described["num_nextn_predict_layers"] = 1
     config = build_model(described | {"architectures": None}).config
-    check_mtp("train", config)
+    trained_mtp_layers("train", config)
     with pytest.raises(InputError, match=r"mtp-weight is 0\.3, but --model\.mtp is keep; set"):
         Model(mtp_weight=0.3)

@@ -104,9 +104,16 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
     return index
 
 
-def has_mtp(index: Weights, model: LanguageModel) -> bool:
-    """Whether there are MTP layers."""
-    return any(hf_directory.is_mtp(key, model.config.num_hidden_layers) for key in index.tensors)
+def note_on_mtp(index: Weights, model: LanguageModel) -> str:
+    """Say what it means if there are MTP layers that are kept; empty where there are none."""
+    layers = model.config.num_hidden_layers
+    if model.mtp != "keep" or not any(hf_directory.is_mtp(key, layers) for key in index.tensors):
+        return ""
+    return (
+        "MTP layers are exported as they are: drafts of a server that uses them are accepted less "
+        "often the more training changes the model, which slows it down; --model.mtp train trains "
+        "them too"
+    )
 
 
 def check_moving_bias(index: Weights, model: LanguageModel) -> None:

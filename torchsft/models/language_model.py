@@ -277,9 +277,8 @@ class LanguageModel(nn.Module):
         self.family = type(self)
         self.config, self.attention, self.loss_chunk = config, attention, loss_chunk
         self.first, self.last, self.mtp = first, last, mtp
-        self.depth = config.num_hidden_layers  # layers of the whole model, trained MTP layers too
-        if mtp == "train":
-            self.depth += config.mtp_layers or 0
+        # layers of the whole model, trained MTP layers too
+        self.depth = config.num_hidden_layers + trained_mtp_layers(mtp, config)
         # where tokens and vocabulary lie; tensor and context parallelism replace it
         self.layout = Layout()
         layers = range(config.num_hidden_layers) if layers is None else layers
@@ -446,6 +445,11 @@ class LanguageModel(nn.Module):
         """Return the MTP layers that are here, in order."""
         return [layer for layer in self.model.layers.values() if isinstance(layer, MTPLayer)]
 
+    def layer_experts(self) -> dict[int, int]:
+        """Return the number of experts of every layer of the whole model that has some."""
+        experts = {layer: self.config.routed_experts(layer) for layer in range(self.depth)}
+        return {layer: count for layer, count in experts.items() if count}
+
     def shared_keys(self) -> dict[str, str]:
         """Return the Hugging Face keys under which files may have tensors of the model once more,
         for MTP layers that share them, and the names of these.
@@ -532,10 +536,15 @@ class LanguageModel(nn.Module):
         return self.get_submodule(name.rpartition(".")[0])
 
 
-def check_mtp(mtp: Mtp, config: ModelConfig) -> None:
-    """Refuse to train MTP layers that a model does not have."""
+def trained_mtp_layers(mtp: Mtp, config: ModelConfig) -> int:
+    """Return how many MTP layers are trained.
+
+    Raises:
+        InputError: some are to be, but the model has none.
+    """
     if mtp == "train" and not config.mtp_layers:
         raise InputError(
             f"--model.mtp is train, but config.json has {config.mtp_layers or 0} layers for "
             "multi-token prediction (num_nextn_predict_layers); set --model.mtp keep"
         )
+    return config.mtp_layers or 0 if mtp == "train" else 0
