@@ -59,7 +59,7 @@ def test_int4_rounds_to_the_nearest_of_15_steps_and_keeps_unchanged_groups():
     odd = torch.rand(6, 3).bfloat16() + 0.5  # no rule would give such scales
     read = int4.dequantise(packed, odd)
     changed = read.clone()
-    changed[2, 40] += 1
+    changed[2, 40] += 100  # beyond the steps of its group
     for values, same in ((read, torch.ones(6, 3)), (changed, torch.ones(6, 3))):
         found, found_scale = int4.quantise(values, odd, "w")
         if values is changed:
@@ -98,12 +98,25 @@ def test_mxfp4_keeps_blocks_that_did_not_change():
     blocks, odd = mxfp4.quantise(draw(2, 5, 96), None, "w")
     blocks &= 0xBB  # at most 1.5: the rule would give them another scale
     values = mxfp4.dequantise(blocks, odd)
-    values[1, 2, 40] += 1
+    values[1, 2, 40] += 100  # beyond the numbers of its block
     found, found_scales = mxfp4.quantise(values, odd, "w")
     same = torch.ones(2, 5, 3, dtype=torch.bool)
     same[1, 2, 1] = False
     assert torch.equal(found_scales == odd, same)
     assert torch.equal(found[same], blocks[same])
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(int4, (6, 96)), (mxfp4, (2, 5, 96))], ids=["int4", "mxfp4"]
+)
+def test_what_changes_little_keeps_its_scale(module, shape):
+    """As training leaves it: with new scales, every value would be rounded anew."""
+    data, scales = module.quantise(draw(*shape), None, "w")
+    stored = module.dequantise(data, scales)
+    trained = stored + 1e-5 * draw(*shape, seed=1)
+    found, kept = module.quantise(trained, scales, "w")
+    assert torch.equal(kept, scales)
+    assert (module.dequantise(found, kept) - trained).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("form", [Int4Groups(), Mxfp4()], ids=lambda form: form.name)

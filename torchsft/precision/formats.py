@@ -3,8 +3,9 @@ describes.
 
 A weight KEY of such a format lies in several tensors of a file, its parts; one of these holds
 scales. Values are read as fp32, exactly, and written from fp32, each group of values that share a
-scale by itself: where the scale with which it was stored gives all its values in every bit, it
-keeps that scale, and hence its very bytes. So what training did not change comes back as it was.
+scale by itself: where the scale with which it was stored gives its values exactly (of four bits: at
+least as near as a new one), it keeps that scale, and hence its very bytes. So what training did not
+change comes back as it was.
 """
 
 from collections.abc import Callable, Mapping, Sequence

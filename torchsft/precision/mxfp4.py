@@ -38,7 +38,8 @@ def dequantise(packed: Tensor, scales: Tensor) -> Tensor:
 def quantise(w: Tensor, known_scales: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
     """Quantise a weight by the rule of the OCP specification, section 6.3: the scale is the largest
     power of two in a block's largest value, over 4; values are rounded to the nearest, ties to
-    even, and at most 6. Blocks that `known_scales` give in every bit keep them.
+    even, and at most 6. Blocks keep `known_scales` where these are at least as near: what did not
+    change is exact, and what changed little gains no new error.
 
     Args:
         w: fp32 [..., 32 n].
@@ -61,11 +62,15 @@ def quantise(w: Tensor, known_scales: Tensor | None, name: str) -> tuple[Tensor,
     exponent = torch.where(largest > 0, exponent, 0)
     scales = (exponent + _BIAS).clamp(0, 254).to(torch.uint8)
     if known_scales is not None:
-        decoded = _decode(_encode(blocked, known_scales), known_scales)
-        unchanged = decoded.view(torch.int32) == blocked.view(torch.int32)
-        scales = torch.where(unchanged.all(-1), known_scales, scales)
+        nearer = _error(blocked, known_scales) <= _error(blocked, scales)
+        scales = torch.where(nearer, known_scales, scales)
     codes = _encode(blocked, scales)
     return codes[..., ::2] | (codes[..., 1::2] << 4), scales
+
+
+def _error(blocked: Tensor, scales: Tensor) -> Tensor:
+    """Return the squared rounding error of each block [..., n]; 0: every value is exact."""
+    return (_decode(_encode(blocked, scales), scales) - blocked).square().sum(-1)
 
 
 def _decode(codes: Tensor, scales: Tensor) -> Tensor:
