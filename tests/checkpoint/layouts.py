@@ -149,9 +149,7 @@ def every_layout(source, work):
             seen["empty"] = sum(
                 t.to_local().numel() == 0 for t in tensors.values() if isinstance(t, DTensor)
             )
-            seen |= watched_export(
-                model, f"{work}/hf-{ep}", torch.bfloat16, source, max_shard_bytes=30_000
-            )
+            seen |= watched_export(model, f"{work}/hf-{ep}", "bf16", source, max_shard_bytes=30_000)
             huggingface.initialise_weights(model, 7)
             initial = {
                 name: model.initial_value(name, tuple(t.shape), 7) for name, t in reference.items()

@@ -355,7 +355,9 @@ def layout(request, ranks, v3, tmp_path_factory):
     """Name, what each rank saw, and the fp8 export."""
     name, work = request.param, tmp_path_factory.mktemp("work")
     count, axes = LAYOUTS[name]
-    seen = ranks(count, parts.weights, source=str(v3), work=str(work), name=name, dtype=FP8, **axes)
+    seen = ranks(
+        count, parts.weights, source=str(v3), work=str(work), name=name, dtype="fp8", **axes
+    )
     return name, seen, work / name / "hf"
 
 

@@ -137,7 +137,7 @@ def test_random_weights_do_not_depend_on_the_layout(layout, source):
 def test_parts_export_what_one_process_exports(layout, source, work, tmp_path):
     name, seen = layout
     huggingface.export(
-        torchsft.load_model(source), tmp_path / "hf", torch.bfloat16, source, max_shard_bytes=30_000
+        torchsft.load_model(source), tmp_path / "hf", "bf16", source, max_shard_bytes=30_000
     )
     expected, found = read_tensors(tmp_path / "hf"), read_tensors(work / name / "hf")
     assert expected.keys() == found.keys() == read_tensors(source).keys()
