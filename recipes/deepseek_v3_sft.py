@@ -1,5 +1,5 @@
 """Full-parameter supervised fine-tuning of DeepSeek-V3-architecture models (V3, R1, V3.1, Kimi-K2,
-Moonlight, GLM-4.7-Flash).
+Kimi-K2-Thinking, K2.5 to K2.7, Moonlight, GLM-4.7-Flash).
 
     # the debug preset: learns a generated task
     torchrun --nproc-per-node 2 recipes/deepseek_v3_sft.py
@@ -7,7 +7,7 @@ Moonlight, GLM-4.7-Flash).
     torchrun --nproc-per-node 8 recipes/deepseek_v3_sft.py finetune \\
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8
 
-Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
+Supports: fp8, INT4, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
 packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
 data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides. Ctrl-C,
 SIGTERM and SIGUSR1 make it save and end; the same command continues.
@@ -23,7 +23,12 @@ from torchsft.config import Config, Data, Optim, Parallel, Train
 from torchsft.interruption import run_main
 
 # What this recipe trains, as config.json names it.
-ARCHITECTURES = ("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM")
+ARCHITECTURES = (
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "KimiK25ForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+)
 
 
 def debug() -> Config:
@@ -92,6 +97,17 @@ def moonlight() -> Config:
     )
 
 
+def kimi_k2() -> Config:
+    """Kimi-K2, K2-Thinking or K2.5 on 512 H100-80GB (64 nodes of 8): 8 pipeline ranks, 6 experts of
+    each layer on a GPU; weights, gradients and moments take up to 45 GB a GPU, activations the
+    rest.
+    """
+    config = v3_256()
+    parallel = dataclasses.replace(config.parallel, dp_shard=64, ep=64)
+    train = dataclasses.replace(config.train, global_batch_size=1024)
+    return dataclasses.replace(config, parallel=parallel, train=train, output="outputs/kimi_k2")
+
+
 def glm_4_7_flash() -> Config:
     """GLM-4.7-Flash on 8 H100-80GB (one node): FSDP2 over all of them, 8 of 64 experts on each;
     60 GB a GPU for weights, gradients and moments, activations beside that.
@@ -107,6 +123,7 @@ PRESETS = {
     "v3_128": v3_128,
     "v3_64": v3_64,
     "moonlight": moonlight,
+    "kimi_k2": kimi_k2,
     "glm_4_7_flash": glm_4_7_flash,
 }
 

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from recipes import deepseek_v3_sft
+from tests.checkpoint.sources import add_mtp
 from tests.distributed.test_layouts import SilentTrainer, config_for
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint import state
@@ -271,6 +272,18 @@ def test_routing_drift_is_against_the_model_before_the_first_step_also_when_a_ru
     )
 
 
+def test_a_run_that_keeps_mtp_layers_says_what_that_means(inputs, tmp_path, capsys):
+    directory = bad_model(inputs, tmp_path, {})
+    for told in (False, True):
+        config = trainer_for(inputs, tmp_path)
+        config.model.path = str(directory)
+        with World(config.parallel, 0) as world:
+            SilentTrainer(config, world)
+        line = "MTP layers are exported as they are: drafts of a server that uses them"
+        assert (line in capsys.readouterr().out) == told
+        add_mtp(directory)
+
+
 def test_automatic_options_are_resolved_in_the_saved_configuration(inputs, tmp_path):
     config = trainer_for(inputs, tmp_path)
     resolved = resolve(config)
@@ -301,7 +314,7 @@ def bad_model(inputs, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
         (
             {"moe_intermediate_size": 24},
             r"of another shape: .*experts.0.gate_proj.weight \(\(16, "
@@ -649,7 +662,7 @@ def test_checkpoints_are_kept_by_age_step_and_eval_loss(inputs, tmp_path, monkey
     ]
     losses = iter([2.0, 1.0, 4.0, 3.0])
     monkeypatch.setattr(
-        "torchsft.trainer.evaluate_loss",
+        "torchsft.evaluation.evaluate_loss",
         lambda *_: {"eval_loss": next(losses), "eval_perplexity": 1.0},
     )
     run_recipe(monkeypatch, *options, "--checkpoint.export", "none", "--output", tmp_path / "run")

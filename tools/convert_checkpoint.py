@@ -149,7 +149,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     to_hf.add_argument("out", type=place, metavar="HF", help="new directory")
     to_hf.add_argument(
         "--dtype",
-        choices=("bf16", "fp32", "fp8"),
+        choices=("bf16", "fp32", "fp8", "int4", "mxfp4"),
         default="bf16",
         help="of the weights (default: %(default)s)",
     )

@@ -13,6 +13,7 @@ import datetime
 import difflib
 import inspect
 import json
+import operator
 import os
 import re
 import shutil
@@ -102,18 +103,24 @@ class Option:
         kind: the annotation of its field: str, int, float, bool, a Literal, a union of these with
             None, or tuple[str, ...].
         doc: what it is, for the help.
-        needed: whether it has no default.
+        default: of its field; MISSING: it has none.
     """
 
     name: str
     kind: Any
-    doc: str = ""
-    needed: bool = False
+    doc: str
+    default: Any
+
+    @property
+    def negation(self) -> str:
+        """The name by which a switch is turned off, such as `train.no_compile`."""
+        section, dot, last = self.name.rpartition(".")
+        return f"{section}{dot}no_{last}"
 
     @property
     def flag(self) -> str:
         """As the user writes it."""
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
 
     @property
     def is_list(self) -> bool:
@@ -121,8 +128,16 @@ class Option:
         return typing.get_origin(self.kind) is tuple
 
 
+def flag_of(name: str) -> str:
+    """Return how an option of this name is written."""
+    return "--" + name.replace("_", "-")
+
+
 CONFIG_FILE = Option(
-    "config", str | None, "YAML, TOML or JSON file of these options, such as a run's config.json."
+    "config",
+    str | None,
+    "YAML, TOML or JSON file of these options, such as a run's config.json.",
+    default=None,
 )
 
 
@@ -180,7 +195,8 @@ def parse(
             f"--overwrite to replace the run in --output, or --no-overwrite to continue it"
         )
     name = argv[0] if named else choose(from_file | given)
-    values = values_of(presets[name]())
+    preset = presets[name]()
+    values = {option: operator.attrgetter(option)(preset) for option in options}
     if wants_help:
         first = {key: inspect.getdoc(build).split("\n\n")[0] for key, build in presets.items()}
         lines = [f"  {key:<10} {' '.join(text.split())}" for key, text in first.items()]
@@ -202,11 +218,11 @@ def parse_tool(kind: type[Options], argv: Sequence[str], doc: str) -> Options:
     """
     options = options_of(kind)
     given, wants_help = read_arguments(argv, options)
-    from_file = (
-        read_file(given.pop("config"), options | options_of(Config)) if given.get("config") else {}
-    )
+    file = given.pop("config", None)
+    from_file = read_file(file, options | options_of(Config)) if file else {}
     if wants_help:
-        show_help(doc.strip(), options, default_values(kind), wants_help)
+        defaults = {name: option.default for name, option in options.items()}
+        show_help(doc.strip(), options, defaults, wants_help)
     mine = {name: value for name, value in from_file.items() if name in options}
     return build(kind, override(mine, given))
 
@@ -228,17 +244,14 @@ def override(below: Values, above: Values) -> Values:
 
 def options_of(kind: type, prefix: str = "") -> dict[str, Option]:
     """Return the options of a dataclass and those nested in it, by name."""
-    found: dict[str, Option] = {}
+    found = {}
     hints, docs = typing.get_type_hints(kind), field_docs(kind)
     for field in dataclasses.fields(kind):
         name, hint = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
             found |= options_of(hint, name + ".")
-            continue
-        needed = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        found[name] = Option(name, hint, docs.get(field.name, ""), needed)
+        else:
+            found[name] = Option(name, hint, docs.get(field.name, ""), field.default)
     return found
 
 
@@ -252,31 +265,6 @@ def field_docs(kind: type) -> dict[str, str]:
         if isinstance(behind.value, ast.Constant) and isinstance(behind.value.value, str):
             docs[statement.target.id] = " ".join(behind.value.value.split())
     return docs
-
-
-def values_of(config: Any, prefix: str = "") -> Values:
-    """Return the values in a dataclass and those nested in it."""
-    found: Values = {}
-    for field in dataclasses.fields(config):
-        name, value = prefix + field.name, getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= values_of(value, name + ".")
-        else:
-            found[name] = value
-    return found
-
-
-def default_values(kind: type, prefix: str = "") -> Values:
-    """Return the defaults of a dataclass and those nested in it, as far as they have some."""
-    found: Values = {}
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        name = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            found |= default_values(hints[field.name], name + ".")
-        elif field.default is not dataclasses.MISSING:
-            found[name] = field.default
-    return found
 
 
 def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
@@ -294,7 +282,7 @@ def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
         elif name in values:
             arguments[field.name] = values[name]
     for option in options_of(kind, prefix).values():
-        if option.needed and option.name not in values:
+        if option.default is dataclasses.MISSING and option.name not in values:
             raise InputError(f"{option.flag} is missing; give it: {option.doc}")
     return kind(**arguments)
 
@@ -302,16 +290,17 @@ def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
 # Values
 
 
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """Return what a union allows; another kind alone."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
 def read_value(kind: Any, value: Any) -> Any:
     """`value`, a word of the command line or a value of a file, as `kind`. Raises ValueError: it is
     none.
     """
-    members = (
-        typing.get_args(kind)
-        if typing.get_origin(kind) in (typing.Union, types.UnionType)
-        else (kind,)
-    )
-    for member in sorted(members, key=lambda member: member is not types.NoneType):
+    for member in sorted(members_of(kind), key=lambda member: member is not types.NoneType):
         with contextlib.suppress(ValueError):
             return _read_member(member, value)
     raise ValueError
@@ -339,15 +328,6 @@ def _read_member(kind: Any, value: Any) -> Any:
 
 def allowed(kind: Any) -> str:
     """Return what `kind` allows, in words."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        members = [allowed(member) for member in typing.get_args(kind)]
-        return " or ".join(
-            member
-            for member in members
-            if not (member == "a whole number" and "a number" in members)
-        )
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
     words = {
         str: "text",
         int: "a whole number",
@@ -355,7 +335,12 @@ def allowed(kind: Any) -> str:
         bool: "True or False",
         types.NoneType: "None",
     }
-    return words[kind]
+    members = members_of(kind)
+    return " or ".join(
+        words.get(member) or "one of " + ", ".join(typing.get_args(member))
+        for member in members
+        if member is not int or float not in members
+    )
 
 
 def read_option(option: Option, value: Any, said: str) -> Any:
@@ -394,18 +379,17 @@ def read_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[
     "". Raises InputError.
     """
     known = {**options, CONFIG_FILE.name: CONFIG_FILE}
-    given: Values = {}
-    first: dict[str, str] = {}  # how an option was given before
+    switches = {option.negation: option for option in known.values() if option.kind is bool}
+    given = {}
+    first = {}  # how an option was given before
     wants_help = ""
     for flag, words in _grouped(argv):
         name, written = flag.lstrip("-").replace("-", "_"), " ".join([flag, *words])
         if flag == "-h" or name in ("help", "help_all"):
             wants_help = "help" if flag == "-h" else name
             continue
-        section, dot, last = name.rpartition(".")
-        positive = f"{section}{dot}{last.removeprefix('no_')}"
-        negated = name not in known and positive in known and known[positive].kind is bool
-        option = known.get(positive if negated else name)
+        negated = name not in known
+        option = known.get(name) or switches.get(name)
         if option is None or not flag.startswith("--"):
             raise InputError(f"there is no option {flag}; {suggestion(name, known)}")
         if option.name in given and not option.is_list:
@@ -432,7 +416,7 @@ def read_arguments(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[
 
 def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Return each option as it is written, with the words that follow it."""
-    groups: list[tuple[str, list[str]]] = []
+    groups = []
     for word in argv:
         number = re.fullmatch(r"-(\d|\.\d|inf).*", word)
         if word.startswith("-") and word != "-" and not number:
@@ -451,10 +435,9 @@ def suggestion(name: str, known: Mapping[str, Option]) -> str:
     """Say what may have been meant by an unknown name, as the end of a sentence."""
     switch = known.get(name.removeprefix("no_"))
     if switch is not None and switch.kind is bool:
-        section, dot, last = switch.flag.removeprefix("--").rpartition(".")
-        return f"did you mean --{section}{dot}no-{last}?"
+        return f"did you mean {flag_of(switch.negation)}?"
     last = name.rpartition(".")[2]
-    lasts: dict[str, list[str]] = {}
+    lasts = {}
     for other in known:
         lasts.setdefault(other.rpartition(".")[2], []).append(other)
     found = [FOREIGN[last]] if FOREIGN.get(last) in known else []
@@ -481,7 +464,7 @@ def read_file(path: str, options: Mapping[str, Option]) -> Values:
             f"--config {path} does not hold options, but {_shown(content)[:60]}; write them as in "
             f"a run's config.json"
         )
-    values: Values = {}
+    values = {}
     for name, value in _flat(content, options, path):
         said = f"{name} in {path}"
         if name not in options:
@@ -535,8 +518,6 @@ def _load(path: Path) -> Any:
             return _load_toml(text)
         if path.suffix in (".yaml", ".yml"):
             return _load_yaml(text)
-    except InputError:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"--config {path} cannot be read ({' '.join(str(error).split())}); mend or rename it"
@@ -550,7 +531,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object. Raises ValueError: one key is there twice, of which JSON and YAML would
     keep the last without a word, or is a list or table.
     """
-    found: dict[str, Any] = {}
+    found = {}
     for key, value in pairs:
         if not isinstance(key, Hashable):  # YAML's [a]: b
             raise ValueError(f"key {_shown(key)} is no name")
@@ -605,20 +586,16 @@ def show_help(
         if which == "help_all" or option.name in COMMON or "." not in option.name
     ]
     width = min(shutil.get_terminal_size().columns or 100, 110)
-    lines = [
-        doc,
-        "",
-        "Options:"
-        if which == "help_all"
-        else "Options that most people use (--help-all lists all):",
-    ]
+    most_used = "Options that most people use (--help-all lists all):"
+    lines = [doc, "", "Options:" if which == "help_all" else most_used]
     for option in [*shown, CONFIG_FILE]:
         lines.append(f"  {option.flag} {_metavar(option)}".rstrip())
-        default = f" (default: {_default(values[option.name])})" if option.name in values else ""
+        value = values.get(option.name, dataclasses.MISSING)
+        default = "" if value is dataclasses.MISSING else f" (default: {_default(value)})"
         text = f"{option.doc}{default}".strip()
         lines.append(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     if is_main():
-        print("\n".join(line for line in lines))
+        print("\n".join(lines))
     raise SystemExit(0)
 
 
@@ -629,9 +606,8 @@ def _metavar(option: Option) -> str:
     if typing.get_origin(option.kind) is Literal:
         return "{" + ",".join(typing.get_args(option.kind)) + "}"
     if option.kind is bool:
-        section, dot, last = option.flag.removeprefix("--").rpartition(".")
-        return f"| --{section}{dot}no-{last}"
-    members = typing.get_args(option.kind) or (option.kind,)
+        return f"| {flag_of(option.negation)}"
+    members = members_of(option.kind)
     return "NUMBER" if float in members else "N" if int in members else "TEXT"
 
 

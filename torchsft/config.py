@@ -501,9 +501,10 @@ class Checkpoint:
     """URL, such as s3://bucket/run, that receives checkpoints/ and exports in place of --output
     (any fsspec file system).
     """
-    export: Literal["bf16", "fp32", "fp8", "none"] = "bf16"
-    """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128,
-    quantised from the fp32 masters.
+    export: Literal["bf16", "fp32", "fp8", "int4", "mxfp4", "none"] = "bf16"
+    """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128; int4
+    and mxfp4: of models that are released so. All are quantised from the fp32 masters, and what
+    training did not change keeps its bytes.
     """
     export_every: int = 0
     """Steps between further exports, to hf-step-00000100/ and so on, all of which are kept. 0: only

@@ -1,11 +1,11 @@
 """Held-out loss over every row, and how far the routing of held-out tokens has drifted.
 
-Shapes: T tokens of a microbatch, S of them on this rank, n those that count, L layers that have
-experts, E experts.
+Shapes: S tokens of a microbatch on this rank, n those of all ranks that count, L layers that have
+experts, E experts, K choices per token.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,41 @@ from torchsft.parallel.world import World
 BATCHES_AT_ONCE = 64
 LARGEST_EXPONENT = 700.0  # exp of more is infinite in float64
 DRIFT_TOKENS = 512  # of the first evaluation row: those whose routing is compared
+
+
+class Evaluation:
+    """A run's evaluation sets, and how the model before the first step routed their first row."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline | OneStage,
+        sets: Mapping[str, EvalSet],
+        layer_experts: Mapping[int, int],  # number of experts of every MoE layer of the whole model
+        world: World,
+    ) -> None:
+        self.pipeline, self.sets, self.world = pipeline, sets, world
+        self.layer_experts = layer_experts
+        self.base_routing: dict[str, Any] | None = None  # saved in checkpoints
+
+    def run(self, message: Callable[[str], None]) -> dict[str, float]:
+        """Compute the loss over all sets (see `evaluate_loss`), and the share of choices of experts
+        that the model before the first step did not make; `message` prints a line.
+        """
+        found = evaluate_loss(self.pipeline, self.sets, self.world)
+        if self.base_routing and (routing := self.routing()):
+            drift = routing_drift(routing, self.base_routing)
+            if drift is None:
+                message("no routing drift: --data.eval begins otherwise than at step 0")
+            else:
+                found["eval_routing_drift"] = drift
+        return found
+
+    def routing(self) -> dict[str, Any] | None:
+        """Return how the first evaluation row is routed; None where there is none."""
+        first = next(iter(self.sets.values()), ())
+        if not self.layer_experts or not len(first):
+            return None
+        return routing_choices(self.pipeline, first.first_row(), self.layer_experts, self.world)
 
 
 @torch.no_grad()
@@ -89,19 +124,19 @@ def routing_choices(
         JSON-able, on the main rank: its `tokens`, and `chosen`, a bit for each of [n, L, E].
     """
     layers, tokens = list(layer_experts), pipeline.tokens
-    shape = (tokens, len(layers), max(layer_experts.values()))
-    chosen_TLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
+    shape = (min(tokens, DRIFT_TOKENS), len(layers), max(layer_experts.values()))
+    chosen_nLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
     hooks = []
     for model in pipeline.modules:
         place_S = model.layout.tokens(torch.arange(tokens, device=world.device))
         for name, moe in model.moe_layers().items():
-            note = partial(_note, chosen_TLE[:, layers.index(int(name))], place_S)
+            note = partial(_note, chosen_nLE[:, layers.index(int(name))], place_S)
             hooks.append(moe.gate.register_forward_hook(note))
     pipeline.evaluate([row])
     for hook in hooks:
         hook.remove()
-    chosen_TLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
-    chosen_nLE = world.sum(chosen_TLE[:DRIFT_TOKENS]).bool().cpu()
+    chosen_nLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
+    chosen_nLE = world.sum(chosen_nLE).bool().cpu()
     n = int(chosen_nLE.any(-1).any(-1).sum())  # the rest is padding
     chosen_nLE = chosen_nLE[:n]
     bits = np.packbits(chosen_nLE.numpy()).tobytes()
@@ -109,10 +144,11 @@ def routing_choices(
 
 
 def _note(
-    chosen_TE: Tensor, place_S: Tensor, gate: nn.Module, inputs: Any, routing: Routing
+    chosen_nE: Tensor, place_S: Tensor, gate: nn.Module, inputs: Any, routing: Routing
 ) -> None:
-    """Mark the experts that a router has chosen for this rank's tokens."""
-    chosen_TE[place_S.unsqueeze(1), routing.experts_SK] = True
+    """Mark the experts that a router has chosen for this rank's tokens, as far as they count."""
+    here_S = place_S < len(chosen_nE)
+    chosen_nE[place_S[here_S].unsqueeze(1), routing.experts_SK[here_S]] = True
 
 
 def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

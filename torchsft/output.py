@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.endings import about, read_generation_config, stop_ids
-from torchsft.checkpoint.hf_directory import EXPORT_DTYPES
 from torchsft.checkpoint.resume import checkpoints_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config
@@ -202,7 +201,7 @@ class Exporter:
             huggingface.export(
                 model,
                 place,
-                EXPORT_DTYPES[self.options.export],
+                self.options.export,
                 self.source,
                 ends=end_tokens,
                 chat_template=self.chat_template,

@@ -14,6 +14,7 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
+from torchsft.checkpoint.hf_directory import exported_config
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.resume import find_start
 from torchsft.checkpoint.storage import Folder
@@ -22,16 +23,17 @@ from torchsft.config import Config, InputError, to_dict
 from torchsft.data.background import Background
 from torchsft.data.run_data import DataRank, check_options, load_run_data, with_faults
 from torchsft.data.stream import Step, microbatches_per_step
-from torchsft.evaluation import evaluate_loss, routing_choices, routing_drift
+from torchsft.evaluation import Evaluation
 from torchsft.interruption import Preemption
 from torchsft.metrics.logger import MetricsLogger, bars_can_be_drawn
 from torchsft.metrics.step import (
     GlobalBatch,
     StepResults,
-    busiest_over_mean,
     count_global_batch,
+    further_losses,
+    load_scalars,
     reduce_results,
-    unused_share,
+    set_loss_scales,
 )
 from torchsft.metrics.summary import (
     Answers,
@@ -44,7 +46,7 @@ from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
 from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.attention import choose_implementation
 from torchsft.models.families import family_of, read_model_config
-from torchsft.models.language_model import check_mtp
+from torchsft.models.language_model import trained_mtp_layers
 from torchsft.models.moe import frozen_by_router
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
@@ -118,8 +120,6 @@ class Trainer:
         self.counters = Counters()
         # Tokens that ended turns which the run trained before the checkpoint that it continues.
         self.earlier_end_tokens: list[int] = []
-        # How the model before the first step routes the first evaluation row.
-        self.base_routing: dict[str, Any] | None = None
         if generate:
             if world.is_main:
                 generate()
@@ -128,6 +128,8 @@ class Trainer:
         config_json, _ = base_configs(self.source)
         self.family = family_of(config_json)
         self.model_config = read_model_config(config_json)
+        if config.checkpoint.export != "none":
+            exported_config(config_json, config.checkpoint.export)  # refuses what cannot be
         self.plan_model()
         with self.clock("tokenising"):
             self.load_data()
@@ -166,9 +168,9 @@ class Trainer:
             raise InputError(f"{fault}; set --parallel.tp to 1, not {parallel.tp}")
         ops.use_plain(options.ops == "plain")
 
-        self.plan = plan_stages(parallel, self.model_config, microbatches)
+        mtp_layers = trained_mtp_layers(options.mtp, self.model_config)
+        self.plan = plan_stages(parallel, self.model_config, microbatches, mtp_layers)
         pp_rank = world.dense.get_local_rank("pp")
-        check_mtp(options.mtp, self.model_config, parallel.pp)
         implementations = {
             "mtp": options.mtp,
             "attention": options.attention,
@@ -188,12 +190,8 @@ class Trainer:
             # A run that continues, or begins at random, does not read the directory's weights.
             if self.start.checkpoint is None and not options.random_init:
                 self.weights = huggingface.check_weights(self.source, whole)
-                if options.mtp == "keep" and huggingface.has_mtp(self.weights, whole):
-                    self.output.message(
-                        "MTP layers are exported as they are: drafts of a server that uses them "
-                        "are accepted less often the more training changes the model, which slows "
-                        "it down; --model.mtp train trains them too"
-                    )
+                if note := huggingface.note_on_mtp(self.weights, whole):
+                    self.output.message(note)
                 if config.router.bias_update_rate:
                     huggingface.check_moving_bias(self.weights, whole)
             part = self.plan.model_part(pp_rank)
@@ -253,6 +251,9 @@ class Trainer:
             message=self.output.message,
         )
         self.total_steps = self.run_data.total_steps
+        self.evaluation = Evaluation(
+            self.pipeline, self.run_data.eval_sets, self.model.layer_experts(), self.world
+        )
         self.loader = Background(self.run_data.loader, config.data.workers, self.world.device)
         if self.start.checkpoint:
             self.check_length(self.start.checkpoint)
@@ -275,7 +276,7 @@ class Trainer:
         config, world = self.config, self.world
         for stage in self.stages:
             stage.to_empty(device=world.device)
-        self.model.init_buffers()
+            stage.init_buffers()
         self.optimizer = build_optimizer(self.model, config.optim, self.selection.groups)
         if self.start.checkpoint:
             self.resume(self.start.checkpoint)
@@ -300,7 +301,7 @@ class Trainer:
         self.counters = Counters(**{name: extra[name] for name in names})
         self.loader.load_state_dict(extra["data"])
         self.earlier_end_tokens = extra.get("end_tokens", [])  # older checkpoints have none
-        self.base_routing = extra.get("base_routing")
+        self.evaluation.base_routing = extra.get("base_routing")
         step = self.counters.step
         self.output.message(f"continuing from {checkpoint} at step {step} of {self.total_steps}")
         if self.start.longer and step < self.total_steps:
@@ -400,7 +401,8 @@ class Trainer:
         """
         config, counters = self.config, self.counters
         if counters.step == 0:
-            self.base_routing = self.routing()
+            with self.clock("evaluation"):
+                self.evaluation.base_routing = self.evaluation.routing()
         if config.eval.answers and counters.step == 0:
             self.generate_answers("before")
             self.share_signal()
@@ -454,26 +456,9 @@ class Trainer:
         self.signalled = bool(self.world.sum([float(received)]))
 
     def evaluate(self) -> dict[str, float]:
-        """Compute the loss over the evaluation sets (see `evaluate_loss`), and the share of choices
-        of experts that the model before the first step did not make.
-        """
+        """Evaluate on the evaluation sets; see `Evaluation`."""
         with self.clock("evaluation"):
-            found = evaluate_loss(self.pipeline, self.run_data.eval_sets, self.world)
-        if self.base_routing and (routing := self.routing()):
-            drift = routing_drift(routing, self.base_routing)
-            if drift is None:
-                self.output.message("no routing drift: --data.eval begins otherwise than at step 0")
-            else:
-                found["eval_routing_drift"] = drift
-        return found
-
-    def routing(self) -> dict[str, Any] | None:
-        """Return how the first evaluation row is routed; None where there is none."""
-        layers, sets = self.experts_of_layers(), [*self.run_data.eval_sets.values()]
-        if not layers or not sets or not len(sets[0]):
-            return None
-        with self.clock("evaluation"):
-            return routing_choices(self.pipeline, sets[0].first_row(), layers, self.world)
+            return self.evaluation.run(self.output.message)
 
     def generate_answers(self, when: str) -> Answers:
         """Generate answers "before" or "after" training, as the recipe does."""
@@ -496,15 +481,8 @@ class Trainer:
         """
         began = time.perf_counter()
         batch = count_global_batch(step.microbatches, self.model_config.flops, self.world)
-        # The losses of routing are means over tokens, and add their gradients by themselves.
-        router, tokens = self.config.router, max(batch.tokens, 1)
-        experts_of_layers, moe_layers = self.experts_of_layers(), self.model.moe_layers()
-        for moe in moe_layers.values():
-            moe.balance_scale = router.aux_loss / tokens
-            moe.z_scale = router.z_loss / (tokens * len(experts_of_layers))
-        mtp_layers = self.model.depth - self.model_config.num_hidden_layers
-        if mtp_layers:
-            self.model.mtp_scale = self.config.model.mtp_weight / (mtp_layers * batch.divisor)
+        layer_experts, moe_layers = self.model.layer_experts(), self.model.moe_layers()
+        set_loss_scales(self.pipeline.modules, self.config, batch, len(layer_experts))
         loss_sum = self.pipeline.step(step.microbatches, batch.divisor)
         lr_scale = lr_factor(self.counters.updates, self.config.optim, self.total_steps)
         updates = self.counters.updates
@@ -513,17 +491,18 @@ class Trainer:
         self.output.collect_reports()
         results = reduce_results(
             loss_sum,
-            self.model.mtp_loss,
+            self.pipeline.modules[-1].mtp_loss,
             moe_layers,
-            experts_of_layers,
+            layer_experts,
             signalled=self.preemption.received is not None,
             save_failed=self.output.knows_of_failed_save,
             world=self.world,
         )
         self.signalled, self.output.save_failed = results.signalled, results.save_failed
-        if router.bias_update_rate and self.counters.updates > updates:
+        rate = self.config.router.bias_update_rate
+        if rate and self.counters.updates > updates:
             for name, moe in moe_layers.items():
-                moe.move_bias(results.expert_load[int(name)], router.bias_update_rate)
+                moe.move_bias(results.expert_load[int(name)], rate)
         seconds = time.perf_counter() - began
         self.counters.last_loss = results.loss_sum / batch.divisor
         if math.isnan(self.counters.first_loss):
@@ -539,7 +518,7 @@ class Trainer:
             The norm of the gradients before clipping.
         """
         optim, counters = self.config.optim, self.counters
-        norm = global_norm(self.model.parameters())
+        norm = global_norm(self.pipeline.parameters())
         finite = math.isfinite(norm.item())
         if finite and loss_weight > 0:
             if optim.clip_norm is not None:
@@ -554,12 +533,6 @@ class Trainer:
             counters.skipped_in_a_row += 1
         self.optimizer.zero_grad()
         return norm.item()
-
-    def experts_of_layers(self) -> dict[int, int]:
-        """Return the number of experts of every MoE layer of the whole model."""
-        config = self.model_config
-        layers = range(self.model.depth)
-        return {layer: config.routed_experts(layer) for layer in layers if config.is_moe(layer)}
 
     def step_record(
         self,
@@ -582,16 +555,8 @@ class Trainer:
             "epoch": step.epoch,
             "data_wait_share": self.loader.waited / (self.loader.waited + seconds),
         }
-        # As they are minimised: means over tokens, that of the z-loss over layers too.
-        router, tokens = self.config.router, max(batch.tokens, 1)
-        if router.aux_loss:
-            record["aux_loss"] = router.aux_loss * results.balance_loss / tokens
-        if router.z_loss:
-            mean = results.z_loss / (tokens * len(results.expert_load))
-            record["z_loss"] = router.z_loss * mean
-        if mtp_layers := self.model.depth - self.model_config.num_hidden_layers:
-            record["mtp_loss"] = results.mtp_loss / (mtp_layers * batch.divisor)
-        return record
+        mtp_layers = self.model.depth - self.model_config.num_hidden_layers
+        return record | further_losses(results, self.config, batch, mtp_layers)
 
     def step_scalars(
         self,
@@ -612,10 +577,7 @@ class Trainer:
             if group.lr is not None:
                 scalars[f"optim/lr/{group.pattern}"] = lr_scale * group.lr
         scalars |= memory_gib(self.world.device)
-        for layer, load in results.expert_load.items():
-            scalars[f"expert_load/layer_{layer}_max_over_mean"] = busiest_over_mean(load)
-        if results.expert_load:
-            scalars["expert_load/unused_share"] = unused_share(results.expert_load.values())
+        scalars |= load_scalars(results.expert_load)
         peak = self.config.metrics.peak_tflops or peak_tflops(self.world.device)
         if peak:
             scalars["speed/mfu"] = mfu(batch.flops / self.world.size, seconds, peak)
@@ -633,7 +595,7 @@ class Trainer:
         extra = dataclasses.asdict(self.counters)
         extra["data"] = self.loader.state_dict()
         extra["end_tokens"] = self.end_tokens()
-        extra["base_routing"] = self.base_routing
+        extra["base_routing"] = self.evaluation.base_routing
         self.output.save(
             self.counters.step,
             self.model,

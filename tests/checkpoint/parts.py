@@ -55,7 +55,7 @@ def load(source, model):
     return huggingface.load_weights(model, huggingface.check_weights(source, meta_model(source)))
 
 
-def weights(source, work, name, dtype=torch.bfloat16, **axes):
+def weights(source, work, name, dtype="bf16", **axes):
     """Load, export and initialise; the whole tensors of this rank's part each time, bytes read and
     written, and peers.
     """

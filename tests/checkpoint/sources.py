@@ -127,5 +127,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
-        and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
+        and torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (a, b)))
     )

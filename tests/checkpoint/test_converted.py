@@ -58,7 +58,7 @@ def dcp16(bf16):
 
 def test_keys_shapes_and_values_are_those_of_the_source(bf16, dcp16):
     expected, weights = read_tensors(bf16), opened(dcp16)
-    assert weights.tensors.keys() == expected.keys() and weights.fp8 == frozenset()
+    assert weights.tensors.keys() == expected.keys() and not weights.packed
     for key, tensor in expected.items():
         assert weights.tensors[key].shape == tuple(tensor.shape)
         assert same_bits(weights.read_whole(key), tensor) and same_bits(
@@ -70,7 +70,7 @@ def test_keys_shapes_and_values_are_those_of_the_source(bf16, dcp16):
 def test_fp8_weights_are_their_values_and_know_their_scales(fp8, dcp8):
     tensors, weights = read_tensors(fp8), opened(dcp8)
     values = plain(tensors)
-    assert weights.fp8 == {key for key in values if is_fp8(key)}
+    assert weights.packed.keys() == {key for key in values if is_fp8(key)}
     # Scales of the model's weights are told by `scales` alone; MTP layers are as they were.
     mtp = {key for key in tensors if key.startswith("model.layers.3.")}
     assert weights.tensors.keys() == values.keys() | mtp

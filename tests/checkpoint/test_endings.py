@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from transformers import AutoConfig, GenerationConfig
 
 import torchsft
@@ -95,11 +94,11 @@ def test_an_export_has_them_and_keeps_everything_else(tmp_path):
         '{"eos_token_id": 258, "top_p": 0.95, "custom": [1]}'
     )
     model = torchsft.load_model(source)
-    export(model, tmp_path / "same", torch.float32, source, ends=[258])
+    export(model, tmp_path / "same", "fp32", source, ends=[258])
     assert (tmp_path / "same" / "generation_config.json").read_bytes() == (
         source / "generation_config.json"
     ).read_bytes()
-    export(model, tmp_path / "hf", torch.float32, source, ends=[257, 258])
+    export(model, tmp_path / "hf", "fp32", source, ends=[257, 258])
     read = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert read == {"eos_token_id": [258, 257], "top_p": 0.95, "custom": [1]}
     assert AutoConfig.from_pretrained(tmp_path / "hf").eos_token_id == [258, 257]
@@ -108,7 +107,7 @@ def test_an_export_has_them_and_keeps_everything_else(tmp_path):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
 
     (source / "generation_config.json").unlink()
-    export(model, tmp_path / "made", torch.float32, source, ends=[257])
+    export(model, tmp_path / "made", "fp32", source, ends=[257])
     made = GenerationConfig.from_pretrained(tmp_path / "made")
     assert (made.eos_token_id, made.pad_token_id, made.bos_token_id) == ([258, 257], 3, None)
 

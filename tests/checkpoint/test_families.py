@@ -49,7 +49,7 @@ def test_an_export_of_what_was_loaded_is_the_source_and_generates(source, tmp_pa
     that our model gives.
     """
     model = torchsft.load_model(source)
-    export(model, tmp_path / "hf", torch.bfloat16, source)
+    export(model, tmp_path / "hf", "bf16", source)
     assert different(read_tensors(tmp_path / "hf"), read_tensors(source)) == []
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     prompt = torch.randint(3, 256, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -69,5 +69,5 @@ def test_features_are_loaded_and_exported_too(tmp_path):
             continue
         directory, out = tmp_path / f"source-{number}", tmp_path / f"hf-{number}"
         write_tiny_model(directory, config=tiny(family, case), dtype=torch.bfloat16)
-        export(torchsft.load_model(directory), out, torch.bfloat16, directory)
+        export(torchsft.load_model(directory), out, "bf16", directory)
         assert different(read_tensors(out), read_tensors(directory)) == [], (family, case)

@@ -133,7 +133,7 @@ def test_a_bf16_model_is_rounded_once(v3, reference):
 
 
 def test_what_training_did_not_change_comes_back_bit_by_bit(source, tmp_path):
-    export(torchsft.load_model(source), tmp_path / "hf", FP8, source, max_shard_bytes=200_000)
+    export(torchsft.load_model(source), tmp_path / "hf", "fp8", source, max_shard_bytes=200_000)
     # scales, MTP and bias too
     assert different(read_tensors(tmp_path / "hf"), read_tensors(source)) == []
     assert len(weight_files(tmp_path / "hf")) > 5
@@ -158,7 +158,7 @@ def test_what_training_changed_is_quantised_from_the_masters(source, tmp_path):
         weight.copy_(master)
         model.model.layers["2"].mlp.experts.gate_up_proj[5, 48 + 7, 9] = 0.7
         model.model.norm.weight[3] += 0.5
-    export(model, tmp_path / "hf", FP8, source)
+    export(model, tmp_path / "hf", "fp8", source)
     before, after = read_tensors(source), read_tensors(tmp_path / "hf")
     changed, up = (
         "model.layers.1.self_attn.o_proj.weight",
@@ -194,7 +194,7 @@ def test_transformers_reads_the_same_from_source_and_export(tmp_path, monkeypatc
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
-    export(model, tmp_path / "hf", FP8, source)
+    export(model, tmp_path / "hf", "fp8", source)
     for directory in (source, tmp_path / "hf"):
         fp32 = FineGrainedFP8Config(dequantize=True)
         loaded = DeepseekV3ForCausalLM.from_pretrained(
@@ -205,10 +205,10 @@ def test_transformers_reads_the_same_from_source_and_export(tmp_path, monkeypatc
         assert loaded["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_without_fp8_nothing_of_it_is_left(v3, reference, tmp_path, dtype):
+@pytest.mark.parametrize(("word", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_without_fp8_nothing_of_it_is_left(v3, reference, tmp_path, word, dtype):
     """The MTP layer too is in a dtype that a loader can use; the routing biases keep their bits."""
-    export(torchsft.load_model(v3), tmp_path / "hf", dtype, v3)
+    export(torchsft.load_model(v3), tmp_path / "hf", word, v3)
     raw, values = read_tensors(v3), plain(read_tensors(v3))
     expected = {}
     for key, tensor in values.items():
@@ -237,7 +237,7 @@ def test_a_bf16_source_is_exported_in_fp8(tmp_path):
     quantization_config.
     """
     source = write_source(tmp_path / "source", torch.bfloat16, sharded=True, mtp=True)
-    export(torchsft.load_model(source), tmp_path / "hf", FP8, source)
+    export(torchsft.load_model(source), tmp_path / "hf", "fp8", source)
     expected = read_tensors(source)
     for key in [key for key in expected if is_fp8(key)]:
         expected[key], expected[f"{key}_scale_inv"] = quantised(expected[key])
@@ -252,7 +252,7 @@ def test_a_bf16_source_is_exported_in_fp8(tmp_path):
     assert config["quantization_config"] == described and config["dtype"] == "bfloat16"
     again = torchsft.load_model(tmp_path / "hf").state_dict()
     assert same_bits(again["lm_head.weight"], expected["lm_head.weight"].float())
-    export(torchsft.load_model(tmp_path / "hf"), tmp_path / "hf2", FP8, tmp_path / "hf")
+    export(torchsft.load_model(tmp_path / "hf"), tmp_path / "hf2", "fp8", tmp_path / "hf")
     assert different(read_tensors(tmp_path / "hf2"), expected) == []
 
 
@@ -262,10 +262,10 @@ def test_a_stale_description_does_not_name_the_fp8_that_is_written(tmp_path):
     """
     source = write_source(tmp_path / "source", torch.bfloat16, sharded=False, mtp=False)
     model = torchsft.load_model(source)
-    export(model, tmp_path / "expected", FP8, source)
+    export(model, tmp_path / "expected", "fp8", source)
     for stale in ({"quant_method": "fp8"}, {"quant_method": "gptq", "bits": 4}, "fp8"):
         change_config(source, quantization_config=stale)
-        export(model, tmp_path / "hf", FP8, source)
+        export(model, tmp_path / "hf", "fp8", source)
         assert different(read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "expected")) == []
         assert (tmp_path / "hf" / "config.json").read_bytes() == (
             tmp_path / "expected" / "config.json"
@@ -280,7 +280,7 @@ def test_carried_fp8_is_copied_without_being_decoded(v3, tmp_path, monkeypatch):
         "values",
         lambda index, key, part: decoded.append(key) or values(index, key, part),
     )
-    export(model, tmp_path / "hf", FP8, v3)
+    export(model, tmp_path / "hf", "fp8", v3)
     assert decoded and not any(map(is_fp8, decoded))
 
 
@@ -288,7 +288,7 @@ def test_a_source_without_weights_serves_an_fp8_export(v3, tmp_path):
     bare = copy(v3, tmp_path / "bare")
     for path in [*weight_files(bare), bare / INDEX]:
         path.unlink()
-    export(torchsft.load_model(v3), tmp_path / "hf", FP8, bare)
+    export(torchsft.load_model(v3), tmp_path / "hf", "fp8", bare)
     keys = {key for key in read_tensors(v3) if not key.startswith(MTP)}
     assert read_tensors(tmp_path / "hf").keys() == keys
 
@@ -330,7 +330,7 @@ def test_values_that_are_not_finite_are_refused(v3, tmp_path, key):
         match=r"^model\.layers\.0\.mlp\.up_proj\.weight holds nan or "
         r"inf, which cannot be",
     ):
-        export(model, tmp_path / "hf", FP8, v3)
+        export(model, tmp_path / "hf", "fp8", v3)
     assert not (tmp_path / "hf").exists()
 
 

@@ -130,7 +130,7 @@ def test_index_names_every_tensor_and_its_file(source, tmp_path):
 def test_transformers_loads_the_export_and_agrees(variant, tmp_path):
     directory, _ = variant
     model = torchsft.load_model(directory)
-    export(model, tmp_path / "hf", torch.float32, directory)
+    export(model, tmp_path / "hf", "fp32", directory)
     tokens = torch.randint(0, 256, (40,))
     reference = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "hf")
     assert reference.dtype == torch.float32
@@ -164,7 +164,7 @@ def test_everything_that_is_not_weights_is_taken_over(source, tmp_path):
     (changed / "additional_chat_templates").mkdir()
     (changed / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (changed / "pytorch_model.bin.index.json").write_text("{}")
-    export(torchsft.load_model(source), tmp_path / "hf", torch.bfloat16, changed)
+    export(torchsft.load_model(source), tmp_path / "hf", "bf16", changed)
     for name in (
         "generation_config.json",
         "tokenizer.json",
@@ -187,7 +187,7 @@ def test_everything_that_is_not_weights_is_taken_over(source, tmp_path):
 
 def test_masters_are_rounded_once_and_the_bias_not_at_all(single, tmp_path):
     model = torchsft.load_model(single)
-    export(model, tmp_path / "hf", torch.bfloat16, single)
+    export(model, tmp_path / "hf", "bf16", single)
     before, after = read_tensors(single), read_tensors(tmp_path / "hf")
     for key, tensor in before.items():
         assert same_bits(after[key], tensor if key.endswith("bias") else tensor.bfloat16()), key
@@ -214,7 +214,7 @@ def test_initialisation_is_the_given_value(single):
 def test_a_source_without_weights_serves_a_random_model(single, tmp_path):
     bare = copy(single, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
-    export(torchsft.load_model(single), tmp_path / "hf", torch.float32, bare)
+    export(torchsft.load_model(single), tmp_path / "hf", "fp32", bare)
     assert read_tensors(tmp_path / "hf").keys() == read_tensors(single).keys()
 
 
@@ -222,26 +222,26 @@ def test_an_export_appears_only_when_complete(single, tmp_path, monkeypatch):
     model = torchsft.load_model(single)
     monkeypatch.setattr("torchsft.checkpoint.huggingface.copy_side_files", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(model, tmp_path / "hf", torch.float32, single)
+        export(model, tmp_path / "hf", "fp32", single)
     assert not (tmp_path / "hf").exists()
     monkeypatch.undo()
-    export(model, tmp_path / "hf", torch.float32, single)
+    export(model, tmp_path / "hf", "fp32", single)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_an_older_export_is_replaced_and_other_directories_are_not(single, tmp_path):
     model = torchsft.load_model(single)
-    export(model, tmp_path / "hf", torch.float32, single, max_shard_bytes=50_000)
-    export(model, tmp_path / "hf", torch.bfloat16, single)
+    export(model, tmp_path / "hf", "fp32", single, max_shard_bytes=50_000)
+    export(model, tmp_path / "hf", "bf16", single)
     assert [path.name for path in weight_files(tmp_path / "hf")] == [
         "model-00001-of-00001.safetensors"
     ]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="holds no exported model"):
-        export(model, tmp_path / "mine", torch.float32, single)
+        export(model, tmp_path / "mine", "fp32", single)
     with pytest.raises(InputError, match="also its source"):
-        export(model, single, torch.float32, single)
+        export(model, single, "fp32", single)
 
 
 def test_an_export_to_a_remote_folder(source, tmp_path, monkeypatch):
@@ -253,12 +253,12 @@ def test_an_export_to_a_remote_folder(source, tmp_path, monkeypatch):
     system.makedirs("/bucket/run")
     monkeypatch.setattr("torchsft.checkpoint.huggingface.copy_side_files", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(model, url, torch.bfloat16, source)
+        export(model, url, "bf16", source)
     names = [path.rsplit("/", 1)[1] for path in system.ls("/bucket/run/hf", detail=False)]
     assert names and not {"config.json", INDEX} & set(names)
     monkeypatch.undo()
-    export(model, url, torch.bfloat16, source, max_shard_bytes=50_000)
-    export(model, tmp_path / "local", torch.bfloat16, source, max_shard_bytes=50_000)
+    export(model, url, "bf16", source, max_shard_bytes=50_000)
+    export(model, tmp_path / "local", "bf16", source, max_shard_bytes=50_000)
     system.get("/bucket/run/hf", str(tmp_path / "fetched"), recursive=True)
     local, fetched = (
         {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
@@ -267,7 +267,7 @@ def test_an_export_to_a_remote_folder(source, tmp_path, monkeypatch):
     assert local == fetched and "tokenizer.json" in local
     system.pipe_file("/bucket/precious/thesis.tex", b"precious")
     with pytest.raises(InputError, match="holds no exported model"):
-        export(model, "memory://bucket/precious", torch.bfloat16, source)
+        export(model, "memory://bucket/precious", "bf16", source)
 
 
 def memory(field):
@@ -294,7 +294,7 @@ def test_export_holds_one_tensor_at_a_time(single, tmp_path):
             tensor.zero_()  # resident from here on
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
     before = memory("VmRSS")
-    export(model, tmp_path / "hf", torch.bfloat16, bare)
+    export(model, tmp_path / "hf", "bf16", bare)
     grown = memory("VmHWM") - before
     written = sum(path.stat().st_size for path in weight_files(tmp_path / "hf"))
     # The largest tensor takes 0.6 MB; the rest of the bound is what Python itself allocates.
@@ -345,7 +345,7 @@ def test_a_tied_head_on_disk_must_equal_the_embedding(tmp_path):
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
         },
     )
-    export(torchsft.load_model(tied), tmp_path / "hf", torch.bfloat16, tied)
+    export(torchsft.load_model(tied), tmp_path / "hf", "bf16", tied)
     assert "lm_head.weight" not in read_tensors(tmp_path / "hf")
     head = embedding.clone()
     head[-1, -1] += 1
@@ -364,7 +364,7 @@ def test_unknown_tensors_are_taken_over_with_a_note(source, tmp_path, capsys):
     }
     more = copy(source, tmp_path / "more")
     change_tensors(more, unknown | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    export(torchsft.load_model(more), tmp_path / "hf", torch.bfloat16, more)
+    export(torchsft.load_model(more), tmp_path / "hf", "bf16", more)
     found = read_tensors(tmp_path / "hf")
     assert found.keys() == read_tensors(source).keys() | unknown.keys()
     assert all(same_bits(found[key], tensor) for key, tensor in unknown.items())

@@ -242,7 +242,7 @@ def test_a_part_alone_is_not_exported_and_not_restored(checkpoints, source, tmp_
     whole = torchsft.load_model(source)
     part = whole.part([0, 1], first=True, last=False)
     with pytest.raises(RuntimeError, match=r"do not hold .* elements of model\.layers\.2\."):
-        huggingface.export(part, tmp_path / "hf", torch.bfloat16, source)
+        huggingface.export(part, tmp_path / "hf", "bf16", source)
     with pytest.raises(InputError, match=r"130 unexpected: model\.model\.layers\.3\."):
         state.load(state.find_latest(checkpoints["pp2-ep2"][0])[0], part, optimizer_for(part))
     assert not (tmp_path / "hf").exists()

@@ -89,7 +89,7 @@ def test_an_export_is_loaded_by_transformers(source, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
-    export(model, tmp_path / "hf", torch.float32, source)
+    export(model, tmp_path / "hf", "fp32", source)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
@@ -102,7 +102,7 @@ def test_an_fp8_export_has_its_matrices_in_fp8(source, experts, tmp_path):
     """
     for number, directory in enumerate((source, experts)):
         out, dcp = tmp_path / f"hf-{number}", tmp_path / f"dcp-{number}"
-        export(torchsft.load_model(directory), out, FP8, directory)
+        export(torchsft.load_model(directory), out, "fp8", directory)
         found, before = read_tensors(out), read_tensors(directory)
         expected = {}
         for key, tensor in before.items():
@@ -128,7 +128,7 @@ def test_transformers_reads_the_same_from_an_fp8_export(tmp_path, monkeypatch):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
     config = tiny_qwen3_config(**sizes, head_dim=32)
     source = write_tiny_model(tmp_path / "source", config=config)
-    export(torchsft.load_model(source), tmp_path / "hf", FP8, source)
+    export(torchsft.load_model(source), tmp_path / "hf", "fp8", source)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf",
         quantization_config=FineGrainedFP8Config(dequantize=True),
@@ -157,7 +157,7 @@ def test_ranks_load_export_and_begin_as_one_process_does(ranks, experts, tmp_pat
     for key, whole in (("loaded", expected), ("initial", initial)):
         found = {name: tensor for rank in seen for name, tensor in rank[key].items()}
         assert different(found, whole) == []
-    export(model, tmp_path / "one", torch.bfloat16, experts)
+    export(model, tmp_path / "one", "bf16", experts)
     exported = read_tensors(tmp_path / name / "hf")
     assert different(exported, read_tensors(tmp_path / "one")) == []
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from tests.checkpoint.layouts import optimizer_for, update
 from torchsft.checkpoint import huggingface
-from torchsft.checkpoint.hf_directory import EXPORT_DTYPES
 from torchsft.checkpoint.state import Checkpointer
 from torchsft.config import Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
@@ -38,7 +37,7 @@ def checkpoint_and_export(source, work, dtypes):
             huggingface.export(
                 model,
                 f"{work}/export-{dtype}",
-                EXPORT_DTYPES[dtype],
+                dtype,
                 source,
                 max_shard_bytes=80_000,
             )

@@ -273,7 +273,7 @@ def test_nul_is_no_text_of_a_table():
 def test_what_lies_behind_a_broken_table_is_not_lost_in_silence():
     def told(text):
         return [
-            (line, row[1] if isinstance(row, tuple) else row)
+            (line, row.text if isinstance(row, RowError) else row)
             for line, row in table_rows([text], ",", 1000)
         ]
 

@@ -766,10 +766,10 @@ def test_load_tokenizer_reads_a_deepseek_directory_as_transformers_does(tmp_path
 
 
 def test_load_tokenizer_refuses_code_of_a_model_directory_and_does_not_run_it(tmp_path):
-    """As Kimi-K2 and Moonlight are published: tiktoken.model and a Python file."""
+    """As Moonlight is published: tiktoken.model and a Python file."""
     (tmp_path / "tiktoken.model").write_text("aGVsbG8= 0\n")
-    (tmp_path / "tokenization_kimi.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    auto_map = {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}
+    (tmp_path / "tokenization_moonshot.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto_map = {"AutoTokenizer": ["tokenization_moonshot.TikTokenTokenizer", None]}
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"auto_map": auto_map, "chat_template": chat.CHATML})
     )

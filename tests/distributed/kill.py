@@ -30,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 
 from recipes import deepseek_v3_sft
 from tests.tiny import write_conversations, write_tiny_model
-from torchsft import trainer
+from torchsft import evaluation, trainer
 from torchsft.checkpoint import huggingface, state
 from torchsft.interruption import run_main
 
@@ -228,7 +228,7 @@ def _rank(
     for owner, name, phase in (
         (trainer.Trainer, "train", "between"),
         (trainer.Trainer, "train_step", "step"),
-        (trainer, "evaluate_loss", "evaluation"),
+        (evaluation, "evaluate_loss", "evaluation"),
         (huggingface, "export", "export"),
         (state.Checkpointer, "save", "save"),
         (dcp, "save", "writing"),  # of this thread

@@ -135,7 +135,7 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     trainer.optimizer.step = keep_gradients
     first = next(trainer.loader)
     router = trainer.config.router
-    if trainer.experts_of_layers():
+    if trainer.model.layer_experts():
         router.aux_loss, router.z_loss = AUX_LOSS, Z_LOSS
     balanced = common | reported([first], [trainer.train_step(first)[0]])
     balanced["routing"] = {name: torch.stack(seen) for name, seen in routing.items()}
@@ -153,8 +153,8 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     steps = [next(trainer.loader) for _ in range(STEPS)]
     without = common | reported(steps, [trainer.train_step(step)[0] for step in steps])
     state = {name: full(t) for name, t in trainer.model.state_dict().items()}
-    for result in (without, balanced):
-        result["evaluation"] = trainer.evaluate() if trainer.run_data.eval_sets else {}
+    balanced["evaluation"] = {}
+    without["evaluation"] = trainer.evaluate() if trainer.run_data.eval_sets else {}
     if all(index == 0 for axis, index in place.items() if axis != "pp"):
         balanced["gradients"] = gradients[0]
         without |= {"gradients": gradients[1], "state": state}
@@ -192,8 +192,12 @@ def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
         if not any(key in r for r in results):
             continue
         parts = [r[key] for r in results if key in r]
-        whole[key] = {name: tensor for part in parts for name, tensor in part.items()}
-        assert len(whole[key]) == sum(map(len, parts))  # no tensor on two pipeline ranks
+        whole[key] = {}
+        for name, tensor in (item for part in parts for item in part.items()):
+            # the one tensor that can be on two pipeline ranks, for MTP layers, is equal there
+            shared = results[0]["mtp"][0] is not None and name == "model.embed_tokens.weight"
+            assert name not in whole[key] or (shared and torch.equal(whole[key][name], tensor))
+            whole[key][name] = tensor
     # Rows in the global order: data rank, microbatch, then the slices of a row.
     ordered = sorted(results, key=lambda r: (r["data_rank"], r["place"]["cp"], r["place"]["tp"]))
     readers = {

@@ -36,20 +36,20 @@ from torchsft.checkpoint.boxes import Box, piece_box
 from torchsft.checkpoint.converted import CARRIED, MODEL, ConvertedWeights, is_dcp
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
-    EXPORT_DTYPES,
+    Kind,
     Weights,
-    carried_dtype,
     carried_keys,
+    carried_kind,
     contents_of,
     copy_side_files,
+    export_kind,
     exported_config,
-    exported_dtype,
-    fp8_format,
+    exported_kind,
     is_carried,
     is_mtp,
     read_config,
 )
-from torchsft.checkpoint.huggingface import check_weights
+from torchsft.checkpoint.huggingface import check_weights, known_scales
 from torchsft.checkpoint.manifest import METADATA, FileEntry
 from torchsft.checkpoint.planning import chunk_box, write_item
 from torchsft.checkpoint.publish import publish, read_lock, staging_of
@@ -59,8 +59,8 @@ from torchsft.checkpoint.weight_files import (
     INDEX,
     Contents,
     SafetensorsWriter,
-    file_order,
     has_weights,
+    in_file_order,
     listing,
     size_of,
     tensor_bytes,
@@ -69,7 +69,6 @@ from torchsft.checkpoint.writer import DirectoryWriter
 from torchsft.config import InputError
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel, Mtp
-from torchsft.precision.blockwise import SCALE_SUFFIX, quantise, scale_key, scale_shape
 
 PART_ELEMENTS = 1 << 24  # of a tensor; a worker holds them as read, as written and perhaps in fp32
 DCP_FILE_BYTES = 1e9
@@ -143,16 +142,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor of a Hugging Face directory to be written; in fp8, with its scales.
+    """A tensor of a Hugging Face directory to be written.
 
     Attributes:
+        kind: the dtype or format in which it is written.
         bytes: in the source, without scales.
         carried: whether it comes from the base.
-        contents: key -> dtype, shape of it and its scales.
+        contents: what the file has of it: itself, or the parts of a format.
     """
 
     key: str
-    dtype: torch.dtype
+    kind: Kind
     shape: tuple[int, ...]
     bytes: int
     carried: bool
@@ -261,11 +261,11 @@ class ToDcp:
 
     def _places(self) -> dict[str, Place]:
         """Return where the model's own weights go, by key."""
-        stored, fp8 = self.weights.tensors, self.weights.fp8
+        stored, packed = self.weights.tensors, self.weights.packed
         state, places = self.model.state_dict(), {}
         for name, pieces in self.model.checkpoint_pieces().items():
             dtypes = {
-                torch.float32 if piece.key in fp8 else DTYPES[stored[piece.key].dtype]
+                torch.float32 if piece.key in packed else DTYPES[stored[piece.key].dtype]
                 for piece in pieces
             }
             # fp32 holds all of them exactly
@@ -278,14 +278,21 @@ class ToDcp:
     def _parts(self) -> Iterator[Part]:
         places, layers = self._places(), self.model.config.num_hidden_layers
         unknown, left_out = [], []
+        packed = self.weights.packed
+        values_of_few_bits = {key + form.suffixes[-2] for key, form in packed.items()}
+        values_of_few_bits -= packed.keys()
         for key, tensor in self.weights.tensors.items():
-            if tensor.dtype not in DTYPES:
+            form = packed.get(key)
+            if key in values_of_few_bits:  # they are read as the weight's
+                continue
+            if form is None and tensor.dtype not in DTYPES:
                 raise InputError(
                     f"{self.source}: {key} has dtype {tensor.dtype}, which is not "
                     f"supported; remove it"
                 )
-            dtype = DTYPES[tensor.dtype]
-            if key not in places and not key.endswith(SCALE_SUFFIX) and not is_mtp(key, layers):
+            # of few bits, but for fp8, which DCP can hold
+            dtype = DTYPES.get(tensor.dtype, torch.float32)
+            if key not in places and key not in self.weights.parts and not is_mtp(key, layers):
                 if not is_carried(key, layers):
                     left_out.append(key)
                     continue
@@ -330,15 +337,12 @@ class HfWorker:
 
     Attributes:
         weights, base_weights: of the model, and what the rest comes from.
-        block, power_of_two: the format of fp8 (see `quantise`).
-        part_elements: most elements of a tensor that are held at once, in rows.
+        part_elements: most elements of a tensor that are held at once as values, in rows.
     """
 
     weights: Weights
     base_weights: Weights | None
     folder: Folder
-    block: tuple[int, int]
-    power_of_two: bool
     part_elements: int
 
     def work(self, task: Task, progress: Progress) -> dict[str, Any]:
@@ -346,10 +350,10 @@ class HfWorker:
         contents = merged(task.content)
         with SafetensorsWriter(self.folder, task.file, contents) as writer:
             for item in task.content:
-                if item.dtype == torch.float8_e4m3fn:
-                    self._write_fp8(writer, item, progress)
-                else:
+                if isinstance(item.kind, torch.dtype):
                     self._write(writer, item, progress)
+                else:
+                    self._write_parts(writer, item, progress)
         keys = {key: tensor_bytes(*entry) for key, entry in contents.items()}
         return {"file": task.file, "bytes": self.folder.size(task.file), "keys": keys}
 
@@ -357,33 +361,37 @@ class HfWorker:
         weights = self.base_weights if item.carried else self.weights
         for index in slices(item.shape, self.part_elements):
             values = weights.values(item.key, index)
-            writer.write(item.key, values.to(item.dtype))
+            writer.write(item.key, values.to(item.kind))
             progress(_share(item, values))
 
-    def _write_fp8(self, writer: SafetensorsWriter, item: Item, progress: Progress) -> None:
-        """Write a tensor and its scales; those of the base where they fit."""
-        base = self.base_weights
-        known = base.scales(item.key) if base is not None and item.key in base.fp8 else None
-        if item.carried and known is not None:  # in fp8 here and there
-            for index in slices(item.shape, self.part_elements):
-                values = base.read(item.key, index)
-                writer.write(item.key, values)
-                progress(_share(item, values))
-            writer.write(scale_key(item.key), known)
+    def _write_parts(self, writer: SafetensorsWriter, item: Item, progress: Progress) -> None:
+        """Write a tensor in a format of few bits; with scales of the base where they fit.
+
+        Its first part is written as it is made, the others are kept until that is complete.
+        """
+        base, form = self.base_weights, item.kind
+        known = known_scales(base, item.key, form, item.contents)
+        if item.carried and known is not None and item.contents.keys() <= base.tensors.keys():
+            for part in item.contents:
+                writer.write(part, base.read_whole(part))
+            progress(item.bytes)
             return
-        if known is not None and tuple(known.shape) != scale_shape(item.shape, self.block):
-            known = None
+        for part, values in form.constants(item.key, item.shape).items():
+            writer.write(part, values)
         weights = base if item.carried else self.weights
-        scales = []
-        for index in slices(item.shape, self.part_elements, multiple=self.block[0]):
+        kept: dict[str, list[Tensor]] = {}
+        for index in slices(item.shape, self.part_elements, multiple=form.rows):
             values = weights.values(item.key, index).float()
-            rows = slice(index[0].start // self.block[0], None)
-            known_rows = None if known is None else known[rows]
-            q, scale = quantise(values, self.block, self.power_of_two, known_rows, item.key)
-            scales.append(scale)
-            writer.write(item.key, q)
+            first = index[0].start // form.rows
+            known_rows = None if known is None else known[first : -(-index[0].stop // form.rows)]
+            encoded = form.encode(values, known_rows, item.key)
+            streamed = next(iter(encoded))
+            writer.write(streamed, encoded.pop(streamed))
+            for part, rows in encoded.items():
+                kept.setdefault(part, []).append(rows)
             progress(_share(item, values))
-        writer.write(scale_key(item.key), torch.cat(scales))
+        for part, rows in kept.items():
+            writer.write(part, torch.cat(rows))
 
 
 def merged(items: Sequence[Item]) -> Contents:
@@ -403,7 +411,7 @@ class ToHf:
     Args:
         source: the DCP directory.
         staging: where files are written.
-        dtype: a key of `EXPORT_DTYPES`.
+        dtype: a key of `EXPORT_DTYPES` (checkpoint/hf_directory.py).
         base: where everything but the model's weights comes from; None: `source`, or the model of a
             training checkpoint's run.
         part_elements: most elements of a tensor that a process holds at once, in rows.
@@ -434,21 +442,15 @@ class ToHf:
             )
         base = base or default_base(source)
         self.base, self.folder, self.chat_template = base, Folder(staging), chat_template(source)
-        self.dtype, self.part_elements, self.file_bytes = (
-            EXPORT_DTYPES[dtype],
-            part_elements,
-            file_bytes,
-        )
+        self.part_elements, self.file_bytes = part_elements, file_bytes
         config = read_config(base)
         mtp = trained_mtp(source)
         self.model = meta_model(config, mtp)
-        exported = exported_config(config, self.dtype, mtp)
+        exported = exported_config(config, dtype, mtp)
         self.config, self.generation = with_ends(
             exported, read_generation_config(base), trained_ends(source)
         )
-        self.block, self.power_of_two = (
-            fp8_format(self.config) if dtype == "fp8" else ((1, 1), False)
-        )
+        self.kind = export_kind(self.config, dtype)
         self.base_weights: Weights | None = None
         if not base.samefile(source) and (is_dcp(base) or has_weights(base)):
             self.base_weights = check_weights(base, self.model)
@@ -461,24 +463,15 @@ class ToHf:
             self.weights,
             self.base_weights,
             self.folder,
-            self.block,
-            self.power_of_two,
             self.part_elements,
         )
         self.inputs: list[Path] = sorted({source, base})
         self.notes: list[str] = []
 
-    def _item(self, key: str, dtype: torch.dtype, carried: bool) -> Item:
+    def _item(self, key: str, kind: Kind, carried: bool) -> Item:
         stored = (self.base_weights if carried else self.weights).tensors[key]
-        contents = contents_of(key, dtype, stored.shape, self.block)
-        return Item(
-            key,
-            dtype,
-            stored.shape,
-            tensor_bytes(DTYPES[stored.dtype], stored.shape),
-            carried,
-            contents,
-        )
+        contents = contents_of(key, kind, stored.shape)
+        return Item(key, kind, stored.shape, stored.bytes, carried, contents)
 
     def plan(self) -> list[Task]:
         """Return the files to write, of tensors in the model's order."""
@@ -486,24 +479,24 @@ class ToHf:
         items = []
         for name, pieces in self.pieces.items():
             for piece in pieces:
-                dtype = exported_dtype(
+                kind = exported_kind(
                     piece.key,
-                    self.dtype,
+                    self.kind,
                     base,
                     constant=name in constants,
                     quantised=self.model.is_quantised(piece.key),
                 )
-                items.append(self._item(piece.key, dtype, carried=False))
+                items.append(self._item(piece.key, kind, carried=False))
         keys, unknown = [], []
         if base is not None:
             keys, unknown = carried_keys(base, self.model.depth, self.model.mtp == "drop")
         for key in keys:
             quantised = self.model.is_quantised(key)
-            dtype = carried_dtype(key, self.dtype, base, quantised=quantised)
-            items.append(self._item(key, dtype, carried=True))
+            kind = carried_kind(key, self.kind, base, quantised=quantised)
+            items.append(self._item(key, kind, carried=True))
         if unknown:
             self.notes.append(_note(unknown))
-        file_order(merged(items))  # refuses odd fp8 weights at once
+        in_file_order(items)  # refuses odd weights at once
         groups = shares(items, [size_of(item.contents) for item in items], self.file_bytes)
         return [
             _hf_task(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group)
@@ -526,8 +519,7 @@ class ToHf:
 
 def _hf_task(file: str, items: Sequence[Item]) -> Task:
     """Return the task of a file of these items, in an order in which each is aligned."""
-    by_key = {item.key: item for item in items}
-    content = [by_key[key] for key in file_order(merged(items)) if key in by_key]
+    content = in_file_order(items)
     return Task(
         file,
         content,

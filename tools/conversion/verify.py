@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,17 +27,17 @@ from torchsft.checkpoint.manifest import damaged, incomplete, read_manifest
 from torchsft.checkpoint.publish import read_lock
 from torchsft.checkpoint.reader import RangeReader
 from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.stored import PACKED_BYTES
 from torchsft.checkpoint.weight_files import (
     DTYPE_NAMES,
-    DTYPES,
     FP8,
     StoredTensor,
     WeightIndex,
-    fp8_block,
-    tensor_bytes,
+    stored_format,
 )
 from torchsft.config import differences
-from torchsft.precision.blockwise import SCALE_SUFFIX
+from torchsft.models.families import read_model_config
+from torchsft.precision.formats import Fp8Blocks
 
 TASK_BYTES = 1e9
 # What says in config.json how numbers are stored.
@@ -75,7 +75,8 @@ class RawTensors:
     `WeightIndex`.
     """
 
-    fp8: frozenset[str] = frozenset()
+    packed: Mapping[str, Any] = {}
+    parts: Collection[str] = ()
 
     def __init__(self, directory: Path) -> None:
         self.reader = RangeReader(Folder(directory))
@@ -212,7 +213,7 @@ def _compare(
     _compare_keys(keys - other_keys, a, b, findings)
     _compare_keys(other_keys - keys, b, a, findings)
     common = [key for key in one.tensors if key in keys & other_keys]
-    sizes = [tensor_bytes(DTYPES[one.tensors[key].dtype], one.tensors[key].shape) for key in common]
+    sizes = [one.tensors[key].bytes for key in common]
     tasks = shares(list(zip(common, sizes, strict=True)), sizes, TASK_BYTES)
     names = a.directory, b.directory
     comparison = _Comparison(names, (one, other), tolerance, part_elements)
@@ -244,12 +245,8 @@ def _compare_keys(only: set[str], side: Side, lacking: Side, findings: Findings)
 
 
 def _weight_keys(weights: Weights | RawTensors) -> set[str]:
-    """Return keys without the scales, which are part of their weights."""
-    return {
-        k
-        for k in weights.tensors
-        if not (k.endswith(SCALE_SUFFIX) and k.removesuffix(SCALE_SUFFIX) in weights.fp8)
-    }
+    """Return keys without the parts of weights of few bits."""
+    return weights.tensors.keys() - weights.parts
 
 
 def _is_spare(key: str, config: Mapping[str, Any], training: bool) -> bool:
@@ -259,7 +256,8 @@ def _is_spare(key: str, config: Mapping[str, Any], training: bool) -> bool:
     doubled = key.endswith("rotary_emb.inv_freq") or (
         key == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
     )
-    return doubled or (training and not is_model_key(key, config["num_hidden_layers"]))
+    layers = read_model_config(config).num_hidden_layers
+    return doubled or (training and not is_model_key(key, layers))
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
@@ -290,8 +288,8 @@ class _Comparison:
         for key, size in task:
             one, other = (side.tensors[key] for side in self.sides)
             words = [one.dtype, other.dtype]
-            if self.tolerance or words.count(FP8) == 1:
-                words = ["F32" if word == FP8 else word for word in words]
+            if self.tolerance or words[0] != words[1]:  # of few bits on one side: by value
+                words = ["F32" if word == FP8 or word in PACKED_BYTES else word for word in words]
             if one.shape != other.shape:
                 differences.append(
                     f"{key}: shape {one.shape} in {self.names[0]} and {other.shape} "
@@ -313,12 +311,12 @@ class _Comparison:
         if self.tolerance:
             return self._close(key)
         found = self._equal(key, as_stored)
-        if key in self.sides[0].fp8 and key in self.sides[1].fp8:
+        if key in self.sides[0].packed and key in self.sides[1].packed:
             one, other = (side.scales(key) for side in self.sides)
-            if one.shape != other.shape or not torch.equal(
-                one.view(torch.int32), other.view(torch.int32)
-            ):
-                found.append(f"{key}: its fp8 scales differ")
+            same_form = one.shape == other.shape and one.dtype == other.dtype
+            bits = _BITS[one.itemsize]
+            if not same_form or not torch.equal(one.view(bits), other.view(bits)):
+                found.append(f"{key}: its {self.sides[0].packed[key].name} scales differ")
         return found
 
     def _equal(self, key: str, as_stored: bool) -> list[str]:
@@ -403,7 +401,7 @@ def info(directory: str | Path) -> list[str]:
         if is_dcp(directory)
         else "Hugging Face"
     )
-    lines = [f"{directory}: {kind}"]
+    lines, text = [f"{directory}: {kind}"], config.get("text_config") or config
     if is_dcp(directory):
         lines += [f"  not complete: {fault}" for fault in incomplete(Folder(directory))]
     if is_training(directory):
@@ -415,18 +413,18 @@ def info(directory: str | Path) -> list[str]:
     else:
         lines.append(
             f"  {', '.join(config.get('architectures') or ['no architecture'])}, "
-            f"{config.get('num_hidden_layers')} layers"
+            f"{text.get('num_hidden_layers')} layers"
         )
     groups: dict[str, list[StoredTensor]] = {}
     for key, tensor in tensors.items():
         groups.setdefault(
-            _group(key, is_dcp(directory), config.get("num_hidden_layers") or math.inf), []
+            _group(key, is_dcp(directory), text.get("num_hidden_layers") or math.inf), []
         ).append(tensor)
     for group, members in groups.items():
         elements = sum(math.prod(tensor.shape) for tensor in members)
         sizes = Counter[str]()
         for tensor in members:
-            sizes[tensor.dtype] += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+            sizes[tensor.dtype] += tensor.bytes
         listed = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in sizes.most_common())
         lines.append(f"  {group}: {len(members)} tensors of {elements:,} elements; {listed}")
     if stacked:
@@ -435,7 +433,8 @@ def info(directory: str | Path) -> list[str]:
             f"one by one here"
         )
     if any(tensor.dtype == FP8 for tensor in tensors.values()):
-        lines.append("  fp8 in blocks of {} x {}".format(*fp8_block(directory)))
+        block = stored_format(directory, Fp8Blocks).block
+        lines.append("  fp8 in blocks of {} x {}".format(*block))
     return lines
 
 
@@ -448,6 +447,6 @@ def _group(key: str, dcp: bool, layers: float) -> str:
     key = key.removeprefix(CARRIED)
     if is_mtp(key, layers):
         return "MTP layers"
-    if key.endswith(SCALE_SUFFIX):
-        return "scales of fp8 weights"
+    if key.endswith((Fp8Blocks.scales, "weight_scale", "weight_shape", "_scales")):
+        return "scales of quantised weights"
     return "weights" if is_model_key(key, layers) else "others"

@@ -19,7 +19,8 @@ from tools.inspection.report import Inspected, plural
 from torchsft.config import Data, InputError
 from torchsft.data.cache import RowSample, Samples, pack_block
 from torchsft.data.prepare import open_sources, prepare
-from torchsft.data.preparer import Preparer, Result
+from torchsft.data.preparer import Preparer
+from torchsft.data.report import Result
 from torchsft.data.sources import Source
 from torchsft.data.specs import evaluation_sets
 

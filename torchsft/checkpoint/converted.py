@@ -2,9 +2,9 @@
 
 A *converted directory* is what `tools/convert_checkpoint.py to-dcp` writes: the files of a Hugging
 Face directory besides its weights, and these as DCP files. `model.FQN` are the model's parameters
-and buffers, in the source's dtype (fp8: fp32), and `carried.KEY` is what the model has no place
-for: MTP layers, unknown tensors and the scales of fp8 weights. A training checkpoint has the same
-`model.FQN`, in fp32, and nothing carried.
+and buffers, in the source's dtype (formats of few bits: fp32), and `carried.KEY` is what the model
+has no place for: MTP layers, unknown tensors and the scales of weights of few bits. A training
+checkpoint has the same `model.FQN`, in fp32, and nothing carried.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,16 @@ from torchsft.checkpoint.reader import RangeReader
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import (
     DTYPE_NAMES,
-    FP8,
+    DTYPES,
     StoredTensor,
     Weights,
     bounds,
     listing,
+    read_json_object,
 )
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
-from torchsft.precision.blockwise import scale_key
+from torchsft.precision.formats import Format, Int4Groups, described_format
 
 MODEL, CARRIED = "model.", "carried."
 
@@ -39,8 +40,8 @@ def is_dcp(directory: str | Path) -> bool:
 class ConvertedWeights(Weights):
     """The weights of a converted directory or a training checkpoint, known from `.metadata` alone.
     A tensor's `file` is its name in the DCP directory. The scales of the model's own weights are
-    not among `tensors`, since these have been dequantised; `scales` has them. `fp8` are the weights
-    that were fp8 in the source, or are.
+    not among `tensors`, since these have been dequantised; `scales` has them. `packed` are the
+    weights that were of few bits in the source.
 
     Args:
         directory: local.
@@ -67,12 +68,26 @@ class ConvertedWeights(Weights):
             for piece in self._pieces_of(name, pieces):
                 self.tensors[piece.key] = StoredTensor(name, piece.hf_shape, dtype)
                 self._starts[piece.key] = piece.start
-        own = [key for key, tensor in self.tensors.items() if tensor.file.startswith(MODEL)]
-        self._scales = {
-            key: self.tensors.pop(scale_key(key)) for key in own if scale_key(key) in self.tensors
-        }
-        stored_fp8 = {key for key, tensor in self.tensors.items() if tensor.dtype == FP8}
-        self.fp8 = frozenset(self._scales) | stored_fp8
+        self.packed: dict[str, Format] = {}
+        self._own_scales: dict[str, StoredTensor] = {}
+        form = self._source_format()
+        if form is None:
+            return
+        for key in [key for key in self.tensors if key + form.scales in self.tensors]:
+            self.packed[key] = form
+            if self.tensors[key].file.startswith(MODEL):
+                self._own_scales[key] = self.tensors[key + form.scales]
+                for suffix in filter(None, form.suffixes):
+                    self.tensors.pop(key + suffix, None)
+
+    def _source_format(self) -> Format | None:
+        """Return the format of few bits in which the source was."""
+        path = self.directory / "config.json"
+        form = described_format(read_json_object(path)) if path.is_file() else None
+        shapes = [key for key in self.tensors if key.endswith("weight_shape")]
+        if isinstance(form, Int4Groups) and shapes:
+            return Int4Groups(DTYPES[self.tensors[shapes[0]].dtype])
+        return form
 
     def _pieces_of(self, name: str, pieces: Mapping[str, Sequence[Piece]]) -> Sequence[Piece]:
         """Return the Hugging Face tensors that a DCP tensor holds."""
@@ -85,11 +100,14 @@ class ConvertedWeights(Weights):
 
     def _check_model(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
         """Compare names and shapes of the model's tensors with those that the pieces make up."""
+        joint = ".eh_proj.weight"
+        mtp = tuple(name.removesuffix(joint) for name in pieces if name.endswith(joint))
         expected = {
             MODEL + name: _whole_shape(parts)
             for name, parts in pieces.items()
-            # MTP layers were carried, one by one
-            if not all(CARRIED + piece.key in self._shapes for piece in parts)
+            # trained MTP layers may be carried, one tensor by one
+            if not name.startswith(mtp)
+            or not all(CARRIED + piece.key in self._shapes for piece in parts)
         }
         found = {name: shape for name, shape in self._shapes.items() if name.startswith(MODEL)}
         odd = [
@@ -122,14 +140,10 @@ class ConvertedWeights(Weights):
         return self._reader.read(tensor.file, box).reshape(shape)
 
     def scales(self, key: str) -> Tensor | None:
-        """Return the fp32 scales with which the source stored a weight; None for one that was not
-        fp8.
-        """
-        if key not in self.fp8:
-            return None
-        if (scale := self._scales.get(key)) is not None:
+        """Return the scales with which the source stored a weight; None for one that had none."""
+        if (scale := self._own_scales.get(key)) is not None:
             return self._reader.read(scale.file, whole_box(scale.shape))
-        return self.read_whole(scale_key(key))
+        return super().scales(key)
 
 
 def _whole_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:

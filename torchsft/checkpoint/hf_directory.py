@@ -16,7 +16,6 @@ from torchsft.checkpoint.manifest import FileEntry, entry_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import (
     DTYPES,
-    FP8,
     Contents,
     WeightIndex,
     Weights,
@@ -27,22 +26,21 @@ from torchsft.checkpoint.weight_files import (
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
 from torchsft.models.language_model import Mtp
-from torchsft.precision.blockwise import (
-    BLOCK,
-    SCALE_SUFFIX,
-    described_block,
-    scale_key,
-    scale_shape,
-)
+from torchsft.precision.formats import Format, Fp8Blocks, described_format
 
 # What an export takes over from its source besides config.json. Python files belong to the
 # configuration's `auto_map` (other tools may need them); they are copied, never run.
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "additional_chat_templates/*.jinja")
 _OTHERS = {"config.json", "checkpoint.json", "trainer.json"}  # written anew, or of a DCP directory
-# What --checkpoint.export and to-hf --dtype call the dtypes of an export.
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+# What --checkpoint.export and to-hf --dtype call the dtypes and formats of an export, and the dtype
+# of what is in no format of few bits.
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPORT_DTYPES |= dict.fromkeys(("fp8", "int4", "mxfp4"), torch.bfloat16)
+Kind = torch.dtype | Format
 # What config.json calls the number of MTP layers.
 MTP_COUNTS = {"num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules"}
+# How keys of a language model begin; those of models that see, with the part that does not.
+_MODEL = r"(?:language_model\.)?model\."
 ROTARY = "rotary_emb.inv_freq"  # a buffer that old versions of transformers wrote
 
 
@@ -91,7 +89,7 @@ def is_mtp(key: str, layers: int) -> bool:
     """Whether a key belongs to a multi-token-prediction layer, which follows the model's `layers`
     layers.
     """
-    match = re.match(r"model\.layers\.(\d+)\.", key)
+    match = re.match(rf"{_MODEL}layers\.(\d+)\.", key)
     return match is not None and int(match[1]) >= layers
 
 
@@ -99,9 +97,8 @@ def is_model_key(key: str, layers: int) -> bool:
     """Whether a key is named as the weights of a model of `layers` layers are, so that the model
     must have a place for it.
     """
-    named = (
-        re.match(r"(model\.layers\.\d+|model\.embed_tokens|model\.norm|lm_head)\.", key) is not None
-    )
+    own = rf"({_MODEL}(layers\.\d+|embed_tokens|norm)|(language_model\.)?lm_head)\."
+    named = re.match(own, key) is not None
     return named and not is_mtp(key, layers) and not key.endswith(ROTARY)
 
 
@@ -113,14 +110,14 @@ def is_carried(key: str, layers: int) -> bool:
 
 
 def carried_keys(weights: Weights, layers: int, drop_mtp: bool) -> tuple[list[str], list[str]]:
-    """Return the keys of the source's tensors that an export takes over (scales belong to them),
+    """Return the keys of the source's tensors that an export takes over (parts belong to them),
     and which of them are unknown.
     """
     keys = [
         key
         for key in weights.tensors
         if is_carried(key, layers)
-        and not key.endswith(SCALE_SUFFIX)
+        and key not in weights.parts
         and not (drop_mtp and is_mtp(key, layers))
     ]
     return keys, [key for key in keys if not is_mtp(key, layers)]
@@ -156,81 +153,101 @@ def copy_side_files(
     return written
 
 
-def exported_config(
-    config: Mapping[str, Any], dtype: torch.dtype, mtp: Mtp = "keep"
-) -> dict[str, Any]:
+def exported_config(config: Mapping[str, Any], export: str, mtp: Mtp = "keep") -> dict[str, Any]:
     """Return the source's config.json with the exported dtype, under the name(s) that it uses.
-    `quantization_config` is there in fp8 alone (what is not fp8 is bf16 then): the source's, where
-    that describes DeepSeek's fp8, else DeepSeek-V3's.
+
+    In formats of few bits it has a `quantization_config` (what is in no such format is bf16 then):
+    the source's, where that describes the format, else, for fp8, DeepSeek-V3's.
+
+    Args:
+        export: a key of EXPORT_DTYPES.
+        mtp: `drop` sets the number of MTP layers to 0.
+
+    Raises:
+        InputError: the format is one that only releases in it can be exported in, and the source is
+            none.
     """
-    exported = {key: value for key, value in config.items() if key != "quantization_config"}
+    form, dtype = described_format(config), EXPORT_DTYPES[export]
+    exported = dict(config)
+    if form is None or form.name != export:
+        if export in ("int4", "mxfp4"):
+            found = "no quantised weights" if form is None else f"{form.name} weights"
+            raise InputError(
+                f"--checkpoint.export {export} (to-hf: --dtype) needs a source that is released in "
+                f"it, but config.json describes {found}; choose bf16 or fp8"
+            )
+        exported = _without_quantization(config)
+        if export == "fp8":
+            exported["quantization_config"] = Fp8Blocks().description
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    if dtype == torch.float8_e4m3fn:
-        fp8 = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": list(BLOCK),
-        }
-        exported["quantization_config"] = (
-            config["quantization_config"] if described_block(config) else fp8
-        )
-        dtype = torch.bfloat16
     if mtp == "drop":
         exported |= dict.fromkeys(MTP_COUNTS & exported.keys(), 0)
     return exported | dict.fromkeys(names, str(dtype).removeprefix("torch."))
 
 
-def fp8_format(exported: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
-    """Return of an fp8 export's config.json: rows and columns of a block, and whether scales are
-    powers of two.
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json's object without quantization_config, here and in `text_config`."""
+    left = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(left.get("text_config"), Mapping):
+        left["text_config"] = _without_quantization(left["text_config"])
+    return left
+
+
+def export_kind(exported: Mapping[str, Any], export: str) -> Kind:
+    """Return in which dtype or format an export has its weights.
+
+    Args:
+        exported: its config.json.
+        export: a key of EXPORT_DTYPES.
     """
-    return described_block(exported), exported["quantization_config"].get("scale_fmt") == "ue8m0"
+    return described_format(exported) or EXPORT_DTYPES[export]
 
 
-def contents_of(
-    key: str, dtype: torch.dtype, shape: tuple[int, ...], block: tuple[int, int]
-) -> Contents:
-    """Return what an export has in `dtype` for a tensor: itself, and in fp8 the fp32 scales of its
-    blocks.
-    """
-    scales = (
-        {scale_key(key): (torch.float32, scale_shape(shape, block))}
-        if dtype == torch.float8_e4m3fn
-        else {}
-    )
-    return {key: (dtype, shape)} | scales
+def contents_of(key: str, kind: Kind, shape: tuple[int, ...]) -> Contents:
+    """Return what a file has of a tensor: itself, or the parts of a format."""
+    return {key: (kind, shape)} if isinstance(kind, torch.dtype) else kind.parts(key, shape)
 
 
-def exported_dtype(
-    key: str, dtype: torch.dtype, source: Weights | None, *, constant: bool, quantised: bool
-) -> torch.dtype:
-    """In which dtype an export in `dtype` has a tensor of the model: in fp8 as an fp8 source has
-    it, else fp8 where it is `quantised` (`LanguageModel.is_quantised`), or bf16. A `constant`
-    (`LanguageModel.constants`, such as the routing bias) keeps the source's if that is not fp8, and
-    is fp32 without one.
+def exported_kind(
+    key: str, kind: Kind, source: Weights | None, *, constant: bool, quantised: bool
+) -> Kind:
+    """Return in which dtype or format an export in `kind` has a tensor of the model.
+
+    In a format of few bits: as a source in the same format has it, else so where it is `quantised`
+    (`LanguageModel.is_quantised`), and bf16. A `constant` (`LanguageModel.constants`, such as the
+    routing bias) keeps the source's if that is not of few bits, and is fp32 without one.
     """
     stored = source.tensors.get(key) if source is not None else None
-    if constant and (stored is None or stored.dtype != FP8):
+    if constant and (stored is None or key not in source.packed):
         return torch.float32 if stored is None else DTYPES[stored.dtype]
-    if dtype != torch.float8_e4m3fn:
-        return dtype
-    if source is not None and source.fp8 and key in source.tensors:
-        return torch.float8_e4m3fn if key in source.fp8 else DTYPES[source.tensors[key].dtype]
-    return torch.float8_e4m3fn if quantised else torch.bfloat16
+    if isinstance(kind, torch.dtype):
+        return kind
+    if stored is not None and source.stores(kind):
+        return kind if key in source.packed else DTYPES[stored.dtype]
+    return kind if quantised else torch.bfloat16
 
 
-def carried_dtype(key: str, dtype: torch.dtype, source: Weights, *, quantised: bool) -> torch.dtype:
-    """In which dtype an export in `dtype` has a tensor of the source. As it is, except that loaders
-    expect like weights in one
-    format: fp8 becomes `dtype`, and in fp8, what is `quantised` (`LanguageModel.is_quantised`)
-    becomes fp8. A dtype that torch lacks is an InputError.
+def carried_kind(key: str, kind: Kind, source: Weights, *, quantised: bool) -> Kind:
+    """Return in which dtype or format an export in `kind` has a tensor that it takes over.
+
+    As it is, except that loaders expect like weights in one format: what is of few bits in another
+    one becomes `kind`, and in fp8, what is `quantised` (`LanguageModel.is_quantised`) fp8.
+
+    Raises:
+        InputError: it has a dtype that torch lacks.
     """
-    stored = source.tensors[key].dtype
+    stored, form = source.tensors[key].dtype, source.packed.get(key)
+    if isinstance(kind, torch.dtype):
+        as_format = kind
+    else:
+        as_format = kind if quantised or source.stores(kind) else torch.bfloat16
+    if form is not None:
+        return as_format
     if stored not in DTYPES:
         raise InputError(
             f"{source.directory}: {key} has dtype {stored}, which cannot be exported; remove it"
         )
     floating = DTYPES[stored] in (torch.float32, torch.float16, torch.bfloat16)
-    becomes_fp8 = dtype == torch.float8_e4m3fn and not source.fp8 and floating and quantised
-    return dtype if becomes_fp8 or stored == FP8 else DTYPES[stored]
+    if isinstance(kind, torch.dtype) or source.stores(kind) or not (floating and quantised):
+        return DTYPES[stored]
+    return kind

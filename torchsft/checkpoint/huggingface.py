@@ -23,6 +23,7 @@ from torchsft.checkpoint import hf_directory
 from torchsft.checkpoint.boxes import Box, Shared, choose_writers, local_box, piece_box
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
+    Kind,
     Weights,
     contents_of,
     copy_side_files,
@@ -36,7 +37,7 @@ from torchsft.checkpoint.weight_files import (
     INDEX,
     Contents,
     SafetensorsWriter,
-    file_order,
+    in_file_order,
     listing,
     size_of,
 )
@@ -45,9 +46,7 @@ from torchsft.models.decoder import Piece, local
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.collectives import gather_objects, rank_and_size
-from torchsft.precision.blockwise import BLOCK, SCALE_SUFFIX, quantise, scale_key, scale_shape
-
-FP8 = torch.float8_e4m3fn
+from torchsft.precision.formats import Format
 
 
 def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
@@ -71,7 +70,7 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
             _check_tied(index)
         elif (
             hf_directory.is_model_key(key, model.depth)
-            and not key.endswith(SCALE_SUFFIX)
+            and key not in index.parts
             and key not in shared
         ):
             found[key] = stored.shape
@@ -80,7 +79,11 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
             f"{hf_dir}: weights do not fit config.json: {problem}; use the two that belong together"
         )
     most = model.config.mtp_layers
-    more = {key.split(".")[2] for key in index.tensors if hf_directory.is_mtp(key, layers)}
+    more = {
+        key.partition("layers.")[2].partition(".")[0]
+        for key in index.tensors
+        if hf_directory.is_mtp(key, layers)
+    }
     if most is not None and len(more) > most:
         said = (
             f"{layers} num_hidden_layers and {most} num_nextn_predict_layers; use the two that "
@@ -92,7 +95,7 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
     if odd := [
         f"{key} ({index.tensors[key].dtype})"
         for key in expected
-        if index.tensors[key].dtype not in WEIGHT_DTYPES
+        if key not in index.packed and index.tensors[key].dtype not in WEIGHT_DTYPES
     ]:
         raise InputError(
             f"{hf_dir}: {listing(odd)} must be bf16, fp16, fp32 or fp8 (e4m3); "
@@ -101,9 +104,16 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
     return index
 
 
-def has_mtp(index: Weights, model: LanguageModel) -> bool:
-    """Whether there are MTP layers."""
-    return any(hf_directory.is_mtp(key, model.config.num_hidden_layers) for key in index.tensors)
+def note_on_mtp(index: Weights, model: LanguageModel) -> str:
+    """Say what it means if there are MTP layers that are kept; empty where there are none."""
+    layers = model.config.num_hidden_layers
+    if model.mtp != "keep" or not any(hf_directory.is_mtp(key, layers) for key in index.tensors):
+        return ""
+    return (
+        "MTP layers are exported as they are: drafts of a server that uses them are accepted less "
+        "often the more training changes the model, which slows it down; --model.mtp train trains "
+        "them too"
+    )
 
 
 def check_moving_bias(index: Weights, model: LanguageModel) -> None:
@@ -199,13 +209,15 @@ class _Tensor:
     """One tensor of an export.
 
     Attributes:
-        contents: what it is in the file, in fp8 its scales too.
+        kind: the dtype or format in which it is exported.
+        contents: what the file has of it: itself, or the parts of a format.
         parts: which ranks hold which part of it (parameter coordinates): one rank or several.
         name, piece: the parameter that it is a piece of; None for a tensor that is taken over from
             the source.
     """
 
     key: str
+    kind: Kind
     contents: Contents
     parts: Mapping[Box, Sequence[int]]
     name: str | None = None
@@ -230,20 +242,11 @@ class _File:
     tensors: list[_Tensor]
 
 
-@dataclass(frozen=True)
-class _Format:
-    """In which dtype an export has the parameters; in fp8, how its blocks are."""
-
-    dtype: torch.dtype
-    block: tuple[int, int]
-    power_of_two: bool
-
-
 @torch.no_grad()
 def export(
     model: LanguageModel,
     out_dir: str | Path,
-    dtype: torch.dtype,
+    dtype: str,
     source_dir: str | Path,
     ends: Iterable[int] = (),
     max_shard_bytes: float = 5e9,
@@ -252,17 +255,17 @@ def export(
     """Write the model as a Hugging Face directory; collective over all ranks, or one process
     without a group.
 
-    MTP layers, unknown tensors and other files come from the source, and in fp8 the bytes of a
-    block that still has its source's values. Each tensor is sent to the one rank that writes it,
-    straight into its file: a rank holds its share of the model and the tensor in flight. `out_dir`
-    appears, or is replaced, when all ranks have finished; a remote one is written in place,
-    config.json last.
+    MTP layers, unknown tensors and other files come from the source, and in formats of few bits the
+    bytes of a group that still has its source's values. Each tensor is sent to the one rank that
+    writes it, straight into its file: a rank holds its share of the model and the tensor in flight.
+    `out_dir` appears, or is replaced, when all ranks have finished; a remote one is written in
+    place, config.json last.
 
     Args:
         model: what this rank holds; all ranks together hold every tensor.
         out_dir: the directory to write, or the URL of a folder.
-        dtype: of the parameters (see `exported_dtype`), torch.float8_e4m3fn for fp8; the routing
-            bias keeps the source's, fp32 in published ones.
+        dtype: of the parameters, a key of EXPORT_DTYPES (see `exported_kind`); the routing bias
+            keeps the source's, fp32 in published ones.
         source_dir: the Hugging Face or converted directory that the run began with; its weights may
             be absent.
         ends: ids of the tokens that ended trained turns: the exported eos ids name them too.
@@ -273,26 +276,25 @@ def export(
         SharedError: on every rank: one could not write; a local directory stays as it was. A rank
             that fails otherwise raises at once; the others wait until they are ended.
         InputError: `out_dir` is the source or no model directory; a source that cannot be used;
-            what fp8 cannot hold.
+            what the format cannot hold.
     """
     source, target = Path(source_dir), Folder(out_dir)
     config = hf_directory.exported_config(read_config(source), dtype, model.mtp)
     config, generation = with_ends(config, read_generation_config(source), ends)
     check_target(source, target)
-    block, power_of_two = hf_directory.fp8_format(config) if dtype == FP8 else (BLOCK, False)
-    form = _Format(dtype, block, power_of_two)
+    kind = hf_directory.export_kind(config, dtype)
     with torch.device("meta"):
         whole = model.family(model.config, mtp=model.mtp)
     held = model.state_dict(keep_vars=True)
     weights = open_weights(source, whole.checkpoint_pieces(), optional=True)
-    tensors = _ordered(
-        [*_model_tensors(whole, held, weights, form), *_carried_tensors(model, weights, form)]
+    tensors = in_file_order(
+        [*_model_tensors(whole, held, weights, kind), *_carried_tensors(model, weights, kind)]
     )
     files = _assign(tensors, max_shard_bytes)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     named = dict(zip(names, files, strict=True))
     with published(target) as folder:
-        _write_files(folder, tensors, named, held, weights, form)
+        _write_files(folder, tensors, named, held, weights)
         if rank_and_size()[0] == 0:
             copy_side_files(source, folder, chat_template)
             folder.write_text(INDEX, json.dumps(_index(named), indent=2) + "\n")
@@ -301,7 +303,7 @@ def export(
 
 
 def _model_tensors(
-    whole: LanguageModel, held: Mapping[str, Tensor], weights: Weights | None, form: _Format
+    whole: LanguageModel, held: Mapping[str, Tensor], weights: Weights | None, kind: Kind
 ) -> Iterator[_Tensor]:
     """Yield what is exported of the model's own tensors; collective.
 
@@ -312,19 +314,19 @@ def _model_tensors(
     constants = whole.constants()
     pieces = whole.checkpoint_pieces(weights.tensors if weights else ())
     for name, piece, parts in _pieces_and_holders(whole, held, pieces):
-        dtype = hf_directory.exported_dtype(
+        of_piece = hf_directory.exported_kind(
             piece.key,
-            form.dtype,
+            kind,
             weights,
             constant=name in constants,
             quantised=whole.is_quantised(piece.key),
         )
-        contents = contents_of(piece.key, dtype, piece.hf_shape, form.block)
-        yield _Tensor(piece.key, contents, parts, name, piece)
+        contents = contents_of(piece.key, of_piece, piece.hf_shape)
+        yield _Tensor(piece.key, of_piece, contents, parts, name, piece)
 
 
 def _carried_tensors(
-    model: LanguageModel, weights: Weights | None, form: _Format
+    model: LanguageModel, weights: Weights | None, kind: Kind
 ) -> Iterator[_Tensor]:
     """Yield what is exported of the source's tensors for which the model has no place. Any rank can
     write them.
@@ -333,17 +335,9 @@ def _carried_tensors(
         return
     _, ranks = rank_and_size()
     for key in _carried(weights, model):
-        dtype = hf_directory.carried_dtype(
-            key, form.dtype, weights, quantised=model.is_quantised(key)
-        )
-        contents = contents_of(key, dtype, weights.tensors[key].shape, form.block)
-        yield _Tensor(key, contents, {Box((), ()): range(ranks)})
-
-
-def _ordered(tensors: Sequence[_Tensor]) -> list[_Tensor]:
-    """Return tensors in an order in which each is aligned in a file."""
-    by_key = {tensor.key: tensor for tensor in tensors}
-    return [by_key[key] for key in file_order(_merged(tensors)) if key in by_key]
+        of_key = hf_directory.carried_kind(key, kind, weights, quantised=model.is_quantised(key))
+        contents = contents_of(key, of_key, weights.tensors[key].shape)
+        yield _Tensor(key, of_key, contents, {Box((), ()): range(ranks)})
 
 
 def _merged(tensors: Iterable[_Tensor]) -> Contents:
@@ -364,7 +358,6 @@ def _write_files(
     files: Mapping[str, _File],
     held: Mapping[str, Tensor],
     weights: Weights | None,
-    form: _Format,
 ) -> None:
     """Gather one tensor after another on the rank that writes it, which does; collective."""
     rank, _ = rank_and_size()
@@ -393,7 +386,7 @@ def _write_files(
                         stack.close()
                         current, contents = name, _merged(files[name].tensors)
                         output = stack.enter_context(SafetensorsWriter(folder, name, contents))
-                    for key, part in _encoded(tensor, values, weights, form).items():
+                    for key, part in _encoded(tensor, values, weights).items():
                         output.write(key, part)
         except OSError:
             for _ in arriving:  # the other ranks still send and receive
@@ -486,16 +479,15 @@ def _assign(tensors: Sequence[_Tensor], max_shard_bytes: float) -> list[_File]:
 
 def _gather(tensor: _Tensor, own: Tensor, writer: int) -> Tensor | None:
     """Return the whole of one tensor on the rank that writes it, in the dtype in which it is
-    written, for fp8 in fp32; None on the other ranks. Point to point between the ranks that hold a
-    part; of several copies of the model, in the writer's own.
+    written, or fp32 for a format of few bits; None on the other ranks. Point to point between the
+    ranks that hold a part; of several copies of the model, in the writer's own.
 
     Args:
         own: this rank's part of the parameter.
     """
     rank, _ = rank_and_size()
     mine, origin = local(own), local_box(own).start
-    dtype, _ = tensor.contents[tensor.key]
-    dtype = torch.float32 if dtype == FP8 else dtype
+    dtype = tensor.kind if isinstance(tensor.kind, torch.dtype) else torch.float32
     whole = None
     if rank == writer:
         whole = mine.new_empty(piece_box(tensor.piece).shape, dtype=dtype)
@@ -523,24 +515,31 @@ def _gather(tensor: _Tensor, own: Tensor, writer: int) -> Tensor | None:
     return whole
 
 
-def _encoded(
-    tensor: _Tensor, values: Tensor | None, weights: Weights | None, form: _Format
-) -> dict[str, Tensor]:
+def _encoded(tensor: _Tensor, values: Tensor | None, weights: Weights | None) -> dict[str, Tensor]:
     """Return what is written of a tensor, by key: `values` (None: those of the source's `weights`),
-    in fp8 with scales, of which those of the source are kept where they still give the values
-    exactly.
+    in a format of few bits with scales, of which those of the source are kept where they still give
+    the values exactly.
     """
-    key = tensor.key
-    dtype, shape = tensor.contents[key]
-    known = weights.scales(key) if dtype == FP8 and weights is not None else None
+    key, kind = tensor.key, tensor.kind
+    if isinstance(kind, torch.dtype):
+        values = weights.values(key, ()) if values is None else values
+        return {key: values.to(kind)}
+    known = known_scales(weights, key, kind, tensor.contents)
     if values is None:
-        if known is not None:  # in fp8 here and there
-            return {key: weights.read_whole(key), scale_key(key): known}
+        if known is not None and tensor.contents.keys() <= weights.tensors.keys():
+            return {part: weights.read_whole(part) for part in tensor.contents}
         values = weights.values(key, ())
-    if dtype != FP8:
-        return {key: values.to(dtype)}
-    same_model = known is not None and known.shape == scale_shape(shape, form.block)
-    known = known.to(values.device) if same_model else None
-    values = values.float().reshape(shape)
-    q, scale = quantise(values, form.block, form.power_of_two, known, key)
-    return {key: q, scale_key(key): scale}
+    shape = tensor.piece.hf_shape if tensor.piece is not None else weights.tensors[key].shape
+    known = None if known is None else known.to(values.device)
+    encoded = kind.encode(values.float().reshape(shape), known, key)
+    return kind.constants(key, shape) | encoded
+
+
+def known_scales(
+    weights: Weights | None, key: str, form: Format, contents: Contents
+) -> Tensor | None:
+    """Return the scales with which the source has a weight; None if it has it otherwise."""
+    if weights is None or type(weights.packed.get(key)) is not type(form):
+        return None
+    known = weights.scales(key)
+    return known if tuple(known.shape) == contents[key + form.scales][1] else None

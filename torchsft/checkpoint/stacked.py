@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from torchsft.checkpoint.stored import DTYPES, FP8, StoredTensor, listing
-from torchsft.precision.blockwise import scale_key
+from torchsft.precision.blockwise import SCALE_SUFFIX
 
 _EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(.+)")
 # What the tensors of a layer's experts are, from the first rows of an expert on.
@@ -72,7 +72,9 @@ def _check(tensors: Mapping[str, StoredTensor], stacked: list[str]) -> None:
         raise ValueError(
             f"its experts are stored stacked, but {listing(absent)} is absent; {_REMEDY}"
         )
-    if scaled := [key for key in stacked if tensors[key].dtype == FP8 or scale_key(key) in tensors]:
+    if scaled := [
+        key for key in stacked if tensors[key].dtype == FP8 or key + SCALE_SUFFIX in tensors
+    ]:
         raise ValueError(
             f"{listing(scaled, 2)} holds stacked experts in fp8, which is not supported; {_REMEDY}"
         )

@@ -1,5 +1,6 @@
 """What is known of a stored tensor without its values: the words of safetensors headers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ DTYPES |= {
     for n in (8, 16, 32, 64)
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Weights in several parts, of few bits each (precision/formats.py): word -> bytes of an element.
+PACKED_BYTES = {"INT4": 0.5, "MXFP4": 0.5}
 
 
 def listing(names: Sequence[str], most: int = 20) -> str:
@@ -45,3 +48,9 @@ class StoredTensor:
     dtype: str
     stack: str = ""
     start: tuple[int, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its values, without scales."""
+        size = PACKED_BYTES.get(self.dtype) or DTYPES[self.dtype].itemsize
+        return int(math.prod(self.shape) * size)

@@ -5,10 +5,10 @@ each tensor, data without gaps."""
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,17 +18,24 @@ from torchsft.checkpoint.stacked import stacked_in, unstacked
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.stored import DTYPE_NAMES, DTYPES, FP8, StoredTensor, listing
 from torchsft.config import InputError
-from torchsft.precision.blockwise import (
-    SCALE_SUFFIX,
-    dequantise,
-    described_block,
-    scale_key,
-    scale_shape,
+from torchsft.precision.formats import (
+    Contents,
+    Format,
+    Fp8Blocks,
+    Int4Groups,
+    Mxfp4,
+    described_format,
 )
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a file: key -> dtype, shape
+
+
+class Exported(Protocol):
+    """A tensor to be written."""
+
+    key: str
+    contents: Contents  # it, or its parts
 
 
 def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
@@ -61,54 +68,65 @@ def has_weights(directory: str | Path) -> bool:
     return any(Path(directory).glob("*.safetensors"))
 
 
-def fp8_block(directory: str | Path) -> tuple[int, int]:
-    """Return rows and columns of a block of a directory's fp8 weights; an InputError where
-    config.json does not describe such.
+def stored_format(directory: str | Path, kind: type[Format]) -> Format:
+    """Return the format of a directory's weights of few bits, by its config.json.
+
+    Raises:
+        InputError: it describes another one, or none.
     """
     config = read_json_object(Path(directory) / "config.json")
-    if (block := described_block(config)) is None:
+    form = described_format(config)
+    if not isinstance(form, kind):
         found = f"quantization_config = {json.dumps(config.get('quantization_config'))}"
-        needed = (
-            '{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} or the like '
-            "is needed"
-        )
+        needed = f"{json.dumps(kind().description)} or the like is needed"
         raise InputError(
-            f"{directory} holds fp8 weights, but its config.json has {found}, where "
+            f"{directory} holds {kind.name} weights, but its config.json has {found}, where "
             f"{needed}; download it again"
         )
-    return block
+    return form
 
 
 class Weights:
     """What a `WeightIndex` and `ConvertedWeights` share: weights by Hugging Face key, known without
-    their values; of slices,
-    only their bytes are read. `tensors`: key -> `StoredTensor`; `fp8`: keys of the weights that
-    have scales (precision/blockwise.py); `bytes_read`: so far, headers not counted.
+    their values; of slices, only their bytes are read.
+
+    Attributes:
+        tensors: key -> `StoredTensor`; the parts of weights of few bits are there too.
+        packed: the weights that have scales: key -> format (precision/formats.py).
+        bytes_read: so far, headers not counted.
     """
+
+    directory: Path
+    tensors: dict[str, StoredTensor]
+    packed: dict[str, Format]
+
+    @cached_property
+    def parts(self) -> set[str]:
+        """Keys of the tensors that are parts of weights of few bits, and no weights themselves."""
+        return {
+            key + suffix for key, form in self.packed.items() for suffix in form.suffixes if suffix
+        }
+
+    def stores(self, form: Format) -> bool:
+        """Whether some weights are in a format."""
+        return any(type(other) is type(form) for other in self.packed.values())
 
     def read_whole(self, key: str) -> Tensor:
         """Return a whole tensor, on the CPU, in its stored dtype; see `read`."""
         return self.read(key, ())
 
     def values(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """Return one slice of a tensor's values on the CPU: fp32 of one that is stored in fp8, else
-        as stored; see `read`.
+        """Return one slice of a tensor's values on the CPU: fp32 of one that is stored in few bits,
+        else as stored; see `read`.
         """
-        stored, raw = self.tensors[key], self.read(key, index)
-        if stored.dtype != FP8:
-            return raw
-        ranges = bounds(index, stored.shape)
-        blocks = tuple(
-            slice(start // n, -(-end // n))
-            for (start, end), n in zip(ranges, self._block, strict=True)
-        )
-        return dequantise(
-            raw, self.read(scale_key(key), blocks), self._block, tuple(start for start, _ in ranges)
-        )
+        stored, form = self.tensors[key], self.packed.get(key)
+        if form is None or stored.dtype != form.word:
+            return self.read(key, index)
+        return form.values(self.read, key, stored.shape, bounds(index, stored.shape))
 
-    @cached_property
-    def _block(self) -> tuple[int, int]:
-        return fp8_block(self.directory)
+    def scales(self, key: str) -> Tensor | None:
+        """Return all scales of a weight of few bits; None for other tensors."""
+        return self.read_whole(key + self.packed[key].scales) if key in self.packed else None
 
 
 def bounds(index: tuple[slice, ...], shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -127,8 +145,9 @@ class WeightIndex(Weights):
 
     Raises:
         InputError: no safetensors weights, files absent or damaged, an index that does not fit
-            them, a key twice, fp8 weights without scales or config.json's description, scales
-            without weight or of another shape or dtype, experts of no known form.
+            them, a key twice, weights of few bits without all of their parts or config.json's
+            description, scales without weight or of another shape or dtype, experts of no known
+            form.
     """
 
     def __init__(self, hf_dir: str | Path) -> None:
@@ -161,8 +180,12 @@ class WeightIndex(Weights):
             self.tensors = unstacked(self.tensors)
         except ValueError as error:
             self._refuse(str(error))
-        self.fp8 = frozenset(key for key, stored in self.tensors.items() if stored.dtype == FP8)
-        self._check_scales()
+        fp8 = [key for key, stored in self.tensors.items() if stored.dtype == FP8]
+        self._check_fp8_parts(fp8)
+        self.packed = dict.fromkeys(fp8, stored_format(hf_dir, Fp8Blocks)) if fp8 else {}
+        self._put_together("weight_packed", Int4Groups)
+        self._put_together("_blocks", Mxfp4)
+        self._check_parts()
 
     def _refuse(self, fault: str) -> NoReturn:
         raise InputError(f"{self.directory}: {fault}")
@@ -201,30 +224,52 @@ class WeightIndex(Weights):
             f"safetensors weights"
         )
 
-    def _check_scales(self) -> None:
-        scales = {key for key in self.tensors if key.endswith(SCALE_SUFFIX)}
-        needed = {scale_key(key): key for key in self.fp8}
+    def _check_fp8_parts(self, fp8: Sequence[str]) -> None:
+        """Refuse fp8 weights without scales, and scales without weights."""
+        suffix = Fp8Blocks.scales
+        scales = {key for key in self.tensors if key.endswith(suffix)}
+        needed = {key + suffix: key for key in fp8}
         if lonely := sorted(scales - needed.keys()):
             self._refuse(f"scales without their fp8 weights ({listing(lonely)}); download it again")
         if bare := sorted(key for scale, key in needed.items() if scale not in scales):
             self._refuse(f"fp8 weights without their scales ({listing(bare)}); download it again")
-        odd = []
-        for name, key in needed.items():
-            shape, scale = self.tensors[key].shape, self.tensors[name]
-            if (
-                len(shape) != 2
-                or scale.shape != scale_shape(shape, self._block)
-                or scale.dtype != "F32"
-            ):
-                odd.append(f"{name} ({scale.dtype} {scale.shape} for a weight {shape})")
-        if odd:
-            fault = (
-                f"scales must be F32, one for each block of {self._block[0]} x {self._block[1]}, "
-                f"but {listing(odd)} are not"
-            )
+
+    def _put_together(self, ending: str, kind: type[Int4Groups | Mxfp4]) -> None:
+        """Enter the weights of a format whose values end so as tensors of their own."""
+        data = kind.suffixes[-2]
+        found = [key.removesuffix(data) for key in self.tensors if key.endswith(ending)]
+        if not found:
+            return
+        form = stored_format(self.directory, kind)
+        parts = {key + suffix: key for key in found for suffix in form.suffixes}
+        if absent := sorted(parts.keys() - self.tensors.keys()):
             self._refuse(
-                f"{fault}; weights and config.json are of different checkpoints, download "
-                f"both again"
+                f"{form.name} weights lack parts of them ({listing(absent)}); download it again"
+            )
+        if isinstance(form, Int4Groups):
+            form = Int4Groups(DTYPES[self.tensors[found[0] + form.suffixes[0]].dtype])
+        for key in found:
+            shape = form.shape_of(self.tensors[key + data].shape)
+            self.tensors[key] = StoredTensor(self.tensors[key + data].file, shape, form.word)
+            self.packed[key] = form
+
+    def _check_parts(self) -> None:
+        """Refuse parts of other shapes or dtypes than their weights need."""
+        odd, rules = [], set()
+        for key, form in self.packed.items():
+            shape = self.tensors[key].shape
+            flat = isinstance(form, Fp8Blocks) and len(shape) != 2
+            needed = {} if flat else form.parts(key, shape)
+            for name in (key + suffix for suffix in form.suffixes if suffix):
+                part = self.tensors[name]
+                dtype, wanted = needed.get(name, (None, None))
+                if flat or (part.dtype, part.shape) != (DTYPE_NAMES[dtype], wanted):
+                    odd.append(f"{name} ({part.dtype} {part.shape} for a weight {shape})")
+                    rules.add(form.rule)
+        if odd:
+            self._refuse(
+                f"{' and '.join(sorted(rules))}, but {listing(odd)} are not; weights and "
+                "config.json are of different checkpoints, download both again"
             )
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
@@ -260,10 +305,6 @@ class WeightIndex(Weights):
         # A column of one element keeps the file's stride, although it counts as contiguous.
         return values.contiguous().as_strided((values.numel(),), (1,)).view(shape)
 
-    def scales(self, key: str) -> Tensor | None:
-        """Return all scales of an fp8 weight, fp32; None for other tensors."""
-        return self.read_whole(scale_key(key)) if key in self.fp8 else None
-
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file, in the order of their bytes."""
@@ -298,27 +339,37 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def file_order(contents: Contents) -> list[str]:
-    """Return keys in an order in which every tensor is aligned to its elements and scales follow
-    their fp8 weight; an InputError where the scales would not be aligned.
+def in_file_order(tensors: Iterable[Exported]) -> list[Exported]:
+    """Return tensors in an order in which all parts of each are aligned to their elements.
+
+    Raises:
+        InputError: there is none.
     """
-    scales = {name: key for key in contents if (name := scale_key(key)) in contents}
-    if odd := sorted(key for key in scales.values() if tensor_bytes(*contents[key]) % 4):
+    tensors, odd = list(tensors), []
+    for tensor in tensors:
+        width, end = _alignment(tensor.contents), 0
+        for dtype, shape in tensor.contents.values():
+            if end % dtype.itemsize:
+                odd.append(tensor.key)
+            end += tensor_bytes(dtype, shape)
+        if end % width:
+            odd.append(tensor.key)
+    if odd := sorted(set(odd)):
         raise InputError(
-            f"{listing(odd)} cannot be written in fp8: the elements of each must be a "
-            f"multiple of 4; choose bf16"
+            f"{listing(odd)} cannot be written with scales: the elements of each must be a "
+            "multiple of 4 (INT4: of 128); choose bf16"
         )
-    width = {key: dtype.itemsize for key, (dtype, _) in contents.items()} | dict.fromkeys(
-        scales.values(), 4
-    )
-    ordered = sorted((key for key in contents if key not in scales), key=lambda key: -width[key])
-    return [name for key in ordered for name in (key, scale_key(key)) if name in contents]
+    return sorted(tensors, key=lambda tensor: -_alignment(tensor.contents))
+
+
+def _alignment(contents: Contents) -> int:
+    return max(dtype.itemsize for dtype, _ in contents.values())
 
 
 class SafetensorsWriter:
     """Writes one safetensors file of known content from start to end, without holding any tensor. A
     context manager: leaving it completes the file. `contents` is in the order in which it will be
-    written (see `file_order`).
+    written (see `in_file_order`).
     """
 
     def __init__(self, folder: Folder, name: str, contents: Contents) -> None:

@@ -5,12 +5,12 @@ all of these may stand inside lists and structs.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
 
-from torchsft.data.nulls import Null
+from torchsft.data.nulls import Null, in_lists
 from torchsft.data.rows import load_json
 
 Convert = Callable[[Any], Any]  # makes a value of what is stored
@@ -36,25 +36,25 @@ def rows_of(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
         if names.count(name) > 1:  # `to_pylist` would keep one of them
             raise ValueError(f"two columns have the name {name!r}")
     rows = batch.to_pylist()
-    for name, convert in _converters(batch.schema).items():
+    for name, convert in _converters(batch.schema, _features(batch.schema)).items():
         for row in rows:
             row[name] = convert(row[name])
     return rows
 
 
-def _converters(schema: pa.Schema) -> dict[str, Convert]:
-    """Find the columns whose values are not what they are stored as.
+def _converters(fields: Iterable[pa.Field], features: Any) -> dict[str, Convert]:
+    """Find the columns of a table or fields of a struct whose values are not what they are stored
+    as.
+
+    Args:
+        features: what `datasets` has written of them, by name; None where it has not.
 
     Returns:
-        What makes the values of such a column, by its name.
+        What makes the values of such a column or field, by its name.
     """
-    features = _features(schema)
-    found = {}
-    for field in schema:
-        convert = _converter(field.type, features.get(field.name))
-        if convert:
-            found[field.name] = convert
-    return found
+    known = features if isinstance(features, dict) else {}
+    found = {field.name: _converter(field.type, known.get(field.name)) for field in fields}
+    return {name: convert for name, convert in found.items() if convert}
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     JSON where the extension type is lost and they are text.
     """
     try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
         return {}
 
@@ -79,13 +79,14 @@ def _converter(kind: pa.DataType, feature: Any) -> Convert | None:
     """
     extension = getattr(kind, "extension_name", "")
     if extension == "arrow.json" or _is_json_text(kind, feature):
-        return _unless_null(_json_value)
+        return _unless_null(lambda text: _with_marked_nulls(load_json(text)))
     if extension == "arrow.uuid":
         return _unless_null(str)
     if isinstance(kind, pa.BaseExtensionType):
         return _converter(kind.storage_type, None)
     if pa.types.is_map(kind):
-        return _map_converter(kind)
+        convert_item = _converter(kind.item_type, None)
+        return _unless_null(lambda pairs: _object(pairs, convert_item))
     if pa.types.is_struct(kind):
         return _struct_converter(kind, feature)
     if pa.types.is_dictionary(kind):
@@ -101,16 +102,6 @@ def _is_json_text(kind: pa.DataType, feature: Any) -> bool:
     return is_marked and any(is_text(kind) for is_text in IS_TEXT)
 
 
-def _map_converter(kind: pa.MapType) -> Convert:
-    """Return what makes an object of a map, which is stored as pairs."""
-    convert_item = _converter(kind.item_type, None)
-
-    def convert(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-        return _object(pairs, convert_item)
-
-    return _unless_null(convert)
-
-
 def _list_converter(kind: pa.DataType, feature: Any) -> Convert | None:
     """Return what makes the values of a list; None where they are what they are stored as."""
     inner_feature = None
@@ -121,29 +112,17 @@ def _list_converter(kind: pa.DataType, feature: Any) -> Convert | None:
     convert_item = _converter(kind.value_type, inner_feature)
     if not convert_item:
         return None
-
-    def convert(values: list[Any]) -> list[Any]:
-        return [convert_item(value) for value in values]
-
-    return _unless_null(convert)
+    return _unless_null(lambda values: [convert_item(value) for value in values])
 
 
 def _struct_converter(kind: pa.StructType, feature: Any) -> Convert | None:
     """Return what makes the fields of a struct; None where they are what they are stored as."""
-    features = feature if isinstance(feature, dict) else {}
-    converters = {}
-    for field in kind:
-        convert_field = _converter(field.type, features.get(field.name))
-        if convert_field:
-            converters[field.name] = convert_field
+    converters = _converters(kind, feature)
     if not converters:
         return None
 
     def convert(value: dict[str, Any]) -> dict[str, Any]:
-        changed = dict(value)
-        for name, convert_field in converters.items():
-            changed[name] = convert_field(value[name])
-        return changed
+        return value | {name: change(value[name]) for name, change in converters.items()}
 
     return _unless_null(convert)
 
@@ -174,18 +153,10 @@ def _object(pairs: list[tuple[Any, Any]], convert_item: Convert | None) -> dict[
     return found
 
 
-def _json_value(text: str) -> Any:
-    """Return the value of a JSON column, which is stored as text."""
-    return _with_marked_nulls(load_json(text))
-
-
-def _with_marked_nulls(value: Any) -> Any:
+@in_lists
+def _with_marked_nulls(value: dict[str, Any]) -> dict[str, Any]:
     """Return a JSON value whose nulls in objects are marked as explicit."""
-    if isinstance(value, list):
-        return [_with_marked_nulls(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    found = {}
-    for key, inner in value.items():
-        found[key] = Null.EXPLICIT if inner is None else _with_marked_nulls(inner)
-    return found
+    return {
+        key: Null.EXPLICIT if inner is None else _with_marked_nulls(inner)
+        for key, inner in value.items()
+    }

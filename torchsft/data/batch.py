@@ -4,7 +4,7 @@ the end.
 T = rows * seq_len tokens, N documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -45,10 +45,7 @@ class Batch:
         """Return the same batch in page-locked memory, from which a GPU copies beside its work
         (once: what is pinned stays).
         """
-        pinned = {}
-        for name, value in self.model_inputs().items():
-            pinned[name] = value.pin_memory() if isinstance(value, Tensor) else value
-        return Batch(**pinned)
+        return self._with_each(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on `device`; copies to a GPU go through pinned memory and are not
@@ -56,11 +53,12 @@ class Batch:
         """
         is_gpu = torch.device(device).type == "cuda"
         source = self.pin_memory() if is_gpu else self
-        moved = {}
-        for name, value in source.model_inputs().items():
-            is_tensor = isinstance(value, Tensor)
-            moved[name] = value.to(device, non_blocking=is_gpu) if is_tensor else value
-        return Batch(**moved)
+        return source._with_each(lambda tensor: tensor.to(device, non_blocking=is_gpu))
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with each tensor changed."""
+        inputs = self.model_inputs().items()
+        return Batch(**{name: change(x) if isinstance(x, Tensor) else x for name, x in inputs})
 
     def model_inputs(self) -> dict[str, Tensor | int]:
         """Return the keyword arguments of a model that is to return the loss sum."""

@@ -74,11 +74,11 @@ class Conversation:
     row_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in sorted(self.template_kwargs.keys() & RESERVED):
+        if reserved := sorted(self.template_kwargs.keys() & RESERVED):
             raise RowError(
                 "bad-chat_template_kwargs",
-                f"the row's variables of the chat template have {name!r}, which rendering itself "
-                f"gives; remove it",
+                f"the row's variables of the chat template have {reserved[0]!r}, which rendering "
+                f"itself gives; remove it",
             )
 
 

@@ -15,6 +15,7 @@ JSON row.
 
 import functools
 import json
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -38,6 +39,20 @@ def is_null(value: Any) -> bool:
     return value is None or value is Null.EXPLICIT
 
 
+def in_lists(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function that changes an object take any JSON value: of a list it changes each item,
+    and what is neither stays.
+    """
+
+    @functools.wraps(change)
+    def changed(value: Any, *arguments: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(inner, *arguments) for inner in value]
+        return change(value, *arguments) if isinstance(value, dict) else value
+
+    return changed
+
+
 def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Take out of a row the nulls that say nothing.
 
@@ -48,7 +63,7 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
     Returns:
         The row, and `doubtful-null` if a null may mean something or be padding.
     """
-    notes: set[str] = set()
+    is_doubtful = False
     found = {}
     for key, value in row.items():
         if is_null(value):
@@ -60,13 +75,12 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
         elif key in MESSAGE_KEYS:
             messages = _Messages(_parameters_of_tools(row), padded)
             found[key] = messages.clean(value)
-            if messages.has_doubt:
-                notes.add(DOUBT)
+            is_doubtful |= messages.has_doubt
         else:
             found[key] = _without_padding(value, padded)
-        if key == "chat_template_kwargs" and isinstance(value, dict) and None in value.values():
-            notes.update(() if padded else {DOUBT})  # a template may ask whether one is given
-    return found, tuple(sorted(notes))
+        if key == "chat_template_kwargs" and isinstance(value, dict) and not padded:
+            is_doubtful |= None in value.values()  # a template may ask whether one is given
+    return found, (DOUBT,) if is_doubtful else ()
 
 
 def _may_hold_null(value: Any) -> bool:
@@ -80,12 +94,9 @@ def _may_hold_null(value: Any) -> bool:
     return "None" in written or "Null" in written
 
 
-def _without_padding(value: Any, padded: bool) -> Any:
+@in_lists
+def _without_padding(value: dict[str, Any], padded: bool) -> dict[str, Any]:
     """Return a value without padding; explicit nulls stay."""
-    if isinstance(value, list):
-        return [_without_padding(inner, padded) for inner in value]
-    if not isinstance(value, dict):
-        return value
     found = {}
     for key, inner in value.items():
         if inner is Null.EXPLICIT:
@@ -98,16 +109,13 @@ def _without_padding(value: Any, padded: bool) -> Any:
 # ---------------------------------------------------------------- tools
 
 
-def _without_nulls_of_schema(value: Any, padded: bool, key: str = "") -> Any:
+@in_lists
+def _without_nulls_of_schema(value: dict[str, Any], padded: bool, key: str = "") -> dict[str, Any]:
     """Return the declaration of tools without nulls that no JSON schema has.
 
     Args:
         key: under which the value stands.
     """
-    if isinstance(value, list):
-        return [_without_nulls_of_schema(inner, padded, key) for inner in value]
-    if not isinstance(value, dict):
-        return value
     names_parameters = key == "properties"
     found = {}
     for name, inner in value.items():
@@ -137,7 +145,7 @@ def _parameters_of_tools(row: dict[str, Any]) -> dict[str, Any]:
             parameters = _unpacked(function.get("parameters"))
             if isinstance(parameters, dict):
                 # a property that is null is none
-                found[function["name"]] = _without_nulls_of_schema(parameters, padded=True)
+                found[function["name"]] = _without_nulls_of_schema(parameters, True)
     return found
 
 
@@ -211,20 +219,19 @@ class _Messages:
         if not isinstance(value, dict):
             return value
         properties = schema.get("properties") if isinstance(schema, dict) else None
-        if not isinstance(properties, dict):
-            properties = None
+        is_declared = isinstance(properties, dict)
         found = {}
         for key, inner in value.items():
             if not is_null(inner):
-                inner_schema = properties.get(key) if properties is not None else None
+                inner_schema = properties.get(key) if is_declared else None
                 found[key] = self._clean_arguments(inner, inner_schema)
                 continue
             may_be_padding = inner is None and self.padded
-            if properties is None:
+            if not is_declared:
                 self.has_doubt = True
                 if not may_be_padding:
                     found[key] = None
             elif key in properties:
                 found[key] = None
-                self.has_doubt = self.has_doubt or may_be_padding
+                self.has_doubt |= may_be_padding
         return found

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +65,19 @@ class Stream:
             self._find_format()
         for chunk in _chunks(preparer.source, start):
             tokenised = preparer.tokenised(chunk)
-            for fault in tokenised.tally.faults:
+            for fault in tokenised.faults:
                 if preparer.data.on_error == "raise":
                     raise fault
                 warnings.warn(f"skipped: {fault}", stacklevel=2)
-            self.report.add(tokenised.block, tokenised.tally)
+            self.report.add(tokenised.block, tokenised.results)
             self.report.format = preparer.format
             samples = cache.Samples(self.name, tokenised.block)
             yield from zip(samples.rows.tolist(), samples.parts.tolist(), samples, strict=True)
 
     def _find_format(self) -> None:
         """Let the first good row of all decide the format, as where reading begins with it."""
-        rows = self.preparer.source.rows()
-        while not self.preparer.format:
-            row = next(rows, None)
-            if row is None:
+        for row in self.preparer.source.rows():
+            if self.preparer.format:
                 return
             self.preparer([row])
 
@@ -179,13 +177,15 @@ def _prepare(preparer: Preparer, progress: bool) -> Prepared:
         report = _build(preparer, add, progress)
         if cache.fingerprint(directory, source) != content:
             raise InputError(f"{path} changed while it was read; start again when it is complete")
-        return asdict(report)
+        return vars(report)
 
     opened = cache.open_or_build(directory, key, name, build)
     report = Report(**opened.report)
     # the cache is that of the content, which may have had another name and path
-    report.faults = [_at_path(fault, report.path, path) for fault in report.faults]
-    report.kept = [_at_path(sentence, report.path, path) for sentence in report.kept]
+    for sentences in (report.faults, report.kept):
+        for i, sentence in enumerate(sentences):
+            if sentence.startswith(report.path):
+                sentences[i] = path + sentence.removeprefix(report.path)
     report.name = name
     report.path = path
     if report.faults and data.on_error == "raise":
@@ -206,10 +206,10 @@ def _build(preparer: Preparer, add: cache.AddBlock, progress: bool) -> Report:
     )
     with bar, closing(tokenise(preparer, _chunks(source))) as chunks:
         for chunk in chunks:
-            if chunk.tally.faults and data.on_error == "raise":
-                raise chunk.tally.faults[0]
+            if chunk.faults and data.on_error == "raise":
+                raise chunk.faults[0]
             add(chunk.block)
-            report.add(chunk.block, chunk.tally)
+            report.add(chunk.block, chunk.results)
             bar.update(chunk.read_bytes - bar.n)
     report.format = preparer.format
     if not report.rows:
@@ -241,11 +241,6 @@ def _cache_key(preparer: Preparer, content: str) -> str:
     ]
     tokenizer = _tokenizer_state(preparer.tokenizer)
     return cache.key_of(content, preparer.source.kind, spec.split, tokenizer, options)
-
-
-def _at_path(sentence: str, old: str, new: str) -> str:
-    """Return a sentence on a row of a source with the path that the source has now."""
-    return new + sentence.removeprefix(old) if sentence.startswith(old) else sentence
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

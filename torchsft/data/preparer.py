@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from torchsft.data.columns import mapped
 from torchsft.data.files import Files, place_of
 from torchsft.data.formats import Example, parse, recognise
 from torchsft.data.rendering import variables_of
-from torchsft.data.report import Tally
+from torchsft.data.report import Result
 from torchsft.data.rows import RowError, read_row
 from torchsft.data.sources import Source
 from torchsft.data.template import ChatTokenizer, Encoded, WeightedTokens, templates_of
@@ -37,33 +37,20 @@ class Chunk:
 
 @dataclass
 class TokenisedChunk:
-    """The samples of a chunk as the cache keeps them, and what became of its rows."""
-
-    block: cache.Block
-    tally: Tally
-    read_bytes: int
-
-
-@dataclass
-class Result:
-    """What one row gave: samples, or the fault that makes it useless.
+    """The samples of a chunk as the cache keeps them, and what became of its rows.
 
     Attributes:
-        number: of the row.
-        samples: of at most seq_len tokens.
-        notes: codes that are counted.
-        ignored: keys that no format knows.
-        ends: the token that ends each trained turn.
-        kept: why the row is kept, although it has a fault.
+        results: of its rows; their samples are in `block`.
     """
 
-    number: int
-    samples: list[WeightedTokens] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    ends: tuple[int, ...] = ()
-    kept: tuple[str, ...] = ()
-    fault: RowError | None = None
+    block: cache.Block
+    results: list[Result]
+    read_bytes: int
+
+    @property
+    def faults(self) -> list[RowError]:
+        """Why rows cannot be used."""
+        return [result.fault for result in self.results if result.fault]
 
 
 class Preparer:
@@ -100,14 +87,11 @@ class Preparer:
         """Made when it is needed, which it is not to open a cache."""
         data = self.data
         variables = data.template_variables()
-        read: set[str] = set()
-        for template in templates_of(self.tokenizer).values():
-            read |= variables_of(template)
-        unknown = sorted(variables.keys() - read)
-        if unknown:
+        read = set().union(*map(variables_of, templates_of(self.tokenizer).values()))
+        if unknown := sorted(variables.keys() - read):
             raise InputError(
-                f"--data.template-kwargs has {unknown[0]!r}, which is no variable of "
-                f"the chat template"
+                f"--data.template-kwargs has {unknown[0]!r}, which is no variable of the chat "
+                f"template"
             )
         return ChatTokenizer(
             self.tokenizer,
@@ -124,8 +108,8 @@ class Preparer:
     def __call__(self, rows: Sequence[Row]) -> list[Result]:
         """Return a result for each row, in order."""
         results = [Result(number) for number, _ in rows]
-        parsed: list[Result] = []
-        examples: list[Example] = []
+        parsed = []
+        examples = []
         for result, (_, payload) in zip(results, rows, strict=True):
             try:
                 examples.append(self._parse(result, payload))
@@ -173,8 +157,7 @@ class Preparer:
             self._add_sample(result, sample)
         if result.samples:
             result.ends = encoded.ends
-        where = self._place(result)
-        result.kept = tuple(f"{where}: {sentence}" for sentence in encoded.kept)
+        result.kept = tuple(f"{self._place(result)}: {sentence}" for sentence in encoded.kept)
 
     def _add_sample(self, result: Result, sample: WeightedTokens) -> None:
         """Add a sample, cut as `data.truncation` says; what has no target (left) is dropped."""
@@ -217,16 +200,10 @@ class Preparer:
     def tokenised(self, chunk: Chunk) -> TokenisedChunk:
         """Return the samples of a chunk, and what became of its rows."""
         samples = []
-        tally = Tally(rows=len(chunk.rows))
-        for result in self(chunk.rows):
+        results = self(chunk.rows)
+        for result in results:
             first_part = 1 if len(result.samples) > 1 else 0
             for part, sample in enumerate(result.samples, start=first_part):
-                samples.append(cache.RowSample(result.number, part, sample.tokens, sample.weights))
-            tally.counts.update(result.notes)
-            tally.ignored.update(result.ignored)
-            tally.ends.update(result.ends)
-            tally.kept += result.kept
-            if result.fault:
-                tally.faults.append(result.fault)
-                tally.counts["skipped"] += 1
-        return TokenisedChunk(cache.pack_block(samples), tally, chunk.read_bytes)
+                samples.append(cache.RowSample(result.number, part, *sample))
+            result.samples = []
+        return TokenisedChunk(cache.pack_block(samples), results, chunk.read_bytes)

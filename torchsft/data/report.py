@@ -5,29 +5,31 @@ from dataclasses import dataclass, field
 
 from torchsft.data.cache import Block
 from torchsft.data.rows import RowError
+from torchsft.data.template import WeightedTokens
 
 LISTED_FAULTS = 100
 
 
 @dataclass
-class Tally:
-    """What became of some rows, beside their samples.
+class Result:
+    """What one row gave: samples, or the fault that makes it useless.
 
     Attributes:
-        rows: that were read, usable or not.
-        counts: what happened how often, as `Report.counts`.
-        ignored: keys that no format knows, with the number of rows that have them.
-        ends: ids of the tokens that end trained turns, with the number of these turns.
-        faults: why rows cannot be used.
-        kept: why rows with a fault are kept nevertheless.
+        number: of the row.
+        samples: of at most seq_len tokens.
+        notes: codes that are counted.
+        ignored: keys that no format knows.
+        ends: the token that ends each trained turn.
+        kept: why the row is kept, although it has a fault.
     """
 
-    rows: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)
-    ends: Counter[int] = field(default_factory=Counter)
-    faults: list[RowError] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    number: int
+    samples: list[WeightedTokens] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
+    kept: tuple[str, ...] = ()
+    fault: RowError | None = None
 
 
 @dataclass
@@ -53,33 +55,35 @@ class Report:
     supervised_tokens: int = 0
     longest: int = 0
     max_id: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    ignored: dict[str, int] = field(default_factory=dict)
-    ends: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    ends: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
-    def add(self, block: Block, tally: Tally) -> None:
+    def add(self, block: Block, results: list[Result]) -> None:
         """Take in further rows.
 
         Args:
             block: their samples.
-            tally: what became of them.
+            results: what became of them.
         """
         supervised = block.runs["end"] - block.runs["start"]
-        self.rows += tally.rows
+        self.rows += len(results)
         self.samples += len(block.index) - 1
         self.tokens += len(block.tokens)
         self.supervised_tokens += int(supervised.sum())
         self.longest = max(self.longest, int(block.index["length"].max()))
         self.max_id = max(self.max_id, int(block.tokens.max(initial=0)))
-        ends = Counter({str(token): n for token, n in tally.ends.items()})
-        self.counts = dict(Counter(self.counts) + tally.counts)
-        self.ignored = dict(Counter(self.ignored) + tally.ignored)
-        self.ends = dict(Counter(self.ends) + ends)
-        faults = [str(fault) for fault in tally.faults]
-        self.faults = (self.faults + faults)[:LISTED_FAULTS]
-        self.kept = (self.kept + tally.kept)[:LISTED_FAULTS]
+        for result in results:
+            self.counts.update(result.notes)
+            self.ignored.update(result.ignored)
+            self.ends.update(map(str, result.ends))
+            self.kept += result.kept
+            if result.fault:
+                self.counts["skipped"] += 1
+                self.faults.append(str(result.fault))
+        del self.faults[LISTED_FAULTS:], self.kept[LISTED_FAULTS:]
 
     def __str__(self) -> str:
         """Return one line: numbers, what happened how often, and ignored keys."""

@@ -51,20 +51,19 @@ def check_options(config: Config, can_answer: bool) -> None:
         InputError: which option, and what it lacks.
     """
     data, evaluation = config.data, config.eval
-    if evaluation.answers and not data.eval:
-        lacks = "there is no --data.eval to take questions from"
-        raise InputError(f"--eval.answers is {evaluation.answers}, but {lacks}")
-    if evaluation.answers and not can_answer:
-        lacks = "this recipe cannot generate any"
+    if evaluation.answers and not (data.eval and can_answer):
+        without_data = "there is no --data.eval to take questions from"
+        lacks = "this recipe cannot generate any" if data.eval else without_data
         raise InputError(f"--eval.answers is {evaluation.answers}, but {lacks}")
     if config.checkpoint.keep_best and not data.eval:
-        lacks = "without --data.eval no checkpoint has an eval loss; give held-out data"
-        raise InputError(f"--checkpoint.keep-best is {config.checkpoint.keep_best}, but {lacks}")
-    if data.streaming and config.train.steps is None:
-        epochs = config.train.epochs
         raise InputError(
-            "--data.streaming reads an unknown number of samples, but --train.epochs is "
-            f"{epochs}; give --train.steps"
+            f"--checkpoint.keep-best is {config.checkpoint.keep_best}, but without --data.eval no "
+            f"checkpoint has an eval loss; give held-out data"
+        )
+    if data.streaming and config.train.steps is None:
+        raise InputError(
+            f"--data.streaming reads an unknown number of samples, but --train.epochs is "
+            f"{config.train.epochs}; give --train.steps"
         )
 
 

@@ -17,7 +17,7 @@ Streaming sources are read in the order of their files instead.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, astuple, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -105,39 +105,24 @@ class WindowStart:
 
 
 @dataclass
-class _Taken:
-    """The samples of one window.
+class _Window:
+    """Samples that are packed together.
 
     Attributes:
+        samples: its own; once it is packed, behind the remainder of the window before.
         lengths: tokens of each sample.
         next_start: where the next window begins.
         ends_epoch: whether that is a further epoch.
-    """
-
-    samples: list[SampleRef]
-    lengths: list[int]
-    next_start: WindowStart
-    ends_epoch: bool
-
-
-@dataclass
-class _Window:
-    """A window that is packed.
-
-    Attributes:
-        samples: the remainder of the window before, and its own.
-        lengths: tokens of each sample.
-        rows: indices into `samples`.
+        rows: indices into `samples`, once it is packed.
         remainder: the samples of the row that stays open for the next window.
-        next_start, ends_epoch: as in `_Taken`.
     """
 
     samples: list[SampleRef]
     lengths: list[int]
-    rows: list[list[int]]
-    remainder: list[SampleRef]
     next_start: WindowStart
     ends_epoch: bool
+    rows: list[list[int]] = field(default_factory=list)
+    remainder: list[SampleRef] = field(default_factory=list)
 
 
 def microbatches_per_step(global_batch_size: int, micro_batch_size: int, data_size: int) -> int:
@@ -197,16 +182,16 @@ class _Loader(Iterator[Step]):
     def __post_init__(self) -> None:
         microbatches_per_step(self.global_batch_size, self.micro_batch_size, self.data_size)
         self.start = WindowStart()  # of the current window
-        self.remainder: list[SampleRef] = []  # samples of its first row
+        self.remainder = []  # samples of its first row
         self.row = 0  # rows of it that are consumed
-        self.window: _Window | None = None  # packed when it is needed
+        self.window = None  # packed when it is needed
         self.taken = [0] * len(self.sources)  # samples that are consumed of each source
         self.sizes = [0] * len(self.sources)  # samples of each source, 0 while that is not known
         self.contents = [f"{source.name} streamed" for source in self.sources]
 
     @abstractmethod
-    def _take(self, start: WindowStart) -> _Taken:
-        """Return the samples of the window that begins at `start`."""
+    def _take(self, start: WindowStart) -> _Window:
+        """Return the window that begins at `start`, not packed yet."""
 
     def _read(self, ref: SampleRef) -> Sample:
         if isinstance(ref.sample, Sample):
@@ -215,31 +200,26 @@ class _Loader(Iterator[Step]):
 
     def _pack(self, start: WindowStart, remainder: list[SampleRef]) -> _Window:
         """Pack the window that begins at `start`, behind the remainder of the one before."""
-        taken = self._take(start)
-        samples = remainder + taken.samples
-        lengths = [len(self._read(ref).tokens) for ref in remainder] + taken.lengths
-        rows = pack(lengths, range(len(samples)), self.seq_len, self.packing, opened=len(remainder))
-        open_row: list[int] = []
-        if not taken.ends_epoch and self.packing != "none":
+        window = self._take(start)
+        window.samples = remainder + window.samples
+        lengths = [len(self._read(ref).tokens) for ref in remainder] + window.lengths
+        window.lengths = lengths
+        rows = pack(lengths, range(len(lengths)), self.seq_len, self.packing, opened=len(remainder))
+        if not window.ends_epoch and self.packing != "none":
             row_lengths = [sum(lengths[i] for i in row) for row in rows]
             open_row = rows.pop(row_lengths.index(min(row_lengths)))
+            window.remainder = [window.samples[i] for i in open_row]
         # Packing begins a window with its longest samples; without this, so would the epoch.
         key = (self.seed, ROWS_OF_WINDOW, start.epoch, start.window)
         order = shuffled(range(len(rows)), len(rows), *key)
-        return _Window(
-            samples=samples,
-            lengths=lengths,
-            rows=[rows[i] for i in order.tolist()],
-            remainder=[samples[i] for i in open_row],
-            next_start=taken.next_start,
-            ends_epoch=taken.ends_epoch,
-        )
+        window.rows = [rows[i] for i in order.tolist()]
+        return window
 
     def plan(self) -> StepPlan:
         """Decide the samples of the next step and go on behind it. One thread at a time."""
         epoch = self.start.epoch
-        rows: list[list[SampleRef]] = []
-        costs: list[float] = []
+        rows = []
+        costs = []
         while len(rows) < self.global_batch_size:
             window = self._current_window()
             stop = self.row + self.global_batch_size - len(rows)
@@ -302,7 +282,9 @@ class _Loader(Iterator[Step]):
         of ranks.
         """
         return {
-            **self._start_state(),
+            "epoch": self.start.epoch,
+            "window": self.start.window,
+            "places": [[*astuple(position)] for position in self.start.streams],
             "row": self.row,
             "remainder": [_ref_state(ref) for ref in self.remainder],
             "taken": [*self.taken],
@@ -319,26 +301,21 @@ class _Loader(Iterator[Step]):
             raise InputError(
                 f"{CHANGED}: {before} then, {now} now; restore files and options or start a new run"
             )
-        self.start = self._start_of(state)
+        streams = tuple(StreamPosition(*place) for place in state.get("places", ()))
+        self.start = WindowStart(state["epoch"], state["window"], streams)
         self.window = None
         self.row = state["row"]
         self.remainder = [_ref_of(*each) for each in state["remainder"]]
         self.taken = [*state["taken"]]
 
-    def _start_state(self) -> dict[str, Any]:
-        return {"epoch": self.start.epoch, "window": self.start.window}
-
-    def _start_of(self, state: dict[str, Any]) -> WindowStart:
-        return WindowStart(state["epoch"], state["window"])
-
     def source_epochs(self, state: dict[str, Any]) -> dict[str, float]:
         """Return how often each source has been gone through, as of `state`; 0 for a streaming one
         that has not ended yet.
         """
-        epochs = {}
-        for source, taken, size in zip(self.sources, state["taken"], self.sizes, strict=True):
-            epochs[source.name] = taken / size if size else 0.0
-        return epochs
+        return {
+            source.name: taken / size if size else 0.0
+            for source, taken, size in zip(self.sources, state["taken"], self.sizes, strict=True)
+        }
 
     def _description(self) -> str:
         """Return the data and options to which a state belongs."""
@@ -389,7 +366,7 @@ class TrainLoader(_Loader):
         ]
         return np.maximum(np.array(counts, dtype=np.int64), epoch)
 
-    def _take(self, start: WindowStart) -> _Taken:
+    def _take(self, start: WindowStart) -> _Window:
         """Return the samples of a window.
 
         The positions of an epoch are divided among the sources, a stretch of positions for each.
@@ -402,9 +379,8 @@ class TrainLoader(_Loader):
         after = self._taken_before(epoch + 1)
         stretch_ends = np.cumsum(after - before)
         epoch_size = int(stretch_ends[-1])
-        first = start.window * self.buffer
-        stop = first + self.buffer
-        window = range(first, min(stop, epoch_size))
+        stop = (start.window + 1) * self.buffer
+        window = range(stop - self.buffer, min(stop, epoch_size))
         positions = shuffled(window, epoch_size, self.seed, SAMPLES_OF_EPOCH, epoch)
 
         source = np.searchsorted(stretch_ends, positions, side="right")
@@ -420,14 +396,9 @@ class TrainLoader(_Loader):
             lengths[of_pass] = self.sources[s].samples.lengths[index[of_pass]]
 
         ends_epoch = stop >= epoch_size
-        return _Taken(
-            samples=[*map(SampleRef, source.tolist(), index.tolist())],
-            lengths=lengths.tolist(),
-            next_start=WindowStart(epoch + 1)
-            if ends_epoch
-            else replace(start, window=start.window + 1),
-            ends_epoch=ends_epoch,
-        )
+        next_start = WindowStart(epoch + 1) if ends_epoch else WindowStart(epoch, start.window + 1)
+        samples = [*map(SampleRef, source.tolist(), index.tolist())]
+        return _Window(samples, lengths.tolist(), next_start, ends_epoch)
 
     def steps_in_epoch(self, epoch: int, share: Fraction | int = 1) -> int:
         """Return the optimizer steps of an epoch, found by packing it; epochs differ slightly.
@@ -439,7 +410,7 @@ class TrainLoader(_Loader):
         epoch_size = int((self._taken_before(epoch + 1) - self._taken_before(epoch)).sum())
         needed = share * epoch_size
         start = WindowStart(epoch)
-        remainder: list[SampleRef] = []
+        remainder = []
         rows = samples = 0
         while samples < needed:
             window = self._pack(start, remainder)
@@ -476,10 +447,10 @@ class StreamLoader(_Loader):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.start = WindowStart(streams=tuple(StreamPosition() for _ in self.sources))
-        self.readers: list[Iterator[tuple[int, int, Sample]]] = []
-        self.readers_at: WindowStart | None = None  # where the readers are
+        self.readers = []
+        self.readers_at = None  # the `WindowStart` at which the readers are
 
-    def _take(self, start: WindowStart) -> _Taken:
+    def _take(self, start: WindowStart) -> _Window:
         """Return the samples of a window, in a shuffled order."""
         positions = [replace(position) for position in start.streams]
         if start != self.readers_at:
@@ -488,7 +459,7 @@ class StreamLoader(_Loader):
                 for source, position in zip(self.sources, positions, strict=True)
             ]
         self.readers_at = None  # until this is done: an error leaves the readers elsewhere
-        samples: list[SampleRef] = []
+        samples = []
         while len(samples) < self.buffer:
             s = self._next_source(positions)
             sample = self._next_sample(s, positions[s])
@@ -503,7 +474,7 @@ class StreamLoader(_Loader):
         order = shuffled(range(len(samples)), len(samples), *key)
         samples = [samples[i] for i in order.tolist()]
         lengths = [len(ref.sample.tokens) for ref in samples]
-        return _Taken(samples, lengths, next_start, ends_epoch=False)
+        return _Window(samples, lengths, next_start, ends_epoch=False)
 
     def _next_source(self, positions: Sequence[StreamPosition]) -> int:
         """Return the source of which, by its weight, the least has been taken."""
@@ -533,18 +504,6 @@ class StreamLoader(_Loader):
         self.readers[s] = source.open(0)
         return None
 
-    def _start_state(self) -> dict[str, Any]:
-        """Return the start as JSON, with [row, part, size, taken] of each source."""
-        places = [
-            [position.row, position.part, position.size, position.taken]
-            for position in self.start.streams
-        ]
-        return {**super()._start_state(), "places": places}
-
-    def _start_of(self, state: dict[str, Any]) -> WindowStart:
-        streams = tuple(StreamPosition(*place) for place in state["places"])
-        return replace(super()._start_of(state), streams=streams)
-
 
 def _open_behind(source: Any, position: StreamPosition) -> Iterator[tuple[int, int, Sample]]:
     """Return a reader of a streaming source behind the sample that was read last."""
@@ -560,6 +519,7 @@ def _open_behind(source: Any, position: StreamPosition) -> Iterator[tuple[int, i
     return reader
 
 
+@dataclass(eq=False)
 class EvalSet(Sequence[Batch]):
     """One data rank's batches of an evaluation set, collated when they are asked for; arguments and
     errors as in `_Loader`.
@@ -568,29 +528,24 @@ class EvalSet(Sequence[Batch]):
     batches, the last of which may hold empty rows. No samples: no batches.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Any],
-        *,
-        seq_len: int,
-        micro_batch_size: int,
-        data_rank: int,
-        data_size: int,
-        pad_token_id: int,
-    ) -> None:
-        self.sources = sources
-        self.seq_len = seq_len
-        self.micro_batch_size = micro_batch_size
-        self.pad_token_id = pad_token_id
-        rows: list[list[SampleRef]] = []
-        for s, source in enumerate(sources):
-            samples = source.samples
-            packed = pack(samples.lengths, range(len(samples)), seq_len)
+    sources: Sequence[Any]
+    _: KW_ONLY
+    seq_len: int
+    micro_batch_size: int
+    data_rank: int
+    data_size: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        rows = []
+        for s, source in enumerate(self.sources):
+            lengths = source.samples.lengths
+            packed = pack(lengths, range(len(lengths)), self.seq_len)
             rows += [[SampleRef(s, i) for i in row] for row in packed]
-        microbatches = -(-len(rows) // (micro_batch_size * data_size))
-        rows_per_rank = microbatches * micro_batch_size
-        rows += [[] for _ in range(rows_per_rank * data_size - len(rows))]
-        first = data_rank * rows_per_rank
+        microbatches = -(-len(rows) // (self.micro_batch_size * self.data_size))
+        rows_per_rank = microbatches * self.micro_batch_size
+        rows += [[] for _ in range(rows_per_rank * self.data_size - len(rows))]
+        first = self.data_rank * rows_per_rank
         self.rows = rows[first : first + rows_per_rank]
 
     def __len__(self) -> int:

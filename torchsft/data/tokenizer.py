@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from torchsft.config import InputError
+from torchsft.data.tiktoken import is_kimi, read_kimi
 
 # A call of the function by which chat templates ask for the date, with its format as a plain
 # string.
@@ -41,17 +42,16 @@ def load_tokenizer(
             today.
 
     Raises:
-        InputError: no tokenizer.json (Kimi-K2 and Moonlight ship tiktoken.model with Python code),
-            an unreadable one, or no usable chat template.
+        InputError: no tokenizer.json (nor Kimi's tiktoken.model), an unreadable one, or no usable
+            chat template.
     """
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():
         raise InputError(
             f"{hf_dir} is not a directory; give --model.path a Hugging Face model directory"
         )
-    if not (hf_dir / "tokenizer.json").is_file():
-        # transformers can convert tiktoken.model, but splits words by one pattern for all models,
-        # which is not Kimi's.
+    of_kimi = is_kimi(hf_dir)
+    if not of_kimi and not (hf_dir / "tokenizer.json").is_file():
         other = [
             name for name in ("tiktoken.model", "tokenizer.model") if (hf_dir / name).is_file()
         ]
@@ -59,7 +59,10 @@ def load_tokenizer(
         remedy = "convert its tokenizer and add it (Python code in a model directory is never run)"
         raise InputError(f"{hf_dir} has no tokenizer.json{found}; {remedy}")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir, local_files_only=True)
+        if of_kimi:
+            tokenizer = read_kimi(hf_dir)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_dir, local_files_only=True)
         _follow_flags(tokenizer, _read_json(hf_dir / "tokenizer_config.json"))
     # the Rust parser raises plain Exception, a missing key is a KeyError, ...
     except Exception as error:

@@ -72,9 +72,8 @@ def weight_of(
     given = numbers | flags
     if not given:
         return None
-    is_known = all(_is_number(number) for number in numbers.values()) and all(
-        _is_number(flag) and flag in (0, 1) for flag in flags.values()
-    )
+    are_numbers = all(isinstance(each, int | float) for each in given.values())
+    is_known = are_numbers and all(flag in (0, 1) for flag in flags.values())
     contradicts = is_known and (
         len({bool(each) for each in given.values()}) > 1 or len(set(numbers.values())) > 1
     )
@@ -87,7 +86,3 @@ def weight_of(
         reason = "negative-weight" if weight < 0 else "non-finite-weight"
         raise RowError(reason, f"weight is {weight!r:.60}, but must be finite and at least 0")
     return float(weight)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)

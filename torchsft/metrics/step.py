@@ -2,13 +2,15 @@
 ranks.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torchsft.config import Config
 from torchsft.data.batch import Batch
+from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import MoE
 from torchsft.parallel.world import World
 
@@ -52,6 +54,22 @@ def count_global_batch(
     return GlobalBatch(*world.sum(sums).tolist())
 
 
+def set_loss_scales(
+    modules: Sequence[LanguageModel], config: Config, batch: GlobalBatch, moe_layers: int
+) -> None:
+    """Say what the losses besides the token loss, which add their gradients by themselves, are
+    multiplied with: those of routing are means over tokens, that of the z-loss over the MoE layers
+    of the whole model too; that of MTP layers is one over these, with the token loss's divisor.
+    """
+    router, tokens = config.router, max(batch.tokens, 1)
+    for module in modules:
+        for moe in module.moe_layers().values():
+            moe.balance_scale = router.aux_loss / tokens
+            moe.z_scale = router.z_loss / (tokens * moe_layers)
+        mtp_layers = max(len(module.mtp_layers()), 1)
+        module.mtp_scale = config.model.mtp_weight / (mtp_layers * batch.divisor)
+
+
 @dataclass(frozen=True)
 class StepResults:
     """What a step's passes found, over all ranks; the same on every rank."""
@@ -75,7 +93,7 @@ def reduce_results(
     save_failed: bool,
     world: World,
 ) -> StepResults:
-    """Sum a step's results over all ranks; the counters of the MoE layers start anew.
+    """Sum a step's results over all ranks; the counters of MoE and MTP layers start anew.
 
     One collective, that the host waits for. Every rank has the same places for all layers, and
     fills in those of its own.
@@ -100,6 +118,7 @@ def reduce_results(
     losses = torch.stack([loss_sum, mtp_loss.double()])
     if world.dense.get_local_rank("tp") > 0:
         losses.zero_()
+    mtp_loss.zero_()
     flags = counted.new_tensor([signalled, save_failed])
     summed = world.sum(torch.cat([losses, flags, counted.flatten()])).cpu()
     total, mtp_total, any_signalled, any_failed = summed[:4].tolist()
@@ -120,11 +139,34 @@ def reduce_results(
     )
 
 
-def busiest_over_mean(load_E: Tensor) -> float:
-    """Return the tokens of a layer's busiest expert over the mean of its experts."""
-    return (load_E.max() / load_E.mean().clamp(min=1 / len(load_E))).item()
+def load_scalars(expert_load: Mapping[int, Tensor]) -> dict[str, float]:
+    """Return by TensorBoard tag how evenly tokens were routed: of each layer the busiest expert
+    over the mean, of all layers the share of experts that got none.
+    """
+    scalars = {
+        f"expert_load/layer_{layer}_max_over_mean": (
+            load_E.max() / load_E.mean().clamp(min=1 / len(load_E))
+        ).item()
+        for layer, load_E in expert_load.items()
+    }
+    if expert_load:
+        unused = torch.cat([*expert_load.values()]) == 0
+        scalars["expert_load/unused_share"] = unused.double().mean().item()
+    return scalars
 
 
-def unused_share(loads: Iterable[Tensor]) -> float:
-    """Return the share of all layers' experts that no token was routed to."""
-    return (torch.cat(list(loads)) == 0).double().mean().item()
+def further_losses(
+    results: StepResults, config: Config, batch: GlobalBatch, mtp_layers: int
+) -> dict[str, float]:
+    """Return the losses besides the token loss: of routing as they are minimised, of MTP layers
+    their mean.
+    """
+    losses, tokens = {}, max(batch.tokens, 1)
+    if config.router.aux_loss:
+        losses["aux_loss"] = config.router.aux_loss * results.balance_loss / tokens
+    if config.router.z_loss:
+        mean = results.z_loss / (tokens * len(results.expert_load))
+        losses["z_loss"] = config.router.z_loss * mean
+    if mtp_layers:
+        losses["mtp_loss"] = results.mtp_loss / (mtp_layers * batch.divisor)
+    return losses

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchsft.config import InputError
 from torchsft.models.rope import Llama3Scaling, Pairing, Rope, Yarn
-from torchsft.precision.blockwise import described_block
+from torchsft.precision.formats import described_format, quantization_of
 
 # Two names of one setting, whatever the family.
 _DTYPE_NAMES = ("dtype", "torch_dtype")
@@ -51,7 +51,7 @@ def read_fields(
         The fields that config.json states, by name. An absent one, and null, means its default.
 
     Raises:
-        InputError: weights are quantised otherwise than in DeepSeek's fp8; two names of one setting
+        InputError: weights are quantised in an unknown way; two names of one setting
             disagree; a field without a default is absent; a value is no number; a setting has a
             value that is not supported.
     """
@@ -89,12 +89,13 @@ def read_fields(
 
 
 def _refuse_other_quantisation(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization and described_block(config) is None:
+    quantization = quantization_of(config)
+    if quantization and described_format(config) is None:
         raise InputError(
             f"config.json has quantization_config = {json.dumps(quantization)}, but only "
-            "DeepSeek's fp8 (e4m3, blocks such as [128, 128]) is supported; give such a "
-            "checkpoint, or a bf16 or fp32 one"
+            "DeepSeek's fp8 (e4m3, blocks such as [128, 128]), INT4 of compressed-tensors (groups "
+            "of 32, pack-quantized) and MXFP4 are supported; give such a checkpoint, or a bf16 or "
+            "fp32 one"
         )
 
 

@@ -21,6 +21,7 @@ of this table and nowhere else; each stands in its class with the value of one r
     MoE.counting            False while a forward pass is repeated                   activation
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale
+    LanguageModel.mtp_scale factor of the loss of MTP layers, before each step       trainer
     DecoderLayer.recompute  runs a layer so that little of it is kept                activation
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.

@@ -9,6 +9,7 @@ from torchsft.models.deepseek_v3 import DeepseekV3, Glm4MoeLite
 from torchsft.models.deepseek_v32 import DeepseekV32, GlmMoeDsa
 from torchsft.models.glm4_moe import Glm4Moe
 from torchsft.models.gpt_oss import GptOss
+from torchsft.models.kimi import Kimi
 from torchsft.models.language_model import LanguageModel, ModelConfig
 from torchsft.models.llama import Llama, Mistral, Qwen2, SmolLM3
 from torchsft.models.qwen3 import Qwen3, Qwen3Moe
@@ -30,6 +31,8 @@ FAMILIES = {
     "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", Glm4MoeLite),
     "GlmMoeDsaForCausalLM": Family("glm_moe_dsa", GlmMoeDsa),
     "GptOssForCausalLM": Family("gpt_oss", GptOss),
+    "KimiK25ForConditionalGeneration": Family("kimi_k25", Kimi),  # as published
+    "Kimi_K25ForConditionalGeneration": Family("kimi_k25", Kimi),  # as transformers writes it
     "LlamaForCausalLM": Family("llama", Llama),
     "MistralForCausalLM": Family("mistral", Mistral),
     "Qwen2ForCausalLM": Family("qwen2", Qwen2),

@@ -277,14 +277,13 @@ class LanguageModel(nn.Module):
         self.family = type(self)
         self.config, self.attention, self.loss_chunk = config, attention, loss_chunk
         self.first, self.last, self.mtp = first, last, mtp
-        self.depth = config.num_hidden_layers  # layers of the whole model, trained MTP layers too
-        if mtp == "train":
-            self.depth += config.mtp_layers or 0
+        # layers of the whole model, trained MTP layers too
+        self.depth = config.num_hidden_layers + trained_mtp_layers(mtp, config)
         # where tokens and vocabulary lie; tensor and context parallelism replace it
         self.layout = Layout()
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.model = nn.Module()  # what the checkpoint calls so, as far as it belongs to this part
-        if first:
+        if first or self.needs_embedding:
             self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.model.rotary_emb = RotaryEmbedding(config.rope)
         self.model.layers = nn.ModuleDict(
@@ -301,6 +300,11 @@ class LanguageModel(nn.Module):
             self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def needs_embedding(self) -> bool:
+        """Whether this part has MTP layers, which embed tokens too."""
+        return self.last and self.depth > self.config.num_hidden_layers
 
     def part(self, layers: Sequence[int], first: bool, last: bool) -> "LanguageModel":
         """Return some of the layers that are here, as a model of their own, which shares modules
@@ -325,7 +329,7 @@ class LanguageModel(nn.Module):
         part.layout, part.first, part.last = self.layout, first, last
         part.model.rotary_emb = self.model.rotary_emb
         part.model.layers.update({str(layer): self.model.layers[str(layer)] for layer in layers})
-        if first:
+        if first or part.needs_embedding:
             part.model.embed_tokens = self.model.embed_tokens
         if last:
             part.model.norm = self.model.norm
@@ -347,6 +351,8 @@ class LanguageModel(nn.Module):
         loss_weights: Tensor | None = None,  # fp32 [T], weight of each target; None means 1
         # longest document; without it the varlen attention stops the host to ask
         max_seqlen: int | None = None,
+        # int64 [T], of a part that is not the first, for its MTP layers
+        token_ids: Tensor | None = None,
         # int64 [n], the only tokens whose logits are wanted (generation); None means all
         logits_at: Tensor | None = None,
     ) -> Tensor:
@@ -388,7 +394,8 @@ class LanguageModel(nn.Module):
             # At position i: the state there and token i + depth predict the token behind that, as
             # far as both are in the document.
             ahead_T = positions.roll(-depth) == positions + depth
-            next_SD = self.model.embed_tokens(layout.context(tokens.roll(-depth)))
+            ids = tokens if self.first else token_ids
+            next_SD = self.model.embed_tokens(layout.context(ids.roll(-depth)))
             state_SD = layer(state_SD, documents.shortened(layout.tokens(ahead_T), depth), next_SD)
             weights = torch.where(ahead_T, loss_weights.roll(-depth), 0)
             if self.training:
@@ -437,6 +444,11 @@ class LanguageModel(nn.Module):
     def mtp_layers(self) -> list[MTPLayer]:
         """Return the MTP layers that are here, in order."""
         return [layer for layer in self.model.layers.values() if isinstance(layer, MTPLayer)]
+
+    def layer_experts(self) -> dict[int, int]:
+        """Return the number of experts of every layer of the whole model that has some."""
+        experts = {layer: self.config.routed_experts(layer) for layer in range(self.depth)}
+        return {layer: count for layer, count in experts.items() if count}
 
     def shared_keys(self) -> dict[str, str]:
         """Return the Hugging Face keys under which files may have tensors of the model once more,
@@ -524,15 +536,15 @@ class LanguageModel(nn.Module):
         return self.get_submodule(name.rpartition(".")[0])
 
 
-def check_mtp(mtp: Mtp, config: ModelConfig, pp: int) -> None:
-    """Refuse to train MTP layers that a model does not have, or in a pipeline of `pp` ranks."""
+def trained_mtp_layers(mtp: Mtp, config: ModelConfig) -> int:
+    """Return how many MTP layers are trained.
+
+    Raises:
+        InputError: some are to be, but the model has none.
+    """
     if mtp == "train" and not config.mtp_layers:
         raise InputError(
             f"--model.mtp is train, but config.json has {config.mtp_layers or 0} layers for "
             "multi-token prediction (num_nextn_predict_layers); set --model.mtp keep"
         )
-    if mtp == "train" and pp > 1:
-        raise InputError(
-            f"--parallel.pp is {pp}, but --model.mtp is train: MTP layers need the embedding of "
-            "the first stage and the head of the last; set --parallel.pp 1 or --model.mtp keep"
-        )
+    return config.mtp_layers or 0 if mtp == "train" else 0

@@ -52,6 +52,23 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return squares.sqrt()
 
 
+def sum_with(parameter: nn.Parameter, peer: int, group: dist.ProcessGroup) -> None:
+    """Add to the gradient of a parameter what `peer`, a rank of `group` with the same part of it,
+    has, and the other way round.
+    """
+    for gradient, _ in local_gradients([parameter]):
+        other = torch.empty_like(gradient)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, gradient, group=group, group_peer=peer),
+                dist.P2POp(dist.irecv, other, group=group, group_peer=peer),
+            ]
+        )
+        for work in works:
+            work.wait()
+        gradient += other
+
+
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply all gradients in place by a scalar tensor."""
     gradients = [gradient for gradient, _ in local_gradients(parameters)]

@@ -8,19 +8,20 @@ Shape suffixes: T tokens of a microbatch, V vocabulary, n tokens whose logits ar
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.language_model import LanguageModel
+from torchsft.parallel.gradients import sum_with
 from torchsft.parallel.stages import StagePlan, schedule_class
 from torchsft.parallel.torch_pipelining import Stage, forward_only_schedule, run_schedule
 from torchsft.parallel.world import World
@@ -106,6 +107,11 @@ class Runner(ABC):
         shares_tokens = world.sequence["sequence"].size() > 1
         self.needs_all_tokens = world.dense["pp"].size() > 1 or shares_tokens
         self.zero = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield this rank's parameters, of those on several pipeline ranks the first one's."""
+        for module in self.modules:
+            yield from module.parameters()
 
     @abstractmethod
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
@@ -232,6 +238,7 @@ class Pipeline(Runner):
         self.microbatches_at_once = min(microbatches, len(plan.ranks))
         self.group = world.dense.get_group("pp")
         self.divisor, self.total = 1.0, self.zero
+        self.ends = plan.ranks[0], plan.ranks[-1]
         self.stages = self._stages(training=True)
         # NCCL sets up a group's communicator in its first call, which all of its ranks must join;
         # two neighbours do not.
@@ -260,7 +267,26 @@ class Pipeline(Runner):
         self.divisor, self.total = divisor, self.zero.clone()
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)
+        if self.shared is not None:
+            (peer,) = {*self.ends} - {dist.get_rank(self.group)}
+            sum_with(self.shared, peer, self.group)
         return self.total
+
+    @property
+    def shared(self) -> nn.Parameter | None:
+        """The embedding, where it is on another pipeline rank too, for MTP layers."""
+        if self.modules[0].depth == self.modules[0].config.num_hidden_layers:
+            return None
+        for module in self.modules:
+            if module.first or module.needs_embedding:
+                return module.model.embed_tokens.weight
+        return None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        counted_elsewhere = None if self.modules[0].first else self.shared
+        for parameter in super().parameters():
+            if parameter is not counted_elsewhere:
+                yield parameter
 
     def _stages(self, training: bool) -> list[Stage]:
         """Make this rank's stages."""

@@ -48,13 +48,16 @@ class StagePlan:
         return {"layers": layers, "first": 0 in stages, "last": len(self.layers) - 1 in stages}
 
 
-def plan_stages(parallel: Parallel, model_config: ModelConfig, microbatches: int) -> StagePlan:
+def plan_stages(
+    parallel: Parallel, model_config: ModelConfig, microbatches: int, mtp_layers: int = 0
+) -> StagePlan:
     """Decide which layers go where.
 
     Args:
         parallel: with `dp_shard` resolved.
         model_config: of the whole model.
         microbatches: of a step on each data rank.
+        mtp_layers: that are trained, in the last stage.
 
     Raises:
         InputError: the schedule, the layers and the microbatches do not fit together.
@@ -63,7 +66,14 @@ def plan_stages(parallel: Parallel, model_config: ModelConfig, microbatches: int
     if parallel.pp > 1:
         schedule_class(parallel.pp_schedule)
         _check_tied_embeddings(parallel, model_config)
-    counts = _layer_counts(parallel, model_config, stages)
+    if mtp_layers and parallel.pp_schedule in V_SHAPED and parallel.pp > 1:
+        raise InputError(
+            f"--parallel.pp-schedule {parallel.pp_schedule} has the first and the last stage on "
+            "one rank, but --model.mtp train needs the embedding in both; set it to Interleaved1F1B"
+        )
+    last = model_config.head_cost
+    last += mtp_layers * (model_config.layer_costs()[-1] + 2 * model_config.hidden_size**2 + last)
+    counts = _layer_counts(parallel, model_config, stages, last)
     if parallel.pp > 1:
         _check_microbatches(parallel, stages, microbatches)
     ends = list(itertools.accumulate(counts))
@@ -90,39 +100,41 @@ def _stage_ranks(parallel: Parallel, stages: int) -> tuple[int, ...]:
     return tuple(stage % parallel.pp for stage in range(stages))
 
 
-def _layer_counts(parallel: Parallel, model_config: ModelConfig, stages: int) -> tuple[int, ...]:
-    """Return how many layers each stage has: what --parallel.pp-layers says, else balanced."""
+def _layer_counts(
+    parallel: Parallel, model_config: ModelConfig, stages: int, last: int
+) -> tuple[int, ...]:
+    """Return how many layers each stage has: what --parallel.pp-layers says, else balanced; `last`
+    is what the last one costs besides.
+    """
     layers, counts = model_config.num_hidden_layers, parallel.pp_layers
     if not counts:
         _check_stage_count(parallel, stages, layers)
-        return _balanced(model_config, stages)
+        return _balanced(model_config, stages, last)
     if len(counts) != stages:
         raise InputError(
             f"--parallel.pp-layers has {len(counts)} number(s), but {parallel.pp_schedule} over "
             f"--parallel.pp {parallel.pp} has {stages} stage(s); "
-            f"{_layers_remedy(model_config, stages)}"
+            f"{_layers_remedy(model_config, stages, last)}"
         )
     if sum(counts) != layers or 0 in counts[1:-1]:
         raise InputError(
             f"--parallel.pp-layers is {' '.join(map(str, counts))}, together {sum(counts)}, but it "
             f"must place {layers} layers and leave none of the middle stages empty; "
-            f"{_layers_remedy(model_config, stages)}"
+            f"{_layers_remedy(model_config, stages, last)}"
         )
     return tuple(counts)
 
 
-def _balanced(model_config: ModelConfig, stages: int) -> tuple[int, ...]:
+def _balanced(model_config: ModelConfig, stages: int, last: int) -> tuple[int, ...]:
     """Return layer counts that balance the stages' costs."""
-    return balance(
-        model_config.layer_costs(), stages, model_config.embedding_cost, model_config.head_cost
-    )
+    return balance(model_config.layer_costs(), stages, model_config.embedding_cost, last)
 
 
-def _layers_remedy(model_config: ModelConfig, stages: int) -> str:
+def _layers_remedy(model_config: ModelConfig, stages: int, last: int) -> str:
     """Say what --parallel.pp-layers should be."""
     if stages > model_config.num_hidden_layers:
         return "leave it out"
-    return f"give {stages}, such as {' '.join(map(str, _balanced(model_config, stages)))}"
+    return f"give {stages}, such as {' '.join(map(str, _balanced(model_config, stages, last)))}"
 
 
 def _check_tied_embeddings(parallel: Parallel, model_config: ModelConfig) -> None:

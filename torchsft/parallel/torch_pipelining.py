@@ -10,7 +10,8 @@ gradients. Its work-arounds, and the versions of torch in which each was seen to
     Stage: inputs_of               2.11         numbers among keyword arguments are refused
                                    2.11 - 2.13  ragged documents would be split evenly
     Stage: no_weight_pass          2.11 - 2.13  the weight pass of a checkpointed layer computes it
-                                                again for each of its parameters
+                                                again for each of its parameters; that of a stage
+                                                that embeds tokens besides its input raises
     Stage: gradient_ends           2.11 - 2.13  a stage without anything to train still has to send
                                                 a gradient
     Stage: scalar for logits       2.11         outputs of other shapes than the first are refused
@@ -128,7 +129,8 @@ class Stage(PipelineStage):
         # The weight pass goes through the graph once for each parameter, and would compute a layer
         # again each time (14 times, measured). A whole backward pass does it once, and is right.
         recomputes = any(layer.recompute is not None for layer in module.model.layers.values())
-        whole_backward = recomputes or not weight_pass_possible()
+        # It would also go through MTP layers twice, since the embedding lies behind them.
+        whole_backward = recomputes or module.needs_embedding or not weight_pass_possible()
         super().__init__(
             module,
             index,
@@ -203,7 +205,8 @@ def run_schedule(
         this rank.
     """
     beside_tokens = [
-        {name: value for name, value in of_one.items() if name != "tokens"} for of_one in inputs
+        {"token_ids" if name == "tokens" else name: value for name, value in of_one.items()}
+        for of_one in inputs
     ]
     for stage in stages:
         stage.clear_runtime_states()

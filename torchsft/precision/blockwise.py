@@ -24,13 +24,10 @@ def scale_key(key: str) -> str:
     return key + SCALE_SUFFIX
 
 
-def described_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return rows and columns of an fp8 block by a config.json; None where it does not describe
-    block-scaled e4m3 weights.
+def described_block(fp8: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return rows and columns of an fp8 block by a quantization_config; None where it does not
+    describe block-scaled e4m3 weights.
     """
-    fp8 = config.get("quantization_config")
-    if not isinstance(fp8, Mapping):
-        return None
     block = fp8.get("weight_block_size")
     if not isinstance(block, list) or [type(size) for size in block] != [int, int]:
         return None

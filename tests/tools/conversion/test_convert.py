@@ -588,8 +588,8 @@ def lacks_weight(directory):
         ),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (
-            lambda path: change_config(path, architectures=["LlamaForCausalLM"]),
-            "only DeepseekV3ForCausalLM, .* are supported",
+            lambda path: change_config(path, architectures=["MambaForCausalLM"]),
+            "describes MambaForCausalLM, but only .*DeepseekV3ForCausalLM, .* are supported",
         ),
     ],
 )
