@@ -1,12 +1,13 @@
 """Grouped-query attention against that of `transformers` families: partial rotation of either
-pairing, biases, norms of queries and keys.
+pairing, biases, norms of each query and key, and of all heads together.
 """
 
 import pytest
 import torch
-from transformers import Glm4MoeConfig, GlmConfig
+from transformers import Glm4MoeConfig, GlmConfig, MiniMaxM2Config
 from transformers.models.glm import modeling_glm
 from transformers.models.glm4_moe import modeling_glm4_moe
+from transformers.models.minimax_m2 import modeling_minimax_m2
 
 from torchsft.models.attention import GroupedQueryAttention, locate_documents
 from torchsft.models.rope import Rope, RotaryEmbedding
@@ -30,6 +31,11 @@ CASES = {
         (modeling_glm4_moe.Glm4MoeAttention, modeling_glm4_moe.Glm4MoeRotaryEmbedding),
         Glm4MoeConfig(**SIZES, num_key_value_heads=1, use_qk_norm=True),
         {"qk_norm_eps": 1e-5},
+    ),
+    "halves, all heads normed together": (
+        (modeling_minimax_m2.MiniMaxM2Attention, modeling_minimax_m2.MiniMaxM2RotaryEmbedding),
+        MiniMaxM2Config(**SIZES, num_key_value_heads=2, rotary_dim=8),
+        {"qk_norm_eps": 1e-5, "norm_heads_together": True},
     ),
     "neighbours": (
         (modeling_glm.GlmAttention, modeling_glm.GlmRotaryEmbedding),
@@ -74,7 +80,7 @@ def test_outputs_and_gradients_equal_transformers(name):
         kv_heads=config.num_key_value_heads,
         head_dim=16,
         rope=rope,
-        bias=config.attention_bias,
+        bias=getattr(config, "attention_bias", False),
         **options,
     )
     ours.load_state_dict(theirs.state_dict())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.passes import Operations
-from torchsft.ops.rms_norm import rms_norm, rms_norm_reference
+from torchsft.ops.rms_norm import rms_norm, rms_norm_of_parts, rms_norm_reference
 
 
 def test_rms_norm_equals_its_reference():
@@ -12,6 +12,28 @@ def test_rms_norm_equals_its_reference():
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(rms_norm(x, weight, 1e-3), rms_norm_reference(x, weight, 1e-3))
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
+
+
+def test_parts_of_rows_are_normed_as_whole_rows():
+    """Two parts, whose mean squares are averaged: float64, with gradients; in bf16 one rounding."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+
+    def by_parts(x, weight):
+        of_both = x.unflatten(-1, (2, 4)).square().mean(-1).mean(-1, keepdim=True)
+        parts = zip(x.chunk(2, -1), weight.chunk(2), strict=True)
+        return torch.cat([rms_norm_of_parts(*p, 1e-3, lambda _: of_both) for p in parts], -1)
+
+    got, expected = by_parts(x, weight), rms_norm_reference(x, weight, 1e-3)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(got)
+    gradients = [torch.autograd.grad(y, (x, weight), upstream) for y in (got, expected)]
+    torch.testing.assert_close(*gradients)
+    half = torch.randn(64, 32).bfloat16()
+    mean = half.double().square().mean(-1, keepdim=True)
+    got = rms_norm_of_parts(half, torch.ones(32).bfloat16(), 1e-6, lambda square: square)
+    exact = half.double() / (mean + 1e-6).sqrt()
+    assert got.dtype == torch.bfloat16 and ((got - exact).abs() <= exact.abs() * 2**-8).all()
 
 
 def test_bf16_is_computed_in_fp32():

@@ -481,7 +481,8 @@ class GroupedQueryAttention(nn.Module):
         rope: Rope | None,
         bias: bool = False,  # of the projections of queries, keys and values
         output_bias: bool = False,
-        qk_norm_eps: float | None = None,  # of the norms of each query and key; None: without
+        qk_norm_eps: float | None = None,  # of the norms of queries and keys; None: without
+        norm_heads_together: bool = False,  # all queries of a token at once, and all keys
         window: int | None = None,  # how many tokens a token sees, itself the last; None: all
         sinks: bool = False,  # whether heads have learned scores beside those of tokens
     ) -> None:
@@ -493,9 +494,10 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = Linear(width, kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(heads * head_dim, width, bias=output_bias)
         self.q_norm = self.k_norm = None
+        self.norm_heads_together = norm_heads_together
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(head_dim, qk_norm_eps)
-            self.k_norm = RMSNorm(head_dim, qk_norm_eps)
+            at_once = (heads, kv_heads) if norm_heads_together else (1, 1)
+            self.q_norm, self.k_norm = (RMSNorm(n * head_dim, qk_norm_eps) for n in at_once)
         self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
 
     def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
@@ -504,11 +506,11 @@ class GroupedQueryAttention(nn.Module):
         """
         layout = documents.layout
         x_CD = layout.gather_tensor(x_SD)
-        by_head = (-1, self.head_dim)
-        q_CHd = self.q_proj(x_CD).unflatten(-1, by_head)
-        k_CGd = self.k_proj(x_CD).unflatten(-1, by_head)
-        v_CGd = self.v_proj(x_CD).unflatten(-1, by_head)
-        if self.q_norm is not None:
+        q, k, v = self.q_proj(x_CD), self.k_proj(x_CD), self.v_proj(x_CD)
+        if self.norm_heads_together:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_CHd, k_CGd, v_CGd = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        if self.q_norm is not None and not self.norm_heads_together:
             q_CHd, k_CGd = self.q_norm(q_CHd), self.k_norm(k_CGd)
         if self.rope is not None:
             cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)

@@ -9,6 +9,9 @@ of this table and nowhere else; each stands in its class with the value of one r
     Linear.weight, .bias    DTensors, of which `local` is this rank's part           tensor
     Linear.rows             which outputs this rank computes, of those whose         tensor, context
                             weights it holds: those of its heads
+    RMSNorm.rows            likewise                                                 tensor
+    RMSNorm.mean            averages mean squares over ranks, where these have       tensor
+                            parts of what is normed together
     Linear.reduce           sums products over ranks, where the inner dim is split   tensor
     Embedding.first         the token id of this rank's first row                    tensor
     Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
@@ -37,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from torchsft.ops.rms_norm import rms_norm
+from torchsft.ops.rms_norm import rms_norm, rms_norm_of_parts
 from torchsft.ops.swiglu import swiglu
 
 
@@ -188,6 +191,12 @@ class Float32Buffers(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dim, computed in fp32; `weight` [width]."""
 
+    # the entries that this rank has, of those whose weights it holds; None: all
+    rows: slice | None = None
+    # Mean over ranks of the mean squares [..., 1] of their parts, which have the same size; None:
+    # this rank has all that is normed together.
+    mean: Callable[[Tensor], Tensor] | None = None
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -195,7 +204,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape and dtype."""
-        return rms_norm(x, local(self.weight), self.eps)
+        weight = local(self.weight)
+        if self.rows is not None:
+            weight = weight[self.rows]
+        if self.mean is None:
+            return rms_norm(x, weight, self.eps)
+        return rms_norm_of_parts(x, weight, self.eps, self.mean)
 
 
 class SwigluMLP(nn.Module):

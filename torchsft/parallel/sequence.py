@@ -92,6 +92,11 @@ def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return whole.to_local(grad_placements=[Partial()])
 
 
+def mean_over_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Elementwise mean over a 1-D mesh, on each of its ranks, which use it differently."""
+    return gather_tokens(x.unsqueeze(0), mesh).mean(0)
+
+
 def scatter_sum(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Sum over a 1-D mesh of its ranks' [t, ...], of which each rank keeps its slice of tokens: [t
     / ranks, ...].

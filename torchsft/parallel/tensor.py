@@ -4,9 +4,11 @@ tokens.
 What is split is said by a table of the model's family (`LanguageModel.tensor_parallel`), module
 name -> style:
 
-    column        weight [out, in] split by outputs
+    column        weight [out, in] split by outputs; of a norm over all heads together, by its
+                  entries: mean squares are averaged over ranks
     key_value     column, of key or value heads; where there are more ranks than heads, replicated,
-                  and each rank computes the head that its query heads share
+                  and each rank computes the head that its query heads share (the mean over ranks
+                  is that over heads then too: as many ranks have each)
     row           weight split by inputs; the products are summed and scattered over tokens, then
                   the bias is added
     heads         an attention block, whose sinks are split as its query heads are
@@ -28,10 +30,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from torchsft.models.decoder import Embedding, Linear, SwigluMLP
+from torchsft.models.decoder import Embedding, Linear, RMSNorm, SwigluMLP
 from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import Experts
-from torchsft.parallel.sequence import SequenceLayout, check_sizes, gather_tokens, scatter_sum
+from torchsft.parallel.sequence import (
+    SequenceLayout,
+    check_sizes,
+    gather_tokens,
+    mean_over_ranks,
+    scatter_sum,
+)
 from torchsft.parallel.world import World
 
 _PLACEMENTS = {
@@ -58,6 +66,8 @@ def apply_tensor_parallel(model: LanguageModel, world: World) -> None:
         if isinstance(module, Experts):
             continue
         style = _style(name, model.tensor_parallel)
+        if isinstance(module, RMSNorm) and style is not None:
+            module.mean = partial(mean_over_ranks, mesh=mesh)
         if style == "key_value":
             style = "column"
             if mesh.size() > kv_heads:
@@ -87,8 +97,8 @@ def _style(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def _use_shared_head(linear: Linear, kv_heads: int, mesh: DeviceMesh) -> None:
+def _use_shared_head(module: Linear | RMSNorm, kv_heads: int, mesh: DeviceMesh) -> None:
     """Let a rank compute, of all key or value heads, the one that its query heads share."""
     head = mesh.get_local_rank() * kv_heads // mesh.size()
-    head_dim = linear.out_features // kv_heads
-    linear.rows = slice(head * head_dim, (head + 1) * head_dim)
+    head_dim = len(module.weight) // kv_heads
+    module.rows = slice(head * head_dim, (head + 1) * head_dim)
