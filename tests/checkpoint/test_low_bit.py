@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import torchsft
 from tests.checkpoint import parts
@@ -50,7 +51,8 @@ def source(request, tmp_path_factory):
     config = tiny("gpt_oss", hidden_size=64, intermediate_size=32)
     write_tiny_model(directory, config=config, dtype=torch.bfloat16)
     ends = ("experts.gate_up_proj", "experts.down_proj")
-    description = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    others = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    description = {"quant_method": "mxfp4", "modules_to_not_convert": [*others, "lm_head"]}
     return pack(directory, Mxfp4(), lambda key: key.endswith(ends), description)
 
 
@@ -111,6 +113,18 @@ def test_what_training_did_not_change_keeps_its_bytes(source, tmp_path):
         if key != name:
             assert torch.equal(value, expected if packed else expected.bfloat16().float())
         assert (value - expected).abs().max() <= largest / 4
+
+
+def test_transformers_reads_the_same_from_an_mxfp4_export(source, tmp_path):
+    """Its own loader, in bf16, which holds every value."""
+    if word(source) != "mxfp4":
+        pytest.skip("transformers reads INT4 only with the package compressed-tensors")
+    ours = torchsft.load_model(source)
+    export(ours, tmp_path / "hf", "mxfp4", source)
+    options = {"quantization_config": Mxfp4Config(dequantize=True), "dtype": torch.bfloat16}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", **options).state_dict()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(theirs[ours.hf_key(name)], value.bfloat16()), name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
