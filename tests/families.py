@@ -9,6 +9,7 @@ tests/parallel/test_scale.py (presets). A family's own file of tests has what is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -23,6 +24,7 @@ from recipes import (
     glm4_moe_sft,
     gpt_oss_sft,
     llama_sft,
+    minimax_m2_sft,
     qwen3_sft,
 )
 from torchsft.models.families import FAMILIES
@@ -35,6 +37,7 @@ RECIPES: list[ModuleType] = [
     glm4_moe_sft,
     gpt_oss_sft,
     llama_sft,
+    minimax_m2_sft,
     qwen3_sft,
 ]
 
@@ -81,6 +84,8 @@ class TinyFamily:
         architecture: key of torchsft.models.families.FAMILIES.
         sizes: what transformers' configuration is made with.
         cases: name -> what is changed in it: features on and off.
+        in_memory: pattern -> replacement, applied in order to our names: where `transformers` has
+            other names in memory; None: those of the files.
         inert: fields of transformers' configuration that change nothing that is computed here,
             besides those that do so in no family.
     """
@@ -88,6 +93,7 @@ class TinyFamily:
     architecture: str
     sizes: Mapping[str, Any]
     cases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    in_memory: Mapping[str, str] | None = None
     inert: frozenset[str] = frozenset()
 
     def config(self, **changes: Any) -> PreTrainedConfig:
@@ -231,6 +237,26 @@ TINY = {
             },
         },
         # of a loss that is not computed here, and of a name for what experts compute
+        inert=frozenset({"router_aux_loss_coef", "output_router_logits"}),
+    ),
+    "minimax_m2": TinyFamily(
+        "MiniMaxM2ForCausalLM",
+        GROUPED
+        | dict(intermediate_size=16, num_local_experts=8, num_experts_per_tok=3, rotary_dim=6),
+        {
+            "whole heads rotated, tied, one key/value head": {
+                "rotary_dim": None,
+                "tie_word_embeddings": True,
+                "num_key_value_heads": 1,
+            },
+            "yarn on a part, as many key/value heads": {
+                "rotary_dim": None,
+                "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+                "num_key_value_heads": 4,
+                "num_experts_per_tok": 2,
+            },
+        },
+        in_memory={r"\.gate\.e_score": ".e_score"},
         inert=frozenset({"router_aux_loss_coef", "output_router_logits"}),
     ),
     "mistral": TinyFamily(
@@ -596,6 +622,49 @@ GLM_4_5 = GLM_4_5_AIR | {
     "use_qk_norm": True,
 }
 
+MINIMAX_M2 = {
+    "architectures": ["MiniMaxM2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "attn_type_list": [1] * 62,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 196608,
+    "mlp_intermediate_size": 8192,
+    "model_type": "minimax_m2",
+    "mtp_transformer_layers": 1,
+    "num_attention_heads": 48,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 3,
+    "output_router_logits": False,
+    "qk_norm_type": "per_layer",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "float8_e4m3fn",
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000,
+    "rotary_dim": 64,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+    "vocab_size": 200064,
+}
+
 # Presets (but debug and finetune) of the recipes, by name.
 PUBLISHED = {
     "v2_lite": Published(deepseek_v2_sft, DEEPSEEK_V2_LITE, 31, 15_706_484_224),
@@ -610,6 +679,7 @@ PUBLISHED = {
     "qwen3_235b": Published(qwen3_sft, QWEN3_235B, 59, 235_093_634_560),
     "gpt_oss_20b": Published(gpt_oss_sft, GPT_OSS_20B, 42, 20_914_757_184),
     "gpt_oss_120b": Published(gpt_oss_sft, GPT_OSS_120B, 58, 116_829_156_672),
+    "minimax_m2": Published(minimax_m2_sft, MINIMAX_M2, 57, 228_689_748_992),
     "llama_8b": Published(llama_sft, LLAMA_8B, 16, 8_030_261_248),
     "llama_70b": Published(llama_sft, LLAMA_70B, 35, 70_553_706_496),
 }
@@ -618,6 +688,16 @@ PUBLISHED = {
 def cases() -> list[tuple[str, str]]:
     """Return (family, case) of every tiny model; "" is the case that changes nothing."""
     return [(name, case) for name, family in TINY.items() for case in ("", *family.cases)]
+
+
+def name_in_transformers(architecture: str, name: str) -> str:
+    """Return what `transformers` calls one of our parameters or buffers in memory."""
+    for family in TINY.values():
+        if family.architecture == architecture and family.in_memory is not None:
+            for pattern, replacement in family.in_memory.items():
+                name = re.sub(pattern, replacement, name)
+            return name
+    return FAMILIES[architecture].model.hf_key(name)
 
 
 def tiny(family: str, case: str = "", **changes: Any) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.families import name_in_transformers
 from tests.tiny import tiny_config, tiny_qwen3_config
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
@@ -54,12 +55,13 @@ def our_model(hf: PreTrainedModel, **options: Any) -> LanguageModel:
     """Ours, with the weights of `hf`, whose state dict has the same tensors (tied
     embeddings once).
     """
-    config = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
+    architecture = type(hf).__name__
+    config = hf.config.to_dict() | {"architectures": [architecture]}
     model = build_model(config, **options)
     state = hf.state_dict()
     if hf.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    names = {model.hf_key(name): name for name in model.state_dict()}
+    names = {name_in_transformers(architecture, name): name for name in model.state_dict()}
     model.load_state_dict({names[key]: tensor for key, tensor in state.items()})
     return model
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
 from torchsft.checkpoint.boxes import local_box
 from torchsft.config import Parallel
@@ -27,9 +28,13 @@ TOKENS = 96
 DOCUMENTS = ((5, 40, 1, 33, 2), (30,), (), (7, 89))
 
 
-def build(qwen3: bool = False, **changes: Any) -> LanguageModel:
-    """A tiny model on the meta device, DeepSeek-V3 or Qwen3; changes to tests/tiny.py's sizes."""
+def build(qwen3: bool = False, family: str = "", **changes: Any) -> LanguageModel:
+    """A tiny model on the meta device, DeepSeek-V3 or Qwen3, with changes to tests/tiny.py's sizes;
+    or a `family` of tests/families.py.
+    """
     config = tiny_qwen3_config(**changes) if qwen3 else tiny_config(**changes)
+    if family:
+        config = tiny(family, **changes)
     described = config.to_dict() | {"architectures": None}  # model_type tells
     with torch.device("meta"):
         return build_model(described, loss_chunk=20)  # does not divide the tokens of any rank

@@ -47,6 +47,15 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(ranks, one_process, name
     compare(results, one_process[name])
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_norms_over_all_heads_count_each_head_once_where_ranks_share_them(ranks, kv_heads):
+    """Also where other tensor groups have other tokens."""
+    changes = {"family": "minimax_m2", "num_key_value_heads": kv_heads, "balance": 3.0}
+    (expected,) = ranks(1, training_pass, parallel={}, **changes)
+    for parallel in ({"tp": 4}, {"tp": 2, "cp": 2, "ep": 2}):
+        compare(ranks(4, training_pass, parallel=parallel, **changes), expected)
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "tp", "cp", "sentence"),
     [

@@ -12,6 +12,7 @@ from torchsft.models.gpt_oss import GptOss
 from torchsft.models.kimi import Kimi
 from torchsft.models.language_model import LanguageModel, ModelConfig
 from torchsft.models.llama import Llama, Mistral, Qwen2, SmolLM3
+from torchsft.models.minimax_m2 import MiniMaxM2
 from torchsft.models.qwen3 import Qwen3, Qwen3Moe
 
 
@@ -34,6 +35,7 @@ FAMILIES = {
     "KimiK25ForConditionalGeneration": Family("kimi_k25", Kimi),  # as published
     "Kimi_K25ForConditionalGeneration": Family("kimi_k25", Kimi),  # as transformers writes it
     "LlamaForCausalLM": Family("llama", Llama),
+    "MiniMaxM2ForCausalLM": Family("minimax_m2", MiniMaxM2),
     "MistralForCausalLM": Family("mistral", Mistral),
     "Qwen2ForCausalLM": Family("qwen2", Qwen2),
     "Qwen3ForCausalLM": Family("qwen3", Qwen3),

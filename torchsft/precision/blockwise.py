@@ -31,7 +31,8 @@ def described_block(fp8: Mapping[str, Any]) -> tuple[int, int] | None:
     block = fp8.get("weight_block_size")
     if not isinstance(block, list) or [type(size) for size in block] != [int, int]:
         return None
-    is_e4m3 = fp8.get("quant_method") == "fp8" and fp8.get("fmt", "e4m3") == "e4m3"
+    named = fp8.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
+    is_e4m3 = fp8.get("quant_method") == "fp8" and named
     if min(block) < 1 or not is_e4m3:
         return None
     return tuple(block)
