@@ -122,7 +122,7 @@ def test_a_frozen_parameter_takes_memory_for_its_weight_alone():
         (
             ["experts"],
             ["*.mlp.experts:lr=1"],
-            "'*.mlp.experts' matches only parameters that --train.freeze freezes",
+            "'*.mlp.experts' matches only parameters that are not trained",
         ),
         (
             [],

@@ -57,8 +57,8 @@ def select(
         trained = matched - frozen
         if not trained:
             raise InputError(
-                f"{option} matches only parameters that --train.freeze freezes; leave "
-                f"one of the two out"
+                f"{option} matches only parameters that are not trained (--train.freeze, "
+                "--router.train False, or never in this family); leave the group out"
             )
         free = trained - chosen.keys()
         if not free:
