@@ -6,11 +6,11 @@
     torchrun --nproc-per-node 8 recipes/gpt_oss_sft.py finetune \\
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8
 
-Supports: bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them), packed
-rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard) data,
-context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides. Ctrl-C,
+Supports: MXFP4, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
+packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
+data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides. Ctrl-C,
 SIGTERM and SIGUSR1 make it save and end; the same command continues.
-Refuses: fp8 compute (not in this version), tied embeddings with pp.
+Refuses: fp8 compute (not in this version), fp8 exports, tied embeddings with pp.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from tests.families import TINY, cases, tiny
 from tests.tiny import write_tiny_model
 from tools.conversion import convert
 from torchsft.checkpoint.huggingface import export
+from torchsft.config import InputError
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -71,3 +72,15 @@ def test_features_are_loaded_and_exported_too(tmp_path):
         write_tiny_model(directory, config=tiny(family, case), dtype=torch.bfloat16)
         export(torchsft.load_model(directory), out, "bf16", directory)
         assert different(read_tensors(out), read_tensors(directory)) == [], (family, case)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss"])
+def test_fp8_of_a_family_that_has_none_is_refused_before_anything_is_written(family, tmp_path):
+    source = write_tiny_model(tmp_path / "source", config=tiny(family), dtype=torch.bfloat16)
+    sentence = "no program reads a GptOss in fp8; choose bf16"
+    with pytest.raises(InputError, match=sentence):
+        export(torchsft.load_model(source), tmp_path / "hf", "fp8", source)
+    convert.to_dcp(source, tmp_path / "dcp", workers=1, progress=False)
+    with pytest.raises(InputError, match=sentence):
+        convert.to_hf(tmp_path / "dcp", tmp_path / "hf", dtype="fp8", workers=1, progress=False)
+    assert not (tmp_path / "hf").exists()

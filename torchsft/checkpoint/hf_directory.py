@@ -25,6 +25,7 @@ from torchsft.checkpoint.weight_files import (
 )
 from torchsft.config import InputError
 from torchsft.models.decoder import Piece
+from torchsft.models.families import family_of
 from torchsft.models.language_model import Mtp
 from torchsft.precision.formats import Format, Fp8Blocks, described_format
 
@@ -165,7 +166,7 @@ def exported_config(config: Mapping[str, Any], export: str, mtp: Mtp = "keep") -
 
     Raises:
         InputError: the format is one that only releases in it can be exported in, and the source is
-            none.
+            none; the family has no format in fp8.
     """
     form, dtype = described_format(config), EXPORT_DTYPES[export]
     exported = dict(config)
@@ -178,6 +179,11 @@ def exported_config(config: Mapping[str, Any], export: str, mtp: Mtp = "keep") -
             )
         exported = _without_quantization(config)
         if export == "fp8":
+            if (family := family_of(config)).quantised is None:
+                raise InputError(
+                    f"--checkpoint.export fp8 (to-hf: --dtype): no program reads a "
+                    f"{family.__name__} in fp8; choose bf16"
+                )
             exported["quantization_config"] = Fp8Blocks().description
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     if mtp == "drop":

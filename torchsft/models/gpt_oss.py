@@ -6,7 +6,6 @@ a clamped activation in all layers. See the model card, arXiv:2508.10925.
 Shape suffixes: R rows routed to this rank's experts, D width, F expert width, E experts held here.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -188,7 +187,7 @@ class GptOss(GroupedQueryModel):
         "model.layers.*.self_attn": "heads",
     }
     renamed: ClassVar[Mapping[str, str]] = {r"\.mlp\.gate\.": ".mlp.router."}
-    quantised = re.compile("(?!)")
+    quantised = None
 
     def attention_options(self, layer: int) -> dict[str, Any]:
         """Return what a layer's `GroupedQueryAttention` has besides its sizes."""

@@ -242,8 +242,9 @@ class LanguageModel(nn.Module):
     # Where Hugging Face keys differ from names here: pattern -> replacement, applied in order to a
     # name (experts one by one).
     renamed: ClassVar[Mapping[str, str]] = {}
-    # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release.
-    quantised: ClassVar[re.Pattern[str]]
+    # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release; None: there is
+    # no such release that anyone could read.
+    quantised: ClassVar[re.Pattern[str] | None]
     # Patterns of parameters that are never trained: they have no gradient, and exports keep them as
     # they are.
     untrained: ClassVar[tuple[str, ...]] = ()
@@ -501,7 +502,7 @@ class LanguageModel(nn.Module):
     @classmethod
     def is_quantised(cls, key: str) -> bool:
         """Whether fp8 releases of this family hold the tensor of a Hugging Face key in fp8."""
-        return cls.quantised.search(key) is not None
+        return cls.quantised is not None and cls.quantised.search(key) is not None
 
     def constants(self) -> set[str]:
         """Return names of persistent buffers and parameters that training does not change."""
