@@ -133,6 +133,10 @@ def test_other_formats_are_exported_too(source, tmp_path, dtype):
     left, and config.json says so.
     """
     model = torchsft.load_model(source)
+    if dtype == "fp8" and word(source) == "mxfp4":  # a family of which nobody reads fp8
+        with pytest.raises(InputError, match="reads a GptOss in fp8"):
+            export(model, tmp_path / "hf", dtype, source)
+        return
     export(model, tmp_path / "hf", dtype, source)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert ("quantization_config" in config) == (dtype == "fp8")
