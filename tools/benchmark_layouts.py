@@ -279,9 +279,10 @@ def expected_bytes(
         sent[kind] += microbatches * values * FP32
     total = {kind: count / pp for kind, count in sent.items()}
 
-    # counts of the batch; the norm; loss, two flags, and balance loss and load of each MoE layer
+    # counts of the batch; the norm; losses (of MTP layers too), two flags, and of each MoE layer
+    # balance loss, z-loss and load
     experts = [config.routed_experts(layer) for layer in range(config.num_hidden_layers)]
-    numbers = 4 + 1 + 3 + sum(1 + max(experts) for count in experts if count)
+    numbers = 4 + 1 + 4 + sum(2 + max(experts) for count in experts if count)
     total["all-reduce"] += 2 * share(world_size) * numbers * 8
     return total
 

@@ -165,7 +165,8 @@ class StandIn(nn.Module):
 
     def __init__(self, config: ModelConfig, first: bool, last: bool, unit: float) -> None:
         super().__init__()
-        self.config, self.last, self.unit = config, last, unit
+        self.config, self.first, self.last, self.unit = config, first, last, unit
+        self.needs_embedding, self.depth = False, config.num_hidden_layers  # no MTP layers
         self.model = SimpleNamespace(layers={})
         self.embedding = nn.Parameter(torch.zeros(1, config.hidden_size)) if first else None
         self.weight = nn.Parameter(torch.zeros(()))

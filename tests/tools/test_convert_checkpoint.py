@@ -123,7 +123,7 @@ def test_exit_codes_and_sentences(source, tmp_path, call):
     ("arguments", "sentence"),
     [
         (("to-dcp", "s3://bucket/model", "out"), "is a URL; this tool works on local directories"),
-        (("to-hf", "dcp", "hf", "--dtype", "int4"), "invalid choice"),
+        (("to-hf", "dcp", "hf", "--dtype", "int8"), "invalid choice"),
         (("to-hf", "dcp", "hf", "--max-shard-size", "5 apples"), "is no size"),
         (("to-hf", "dcp", "hf", "--max-shard-size", "0GB"), "is no size"),
         (("to-dcp", "a", "b", "--workers", "0"), "at least 1"),
