@@ -84,3 +84,18 @@ def test_fp8_of_a_family_that_has_none_is_refused_before_anything_is_written(fam
     with pytest.raises(InputError, match=sentence):
         convert.to_hf(tmp_path / "dcp", tmp_path / "hf", dtype="fp8", workers=1, progress=False)
     assert not (tmp_path / "hf").exists()
+
+
+def test_an_fp8_export_has_the_untrained_indexer_in_fp8_too(tmp_path):
+    """config.json says that all its matrices are: loaders would take bf16 bytes for fp8."""
+    config = tiny("deepseek_v32")
+    source = write_tiny_model(tmp_path / "source", config=config, dtype=torch.bfloat16)
+    model = torchsft.load_model(source)
+    export(model, tmp_path / "hf", "fp8", source)
+    convert.to_dcp(source, tmp_path / "dcp", workers=1, progress=False)
+    convert.to_hf(tmp_path / "dcp", tmp_path / "tool", dtype="fp8", workers=1, progress=False)
+    found = read_tensors(tmp_path / "hf")
+    fp8 = {key for key, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert "model.layers.3.self_attn.indexer.wq_b.weight" in fp8
+    assert fp8 == {key for key in found if model.is_quantised(key)}
+    assert different(read_tensors(tmp_path / "tool"), found) == []

@@ -220,10 +220,11 @@ def exported_kind(
     """Return in which dtype or format an export in `kind` has a tensor of the model.
 
     In a format of few bits: as a source in the same format has it, else so where it is `quantised`
-    (`LanguageModel.is_quantised`), and bf16. A `constant` (`LanguageModel.constants`, such as the
-    routing bias) keeps the source's if that is not of few bits, and is fp32 without one.
+    (`LanguageModel.is_quantised`), and bf16. Another `constant` (`LanguageModel.constants`, such as
+    the routing bias) keeps the source's if that is not of few bits, and is fp32 without one.
     """
     stored = source.tensors.get(key) if source is not None else None
+    constant = constant and (isinstance(kind, torch.dtype) or not quantised)
     if constant and (stored is None or key not in source.packed):
         return torch.float32 if stored is None else DTYPES[stored.dtype]
     if isinstance(kind, torch.dtype):
