@@ -5,6 +5,8 @@ MXFP4 (gpt-oss): loaded, converted, exported with every group that did not chang
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -199,3 +201,20 @@ def test_parts_that_do_not_fit_are_refused_by_name(source, tmp_path):
     assert "quantization_config = null" in refusal(config={"quantization_config": None})
     unknown = {"quant_method": "gptq", "bits": 4}
     assert "MXFP4 are supported; give such" in refusal(config={"quantization_config": unknown})
+
+
+def test_what_the_model_lacks_is_converted_too(source, tmp_path):
+    """Weights of the release's format that no parameter takes (MTP layers are such), and tensors
+    whose keys merely look like parts of it.
+    """
+    directory = shutil.copytree(source, tmp_path / "more")
+    form = Mxfp4() if word(source) == "mxfp4" else Int4Groups()
+    shape = (2, 64, 3) if word(source) == "mxfp4" else (4, 64)
+    weight = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+    made = form.encode(weight, None, "vision.weight") | form.constants("vision.weight", shape)
+    named = {"vision.alpha": torch.ones(5, 7), "vision.alpha_scale": torch.ones(3)}
+    change_tensors(directory, made | named | {"vision.num_blocks": torch.ones(2)})
+    convert.to_dcp(directory, tmp_path / "dcp", file_bytes=40_000, **SMALL)
+    convert.to_hf(tmp_path / "dcp", tmp_path / "hf", dtype=word(source), **SMALL)
+    assert different(read_tensors(tmp_path / "hf"), read_tensors(directory)) == []
+    assert verify(directory, tmp_path / "dcp", workers=1, progress=False).differences == []

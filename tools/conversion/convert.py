@@ -190,7 +190,9 @@ class SourcePlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the values of an item, in the dtype in which they are written."""
         part, data = self._parts[write_item.index], write_item.tensor_data
-        as_stored = write_item.index.fqn.startswith(CARRIED)
+        # of few bits, but for fp8, values are all that DCP can hold
+        readable = self._weights.tensors[part.key].dtype in DTYPES
+        as_stored = readable and write_item.index.fqn.startswith(CARRIED)
         read = self._weights.read if as_stored else self._weights.values
         values = read(part.key, part.index).to(data.properties.dtype)
         self._progress(part.bytes)

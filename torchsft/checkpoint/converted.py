@@ -73,7 +73,10 @@ class ConvertedWeights(Weights):
         form = self._source_format()
         if form is None:
             return
-        for key in [key for key in self.tensors if key + form.scales in self.tensors]:
+        # All parts but the values, which are the tensor itself here.
+        beside = set(form.suffixes) - {form.suffixes[-2]}
+        stored = self.tensors.keys()
+        for key in [key for key in stored if {key + suffix for suffix in beside} <= stored]:
             self.packed[key] = form
             if self.tensors[key].file.startswith(MODEL):
                 self._own_scales[key] = self.tensors[key + form.scales]

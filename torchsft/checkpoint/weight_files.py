@@ -237,7 +237,12 @@ class WeightIndex(Weights):
     def _put_together(self, ending: str, kind: type[Int4Groups | Mxfp4]) -> None:
         """Enter the weights of a format whose values end so as tensors of their own."""
         data = kind.suffixes[-2]
-        found = [key.removesuffix(data) for key in self.tensors if key.endswith(ending)]
+        word = "U8" if kind is Mxfp4 else "I32"
+        found = [
+            key.removesuffix(data)
+            for key, stored in self.tensors.items()
+            if key.endswith(ending) and stored.dtype == word
+        ]
         if not found:
             return
         form = stored_format(self.directory, kind)
