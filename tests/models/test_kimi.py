@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import torchsft
 from tests.checkpoint.sources import read_tensors, same_bits
@@ -132,3 +134,25 @@ def test_what_cannot_be_computed_is_refused_by_name(config, message):
     described = {"architectures": ["KimiK25ForConditionalGeneration"]} | config
     with pytest.raises(InputError, match=message):
         read_model_config(described)
+
+
+def test_an_fp8_export_says_that_the_vision_tower_is_not_in_fp8(reference, source, tmp_path):
+    """By `transformers`' own rule, the matrices that it takes for fp8 are those that are."""
+    export(torchsft.load_model(source), tmp_path / "hf", "fp8", source)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    quantizer = AutoHfQuantizer.from_config(config["quantization_config"], pre_quantized=True)
+    quantizer._normalize_modules_to_not_convert(reference)
+    apart = quantizer.get_modules_to_not_convert(
+        reference, quantizer.quantization_config.modules_to_not_convert
+    )
+    expected = {
+        name.replace("model.language_model.", "language_model.model.", 1) + ".weight"
+        for name, module in reference.named_modules()
+        if type(module) is torch.nn.Linear and should_convert_module(name, apart)
+    }
+    found = {
+        key
+        for key, tensor in read_tensors(tmp_path / "hf").items()
+        if tensor.dtype == torch.float8_e4m3fn and ".mlp.experts." not in key
+    }
+    assert found == expected

@@ -185,6 +185,9 @@ def exported_config(config: Mapping[str, Any], export: str, mtp: Mtp = "keep") -
                     f"{family.__name__} in fp8; choose bf16"
                 )
             exported["quantization_config"] = Fp8Blocks().description
+            if family.never_quantised:
+                modules = {"modules_to_not_convert": list(family.never_quantised)}
+                exported["quantization_config"] |= modules
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     if mtp == "drop":
         exported |= dict.fromkeys(MTP_COUNTS & exported.keys(), 0)

@@ -33,3 +33,11 @@ class Kimi(DeepseekV3):
     config: KimiConfig
     config_class = KimiConfig
     renamed: ClassVar[Mapping[str, str]] = {"^": "language_model."}
+    # As the keys of files begin, and as transformers calls them.
+    never_quantised = (
+        "lm_head",
+        "mm_projector",
+        "model.mm_projector",
+        "model.vision_tower",
+        "vision_tower",
+    )

@@ -245,6 +245,8 @@ class LanguageModel(nn.Module):
     # Found in the Hugging Face keys of the matrices that are fp8 in an fp8 release; None: there is
     # no such release that anyone could read.
     quantised: ClassVar[re.Pattern[str] | None]
+    # Modules that an fp8 config.json must name as not quantised, where that is not the head alone.
+    never_quantised: ClassVar[tuple[str, ...]] = ()
     # Patterns of parameters that are never trained: they have no gradient, and exports keep them as
     # they are.
     untrained: ClassVar[tuple[str, ...]] = ()
