@@ -217,7 +217,7 @@ def test_router_options_are_refused_where_nothing_could_follow_them():
     assert frozen_by_router(Router(bias_update_rate=0.1), moes()) == []
     assert frozen_by_router(Router(train=False, z_loss=1.0), moes(qwen3=True)) == ["router"]
     assert frozen_by_router(Router(), moes(qwen3=True, dense=True)) == []
-    with pytest.raises(InputError, match=r"no experts, but the options are Router\(train=False"):
+    with pytest.raises(InputError, match=r"no experts, but --router\.train False is set"):
         frozen_by_router(Router(train=False), moes(qwen3=True, dense=True))
     with pytest.raises(InputError, match=r"rate is 0\.1, but this model's routers have no correct"):
         frozen_by_router(Router(bias_update_rate=0.1), moes(qwen3=True))

@@ -175,7 +175,7 @@ def exported_config(config: Mapping[str, Any], export: str, mtp: Mtp = "keep") -
             found = "no quantised weights" if form is None else f"{form.name} weights"
             raise InputError(
                 f"--checkpoint.export {export} (to-hf: --dtype) needs a source that is released in "
-                f"it, but config.json describes {found}; choose bf16 or fp8"
+                f"it, but config.json describes {found}; choose bf16"
             )
         exported = _without_quantization(config)
         if export == "fp8":
@@ -190,7 +190,7 @@ def exported_config(config: Mapping[str, Any], export: str, mtp: Mtp = "keep") -
                 exported["quantization_config"] |= modules
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     if mtp == "drop":
-        exported |= dict.fromkeys(MTP_COUNTS & exported.keys(), 0)
+        exported = _without_mtp(exported)
     return exported | dict.fromkeys(names, str(dtype).removeprefix("torch."))
 
 
@@ -199,6 +199,14 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     left = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(left.get("text_config"), Mapping):
         left["text_config"] = _without_quantization(left["text_config"])
+    return left
+
+
+def _without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json's object that counts no MTP layers, here and in `text_config`."""
+    left = dict(config) | dict.fromkeys(MTP_COUNTS & config.keys(), 0)
+    if isinstance(left.get("text_config"), Mapping):
+        left["text_config"] = _without_mtp(left["text_config"])
     return left
 
 

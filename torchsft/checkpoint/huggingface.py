@@ -85,10 +85,7 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
         if hf_directory.is_mtp(key, layers)
     }
     if most is not None and len(more) > most:
-        said = (
-            f"{layers} num_hidden_layers and {most} num_nextn_predict_layers; use the two that "
-            f"belong together"
-        )
+        said = f"{layers} num_hidden_layers and {most} MTP layers; use the two that belong together"
         raise InputError(
             f"{hf_dir} holds {layers + len(more)} layers, but its config.json has {said}"
         )
@@ -98,8 +95,8 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
         if key not in index.packed and index.tensors[key].dtype not in WEIGHT_DTYPES
     ]:
         raise InputError(
-            f"{hf_dir}: {listing(odd)} must be bf16, fp16, fp32 or fp8 (e4m3); "
-            f"convert the directory first"
+            f"{hf_dir}: {listing(odd)} must be bf16, fp16, fp32 or, as config.json describes it, "
+            "fp8 (e4m3), INT4 or MXFP4; convert the directory first"
         )
     return index
 

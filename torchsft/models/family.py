@@ -2,7 +2,8 @@
 layers cost and how they are built. `models/grouped_query.py` and `models/latent.py` add attention.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -116,6 +117,11 @@ class FamilyConfig(ModelConfig):
         value = getattr(self, name)
         refuse_if(value is None or value < 1, f"{name} = {value}, but it must be at least 1")
 
+    def check_chosen(self, chosen: int, name: str) -> None:
+        """Refuse more chosen experts than the field `name` says there are."""
+        experts = getattr(self, name)
+        refuse_if(chosen > experts, f"num_experts_per_tok = {chosen}, but only {experts} {name}")
+
     def routed_experts(self, layer: int) -> int:
         """Experts of a layer among which its router chooses; 0: it is dense."""
         return 0
@@ -123,7 +129,7 @@ class FamilyConfig(ModelConfig):
     @property
     def expert_costs(self) -> tuple[int, int]:
         """Inner width of an expert, and how many a token meets: routed and shared ones."""
-        raise NotImplementedError
+        return 0, 0
 
     @property
     def split_widths(self) -> dict[str, int]:
@@ -133,9 +139,9 @@ class FamilyConfig(ModelConfig):
         return {"intermediate_size": self.intermediate_size}
 
     @property
+    @abstractmethod
     def attention_cost(self) -> int:
         """Multiply-adds per token in the matrices of a layer's attention."""
-        raise NotImplementedError
 
     def layer_costs(self) -> list[int]:
         """Multiply-adds per token in the matrices of each layer: attention and network."""
@@ -155,6 +161,8 @@ class FamilyModel(LanguageModel):
     """A family of models; see `LanguageModel`."""
 
     config: FamilyConfig
+    build_attention: Callable[[int], Attention]  # by the layer's number in the whole model
+    build_router: Callable[[], Router]  # of a layer with experts
 
     def build_layer(self, layer: int, experts: ExpertImplementation) -> DecoderLayer:
         """Make a layer, by its number in the whole model."""
@@ -166,10 +174,6 @@ class FamilyModel(LanguageModel):
         attention = self.build_attention(layer)
         return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, network)
 
-    def build_attention(self, layer: int) -> Attention:
-        """Make a layer's attention."""
-        raise NotImplementedError
-
     def build_moe(self, layer: int, implementation: ExpertImplementation) -> MoE:
         """Make a layer's router and experts, with shared ones where a token meets more than the
         routed ones.
@@ -179,7 +183,3 @@ class FamilyModel(LanguageModel):
         routed = Experts(config.routed_experts(layer), config.hidden_size, width, implementation)
         shared = used - gate.top_k
         return MoE(gate, routed, SwigluMLP(config.hidden_size, shared * width) if shared else None)
-
-    def build_router(self) -> Router:
-        """Make the router of a layer with experts."""
-        raise NotImplementedError

@@ -84,11 +84,7 @@ class GptOssConfig(GroupedQueryConfig):
             _SLIDING in self.layer_types and (window is None or window < 1),
             f"sliding_window = {window} and {_SLIDING} in layer_types; it must be at least 1",
         )
-        chosen, experts = self.num_experts_per_tok, self.num_local_experts
-        refuse_if(
-            chosen > experts,
-            f"num_experts_per_tok = {chosen}, but only {experts} num_local_experts",
-        )
+        self.check_chosen(self.num_experts_per_tok, "num_local_experts")
 
     def attention_window(self, layer: int) -> int | None:
         """How many tokens a token of a layer sees, itself the last; None: all."""

@@ -221,6 +221,7 @@ class LanguageModel(nn.Module):
     """
 
     config_class: ClassVar[type[ModelConfig]]
+    build_layer: Callable[[int, ExpertImplementation], DecoderLayer]  # by number in the whole model
     # Module name -> style; parallel/tensor.py says what the styles mean. Modules that are not named
     # are replicated. A family adds its attention.
     tensor_parallel: ClassVar[Mapping[str, str]] = {
@@ -257,10 +258,6 @@ class LanguageModel(nn.Module):
         "experts": "model.layers.*.mlp.experts",
         "layers": "model.layers",
     }
-
-    def build_layer(self, layer: int, experts: ExpertImplementation) -> DecoderLayer:
-        """Make a layer, by its number in the whole model."""
-        raise NotImplementedError
 
     def __init__(
         self,
@@ -548,6 +545,6 @@ def trained_mtp_layers(mtp: Mtp, config: ModelConfig) -> int:
     if mtp == "train" and not config.mtp_layers:
         raise InputError(
             f"--model.mtp is train, but config.json has {config.mtp_layers or 0} layers for "
-            "multi-token prediction (num_nextn_predict_layers); set --model.mtp keep"
+            "multi-token prediction that can be trained; set --model.mtp keep"
         )
     return config.mtp_layers or 0 if mtp == "train" else 0

@@ -126,6 +126,10 @@ class SmolLM3Config(LlamaConfig):
         refuse_if(odd, f"no_rope_layers = {rotated!r}, but it must have 0 or 1 for {layers} layers")
         return {"no_rope_layers": tuple(rotated)}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("no_rope_layer_interval")
+
     def has_rope(self, layer: int) -> bool:
         """Whether a layer has a rotary embedding (1 in the list, despite its name)."""
         if self.no_rope_layers:

@@ -58,11 +58,7 @@ class MiniMaxM2Config(GroupedQueryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        chosen, experts = self.num_experts_per_tok, self.num_local_experts
-        refuse_if(
-            chosen > experts,
-            f"num_experts_per_tok = {chosen}, but only {experts} num_local_experts",
-        )
+        self.check_chosen(self.num_experts_per_tok, "num_local_experts")
 
     def routed_experts(self, layer: int) -> int:
         """Experts of a layer among which its router chooses."""

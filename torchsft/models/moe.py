@@ -255,10 +255,13 @@ def frozen_by_router(options: RouterOptions, moes: Collection[MoE]) -> list[str]
     Raises:
         InputError: this model has nothing that an option of --router could change.
     """
-    if options != RouterOptions() and not moes:
-        raise InputError(
-            f"this model has no experts, but the options are {options}; leave them out"
-        )
+    given = [
+        f"--router.{name.replace('_', '-')} {value}"
+        for name, value in vars(options).items()
+        if value != getattr(RouterOptions, name)
+    ]
+    if given and not moes:
+        raise InputError(f"this model has no experts, but {', '.join(given)} is set; leave it out")
     rate = options.bias_update_rate
     if rate and any(moe.correction_bias is None for moe in moes):
         fault = f"--router.bias-update-rate is {rate}, but this model's routers have no correction"

@@ -55,10 +55,7 @@ class Qwen3MoeConfig(Qwen3Config):
         super().__post_init__()
         step = self.decoder_sparse_step
         refuse_if(step < 1, f"decoder_sparse_step = {step}, but it must be at least 1")
-        chosen, experts = self.num_experts_per_tok, self.num_experts
-        refuse_if(
-            chosen > experts, f"num_experts_per_tok = {chosen}, but only {experts} num_experts"
-        )
+        self.check_chosen(self.num_experts_per_tok, "num_experts")
 
     def routed_experts(self, layer: int) -> int:
         """Experts of a layer among which its router chooses; 0: it is dense."""
