@@ -13,6 +13,7 @@ of this table and nowhere else; each stands in its class with the value of one r
     RMSNorm.mean            averages mean squares over ranks, where these have       tensor
                             parts of what is normed together
     Linear.reduce           sums products over ranks, where the inner dim is split   tensor
+    Linear.product          multiplies in another number format                      precision
     Embedding.first         the token id of this rank's first row                    tensor
     Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
@@ -141,6 +142,8 @@ class Linear(nn.Linear):
     # Sums over ranks a product whose inner dim is sharded, before the bias is added; None: it is
     # whole.
     reduce: Callable[[Tensor], Tensor] | None = None
+    # (x [..., in], weight [out, in], bias [out] or None) to [..., out], on plain tensors
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -150,8 +153,8 @@ class Linear(nn.Linear):
             weight = weight[self.rows]
             bias = None if bias is None else bias[self.rows]
         if self.reduce is None:
-            return F.linear(x, weight, bias)
-        y = self.reduce(F.linear(x, weight))
+            return self.product(x, weight, bias)
+        y = self.reduce(self.product(x, weight, None))
         return y if bias is None else y + bias
 
 
