@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from torchsft.models.decoder import local
 
@@ -33,7 +33,7 @@ SMALLEST_NORM = 1e-7
 # With it, an update has the root mean square of a typical one of AdamW (arXiv:2502.16982, eq. 4).
 ADAMW_RMS = 0.2
 # The most elements of whole matrices that a rank holds at a time, but at least one matrix.
-BATCH_ELEMENTS = 2**26
+BATCH_ELEMENTS = 2**24
 
 
 def orthogonalise(x_nAB: Tensor) -> Tensor:
@@ -53,11 +53,11 @@ def orthogonalise(x_nAB: Tensor) -> Tensor:
 
 
 class Split(NamedTuple):
-    """How the ranks of a mesh axis share matrices."""
+    """How the ranks of a group share matrices."""
 
-    mesh: DeviceMesh  # of that axis alone
+    group: dist.ProcessGroup
     dim: int  # of [n, A, B]: 1 or 2
-    shape: tuple[int, int]  # of a matrix before it is split
+    size: int  # of that dim before it is split
 
 
 def splits_of(parameter: Tensor) -> list[Split]:
@@ -76,13 +76,36 @@ def splits_of(parameter: Tensor) -> list[Split]:
             # Not every placement that splits is a Shard: where two axes split one dim.
             dim = getattr(placement, "dim", -1) - stacked
             if dim >= 0 and mesh.size(axis) > 1:
-                splits.insert(0, Split(mesh[mesh.mesh_dim_names[axis]], 1 + dim, tuple(shape)))
+                splits.insert(0, Split(mesh.get_group(axis), 1 + dim, shape[dim]))
                 shape[dim] //= mesh.size(axis)
     return splits
 
 
+def shares(size: int, ranks: int) -> list[int]:
+    """Return how many of `size` each rank has, as `torch.chunk` and FSDP2 share."""
+    most = -(-size // ranks)
+    return [max(0, min(most, size - most * rank)) for rank in range(ranks)]
+
+
+def exchange(
+    x: Tensor,
+    group: dist.ProcessGroup,
+    dim: int,  # by which a tensor is split over the ranks of the group
+    sizes: list[int],  # of each rank's part in that dim
+    new_dim: int,  # by which it is to be
+    new_sizes: list[int],
+) -> Tensor:
+    """Return this rank's part of a tensor that is split otherwise; an all-to-all of the group."""
+    parts = [part.movedim(dim, 0) for part in x.split(new_sizes, new_dim)]
+    received = x.new_empty(sum(sizes), *parts[group.rank()].shape[1:])
+    lengths = [part.numel() for part in parts]
+    sent = torch.cat([part.flatten() for part in parts])
+    dist.all_to_all_single(received, sent, sizes, lengths, group)
+    return received.movedim(0, dim)
+
+
 def orthogonalise_parts(x_nAB: Tensor, splits: list[Split], rows: int) -> Tensor:
-    """Return this rank's parts of orthogonalised matrices; collective over the axes of `splits`.
+    """Return this rank's parts of orthogonalised matrices; collective over the groups of `splits`.
 
     The ranks exchange parts until each has some of the matrices whole, and exchange the results
     back: so they share the work.
@@ -97,18 +120,11 @@ def orthogonalise_parts(x_nAB: Tensor, splits: list[Split], rows: int) -> Tensor
     if not splits:
         x_nAB = x_nAB.unflatten(1, (-1, rows))
         return orthogonalise(x_nAB.flatten(0, 1)).view_as(x_nAB).flatten(1, 2)
-    (mesh, dim, matrix), *others = splits
-    shape = len(x_nAB), *matrix
-
-    def exchange(part: Tensor, dim: int, new_dim: int) -> Tensor:
-        stride = torch.empty(shape, device="meta").stride()
-        placed = DTensor.from_local(
-            part.contiguous(), mesh, [Shard(dim)], shape=shape, stride=stride
-        )
-        return placed.redistribute(placements=[Shard(new_dim)]).to_local()
-
-    whole = orthogonalise_parts(exchange(x_nAB, dim, 0), others, rows)
-    return exchange(whole, 0, dim)
+    (group, dim, size), *others = splits
+    counts, sizes = shares(len(x_nAB), group.size()), shares(size, group.size())
+    whole = exchange(x_nAB, group, dim, sizes, 0, counts)
+    whole = orthogonalise_parts(whole, others, rows)
+    return exchange(whole, group, 0, counts, dim, sizes)
 
 
 class Muon(torch.optim.Optimizer):
@@ -146,7 +162,7 @@ class Muon(torch.optim.Optimizer):
         height, width = parameters[0].shape[-2:]
         dtype = torch.bfloat16 if parameters[0].device.type == "cuda" else torch.float32
         at_once = max(1, BATCH_ELEMENTS // (height * width))
-        at_once *= math.prod(split.mesh.size() for split in splits)
+        at_once *= math.prod(split.group.size() for split in splits)
         scale = ADAMW_RMS * math.sqrt(max(group["rows"], width))
         parts = list(self._parts(parameters))
         for first in range(0, len(parts), at_once):
