@@ -207,7 +207,7 @@ class Trainer:
             activation_checkpointing=train.activation_checkpointing == "full",
             reshard_after_forward=reshard,
         )
-        check_memory(self.model, compute, reshard, world)
+        check_memory(self.model, compute, reshard, config.optim, world)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,
