@@ -86,7 +86,7 @@ def test_a_linear_map_has_the_products_of_one_expert():
 
 @pytest.mark.parametrize("passes", [[[0], [1]], [[1], [0]]])
 def test_gradients_can_be_taken_in_two_passes(passes):
-    """As zero-bubble pipelines do; each as in one pass, bit by bit, and nothing else is computed."""
+    """As zero-bubble pipelines do; each as in one pass, bit by bit, and nothing besides it."""
     inputs = [numbers(60, 200).requires_grad_(), numbers(96, 200).requires_grad_()]
     dy, asked = numbers(60, 96, seed=1), []
 

@@ -9,7 +9,8 @@ Both factors are e4m3 with fp32 scales, the sum is fp32, and the results have th
 Tiles at an edge are smaller, and each expert's rows begin with a tile of their own. All of it is
 here in plain PyTorch: values are rounded to what fp8 holds, and multiplied in fp32.
 
-Shape suffixes: R rows, sorted by expert, I inputs, O outputs, E experts held here.
+Shape suffixes: R rows, sorted by expert, I inputs, O outputs, E experts held here, M rows
+with zeros between them, so that each expert's begin with a tile.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
+from torchsft.ops.tiles import SIZE, tiles_of
 from torchsft.precision.blockwise import BLOCK, encode, scale_of
 
-SIZE = BLOCK[0]
 INNER, ROWS = (1, SIZE), (SIZE, 1)  # tiles along the inner dim of y and dx, and of dw
 
 
@@ -35,19 +36,6 @@ def rounded(values: Tensor, tile: tuple[int, int], power_of_two: bool = False) -
     scale = scale_of(tiles.abs().amax((-3, -1), keepdim=True), power_of_two)
     kept = encode(tiles, scale).float() * scale
     return kept.flatten(-4, -3).flatten(-2)[..., :rows, :columns]
-
-
-def tiled_rows(offs_E: Tensor, rows: int) -> tuple[Tensor, int]:
-    """Return where each row goes so that each expert's begin with a tile of 128, int64 [R], and how
-    many rows there are then at most (a number that asks the device for nothing).
-    """
-    length_E = offs_E.diff(prepend=offs_E.new_zeros(1))
-    spare_E = -length_E % SIZE
-    row_R = torch.arange(rows, device=offs_E.device, dtype=offs_E.dtype)
-    expert_R = torch.searchsorted(offs_E, row_R, right=True)
-    before_E = spare_E.cumsum(0) - spare_E
-    most = rows + (SIZE - 1) * len(offs_E)
-    return row_R + before_E[expert_R], most // SIZE * SIZE
 
 
 @dataclass(frozen=True)
@@ -72,16 +60,11 @@ class BlockwiseProducts:
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI."""
-        place_R, most = tiled_rows(offs_E, len(x_RI))
-        grad, x = (
-            rounded(
-                values.new_zeros(most, values.shape[1]).index_copy_(0, place_R, values),
-                ROWS,
-                self.power_of_two,
-            )[place_R]
-            for values in (grad_RO, x_RI)
+        tiles = tiles_of(offs_E, len(x_RI))
+        grad_MO, x_MI = (
+            rounded(tiles.spread(values), ROWS, self.power_of_two) for values in (grad_RO, x_RI)
         )
-        return _grouped(grad.mT, x, offs_E).to(x_RI.dtype)
+        return _grouped(grad_MO.mT, x_MI, SIZE * tiles.bounds_E[1:]).to(x_RI.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x [..., I] weight^T [O, I] + bias [O], as `F.linear` does."""
