@@ -7,6 +7,7 @@ import torch
 
 from tests.checkpoint.deepseek_format import quantised
 from tests.checkpoint.sources import same_bits
+from torchsft.ops.swiglu import grouped_swiglu, grouped_swiglu_reference
 from torchsft.precision.blockwise import dequantise, quantise
 from torchsft.precision.blockwise_compute import BlockwiseProducts, rounded
 
@@ -155,3 +156,22 @@ def test_the_error_of_a_product_is_that_of_three_bits():
         assert (found - exact).norm() < 0.038 * exact.norm()
         squares = found.square().sum() + exact.square().sum()
         assert 1 - 2 * (found * exact).sum() / squares < 7.5e-4
+
+
+@pytest.mark.parametrize("passes", [[[0, 1, 2]], [[0], [1, 2]]])
+def test_experts_multiply_in_blocks(passes):
+    """The grouped products against one product an expert, in one pass and as zero-bubble pipelines
+    go; the same terms, summed in fp32.
+    """
+    width, inner, offs = 144, 80, torch.tensor([3, 3, 135, 140], dtype=torch.int32)
+    shapes = [(140, width), (4, 2 * inner, width), (4, width, inner)]
+    inputs = [numbers(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    dy, products = numbers(140, width, seed=3), (BlockwiseProducts(parts=2), BlockwiseProducts())
+    expected_y = grouped_swiglu_reference(*inputs, offs, products)
+    expected = torch.autograd.grad(expected_y, inputs, dy)
+    y = grouped_swiglu(*inputs, offs, products)
+    assert_equal_sums(y, expected_y)
+    for wanted in passes:
+        found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, retain_graph=True)
+        for i, gradient in zip(wanted, found, strict=True):
+            assert_equal_sums(gradient, expected[i])

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
+from torchsft.ops.grouped import Products
 from torchsft.ops.tiles import SIZE, tiles_of
 from torchsft.precision.blockwise import BLOCK, encode, scale_of
 
@@ -39,10 +40,8 @@ def rounded(values: Tensor, tile: tuple[int, int], power_of_two: bool = False) -
 
 
 @dataclass(frozen=True)
-class BlockwiseProducts:
-    """The three products of linear maps of several experts, of which expert e owns the rows offs_E
-    (int32) [e - 1] to [e].
-    """
+class BlockwiseProducts(Products):
+    """These products, in plain PyTorch."""
 
     power_of_two: bool = False  # scales
     # matrices [O / parts, I], each with blocks of its own, that a weight of an expert consists of
@@ -67,7 +66,7 @@ class BlockwiseProducts:
         return _grouped(grad_MO.mT, x_MI, SIZE * tiles.bounds_E[1:]).to(x_RI.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x [..., I] weight^T [O, I] + bias [O], as `F.linear` does."""
+        """Return x [..., I] weight^T [O, I] + bias [O]."""
         y = _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
 
