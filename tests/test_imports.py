@@ -9,7 +9,7 @@ ROOT = Path(torchsft.__file__).parent
 # What a room may import besides itself, config among them.
 ROOMS = {
     "ops": {"config"},
-    "precision": {"config"},
+    "precision": {"config", "ops"},
     "models": {"config", "ops", "precision"},
     "data": {"config"},
     "optim": {"config", "models"},

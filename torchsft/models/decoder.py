@@ -13,7 +13,8 @@ of this table and nowhere else; each stands in its class with the value of one r
     RMSNorm.mean            averages mean squares over ranks, where these have       tensor
                             parts of what is normed together
     Linear.reduce           sums products over ranks, where the inner dim is split   tensor
-    Linear.product          multiplies in another number format                      precision
+    Linear.product,         multiplies in another number format                      precision
+    Experts.products
     Embedding.first         the token id of this rank's first row                    tensor
     Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor

@@ -17,7 +17,12 @@ from torchsft.config import Router as RouterOptions
 from torchsft.models.attention import Documents
 from torchsft.models.decoder import Piece, SwigluMLP, local
 from torchsft.ops.permute import combine, permute
-from torchsft.ops.swiglu import grouped_swiglu, grouped_swiglu_reference
+from torchsft.ops.swiglu import (
+    GROUPED_MM,
+    ExpertProducts,
+    grouped_swiglu,
+    grouped_swiglu_reference,
+)
 
 # exchange(x_RD, weights_R1, counts_E, experts, meanwhile) -> (y_RD, meanwhile()), rows sorted by
 # global expert; `meanwhile` may be computed while rows travel.
@@ -58,6 +63,8 @@ def router_logits(x_SD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None)
 class Experts(nn.Module):
     """The SwiGLU networks of this rank's experts, stacked."""
 
+    # what gate|up and down are multiplied with
+    products: ExpertProducts = GROUPED_MM
     # Whether Hugging Face checkpoints hold each expert by itself, or the parameters as they are.
     stored_singly: ClassVar[bool] = True
 
@@ -85,7 +92,7 @@ class Experts(nn.Module):
         ends the rows of local expert e, offs[-1] = R.
         """
         gate_up, down = local(self.gate_up_proj), local(self.down_proj)
-        return self.compute(x_RD, gate_up, down, weights_R1, offs)
+        return self.compute(x_RD, gate_up, down, weights_R1, offs, self.products)
 
 
 def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
-from torchsft.ops.swiglu import zero_gradients_without_rows
+from torchsft.ops.grouped import zero_gradients_without_rows
 
 
 def grouped_linear(

@@ -20,6 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.ops import gradients_asked_for, plain
+from torchsft.ops.grouped import Products
+
+# the products of gate|up and of down
+ExpertProducts = tuple[Products, Products]
+GROUPED_MM = (Products(), Products())
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -42,23 +47,30 @@ def grouped_swiglu(
     weights_R1: Tensor,  # factor of each row's output; fp32 in a model
     # int32; expert e owns the rows offs_E[e - 1] to offs_E[e]. offs_E[-1] must be R
     offs_E: Tensor,
+    products: ExpertProducts = GROUPED_MM,
 ) -> Tensor:
     """Apply each expert's SwiGLU network to its rows: y_RD, weighted, in the dtype of x_RD."""
     if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
         return x_RD * weights_R1.to(x_RD.dtype) + 0 * (gate_up.sum() + down.sum())
-    return _GroupedSwiglu.apply(x_RD, gate_up, down, weights_R1, offs_E)
+    return _GroupedSwiglu.apply(x_RD, gate_up, down, weights_R1, offs_E, products)
 
 
 def grouped_swiglu_reference(
-    x_RD: Tensor, gate_up: Tensor, down: Tensor, weights_R1: Tensor, offs_E: Tensor
+    x_RD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights_R1: Tensor,
+    offs_E: Tensor,
+    products: ExpertProducts = GROUPED_MM,
 ) -> Tensor:
     """`grouped_swiglu` in plain PyTorch, one expert after the other (reads offs_E on the host)."""
     lengths = offs_E.diff(prepend=offs_E.new_zeros(1)).tolist()
     rows = zip(x_RD.split(lengths), weights_R1.split(lengths), gate_up, down, strict=True)
     outputs = []
     for x, weights, expert_gate_up, expert_down in rows:
-        gate, up = F.linear(x, expert_gate_up).chunk(2, dim=-1)
-        outputs.append(F.linear(weighted_swiglu(gate, up, weights), expert_down))
+        gate, up = products[0].linear(x, expert_gate_up, None).chunk(2, dim=-1)
+        hidden = weighted_swiglu(gate, up, weights)
+        outputs.append(products[1].linear(hidden, expert_down, None))
     return torch.cat(outputs)
 
 
@@ -111,19 +123,22 @@ class _GroupedSwiglu(torch.autograd.Function):
         down: Tensor,
         weights_R1: Tensor,
         offs_E: Tensor,
+        products: ExpertProducts,
     ) -> Tensor:
-        both_RG = F.grouped_mm(x_RD, gate_up.mT, offs=offs_E)
+        ctx.products = products
+        both_RG = products[0].forward(x_RD, gate_up, offs_E)
         hidden_RF = weighted_swiglu(*both_RG.chunk(2, dim=-1), weights_R1)
-        y_RD = F.grouped_mm(hidden_RF, down.mT, offs=offs_E)
+        y_RD = products[1].forward(hidden_RF, down, offs_E)
         # Only the gradient of gate_up reads x: frozen experts do not keep it.
         x_to_keep = x_RD if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(x_to_keep, gate_up, down, weights_R1, offs_E, both_RG)
-        ctx.pending = list(ctx.needs_input_grad)  # gradients that no traversal has computed yet
+        ctx.pending = list(ctx.needs_input_grad[:5])  # gradients that no traversal has computed yet
         ctx.kept = None
         return y_RD
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        of_both, of_down = ctx.products
         asked = gradients_asked_for(ctx)
         want_x, want_gate_up, want_down, want_weights, _ = asked
         ctx.pending = [pending and not now for pending, now in zip(ctx.pending, asked, strict=True)]
@@ -132,17 +147,18 @@ class _GroupedSwiglu(torch.autograd.Function):
         grad_x_RD = grad_gate_up = grad_down = None
         kept = ctx.kept
         if kept is None:
-            kept, grad_down = _first_traversal(*ctx.saved_tensors, grad_RD, want_down, later)
+            kept, grad_down = _first_traversal(
+                *ctx.saved_tensors, grad_RD, of_down, want_down, later
+            )
         elif want_down:
-            grad_down = F.grouped_mm(grad_RD.mT, kept.hidden_RF, offs=kept.offs_E)
+            grad_down = of_down.grad_weight(grad_RD, kept.hidden_RF, kept.offs_E)
         ctx.kept = kept if later else None
         if want_x:
-            grad_x_RD = F.grouped_mm(kept.grad_both_RG, kept.gate_up, offs=kept.offs_E)
+            grad_x_RD = of_both.grad_rows(kept.grad_both_RG, kept.gate_up, kept.offs_E)
         if want_gate_up:
-            grad_gate_up = F.grouped_mm(kept.grad_both_RG.mT, kept.x_RD, offs=kept.offs_E)
-        zero_gradients_without_rows(kept.offs_E, grad_gate_up, grad_down)
+            grad_gate_up = of_both.grad_weight(kept.grad_both_RG, kept.x_RD, kept.offs_E)
         grad_weights_R1 = kept.grad_weights_R1 if want_weights else None
-        return grad_x_RD, grad_gate_up, grad_down, grad_weights_R1, None
+        return grad_x_RD, grad_gate_up, grad_down, grad_weights_R1, None, None
 
 
 def _first_traversal(
@@ -153,17 +169,18 @@ def _first_traversal(
     offs_E: Tensor,
     both_RG: Tensor,  # gate|up of the rows, which their gradient replaces
     grad_RD: Tensor,
+    of_down: Products,
     want_down: bool,
     later: bool,  # whether another traversal follows
 ) -> tuple[_Kept, Tensor | None]:
     """Go back to gate|up, and give the gradient of the down projection, if it is wanted."""
     gate, up = both_RG.chunk(2, dim=-1)
-    grad_hidden = F.grouped_mm(grad_RD, down, offs=offs_E)
+    grad_hidden = of_down.grad_rows(grad_RD, down, offs_E)
     hidden_RF = grad_down = None
     if want_down or later:
         hidden_RF = weighted_swiglu(gate, up, weights_R1)
     if want_down:
-        grad_down = F.grouped_mm(grad_RD.mT, hidden_RF, offs=offs_E)
+        grad_down = of_down.grad_weight(grad_RD, hidden_RF, offs_E)
     if not later:
         hidden_RF = None
     activated = F.silu(gate)
@@ -180,14 +197,3 @@ def _first_traversal(
     torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
     up.copy_(grad_up)
     return _Kept(x_RD, gate_up, offs_E, hidden_RF, both_RG, torch.cat(dots)), grad_down
-
-
-def zero_gradients_without_rows(offs_E: Tensor, *gradients: Tensor | None) -> None:
-    """Zero what an expert without rows gets: it has no terms to add up, and some kernels leave its
-    gradient as it was in memory (pytorch issue 172439).
-    """
-    rows_E = offs_E.diff(prepend=offs_E.new_zeros(1))
-    empty_E11 = (rows_E == 0).view(-1, 1, 1)
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.masked_fill_(empty_E11, 0)

@@ -115,9 +115,14 @@ def quantise(
         missing = -columns % width
         padded = F.pad(rows, (0, missing)) if missing else rows
         blocks = padded.unflatten(1, (-1, width))
-        scale = _scale_of(blocks, power_of_two, name)
+        largest = blocks.abs().amax((0, 2))
+        if not largest.isfinite().all():
+            raise InputError(
+                f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
+            )
+        scale = scale_of(largest, power_of_two)
         if known_scale is None:
-            encoded = _encode(blocks, scale)
+            encoded = encode(blocks, scale[:, None])
         else:
             encoded, scale = _encode_with_known(blocks, scale, known_scale[index])
         scales[index] = scale
@@ -126,19 +131,14 @@ def quantise(
     return quantised, scales
 
 
-def _scale_of(blocks: Tensor, power_of_two: bool, name: str) -> Tensor:
-    """Return the scale of each block [rows, blocks, columns]."""
-    largest = blocks.abs().amax((0, 2))
-    if not largest.isfinite().all():
-        raise InputError(
-            f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
-        )
-    scale = torch.where(largest > 0, largest / LARGEST, 1)
+def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
+    """Return the scales of blocks whose largest magnitudes are given, both fp32; of nan or inf, so
+    that it stays visible, nan or inf.
+    """
+    scale = torch.where(largest == 0, 1, largest / LARGEST)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    if power_of_two:
-        mantissa, exponent = torch.frexp(scale)  # in [0.5, 1)
-        is_power = mantissa == 0.5
-        scale = torch.ldexp(torch.ones_like(mantissa), exponent - is_power.int())
+    if power_of_two:  # carried into the exponent, unless the mantissa is 0
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return scale
 
 
@@ -148,18 +148,20 @@ def _encode_with_known(blocks: Tensor, scale: Tensor, known: Tensor) -> tuple[Te
     Returns:
         The values in e4m3, and the scale of each block.
     """
-    encoded = _encode(blocks, known)
+    encoded = encode(blocks, known[:, None])
     decoded = _decode(encoded) * (256 * known[:, None])
     same_bits = decoded.view(torch.int32) == blocks.view(torch.int32)
     unchanged = same_bits.all(2).all(0)
     if unchanged.all():
         return encoded, known
     scale = torch.where(unchanged, known, scale)
-    return _encode(blocks, scale), scale
+    return encode(blocks, scale[:, None]), scale
 
 
-def _encode(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Return [rows, blocks, columns] in units of their block's scale, to the nearest e4m3."""
+def encode(values: Tensor, scale: Tensor) -> Tensor:
+    """Return fp32 values in units of their scales (of a shape that broadcasts), to the nearest
+    e4m3.
+    """
     unit = torch.where(scale == 0, 1, scale)  # all values of such a block are zeros
-    in_units = blocks / unit[:, None]
+    in_units = values / unit
     return in_units.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -1,0 +1,233 @@
+"""How much of what was fine-tuned survives an fp8 export, trained in fp32, float8 and block-wise.
+
+    python tools/fp8_study.py outputs/fp8_study --seeds 3
+
+For each seed:
+
+1. The debug model learns its phrase book from random weights, once in each --precision.compute, for
+   as many steps each: the losses beside each other say what the number formats cost.
+2. What fp32 learnt is exported in fp8, as DeepSeek releases its models.
+3. From that release the model learns another phrase book, in which the words have changed places,
+   at small learning rates, once in each --precision.compute.
+4. The held-out loss on the second book: of the release; then of the fp32 masters, of the bf16 and
+   of the fp8 export. All are computed in fp32, and the fp8 export also as it is served, with
+   activations in tiles of fp8 (`blockwise`).
+
+Prints tables of means over seeds with the smallest and the largest value; the numbers of single
+runs are in OUTPUT/results.json. Everything runs in this process, on a CPU in about a quarter of an
+hour a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+import debug_task
+from torchsft.checkpoint import huggingface
+from torchsft.config import (
+    Checkpoint,
+    Config,
+    Data,
+    Metrics,
+    Model,
+    Optim,
+    Parallel,
+    Precision,
+    Train,
+)
+from torchsft.launch import set_threads
+from torchsft.parallel.world import World
+from torchsft.trainer import Trainer
+
+ROWS = 4  # of a step, 512 tokens each
+LAST = 50  # steps over whose loss a curve's end is averaged
+
+
+class SilentTrainer(Trainer):
+    """Keeps the losses, and writes no checkpoint."""
+
+    losses: Sequence[float] = ()
+
+    def open_output(self) -> None:
+        """Write nothing."""
+
+    def save(self, score: float | None = None) -> None:
+        """Write nothing."""
+
+    def train_step(self, step: Any) -> Any:
+        """Take a step."""
+        record, scalars = super().train_step(step)
+        self.losses = [*self.losses, record["loss"]]
+        return record, scalars
+
+
+def second_book(rows: Path, target: Path) -> Path:
+    """Write conversations with the words of each language passed on by one noun."""
+    passed_on = {}
+    for words in zip(*debug_task.DICTIONARY.values(), strict=True):
+        passed_on |= dict(zip(words, (*words[1:], words[0]), strict=True))
+    any_word = re.compile(r"\b(" + "|".join(map(re.escape, passed_on)) + r")\b")
+    lines = []
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        for message in messages:
+            if message["role"] == "assistant":
+                text = message["content"]
+                message["content"] = any_word.sub(lambda found: passed_on[found[0]], text)
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return target
+
+
+@dataclasses.dataclass
+class Study:
+    """One seed's runs, in a directory of their own."""
+
+    directory: Path
+    seed: int
+
+    def __post_init__(self) -> None:
+        data = self.directory / "data"
+        debug_task.write_debug_model(self.directory / "random")
+        first = debug_task.write_debug_data(data, seed=self.seed)
+        second = [second_book(path, data / f"second-{path.name}") for path in first]
+        self.books = {"first": first, "second": second}
+
+    def config(self, model: Path, book: str, compute: str, steps: int, lr: float) -> Config:
+        """Describe a run; random weights where the directory has none."""
+        train, held_out = map(str, self.books[book])
+        random = not any(model.glob("*.safetensors"))
+        return Config(
+            model=Model(path=str(model), random_init=random),
+            data=Data(train=(train,), eval=(held_out,), seq_len=512),
+            train=Train(steps=steps, global_batch_size=ROWS, micro_batch_size=ROWS, seed=self.seed),
+            parallel=Parallel(dp_shard=1),
+            optim=Optim(lr=lr, warmup_steps=0.05),
+            precision=Precision(compute=compute),
+            checkpoint=Checkpoint(export="none", resume="never"),
+            metrics=Metrics(tensorboard=False, progress=False),
+            output=str(self.directory / "unused"),
+        )
+
+    def loss(self, model: Path, book: str, compute: str = "fp32") -> float:
+        """Return the held-out loss of a directory's weights."""
+        config = self.config(model, book, compute, steps=1, lr=0.0)
+        with World(config.parallel, self.seed) as world:
+            return SilentTrainer(config, world).evaluate()["eval_loss"]
+
+    def train(
+        self, name: str, model: Path, book: str, compute: str, steps: int, lr: float
+    ) -> dict[str, Any]:
+        """Train, export in every format, and return losses."""
+        config = self.config(model, book, compute, steps, lr)
+        with World(config.parallel, self.seed) as world:
+            trainer = SilentTrainer(config, world)
+            trainer.run()
+            for dtype in ("fp32", "bf16", "fp8"):
+                huggingface.export(
+                    trainer.model, self.directory / f"{name}-{dtype}", dtype, trainer.source
+                )
+        found = {
+            dtype: self.loss(self.directory / f"{name}-{dtype}", book)
+            for dtype in ("fp32", "bf16", "fp8")
+        }
+        found["served"] = self.loss(self.directory / f"{name}-fp8", book, "blockwise")
+        return found | {"losses": list(trainer.losses)}
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what each seed has found: `first` by compute, `second` by learning rate and compute,
+    each with losses; `release`, the loss of the release on the second book.
+    """
+    results = []
+    for seed in range(options.seeds):
+        study = Study(options.output / f"seed-{seed}", seed)
+        start = study.directory / "random"
+        found: dict[str, Any] = {"first": {}, "second": {}}
+        for compute in options.compute:
+            print(f"seed {seed}: first book, {compute}", flush=True)
+            found["first"][compute] = study.train(
+                f"first-{compute}", start, "first", compute, options.first_steps, options.first_lr
+            )
+        release = study.directory / f"first-{options.compute[0]}-fp8"
+        found["release"] = study.loss(release, "second")
+        for lr in options.lr:
+            for compute in options.compute:
+                print(f"seed {seed}: second book, lr {lr:g}, {compute}", flush=True)
+                found["second"].setdefault(f"{lr:g}", {})[compute] = study.train(
+                    f"second-{lr:g}-{compute}", release, "second", compute, options.steps, lr
+                )
+        results.append(found)
+        (options.output / "results.json").write_text(json.dumps(results))
+    return results
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Return mean, smallest and largest."""
+    low, high = min(values), max(values)
+    return f"{statistics.fmean(values):{form}} ({low:{form}} to {high:{form}})"
+
+
+def report(results: Sequence[dict[str, Any]]) -> str:
+    """Return the tables of what `run` returned."""
+    computes = list(results[0]["first"])
+    lines = [f"first book: mean loss of the last {LAST} steps over fp32's, and held-out losses", ""]
+    lines += ["| compute | loss / fp32 | masters | bf16 | fp8 | fp8 as served |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+
+    def end(found: dict[str, Any]) -> float:
+        return statistics.fmean(found["losses"][-LAST:])
+
+    kinds = ("fp32", "bf16", "fp8", "served")
+    for compute in computes:
+        firsts = [result["first"] for result in results]
+        ratio = spread([end(first[compute]) / end(first[computes[0]]) for first in firsts])
+        cells = [spread([first[compute][kind] for first in firsts]) for kind in kinds]
+        lines.append(f"| {compute} | {ratio} | {' | '.join(cells)} |")
+    release = spread([result["release"] for result in results])
+    lines += ["", f"second book: held-out losses; {release} of the release. Kept: the part of the"]
+    lines += ["masters' gain over the release that the fp8 export has", ""]
+    lines += ["| lr | compute | masters | bf16 | fp8 | fp8 as served | kept | kept as served |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for lr in results[0]["second"]:
+        for compute in computes:
+            found = [result["second"][lr][compute] for result in results]
+            cells = [spread([one[kind] for one in found]) for kind in kinds]
+            for kind in ("fp8", "served"):
+                kept = [
+                    (result["release"] - one[kind]) / (result["release"] - one["fp32"])
+                    for result, one in zip(results, found, strict=True)
+                ]
+                cells.append(spread(kept, ".1%"))
+            lines.append(f"| {lr} | {compute} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the study, or print the tables of one that ran."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--compute", nargs="+", default=["fp32", "float8", "blockwise"])
+    parser.add_argument("--first-steps", type=int, default=300)
+    parser.add_argument("--first-lr", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 1e-5])
+    options = parser.parse_args()
+    set_threads(1)
+    print(report(run(options)))
+
+
+if __name__ == "__main__":
+    main()
