@@ -165,6 +165,7 @@ def test_on_a_gpu_an_update_is_that_of_a_cpu_in_bf16():
 
 def train(directory: str, *, legs: list[tuple[str, int, int]], **sizes: Any) -> list[Any]:
     """Of each leg (directory of checkpoints, steps before and after it) what it ends with."""
+    sizes = {"seq_len": 128, "global_batch_size": 4} | sizes
     ends = []
     with World(config_for(directory, **sizes).parallel, 0) as world:
         for output, start, stop in legs:
