@@ -348,6 +348,9 @@ class ParameterGroup:
     weight_decay: float | None = None
 
 
+BLOCK = 128  # entries of a row whose moments share a scale, with --optim.moments int8
+
+
 @dataclass(kw_only=True)
 class Optim:
     """The optimizer and its learning-rate schedule."""

@@ -65,7 +65,7 @@ from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 from torchsft.resolution import resolve
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Trainer:
         """
         config, world = self.config, self.world
         parallel, options, train = config.parallel, config.model, config.train
-        compute = COMPUTE_DTYPES[config.precision.compute]
+        compute = DTYPES[config.precision.compute]
         choose_implementation(options.attention, world.device, compute)
         microbatches = microbatches_per_step(
             train.global_batch_size, train.micro_batch_size, world.data_size
@@ -204,6 +204,7 @@ class Trainer:
             self.stages,
             world,
             compute,
+            masters=DTYPES[config.optim.masters],
             activation_checkpointing=train.activation_checkpointing == "full",
             reshard_after_forward=reshard,
         )

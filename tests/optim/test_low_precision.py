@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from tests.distributed.test_layouts import SilentTrainer, config_for, full
+from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint.boxes import Box
 from torchsft.config import Config, InputError, Optim
+from torchsft.models.decoder import local
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.low_precision import from_int8, hashed, levels, to_bf16, to_int8
+from torchsft.parallel.memory import held_bytes
+from torchsft.parallel.world import World
 
 CPU = torch.device("cpu")
 
@@ -161,3 +166,63 @@ def test_bf16_parameters_see_a_learning_rate_far_below_their_resolution():
 def test_muon_has_fp32_state(options):
     with pytest.raises(InputError, match=r"but --optim\.kind muon has fp32"):
         Config(optim=Optim(kind="muon", **options))
+
+
+BF16 = {"masters": "bf16", "moments": "bf16"}
+# In int8 a matrix's rows are not split within a block: no tensor parallelism at these sizes.
+LAYOUTS: list[tuple[int, dict[str, int], dict[str, str]]] = [
+    (2, {"dp_shard": 2, "ep": 2, "micro_batch_size": 4}, BF16),
+    (2, {"dp_replicate": 2, "micro_batch_size": 4}, BF16),
+    (2, {"tp": 2, "ep": 2, "micro_batch_size": 8}, BF16),
+    (2, {"pp": 2, "pp_schedule": "1F1B"}, BF16),  # gradients are rounded behind all microbatches
+    (4, {"dp_shard": 4, "ep": 2}, {"moments": "int8"}),
+    (2, {"dp_replicate": 2}, {"moments": "int8"}),
+]
+
+
+def parameters_after_steps(config: Config) -> list[dict[str, torch.Tensor]]:
+    """Every parameter on every rank, after each of three steps."""
+    with World(config.parallel, config.train.seed) as world:
+        trainer, kept = SilentTrainer(config, world), []
+        for _ in range(3):
+            trainer.train_step(next(trainer.loader))
+            kept.append({name: full(p) for name, p in trainer.model.named_parameters()})
+        state = trainer.optimizer.state
+        found = sum(local(t).nbytes for s in state.values() for t in s.values() if t.ndim)
+        held, _ = held_bytes(trainer.model, torch.float32, True, config.optim)
+        weights = sum(local(p).nbytes for p in trainer.model.parameters())
+        assert abs(held - found - 2 * weights) < 0.01 * held
+        return kept
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    base = tmp_path_factory.mktemp("low-precision")
+    write_tiny_model(base / "model", hidden_size=128, moe_intermediate_size=128)
+    write_conversations(base / "train.jsonl", 10)
+    return base
+
+
+@pytest.mark.parametrize(("size", "layout", "formats"), LAYOUTS)
+def test_a_layout_changes_a_random_choice_here_and_there_alone(
+    ranks, directory, size, layout, formats
+):
+    """Sums differ between layouts in their last bits, so that few of a step's random choices differ:
+    where the choice is between neighbours of bf16, a parameter then differs by one. Copies of a
+    parameter never differ. A data rank has its rows in one microbatch: gradients of bf16 parameters
+    are rounded to bf16 behind each, and so differ more where they are added up in another order.
+    """
+
+    def run(n: int, options: dict[str, int]) -> list[list[dict[str, torch.Tensor]]]:
+        config = config_for(str(directory), **options, **formats)
+        return ranks(n, parameters_after_steps, config=config)
+
+    (alone,), found = run(1, {"micro_batch_size": 8}), run(size, layout)
+    for step, expected in enumerate(alone):
+        for name, values in expected.items():
+            parts = [steps[step][name] for steps in found if name in steps[step]]
+            assert all(torch.equal(part, parts[0]) for part in parts), name
+            if step == 0:
+                difference = (parts[0].double() - values.double()).abs()
+                assert (difference > 1e-5).double().mean() < 1e-3, name
+                assert difference.max() <= 2**-7 * values.abs().max(), name

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchsft.checkpoint.boxes import Box, local_box
-from torchsft.config import InputError
+from torchsft.config import BLOCK, InputError
 from torchsft.models.decoder import local
 
-BLOCK = 128  # entries of a row that share a scale
 CHUNK_ELEMENTS = 2**24  # the most that are in fp32 at a time, but at least one entry of dim 0
 
 
