@@ -266,7 +266,9 @@ def expected_bytes(
         )
         if config.is_moe(layer):
             rows = here // tp * config.num_experts_per_tok
-            moved["all-to-all"] += (forwards + 1) * 2 * rows * width * share(ep)
+            # there with a weight each; no repetition sends them back
+            there, back = (forwards + 1) * (width + 1), 2 * width
+            moved["all-to-all"] += rows * (there + back) * share(ep)
             moved["all-to-all"] += forwards * 2 * config.routed_experts(layer) * share(ep)  # int64
     ends = 2 * here * width * share(tp)  # embedding and head, there and back
     moved["all-gather"] += ends

@@ -350,8 +350,14 @@ class ParameterGroup:
 
 @dataclass(kw_only=True)
 class Optim:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: momentum (0.95), orthogonalised, for every matrix of the layers as the files hold it
+    (of each expert gate, up and down; attention, shared experts and routers), AdamW for embeddings,
+    head, norms and biases. An update has the size of AdamW's, whose learning rate so carries over;
+    best for models that Muon has pre-trained (Moonlight, Kimi-K2).
+    """
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -206,7 +206,7 @@ class Trainer:
             reshard_after_forward=reshard,
             precision=config.precision,
         )
-        check_memory(self.model, compute, reshard, world)
+        check_memory(self.model, compute, reshard, config.optim, world)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,

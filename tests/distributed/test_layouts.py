@@ -61,8 +61,9 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
-    """`changes`: fields of Parallel, some of Train, groups, compute and output."""
-    base, groups = Path(directory), changes.pop("groups", ())
+    """`changes`: fields of Parallel, some of Train and Optim, compute and output."""
+    base = Path(directory)
+    optim = {name: changes.pop(name) for name in ("groups", "kind") if name in changes}
     train = {
         "micro_batch_size": 1,
         "global_batch_size": ROWS,
@@ -85,9 +86,7 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
         parallel=Parallel(**({"timeout_seconds": 60} | changes)),
         # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of
         # elements without a gradient.
-        optim=Optim(
-            lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear", groups=groups
-        ),
+        optim=Optim(lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear", **optim),
         precision=Precision(compute=compute),
         checkpoint=Checkpoint(export="none"),
         metrics=Metrics(tensorboard=False, progress=False),

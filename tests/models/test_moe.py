@@ -77,9 +77,9 @@ def test_padding_gets_the_shared_experts_alone_and_goes_round_the_experts():
         torch.nn.init.normal_(parameter)
     seen = []
 
-    def exchange(x_RD, counts_E, experts, meanwhile):
+    def exchange(x_RD, weights_R1, counts_E, experts, meanwhile):
         seen.append(counts_E)
-        return torch.ones_like(x_RD), meanwhile()
+        return torch.ones_like(x_RD) * weights_R1, meanwhile()
 
     layer.exchange = exchange
     x, factors = torch.randn(T, 16), torch.ones(T, 4)

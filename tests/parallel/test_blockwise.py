@@ -62,26 +62,28 @@ def test_layouts_compute_what_one_process_does(ranks, one_process, size, paralle
         assert factor.abs() < (0.01 if in_fp8 else 1e-3), name
 
 
-def test_an_fp8_export_holds_the_weights_that_were_trained_with(tmp_path):
-    """Every matrix that multiplies in fp8 is, bit by bit, what the export has; all others are bf16
-    there, and multiply as they are.
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_an_fp8_export_holds_the_weights_that_were_trained_with(tmp_path, compute):
+    """Every matrix that multiplies in fp8 is, bit by bit, what the export has: as it was gathered,
+    in bf16 on GPUs, and quantised. All others are not in fp8 there either.
     """
     write_tiny_model(tmp_path / "model", intermediate_size=300, moe_intermediate_size=144)
     with World(Parallel(), 0) as world:
         model = build(intermediate_size=300, moe_intermediate_size=144)
         parallelize([model], world, torch.float32, precision=BLOCKWISE)
         fill(model)
-        huggingface.export(model, tmp_path / "fp8", "fp8", tmp_path / "model")
+        huggingface.export(model, tmp_path / "fp8", "fp8", tmp_path / "model", through=compute)
     multiplied = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.product is not Linear.product:
             products = module.product.__self__
-            multiplied[f"{name}.weight"] = products.held(module.weight[None])[0]
+            multiplied[f"{name}.weight"] = products.held(module.weight[None].to(compute))[0]
     for layer, moe in model.moe_layers().items():
         of_both, of_down = moe.experts.products
         for expert in range(len(moe.experts.down_proj)):
-            both = of_both.held(moe.experts.gate_up_proj[expert : expert + 1])[0]
-            down = of_down.held(moe.experts.down_proj[expert : expert + 1])[0]
+            weights = moe.experts.gate_up_proj[[expert]], moe.experts.down_proj[[expert]]
+            both, down = (weight.to(compute) for weight in weights)
+            both, down = of_both.held(both)[0], of_down.held(down)[0]
             for part, values in zip(("gate", "up", "down"), (*both.chunk(2), down), strict=True):
                 key = f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
                 multiplied[key] = values

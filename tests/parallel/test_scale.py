@@ -11,7 +11,7 @@ import torch.distributed as dist
 from recipes import deepseek_v3_sft
 from tests.families import PUBLISHED
 from tools.benchmark_gpu import V3, hf_config
-from torchsft.config import InputError, Parallel
+from torchsft.config import InputError, Optim, Parallel
 from torchsft.data.stream import microbatches_per_step
 from torchsft.models.families import build_model, read_model_config
 from torchsft.parallel.apply import parallelize
@@ -92,7 +92,7 @@ def share_of_a_rank(name, rank, changes):
         "stages": len(stages),
         "whole": sum(p.numel() for p in parameters.values()),
         "share": sum(p.to_local().numel() for p in parameters.values()),
-        "held": sum(held_bytes(model, torch.bfloat16, reshard_after_forward(parallel))),
+        "held": sum(held_bytes(model, torch.bfloat16, reshard_after_forward(parallel), Optim())),
         "experts": tuple(stacked[0].to_local().shape) if stacked else None,
     }
 

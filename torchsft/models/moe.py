@@ -24,10 +24,11 @@ from torchsft.ops.swiglu import (
     grouped_swiglu_reference,
 )
 
-# exchange(x_RD, counts_E, experts, meanwhile) -> (y_RD, meanwhile()), rows sorted by global expert;
-# `meanwhile` may be computed while rows travel.
+# exchange(x_RD, weights_R1, counts_E, experts, meanwhile) -> (y_RD, meanwhile()), rows sorted by
+# global expert; `meanwhile` may be computed while rows travel.
 Exchange = Callable[
-    [Tensor, Tensor, "Experts", Callable[[], Tensor | None]], tuple[Tensor, Tensor | None]
+    [Tensor, Tensor, Tensor, "Experts", Callable[[], Tensor | None]],
+    tuple[Tensor, Tensor | None],
 ]
 
 
@@ -86,12 +87,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
-    def forward(self, x_RD: Tensor, offs: Tensor) -> Tensor:
-        """y_RD of rows sorted by local expert; offs int32, offs[e] ends the rows of local expert e,
-        offs[-1] = R.
+    def forward(self, x_RD: Tensor, weights_R1: Tensor, offs: Tensor) -> Tensor:
+        """y_RD of rows sorted by local expert, each times its weight (fp32); offs int32, offs[e]
+        ends the rows of local expert e, offs[-1] = R.
         """
-        weights = local(self.gate_up_proj), local(self.down_proj)
-        return self.compute(x_RD, *weights, offs, self.products)
+        gate_up, down = local(self.gate_up_proj), local(self.down_proj)
+        return self.compute(x_RD, gate_up, down, weights_R1, offs, self.products)
 
 
 def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -118,12 +119,16 @@ def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
 
 
 def local_exchange(
-    x_RD: Tensor, counts_E: Tensor, experts: Experts, meanwhile: Callable[[], Tensor | None]
+    x_RD: Tensor,
+    weights_R1: Tensor,
+    counts_E: Tensor,
+    experts: Experts,
+    meanwhile: Callable[[], Tensor | None],
 ) -> tuple[Tensor, Tensor | None]:
     """Run the rows (sorted by expert, counts_E of each) through experts that are all on this
     rank.
     """
-    return experts(x_RD, counts_E.cumsum(0).to(torch.int32)), meanwhile()
+    return experts(x_RD, weights_R1, counts_E.cumsum(0).to(torch.int32)), meanwhile()
 
 
 class AddLoss(torch.autograd.Function):
@@ -211,8 +216,11 @@ class MoE(nn.Module):
         row_SK[order_R] = torch.arange(len(order_R), device=x_SD.device)
         row_SK = row_SK.view_as(experts_SK)
         x_RD = permute(x_SD, order_R, row_SK)
-        y_RD, shared_SD = self.exchange(x_RD, counts_E, self.experts, lambda: self.shared(x_SD))
-        routed_SD = combine(y_RD, weights_SK, order_R, row_SK)
+        weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
+        y_RD, shared_SD = self.exchange(
+            x_RD, weights_R1, counts_E, self.experts, lambda: self.shared(x_SD)
+        )
+        routed_SD = combine(y_RD, order_R, row_SK)
         return routed_SD if shared_SD is None else routed_SD + shared_SD
 
     def shared(self, x_SD: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""AdamW on fp32 master weights."""
+"""The optimizer of a run: AdamW on fp32 master weights, alone or beside Muon."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,15 +9,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchsft.config import Optim, ParameterGroup
+from torchsft.optim.muon import Muon
 
 
 def build_optimizer(
     model: nn.Module,
     optim: Optim,
     groups: Mapping[str, ParameterGroup] | None = None,
-) -> torch.optim.AdamW:
-    """Make AdamW over every trainable parameter of `model`: decoupled weight decay on matrices
-    only.
+) -> torch.optim.Optimizer:
+    """Make AdamW over every trainable parameter of `model`, or with --optim.kind muon over those
+    that are no `LanguageModel.matrices`: decoupled weight decay on matrices only.
 
     Parameters of two or more dims shrink by `lr * weight_decay` of themselves a step, the rest
     (norms, biases) does not; frozen parameters are left out. They are on one device, fp32 masters,
@@ -33,21 +34,29 @@ def build_optimizer(
         optim: of the run.
         groups: name -> options of its own (`Selection.groups`).
     """
+    rows = model.matrices() if optim.kind == "muon" else {}
     parameters_of: dict[_Alike, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            alike = _Alike(mesh, parameter.ndim >= 2, (groups or {}).get(name))
+            alike = _Alike(mesh, parameter.ndim >= 2, (groups or {}).get(name), rows.get(name))
             parameters_of.setdefault(alike, []).append(parameter)
-    if not parameters_of:  # AdamW refuses an empty list of groups
-        parameters_of[_Alike(None, True, None)] = []
-    param_groups = []
+    param_groups, of_muon = [], []
     for alike, parameters in parameters_of.items():
         options = {"peak": alike.peak_lr(optim), "weight_decay": alike.weight_decay(optim)}
-        param_groups.append({"params": parameters, **options})
-    return torch.optim.AdamW(
-        param_groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        if alike.rows:
+            of_muon.append({"params": parameters, "rows": alike.rows, **options})
+        else:
+            param_groups.append({"params": parameters, **options})
+    nothing = {"params": [], "peak": optim.lr}  # AdamW refuses an empty list of groups
+    adamw = torch.optim.AdamW(
+        param_groups or [nothing],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
     )
+    return Muon(of_muon, adamw) if of_muon else adamw
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class _Alike:
     mesh: DeviceMesh | None  # None: plain tensors
     matrices: bool  # of two or more dims; else norms and biases
     group: ParameterGroup | None  # what --optim.groups says of them
+    rows: int | None  # of each matrix that Muon updates; None: AdamW updates them
 
     def peak_lr(self, optim: Optim) -> float:
         """Return the learning rate that the schedule scales."""

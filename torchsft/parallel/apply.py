@@ -23,6 +23,12 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
+def quantised_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights that block-wise fp8 quantises: gathered ones; else fp32."""
+    is_fp8 = precision.compute == "blockwise"
+    return compute_dtype(precision.compute, device) if is_fp8 else torch.float32
+
+
 def parallelize(
     # the pipeline stages that this rank holds; without a pipeline, the model
     stages: Sequence[LanguageModel],

@@ -37,13 +37,14 @@ class ExpertExchange:
     def __call__(
         self,
         x_RD: Tensor,
+        weights_R1: Tensor,
         counts_E: Tensor,
         experts: Experts,
         meanwhile: Callable[[], Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows sorted by global expert, int64 rows per global expert -> the experts' outputs, in
-        the same order, and the result of `meanwhile`, which is computed while rows travel to their
-        experts.
+        """Rows sorted by global expert, their weights, int64 rows per global expert -> the experts'
+        outputs, weighted, in the same order, and the result of `meanwhile`, which is computed while
+        rows travel to their experts.
         """
         with torch.no_grad():
             received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))
@@ -60,11 +61,13 @@ class ExpertExchange:
             offs_e = local_ne.sum(0).cumsum(0).to(torch.int32)
         # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero
         # gradients under compile).
-        z_MD = all_to_all_single_autograd(x_RD, received, sent, self.group)
+        arriving = [
+            all_to_all_single_autograd(x, received, sent, self.group) for x in (x_RD, weights_R1)
+        ]
         result = meanwhile()
-        z_MD = wait_tensor(z_MD)
-        y_MD = experts(permute(z_MD, order_M, inverse_M.unsqueeze(1)), offs_e)
-        y_MD = permute(y_MD, inverse_M, order_M.unsqueeze(1))
+        inverse_M1 = inverse_M.unsqueeze(1)
+        sorted_M = [permute(wait_tensor(x), order_M, inverse_M1) for x in arriving]
+        y_MD = permute(experts(*sorted_M, offs_e), inverse_M, order_M.unsqueeze(1))
         return wait_tensor(all_to_all_single_autograd(y_MD, sent, received, self.group)), result
 
 

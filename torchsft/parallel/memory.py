@@ -6,12 +6,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchsft.config import InputError
+from torchsft.config import InputError, Optim
 from torchsft.models.decoder import local
 from torchsft.parallel.world import World
 
-# Bytes per parameter in fp32: the weight; the weight and two moments; these and the gradient.
-WEIGHT, WITH_MOMENTS, WITH_GRADIENT = 4, 12, 16
+FP32 = 4  # bytes of an element of a weight, a gradient or a moment
 
 
 def device_bytes(device: torch.device) -> int | None:
@@ -22,7 +21,7 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def held_bytes(
-    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool
+    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool, optim: Optim
 ) -> tuple[int, int]:
     """Count the device memory that this rank needs for its share of the parameters through a step;
     activations and buffers come on top.
@@ -31,24 +30,26 @@ def held_bytes(
         model: this rank's part, sharded; on any device.
         compute: dtype of gathered parameters.
         reshard_after_forward: whether gathered parameters are freed between the passes.
+        optim: of the run; Muon keeps one moment of its matrices.
 
     Returns:
-        Bytes that more data ranks would share: weight, gradient and two moments in fp32, or of a
+        Bytes that more data ranks would share: weight, gradient and moments in fp32, or of a
         frozen parameter the weight. And bytes that they would not: where gathered parameters are
         kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
         behind the last microbatch (so that they stand in for the sharded ones).
     """
     sharded = gathered = 0
-    for parameter in model.parameters():
+    matrices = model.matrices() if optim.kind == "muon" else {}
+    for name, parameter in model.named_parameters():
         trained = parameter.requires_grad
-        if reshard_after_forward or not isinstance(parameter, DTensor):
-            each = WITH_GRADIENT if trained else WEIGHT
-            sharded += each * local(parameter).numel()
-            continue
-        each = WITH_MOMENTS if trained else WEIGHT
-        sharded += each * local(parameter).numel()
-        each = compute.itemsize + (4 if trained else 0)
-        gathered += each * gathered_elements(parameter)
+        keeps_gathered = not reshard_after_forward and isinstance(parameter, DTensor)
+        tensors = 1
+        if trained:
+            tensors += (1 if name in matrices else 2) + (not keeps_gathered)
+        sharded += FP32 * tensors * local(parameter).numel()
+        if keeps_gathered:
+            each = compute.itemsize + FP32 * trained
+            gathered += each * gathered_elements(parameter)
     return sharded, gathered
 
 
@@ -67,7 +68,11 @@ def gathered_elements(parameter: DTensor) -> int:
 
 
 def check_memory(
-    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool, world: World
+    model: nn.Module,
+    compute: torch.dtype,
+    reshard_after_forward: bool,
+    optim: Optim,
+    world: World,
 ) -> None:
     """Refuse a model whose share does not fit into this rank's device, before any is allocated.
 
@@ -75,7 +80,7 @@ def check_memory(
         InputError: what the rank would hold and what its device has, in GB (10^9 bytes).
     """
     available = device_bytes(world.device)
-    sharded, gathered = held_bytes(model, compute, reshard_after_forward)
+    sharded, gathered = held_bytes(model, compute, reshard_after_forward, optim)
     if available is None or sharded + gathered <= available:
         return
     remedy = "raise --parallel.pp, --parallel.ep or --parallel.tp"
