@@ -1,12 +1,14 @@
-"""How much of what was fine-tuned survives an fp8 export, trained in fp32 and block-wise.
+"""How much of what was fine-tuned survives an fp8 export, and what block-wise fp8 costs.
 
     python tools/fp8_study.py outputs/fp8_study --seeds 3
 
 For each seed:
 
-1. The debug model learns its phrase book from random weights, once in each --precision.compute, for
-   as many steps each: the losses beside each other say what the number formats cost.
-2. What fp32 learnt is exported in fp8, as DeepSeek releases its models.
+1. The debug model learns whole conversations from random weights, once in each
+   --precision.compute. Half of their words are drawn at random, so that the loss stays well above
+   0, and the losses beside each other say what the number formats cost.
+2. It learns the answers alone, with which the phrase book is learnt by heart, in fp32, and is
+   exported in fp8, as DeepSeek releases its models.
 3. From that release the model learns another phrase book, in which the words have changed places,
    at small learning rates, once in each --precision.compute.
 4. The held-out loss on the second book: of the release; then of the fp32 masters, of the bf16 and
@@ -49,7 +51,6 @@ from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
 ROWS = 4  # of a step, 512 tokens each
-LAST = 50  # steps over whose loss a curve's end is averaged
 
 
 class SilentTrainer(Trainer):
@@ -102,13 +103,15 @@ class Study:
         second = [second_book(path, data / f"second-{path.name}") for path in first]
         self.books = {"first": first, "second": second}
 
-    def config(self, model: Path, book: str, compute: str, steps: int, lr: float) -> Config:
+    def config(
+        self, model: Path, book: str, compute: str, steps: int, lr: float, mask: str = "assistant"
+    ) -> Config:
         """Describe a run; random weights where the directory has none."""
         train, held_out = map(str, self.books[book])
         random = not any(model.glob("*.safetensors"))
         return Config(
             model=Model(path=str(model), random_init=random),
-            data=Data(train=(train,), eval=(held_out,), seq_len=512),
+            data=Data(train=(train,), eval=(held_out,), seq_len=512, mask=mask),
             train=Train(steps=steps, global_batch_size=ROWS, micro_batch_size=ROWS, seed=self.seed),
             parallel=Parallel(dp_shard=1),
             optim=Optim(lr=lr, warmup_steps=0.05),
@@ -123,6 +126,14 @@ class Study:
         config = self.config(model, book, compute, steps=1, lr=0.0)
         with World(config.parallel, self.seed) as world:
             return SilentTrainer(config, world).evaluate()["eval_loss"]
+
+    def curve(self, compute: str, steps: int, lr: float) -> list[float]:
+        """Return the losses of steps on whole conversations, from random weights."""
+        config = self.config(self.directory / "random", "first", compute, steps, lr, mask="all")
+        with World(config.parallel, self.seed) as world:
+            trainer = SilentTrainer(config, world)
+            trainer.run()
+        return list(trainer.losses)
 
     def train(
         self, name: str, model: Path, book: str, compute: str, steps: int, lr: float
@@ -145,20 +156,19 @@ class Study:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return what each seed has found: `first` by compute, `second` by learning rate and compute,
-    each with losses; `release`, the loss of the release on the second book.
+    """Return what each seed has found: `curves` by compute, `release`, the loss of the release on
+    the second book, and `second` by learning rate and compute.
     """
     results = []
     for seed in range(options.seeds):
         study = Study(options.output / f"seed-{seed}", seed)
-        start = study.directory / "random"
-        found: dict[str, Any] = {"first": {}, "second": {}}
+        found: dict[str, Any] = {"curves": {}, "second": {}}
         for compute in options.compute:
-            print(f"seed {seed}: first book, {compute}", flush=True)
-            found["first"][compute] = study.train(
-                f"first-{compute}", start, "first", compute, options.first_steps, options.first_lr
-            )
-        release = study.directory / f"first-{options.compute[0]}-fp8"
+            print(f"seed {seed}: conversations, {compute}", flush=True)
+            found["curves"][compute] = study.curve(compute, options.first_steps, options.first_lr)
+        start, steps = study.directory / "random", options.first_steps
+        study.train("first", start, "first", "fp32", steps, options.first_lr)
+        release = study.directory / "first-fp8"
         found["release"] = study.loss(release, "second")
         for lr in options.lr:
             for compute in options.compute:
@@ -171,6 +181,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def windows(losses: Sequence[float], steps: int = 50) -> list[float]:
+    """Return the mean of each so many losses."""
+    return [
+        statistics.fmean(losses[begin : begin + steps]) for begin in range(0, len(losses), steps)
+    ]
+
+
 def spread(values: Sequence[float], form: str = ".4f") -> str:
     """Return mean, smallest and largest."""
     low, high = min(values), max(values)
@@ -179,20 +196,19 @@ def spread(values: Sequence[float], form: str = ".4f") -> str:
 
 def report(results: Sequence[dict[str, Any]]) -> str:
     """Return the tables of what `run` returned."""
-    computes = list(results[0]["first"])
-    lines = [f"first book: mean loss of the last {LAST} steps over fp32's, and held-out losses", ""]
-    lines += ["| compute | loss / fp32 | masters | bf16 | fp8 | fp8 as served |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-
-    def end(found: dict[str, Any]) -> float:
-        return statistics.fmean(found["losses"][-LAST:])
-
-    kinds = ("fp32", "bf16", "fp8", "served")
+    computes = list(results[0]["curves"])
+    lines = ["conversations: mean loss of each 50 steps, and over that of fp32", ""]
+    lines += ["| compute | loss | over fp32 |", "| --- | --- | --- |"]
     for compute in computes:
-        firsts = [result["first"] for result in results]
-        ratio = spread([end(first[compute]) / end(first[computes[0]]) for first in firsts])
-        cells = [spread([first[compute][kind] for first in firsts]) for kind in kinds]
-        lines.append(f"| {compute} | {ratio} | {' | '.join(cells)} |")
+        means = [windows(result["curves"][compute]) for result in results]
+        plain = [windows(result["curves"][computes[0]]) for result in results]
+        shown = [spread(values, ".3f") for values in zip(*means, strict=True)]
+        ratios = [
+            spread([a / b - 1 for a, b in zip(one, other, strict=True)], "+.2%")
+            for one, other in zip(zip(*means, strict=True), zip(*plain, strict=True), strict=True)
+        ]
+        lines.append(f"| {compute} | {', '.join(shown)} | {', '.join(ratios)} |")
+    kinds = ("fp32", "bf16", "fp8", "served")
     release = spread([result["release"] for result in results])
     lines += ["", f"second book: held-out losses; {release} of the release. Kept: the part of the"]
     lines += ["masters' gain over the release that the fp8 export has", ""]
