@@ -14,7 +14,7 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
-from torchsft.checkpoint.hf_directory import exported_config
+from torchsft.checkpoint.hf_directory import check_export
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.resume import find_start
 from torchsft.checkpoint.storage import Folder
@@ -126,8 +126,7 @@ class Trainer:
         config_json, _ = base_configs(self.source)
         self.family = family_of(config_json)
         self.model_config = read_model_config(config_json)
-        if config.checkpoint.export != "none":
-            exported_config(config_json, config.checkpoint.export)  # refuses what cannot be
+        check_export(config_json, config)
         self.plan_model()
         with self.clock("tokenising"):
             self.load_data()

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tests.parallel.passes import build, fill, training_pass
 from tests.tiny import write_tiny_model
 from torchsft.checkpoint import huggingface
-from torchsft.config import InputError, Parallel, Precision
+from torchsft.checkpoint.hf_directory import check_export
+from torchsft.config import Checkpoint, Config, InputError, Parallel, Precision
 from torchsft.models.decoder import Linear
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.blockwise import check_device
@@ -99,11 +100,28 @@ def test_an_fp8_export_holds_the_weights_that_were_trained_with(tmp_path, comput
 def test_what_cannot_be_in_fp8_is_refused():
     """Before memory is allocated, with both numbers."""
     with World(Parallel(), 0) as world:
-        for changes, message in (({"family": "gpt_oss"}, "a GptOss has none"),):
-            with pytest.raises(InputError, match=message):
-                parallelize([build(**changes)], world, torch.float32, precision=BLOCKWISE)
+        model = build(family="gpt_oss")
+        with pytest.raises(InputError, match="in fp8, but a GptOss has none"):
+            parallelize([model], world, torch.float32, precision=BLOCKWISE)
     with pytest.raises(InputError, match=r"needs a GPU of compute capability 9.0 .* has 8.0"):
         check_device((8, 0))
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_an_export_with_other_scales_than_training_s_is_refused(released):
+    """DeepSeek-V3 has scales of any value, V3.1 powers of two; other exports have none."""
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    quantization |= {"scale_fmt": "ue8m0"} if released else {}
+    described = {"architectures": ["DeepseekV3ForCausalLM"], "quantization_config": quantization}
+    for trained in (False, True):
+        precision = Precision(compute="blockwise", power_of_two_scales=trained)
+        check_export(described, Config(precision=precision))
+        config = Config(precision=precision, checkpoint=Checkpoint(export="fp8"))
+        if trained == released:
+            check_export(described, config)
+        else:
+            with pytest.raises(InputError, match=f"two-scales {str(released).lower()}"):
+                check_export(described, config)
 
 
 def split_within_a_block(parallel):
