@@ -13,7 +13,7 @@ ROOMS = {
     "models": {"config", "ops", "precision"},
     "data": {"config"},
     "optim": {"checkpoint", "config", "models"},
-    "parallel": {"config", "data", "models", "ops"},
+    "parallel": {"config", "data", "models", "ops", "precision"},
     "metrics": {"config", "data", "models", "parallel"},
     "checkpoint": {"config", "data", "models", "parallel", "precision"},
 }

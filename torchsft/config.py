@@ -483,10 +483,20 @@ def _parameter_group(text: str) -> ParameterGroup:
 class Precision:
     """Number formats of the computation; --optim has those of parameters and moments."""
 
-    compute: Literal["auto", "bf16", "fp32"] = "auto"
+    compute: Literal["auto", "bf16", "fp32", "blockwise"] = "auto"
     """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow
-    there).
+    there). blockwise: as auto, with DeepSeek's block-wise fp8 in the matrix products of attention
+    and feed-forward networks.
     """
+    power_of_two_scales: bool = False
+    """Round the scales of blockwise up to powers of two."""
+
+    def __post_init__(self) -> None:
+        if self.power_of_two_scales and self.compute != "blockwise":
+            raise InputError(
+                "--precision.power-of-two-scales is for --precision.compute blockwise, not "
+                f"{self.compute}"
+            )
 
 
 @dataclass(kw_only=True)

@@ -643,3 +643,12 @@ def group_timeouts(directory: str) -> set[float]:
 
 def test_the_timeout_reaches_every_group(ranks, inputs):
     assert ranks(4, group_timeouts, directory=inputs)[0] == {60.0}
+
+
+def test_block_wise_fp8_through_a_zero_bubble_pipeline(ranks, inputs):
+    """A microbatch has the tiles of one process there, so the numbers are the same."""
+    options = {"directory": inputs, "compute": "blockwise", "seq_len": 128}
+    reference = on_ranks(ranks, 1, **options)
+    split = on_ranks(ranks, 2, pp=2, dp_shard=1, pp_schedule="ZBVZeroBubble", **options)
+    for result, expected in zip(split, reference, strict=True):
+        compare(result, expected)

@@ -7,13 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from torchsft.config import Precision
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.activation import apply_activation_checkpointing
+from torchsft.parallel.blockwise import apply_blockwise
 from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.expert import apply_expert_parallel
 from torchsft.parallel.fsdp import apply_fsdp
 from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
+
+
+def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of hidden states and gathered parameters for a --precision.compute, or of
+    parameters for --optim.masters.
+    """
+    is_bf16 = compute == "bf16" or (compute == "blockwise" and device.type == "cuda")
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
+def quantised_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights that block-wise fp8 quantises: gathered ones; else fp32."""
+    is_fp8 = precision.compute == "blockwise"
+    return compute_dtype(precision.compute, device) if is_fp8 else torch.float32
 
 
 def parallelize(
@@ -25,6 +41,7 @@ def parallelize(
     masters: torch.dtype = torch.float32,  # of the parameters, but for those of routers
     activation_checkpointing: bool = False,  # compute every layer again in the backward pass
     reshard_after_forward: bool = True,  # see `apply_fsdp`
+    precision: Precision | None = None,  # of products; None: that of `compute`
 ) -> None:
     """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no
     memory is allocated.
@@ -41,6 +58,13 @@ def parallelize(
         apply_expert_parallel(stage, world.expert)
         if world.dense["cp"].size() > 1:
             apply_context_parallel(stage, world)
+        if precision and precision.compute == "blockwise":
+            apply_blockwise(
+                stage,
+                world.device,
+                power_of_two=precision.power_of_two_scales,
+                keep=not reshard_after_forward,
+            )
         if activation_checkpointing:
             apply_activation_checkpointing(stage)
         if masters != torch.float32:
