@@ -71,6 +71,7 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
         "activation_checkpointing": "none",
         "freeze": (),
     }
+    recipe = {"float8_recipe": changes.pop("recipe")} if "recipe" in changes else {}
     train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
     compute, output = (
         changes.pop("compute", "fp32"),
@@ -88,7 +89,7 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
         # A large eps keeps AdamW smooth: with a small one, rounding decides the direction of
         # elements without a gradient.
         optim=Optim(lr=1e-2, eps=1e-3, clip_norm=0.05, warmup_steps=1, schedule="linear", **optim),
-        precision=Precision(compute=compute),
+        precision=Precision(compute=compute, **recipe),
         checkpoint=Checkpoint(export="none"),
         metrics=Metrics(tensorboard=False, progress=False),
         output=output,
