@@ -229,7 +229,7 @@ def expected_bytes(
     tokens = train.micro_batch_size * row
     config, attention = model.config, model.model.layers["0"].self_attn
     width, heads = config.hidden_size, config.num_attention_heads
-    forwards = 2 if train.activation_checkpointing == "full" else 1
+    forwards = 2 if train.activation_checkpointing != "none" else 1
     sent: Counter[str] = Counter()
 
     def share(ranks: int) -> float:

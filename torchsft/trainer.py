@@ -204,7 +204,7 @@ class Trainer:
             self.stages,
             world,
             compute,
-            activation_checkpointing=train.activation_checkpointing == "full",
+            activations=train,
             reshard_after_forward=reshard,
         )
         check_memory(self.model, compute, reshard, config.optim, world)

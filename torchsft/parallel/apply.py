@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torchsft.config import Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.context import apply_context_parallel
@@ -21,7 +22,7 @@ def parallelize(
     world: World,
     compute: torch.dtype,  # of the forward and backward pass; parameters stay fp32
     *,
-    activation_checkpointing: bool = False,  # compute every layer again in the backward pass
+    activations: Train | None = None,  # what it says of them; None: all are kept
     reshard_after_forward: bool = True,  # see `apply_fsdp`
 ) -> None:
     """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no
@@ -39,7 +40,6 @@ def parallelize(
         apply_expert_parallel(stage, world.expert)
         if world.dense["cp"].size() > 1:
             apply_context_parallel(stage, world)
-        if activation_checkpointing:
-            apply_activation_checkpointing(stage)
+        apply_activation_checkpointing(stage, activations or Train())
         if world.dense.size() > 1 or compute != torch.float32:
             apply_fsdp(stage, world.parameter, world.expert, compute, reshard_after_forward)
