@@ -12,8 +12,8 @@ ROOMS = {
     "precision": {"config", "ops"},
     "models": {"config", "ops", "precision"},
     "data": {"config"},
-    "optim": {"config", "models"},
-    "parallel": {"config", "data", "models", "ops"},
+    "optim": {"checkpoint", "config", "models"},
+    "parallel": {"config", "data", "models", "ops", "precision"},
     "metrics": {"config", "data", "models", "parallel"},
     "checkpoint": {"config", "data", "models", "parallel", "precision"},
 }

@@ -245,6 +245,8 @@ class Train:
     """Every how many layers one is checkpointed; the others keep all."""
     selective_products: bool = False
     """With selective, keep the product of experts' rows with gate|up too."""
+    activation_offload: bool = False
+    """Keep what checkpointed layers keep, from 1 MiB a tensor, in pinned memory of the host."""
     max_nonfinite_steps: int = 3
     """Steps in a row whose gradient norm may be inf or nan, or that supervise nothing (each is
     skipped whole), before the run stops.
@@ -270,6 +272,9 @@ class Train:
                 f"--train.activation-checkpointing-every is {self.activation_checkpointing_every}"
             )
             raise InputError(f"{fault}, but --train.activation-checkpointing is none; set full")
+        if self.activation_offload and self.activation_checkpointing == "none":
+            fault = "--train.activation-offload moves what checkpointed layers keep, but"
+            raise InputError(f"{fault} --train.activation-checkpointing is none; set full")
         if self.selective_products and self.activation_checkpointing != "selective":
             fault = "--train.selective-products needs --train.activation-checkpointing selective"
             raise InputError(f"{fault}, not {self.activation_checkpointing}")
@@ -362,6 +367,9 @@ class ParameterGroup:
     weight_decay: float | None = None
 
 
+BLOCK = 128  # entries of a row whose moments share a scale, with --optim.moments int8
+
+
 @dataclass(kw_only=True)
 class Optim:
     """The optimizer and its learning-rate schedule."""
@@ -371,6 +379,15 @@ class Optim:
     (of each expert gate, up and down; attention, shared experts and routers), AdamW for embeddings,
     head, norms and biases. An update has the size of AdamW's, whose learning rate so carries over;
     best for models that Muon has pre-trained (Moonlight, Kimi-K2).
+    """
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Both moments of AdamW: 8, 4 or 2.06 bytes a parameter. What is not fp32 is rounded at random,
+    so that the second one decays with any beta2; int8 has a scale for 128 entries of a row.
+    """
+    masters: Literal["fp32", "bf16"] = "fp32"
+    """bf16: parameters and their gradients have 2 bytes, in place of 4; updates are rounded at
+    random, so that small learning rates count in the mean, gradients to the nearest behind each
+    microbatch (with pp behind the last). Routers stay fp32.
     """
     lr: float = 1e-5
     """Peak learning rate."""
@@ -404,6 +421,12 @@ class Optim:
     """
 
     def __post_init__(self) -> None:
+        for name in ("moments", "masters"):
+            if self.kind == "muon" and getattr(self, name) != "fp32":
+                raise InputError(
+                    f"--optim.{name} is {getattr(self, name)}, but --optim.kind muon has fp32; "
+                    "leave one of the two out"
+                )
         _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -477,12 +500,22 @@ def _parameter_group(text: str) -> ParameterGroup:
 
 @dataclass(kw_only=True)
 class Precision:
-    """Number formats. Master parameters, gradients and moments are always fp32."""
+    """Number formats of the computation; --optim has those of parameters and moments."""
 
-    compute: Literal["auto", "bf16", "fp32"] = "auto"
+    compute: Literal["auto", "bf16", "fp32", "blockwise"] = "auto"
     """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow
-    there).
+    there). blockwise: as auto, with DeepSeek's block-wise fp8 in the matrix products of attention
+    and feed-forward networks.
     """
+    power_of_two_scales: bool = False
+    """Round the scales of blockwise up to powers of two."""
+
+    def __post_init__(self) -> None:
+        if self.power_of_two_scales and self.compute != "blockwise":
+            raise InputError(
+                "--precision.power-of-two-scales is for --precision.compute blockwise, not "
+                f"{self.compute}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -622,7 +655,8 @@ FREE_TO_CHANGE = (
     *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
     "data.cache data.workers".split(),
     *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
-    "train.activation_checkpointing_every train.selective_products".split(),
+    "train.activation_checkpointing_every train.selective_products "
+    "train.activation_offload".split(),
     *"model.loss_chunk model.attention model.experts model.ops".split(),
 )
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from tests.distributed import test_layouts
+from tests.precision.test_blockwise_compute import experts
 from tests.ranks import RankPool
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from torchsft import load_model
+from torchsft.precision.blockwise import quantise
+from torchsft.precision.blockwise_compute import BlockwiseProducts
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -223,3 +226,36 @@ def test_layouts_over_nccl_equal_one_gpu(tmp_path, sizes):
         pool.close()
     for got, expected in zip(four, one, strict=True):
         test_layouts.compare(got, expected)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="block-wise fp8 needs compute capability 9.0",
+)
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_wise_kernels_compute_what_the_plain_products_do(power_of_two, dtype):
+    """Weights to the same bits; sums in fp32, in the tensor cores of 14 bits over 128 terms, and
+    rounded to `dtype`.
+    """
+    from torchsft.ops import blockwise_mm
+    from torchsft.precision.blockwise_kernels import BlockwiseKernels
+
+    (x, w, dy, offs), _ = experts(power_of_two)
+    x, w, dy = (values.to("cuda", dtype) for values in (x, w, dy))
+    offs = offs.cuda()
+    plain, kernels = BlockwiseProducts(power_of_two), BlockwiseKernels(power_of_two)
+    values, scales = blockwise_mm.quantise_weight(w, power_of_two, False)
+    for matrix, found, scale in zip(w, values, scales, strict=True):
+        expected = quantise(matrix.float(), power_of_two=power_of_two)
+        assert found.view(torch.uint8).equal(expected[0].view(torch.uint8))
+        assert scale.equal(expected[1])
+    for name, arguments in (
+        ("forward", (x, w)),
+        ("grad_rows", (dy, w)),
+        ("grad_weight", (dy, x)),
+    ):
+        expected = getattr(plain, name)(*arguments, offs).float()
+        found = getattr(kernels, name)(*arguments, offs).float()
+        bound = 1e-3 if dtype == torch.float32 else 1e-2
+        assert (found - expected).abs().max() <= bound * expected.abs().max(), name

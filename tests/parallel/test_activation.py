@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Collection
 from typing import Any
 from unittest import mock
 
@@ -12,6 +14,7 @@ from tests.ops.passes import Operations
 from tests.parallel.passes import build, fill, full, microbatch
 from torchsft.config import InputError, Parallel, Train
 from torchsft.ops.repetition import repeating
+from torchsft.parallel import activation_offload
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.world import World
 
@@ -20,6 +23,10 @@ MODES = {
     "full": Train(activation_checkpointing="full"),
     "selective": Train(activation_checkpointing="selective"),
     "products": Train(activation_checkpointing="selective", selective_products=True),
+    "offload": Train(activation_checkpointing="full", activation_offload=True),
+    "offload products": Train(
+        activation_checkpointing="selective", selective_products=True, activation_offload=True
+    ),
     "every second": Train(activation_checkpointing="full", activation_checkpointing_every=2),
 }
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -31,6 +38,7 @@ EXPERT_LAYERS = 2  # of the tiny DeepSeek-V3, behind a dense layer; numbers 1 an
 
 
 def model_of(mode: str, world: World, **changes: Any) -> Any:
+    activation_offload.LEAST = 0  # a tiny model's tensors too; ranks are forks of their own
     model = build(**changes)
     parallelize([model], world, torch.float32, activations=MODES[mode])
     fill(model)
@@ -62,12 +70,14 @@ def passes(mode: str, world: World, **changes: Any) -> dict[str, Any]:
     }
 
 
-def all_modes(parallel: dict[str, int], **changes: Any) -> dict[str, dict[str, Any]]:
+def all_modes(
+    parallel: dict[str, int], modes: Collection[str] = MODES, **changes: Any
+) -> dict[str, dict[str, Any]]:
     """On the calling ranks; also that gradients equal those of `none` bit by bit: they come from
     the same operations on the same numbers.
     """
     with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
-        found = {mode: passes(mode, world, **changes) for mode in MODES}
+        found = {mode: passes(mode, world, **changes) for mode in modes}
     expected = found["none"]
     for result in found.values():
         assert result["counters"] == expected["counters"]
@@ -92,6 +102,8 @@ def test_one_rank_computes_again_what_the_mode_says_and_the_same_gradients(ranks
         "full": (attention, EXPERT_LAYERS),
         "selective": (0, EXPERT_LAYERS),
         "products": (0, 0),
+        "offload": (attention, EXPERT_LAYERS),
+        "offload products": (0, 0),
         "every second": (attention // 3, 1),
     }
     for mode, counts in expected.items():
@@ -104,9 +116,10 @@ def test_experts_with_biases_and_sinks_too(ranks):
     """Their down projection, whose output is not weighted, is computed again: 4 layers, all with
     experts.
     """
-    (found,) = ranks(1, all_modes, parallel={}, family="gpt_oss")
-    assert [again(found, mode, PRODUCT) for mode in MODES] == [0, 8, 8, 4, 4]
-    assert again(found, "selective", ATTENTION) == 0 < again(found, "full", ATTENTION)
+    modes = ("none", "full", "products")
+    (found,) = ranks(1, all_modes, parallel={}, modes=modes, family="gpt_oss")
+    assert [again(found, mode, PRODUCT) for mode in modes] == [0, 8, 4]
+    assert again(found, "products", ATTENTION) == 0 < again(found, "full", ATTENTION)
 
 
 @pytest.mark.parametrize("parallel", [{"dp_shard": 2, "ep": 2}, {"tp": 2, "ep": 2}], ids=str)
@@ -114,10 +127,11 @@ def test_ranks_exchange_rows_and_weights_again_but_no_counts_and_nothing_comes_b
     ranks, parallel
 ):
     """Nor does the host read anything, nor are the counts of the balance loss summed."""
-    for found in ranks(2, all_modes, parallel=parallel):
+    modes = ("none", "full", "products")
+    for found in ranks(2, all_modes, parallel=parallel, modes=modes):
         assert found["none"]["forward"][EXCHANGE] >= 4 * EXPERT_LAYERS
-        for mode in MODES:
-            layers = {"none": 0, "every second": 1}.get(mode, EXPERT_LAYERS)
+        for mode in modes:
+            layers = 0 if mode == "none" else EXPERT_LAYERS
             assert found[mode]["read"] == 0 < found[mode]["forward_read"]
             assert again(found, mode, EXCHANGE) == 2 * layers
 
@@ -142,6 +156,42 @@ def perturbed(mode: str) -> bool:
 
 def test_a_repetition_routes_as_the_first_pass_whatever_the_router_says_then(ranks):
     assert ranks(2, perturbed, mode="full") == [True, True]
+
+
+def each_held(modes: list[str]) -> list[tuple[list[bool], list[bool]]]:
+    with World(Parallel(timeout_seconds=60), 0) as world:
+        return [held(mode, world) for mode in modes]
+
+
+def held(mode: str, world: World) -> tuple[list[bool], list[bool]]:
+    """Whether the inputs of layers still exist behind the forward pass, and whether all that went
+    to the host is gone behind the backward pass.
+    """
+    model = model_of(mode, world)
+    inputs: list[weakref.ref] = []
+    for layer in list(model.model.layers.values())[1:]:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    moved: list[weakref.ref] = []
+    init = activation_offload.OnHost.__init__
+    with mock.patch.object(
+        activation_offload.OnHost,
+        "__init__",
+        lambda self, *args: (moved.append(weakref.ref(self)), init(self, *args))[1],
+    ):
+        loss = model(**microbatch(0))
+    alive = [each() is not None for each in inputs]
+    there = [each() is not None for each in moved]
+    loss.backward()
+    del loss
+    return alive, [*there, *(each() is None for each in moved)]
+
+
+def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backward_pass(ranks):
+    """Of 3 layers: their inputs, and with products 5 documents' outputs and lse, and gate|up."""
+    (found,) = ranks(1, each_held, modes=["full", "offload", "offload products"])
+    assert [kept for kept, _ in found] == [[True] * 2, [False] * 2, [False] * 2]
+    for (_, moved), least in zip(found, (0, 3, 3 + 3 * 10 + 2), strict=True):
+        assert len(moved) >= 2 * least and all(moved)
 
 
 @pytest.mark.parametrize(

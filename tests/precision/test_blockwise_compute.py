@@ -116,7 +116,7 @@ def test_weights_are_rounded_to_what_files_hold(power_of_two):
     q, scale = quantise(w, power_of_two=power_of_two)
     assert same_bits(rounded(w, (128, 128), power_of_two), dequantise(q, scale))
     q, scale = quantised(w[:200], power_of_two)
-    upper = BlockwiseProducts(power_of_two, parts=2)._weight(w.unsqueeze(0))[0, :200]
+    upper = BlockwiseProducts(power_of_two, parts=2).held(w.unsqueeze(0))[0, :200]
     assert same_bits(upper.contiguous(), dequantise(q, scale))
 
 

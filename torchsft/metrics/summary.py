@@ -36,7 +36,10 @@ def describe_run(
         model += " (frozen with the embeddings: the output embedding, which is tied to them)"
     layout = ", ".join([*_axes(world), *_pipeline(config, plan)])
     ranks = f"{world.size} x {world.device.type}"
-    return f"{model}, {config.precision.compute} compute, on {ranks}: {layout}; {steps}"
+    compute = f"{config.precision.compute} compute"
+    if config.precision.compute == "blockwise":
+        compute += " (fp8 but for embedding, head, routers, norms and attention's inner products)"
+    return f"{model}, {compute}, on {ranks}: {layout}; {steps}"
 
 
 def _axes(world: World) -> list[str]:

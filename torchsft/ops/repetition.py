@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 Result = TypeVar("Result")
 # Where tokens go, and what that asks of other ranks and of the host: kept by every layer that is
@@ -31,15 +31,23 @@ class Pass(AbstractContextManager):
 
     running: "Pass | None" = None
 
-    def __init__(self, names: Collection[str], kept: dict[str, Any], repeating: bool) -> None:
+    def __init__(
+        self,
+        names: Collection[str],
+        kept: dict[str, Any],
+        repeating: bool,
+        move: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
         """Make one of the two.
 
         Args:
             names: of what is kept.
             kept: what the first pass leaves, the same object for both.
             repeating: whether it is the repetition.
+            move: gives what stands for a tensor (or another value) in `kept` or, in a repetition,
+                that tensor.
         """
-        self.names, self.kept, self.repeating = names, kept, repeating
+        self.names, self.kept, self.repeating, self.move = names, kept, repeating, move
 
     def __enter__(self) -> Self:
         self.outer, Pass.running = Pass.running, self
@@ -62,9 +70,10 @@ def once(name: str, compute: Callable[[], Result]) -> Result:
     if running is None or name not in running.names:
         return compute()
     if running.repeating:
-        return running.kept.pop(name)
-    running.kept[name] = compute()
-    return running.kept[name]
+        return tree_map(running.move, running.kept.pop(name))
+    result = compute()
+    running.kept[name] = tree_map(running.move, result)
+    return result
 
 
 def keeping_attention() -> AbstractContextManager:
@@ -83,16 +92,19 @@ class _Attention(TorchDispatchMode):
     def __init__(self, running: Pass) -> None:
         super().__init__()
         self.outputs: list[Any] = []
+        self.move, self.again = running.move, None
         if running.repeating:
             self.again = iter(running.kept.pop(ATTENTION))
         else:
-            self.again, running.kept[ATTENTION] = None, self.outputs
+            running.kept[ATTENTION] = self.outputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "attention" not in func.name() and "attn" not in func.name():
             return func(*args, **(kwargs or {}))
         if self.again is None:
-            self.outputs.append(func(*args, **(kwargs or {})))
-        found = self.outputs[-1] if self.again is None else next(self.again)
+            found = func(*args, **(kwargs or {}))
+            self.outputs.append(tree_map(self.move, found))
+        else:
+            found = tree_map(self.move, next(self.again))
         # Autograd marks the tensors that it is given here: each time others.
         return tree_map_only(torch.Tensor, Tensor.detach, found)

@@ -3,15 +3,20 @@ pass needs the rest.
 """
 
 from functools import partial
+from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from torchsft.config import Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.ops.repetition import ATTENTION, PRODUCTS, ROUTING, Pass
+from torchsft.parallel.activation_offload import Offload
 
 
-def apply_activation_checkpointing(model: LanguageModel, options: Train) -> None:
+def apply_activation_checkpointing(
+    model: LanguageModel, options: Train, device: torch.device
+) -> None:
     """Recompute layers in their backward pass, in place, as --train.activation-checkpointing says.
 
     Of a layer and microbatch in flight are kept its input [S, D], where its tokens are routed (so
@@ -20,18 +25,24 @@ def apply_activation_checkpointing(model: LanguageModel, options: Train) -> None
     parameters once for both passes.
     """
     mode = options.activation_checkpointing
+    if mode == "none":
+        return
     names = ROUTING
     if mode == "selective":
         names |= {ATTENTION, PRODUCTS} if options.selective_products else {ATTENTION}
+    offload = Offload(device) if options.activation_offload else None
+    moves = [offload.pack, offload.unpack] if offload else []
 
     def passes() -> tuple[Pass, Pass]:
-        kept = {}
-        return Pass(names, kept, False), Pass(names, kept, True)
+        kept: dict[str, Any] = {}
+        return Pass(names, kept, False, *moves[:1]), Pass(names, kept, True, *moves[1:])
 
     # The state of random generators is not kept: nothing here is random.
     recompute = partial(
         checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=passes
     )
+    if offload:
+        recompute = partial(offload.run, recompute)
     for name, layer in model.model.layers.items():
-        if mode != "none" and (int(name) + 1) % options.activation_checkpointing_every == 0:
+        if (int(name) + 1) % options.activation_checkpointing_every == 0:
             layer.recompute = recompute

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchsft.config import InputError, Optim
+from torchsft.config import BLOCK, InputError, Optim
 from torchsft.models.decoder import local
 from torchsft.parallel.world import World
 
@@ -33,24 +33,35 @@ def held_bytes(
         optim: of the run; Muon keeps one moment of its matrices.
 
     Returns:
-        Bytes that more data ranks would share: weight, gradient and moments in fp32, or of a
-        frozen parameter the weight. And bytes that they would not: where gathered parameters are
+        Bytes that more data ranks would share: weight, gradient and moments, or of a frozen
+        parameter the weight. And bytes that they would not: where gathered parameters are
         kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
         behind the last microbatch (so that they stand in for the sharded ones).
     """
-    sharded = gathered = 0
+    sharded = gathered = 0.0
     matrices = model.matrices() if optim.kind == "muon" else {}
     for name, parameter in model.named_parameters():
+        weight = parameter.dtype.itemsize
         trained = parameter.requires_grad
         keeps_gathered = not reshard_after_forward and isinstance(parameter, DTensor)
-        tensors = 1
+        each = weight
         if trained:
-            tensors += (1 if name in matrices else 2) + (not keeps_gathered)
-        sharded += FP32 * tensors * local(parameter).numel()
+            each += moment_bytes(optim, parameter, name in matrices)
+            each += 0 if keeps_gathered else weight  # the gradient
+        sharded += each * local(parameter).numel()
         if keeps_gathered:
             each = compute.itemsize + FP32 * trained
             gathered += each * gathered_elements(parameter)
-    return sharded, gathered
+    return math.ceil(sharded), math.ceil(gathered)
+
+
+def moment_bytes(optim: Optim, parameter: nn.Parameter, is_muons: bool) -> float:
+    """Return the bytes of an element's moments."""
+    if is_muons:
+        return FP32
+    vector = parameter.ndim < 2
+    each = {"fp32": FP32, "bf16": 2, "int8": FP32 if vector else 1 + FP32 / BLOCK}
+    return 2 * each[optim.moments]
 
 
 def gathered_elements(parameter: DTensor) -> int:

@@ -88,6 +88,7 @@ def quantise(
     power_of_two: bool = False,
     known_scale: Tensor | None = None,
     name: str = "a weight",
+    through: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Quantise a weight so that the largest value of each block becomes 448.
 
@@ -100,6 +101,7 @@ def quantise(
         power_of_two: round scales up to powers of two ("scale_fmt": "ue8m0").
         known_scale: fp32, the scales with which the weight was stored before training.
         name: of the weight, for the error.
+        through: a dtype to which values that `known_scale` does not give are rounded first.
 
     Returns:
         The weight in e4m3 [m, n], and its fp32 scales; 1 is the scale of zeros.
@@ -115,16 +117,17 @@ def quantise(
         missing = -columns % width
         padded = F.pad(rows, (0, missing)) if missing else rows
         blocks = padded.unflatten(1, (-1, width))
-        largest = blocks.abs().amax((0, 2))
+        fresh = blocks.to(through).float()
+        largest = fresh.abs().amax((0, 2))
         if not largest.isfinite().all():
             raise InputError(
                 f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
             )
         scale = scale_of(largest, power_of_two)
         if known_scale is None:
-            encoded = encode(blocks, scale[:, None])
+            encoded = encode(fresh, scale[:, None])
         else:
-            encoded, scale = _encode_with_known(blocks, scale, known_scale[index])
+            encoded, scale = _encode_with_known(blocks, fresh, scale, known_scale[index])
         scales[index] = scale
         begin = index * height
         quantised[begin : begin + len(rows)] = encoded.flatten(1)[:, :columns]
@@ -142,8 +145,11 @@ def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
     return scale
 
 
-def _encode_with_known(blocks: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks with the scales that are known where these give every bit, else with `scale`.
+def _encode_with_known(
+    blocks: Tensor, fresh: Tensor, scale: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Encode blocks with the scales that are known where these give every bit, else those of
+    `fresh` with `scale`.
 
     Returns:
         The values in e4m3, and the scale of each block.
@@ -155,7 +161,7 @@ def _encode_with_known(blocks: Tensor, scale: Tensor, known: Tensor) -> tuple[Te
     if unchanged.all():
         return encoded, known
     scale = torch.where(unchanged, known, scale)
-    return encode(blocks, scale[:, None]), scale
+    return encode(torch.where(unchanged[:, None], blocks, fresh), scale[:, None]), scale
 
 
 def encode(values: Tensor, scale: Tensor) -> Tensor:

@@ -50,12 +50,12 @@ class BlockwiseProducts(Products):
     def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return y_RO."""
         x = rounded(x_RI, INNER, self.power_of_two)
-        return _grouped(x, self._weight(weight_EOI).mT, offs_E).to(x_RI.dtype)
+        return _grouped(x, self.held(weight_EOI).mT, offs_E).to(x_RI.dtype)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
         grad = rounded(grad_RO, INNER, self.power_of_two)
-        return _grouped(grad, self._weight(weight_EOI), offs_E).to(grad_RO.dtype)
+        return _grouped(grad, self.held(weight_EOI), offs_E).to(grad_RO.dtype)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI."""
@@ -70,7 +70,8 @@ class BlockwiseProducts(Products):
         y = _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
 
-    def _weight(self, weight_EOI: Tensor) -> Tensor:
+    def held(self, weight_EOI: Tensor) -> Tensor:
+        """Return a weight as fp8 holds it, fp32."""
         matrices = weight_EOI.unflatten(-2, (self.parts, -1))
         return rounded(matrices, BLOCK, self.power_of_two).flatten(-3, -2)
 
