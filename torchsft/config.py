@@ -247,6 +247,10 @@ class Train:
     """With selective, keep the product of experts' rows with gate|up too."""
     activation_offload: bool = False
     """Keep what checkpointed layers keep, from 1 MiB a tensor, in pinned memory of the host."""
+    deterministic: bool = False
+    """Compute the same bits in each run on the same layout and machine, on GPUs too, where that is
+    slower (attention's backward pass adds in any order otherwise).
+    """
     max_nonfinite_steps: int = 3
     """Steps in a row whose gradient norm may be inf or nan, or that supervise nothing (each is
     skipped whole), before the run stops.
@@ -656,7 +660,7 @@ FREE_TO_CHANGE = (
     "data.cache data.workers".split(),
     *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
     "train.activation_checkpointing_every train.selective_products "
-    "train.activation_offload".split(),
+    "train.activation_offload train.deterministic".split(),
     *"model.loss_chunk model.attention model.experts model.ops".split(),
 )
 
