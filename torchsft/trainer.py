@@ -202,7 +202,7 @@ class Trainer:
             world,
             compute,
             masters=compute_dtype(config.optim.masters, world.device),
-            activation_checkpointing=train.activation_checkpointing == "full",
+            activations=train,
             reshard_after_forward=reshard,
             precision=config.precision,
         )

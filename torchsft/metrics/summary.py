@@ -56,7 +56,7 @@ def _pipeline(config: Config, plan: StagePlan) -> list[str]:
         return []
     layers = "+".join(str(len(layers)) for layers in plan.layers)
     described = [f"{schedule} over stages of {layers} layers"]
-    checkpointing = config.train.activation_checkpointing == "full"
+    checkpointing = config.train.activation_checkpointing != "none"
     if schedule in ZERO_BUBBLE and (checkpointing or not weight_pass_possible()):
         reason = "activation checkpointing" if checkpointing else f"torch {torch.__version__}"
         described.append(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from torchsft.config import Precision
+from torchsft.config import Precision, Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.blockwise import apply_blockwise
@@ -39,7 +39,7 @@ def parallelize(
     compute: torch.dtype,  # of the forward and backward pass
     *,
     masters: torch.dtype = torch.float32,  # of the parameters, but for those of routers
-    activation_checkpointing: bool = False,  # compute every layer again in the backward pass
+    activations: Train | None = None,  # what it says of them; None: all are kept
     reshard_after_forward: bool = True,  # see `apply_fsdp`
     precision: Precision | None = None,  # of products; None: that of `compute`
 ) -> None:
@@ -65,8 +65,7 @@ def parallelize(
                 power_of_two=precision.power_of_two_scales,
                 keep=not reshard_after_forward,
             )
-        if activation_checkpointing:
-            apply_activation_checkpointing(stage)
+        apply_activation_checkpointing(stage, activations or Train(), world.device)
         if masters != torch.float32:
             cast_parameters(stage, masters)
         if world.dense.size() > 1 or {compute, masters} != {torch.float32}:
