@@ -12,7 +12,7 @@ ROOMS = {
     "precision": {"config", "ops"},
     "models": {"config", "ops", "precision"},
     "data": {"config"},
-    "optim": {"config", "models"},
+    "optim": {"checkpoint", "config", "models"},
     "parallel": {"config", "data", "models", "ops", "precision"},
     "metrics": {"config", "data", "models", "parallel"},
     "checkpoint": {"config", "data", "models", "parallel", "precision"},

@@ -348,6 +348,9 @@ class ParameterGroup:
     weight_decay: float | None = None
 
 
+BLOCK = 128  # entries of a row whose moments share a scale, with --optim.moments int8
+
+
 @dataclass(kw_only=True)
 class Optim:
     """The optimizer and its learning-rate schedule."""
@@ -357,6 +360,14 @@ class Optim:
     (of each expert gate, up and down; attention, shared experts and routers), AdamW for embeddings,
     head, norms and biases. An update has the size of AdamW's, whose learning rate so carries over;
     best for models that Muon has pre-trained (Moonlight, Kimi-K2).
+    """
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Both moments of AdamW: 8, 4 or 2.06 bytes a parameter. What is not fp32 is rounded at random,
+    so that the second one decays with any beta2; int8 has a scale for 128 entries of a row.
+    """
+    masters: Literal["fp32", "bf16"] = "fp32"
+    """bf16: parameters and their gradients have 2 bytes, in place of 4; updates are rounded at
+    random, so that small learning rates count in the mean. Routers stay fp32.
     """
     lr: float = 1e-5
     """Peak learning rate."""
@@ -390,6 +401,12 @@ class Optim:
     """
 
     def __post_init__(self) -> None:
+        for name in ("moments", "masters"):
+            if self.kind == "muon" and getattr(self, name) != "fp32":
+                raise InputError(
+                    f"--optim.{name} is {getattr(self, name)}, but --optim.kind muon has fp32; "
+                    "leave one of the two out"
+                )
         _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -463,7 +480,7 @@ def _parameter_group(text: str) -> ParameterGroup:
 
 @dataclass(kw_only=True)
 class Precision:
-    """Number formats. Master parameters, gradients and moments are always fp32."""
+    """Number formats of the computation; --optim has those of parameters and moments."""
 
     compute: Literal["auto", "bf16", "fp32", "blockwise"] = "auto"
     """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow

@@ -201,11 +201,13 @@ class Trainer:
             self.stages,
             world,
             compute,
+            masters=compute_dtype(config.optim.masters, world.device),
             activation_checkpointing=train.activation_checkpointing == "full",
             reshard_after_forward=reshard,
             precision=config.precision,
         )
-        check_memory(self.model, compute, reshard, config.optim, world)
+        fp8 = config.precision.compute == "blockwise"
+        check_memory(self.model, compute, reshard, config.optim, world, fp8)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,

@@ -38,6 +38,7 @@ ROWS = 8  # of a step; an epoch fills about 6, so every step has microbatches wi
 AUX_LOSS = 0.05
 Z_LOSS = 0.1
 BIAS_UPDATE_RATE = 0.02
+OPTIM = ("groups", "kind", "moments", "masters", "offload")
 SCHEDULES = [
     "GPipe",
     "1F1B",
@@ -63,7 +64,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
     """`changes`: fields of Parallel, some of Train and Optim, compute and output."""
     base = Path(directory)
-    optim = {name: changes.pop(name) for name in ("groups", "kind") if name in changes}
+    optim = {name: changes.pop(name) for name in OPTIM if name in changes}
     train = {
         "micro_batch_size": 1,
         "global_batch_size": ROWS,

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchsft.config import Optim, ParameterGroup
+from torchsft.optim.low_precision import LowPrecisionAdamW
 from torchsft.optim.muon import Muon
 
 
@@ -21,13 +22,13 @@ def build_optimizer(
     that are no `LanguageModel.matrices`: decoupled weight decay on matrices only.
 
     Parameters of two or more dims shrink by `lr * weight_decay` of themselves a step, the rest
-    (norms, biases) does not; frozen parameters are left out. They are on one device, fp32 masters,
-    so that a small learning rate moves them; moments have the parameter's dtype and placements.
-    Parameters may be plain tensors and DTensors of several meshes: each mesh has groups of its own,
-    as one fused (or foreach) call that mixes them raises. Each group has its peak learning rate as
-    `peak`; `set_lr` sets the current one before each step. Of a pipeline rank's part all may be
-    frozen. Fused is the fastest on CPU too: 4 ms a step of 80 small DTensors; foreach takes 6 ms, a
-    loop 18 ms.
+    (norms, biases) does not; frozen parameters are left out. Moments have the parameter's
+    placements, and like the parameters fp32, so that a small learning rate moves them, unless
+    --optim.moments or --optim.masters says otherwise (low_precision.py). Parameters may be plain
+    tensors and DTensors of several meshes: each mesh has groups of its own, as one fused (or
+    foreach) call that mixes them raises. Each group has its peak learning rate as `peak`; `set_lr`
+    sets the current one before each step. Of a pipeline rank's part all may be frozen. Fused is the
+    fastest on CPU too: 4 ms a step of 80 small DTensors; foreach takes 6 ms, a loop 18 ms.
 
     Args:
         model: this rank's part.
@@ -48,14 +49,13 @@ def build_optimizer(
             of_muon.append({"params": parameters, "rows": alike.rows, **options})
         else:
             param_groups.append({"params": parameters, **options})
-    nothing = {"params": [], "peak": optim.lr}  # AdamW refuses an empty list of groups
-    adamw = torch.optim.AdamW(
-        param_groups or [nothing],
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
+    if not param_groups:  # optimizers refuse an empty list of groups
+        param_groups = [{"params": [], "peak": optim.lr}]
+    options = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if (optim.moments, optim.masters) != ("fp32", "fp32"):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        return LowPrecisionAdamW(param_groups, names, optim.moments, **options)
+    adamw = torch.optim.AdamW(param_groups, fused=True, **options)
     return Muon(of_muon, adamw) if of_muon else adamw
 
 

@@ -5,6 +5,7 @@ activation checkpointing, FSDP2.
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from torchsft.config import Precision
 from torchsft.models.language_model import LanguageModel
@@ -33,8 +34,9 @@ def parallelize(
     # the pipeline stages that this rank holds; without a pipeline, the model
     stages: Sequence[LanguageModel],
     world: World,
-    compute: torch.dtype,  # of the forward and backward pass; parameters stay fp32
+    compute: torch.dtype,  # of the forward and backward pass
     *,
+    masters: torch.dtype = torch.float32,  # of the parameters, but for those of routers
     activation_checkpointing: bool = False,  # compute every layer again in the backward pass
     reshard_after_forward: bool = True,  # see `apply_fsdp`
     precision: Precision | None = None,  # of products; None: that of `compute`
@@ -42,8 +44,8 @@ def parallelize(
     """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no
     memory is allocated.
 
-    On one rank in fp32 there is nothing to shard and nothing to cast, so the model is left as it
-    is.
+    On one rank with fp32 alone there is nothing to shard and nothing to cast, so the model is left
+    as it is.
 
     Raises:
         InputError: something does not divide over the mesh.
@@ -63,5 +65,20 @@ def parallelize(
             )
         if activation_checkpointing:
             apply_activation_checkpointing(stage)
-        if world.dense.size() > 1 or compute != torch.float32:
+        if masters != torch.float32:
+            cast_parameters(stage, masters)
+        if world.dense.size() > 1 or {compute, masters} != {torch.float32}:
             apply_fsdp(stage, world.parameter, world.expert, compute, reshard_after_forward)
+
+
+def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Give all parameters of a model on the meta device a dtype, but for those of routers."""
+    routers = {part for moe in model.moe_layers().values() for part in moe.gate.modules()}
+    cast: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is there twice
+    for module in set(model.modules()) - routers:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in cast:
+                cast[parameter] = nn.Parameter(
+                    parameter.detach().to(dtype), requires_grad=parameter.requires_grad
+                )
+            module.register_parameter(name, cast[parameter])

@@ -69,7 +69,7 @@ def apply_fsdp(
                         f"--parallel.ep or start "
                     )
                     raise InputError(fault + "another number of ranks")
-            if compute != torch.float32:
+            if {compute, experts.down_proj.dtype} != {torch.float32}:
                 parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
             parts.append(
                 fully_shard(

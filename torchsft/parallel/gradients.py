@@ -44,7 +44,9 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     parts = local_gradients(parameters)
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if parts:
-        norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts]))
+        norms = torch.stack(
+            torch._foreach_norm([gradient for gradient, _ in parts], 2, torch.float32)
+        )
         copies = torch.tensor([n for _, n in parts], dtype=torch.float64, device=device)
         squares = (norms.double().square() / copies).sum()
     if dist.is_initialized():
@@ -74,7 +76,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     gradients = [gradient for gradient, _ in local_gradients(parameters)]
     if not gradients:
         return
-    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    torch._foreach_mul_(gradients, factor.float())
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -1,0 +1,253 @@
+"""AdamW whose moments, and whose parameters, may have few bits: those are rounded at random.
+
+    bf16    up or down to a neighbour, the nearer the likelier, so that the mean is the value
+    int8    moments of matrices alone, in blocks of 128 entries of a row: the largest of a block is
+            an fp32 scale, and a byte chooses one of 256 levels (arXiv:1511.04561, by torchao), at
+            random likewise
+
+To the nearest, a second moment could not fall by less than half the distance to the next number
+(bf16: 1/512 of it, so never with beta2 = 0.999), and a parameter would not see a small learning
+rate. In the mean every change counts.
+
+The random numbers are a hash of the parameter's name, the step and the element's place in the
+whole parameter: so all copies of a parameter are rounded alike, no layout changes a number, and a
+run that continues needs no state of a generator. Everything between is fp32.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchsft.checkpoint.boxes import Box, local_box
+from torchsft.config import BLOCK, InputError
+from torchsft.models.decoder import local
+
+CHUNK_ELEMENTS = 2**24  # the most that are in fp32 at a time, but at least one entry of dim 0
+
+
+def hashed(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return random bits for each element of a box of a tensor, int32.
+
+    They depend on the element's place in the whole tensor, of `shape`, and on `seed` alone. The
+    hash is the finaliser "lowbias32" of https://nullprogram.com/blog/2018/07/31.
+    """
+    place = torch.zeros((), dtype=torch.int32, device=device)
+    stride = 1
+    for start, count, size in reversed(list(zip(box.start, box.shape, shape, strict=True))):
+        along = torch.arange(count, dtype=torch.int32, device=device)
+        place = place + (along * _int32(stride) + _int32(start * stride)).view(
+            -1, *[1] * place.ndim
+        )
+        stride *= size
+    bits = place ^ _int32(seed)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        bits ^= (bits >> shift) & (2 ** (32 - shift) - 1)
+        bits *= _int32(factor)
+    return bits
+
+
+def _int32(number: int) -> int:
+    """Return a whole number modulo 2^32, as int32 has it."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
+    """Round fp32 to one of the two neighbours in bf16, by the lower 16 of random bits."""
+    summed = values.view(torch.int32) + (bits & 0xFFFF)
+    return (summed & -0x10000).view(torch.float32).bfloat16()
+
+
+@functools.cache
+def levels(signed: bool, device: torch.device) -> Tensor:
+    """Return the 256 levels, fp32, sorted, the last 1."""
+    from torchao.optim.quant_utils import create_dynamic_map  # seconds to import
+
+    return torch.tensor(create_dynamic_map(signed), device=device)
+
+
+def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Round fp32 [..., n] to levels times scales.
+
+    Nothing above 0 becomes 0 without a sign: a second moment of 0 would divide by eps alone.
+
+    Returns:
+        Codes, uint8 [..., n], and scales, fp32 [..., ceil(n / BLOCK)].
+    """
+    table = levels(signed, values.device)
+    missing = -values.shape[-1] % BLOCK
+    blocks = nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, BLOCK))
+    scales = blocks.abs().amax(-1)
+    unit = torch.where(scales > 0, scales, 1).unsqueeze(-1)
+    in_units = (blocks / unit).flatten(-2)[..., : values.shape[-1]].contiguous()
+    lower = (torch.bucketize(in_units, table, right=True) - 1).clamp(0, 254)
+    share = (in_units - table[lower]) / (table[lower + 1] - table[lower])
+    if not signed:
+        share = torch.where((lower == 0) & (in_units > 0), 1, share)
+    uniform = ((bits >> 8) & 0xFFFFFF).float() / 2**24
+    return (lower + (uniform < share)).to(torch.uint8), scales
+
+
+def from_int8(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """Return the values of codes with their scales, fp32."""
+    values = levels(signed, codes.device)[codes.int()]
+    return values * scales.repeat_interleave(BLOCK, -1)[..., : codes.shape[-1]]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some entries of dim 0 of a parameter's part on this rank."""
+
+    weight: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    box: Box  # of the whole parameter
+
+    @classmethod
+    def all_of(cls, parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator["_Chunk"]:
+        """Yield all of them."""
+        box, parts = local_box(parameter), {key: local(value) for key, value in state.items()}
+        weight, gradient = local(parameter).detach(), local(parameter.grad)
+        rows = max(1, CHUNK_ELEMENTS * weight.shape[0] // max(1, weight.numel()))
+        for first in range(0, weight.shape[0], rows):
+            rows_here = slice(first, first + rows)
+            start = (box.start[0] + first, *box.start[1:])
+            here = weight[rows_here]
+            yield cls(
+                here,
+                gradient[rows_here].float(),
+                {key: part[rows_here] for key, part in parts.items() if part.ndim},
+                Box(start, tuple(here.shape)),
+            )
+
+
+class LowPrecisionAdamW(torch.optim.Optimizer):
+    """AdamW as torch has it, with `moments` fp32, bf16 or int8, and parameters of fp32 or bf16.
+
+    Args:
+        groups: of parameters.
+        names: of the parameters.
+        moments: their format; those of vectors stay fp32 beside int8.
+
+    Raises:
+        InputError: a part of a parameter's rows has no whole blocks.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        names: Mapping[nn.Parameter, str],
+        moments: str,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        self.names, self.moments = names, moments
+        if moments == "int8":
+            for parameter, name in names.items():
+                _check_blocks(name, parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all parameters that have gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": torch.zeros(())} | self._zero_moments(parameter)
+                state["step"] += 1
+                for chunk in _Chunk.all_of(parameter, state):
+                    self._update(chunk, group, parameter, int(state["step"]))
+
+    def _zero_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return both moments of a parameter, placed as it is."""
+        moments = {}
+        for name in ("exp_avg", "exp_avg_sq"):
+            if self.moments != "int8" or parameter.ndim < 2:
+                dtype = torch.bfloat16 if self.moments == "bf16" else torch.float32
+                moments[name] = torch.zeros_like(parameter, dtype=dtype)
+                continue
+            # the code of 0
+            code = int(torch.bucketize(0.0, levels(name == "exp_avg", torch.device("cpu"))))
+            moments[name] = torch.full_like(parameter, code, dtype=torch.uint8)
+            moments[f"{name}_scale"] = _scales_like(parameter)
+        return moments
+
+    def _update(
+        self, chunk: _Chunk, group: dict[str, Any], parameter: nn.Parameter, step: int
+    ) -> None:
+        """Update some entries of a parameter and their moments."""
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        average, square = (self._read(chunk.state, moment) for moment in ("exp_avg", "exp_avg_sq"))
+        average.lerp_(chunk.gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(chunk.gradient, chunk.gradient, value=1 - beta2)
+        weight = chunk.weight.float()
+        weight.mul_(1 - lr * group["weight_decay"])
+        divisor = (square.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        weight.addcdiv_(average, divisor, value=-lr / (1 - beta1**step))
+
+        def bits(what: str) -> Tensor:
+            digest = hashlib.sha256(f"{self.names[parameter]} {what} {step}".encode()).digest()
+            seed = int.from_bytes(digest[:4], "little")
+            return hashed(seed, chunk.box, tuple(parameter.shape), weight.device)
+
+        for moment, values in (("exp_avg", average), ("exp_avg_sq", square)):
+            stored = chunk.state[moment]
+            if stored.dtype == torch.uint8:
+                codes, scales = to_int8(values, bits(moment), signed=moment == "exp_avg")
+                stored.copy_(codes)
+                chunk.state[f"{moment}_scale"].copy_(scales)
+            elif stored.dtype == torch.bfloat16:
+                stored.copy_(to_bf16(values, bits(moment)))
+        if chunk.weight.dtype == torch.bfloat16:
+            weight = to_bf16(weight, bits("weight"))
+        chunk.weight.copy_(weight)
+
+    def _read(self, state: dict[str, Tensor], moment: str) -> Tensor:
+        """Return a moment in fp32: itself where it is, else a copy."""
+        stored = state[moment]
+        if stored.dtype != torch.uint8:
+            return stored.float()
+        return from_int8(stored, state[f"{moment}_scale"], signed=moment == "exp_avg")
+
+
+def _check_blocks(name: str, parameter: nn.Parameter) -> None:
+    """Refuse int8 for a matrix whose rows are split within a block: its blocks would be others in
+    each layout.
+    """
+    width, whole = local(parameter).shape[-1], parameter.shape[-1]
+    if parameter.ndim > 1 and width != whole and width % BLOCK:
+        raise InputError(
+            f"--optim.moments int8 has blocks of {BLOCK} entries of a row, but ranks share rows of "
+            f"{name} in parts of {width}; lower --parallel.tp, or use bf16"
+        )
+
+
+def _scales_like(parameter: nn.Parameter) -> Tensor:
+    """Return zero scales for the blocks of a parameter, placed as it is."""
+
+    def blocks(shape: torch.Size) -> list[int]:
+        return [*shape[:-1], -(-shape[-1] // BLOCK)]
+
+    scales = torch.zeros(blocks(local(parameter).shape), device=parameter.device)
+    if not isinstance(parameter, DTensor):
+        return scales
+    shape = torch.Size(blocks(parameter.shape))
+    return DTensor.from_local(
+        scales,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
