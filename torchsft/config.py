@@ -367,7 +367,8 @@ class Optim:
     """
     masters: Literal["fp32", "bf16"] = "fp32"
     """bf16: parameters and their gradients have 2 bytes, in place of 4; updates are rounded at
-    random, so that small learning rates count in the mean. Routers stay fp32.
+    random, so that small learning rates count in the mean, gradients to the nearest behind each
+    microbatch (with pp behind the last). Routers stay fp32.
     """
     lr: float = 1e-5
     """Peak learning rate."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -207,10 +208,11 @@ def directory(tmp_path_factory):
 def test_a_layout_changes_a_random_choice_here_and_there_alone(
     ranks, directory, size, layout, formats
 ):
-    """Sums differ between layouts in their last bits, so that few of a step's random choices differ:
-    where the choice is between neighbours of bf16, a parameter then differs by one. Copies of a
-    parameter never differ. A data rank has its rows in one microbatch: gradients of bf16 parameters
-    are rounded to bf16 behind each, and so differ more where they are added up in another order.
+    """Sums differ between layouts in their last bits, so that few of a step's random choices do: a
+    parameter may be the other neighbour in bf16. Copies of a parameter never differ.
+
+    A data rank has its rows in one microbatch: gradients of bf16 parameters are rounded to bf16
+    behind each, and so differ more where they are added up in another order.
     """
 
     def run(n: int, options: dict[str, int]) -> list[list[dict[str, torch.Tensor]]]:
@@ -226,3 +228,59 @@ def test_a_layout_changes_a_random_choice_here_and_there_alone(
                 difference = (parts[0].double() - values.double()).abs()
                 assert (difference > 1e-5).double().mean() < 1e-3, name
                 assert difference.max() <= 2**-7 * values.abs().max(), name
+
+
+def everything(trainer: SilentTrainer) -> dict[str, torch.Tensor]:
+    """Parameters and all that the optimizer keeps of them."""
+    found = {}
+    for name, parameter in trainer.model.named_parameters():
+        state = trainer.optimizer.state.get(parameter, {})
+        found |= {f"{name} {key}": full(value) for key, value in state.items()}
+        found[name] = full(parameter)
+    return found
+
+
+def leg(
+    directory: str, output: str, stop: int, **options: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a run begins with, from its newest checkpoint, and what it has after step `stop`, where
+    it is saved.
+    """
+    config = config_for(directory, output=output, moments="int8", masters="bf16", **options)
+    config.checkpoint.mode, config.data.workers = "sync", 0
+    with World(config.parallel, config.train.seed) as world:
+        trainer = SilentTrainer(config, world)
+        world.barrier()
+        before = everything(trainer)
+        while trainer.counters.step < stop:
+            trainer.train_step(next(trainer.loader))
+        trainer.save()
+        trainer.output.checkpointer.wait()
+        return before, everything(trainer)
+
+
+def test_a_checkpoint_continues_exactly_also_on_another_layout(ranks, directory, tmp_path):
+    """On the same layout bit by bit; on others it begins with the very bytes."""
+    whole, legs = str(tmp_path / "whole"), str(tmp_path / "legs")
+
+    def run(n: int, output: str, stop: int, **options: Any) -> list[Any]:
+        return ranks(n, leg, directory=str(directory), output=output, stop=stop, **options)
+
+    ((_, expected),) = run(1, whole, 2)
+    ((_, first),) = run(1, legs, 1)
+    ((_, second),) = run(1, legs, 2)
+    assert expected.keys() == second.keys()
+    assert all(torch.equal(second[name], value) for name, value in expected.items())
+    assert any(not torch.equal(first[name], value) for name, value in expected.items())
+    for before, _ in run(4, legs, 2, dp_shard=4, ep=2):
+        assert all(torch.equal(before[name], value) for name, value in expected.items())
+    with pytest.raises(AssertionError, match=r"differs in optim\.moments: 'int8' -> 'bf16'"):
+        ranks(1, other_moments, directory=str(directory), output=legs)
+
+
+def other_moments(directory: str, output: str) -> None:
+    """Continue the run with moments of another format."""
+    config = config_for(directory, output=output, moments="bf16", masters="bf16")
+    config.checkpoint.resume = output + "/checkpoints/step-00000002"
+    with World(config.parallel, config.train.seed) as world:
+        SilentTrainer(config, world)

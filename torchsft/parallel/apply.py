@@ -19,7 +19,9 @@ from torchsft.parallel.world import World
 
 
 def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of hidden states and gathered parameters for a --precision.compute."""
+    """Return the dtype of hidden states and gathered parameters for a --precision.compute, or of
+    parameters for --optim.masters.
+    """
     is_bf16 = compute == "bf16" or (compute == "blockwise" and device.type == "cuda")
     return torch.bfloat16 if is_bf16 else torch.float32
 
