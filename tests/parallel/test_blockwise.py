@@ -12,10 +12,11 @@ from tests.parallel.passes import build, fill, training_pass
 from tests.tiny import write_tiny_model
 from torchsft.checkpoint import huggingface
 from torchsft.checkpoint.hf_directory import check_export
-from torchsft.config import Checkpoint, Config, InputError, Parallel, Precision
+from torchsft.config import Checkpoint, Config, InputError, Optim, Parallel, Precision
 from torchsft.models.decoder import Linear
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.blockwise import check_device
+from torchsft.parallel.memory import held_bytes
 from torchsft.parallel.world import World
 from torchsft.precision.blockwise import dequantise, scale_key
 
@@ -105,6 +106,17 @@ def test_what_cannot_be_in_fp8_is_refused():
             parallelize([model], world, torch.float32, precision=BLOCKWISE)
     with pytest.raises(InputError, match=r"needs a GPU of compute capability 9.0 .* has 8.0"):
         check_device((8, 0))
+
+
+def test_copies_that_are_kept_are_counted():
+    """2 bytes a parameter, where gathered parameters are kept too."""
+    with World(Parallel(), 0) as world:
+        model = build()
+        parallelize([model], world, torch.bfloat16)
+    for reshard, bytes_each in ((True, 0), (False, 2)):
+        options = model, torch.bfloat16, reshard, Optim()
+        more = sum(held_bytes(*options, fp8=True)) - sum(held_bytes(*options))
+        assert more == bytes_each * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("released", [False, True])
