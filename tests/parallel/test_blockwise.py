@@ -47,8 +47,10 @@ def one_process(ranks):
 def test_layouts_compute_what_one_process_does(ranks, one_process, size, parallel):
     """Forward, to the last bits of fp32 sums. In the backward pass a sum in another order rounds
     some values to the neighbour of what one process has (by 1/16 of them; 1e-3 to 1e-2 of a
-    gradient were seen, with the same code at different times), and which 128 tokens share a tile follows from the layout. Each of both gradients errs by 3.6 % (test_blockwise_compute.py),
-    so they differ by up to 5 %; what is lost or counted twice would be a factor.
+    gradient were seen, with the same code at different times), and which 128 tokens share a
+    tile follows from the layout. Each of both gradients errs by 3.6 %
+    (test_blockwise_compute.py), so they differ by up to 5 %; what is lost or counted twice would
+    be a factor.
     """
     result = ranks(size, training_pass, parallel=parallel, precision=BLOCKWISE, **SIZES)[0]
     assert result["loss"] == pytest.approx(one_process["loss"], rel=1e-6)
