@@ -206,7 +206,8 @@ class Trainer:
             reshard_after_forward=reshard,
             precision=config.precision,
         )
-        check_memory(self.model, compute, reshard, config.optim, world)
+        fp8 = config.precision.compute == "blockwise"
+        check_memory(self.model, compute, reshard, config.optim, world, fp8)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,
