@@ -506,10 +506,15 @@ def _parameter_group(text: str) -> ParameterGroup:
 class Precision:
     """Number formats of the computation; --optim has those of parameters and moments."""
 
-    compute: Literal["auto", "bf16", "fp32", "blockwise"] = "auto"
+    compute: Literal["auto", "bf16", "fp32", "blockwise", "float8"] = "auto"
     """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow
     there). blockwise: as auto, with DeepSeek's block-wise fp8 in the matrix products of attention
-    and feed-forward networks.
+    and feed-forward networks. float8: as auto, with torchao's float8 in those of attention, dense
+    networks and shared experts.
+    """
+    float8_recipe: Literal["rowwise", "tensorwise", "rowwise_with_gw_hp"] = "rowwise"
+    """Scales of float8, as torchao names them: one for each row of a factor; one for a tensor; or
+    rowwise with the gradients of weights not in fp8, the most exact.
     """
     power_of_two_scales: bool = False
     """Round the scales of blockwise up to powers of two."""
@@ -519,6 +524,11 @@ class Precision:
             raise InputError(
                 "--precision.power-of-two-scales is for --precision.compute blockwise, not "
                 f"{self.compute}"
+            )
+        if self.float8_recipe != "rowwise" and self.compute != "float8":
+            raise InputError(
+                f"--precision.float8-recipe {self.float8_recipe} is for --precision.compute float8,"
+                f" not {self.compute}"
             )
 
 

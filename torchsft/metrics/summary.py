@@ -39,6 +39,11 @@ def describe_run(
     compute = f"{config.precision.compute} compute"
     if config.precision.compute == "blockwise":
         compute += " (fp8 but for embedding, head, routers, norms and attention's inner products)"
+    if config.precision.compute == "float8":
+        compute += (
+            f" ({config.precision.float8_recipe}: attention's matrices, dense networks and shared "
+            "experts; not embedding, head, routers, routed experts, indexers and MTP's eh_proj)"
+        )
     return f"{model}, {compute}, on {ranks}: {layout}; {steps}"
 
 

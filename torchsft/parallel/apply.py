@@ -13,6 +13,7 @@ from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.blockwise import apply_blockwise
 from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.expert import apply_expert_parallel
+from torchsft.parallel.float8 import apply_float8
 from torchsft.parallel.fsdp import apply_fsdp
 from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
@@ -22,7 +23,7 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     """Return the dtype of hidden states and gathered parameters for a --precision.compute, or of
     parameters for --optim.masters.
     """
-    is_bf16 = compute == "bf16" or (compute == "blockwise" and device.type == "cuda")
+    is_bf16 = compute == "bf16" or (compute in ("blockwise", "float8") and device.type == "cuda")
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
@@ -65,6 +66,8 @@ def parallelize(
                 power_of_two=precision.power_of_two_scales,
                 keep=not reshard_after_forward,
             )
+        if precision and precision.compute == "float8":
+            apply_float8(stage, world.device, precision.float8_recipe)
         apply_activation_checkpointing(stage, activations or Train(), world.device)
         if masters != torch.float32:
             cast_parameters(stage, masters)

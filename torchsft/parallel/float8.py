@@ -1,45 +1,43 @@
-"""float8 in a model: which of its linear maps multiply so."""
+"""torchao's float8 products in a model: in the matrices of attention, dense networks and shared
+experts.
+
+Embedding, head and routers are left out for accuracy, as DeepSeek-V3 leaves them out
+(arXiv:2412.19437, section 3.3), and so are the matrix that joins MTP layers and DeepSeek-V3.2's
+indexer, whose small differences choose tokens; routed experts have grouped products.
+"""
 
 import torch
 
 from torchsft.config import InputError
 from torchsft.models.decoder import Linear, local
 from torchsft.models.language_model import LanguageModel
-from torchsft.precision.float8 import Recipe, float8_product
+from torchsft.precision.float8 import CAPABILITY, MULTIPLE, float8_product
 
-CAPABILITY = 8, 9  # of a GPU with tensor cores for fp8
-MULTIPLE = 16  # of both dims of a matrix that kernels take
+KEPT = "lm_head", "eh_proj", "indexer"  # parts of names of what is not in fp8
 
 
-def apply_float8(model: LanguageModel, device: torch.device, recipe: Recipe) -> None:
-    """Let the linear maps of a model's layers, whose matrices are split over ranks already,
-    multiply in float8: of attention, dense networks and shared experts.
-
-    Not those that an fp8 release of the family has in bf16 (`LanguageModel.quantised`), as they
-    cost accuracy; routers, whose choice a rounding would change; embedding and head, whose
-    gradients are rare and large; and the experts' grouped products.
+def apply_float8(model: LanguageModel, device: torch.device, recipe: str) -> None:
+    """Let a model, whose heads and matrices are split over ranks already, multiply in float8.
 
     Args:
         model: changed in place.
         device: that it runs on; a CPU emulates.
-        recipe: see precision/float8.py.
+        recipe: of torchao.
 
     Raises:
-        InputError: the GPU has no float8, or a matrix's part has dims that kernels do not take.
+        InputError: the device has no fp8, or this rank's part of a matrix is not for its products.
     """
     if device.type == "cuda":
         check_device(torch.cuda.get_device_capability(device))
     product = float8_product(recipe, emulate=device.type != "cuda")
     for name, module in model.named_modules():
-        if not isinstance(module, Linear) or not name.startswith("model.layers."):
-            continue
-        if model.quantised is None or model.is_quantised(model.hf_key(f"{name}.weight")):
-            check_part(name, module)
+        if isinstance(module, Linear) and not set(KEPT) & set(name.split(".")):
+            check_shape(name, module)
             module.product = product
 
 
 def check_device(capability: tuple[int, int]) -> None:
-    """Refuse a GPU without tensor cores for fp8."""
+    """Refuse a GPU without fp8."""
     has, needs = (".".join(map(str, version)) for version in (capability, CAPABILITY))
     if capability < CAPABILITY:
         raise InputError(
@@ -48,14 +46,14 @@ def check_device(capability: tuple[int, int]) -> None:
         )
 
 
-def check_part(name: str, linear: Linear) -> None:
-    """Refuse a rank's part of a matrix that kernels do not take."""
-    rows, columns = local(linear.weight).shape
+def check_shape(name: str, linear: Linear) -> None:
+    """Refuse a matrix that fp8 kernels cannot multiply: on a CPU too, so that a run moves."""
+    outputs, inputs = local(linear.weight).shape
     if linear.rows is not None:
-        rows = linear.rows.stop - linear.rows.start
-    if rows % MULTIPLE or columns % MULTIPLE:
+        outputs = len(range(*linear.rows.indices(outputs)))
+    if outputs % MULTIPLE or inputs % MULTIPLE:
         raise InputError(
-            f"--precision.compute float8 needs matrices whose dims are multiples of {MULTIPLE}, "
-            f"but a rank's part of {name} is {rows} x {columns}; lower --parallel.tp and "
-            "--parallel.cp, or use --precision.compute bf16"
+            f"{name} is [{outputs}, {inputs}] on a rank, but --precision.compute float8 needs "
+            f"multiples of {MULTIPLE}; use --precision.compute bf16, or lower --parallel.tp and "
+            "--parallel.cp"
         )
