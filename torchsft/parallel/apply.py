@@ -42,6 +42,7 @@ def parallelize(
     activation_checkpointing: bool = False,  # compute every layer again in the backward pass
     reshard_after_forward: bool = True,  # see `apply_fsdp`
     precision: Precision | None = None,  # of products; None: that of `compute`
+    offload: bool = False,  # keep parameters and gradients in host memory
 ) -> None:
     """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no
     memory is allocated.
@@ -69,8 +70,9 @@ def parallelize(
             apply_activation_checkpointing(stage)
         if masters != torch.float32:
             cast_parameters(stage, masters)
-        if world.dense.size() > 1 or {compute, masters} != {torch.float32}:
-            apply_fsdp(stage, world.parameter, world.expert, compute, reshard_after_forward)
+        if world.dense.size() > 1 or {compute, masters} != {torch.float32} or offload:
+            meshes = world.parameter, world.expert
+            apply_fsdp(stage, *meshes, compute, reshard_after_forward, offload)
 
 
 def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:
