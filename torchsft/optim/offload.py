@@ -38,7 +38,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torchsft.models.language_model import LanguageModel
 
 
-@dataclass
+@dataclass(eq=False)
 class _Unit:
     """What is updated at once: a layer with its experts and router, or the rest of a stage.
 
@@ -144,13 +144,15 @@ class OffloadedAdamW(torch.optim.AdamW):
         """Begin to update all units; the gradients belong to the thread, which frees them."""
         assert closure is None, "the gradients are there"
         self.wait()
-        is_first = not self.state  # which others look at without a lock
+        # Of the first step others see the state as soon as it returns; FSDP may not have gathered
+        # anything yet (torch's `get_optimizer_state_dict` steps to make a state).
+        is_first = not self.state
         for unit in self.units:
             if unit.adamw is not None:
                 unit.adamw.state = self.state
                 for own, group in zip(unit.adamw.param_groups, unit.groups, strict=True):
                     own.update(group)  # this step's learning rate
-            unit.done = self.thread.submit(self._update, unit)
+            unit.done = self.thread.submit(self._update, unit, not is_first)
         if is_first or not self.overlaps:
             self.wait()
 
@@ -162,11 +164,13 @@ class OffloadedAdamW(torch.optim.AdamW):
                     part.sharded_param.grad = None
 
     @torch.no_grad()
-    def _update(self, unit: _Unit) -> None:
-        """Update a unit on the host and its copy on the device; the thread's."""
+    def _update(self, unit: _Unit, copies: bool) -> None:
+        """Update a unit on the host and, if `copies`, on the device; runs in the thread."""
         if unit.adamw is not None:
             unit.adamw.step()
             unit.adamw.zero_grad()
+        if not copies:
+            return
         with torch.cuda.stream(self.stream):
             for part in unit.parts:
                 self._copy(part)
