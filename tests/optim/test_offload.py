@@ -113,7 +113,7 @@ def check(inputs: Path, a: list[dict], b: list[dict], exports: tuple[str, str]) 
 @pytest.mark.parametrize(
     ("n", "sizes"),
     [
-        (1, {}),
+        (1, {"compute": "bf16"}),
         (2, {"dp_replicate": 2, "dp_shard": 1}),
         (2, {"pp": 2, "pp_schedule": "Interleaved1F1B"}),
         (2, {"tp": 2}),
@@ -127,15 +127,15 @@ def test_an_offloaded_run_is_the_resident_one(inputs, ranks, n, sizes):
 
 
 def test_a_run_continues_offloaded_and_resident_on_this_layout_and_another(inputs, ranks):
-    """In bf16, from ranks that share experts to ones that share rows."""
-    sizes = {"dp_shard": 2, "ep": 2, "compute": "bf16"}
+    """From ranks that share experts to ones that share rows."""
+    sizes = {"dp_shard": 2, "ep": 2}
     results = ranks(2, train, directory=str(inputs), runs=WHOLE + LEGS, **sizes)
     resident, offloaded, *legs = map(list, zip(*results, strict=True))
     check(inputs, resident, offloaded, exports=("resident", "offloaded"))
     for rank, last in enumerate(legs[-1]):
         last["numbers"] = [step for leg in legs for step in leg[rank]["numbers"]]
     check(inputs, resident, legs[-1], exports=("resident", "legs"))
-    sizes = {"cp": 2, "compute": "bf16", "activation_checkpointing": "full"}
+    sizes = {"cp": 2, "activation_checkpointing": "full"}
     runs = [(f"{output} cp", *others) for output, *others in WHOLE]
     begin = str(inputs / "legs" / "checkpoints" / "step-00000001")
     results = ranks(2, train, directory=str(inputs), runs=runs, resume=begin, **sizes)
@@ -174,6 +174,14 @@ def test_a_layer_waits_for_its_update_and_the_next_ones_and_for_no_other(inputs)
         order_of_the_first = order.copy()
         trainer.train_step(next(trainer.loader))
         trainer.optimizer.wait()
+        copies = trainer.optimizer.copies
+        for part in units[1].parts:  # what FSDP gathers of the first layer
+            masters, copy = copies[part]
+            assert masters.data_ptr() == part.sharded_param.to_local().data_ptr()
+            assert part.all_gather_inputs[0].data_ptr() == copy.data_ptr() != masters.data_ptr()
+            assert copy.dtype == torch.float32 and torch.equal(copy, masters)
+        trainer.model.state_dict()  # who has the masters may change them
+        assert all(part.all_gather_inputs[0] is copies[part][0] for part in units[1].parts)
     assert ("updated", len(units) - 1) not in order_of_the_first
     last = len(units) - 1
     for number in range(last + 1):

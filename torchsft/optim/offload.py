@@ -23,7 +23,11 @@ So every number is that of `torch.optim.AdamW(fused=True)` on CPU tensors, and t
 the masters rounded once, as FSDP rounds them without offload. On a CPU, the "device" is the host:
 the same code runs, without streams and pinning.
 
-What is read of FSDP's parts beyond its interface is in `_gathered_from` alone.
+With several microbatches FSDP waits, from the second on, for a layer's gradient before it launches
+more, to add it up on the host; with a pipeline it adds up on the device, and copies once.
+
+Beyond FSDP's interface this file uses `FSDPParam.sharded_param`, `.param_dtype` and
+`._sharded_param_data` (see `_gathered_from`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -111,7 +115,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             if unit.groups:
                 copies = [dict(group) for group in unit.groups]
                 unit.adamw = torch.optim.AdamW(copies, fused=True)
-        self.device = self.units[0].module._get_fsdp_state()._device
+        self.device = next(stages[0].buffers()).device
         is_cuda = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if is_cuda else None
         self.thread = ThreadPoolExecutor(1, "offloaded-adamw")
