@@ -48,7 +48,7 @@ def parallelize(
     memory is allocated.
 
     On one rank with fp32 alone there is nothing to shard and nothing to cast, so the model is left
-    as it is.
+    as it is, unless `offload` is asked for.
 
     Raises:
         InputError: something does not divide over the mesh.
