@@ -9,6 +9,7 @@ import pytest
 from recipes.deepseek_v3_sft import PRESETS
 from recipes.sft import choose_preset
 from tests.families import RECIPES
+from torchsft.checkpoint.resume import differences
 from torchsft.cli import parse
 from torchsft.config import (
     Checkpoint,
@@ -19,7 +20,6 @@ from torchsft.config import (
     Parallel,
     Router,
     Train,
-    differences,
     to_dict,
 )
 from torchsft.resolution import resolve

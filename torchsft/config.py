@@ -11,7 +11,6 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -672,41 +671,3 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Return the whole configuration as JSON-able nested dictionaries."""
     # tuples become lists, as they do in config.json
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-# What may differ between a run and its continuation: it changes neither the steps' mathematics nor
-# their data.
-FREE_TO_CHANGE = (
-    *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
-    "data.cache data.workers optim.offload".split(),
-    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
-    "train.activation_checkpointing_every train.selective_products "
-    "train.activation_offload train.deterministic".split(),
-    *"model.loss_chunk model.attention model.experts model.ops".split(),
-)
-
-
-def differences(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    prefix: str = "",
-    defaults: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0
-    -> 1'.
-
-    An option that `old` lacks, as the version that wrote it had none, had its default there
-    (`defaults`, of this level); one that `new` lacks any more counts where it asked for something.
-    """
-    defaults = to_dict(Config()) if defaults is None else defaults
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        name, a = prefix + key, old.get(key, defaults.get(key))
-        b = new.get(key) if key in new or a else a
-        if name in FREE_TO_CHANGE or a == b:
-            continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, name + ".", defaults.get(key, {}))
-        else:
-            found.append(f"{name}: {a!r} -> {b!r}")
-    return found

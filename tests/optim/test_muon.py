@@ -11,7 +11,8 @@ from torch import nn
 from tests.distributed.test_layouts import SilentTrainer, config_for, full
 from tests.families import tiny
 from tests.tiny import tiny_config, write_conversations, write_tiny_model
-from torchsft.config import Config, Optim, differences, to_dict
+from torchsft.checkpoint.resume import differences
+from torchsft.config import Config, Optim, to_dict
 from torchsft.models.families import build_model
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.muon import orthogonalise

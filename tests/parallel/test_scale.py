@@ -82,7 +82,7 @@ def share_of_a_rank(name, rank, changes):
         stages = split(model, plan, pp_rank)
     parallelize(
         stages,
-        SimpleNamespace(**meshes),
+        SimpleNamespace(**meshes, device=torch.device("cuda")),
         torch.bfloat16,
         reshard_after_forward=reshard_after_forward(parallel),
     )

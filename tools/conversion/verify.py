@@ -26,6 +26,7 @@ from torchsft.checkpoint.huggingface import check_weights, open_weights
 from torchsft.checkpoint.manifest import damaged, incomplete, read_manifest
 from torchsft.checkpoint.publish import read_lock
 from torchsft.checkpoint.reader import RangeReader
+from torchsft.checkpoint.resume import differences
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.stored import PACKED_BYTES
 from torchsft.checkpoint.weight_files import (
@@ -35,7 +36,6 @@ from torchsft.checkpoint.weight_files import (
     WeightIndex,
     stored_format,
 )
-from torchsft.config import differences
 from torchsft.models.families import read_model_config
 from torchsft.precision.formats import Fp8Blocks
 

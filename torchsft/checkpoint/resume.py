@@ -13,8 +13,18 @@ from torchsft.checkpoint import state
 from torchsft.checkpoint.overwrite import refuse_to_delete_inputs
 from torchsft.checkpoint.storage import Folder
 from torchsft.checkpoint.weight_files import read_json_object
-from torchsft.config import Config, InputError, differences, to_dict
+from torchsft.config import Config, InputError, to_dict
 
+# What may differ between a run and its continuation: it changes neither the steps' mathematics nor
+# their data.
+FREE_TO_CHANGE = (
+    *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
+    "data.cache data.workers optim.offload".split(),
+    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
+    "train.activation_checkpointing_every train.selective_products "
+    "train.activation_offload train.deterministic".split(),
+    *"model.loss_chunk model.attention model.experts model.ops".split(),
+)
 LENGTH = ("train.steps:", "train.epochs:")  # of a run: may change when it is continued
 
 
@@ -141,6 +151,32 @@ def _changes(found: Mapping[str, Any], config: Config) -> list[str]:
     """
     old, new = (_elsewhere(options) for options in (found, to_dict(config)))
     return differences(old, new)
+
+
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    prefix: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Options that make `new` another run than `old` (both from `to_dict`), each as 'train.seed: 0
+    -> 1'.
+
+    An option that `old` lacks, as the version that wrote it had none, had its default there
+    (`defaults`, of this level); one that `new` lacks any more counts where it asked for something.
+    """
+    defaults = to_dict(Config()) if defaults is None else defaults
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name, a = prefix + key, old.get(key, defaults.get(key))
+        b = new.get(key) if key in new or a else a
+        if name in FREE_TO_CHANGE or a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, name + ".", defaults.get(key, {}))
+        else:
+            found.append(f"{name}: {a!r} -> {b!r}")
+    return found
 
 
 def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
