@@ -12,7 +12,7 @@ ROOMS = {
     "precision": {"config"},
     "models": {"config", "ops", "precision"},
     "data": {"config"},
-    "optim": {"config"},
+    "optim": {"config", "checkpoint"},
     "parallel": {"config", "data", "models", "ops"},
     "metrics": {"config", "data", "models", "parallel"},
     "checkpoint": {"config", "data", "models", "parallel", "precision"},

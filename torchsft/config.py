@@ -377,6 +377,14 @@ class Optim:
     """
     clip_norm: float | None = 1.0
     """Largest global gradient norm (over what is trained); None leaves gradients as they are."""
+    masters: Literal["fp32", "bf16"] = "fp32"
+    """Parameters that the optimizer moves. bf16: rounded stochastically, so that small steps count
+    on average, with sharded gradients in bf16; routers stay fp32.
+    """
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """First and second moment of matrices (those of norms and biases are fp32), rounded
+    stochastically, so that they can decay; int8: blocks of 128 with an fp32 scale.
+    """
     groups: tuple[str, ...] = ()
     """PATTERN:lr=1e-6,weight_decay=0 (or one of the two): another peak learning rate, on the same
     schedule, or weight decay for some parameters. Patterns as for --train.freeze; the first one
@@ -457,7 +465,7 @@ def _parameter_group(text: str) -> ParameterGroup:
 
 @dataclass(kw_only=True)
 class Precision:
-    """Number formats. Master parameters, gradients and moments are always fp32."""
+    """Number formats of the passes; those of masters and moments are --optim's."""
 
     compute: Literal["auto", "bf16", "fp32"] = "auto"
     """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow
@@ -503,8 +511,8 @@ class Checkpoint:
     """
     export: Literal["bf16", "fp32", "fp8", "int4", "mxfp4", "none"] = "bf16"
     """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128; int4
-    and mxfp4: of models that are released so. All are quantised from the fp32 masters, and what
-    training did not change keeps its bytes.
+    and mxfp4: of models that are released so. All are made from the masters (--optim.masters bf16
+    has no more than bf16 to give), and what training did not change keeps its bytes.
     """
     export_every: int = 0
     """Steps between further exports, to hf-step-00000100/ and so on, all of which are kept. 0: only

@@ -204,10 +204,11 @@ class Trainer:
             self.stages,
             world,
             compute,
+            masters=COMPUTE_DTYPES[config.optim.masters],
             activation_checkpointing=train.activation_checkpointing == "full",
             reshard_after_forward=reshard,
         )
-        check_memory(self.model, compute, reshard, world)
+        check_memory(self.model, compute, reshard, world, config.optim.moments)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,

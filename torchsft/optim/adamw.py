@@ -1,4 +1,4 @@
-"""AdamW on fp32 master weights."""
+"""AdamW on master weights, fp32 by default."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,19 +9,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchsft.config import Optim, ParameterGroup
+from torchsft.optim.low_precision import LowPrecisionAdamW
 
 
 def build_optimizer(
     model: nn.Module,
     optim: Optim,
     groups: Mapping[str, ParameterGroup] | None = None,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Make AdamW over every trainable parameter of `model`: decoupled weight decay on matrices
     only.
 
     Parameters of two or more dims shrink by `lr * weight_decay` of themselves a step, the rest
-    (norms, biases) does not; frozen parameters are left out. They are on one device, fp32 masters,
-    so that a small learning rate moves them; moments have the parameter's dtype and placements.
+    (norms, biases) does not; frozen parameters are left out. They are on one device. Fp32 masters
+    with fp32 moments are torch's fused AdamW's; bf16 masters, or moments of fewer bits, are rounded
+    stochastically (`low_precision.py`). Moments have the parameter's placements.
     Parameters may be plain tensors and DTensors of several meshes: each mesh has groups of its own,
     as one fused (or foreach) call that mixes them raises. Each group has its peak learning rate as
     `peak`; `set_lr` sets the current one before each step. Of a pipeline rank's part all may be
@@ -32,6 +34,9 @@ def build_optimizer(
         model: this rank's part.
         optim: of the run.
         groups: name -> options of its own (`Selection.groups`).
+
+    Raises:
+        InputError: see `LowPrecisionAdamW`.
     """
     parameters_of: dict[_Alike, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -45,6 +50,9 @@ def build_optimizer(
     for alike, parameters in parameters_of.items():
         options = {"peak": alike.peak_lr(optim), "weight_decay": alike.weight_decay(optim)}
         param_groups.append({"params": parameters, **options})
+    if (optim.masters, optim.moments) != ("fp32", "fp32"):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        return LowPrecisionAdamW(param_groups, names, optim)
     return torch.optim.AdamW(
         param_groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
     )

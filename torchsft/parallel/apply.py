@@ -19,8 +19,9 @@ def parallelize(
     # the pipeline stages that this rank holds; without a pipeline, the model
     stages: Sequence[LanguageModel],
     world: World,
-    compute: torch.dtype,  # of the forward and backward pass; parameters stay fp32
+    compute: torch.dtype,  # of the forward and backward pass
     *,
+    masters: torch.dtype = torch.float32,  # of parameters; routers stay fp32
     activation_checkpointing: bool = False,  # compute every layer again in the backward pass
     reshard_after_forward: bool = True,  # see `apply_fsdp`
 ) -> None:
@@ -34,6 +35,8 @@ def parallelize(
         InputError: something does not divide over the mesh.
     """
     for stage in stages:
+        if masters != torch.float32:
+            _cast(stage, masters)
         if world.dense["tp"].size() > 1:
             apply_tensor_parallel(stage, world)
         apply_expert_parallel(stage, world.expert)
@@ -41,5 +44,17 @@ def parallelize(
             apply_context_parallel(stage, world)
         if activation_checkpointing:
             apply_activation_checkpointing(stage)
-        if world.dense.size() > 1 or compute != torch.float32:
+        if world.dense.size() > 1 or {compute, masters} != {torch.float32}:
             apply_fsdp(stage, world.parameter, world.expert, compute, reshard_after_forward)
+
+
+def _cast(stage: LanguageModel, masters: torch.dtype) -> None:
+    """Give all parameters but those of routers a dtype, in place.
+
+    A router chooses by small differences, and is small. Norms and biases share an FSDP2 unit with
+    matrices, hence their dtype.
+    """
+    routers = {p for moe in stage.moe_layers().values() for p in moe.gate.parameters()}
+    for parameter in stage.parameters():
+        if parameter not in routers:
+            parameter.data = parameter.data.to(masters)

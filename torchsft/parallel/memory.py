@@ -10,8 +10,9 @@ from torchsft.config import InputError
 from torchsft.models.decoder import local
 from torchsft.parallel.world import World
 
-# Bytes per parameter in fp32: the weight; the weight and two moments; these and the gradient.
-WEIGHT, WITH_MOMENTS, WITH_GRADIENT = 4, 12, 16
+# Bytes of both moments per parameter (of two or more dims), by --optim.moments: int8 codes have an
+# fp32 scale for each block of 128.
+MOMENTS = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / 128)}
 
 
 def device_bytes(device: torch.device) -> int | None:
@@ -22,8 +23,8 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def held_bytes(
-    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool
-) -> tuple[int, int]:
+    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool, moments: str = "fp32"
+) -> tuple[float, float]:
     """Count the device memory that this rank needs for its share of the parameters through a step;
     activations and buffers come on top.
 
@@ -31,22 +32,23 @@ def held_bytes(
         model: this rank's part, sharded; on any device.
         compute: dtype of gathered parameters.
         reshard_after_forward: whether gathered parameters are freed between the passes.
+        moments: their format (`MOMENTS`).
 
     Returns:
-        Bytes that more data ranks would share: weight, gradient and two moments in fp32, or of a
-        frozen parameter the weight. And bytes that they would not: where gathered parameters are
-        kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
-        behind the last microbatch (so that they stand in for the sharded ones).
+        Bytes that more data ranks would share: weight, gradient (in the weight's dtype) and two
+        moments, or of a frozen parameter the weight. And bytes that they would not: where gathered
+        parameters are kept for a whole step, these, in `compute`, and their fp32 gradients, which
+        are scattered behind the last microbatch (so that they stand in for the sharded ones).
     """
-    sharded = gathered = 0
+    sharded = gathered = 0.0
     for parameter in model.parameters():
-        trained = parameter.requires_grad
+        trained, weight = parameter.requires_grad, parameter.itemsize
+        with_moments = weight + (MOMENTS[moments] if trained else 0)
         if reshard_after_forward or not isinstance(parameter, DTensor):
-            each = WITH_GRADIENT if trained else WEIGHT
+            each = with_moments + (weight if trained else 0)
             sharded += each * local(parameter).numel()
             continue
-        each = WITH_MOMENTS if trained else WEIGHT
-        sharded += each * local(parameter).numel()
+        sharded += with_moments * local(parameter).numel()
         each = compute.itemsize + (4 if trained else 0)
         gathered += each * gathered_elements(parameter)
     return sharded, gathered
@@ -67,7 +69,11 @@ def gathered_elements(parameter: DTensor) -> int:
 
 
 def check_memory(
-    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool, world: World
+    model: nn.Module,
+    compute: torch.dtype,
+    reshard_after_forward: bool,
+    world: World,
+    moments: str = "fp32",
 ) -> None:
     """Refuse a model whose share does not fit into this rank's device, before any is allocated.
 
@@ -75,7 +81,7 @@ def check_memory(
         InputError: what the rank would hold and what its device has, in GB (10^9 bytes).
     """
     available = device_bytes(world.device)
-    sharded, gathered = held_bytes(model, compute, reshard_after_forward)
+    sharded, gathered = held_bytes(model, compute, reshard_after_forward, moments)
     if available is None or sharded + gathered <= available:
         return
     remedy = "raise --parallel.pp, --parallel.ep or --parallel.tp"
