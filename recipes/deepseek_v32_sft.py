@@ -8,11 +8,11 @@ attention in documents longer than index_topk (2048) tokens.
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8
 
 Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
-packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
+packed rows, fp32, bf16 or fp8 compute, pipeline (pp), replicated (dp_replicate), sharded (dp_shard)
 data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides. Ctrl-C,
 SIGTERM and SIGUSR1 make it save and end; the same command continues.
 The indexer, which chooses what tokens see, is never trained: exports have it as it was.
-Refuses: fp8 compute (not in this version), tied embeddings with pp, documents longer than
+Refuses: tied embeddings with pp, documents longer than
 index_topk where layers share the choice of others (indexer_types).
 """
 

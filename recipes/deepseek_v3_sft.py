@@ -8,10 +8,10 @@ Kimi-K2-Thinking, K2.5 to K2.7, Moonlight, GLM-4.7-Flash).
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8
 
 Supports: fp8, INT4, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
-packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
+packed rows, fp32, bf16 or fp8 compute, pipeline (pp), replicated (dp_replicate), sharded (dp_shard)
 data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides. Ctrl-C,
 SIGTERM and SIGUSR1 make it save and end; the same command continues.
-Refuses: fp8 compute (not in this version), tied embeddings with pp.
+Refuses: tied embeddings with pp.
 """
 
 from __future__ import annotations

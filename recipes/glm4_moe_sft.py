@@ -7,11 +7,11 @@
         --model.path HF_DIR --data.train chats.jsonl --parallel.ep 8
 
 Supports: bf16, fp32 and DeepSeek's fp8 safetensors (and what tools/convert_checkpoint.py makes of
-them), packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded
+them), packed rows, fp32, bf16 or fp8 compute, pipeline (pp), replicated (dp_replicate) and sharded
 (dp_shard) data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that
 divides. Ctrl-C, SIGTERM and SIGUSR1 make it save and end; the same command continues.
-Refuses: the fp8 of the published FP8 models (compressed-tensors: take the bf16 ones), fp8 compute
-(not in this version), tied embeddings with pp.
+Refuses: the fp8 of the published FP8 models (compressed-tensors: take the bf16 ones), tied
+embeddings with pp.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Supports: MXFP4, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py
 packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
 data, context (cp), tensor (tp) and expert (ep) parallelism in any combination that divides. Ctrl-C,
 SIGTERM and SIGUSR1 make it save and end; the same command continues.
-Refuses: fp8 compute (not in this version), fp8 exports, tied embeddings with pp.
+Refuses: block-wise fp8 compute, fp8 exports, tied embeddings with pp.
 """
 
 from __future__ import annotations

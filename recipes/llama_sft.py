@@ -8,10 +8,10 @@ SmolLM3, Mistral, Qwen2 and Qwen2.5).
         --model.path HF_DIR --data.train chats.jsonl
 
 Supports: fp8, bf16 and fp32 safetensors (and what tools/convert_checkpoint.py makes of them),
-packed rows, fp32 or bf16 compute, pipeline (pp), replicated (dp_replicate) and sharded (dp_shard)
+packed rows, fp32, bf16 or fp8 compute, pipeline (pp), replicated (dp_replicate), sharded (dp_shard)
 data, context (cp) and tensor (tp) parallelism in any combination that divides. Ctrl-C, SIGTERM and
 SIGUSR1 make it save and end; the same command continues.
-Refuses: fp8 compute (not in this version), tied embeddings with pp, biases in feed-forward
+Refuses: tied embeddings with pp, biases in feed-forward
 networks, sliding windows of Qwen2 and SmolLM3.
 """
 

@@ -9,11 +9,11 @@ ROOT = Path(torchsft.__file__).parent
 # What a room may import besides itself, config among them.
 ROOMS = {
     "ops": {"config"},
-    "precision": {"config"},
+    "precision": {"config", "ops"},
     "models": {"config", "ops", "precision"},
     "data": {"config"},
-    "optim": {"config", "checkpoint"},
-    "parallel": {"config", "data", "models", "ops"},
+    "optim": {"checkpoint", "config", "models"},
+    "parallel": {"config", "data", "models", "ops", "precision"},
     "metrics": {"config", "data", "models", "parallel"},
     "checkpoint": {"config", "data", "models", "parallel", "precision"},
 }

@@ -31,7 +31,7 @@ from recipes import deepseek_v3_sft
 from recipes.sft import choose_preset
 from tests import same_numbers
 from tests.families import RECIPES
-from tools import benchmark, convert_checkpoint, draw_pages, inspect_data
+from tools import benchmark, convert_checkpoint, draw_pages, fp8_study, inspect_data
 from torchsft import cli
 from torchsft.config import Config
 
@@ -118,6 +118,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "tools/convert_checkpoint.py": convert_checkpoint.parse,
     "tools/benchmark.py": benchmark.parse,
     "tools/draw_pages.py": draw_pages.parse,
+    "tools/fp8_study.py": fp8_study.parse,
     "tests/same_numbers.py": same_numbers.parse,
 }
 
@@ -185,6 +186,7 @@ def test_options_of_a_file_are_understood(tmp_path):
 TOOLS = [("tools/convert_checkpoint.py", line) for line in (["to-dcp", "a", "b"], ["info", "a"])]
 TOOLS += [("tools/convert_checkpoint.py", line) for line in (["to-hf", "a", "b"], ["verify", "a"])]
 TOOLS += [("tools/benchmark.py", [command]) for command in ("step", "gpu", "data")]
+TOOLS += [("tools/fp8_study.py", ["a"])]
 SECTIONS = ("--model", "--data", "--train")  # the text names all options of one so
 TORCH_2_13 = ("--shutdown-timeout",)  # options of torchrun that older versions lack
 

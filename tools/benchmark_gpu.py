@@ -1,5 +1,5 @@
-"""`tools/benchmark.py gpu`: a bf16 training step at real widths on one device, beside that device's
-matrix product peak.
+"""`tools/benchmark.py gpu`: a training step in bf16 and in block-wise fp8 at real widths on one
+device, beside that device's matrix product peak in bf16.
 
 Two models, each with a dense layer and as many MoE layers and experts as fit: DeepSeek-V3's own
 widths, and the widths of Qwen3-30B-A3B (2048 wide, 128 experts of 768, top-8) with MLA. The
@@ -9,6 +9,7 @@ vocabulary is cut to 32,768 so that memory goes to layers.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import platform
 import time
@@ -19,12 +20,13 @@ from typing import Any
 
 import torch
 
-from torchsft.config import Optim, Parallel
+from torchsft.config import Optim, Parallel, Precision
 from torchsft.metrics.throughput import peak_tflops
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
 from torchsft.optim.adamw import build_optimizer
-from torchsft.parallel.apply import parallelize
+from torchsft.parallel.apply import compute_dtype, parallelize
+from torchsft.parallel.blockwise import CAPABILITY
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.world import World
 
@@ -172,12 +174,13 @@ def document_lengths(row: int) -> list[int]:
 
 
 def measure_step(
-    config: dict[str, Any], world: World, *, row: int, repeats: int, compute: torch.dtype
+    config: dict[str, Any], world: World, *, row: int, repeats: int, precision: Precision
 ) -> dict[str, Any]:
     """Time, memory and longest kernels of forward + backward + clip + AdamW on one packed row."""
     device = world.device
     model = build(config)
-    parallelize([model], world, compute)
+    compute = compute_dtype(precision.compute, device)
+    parallelize([model], world, compute, precision=precision)
     model.to_empty(device=device)
     model.init_buffers()
     with torch.no_grad():
@@ -279,15 +282,18 @@ def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:
             "data_sheet_tflops": peak_tflops(world.device),
         }
         memory = torch.cuda.mem_get_info(world.device)[1] * 0.94
-        for case in (V3, QWEN3):
+        has_fp8 = torch.cuda.get_device_capability(world.device) >= CAPABILITY
+        computes = ("bf16", "blockwise") if has_fp8 else ("bf16",)
+        for case, compute in itertools.product((V3, QWEN3), computes):
             experts, layers = largest_that_fits(case, memory)
             config = hf_config(case.sizes, experts, layers)
-            result = measure_step(config, world, row=ROW, repeats=repeats, compute=torch.bfloat16)
+            precision = Precision(compute=compute)
+            result = measure_step(config, world, row=ROW, repeats=repeats, precision=precision)
             result["share_of_matmul_peak"] = result["tflops"] / peak
-            report[case.name] = result
+            report[f"{case.name} {compute}"] = result
             gc.collect()  # an FSDP model is in reference cycles
             torch.cuda.empty_cache()
-            print(f"{case.name}: {json.dumps(result, indent=2)}", flush=True)
+            print(f"{case.name} {compute}: {json.dumps(result, indent=2)}", flush=True)
             if json_path:
                 json_path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"plain bf16 matrix product: {peak:.0f} TFLOP/s")

@@ -236,9 +236,20 @@ class Train:
     to a dot: '*.mlp.shared_experts', lm_head. The experts of a layer are two parameters,
     experts.gate_up_proj and experts.down_proj.
     """
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full keeps only each layer's input and computes the layer again in the backward pass: less
-    memory, a third more time.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full keeps only each layer's input and where its tokens are routed, and computes the layer
+    again in the backward pass: less memory, a third more time. selective keeps what attention
+    returns too, so that attention is not computed again.
+    """
+    activation_checkpointing_every: int = 1
+    """Every how many layers one is checkpointed; the others keep all."""
+    selective_products: bool = False
+    """With selective, keep the product of experts' rows with gate|up too."""
+    activation_offload: bool = False
+    """Keep what checkpointed layers keep, from 1 MiB a tensor, in pinned memory of the host."""
+    deterministic: bool = False
+    """Compute the same bits in each run on the same layout and machine, on GPUs too, where that is
+    slower (attention's backward pass adds in any order otherwise).
     """
     max_nonfinite_steps: int = 3
     """Steps in a row whose gradient norm may be inf or nan, or that supervise nothing (each is
@@ -258,7 +269,19 @@ class Train:
             micro_batch_size=1,
             seed=0,
             max_nonfinite_steps=1,
+            activation_checkpointing_every=1,
         )
+        if self.activation_checkpointing_every > 1 and self.activation_checkpointing == "none":
+            fault = (
+                f"--train.activation-checkpointing-every is {self.activation_checkpointing_every}"
+            )
+            raise InputError(f"{fault}, but --train.activation-checkpointing is none; set full")
+        if self.activation_offload and self.activation_checkpointing == "none":
+            fault = "--train.activation-offload moves what checkpointed layers keep, but"
+            raise InputError(f"{fault} --train.activation-checkpointing is none; set full")
+        if self.selective_products and self.activation_checkpointing != "selective":
+            fault = "--train.selective-products needs --train.activation-checkpointing selective"
+            raise InputError(f"{fault}, not {self.activation_checkpointing}")
         if self.seed >= 2**64:
             raise InputError(f"--train.seed is {self.seed}, but it must be less than 2**64")
 
@@ -348,10 +371,28 @@ class ParameterGroup:
     weight_decay: float | None = None
 
 
+BLOCK = 128  # entries of a row whose moments share a scale, with --optim.moments int8
+
+
 @dataclass(kw_only=True)
 class Optim:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: momentum (0.95), orthogonalised, for every matrix of the layers as the files hold it
+    (of each expert gate, up and down; attention, shared experts and routers), AdamW for embeddings,
+    head, norms and biases. An update has the size of AdamW's, whose learning rate so carries over;
+    best for models that Muon has pre-trained (Moonlight, Kimi-K2).
+    """
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Both moments of AdamW: 8, 4 or 2.06 bytes a parameter. What is not fp32 is rounded at random,
+    so that the second one decays with any beta2; int8 has a scale for 128 entries of a row.
+    """
+    masters: Literal["fp32", "bf16"] = "fp32"
+    """bf16: parameters and their gradients have 2 bytes, in place of 4; updates are rounded at
+    random, so that small learning rates count in the mean, gradients to the nearest behind each
+    microbatch (with pp behind the last). Routers stay fp32.
+    """
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -377,14 +418,6 @@ class Optim:
     """
     clip_norm: float | None = 1.0
     """Largest global gradient norm (over what is trained); None leaves gradients as they are."""
-    masters: Literal["fp32", "bf16"] = "fp32"
-    """Parameters that the optimizer moves. bf16: rounded stochastically, so that small steps count
-    on average, with sharded gradients in bf16; routers stay fp32.
-    """
-    moments: Literal["fp32", "bf16", "int8"] = "fp32"
-    """First and second moment of matrices (those of norms and biases are fp32), rounded
-    stochastically, so that they can decay; int8: blocks of 128 with an fp32 scale.
-    """
     groups: tuple[str, ...] = ()
     """PATTERN:lr=1e-6,weight_decay=0 (or one of the two): another peak learning rate, on the same
     schedule, or weight decay for some parameters. Patterns as for --train.freeze; the first one
@@ -392,6 +425,12 @@ class Optim:
     """
 
     def __post_init__(self) -> None:
+        for name in ("moments", "masters"):
+            if self.kind == "muon" and getattr(self, name) != "fp32":
+                raise InputError(
+                    f"--optim.{name} is {getattr(self, name)}, but --optim.kind muon has fp32; "
+                    "leave one of the two out"
+                )
         _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -465,12 +504,32 @@ def _parameter_group(text: str) -> ParameterGroup:
 
 @dataclass(kw_only=True)
 class Precision:
-    """Number formats of the passes; those of masters and moments are --optim's."""
+    """Number formats of the computation; --optim has those of parameters and moments."""
 
-    compute: Literal["auto", "bf16", "fp32"] = "auto"
+    compute: Literal["auto", "bf16", "fp32", "blockwise", "float8"] = "auto"
     """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow
-    there).
+    there). blockwise: as auto, with DeepSeek's block-wise fp8 in the matrix products of attention
+    and feed-forward networks. float8: as auto, with torchao's float8 in those of attention, dense
+    networks and shared experts.
     """
+    float8_recipe: Literal["rowwise", "tensorwise", "rowwise_with_gw_hp"] = "rowwise"
+    """Scales of float8, as torchao names them: one for each row of a factor; one for a tensor; or
+    rowwise with the gradients of weights not in fp8, the most exact.
+    """
+    power_of_two_scales: bool = False
+    """Round the scales of blockwise up to powers of two."""
+
+    def __post_init__(self) -> None:
+        if self.power_of_two_scales and self.compute != "blockwise":
+            raise InputError(
+                "--precision.power-of-two-scales is for --precision.compute blockwise, not "
+                f"{self.compute}"
+            )
+        if self.float8_recipe != "rowwise" and self.compute != "float8":
+            raise InputError(
+                f"--precision.float8-recipe {self.float8_recipe} is for --precision.compute float8,"
+                f" not {self.compute}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -511,8 +570,8 @@ class Checkpoint:
     """
     export: Literal["bf16", "fp32", "fp8", "int4", "mxfp4", "none"] = "bf16"
     """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128; int4
-    and mxfp4: of models that are released so. All are made from the masters (--optim.masters bf16
-    has no more than bf16 to give), and what training did not change keeps its bytes.
+    and mxfp4: of models that are released so. All are quantised from the fp32 masters, and what
+    training did not change keeps its bytes.
     """
     export_every: int = 0
     """Steps between further exports, to hf-step-00000100/ and so on, all of which are kept. 0: only
@@ -609,7 +668,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 FREE_TO_CHANGE = (
     *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
     "data.cache data.workers".split(),
-    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps".split(),
+    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
+    "train.activation_checkpointing_every train.selective_products "
+    "train.activation_offload train.deterministic".split(),
     *"model.loss_chunk model.attention model.experts model.ops".split(),
 )
 

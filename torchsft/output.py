@@ -17,6 +17,7 @@ from torchsft.checkpoint.resume import checkpoints_of
 from torchsft.checkpoint.storage import Folder
 from torchsft.config import Config
 from torchsft.metrics.logger import MetricsLogger
+from torchsft.parallel.apply import quantised_dtype
 from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.world import World
 
@@ -205,6 +206,7 @@ class Exporter:
                 self.source,
                 ends=end_tokens,
                 chat_template=self.chat_template,
+                through=quantised_dtype(self.output.config.precision, self.output.world.device),
             )
         except OSError as error:
             raise OSError(f"the export to {place} could not be written ({error})") from error

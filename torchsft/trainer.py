@@ -14,7 +14,7 @@ import torch
 
 from torchsft import ops
 from torchsft.checkpoint import huggingface, state
-from torchsft.checkpoint.hf_directory import exported_config
+from torchsft.checkpoint.hf_directory import check_export
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.resume import find_start
 from torchsft.checkpoint.storage import Folder
@@ -52,7 +52,7 @@ from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
 from torchsft.output import Exporter, RunOutput, base_configs, end_tokens, export_place
-from torchsft.parallel.apply import parallelize
+from torchsft.parallel.apply import compute_dtype, parallelize
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.memory import check_memory
 from torchsft.parallel.pipeline import (
@@ -64,8 +64,6 @@ from torchsft.parallel.pipeline import (
 from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 from torchsft.resolution import resolve
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -128,8 +126,7 @@ class Trainer:
         config_json, _ = base_configs(self.source)
         self.family = family_of(config_json)
         self.model_config = read_model_config(config_json)
-        if config.checkpoint.export != "none":
-            exported_config(config_json, config.checkpoint.export)  # refuses what cannot be
+        check_export(config_json, config)
         self.plan_model()
         with self.clock("tokenising"):
             self.load_data()
@@ -157,7 +154,7 @@ class Trainer:
         """
         config, world = self.config, self.world
         parallel, options, train = config.parallel, config.model, config.train
-        compute = COMPUTE_DTYPES[config.precision.compute]
+        compute = compute_dtype(config.precision.compute, world.device)
         choose_implementation(options.attention, world.device, compute)
         microbatches = microbatches_per_step(
             train.global_batch_size, train.micro_batch_size, world.data_size
@@ -204,11 +201,13 @@ class Trainer:
             self.stages,
             world,
             compute,
-            masters=COMPUTE_DTYPES[config.optim.masters],
-            activation_checkpointing=train.activation_checkpointing == "full",
+            masters=compute_dtype(config.optim.masters, world.device),
+            activations=train,
             reshard_after_forward=reshard,
+            precision=config.precision,
         )
-        check_memory(self.model, compute, reshard, world, config.optim.moments)
+        fp8 = config.precision.compute == "blockwise"
+        check_memory(self.model, compute, reshard, config.optim, world, fp8)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,

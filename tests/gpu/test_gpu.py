@@ -14,9 +14,17 @@ import pytest
 import torch
 
 from tests.distributed import test_layouts
+from tests.ops.passes import Operations
+from tests.precision.test_blockwise_compute import experts
 from tests.ranks import RankPool
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from torchsft import load_model
+from torchsft.config import Train
+from torchsft.parallel import activation_offload
+from torchsft.parallel.activation import apply_activation_checkpointing
+from torchsft.parallel.world import deterministic
+from torchsft.precision.blockwise import quantise
+from torchsft.precision.blockwise_compute import BlockwiseProducts
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -173,6 +181,41 @@ def test_the_step_does_not_wait_for_the_device(either):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective", "selective_products": True},
+        {"activation_checkpointing": "full", "activation_offload": True},
+        {"activation_checkpointing": "selective", "activation_offload": True},
+    ],
+)
+def test_checkpointed_layers_compute_the_same_and_keep_less(directory, monkeypatch, options):
+    """Deterministic, so that gradients can be compared bit by bit; attention is not run again where
+    its output is kept, and what is on the host takes no memory of the device. Never run so far.
+    """
+    monkeypatch.setattr(activation_offload, "LEAST", 0)
+    with deterministic(True):
+        model = with_attention(directory, "varlen", torch.bfloat16, "cuda").train()
+        inputs, found, memory = batch("cuda"), [], []
+        for train in (Train(), Train(**options)):
+            apply_activation_checkpointing(model, train, torch.device("cuda"))
+            for _ in range(2):  # the first call may initialise libraries
+                model.zero_grad()
+                before = torch.cuda.memory_allocated()
+                loss = model(**inputs)
+                torch.cuda.synchronize()
+                kept = torch.cuda.memory_allocated() - before
+                with Operations() as backward:
+                    loss.backward()
+            found.append([p.grad for p in model.parameters()])
+            memory.append(kept)
+    assert all(map(torch.equal, *found))
+    assert memory[1] < memory[0]
+    selective = options["activation_checkpointing"] == "selective"
+    assert (backward.count["torch_attn::_varlen_attn"] == 0) == selective
+
+
 def test_debug_preset_trains_over_nccl_on_one_rank(tmp_path):
     command = [
         sys.executable,
@@ -223,3 +266,36 @@ def test_layouts_over_nccl_equal_one_gpu(tmp_path, sizes):
         pool.close()
     for got, expected in zip(four, one, strict=True):
         test_layouts.compare(got, expected)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="block-wise fp8 needs compute capability 9.0",
+)
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_wise_kernels_compute_what_the_plain_products_do(power_of_two, dtype):
+    """Weights to the same bits; sums in fp32, in the tensor cores of 14 bits over 128 terms, and
+    rounded to `dtype`.
+    """
+    from torchsft.ops import blockwise_mm
+    from torchsft.precision.blockwise_kernels import BlockwiseKernels
+
+    (x, w, dy, offs), _ = experts(power_of_two)
+    x, w, dy = (values.to("cuda", dtype) for values in (x, w, dy))
+    offs = offs.cuda()
+    plain, kernels = BlockwiseProducts(power_of_two), BlockwiseKernels(power_of_two)
+    values, scales = blockwise_mm.quantise_weight(w, power_of_two, False)
+    for matrix, found, scale in zip(w, values, scales, strict=True):
+        expected = quantise(matrix.float(), power_of_two=power_of_two)
+        assert found.view(torch.uint8).equal(expected[0].view(torch.uint8))
+        assert scale.equal(expected[1])
+    for name, arguments in (
+        ("forward", (x, w)),
+        ("grad_rows", (dy, w)),
+        ("grad_weight", (dy, x)),
+    ):
+        expected = getattr(plain, name)(*arguments, offs).float()
+        found = getattr(kernels, name)(*arguments, offs).float()
+        bound = 1e-3 if dtype == torch.float32 else 1e-2
+        assert (found - expected).abs().max() <= bound * expected.abs().max(), name

@@ -85,7 +85,7 @@ def test_a_frozen_parameter_takes_memory_for_its_weight_alone():
     chosen(["experts"]).apply(model)
     experts = sum(math.prod(SHAPES[name]) for name in EXPERTS)
     others = sum(map(math.prod, SHAPES.values())) - experts
-    assert held_bytes(model, torch.bfloat16, reshard_after_forward=True) == (
+    assert held_bytes(model, torch.bfloat16, True, Optim()) == (
         4 * experts + 16 * others,
         0,
     )

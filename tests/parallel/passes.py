@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
 from torchsft.checkpoint.boxes import local_box
-from torchsft.config import Parallel
+from torchsft.config import Parallel, Precision
 from torchsft.models.decoder import seeded_normal
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
@@ -89,6 +89,7 @@ def training_pass(
     parallel: dict[str, int],
     balance: float = 0.0,
     compute: torch.dtype = torch.float32,
+    precision: Precision | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Loss sum, gradients, their norm and expert loads of all microbatches together; for `ranks`.
@@ -97,11 +98,12 @@ def training_pass(
         parallel: mesh sizes.
         balance: factor of the balance loss.
         compute: dtype of the passes.
+        precision: number format of products.
         changes: to the tiny model; see `build`.
     """
     with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
         model = build(**changes)
-        parallelize([model], world, compute)
+        parallelize([model], world, compute, precision=precision)
         fill(model)
         for moe in model.moe_layers().values():
             moe.balance_scale = balance

@@ -83,9 +83,9 @@ def share_of_a_rank(name, rank, changes):
         stages = split(model, plan, pp_rank)
     parallelize(
         stages,
-        SimpleNamespace(**meshes),
+        SimpleNamespace(**meshes, device=torch.device("cpu")),
         torch.bfloat16,
-        masters={"fp32": torch.float32, "bf16": torch.bfloat16}[optim.masters],
+        masters=torch.bfloat16 if optim.masters == "bf16" else torch.float32,
         reshard_after_forward=reshard_after_forward(parallel),
     )
     parameters = dict(model.named_parameters())
@@ -94,9 +94,7 @@ def share_of_a_rank(name, rank, changes):
         "stages": len(stages),
         "whole": sum(p.numel() for p in parameters.values()),
         "share": sum(p.to_local().numel() for p in parameters.values()),
-        "held": sum(
-            held_bytes(model, torch.bfloat16, reshard_after_forward(parallel), optim.moments)
-        ),
+        "held": sum(held_bytes(model, torch.bfloat16, reshard_after_forward(parallel), optim)),
         "experts": tuple(stacked[0].to_local().shape) if stacked else None,
     }
 
@@ -143,9 +141,9 @@ def test_a_rank_holds_its_share_and_no_more(ranks, name, changes, rank, experts)
     ],
 )
 def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
-    """On the fullest pipeline rank; by hand: 16 bytes for each parameter of its share (with bf16
-    masters and int8 moments 4.0625 and, with the pipeline, a waiting gradient of 4) and, with a
-    pipeline, 2 for each that is gathered and 4 for its waiting gradient.
+    """On the fullest pipeline rank; by hand: 16 bytes for each parameter of its share (8.0625 with
+    bf16 masters, int8 moments and fp32 gradients that wait gathered) and, with a pipeline, 2 for
+    each that is gathered and 4 for its waiting gradient.
     """
     parallel, optim = PRESETS[name]().parallel, PRESETS[name]().optim
     plan = plan_of(name, parallel)

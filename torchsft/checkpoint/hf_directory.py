@@ -23,7 +23,7 @@ from torchsft.checkpoint.weight_files import (
     listing,
     read_json_object,
 )
-from torchsft.config import InputError
+from torchsft.config import Config, InputError
 from torchsft.models.decoder import Piece
 from torchsft.models.families import family_of
 from torchsft.models.language_model import Mtp
@@ -192,6 +192,30 @@ def exported_config(config: Mapping[str, Any], export: str, mtp: Mtp = "keep") -
     if mtp == "drop":
         exported = _without_mtp(exported)
     return exported | dict.fromkeys(names, str(dtype).removeprefix("torch."))
+
+
+def check_export(config_json: Mapping[str, Any], config: Config) -> None:
+    """Refuse a run's export of a source before anything is loaded.
+
+    Raises:
+        InputError: see `exported_config`; or it would be quantised otherwise than training does.
+    """
+    export, precision = config.checkpoint.export, config.precision
+    if export == "none":
+        return
+    form = export_kind(exported_config(config_json, export), export)
+    trained = Fp8Blocks(power_of_two=precision.power_of_two_scales)
+    if export == "fp8" and precision.compute == "blockwise" and form != trained:
+        kinds = {True: "powers of two", False: "any value"}
+        fault = (
+            f"--precision.compute blockwise would train with scales of "
+            f"{kinds[trained.power_of_two]} in blocks of {trained.block}, but an fp8 export of "
+            f"this model has scales of {kinds[form.power_of_two]} in blocks of {form.block}"
+        )
+        wanted = str(form.power_of_two).lower()
+        raise InputError(
+            f"{fault}; set --precision.power-of-two-scales {wanted}, or another --checkpoint.export"
+        )
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

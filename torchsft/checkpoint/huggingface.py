@@ -6,6 +6,7 @@ A model says where each Hugging Face tensor lies in its parameters (`model.check
 intersections of these boxes, in the parameter's coordinates.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -46,7 +47,7 @@ from torchsft.models.decoder import Piece, local
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.collectives import gather_objects, rank_and_size
-from torchsft.precision.formats import Format
+from torchsft.precision.formats import Format, Fp8Blocks
 
 
 def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
@@ -248,6 +249,7 @@ def export(
     ends: Iterable[int] = (),
     max_shard_bytes: float = 5e9,
     chat_template: str | None = None,
+    through: torch.dtype = torch.float32,
 ) -> None:
     """Write the model as a Hugging Face directory; collective over all ranks, or one process
     without a group.
@@ -268,6 +270,7 @@ def export(
         ends: ids of the tokens that ended trained turns: the exported eos ids name them too.
         max_shard_bytes: size of a file, in bytes of tensors.
         chat_template: the text of one that replaces those of the source.
+        through: of the weights that fp8 training quantised; an fp8 export quantises the same.
 
     Raises:
         SharedError: on every rank: one could not write; a local directory stays as it was. A rank
@@ -280,6 +283,8 @@ def export(
     config, generation = with_ends(config, read_generation_config(source), ends)
     check_target(source, target)
     kind = hf_directory.export_kind(config, dtype)
+    if isinstance(kind, Fp8Blocks):
+        kind = dataclasses.replace(kind, through=through)
     with torch.device("meta"):
         whole = model.family(model.config, mtp=model.mtp)
     held = model.state_dict(keep_vars=True)

@@ -329,7 +329,8 @@ def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
             count.)
     """
     passed, damaged = [], False
-    for folder in reversed(_by_step(Folder(directory)).values()):
+    folders = _by_step(Folder(directory))
+    for folder in reversed(folders.values()):
         problems = incomplete(folder)
         if not problems:
             return str(folder), passed
@@ -337,6 +338,8 @@ def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
         damaged |= not never_completed
         fault = "was never completed" if never_completed else "is damaged"
         passed.append(f"checkpoint {folder} {fault}: {'; '.join(problems[:5])}")
+    if damaged and _by_step(Folder(directory)).keys() != folders.keys():
+        return find_latest(directory)  # another process has saved and removed meanwhile
     if damaged:
         remedy = "delete it to start anew, or name another with --checkpoint.resume"
         raise InputError(f"{passed[0]}; there is no complete one before it: {remedy}")

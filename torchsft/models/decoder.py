@@ -13,13 +13,13 @@ of this table and nowhere else; each stands in its class with the value of one r
     RMSNorm.mean            averages mean squares over ranks, where these have       tensor
                             parts of what is normed together
     Linear.reduce           sums products over ranks, where the inner dim is split   tensor
-    Linear.product          multiplies in another number format                      precision
+    Linear.product,         multiplies in another number format                      precision
+    Experts.products
     Embedding.first         the token id of this rank's first row                    tensor
     Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
     Experts' parameters     DTensors: this rank's experts                            expert
     MoE.exchange            takes rows to the ranks of their experts and back        expert
-    MoE.counting            False while a forward pass is repeated                   activation
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale
     LanguageModel.mtp_scale factor of the loss of MTP layers, before each step       trainer

@@ -21,6 +21,7 @@ from torchsft.models.moe import Experts, MoE
 from torchsft.models.routers import SoftmaxRouter
 from torchsft.ops import plain
 from torchsft.ops.grouped_linear import grouped_linear, grouped_linear_reference
+from torchsft.ops.repetition import PRODUCTS
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # What transformers assumes where config.json says nothing of rotary embeddings.
@@ -124,14 +125,17 @@ class ClampedExperts(Experts):
         self.down_proj = nn.Parameter(torch.empty(experts, expert_width, width))
         self.down_proj_bias = nn.Parameter(torch.empty(experts, width))
 
-    def forward(self, x_RD: Tensor, offs: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, weights_R1: Tensor, offs: Tensor) -> Tensor:
         """See `Experts.forward`."""
         gate_up = local(self.gate_up_proj), local(self.gate_up_proj_bias)
         down = local(self.down_proj), local(self.down_proj_bias)
         if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
-            return x_RD + 0 * sum(parameter.sum() for parameter in (*gate_up, *down))
-        both_RG = self.linear(x_RD, *gate_up, offs)
-        return self.linear(clamped_swiglu(both_RG, self.alpha, self.limit), *down, offs)
+            unused = sum(parameter.sum() for parameter in (*gate_up, *down))
+            return x_RD * weights_R1.to(x_RD.dtype) + 0 * unused
+        both_RG = self.linear(x_RD, *gate_up, offs, name=PRODUCTS)
+        hidden_RF = clamped_swiglu(both_RG, self.alpha, self.limit)
+        weighted_RF = (hidden_RF * weights_R1).to(hidden_RF.dtype)
+        return self.linear(weighted_RF, *down, offs, weights_R1)
 
 
 def clamped_swiglu(both_RG: Tensor, alpha: float, limit: float) -> Tensor:

@@ -491,6 +491,20 @@ class LanguageModel(nn.Module):
                 pieces[name].append(dataclasses.replace(pieces[name][0], key=key))
         return pieces
 
+    def matrices(self) -> dict[str, int]:
+        """Return the parameters that consist of the layers' matrices, so not embeddings, head,
+        norms and biases, and how many rows each of their matrices has.
+
+        A matrix is what the files hold as one (of experts that they hold together, each expert's):
+        the stacked `experts.gate_up_proj` [E, 2F, D] has 2E of F rows.
+        """
+        pieces = self.checkpoint_pieces()
+        return {
+            name: pieces[name][0].hf_shape[-2]
+            for name, parameter in self.named_parameters()
+            if name.startswith("model.layers.") and parameter.ndim > 1 and not name.endswith("bias")
+        }
+
     @classmethod
     def hf_key(cls, name: str) -> str:
         """Return the Hugging Face key of a parameter, or of one expert's part of it."""

@@ -1,9 +1,12 @@
 """SwiGLU feed-forward networks that save little for the backward pass.
 
     swiglu            silu(gate) * up; replaces F.silu(gate) * up, which also saves silu(gate)
-    grouped_swiglu    down(silu(gate(x)) * up(x)) for rows sorted by expert, with `F.grouped_mm`;
-                      saves x and gate|up, recomputes the rest. Its plain twin is
-                      `grouped_swiglu_reference`, one matrix product per expert.
+    grouped_swiglu    down(silu(gate(x)) * up(x) * weight) for rows sorted by expert, with
+                      `F.grouped_mm`; saves x, gate|up and weights, recomputes the rest. Its plain
+                      twin is `grouped_swiglu_reference`, one matrix product per expert.
+
+The routing weight of a row stands before the down projection, which is linear: so its gradient
+needs no output of the experts, which then need not be kept, nor computed again and sent back.
 
 Shape suffixes: R rows (of those that were received), D width, F expert width, E experts held
 here (`e` elsewhere).
@@ -17,6 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.ops import gradients_asked_for, plain
+from torchsft.ops.grouped import Products
+from torchsft.ops.repetition import PRODUCTS, once
+
+# the products of gate|up and of down
+ExpertProducts = tuple[Products, Products]
+GROUPED_MM = (Products(), Products())
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -36,23 +45,46 @@ def grouped_swiglu(
     # [E, 2F, D], gate rows first, then up; dtype of x_RD. D and F must be multiples of 16 bytes
     gate_up: Tensor,
     down: Tensor,  # [E, D, F]
+    weights_R1: Tensor,  # factor of each row's output; fp32 in a model
     # int32; expert e owns the rows offs_E[e - 1] to offs_E[e]. offs_E[-1] must be R
     offs_E: Tensor,
+    products: ExpertProducts = GROUPED_MM,
 ) -> Tensor:
-    """Apply each expert's SwiGLU network to its rows: y_RD, in the dtype of x_RD."""
+    """Apply each expert's SwiGLU network to its rows: y_RD, weighted, in the dtype of x_RD."""
     if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
-        return x_RD + 0 * (gate_up.sum() + down.sum())
-    return _GroupedSwiglu.apply(x_RD, gate_up, down, offs_E)
+        return x_RD * weights_R1.to(x_RD.dtype) + 0 * (gate_up.sum() + down.sum())
+    both_RG = _GroupedSwiglu.apply(x_RD, gate_up, down, weights_R1, offs_E, products)
+    return _Down.apply(both_RG, down.detach(), weights_R1.detach(), offs_E, products[1])
 
 
-def grouped_swiglu_reference(x_RD: Tensor, gate_up: Tensor, down: Tensor, offs_E: Tensor) -> Tensor:
+def grouped_swiglu_reference(
+    x_RD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights_R1: Tensor,
+    offs_E: Tensor,
+    products: ExpertProducts = GROUPED_MM,
+) -> Tensor:
     """`grouped_swiglu` in plain PyTorch, one expert after the other (reads offs_E on the host)."""
     lengths = offs_E.diff(prepend=offs_E.new_zeros(1)).tolist()
+    rows = zip(x_RD.split(lengths), weights_R1.split(lengths), gate_up, down, strict=True)
     outputs = []
-    for rows, expert_gate_up, expert_down in zip(x_RD.split(lengths), gate_up, down, strict=True):
-        gate, up = F.linear(rows, expert_gate_up).chunk(2, dim=-1)
-        outputs.append(F.linear(swiglu_reference(gate, up), expert_down))
+    for x, weights, expert_gate_up, expert_down in rows:
+        gate, up = products[0].linear(x, expert_gate_up, None).chunk(2, dim=-1)
+        hidden = weighted_swiglu(gate, up, weights)
+        outputs.append(products[1].linear(hidden, expert_down, None))
     return torch.cat(outputs)
+
+
+def weighted_swiglu(gate_RF: Tensor, up_RF: Tensor, weights_R1: Tensor) -> Tensor:
+    """silu(gate) * up * weight, computed in fp32 (float64 stays float64) and rounded once."""
+    if gate_RF.dtype.itemsize >= 4:
+        return swiglu_reference(gate_RF, up_RF) * weights_R1
+    # in pieces: the whole of it in fp32 would need twice its memory
+    pieces = zip(gate_RF.chunk(16), up_RF.chunk(16), weights_R1.chunk(16), strict=True)
+    return torch.cat(
+        [(swiglu_reference(gate.float(), up) * w).to(gate.dtype) for gate, up, w in pieces]
+    )
 
 
 class _Swiglu(torch.autograd.Function):
@@ -77,85 +109,119 @@ class _Kept:
     # input of the down projection; None: nothing will ask for it
     hidden_RF: Tensor | None
     grad_both_RG: Tensor  # gradient of gate|up, G = 2F
+    grad_weights_R1: Tensor
 
 
 class _GroupedSwiglu(torch.autograd.Function):
-    """Zero-bubble pipeline schedules traverse it twice, for rows and later for weights
+    """Gives gate|up, and has the backward pass of all: `_Down`, which gives the rest, keeps
+    nothing. So activation checkpointing, which computes again up to what is kept last, leaves that
+    rest out.
+
+    Zero-bubble pipeline schedules traverse it twice, for rows and later for weights
     (`ops.gradients_asked_for`); others once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, gate_up: Tensor, down: Tensor, offs_E: Tensor) -> Tensor:
-        both_RG = F.grouped_mm(x_RD, gate_up.mT, offs=offs_E)
-        gate, up = both_RG.chunk(2, dim=-1)
-        y_RD = F.grouped_mm(F.silu(gate).mul_(up), down.mT, offs=offs_E)
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        weights_R1: Tensor,
+        offs_E: Tensor,
+        products: ExpertProducts,
+    ) -> Tensor:
+        ctx.products = products
+        both_RG = once(PRODUCTS, lambda: products[0].forward(x_RD, gate_up, offs_E))
         # Only the gradient of gate_up reads x: frozen experts do not keep it.
         x_to_keep = x_RD if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(x_to_keep, gate_up, down, offs_E, both_RG)
-        ctx.pending = list(ctx.needs_input_grad)  # gradients that no traversal has computed yet
+        ctx.save_for_backward(x_to_keep, gate_up, down, weights_R1, offs_E, both_RG)
+        ctx.pending = list(ctx.needs_input_grad[:5])  # gradients that no traversal has computed yet
         ctx.kept = None
-        return y_RD
+        return both_RG
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_RD: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_both, of_down = ctx.products
         asked = gradients_asked_for(ctx)
-        want_x, want_gate_up, want_down, _ = asked
+        want_x, want_gate_up, want_down, want_weights, _ = asked
         ctx.pending = [pending and not now for pending, now in zip(ctx.pending, asked, strict=True)]
         later = any(ctx.pending)
-        grad_RD = grad_RD.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
         grad_x_RD = grad_gate_up = grad_down = None
         kept = ctx.kept
         if kept is None:
-            kept, grad_down = _first_traversal(*ctx.saved_tensors, grad_RD, want_down, later)
+            kept, grad_down = _first_traversal(
+                *ctx.saved_tensors, ctx.grad_RD, of_down, want_down, later
+            )
         elif want_down:
-            grad_down = F.grouped_mm(grad_RD.mT, kept.hidden_RF, offs=kept.offs_E)
+            grad_down = of_down.grad_weight(ctx.grad_RD, kept.hidden_RF, kept.offs_E)
         ctx.kept = kept if later else None
+        if not later:
+            ctx.grad_RD = None
         if want_x:
-            grad_x_RD = F.grouped_mm(kept.grad_both_RG, kept.gate_up, offs=kept.offs_E)
+            grad_x_RD = of_both.grad_rows(kept.grad_both_RG, kept.gate_up, kept.offs_E)
         if want_gate_up:
-            grad_gate_up = F.grouped_mm(kept.grad_both_RG.mT, kept.x_RD, offs=kept.offs_E)
-        zero_gradients_without_rows(kept.offs_E, grad_gate_up, grad_down)
-        return grad_x_RD, grad_gate_up, grad_down, None
+            grad_gate_up = of_both.grad_weight(kept.grad_both_RG, kept.x_RD, kept.offs_E)
+        grad_weights_R1 = kept.grad_weights_R1 if want_weights else None
+        return grad_x_RD, grad_gate_up, grad_down, grad_weights_R1, None, None
+
+
+class _Down(torch.autograd.Function):
+    """The rest of `_GroupedSwiglu`, which gets its gradient [R, D] by the side."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        both_RG: Tensor,
+        down: Tensor,
+        weights_R1: Tensor,
+        offs_E: Tensor,
+        products: Products,
+    ) -> Tensor:
+        ctx.shape = both_RG.shape
+        hidden_RF = weighted_swiglu(*both_RG.chunk(2, dim=-1), weights_R1)
+        return products.forward(hidden_RF, down, offs_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        ((first, _), *_) = ctx.next_functions
+        first.grad_RD = grad_RD.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
+        return grad_RD.new_zeros(()).expand(ctx.shape), None, None, None, None
 
 
 def _first_traversal(
     x_RD: Tensor | None,
     gate_up: Tensor,
     down: Tensor,
+    weights_R1: Tensor,
     offs_E: Tensor,
     both_RG: Tensor,  # gate|up of the rows, which their gradient replaces
     grad_RD: Tensor,
+    of_down: Products,
     want_down: bool,
     later: bool,  # whether another traversal follows
 ) -> tuple[_Kept, Tensor | None]:
     """Go back to gate|up, and give the gradient of the down projection, if it is wanted."""
     gate, up = both_RG.chunk(2, dim=-1)
-    grad_hidden = F.grouped_mm(grad_RD, down, offs=offs_E)
-    activated = F.silu(gate)
-    grad_activated = grad_hidden * up
-    grad_up = grad_hidden.mul_(activated)
-    hidden_RF = activated.mul_(up)
-    grad_down = None
+    grad_hidden = of_down.grad_rows(grad_RD, down, offs_E)
+    hidden_RF = grad_down = None
+    if want_down or later:
+        hidden_RF = weighted_swiglu(gate, up, weights_R1)
     if want_down:
-        grad_down = F.grouped_mm(grad_RD.mT, hidden_RF, offs=offs_E)
+        grad_down = of_down.grad_weight(grad_RD, hidden_RF, offs_E)
     if not later:
         hidden_RF = None
+    activated = F.silu(gate)
+    # In pieces that stay in the cache.
+    pieces = zip(grad_hidden.chunk(16), activated.chunk(16), up.chunk(16), strict=True)
+    wide = weights_R1.dtype
+    dots = [(g.to(wide) * a * u).sum(-1, keepdim=True) for g, a, u in pieces]
+    grad_hidden.mul_(weights_R1)
+    grad_activated = grad_hidden * up
+    grad_up = grad_hidden.mul_(activated)
     del activated
     # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a second
     # backward through the same graph is refused by autograd's version check).
     torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
     up.copy_(grad_up)
-    return _Kept(x_RD, gate_up, offs_E, hidden_RF, both_RG), grad_down
-
-
-def zero_gradients_without_rows(offs_E: Tensor, *gradients: Tensor | None) -> None:
-    """Zero what an expert without rows gets: it has no terms to add up, and some kernels leave its
-    gradient as it was in memory (pytorch issue 172439).
-    """
-    rows_E = offs_E.diff(prepend=offs_E.new_zeros(1))
-    empty_E11 = (rows_E == 0).view(-1, 1, 1)
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.masked_fill_(empty_E11, 0)
+    return _Kept(x_RD, gate_up, offs_E, hidden_RF, both_RG, torch.cat(dots)), grad_down

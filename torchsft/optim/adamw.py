@@ -1,4 +1,4 @@
-"""AdamW on master weights, fp32 by default."""
+"""The optimizer of a run: AdamW on fp32 master weights, alone or beside Muon."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from torchsft.config import Optim, ParameterGroup
 from torchsft.optim.low_precision import LowPrecisionAdamW
+from torchsft.optim.muon import Muon
 
 
 def build_optimizer(
@@ -17,45 +18,45 @@ def build_optimizer(
     optim: Optim,
     groups: Mapping[str, ParameterGroup] | None = None,
 ) -> torch.optim.Optimizer:
-    """Make AdamW over every trainable parameter of `model`: decoupled weight decay on matrices
-    only.
+    """Make AdamW over every trainable parameter of `model`, or with --optim.kind muon over those
+    that are no `LanguageModel.matrices`: decoupled weight decay on matrices only.
 
     Parameters of two or more dims shrink by `lr * weight_decay` of themselves a step, the rest
-    (norms, biases) does not; frozen parameters are left out. They are on one device. Fp32 masters
-    with fp32 moments are torch's fused AdamW's; bf16 masters, or moments of fewer bits, are rounded
-    stochastically (`low_precision.py`). Moments have the parameter's placements.
-    Parameters may be plain tensors and DTensors of several meshes: each mesh has groups of its own,
-    as one fused (or foreach) call that mixes them raises. Each group has its peak learning rate as
-    `peak`; `set_lr` sets the current one before each step. Of a pipeline rank's part all may be
-    frozen. Fused is the fastest on CPU too: 4 ms a step of 80 small DTensors; foreach takes 6 ms, a
-    loop 18 ms.
+    (norms, biases) does not; frozen parameters are left out. Moments have the parameter's
+    placements, and like the parameters fp32, so that a small learning rate moves them, unless
+    --optim.moments or --optim.masters says otherwise (low_precision.py). Parameters may be plain
+    tensors and DTensors of several meshes: each mesh has groups of its own, as one fused (or
+    foreach) call that mixes them raises. Each group has its peak learning rate as `peak`; `set_lr`
+    sets the current one before each step. Of a pipeline rank's part all may be frozen. Fused is the
+    fastest on CPU too: 4 ms a step of 80 small DTensors; foreach takes 6 ms, a loop 18 ms.
 
     Args:
         model: this rank's part.
         optim: of the run.
         groups: name -> options of its own (`Selection.groups`).
-
-    Raises:
-        InputError: see `LowPrecisionAdamW`.
     """
+    rows = model.matrices() if optim.kind == "muon" else {}
     parameters_of: dict[_Alike, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            alike = _Alike(mesh, parameter.ndim >= 2, (groups or {}).get(name))
+            alike = _Alike(mesh, parameter.ndim >= 2, (groups or {}).get(name), rows.get(name))
             parameters_of.setdefault(alike, []).append(parameter)
-    if not parameters_of:  # AdamW refuses an empty list of groups
-        parameters_of[_Alike(None, True, None)] = []
-    param_groups = []
+    param_groups, of_muon = [], []
     for alike, parameters in parameters_of.items():
         options = {"peak": alike.peak_lr(optim), "weight_decay": alike.weight_decay(optim)}
-        param_groups.append({"params": parameters, **options})
-    if (optim.masters, optim.moments) != ("fp32", "fp32"):
+        if alike.rows:
+            of_muon.append({"params": parameters, "rows": alike.rows, **options})
+        else:
+            param_groups.append({"params": parameters, **options})
+    if not param_groups:  # optimizers refuse an empty list of groups
+        param_groups = [{"params": [], "peak": optim.lr}]
+    options = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if (optim.moments, optim.masters) != ("fp32", "fp32"):
         names = {parameter: name for name, parameter in model.named_parameters()}
-        return LowPrecisionAdamW(param_groups, names, optim)
-    return torch.optim.AdamW(
-        param_groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
-    )
+        return LowPrecisionAdamW(param_groups, names, optim.moments, **options)
+    adamw = torch.optim.AdamW(param_groups, fused=True, **options)
+    return Muon(of_muon, adamw) if of_muon else adamw
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class _Alike:
     mesh: DeviceMesh | None  # None: plain tensors
     matrices: bool  # of two or more dims; else norms and biases
     group: ParameterGroup | None  # what --optim.groups says of them
+    rows: int | None  # of each matrix that Muon updates; None: AdamW updates them
 
     def peak_lr(self, optim: Optim) -> float:
         """Return the learning rate that the schedule scales."""

@@ -1,270 +1,253 @@
-"""AdamW with moments of fewer bits than fp32, on fp32 or bf16 parameters.
+"""AdamW whose moments, and whose parameters, may have few bits: those are rounded at random.
 
-Arithmetic is fp32; what is kept in fewer bits is rounded stochastically: up or down by chance, so
-that the expected value is the exact one. A second moment so decays and a parameter moves also where
-the change is less than half of its spacing, for every beta2 and learning rate. (Rounded to nearest,
-a bf16 moment with zero gradients cannot shrink if 1 - beta2 < 2^-9, as with 0.999.)
+    bf16    up or down to a neighbour, the nearer the likelier, so that the mean is the value
+    int8    moments of matrices alone, in blocks of 128 entries of a row: the largest of a block is
+            an fp32 scale, and a byte chooses one of 256 levels (arXiv:1511.04561, by torchao), at
+            random likewise
 
-The random bits are a hash of the parameter's name, the step and the element's place in the whole
-parameter. All copies of an element round alike, whatever the layout, and a run that continues needs
-no state of a generator.
+To the nearest, a second moment could not fall by less than half the distance to the next number
+(bf16: 1/512 of it, so never with beta2 = 0.999), and a parameter would not see a small learning
+rate. In the mean every change counts.
 
-int8 is dynamic quantisation (Dettmers et al. 2022, the 256 values as in bitsandbytes and torchao)
-with one fp32 scale for each 128 neighbours in a row of the last dim. torchao's own AdamW8bit cuts
-blocks out of the flattened local shard, which other layouts cannot read, rounds to nearest, counts
-scales below 1e-12 as 1e-12 (squares of gradients below 1e-6) and compiles for each shape.
+The random numbers are a hash of the parameter's name, the step and the element's place in the
+whole parameter: so all copies of a parameter are rounded alike, no layout changes a number, and a
+run that continues needs no state of a generator. Everything between is fp32.
 """
 
+import functools
+import hashlib
 import math
-import zlib
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from torchsft.checkpoint.boxes import local_box
-from torchsft.config import InputError, Optim
+from torchsft.checkpoint.boxes import Box, local_box
+from torchsft.config import BLOCK, InputError
+from torchsft.models.decoder import local
 
-BLOCK = 128  # neighbours in a row that share a scale
-CHUNK = 2**24  # elements that are in fp32 at once
-MOMENTS = ("exp_avg", "exp_avg_sq")
+CHUNK_ELEMENTS = 2**24  # the most that are in fp32 at a time, but at least one entry of dim 0
+
+
+def hashed(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return random bits for each element of a box of a tensor, int32.
+
+    They depend on the element's place in the whole tensor, of `shape`, and on `seed` alone. The
+    hash is the finaliser "lowbias32" of https://nullprogram.com/blog/2018/07/31.
+    """
+    place = torch.zeros((), dtype=torch.int32, device=device)
+    stride = 1
+    for start, count, size in reversed(list(zip(box.start, box.shape, shape, strict=True))):
+        along = torch.arange(count, dtype=torch.int32, device=device)
+        place = place + (along * _int32(stride) + _int32(start * stride)).view(
+            -1, *[1] * place.ndim
+        )
+        stride *= size
+    bits = place ^ _int32(seed)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        bits ^= (bits >> shift) & (2 ** (32 - shift) - 1)
+        bits *= _int32(factor)
+    return bits
+
+
+def _int32(number: int) -> int:
+    """Return a whole number modulo 2^32, as int32 has it."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
+    """Round fp32 to one of the two neighbours in bf16, by the lower 16 of random bits."""
+    summed = values.view(torch.int32) + (bits & 0xFFFF)
+    return (summed & -0x10000).view(torch.float32).bfloat16()
+
+
+@functools.cache
+def levels(signed: bool, device: torch.device) -> Tensor:
+    """Return the 256 levels, fp32, sorted, the last 1."""
+    from torchao.optim.quant_utils import create_dynamic_map  # seconds to import
+
+    return torch.tensor(create_dynamic_map(signed), device=device)
+
+
+def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Round fp32 [..., n] to levels times scales.
+
+    Nothing above 0 becomes 0 without a sign: a second moment of 0 would divide by eps alone.
+
+    Returns:
+        Codes, uint8 [..., n], and scales, fp32 [..., ceil(n / BLOCK)].
+    """
+    table = levels(signed, values.device)
+    missing = -values.shape[-1] % BLOCK
+    blocks = nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, BLOCK))
+    scales = blocks.abs().amax(-1)
+    unit = torch.where(scales > 0, scales, 1).unsqueeze(-1)
+    in_units = (blocks / unit).flatten(-2)[..., : values.shape[-1]].contiguous()
+    lower = (torch.bucketize(in_units, table, right=True) - 1).clamp(0, 254)
+    share = (in_units - table[lower]) / (table[lower + 1] - table[lower])
+    if not signed:
+        share = torch.where((lower == 0) & (in_units > 0), 1, share)
+    uniform = ((bits >> 8) & 0xFFFFFF).float() / 2**24
+    return (lower + (uniform < share)).to(torch.uint8), scales
+
+
+def from_int8(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """Return the values of codes with their scales, fp32."""
+    values = levels(signed, codes.device)[codes.int()]
+    return values * scales.repeat_interleave(BLOCK, -1)[..., : codes.shape[-1]]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some entries of dim 0 of a parameter's part on this rank."""
+
+    weight: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    box: Box  # of the whole parameter
+
+    @classmethod
+    def all_of(cls, parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator["_Chunk"]:
+        """Yield all of them."""
+        box, parts = local_box(parameter), {key: local(value) for key, value in state.items()}
+        weight, gradient = local(parameter).detach(), local(parameter.grad)
+        rows = max(1, CHUNK_ELEMENTS * weight.shape[0] // max(1, weight.numel()))
+        for first in range(0, weight.shape[0], rows):
+            rows_here = slice(first, first + rows)
+            start = (box.start[0] + first, *box.start[1:])
+            here = weight[rows_here]
+            yield cls(
+                here,
+                gradient[rows_here].float(),
+                {key: part[rows_here] for key, part in parts.items() if part.ndim},
+                Box(start, tuple(here.shape)),
+            )
 
 
 class LowPrecisionAdamW(torch.optim.Optimizer):
-    """AdamW whose `exp_avg` and `exp_avg_sq` are fp32, bf16, or int8 codes (uint8) with `..._scale`
-    beside them; all are placed as their parameter is.
+    """AdamW as torch has it, with `moments` fp32, bf16 or int8, and parameters of fp32 or bf16.
 
-    Moments of parameters of one dim (norms, biases) are fp32 in any case. Needs no compiler, and
-    beside its state `CHUNK` elements in fp32 a few times.
+    Args:
+        groups: of parameters.
+        names: of the parameters.
+        moments: their format; those of vectors stay fp32 beside int8.
+
+    Raises:
+        InputError: a part of a parameter's rows has no whole blocks.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], names: Mapping[nn.Parameter, str], optim: Optim
+        self,
+        groups: list[dict[str, Any]],
+        names: Mapping[nn.Parameter, str],
+        moments: str,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
     ) -> None:
-        """Make it without state.
-
-        Args:
-            groups: as AdamW takes them.
-            names: of all parameters, the same in every layout.
-            optim: betas, eps, and the format of the moments.
-
-        Raises:
-            InputError: int8, and a parameter's rows are cut within a block.
-        """
-        super().__init__(groups, {"lr": optim.lr, "weight_decay": optim.weight_decay})
-        self.names, self.optim = names, optim
-        if optim.moments == "int8":
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    _check_blocks(names[parameter], parameter)
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        self.names, self.moments = names, moments
+        if moments == "int8":
+            for parameter, name in names.items():
+                _check_blocks(name, parameter)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: None = None) -> None:
+        """Update all parameters that have gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    if not self.state[parameter]:
-                        self.state[parameter] = self._zeros(parameter)
-                    self._update(parameter, group["lr"], group["weight_decay"])
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": torch.zeros(())} | self._zero_moments(parameter)
+                state["step"] += 1
+                for chunk in _Chunk.all_of(parameter, state):
+                    self._update(chunk, group, parameter, int(state["step"]))
 
-    def _zeros(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = {"step": torch.zeros(())}
-        kind = self.optim.moments if parameter.ndim >= 2 else "fp32"
-        for name in MOMENTS:
-            if kind == "int8":
-                state[name] = torch.zeros_like(parameter, dtype=torch.uint8)
-                _part(state[name]).fill_(_code_of_zero(name))
-                state[f"{name}_scale"] = _zero_scales(parameter)
-            else:
-                dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-                state[name] = torch.zeros_like(parameter, dtype=dtype)
-        return state
+    def _zero_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return both moments of a parameter, placed as it is."""
+        moments = {}
+        for name in ("exp_avg", "exp_avg_sq"):
+            if self.moments != "int8" or parameter.ndim < 2:
+                dtype = torch.bfloat16 if self.moments == "bf16" else torch.float32
+                moments[name] = torch.zeros_like(parameter, dtype=dtype)
+                continue
+            # the code of 0
+            code = int(torch.bucketize(0.0, levels(name == "exp_avg", torch.device("cpu"))))
+            moments[name] = torch.full_like(parameter, code, dtype=torch.uint8)
+            moments[f"{name}_scale"] = _scales_like(parameter)
+        return moments
 
-    def _update(self, parameter: nn.Parameter, lr: float, weight_decay: float) -> None:
-        """Take one step of AdamW (as torch computes it), some rows at a time."""
-        beta1, beta2, state = self.optim.beta1, self.optim.beta2, self.state[parameter]
-        state["step"] += 1
-        step = int(state["step"])
-        scale1, scale2 = 1 - beta1**step, 1 - beta2**step
-        parts = {name: _part(tensor) for name, tensor in state.items() if name != "step"}
-        weights, gradients = _part(parameter), _part(parameter.grad)
-        places, columns = _places(parameter)
-        seed = f"{self.names[parameter]} {step}"
-        size = max(1, CHUNK // max(1, weights.shape[1]))
-        for first in range(0, len(weights), size):
-            rows = slice(first, first + size)
-            chunk = {name: part[rows] for name, part in parts.items()}
-            w, g = weights[rows].float(), gradients[rows].float()
-            m, v = (read_moment(chunk, name) for name in MOMENTS)
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            w.mul_(1 - lr * weight_decay)
-            w.addcdiv_(m, (v / scale2).sqrt_().add_(self.optim.eps), value=-lr / scale1)
-            if weights.dtype != torch.float32:
-                bits = random_bits(places[rows], columns, zlib.crc32(f"{seed} parameter".encode()))
-                weights[rows] = round_to_bf16(w, bits)
-            if chunk["exp_avg"].dtype != torch.float32:
-                bits = random_bits(places[rows], columns, zlib.crc32(f"{seed} moments".encode()))
-                write_moment(chunk, "exp_avg", m, bits & 0xFFFF)
-                write_moment(chunk, "exp_avg_sq", v, bits >> 16 & 0xFFFF)
+    def _update(
+        self, chunk: _Chunk, group: dict[str, Any], parameter: nn.Parameter, step: int
+    ) -> None:
+        """Update some entries of a parameter and their moments."""
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        average, square = (self._read(chunk.state, moment) for moment in ("exp_avg", "exp_avg_sq"))
+        average.lerp_(chunk.gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(chunk.gradient, chunk.gradient, value=1 - beta2)
+        weight = chunk.weight.float()
+        weight.mul_(1 - lr * group["weight_decay"])
+        divisor = (square.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        weight.addcdiv_(average, divisor, value=-lr / (1 - beta1**step))
+
+        def bits(what: str) -> Tensor:
+            digest = hashlib.sha256(f"{self.names[parameter]} {what} {step}".encode()).digest()
+            seed = int.from_bytes(digest[:4], "little")
+            return hashed(seed, chunk.box, tuple(parameter.shape), weight.device)
+
+        for moment, values in (("exp_avg", average), ("exp_avg_sq", square)):
+            stored = chunk.state[moment]
+            if stored.dtype == torch.uint8:
+                codes, scales = to_int8(values, bits(moment), signed=moment == "exp_avg")
+                stored.copy_(codes)
+                chunk.state[f"{moment}_scale"].copy_(scales)
+            elif stored.dtype == torch.bfloat16:
+                stored.copy_(to_bf16(values, bits(moment)))
+        if chunk.weight.dtype == torch.bfloat16:
+            weight = to_bf16(weight, bits("weight"))
+        chunk.weight.copy_(weight)
+
+    def _read(self, state: dict[str, Tensor], moment: str) -> Tensor:
+        """Return a moment in fp32: itself where it is, else a copy."""
+        stored = state[moment]
+        if stored.dtype != torch.uint8:
+            return stored.float()
+        return from_int8(stored, state[f"{moment}_scale"], signed=moment == "exp_avg")
 
 
-def random_bits(places: Tensor, columns: Tensor, seed: int) -> Tensor:
-    """Return 32 random bits for each element of some rows, int32 [rows, columns].
-
-    Args:
-        places: of the rows among all rows of the whole parameter, int64.
-        columns: their elements' places in a row, int64.
-        seed: of 32 bits.
+def _check_blocks(name: str, parameter: nn.Parameter) -> None:
+    """Refuse int8 for a matrix whose rows are split within a block: its blocks would be others in
+    each layout.
     """
-    rows = _mix(_mix(places + seed & 0xFFFFFFFF) + (places >> 32) & 0xFFFFFFFF)
-    bits = (rows.int()[:, None] + columns.int() * -1640531527).contiguous()  # 2^32 / golden ratio
-    # The same mixing in int32, whose products wrap and whose shifts extend the sign.
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        bits.bitwise_xor_((bits >> shift) & (2 ** (32 - shift) - 1)).mul_(factor)
-    return bits.bitwise_xor_(bits >> 16 & 0xFFFF)
+    width, whole = local(parameter).shape[-1], parameter.shape[-1]
+    if parameter.ndim > 1 and width != whole and width % BLOCK:
+        raise InputError(
+            f"--optim.moments int8 has blocks of {BLOCK} entries of a row, but ranks share rows of "
+            f"{name} in parts of {width}; lower --parallel.tp, or use bf16"
+        )
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Hash 32 bits in int64 (Wellons' lowbias32)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ x >> shift) * factor & 0xFFFFFFFF
-    return x ^ x >> 16
+def _scales_like(parameter: nn.Parameter) -> Tensor:
+    """Return zero scales for the blocks of a parameter, placed as it is."""
 
+    def blocks(shape: torch.Size) -> list[int]:
+        return [*shape[:-1], -(-shape[-1] // BLOCK)]
 
-def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to bf16: away from zero with the probability that the dropped 16 bits say.
-
-    Args:
-        x: finite.
-        bits: int32, of which the lowest 16 count.
-    """
-    kept = (x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
-    return kept.view(torch.float32).bfloat16()
-
-
-def quantise(x: Tensor, values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise rows in blocks, each by its largest absolute value.
-
-    Args:
-        x: fp32 [rows, columns].
-        values: what the codes stand for, rising (`dynamic_values`).
-        bits: 16 random ones in int32, as `x`.
-
-    Returns:
-        Codes, uint8 as `x`, and scales, fp32 [rows, blocks].
-    """
-    blocks = nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    scales = blocks.abs().amax(2)
-    y = x / _spread(scales.clamp(min=torch.finfo(torch.float32).tiny), x.shape[1])
-    below = torch.bucketize(y, values, right=True).sub_(1).clamp_(0, len(values) - 2)
-    low, high = values[below], values[below + 1]
-    codes = below + ((y - low) / (high - low) > (bits + 0.5) / 2**16)
-    if values[0] == 0:  # a second moment of 0 beside a first moment would divide by eps
-        codes = torch.where(y > 0, codes.clamp_(min=1), codes)
-    return codes.to(torch.uint8), scales
-
-
-def dequantise(codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:
-    """Return what `quantise` has made of values, fp32."""
-    return values[codes.int()] * _spread(scales, codes.shape[1])
-
-
-def _spread(scales: Tensor, columns: int) -> Tensor:
-    """Return the scale of each element of rows."""
-    return scales.repeat_interleave(BLOCK, 1)[:, :columns]
-
-
-@cache
-def dynamic_values(signed: bool, device: torch.device) -> Tensor:
-    """Return the 256 values that codes stand for, rising, fp32: 0, 1, and in each of 7 decades the
-    means of equal parts, of which a decade has half as many as the one above.
-    """
-    numbers = [0.0, 1.0]
-    for exponent in range(7):
-        bounds = torch.linspace(0.1, 1, 2 ** (exponent + (0 if signed else 1)) + 1)
-        means = 10.0 ** (exponent - 6) * (bounds[:-1] + bounds[1:]) / 2
-        numbers += [*means.tolist(), *((-means).tolist() if signed else ())]
-    return torch.tensor(sorted(numbers), device=device)
-
-
-def _code_of_zero(name: str) -> int:
-    values = dynamic_values(name == "exp_avg", torch.device("cpu"))
-    return int((values == 0).nonzero())
-
-
-def read_moment(chunk: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return a moment in fp32; one that is kept in fp32 itself."""
-    kept = chunk[name]
-    if kept.dtype != torch.uint8:
-        return kept.float()
-    return dequantise(kept, chunk[f"{name}_scale"], dynamic_values(name == "exp_avg", kept.device))
-
-
-def write_moment(chunk: Mapping[str, Tensor], name: str, x: Tensor, bits: Tensor) -> None:
-    """Keep a moment, rounded by 16 random bits."""
-    kept = chunk[name]
-    if kept.dtype != torch.uint8:
-        kept.copy_(round_to_bf16(x, bits))
-        return
-    codes, scales = quantise(x, dynamic_values(name == "exp_avg", kept.device), bits)
-    kept.copy_(codes)
-    chunk[f"{name}_scale"].copy_(scales)
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor as rows of its last dim, a view."""
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1] if tensor.ndim else 1)
-
-
-def _places(parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where this rank's rows lie among all rows, and their elements in whole rows, int64."""
-    box, device = local_box(parameter), parameter.device
-    along = [
-        torch.arange(start, start + size, device=device)
-        for start, size in zip(box.start, box.shape, strict=True)
-    ]
-    places = torch.zeros(1, dtype=torch.int64, device=device)
-    for dim, size in zip(along[:-1], parameter.shape[:-1], strict=True):
-        places = (places[:, None] * size + dim).flatten()
-    return places, along[-1]
-
-
-def _zero_scales(parameter: Tensor) -> Tensor:
-    """Return a scale of 0 for each block, placed as the parameter is."""
-    *rows, columns = parameter.shape
-    shape = (*rows, -(-columns // BLOCK))
+    scales = torch.zeros(blocks(local(parameter).shape), device=parameter.device)
     if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, device=parameter.device)
-    *rows, columns = parameter.to_local().shape
+        return scales
+    shape = torch.Size(blocks(parameter.shape))
     return DTensor.from_local(
-        torch.zeros((*rows, -(-columns // BLOCK)), device=parameter.device),
+        scales,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
-        shape=torch.Size(shape),
+        shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
-
-
-def _check_blocks(name: str, parameter: Tensor) -> None:
-    """Refuse a parameter of which ranks hold parts of rows that are no whole blocks."""
-    if not isinstance(parameter, DTensor) or parameter.ndim < 2:
-        return
-    width, last = parameter.shape[-1], parameter.ndim - 1
-    ranks = math.prod(
-        size
-        for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-        if isinstance(placement, Shard) and placement.dim % parameter.ndim == last
-    )
-    if ranks > 1 and width % (BLOCK * ranks):
-        raise InputError(
-            f"--optim.moments int8 has blocks of {BLOCK} in a row, but {ranks} ranks share the "
-            f"{width} entries of a row of {name}; choose --optim.moments bf16 or another "
-            f"--parallel.tp"
-        )

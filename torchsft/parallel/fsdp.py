@@ -31,13 +31,10 @@ def apply_fsdp(
     Except over `tp`: what is partial there FSDP2 sums before, in `compute` for each microbatch
     (with a pipeline once, in fp32).
 
-    FSDP2 hands a sharded gradient on in its parameter's dtype, which is one for all of a unit: of
-    bf16 masters it is rounded to bf16 behind that sum, once a microbatch (with a pipeline once).
-
-    Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, if
-    something is below fp32, the router, which stays fp32; the rest (embedding, last norm, head) is
-    the root. While a layer computes, the next one is gathered; its experts are named, since FSDP2
-    by itself looks one unit ahead, which would be this layer's own experts.
+    Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below
+    fp32, the router, which stays fp32; the rest (embedding, last norm, head) is the root. While a
+    layer computes, the next one is gathered; its experts are named, since FSDP2 by itself looks one
+    unit ahead, which would be this layer's own experts.
 
     `model` is all of it, or the part that one pipeline stage holds; the meshes are
     `World.parameter` and `World.expert`. `reshard_after_forward` frees the gathered parameters
@@ -72,7 +69,7 @@ def apply_fsdp(
                         f"--parallel.ep or start "
                     )
                     raise InputError(fault + "another number of ranks")
-            if torch.bfloat16 in (compute, next(experts.parameters()).dtype):
+            if {compute, experts.down_proj.dtype} != {torch.float32}:
                 parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
             parts.append(
                 fully_shard(

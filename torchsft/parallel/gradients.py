@@ -22,11 +22,6 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, in
     return parts
 
 
-def _wide(gradient: Tensor) -> torch.dtype:
-    """Return the dtype of gradients, at least fp32 (those of bf16 masters beside routers')."""
-    return torch.promote_types(gradient.dtype, torch.float32)
-
-
 def _copies(gradient: DTensor) -> int:
     """Return on how many ranks each element of a gradient lies."""
     copies = 1
@@ -49,7 +44,9 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     parts = local_gradients(parameters)
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if parts:
-        norms = torch.stack(torch._foreach_norm([g for g, _ in parts], 2, _wide(parts[0][0])))
+        norms = torch.stack(
+            torch._foreach_norm([gradient for gradient, _ in parts], 2, torch.float32)
+        )
         copies = torch.tensor([n for _, n in parts], dtype=torch.float64, device=device)
         squares = (norms.double().square() / copies).sum()
     if dist.is_initialized():
@@ -79,7 +76,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     gradients = [gradient for gradient, _ in local_gradients(parameters)]
     if not gradients:
         return
-    torch._foreach_mul_(gradients, factor.to(_wide(gradients[0])))
+    torch._foreach_mul_(gradients, factor.float())
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -6,13 +6,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchsft.config import InputError
+from torchsft.config import BLOCK, InputError, Optim
 from torchsft.models.decoder import local
 from torchsft.parallel.world import World
 
-# Bytes of both moments per parameter (of two or more dims), by --optim.moments: int8 codes have an
-# fp32 scale for each block of 128.
-MOMENTS = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / 128)}
+FP32 = 4  # bytes of an element of a weight, a gradient or a moment
 
 
 def device_bytes(device: torch.device) -> int | None:
@@ -23,8 +21,12 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def held_bytes(
-    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool, moments: str = "fp32"
-) -> tuple[float, float]:
+    model: nn.Module,
+    compute: torch.dtype,
+    reshard_after_forward: bool,
+    optim: Optim,
+    fp8: bool = False,
+) -> tuple[int, int]:
     """Count the device memory that this rank needs for its share of the parameters through a step;
     activations and buffers come on top.
 
@@ -32,26 +34,39 @@ def held_bytes(
         model: this rank's part, sharded; on any device.
         compute: dtype of gathered parameters.
         reshard_after_forward: whether gathered parameters are freed between the passes.
-        moments: their format (`MOMENTS`).
+        optim: of the run; Muon keeps one moment of its matrices.
+        fp8: whether fp8 copies are kept beside gathered parameters, one and its transpose.
 
     Returns:
-        Bytes that more data ranks would share: weight, gradient (in the weight's dtype) and two
-        moments, or of a frozen parameter the weight. And bytes that they would not: where gathered
-        parameters are kept for a whole step, these, in `compute`, and their fp32 gradients, which
-        are scattered behind the last microbatch (so that they stand in for the sharded ones).
+        Bytes that more data ranks would share: weight, gradient and moments, or of a frozen
+        parameter the weight. And bytes that they would not: where gathered parameters are
+        kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
+        behind the last microbatch (so that they stand in for the sharded ones).
     """
     sharded = gathered = 0.0
-    for parameter in model.parameters():
-        trained, weight = parameter.requires_grad, parameter.itemsize
-        with_moments = weight + (MOMENTS[moments] if trained else 0)
-        if reshard_after_forward or not isinstance(parameter, DTensor):
-            each = with_moments + (weight if trained else 0)
-            sharded += each * local(parameter).numel()
-            continue
-        sharded += with_moments * local(parameter).numel()
-        each = compute.itemsize + (4 if trained else 0)
-        gathered += each * gathered_elements(parameter)
-    return sharded, gathered
+    matrices = model.matrices() if optim.kind == "muon" else {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.dtype.itemsize
+        trained = parameter.requires_grad
+        keeps_gathered = not reshard_after_forward and isinstance(parameter, DTensor)
+        each = weight
+        if trained:
+            each += moment_bytes(optim, parameter, name in matrices)
+            each += 0 if keeps_gathered else weight  # the gradient
+        sharded += each * local(parameter).numel()
+        if keeps_gathered:
+            each = compute.itemsize + FP32 * trained + 2 * fp8
+            gathered += each * gathered_elements(parameter)
+    return math.ceil(sharded), math.ceil(gathered)
+
+
+def moment_bytes(optim: Optim, parameter: nn.Parameter, is_muons: bool) -> float:
+    """Return the bytes of an element's moments."""
+    if is_muons:
+        return FP32
+    vector = parameter.ndim < 2
+    each = {"fp32": FP32, "bf16": 2, "int8": FP32 if vector else 1 + FP32 / BLOCK}
+    return 2 * each[optim.moments]
 
 
 def gathered_elements(parameter: DTensor) -> int:
@@ -72,8 +87,9 @@ def check_memory(
     model: nn.Module,
     compute: torch.dtype,
     reshard_after_forward: bool,
+    optim: Optim,
     world: World,
-    moments: str = "fp32",
+    fp8: bool,
 ) -> None:
     """Refuse a model whose share does not fit into this rank's device, before any is allocated.
 
@@ -81,7 +97,7 @@ def check_memory(
         InputError: what the rank would hold and what its device has, in GB (10^9 bytes).
     """
     available = device_bytes(world.device)
-    sharded, gathered = held_bytes(model, compute, reshard_after_forward, moments)
+    sharded, gathered = held_bytes(model, compute, reshard_after_forward, optim, fp8)
     if available is None or sharded + gathered <= available:
         return
     remedy = "raise --parallel.pp, --parallel.ep or --parallel.tp"

@@ -88,6 +88,7 @@ def quantise(
     power_of_two: bool = False,
     known_scale: Tensor | None = None,
     name: str = "a weight",
+    through: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Quantise a weight so that the largest value of each block becomes 448.
 
@@ -100,6 +101,7 @@ def quantise(
         power_of_two: round scales up to powers of two ("scale_fmt": "ue8m0").
         known_scale: fp32, the scales with which the weight was stored before training.
         name: of the weight, for the error.
+        through: a dtype to which values that `known_scale` does not give are rounded first.
 
     Returns:
         The weight in e4m3 [m, n], and its fp32 scales; 1 is the scale of zeros.
@@ -115,51 +117,57 @@ def quantise(
         missing = -columns % width
         padded = F.pad(rows, (0, missing)) if missing else rows
         blocks = padded.unflatten(1, (-1, width))
-        scale = _scale_of(blocks, power_of_two, name)
+        fresh = blocks.to(through).float()
+        largest = fresh.abs().amax((0, 2))
+        if not largest.isfinite().all():
+            raise InputError(
+                f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
+            )
+        scale = scale_of(largest, power_of_two)
         if known_scale is None:
-            encoded = _encode(blocks, scale)
+            encoded = encode(fresh, scale[:, None])
         else:
-            encoded, scale = _encode_with_known(blocks, scale, known_scale[index])
+            encoded, scale = _encode_with_known(blocks, fresh, scale, known_scale[index])
         scales[index] = scale
         begin = index * height
         quantised[begin : begin + len(rows)] = encoded.flatten(1)[:, :columns]
     return quantised, scales
 
 
-def _scale_of(blocks: Tensor, power_of_two: bool, name: str) -> Tensor:
-    """Return the scale of each block [rows, blocks, columns]."""
-    largest = blocks.abs().amax((0, 2))
-    if not largest.isfinite().all():
-        raise InputError(
-            f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
-        )
-    scale = torch.where(largest > 0, largest / LARGEST, 1)
+def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
+    """Return the scales of blocks whose largest magnitudes are given, both fp32; of nan or inf, so
+    that it stays visible, nan or inf.
+    """
+    scale = torch.where(largest == 0, 1, largest / LARGEST)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    if power_of_two:
-        mantissa, exponent = torch.frexp(scale)  # in [0.5, 1)
-        is_power = mantissa == 0.5
-        scale = torch.ldexp(torch.ones_like(mantissa), exponent - is_power.int())
+    if power_of_two:  # carried into the exponent, unless the mantissa is 0
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return scale
 
 
-def _encode_with_known(blocks: Tensor, scale: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks with the scales that are known where these give every bit, else with `scale`.
+def _encode_with_known(
+    blocks: Tensor, fresh: Tensor, scale: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Encode blocks with the scales that are known where these give every bit, else those of
+    `fresh` with `scale`.
 
     Returns:
         The values in e4m3, and the scale of each block.
     """
-    encoded = _encode(blocks, known)
+    encoded = encode(blocks, known[:, None])
     decoded = _decode(encoded) * (256 * known[:, None])
     same_bits = decoded.view(torch.int32) == blocks.view(torch.int32)
     unchanged = same_bits.all(2).all(0)
     if unchanged.all():
         return encoded, known
     scale = torch.where(unchanged, known, scale)
-    return _encode(blocks, scale), scale
+    return encode(torch.where(unchanged[:, None], blocks, fresh), scale[:, None]), scale
 
 
-def _encode(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Return [rows, blocks, columns] in units of their block's scale, to the nearest e4m3."""
+def encode(values: Tensor, scale: Tensor) -> Tensor:
+    """Return fp32 values in units of their scales (of a shape that broadcasts), to the nearest
+    e4m3.
+    """
     unit = torch.where(scale == 0, 1, scale)  # all values of such a block are zeros
-    in_units = blocks / unit[:, None]
+    in_units = values / unit
     return in_units.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -77,6 +77,7 @@ class Fp8Blocks(Format):
 
     block: tuple[int, int] = BLOCK
     power_of_two: bool = False
+    through: torch.dtype = torch.float32  # see `quantise`
 
     name: ClassVar[str] = "fp8"
     word: ClassVar[str] = "F8_E4M3"
@@ -123,7 +124,7 @@ class Fp8Blocks(Format):
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return the weight in e4m3 and its scales."""
-        q, scale = quantise(w, self.block, self.power_of_two, known, key)
+        q, scale = quantise(w, self.block, self.power_of_two, known, key, self.through)
         return {key: q, key + SCALE_SUFFIX: scale}
 
 

@@ -584,7 +584,7 @@ def lacks_weight(directory):
         (lacks_weight, "1 missing: model.norm.weight"),
         (
             lambda path: change_config(path, num_hidden_layers=2),
-            "holds 4 layers, .* 2 num_hidden_layers and 1 num_nextn_predict",
+            "holds 4 layers, .* 2 num_hidden_layers and 1 MTP layers",
         ),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (

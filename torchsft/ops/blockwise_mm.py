@@ -1,0 +1,244 @@
+"""Triton kernels for products in block-wise fp8, for GPUs of SM90 on. Their plain twin is
+`precision/blockwise_compute.py`, which says what is multiplied.
+
+    quantise_rows      x in tiles of 1 x 128
+    quantise_columns   x^T, in tiles of 128 rows of x; each expert's rows begin with a tile
+    quantise_weight    w in blocks of 128 x 128, or its transpose
+    rows_product       x w^T, each row by its expert's matrix
+    columns_product    dy^T x, each expert's rows
+
+Each product of 128 x 128 x 128 begins at 0 in the tensor cores, whose sums have 14 bits, and is
+scaled and added in fp32 registers (arXiv:2412.19437, section 3.3.2). Tensor cores of SM90 take fp8
+only with the inner dim contiguous; hence the transposes.
+
+Shape suffixes: R rows sorted by expert, C columns, I inner dim, O outputs, E experts, T tiles of up
+to 128 rows of one expert, M = 128 T; i, o, c: blocks of 128 of I, O, C.
+"""
+
+# ruff: noqa: ANN001, E741 (Triton's arguments have no Python types; sizes are capitals)
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchsft.ops.tiles import SIZE, Tiles
+
+LAUNCH = {"num_warps": 8, "num_stages": 4}  # of products; with 4 warps they spill registers
+
+
+class Quantised(NamedTuple):
+    """e4m3 values and the fp32 scales of their blocks."""
+
+    values: Tensor
+    scales: Tensor
+
+
+@triton.jit
+def _scale(largest, power_of_two: tl.constexpr):
+    scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, 448.0))
+    scale = tl.maximum(scale, 1.1754943508222875e-38)
+    if power_of_two:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _encode(values, scale):
+    units = tl.div_rn(values, tl.broadcast_to(scale, values.shape))
+    units = tl.clamp(units, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return units.to(tl.float8e4nv)
+
+
+@triton.jit
+def _rows_kernel(x, q, scales, R, C, power_of_two: tl.constexpr, height: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height)
+    column = tl.program_id(1) * 128 + tl.arange(0, 128)
+    inside = (row < R)[:, None] & (column < C)[None, :]
+    place = row[:, None] * C + column[None, :]
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.abs(values), 1), power_of_two)
+    tl.store(q + place, _encode(values, scale[:, None]), mask=inside)
+    tl.store(scales + tl.program_id(1).to(tl.int64) * R + row, scale, mask=row < R)
+
+
+@triton.jit
+def _columns_kernel(
+    x, q, scales, first, end, C, M, power_of_two: tl.constexpr, width: tl.constexpr
+):
+    tile = tl.program_id(0).to(tl.int64)
+    begin = tl.load(first + tile).to(tl.int64)
+    stop = tl.load(end + tile)
+    if begin >= stop:
+        return
+    row = begin + tl.arange(0, 128)
+    column = tl.program_id(1).to(tl.int64) * width + tl.arange(0, width)
+    inside = (row < stop)[:, None] & (column < C)[None, :]
+    values = tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0)
+    values = values.to(tl.float32)
+    scale = _scale(tl.max(tl.abs(values), 0), power_of_two)
+    encoded = tl.trans(_encode(values, scale[None, :]))
+    place = column[:, None] * M + tile * 128 + tl.arange(0, 128)[None, :]
+    tl.store(q + place, encoded, mask=(column < C)[:, None])
+    tl.store(scales + tile * C + column, scale, mask=column < C)
+
+
+@triton.jit
+def _weight_kernel(w, q, scales, O, I, power_of_two: tl.constexpr, transposed: tl.constexpr):
+    row = tl.program_id(1) * 128 + tl.arange(0, 128)
+    column = tl.program_id(0) * 128 + tl.arange(0, 128)
+    matrix = tl.program_id(2).to(tl.int64) * O * I
+    inside = (row < O)[:, None] & (column < I)[None, :]
+    values = tl.load(w + matrix + row[:, None] * I + column[None, :], mask=inside, other=0.0)
+    values = values.to(tl.float32)
+    scale = _scale(tl.max(tl.max(tl.abs(values), 1), 0), power_of_two)
+    encoded = _encode(values, scale)
+    if transposed:
+        place = column[:, None] * O + row[None, :]
+        tl.store(q + matrix + place, tl.trans(encoded), mask=tl.trans(inside))
+    else:
+        tl.store(q + matrix + row[:, None] * I + column[None, :], encoded, mask=inside)
+    block = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
+    tl.store(scales + block + tl.program_id(0), scale)
+
+
+@triton.jit
+def _rows_product_kernel(
+    x,
+    x_scales,
+    w,
+    w_scales,
+    y,
+    first,
+    expert_of,
+    end,
+    R,
+    O,
+    I,
+    scale_stride_e,
+    scale_stride_o,
+    scale_stride_i,
+):
+    tile, output = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(first + tile).to(tl.int64)
+    stop = tl.load(end + tile)
+    if begin >= stop:
+        return
+    expert = tl.load(expert_of + tile).to(tl.int64)
+    row = begin + tl.arange(0, 128)
+    column = output * 128 + tl.arange(0, 128)
+    inner = tl.arange(0, 128)
+    x_place = x + row[:, None] * I + inner[None, :]
+    w_place = w + expert * O * I + column[None, :] * I + inner[:, None]
+    x_scale_place = x_scales + row
+    w_scale_place = w_scales + expert * scale_stride_e + output * scale_stride_o
+    total = tl.zeros((128, 128), tl.float32)
+    for block in range(tl.cdiv(I, 128)):
+        left = I - block * 128
+        x_inside = (row < stop)[:, None] & (inner < left)[None, :]
+        w_inside = (column < O)[None, :] & (inner < left)[:, None]
+        product = tl.dot(
+            tl.load(x_place + block * 128, mask=x_inside, other=0.0),
+            tl.load(w_place + block * 128, mask=w_inside, other=0.0),
+        )
+        x_scale = tl.load(x_scale_place, mask=row < stop, other=0.0)
+        total += product * (x_scale * tl.load(w_scale_place))[:, None]
+        x_scale_place += R
+        w_scale_place += scale_stride_i
+    inside = (row < stop)[:, None] & (column < O)[None, :]
+    y_place = y + row[:, None] * O + column[None, :]
+    tl.store(y_place, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
+    column = tl.program_id(0) * 128 + tl.arange(0, 128)
+    row = tl.program_id(1) * 128 + tl.arange(0, 128)
+    expert = tl.program_id(2)
+    inner = tl.arange(0, 128)
+    a_place = a + row[:, None].to(tl.int64) * M + inner[None, :]
+    b_place = b + column[None, :].to(tl.int64) * M + inner[:, None]
+    begin = tl.load(bounds + expert)
+    a_scale_place = a_scales + begin.to(tl.int64) * O + row
+    b_scale_place = b_scales + begin.to(tl.int64) * I + column
+    total = tl.zeros((128, 128), tl.float32)
+    for tile in range(begin, tl.load(bounds + expert + 1)):
+        product = tl.dot(
+            tl.load(a_place + tile * 128, mask=(row < O)[:, None], other=0.0),
+            tl.load(b_place + tile * 128, mask=(column < I)[None, :], other=0.0),
+        )
+        a_scale = tl.load(a_scale_place, mask=row < O, other=0.0)
+        b_scale = tl.load(b_scale_place, mask=column < I, other=0.0)
+        total += product * a_scale[:, None] * b_scale[None, :]
+        a_scale_place += O
+        b_scale_place += I
+    inside = (row < O)[:, None] & (column < I)[None, :]
+    place = y + expert.to(tl.int64) * O * I + row[:, None] * I + column[None, :]
+    tl.store(place, total.to(y.dtype.element_ty), mask=inside)
+
+
+def quantise_rows(x_RC: Tensor, power_of_two: bool) -> Quantised:
+    """Return e4m3 [R, C] and scales [c, R]."""
+    rows, columns = x_RC.shape
+    blocks, height = triton.cdiv(columns, SIZE), 16
+    q = torch.empty_like(x_RC, dtype=torch.float8_e4m3fn)
+    scales = x_RC.new_empty(blocks, rows, dtype=torch.float32)
+    grid = triton.cdiv(rows, height), blocks
+    _rows_kernel[grid](x_RC, q, scales, rows, columns, power_of_two, height)
+    return Quantised(q, scales)
+
+
+def quantise_columns(x_RC: Tensor, tiles: Tiles, power_of_two: bool) -> Quantised:
+    """Return e4m3 [C, M] and scales [T, C]; what lies in empty tiles is undefined."""
+    columns, count, width = x_RC.shape[1], len(tiles.first_T), 64
+    q = x_RC.new_empty(columns, SIZE * count, dtype=torch.float8_e4m3fn)
+    scales = x_RC.new_empty(count, columns, dtype=torch.float32)
+    grid = count, triton.cdiv(columns, width)
+    _columns_kernel[grid](
+        x_RC, q, scales, tiles.first_T, tiles.end_T, columns, SIZE * count, power_of_two, width
+    )
+    return Quantised(q, scales)
+
+
+def quantise_weight(w_EOI: Tensor, power_of_two: bool, transposed: bool) -> Quantised:
+    """Return e4m3 [E, O, I] or, transposed, [E, I, O], and scales [E, o, i] in either case."""
+    experts, outputs, inputs = w_EOI.shape
+    shape = (experts, inputs, outputs) if transposed else w_EOI.shape
+    q = w_EOI.new_empty(shape, dtype=torch.float8_e4m3fn)
+    blocks = triton.cdiv(outputs, SIZE), triton.cdiv(inputs, SIZE)
+    scales = w_EOI.new_empty(experts, *blocks, dtype=torch.float32)
+    grid = blocks[1], blocks[0], experts
+    _weight_kernel[grid](w_EOI, q, scales, outputs, inputs, power_of_two, transposed)
+    return Quantised(q, scales)
+
+
+def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """Return y [R, O] of x [R, I] and w [E, O, I], whose scales are [E, o, i]."""
+    (rows, inner), outputs = x.values.shape, w.values.shape[1]
+    y = x.values.new_empty(rows, outputs, dtype=dtype)
+    grid = len(tiles.first_T), triton.cdiv(outputs, SIZE)
+    _rows_product_kernel[grid](
+        *x,
+        *w,
+        y,
+        *tiles[:3],
+        rows,
+        outputs,
+        inner,
+        *w.scales.stride(),
+        **LAUNCH,
+    )
+    return y
+
+
+def columns_product(dy: Quantised, x: Quantised, tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """Return dw [E, O, I] of dy^T [O, M] and x^T [I, M]."""
+    (outputs, length), inputs = dy.values.shape, x.values.shape[0]
+    experts = len(tiles.bounds_E) - 1
+    dw = dy.values.new_empty(experts, outputs, inputs, dtype=dtype)
+    grid = triton.cdiv(inputs, SIZE), triton.cdiv(outputs, SIZE), experts
+    _columns_product_kernel[grid](*dy, *x, dw, tiles.bounds_E, outputs, inputs, length, **LAUNCH)
+    return dw

@@ -1,0 +1,108 @@
+"""Matrix products in block-wise fp8, as DeepSeek-V3 was trained (arXiv:2412.19437, section 3.3).
+
+Both factors are e4m3 with fp32 scales, the sum is fp32, and the results have the inputs' dtype:
+
+    y = x w^T     x in tiles of 1 x 128, w in blocks of 128 x 128 (those of precision/blockwise.py)
+    dx = dy w     dy in tiles of 1 x 128, w in the same blocks
+    dw = dy^T x   both in tiles of 128 rows x 1: the inner dim is that of the rows
+
+Tiles at an edge are smaller, and each expert's rows begin with a tile of their own. All of it is
+here in plain PyTorch: values are rounded to what fp8 holds, and multiplied in fp32.
+
+Shape suffixes: R rows, sorted by expert, I inputs, O outputs, E experts held here, M rows
+with zeros between them, so that each expert's begin with a tile.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchsft.ops import gradients_asked_for
+from torchsft.ops.grouped import Products
+from torchsft.ops.tiles import SIZE, tiles_of
+from torchsft.precision.blockwise import BLOCK, encode, scale_of
+
+INNER, ROWS = (1, SIZE), (SIZE, 1)  # tiles along the inner dim of y and dx, and of dw
+
+
+def rounded(values: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> Tensor:
+    """Return [..., m, n] as e4m3 holds it with one scale for each tile, in fp32."""
+    rows, columns = values.shape[-2:]
+    height, width = tile
+    padded = F.pad(values.float(), (0, -columns % width, 0, -rows % height))
+    tiles = padded.unflatten(-2, (-1, height)).unflatten(-1, (-1, width))
+    scale = scale_of(tiles.abs().amax((-3, -1), keepdim=True), power_of_two)
+    kept = encode(tiles, scale).float() * scale
+    return kept.flatten(-4, -3).flatten(-2)[..., :rows, :columns]
+
+
+@dataclass(frozen=True)
+class BlockwiseProducts(Products):
+    """These products, in plain PyTorch."""
+
+    power_of_two: bool = False  # scales
+    # matrices [O / parts, I], each with blocks of its own, that a weight of an expert consists of
+    parts: int = 1
+
+    def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
+        """Return y_RO."""
+        x = rounded(x_RI, INNER, self.power_of_two)
+        return _grouped(x, self.held(weight_EOI).mT, offs_E).to(x_RI.dtype)
+
+    def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
+        """Return the gradient of x_RI."""
+        grad = rounded(grad_RO, INNER, self.power_of_two)
+        return _grouped(grad, self.held(weight_EOI), offs_E).to(grad_RO.dtype)
+
+    def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
+        """Return the gradient of weight_EOI."""
+        tiles = tiles_of(offs_E, len(x_RI))
+        grad_MO, x_MI = (
+            rounded(tiles.spread(values), ROWS, self.power_of_two) for values in (grad_RO, x_RI)
+        )
+        return _grouped(grad_MO.mT, x_MI, SIZE * tiles.bounds_E[1:]).to(x_RI.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x [..., I] weight^T [O, I] + bias [O]."""
+        y = _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
+
+    def held(self, weight_EOI: Tensor) -> Tensor:
+        """Return a weight as fp8 holds it, fp32."""
+        matrices = weight_EOI.unflatten(-2, (self.parts, -1))
+        return rounded(matrices, BLOCK, self.power_of_two).flatten(-3, -2)
+
+
+def _grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
+    if len(offs_E) > 1:
+        return F.grouped_mm(a, b, offs=offs_E)
+    product = a @ (b[0] if b.ndim == 3 else b)
+    return product if b.ndim == 3 else product.unsqueeze(0)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, products: BlockwiseProducts) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x_RI if need_weight else None, weight if need_x else None)
+        ctx.products = products
+        return products.forward(x_RI, weight.unsqueeze(0), _one_group(x_RI))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RI, weight = ctx.saved_tensors
+        want_x, want_weight = gradients_asked_for(ctx)[:2]
+        offs, products = _one_group(grad_RO), ctx.products
+        grad_x_RI = grad_weight = None
+        if want_x:
+            grad_x_RI = products.grad_rows(grad_RO, weight.unsqueeze(0), offs)
+        if want_weight:
+            grad_weight = products.grad_weight(grad_RO, x_RI, offs).squeeze(0)
+        return grad_x_RI, grad_weight, None
+
+
+def _one_group(x_RI: Tensor) -> Tensor:
+    return torch.full((1,), len(x_RI), dtype=torch.int32, device=x_RI.device)

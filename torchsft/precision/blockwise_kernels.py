@@ -1,0 +1,64 @@
+"""`BlockwiseProducts` by the kernels of ops/blockwise_mm.py, for GPUs of SM90; imports triton."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from torchsft.ops import blockwise_mm as mm
+from torchsft.ops.tiles import tiles_of
+from torchsft.precision.blockwise_compute import BlockwiseProducts
+
+_updates = [0]  # optimizer steps of this process
+
+
+def _count_update(*_: object) -> None:
+    _updates[0] += 1
+
+
+# FSDP2 gathers into the same tensor without a change of its version: what has been quantised is
+# known to be old by the optimizer's step alone.
+register_optimizer_step_post_hook(_count_update)
+
+
+@dataclass(frozen=True)
+class BlockwiseKernels(BlockwiseProducts):
+    """The products of one weight."""
+
+    # Whether the quantised weight is kept until the optimizer's next step (2 bytes a parameter: its
+    # transpose too), or made for each product. Kept where FSDP keeps gathered parameters.
+    keep: bool = False
+    # by whether it is transposed: when it was made, and itself
+    kept: dict[bool, tuple[tuple[int, ...], mm.Quantised]] = field(default_factory=dict)
+
+    def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
+        """Return y_RO."""
+        return self._by_rows(x_RI, self._quantised(weight_EOI, transposed=False), offs_E)
+
+    def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
+        """Return the gradient of x_RI."""
+        values, scales = self._quantised(weight_EOI, transposed=True)
+        return self._by_rows(grad_RO, mm.Quantised(values, scales.mT), offs_E)
+
+    def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
+        """Return the gradient of weight_EOI."""
+        tiles = tiles_of(offs_E, len(x_RI))
+        grad, x = (
+            mm.quantise_columns(values.contiguous(), tiles, self.power_of_two)
+            for values in (grad_RO, x_RI)
+        )
+        return mm.columns_product(grad, x, tiles, x_RI.dtype)
+
+    def _by_rows(self, x_RI: Tensor, weight: mm.Quantised, offs_E: Tensor) -> Tensor:
+        x = mm.quantise_rows(x_RI.contiguous(), self.power_of_two)
+        return mm.rows_product(x, weight, tiles_of(offs_E, len(x_RI)), x_RI.dtype)
+
+    def _quantised(self, weight_EOI: Tensor, *, transposed: bool) -> mm.Quantised:
+        now = _updates[0], weight_EOI.data_ptr(), weight_EOI._version
+        made, quantised = self.kept.get(transposed, (None, None))
+        if made != now:
+            weight = weight_EOI.detach().contiguous()
+            quantised = mm.quantise_weight(weight, self.power_of_two, transposed)
+            if self.keep:
+                self.kept[transposed] = now, quantised
+        return quantised
