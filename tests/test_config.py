@@ -90,6 +90,12 @@ def test_options_override_the_preset():
         (lambda: Metrics(peak_tflops=0.0), "--metrics.peak-tflops is 0.0"),
         (lambda: Parallel(timeout_seconds=float("inf")), "--parallel.timeout-seconds is inf"),
         (lambda: Optim(beta2=1.0), "--optim.beta2 is 1.0"),
+        (
+            lambda: Optim(offload=True, moments="int8"),
+            "--optim.offload keeps fp32 masters and moments of AdamW on the host, but "
+            "--optim.moments is int8; leave one of the two out",
+        ),
+        (lambda: Optim(offload=True, kind="muon"), "but --optim.kind is muon"),
         (lambda: Optim(clip_norm=0.0), "--optim.clip-norm is 0.0"),
         (lambda: Optim(min_lr_ratio=2.0), "--optim.min-lr-ratio is 2.0"),
         (lambda: Parallel(tp=0), "--parallel.tp is 0, but it must be at least 1"),

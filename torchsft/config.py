@@ -393,6 +393,11 @@ class Optim:
     random, so that small learning rates count in the mean, gradients to the nearest behind each
     microbatch (with pp behind the last). Routers stay fp32.
     """
+    offload: bool = False
+    """Keep fp32 parameters, gradients and moments in host memory (16 bytes a parameter), and on the
+    device only what it computes with: 2 bytes. AdamW runs on the CPU, layer by layer, beside the
+    next forward pass; the numbers are those of a run that keeps all on its CPU.
+    """
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -430,6 +435,12 @@ class Optim:
                 raise InputError(
                     f"--optim.{name} is {getattr(self, name)}, but --optim.kind muon has fp32; "
                     "leave one of the two out"
+                )
+        for name, value in {"kind": "adamw", "moments": "fp32", "masters": "fp32"}.items():
+            if self.offload and getattr(self, name) != value:
+                raise InputError(
+                    f"--optim.offload keeps fp32 masters and moments of AdamW on the host, but "
+                    f"--optim.{name} is {getattr(self, name)}; leave one of the two out"
                 )
         _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
@@ -667,7 +678,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 # their data.
 FREE_TO_CHANGE = (
     *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
-    "data.cache data.workers".split(),
+    "data.cache data.workers optim.offload".split(),
     *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
     "train.activation_checkpointing_every train.selective_products "
     "train.activation_offload train.deterministic".split(),

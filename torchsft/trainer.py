@@ -53,6 +53,7 @@ from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
 from torchsft.output import Exporter, RunOutput, base_configs, end_tokens, export_place
 from torchsft.parallel.apply import compute_dtype, parallelize
+from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.memory import check_memory
 from torchsft.parallel.pipeline import (
@@ -205,6 +206,7 @@ class Trainer:
             activations=train,
             reshard_after_forward=reshard,
             precision=config.precision,
+            offload=config.optim.offload,
         )
         fp8 = config.precision.compute == "blockwise"
         check_memory(self.model, compute, reshard, config.optim, world, fp8)
@@ -274,10 +276,9 @@ class Trainer:
     def build_model(self) -> None:
         """Allocate memory and load weights: no rank ever holds more than its share of the model."""
         config, world = self.config, self.world
-        for stage in self.stages:
-            stage.to_empty(device=world.device)
-            stage.init_buffers()
-        self.optimizer = build_optimizer(self.model, config.optim, self.selection.groups)
+        allocate(self.stages, world.device, config.optim.offload)
+        options = config.optim, self.selection.groups
+        self.optimizer = build_optimizer(self.model, *options, self.stages)
         if self.start.checkpoint:
             self.resume(self.start.checkpoint)
         elif self.weights is None:

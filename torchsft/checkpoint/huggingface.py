@@ -365,8 +365,9 @@ def _write_files(
     rank, _ = rank_and_size()
     if dist.is_initialized():
         # NCCL sets up its communicator in the first collective: all ranks must join that, while
-        # transfers need few.
-        dist.all_reduce(next(map(local, held.values())).new_zeros(1))
+        # transfers need few (with --optim.offload of buffers alone).
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dist.all_reduce(torch.zeros(1, device=device))
     file_of = {tensor.key: name for name, file in files.items() for tensor in file.tensors}
 
     def gathered() -> Iterator[tuple[_Tensor, Tensor | None]]:

@@ -1,6 +1,6 @@
 """The optimizer of a run: AdamW on fp32 master weights, alone or beside Muon."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,14 @@ from torch.distributed.tensor import DTensor
 from torchsft.config import Optim, ParameterGroup
 from torchsft.optim.low_precision import LowPrecisionAdamW
 from torchsft.optim.muon import Muon
+from torchsft.optim.offload import OffloadedAdamW
 
 
 def build_optimizer(
     model: nn.Module,
     optim: Optim,
     groups: Mapping[str, ParameterGroup] | None = None,
+    stages: Sequence[nn.Module] = (),
 ) -> torch.optim.Optimizer:
     """Make AdamW over every trainable parameter of `model`, or with --optim.kind muon over those
     that are no `LanguageModel.matrices`: decoupled weight decay on matrices only.
@@ -34,6 +36,7 @@ def build_optimizer(
         model: this rank's part.
         optim: of the run.
         groups: name -> options of its own (`Selection.groups`).
+        stages: that the model was split into, for --optim.offload (offload.py).
     """
     rows = model.matrices() if optim.kind == "muon" else {}
     parameters_of: dict[_Alike, list[nn.Parameter]] = {}
@@ -56,6 +59,8 @@ def build_optimizer(
         names = {parameter: name for name, parameter in model.named_parameters()}
         return LowPrecisionAdamW(param_groups, names, optim.moments, **options)
     adamw = torch.optim.AdamW(param_groups, fused=True, **options)
+    if optim.offload:
+        return OffloadedAdamW(adamw, model, stages)
     return Muon(of_muon, adamw) if of_muon else adamw
 
 

@@ -43,12 +43,13 @@ def parallelize(
     activations: Train | None = None,  # what it says of them; None: all are kept
     reshard_after_forward: bool = True,  # see `apply_fsdp`
     precision: Precision | None = None,  # of products; None: that of `compute`
+    offload: bool = False,  # keep parameters and gradients in host memory
 ) -> None:
     """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no
     memory is allocated.
 
     On one rank with fp32 alone there is nothing to shard and nothing to cast, so the model is left
-    as it is.
+    as it is, unless `offload` is asked for.
 
     Raises:
         InputError: something does not divide over the mesh.
@@ -71,8 +72,9 @@ def parallelize(
         apply_activation_checkpointing(stage, activations or Train(), world.device)
         if masters != torch.float32:
             cast_parameters(stage, masters)
-        if world.dense.size() > 1 or {compute, masters} != {torch.float32}:
-            apply_fsdp(stage, world.parameter, world.expert, compute, reshard_after_forward)
+        if world.dense.size() > 1 or {compute, masters} != {torch.float32} or offload:
+            meshes = world.parameter, world.expert
+            apply_fsdp(stage, *meshes, compute, reshard_after_forward, offload)
 
 
 def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:

@@ -4,10 +4,17 @@ replicas over `dp_replicate`.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Shard
 
 from torchsft.config import InputError
@@ -19,12 +26,25 @@ def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
     return mesh["dp_replicate", axis] if mesh["dp_replicate"].size() > 1 else mesh[axis]
 
 
+def allocate(stages: Sequence[LanguageModel], device: torch.device, offload: bool) -> None:
+    """Give stages on the meta device memory and buffers their values; parameters are uninitialised,
+    with `offload` on the host (pinned by FSDP).
+    """
+    for stage in stages:
+        stage.to_empty(device="cpu" if offload else device)
+        for module in stage.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        stage.init_buffers()
+
+
 def apply_fsdp(
     model: LanguageModel,
     parameter_mesh: DeviceMesh,
     expert_mesh: DeviceMesh,
     compute: torch.dtype,
     reshard_after_forward: bool,
+    offload: bool = False,
 ) -> None:
     """Shard `model` in place; forward and backward run in `compute`, gradients are summed in fp32.
 
@@ -38,7 +58,8 @@ def apply_fsdp(
 
     `model` is all of it, or the part that one pipeline stage holds; the meshes are
     `World.parameter` and `World.expert`. `reshard_after_forward` frees the gathered parameters
-    between forward and backward (`pipeline.reshard_after_forward`).
+    between forward and backward (`pipeline.reshard_after_forward`). `offload` keeps parameters and
+    gradients in host memory (optim/offload.py).
 
     Raises:
         InputError: an expert dim does not divide over `edp` (FSDP2 shards dims other than 0
@@ -51,7 +72,9 @@ def apply_fsdp(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     router_policy = dataclasses.replace(policy, param_dtype=torch.float32)
-    options = {"reshard_after_forward": reshard_after_forward}
+    options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=dense.device_type == "cuda")
     units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
     moe_layers = model.moe_layers()
     for name, layer in model.model.layers.items():
@@ -82,12 +105,8 @@ def apply_fsdp(
             )
         units.append([fully_shard(layer, mesh=dense, mp_policy=policy, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
-    fully_shard(
-        model,
-        mesh=dense,
-        mp_policy=policy,
-        reshard_after_forward=None if reshard_after_forward else False,
-    )
+    options["reshard_after_forward"] = None if reshard_after_forward else False
+    fully_shard(model, mesh=dense, mp_policy=policy, **options)
     for this, following in itertools.pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(this[:1] + this[:0:-1])

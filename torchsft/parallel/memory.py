@@ -1,6 +1,11 @@
-"""Whether a rank's share of weights, gradients and moments fits into its device."""
+"""Whether a rank's share of weights, gradients and moments fits into its device, and into its
+host.
+"""
 
 import math
+import platform
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from torchsft.config import BLOCK, InputError, Optim
 from torchsft.models.decoder import local
+from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.world import World
 
 FP32 = 4  # bytes of an element of a weight, a gradient or a moment
@@ -34,7 +40,9 @@ def held_bytes(
         model: this rank's part, sharded; on any device.
         compute: dtype of gathered parameters.
         reshard_after_forward: whether gathered parameters are freed between the passes.
-        optim: of the run; Muon keeps one moment of its matrices.
+        optim: of the run; Muon keeps one moment of its matrices, offload the shards that FSDP
+            gathers (of routers fp32, counted like the others) and, until replicas sum them, the
+            gradients that microbatches have summed.
         fp8: whether fp8 copies are kept beside gathered parameters, one and its transpose.
 
     Returns:
@@ -50,7 +58,11 @@ def held_bytes(
         trained = parameter.requires_grad
         keeps_gathered = not reshard_after_forward and isinstance(parameter, DTensor)
         each = weight
-        if trained:
+        if optim.offload:
+            each = compute.itemsize
+            if not keeps_gathered and trained and has_replicas(parameter):
+                each += FP32
+        elif trained:
             each += moment_bytes(optim, parameter, name in matrices)
             each += 0 if keeps_gathered else weight  # the gradient
         sharded += each * local(parameter).numel()
@@ -67,6 +79,69 @@ def moment_bytes(optim: Optim, parameter: nn.Parameter, is_muons: bool) -> float
     vector = parameter.ndim < 2
     each = {"fp32": FP32, "bf16": 2, "int8": FP32 if vector else 1 + FP32 / BLOCK}
     return 2 * each[optim.moments]
+
+
+def has_replicas(parameter: nn.Parameter) -> bool:
+    """Whether FSDP sums gradients over replicas, behind the last microbatch."""
+    if not isinstance(parameter, DTensor):
+        return False
+    return "dp_replicate" in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def host_bytes(model: nn.Module, is_pinned: bool) -> int:
+    """Count the host memory of this rank with --optim.offload: fp32 weights, and of what is trained
+    gradients and two moments.
+
+    Args:
+        model: this rank's part, sharded; on any device.
+        is_pinned: whether what travels is pinned: torch rounds that up to a power of two.
+    """
+    total = 0
+    for parameter in model.parameters():
+        size = FP32 * local(parameter).numel()
+        travelling = 1 << (size - 1).bit_length() if is_pinned and size else size
+        total += travelling
+        if parameter.requires_grad:
+            total += travelling + 2 * size
+    return total
+
+
+def free_host_bytes() -> int:
+    """Return the memory that this host, or the control group of this container, can still give."""
+    free = 1024 * _number("/proc/meminfo", r"MemAvailable:\s+(\d+)")
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            taken = _number(f"{folder}/{used}")
+            cached = _number(f"{folder}/memory.stat", r"\binactive_file (\d+)")
+            free = min(free, _number(f"{folder}/{limit}") - taken + cached)
+        except (OSError, TypeError):  # no such group; "max" is no number
+            continue
+    return free
+
+
+def _number(file: str, pattern: str = r"(\d+)") -> int:
+    return int(re.search(pattern, Path(file).read_text())[1])
+
+
+def check_host_memory(model: nn.Module, world: World) -> None:
+    """Refuse a model whose offloaded share does not fit into this host; collective.
+
+    Raises:
+        InputError: what the ranks of this host would hold and what it has, in GB (10^9 bytes).
+    """
+    host, free = platform.node(), free_host_bytes()
+    needs = gather_objects((host, host_bytes(model, world.device.type == "cuda")))
+    here = [need for name, need in needs if name == host]
+    if sum(here) <= free:
+        return
+    raise InputError(
+        f"--optim.offload would keep {sum(here) / 1e9:.1f} GB of weights, gradients and moments on "
+        f"host {host} (ranks there: {len(here)}), but it has {free / 1e9:.1f} GB free; start ranks "
+        f"on more hosts or leave the option out"
+    )
 
 
 def gathered_elements(parameter: DTensor) -> int:
@@ -96,6 +171,8 @@ def check_memory(
     Raises:
         InputError: what the rank would hold and what its device has, in GB (10^9 bytes).
     """
+    if optim.offload:
+        check_host_memory(model, world)
     available = device_bytes(world.device)
     sharded, gathered = held_bytes(model, compute, reshard_after_forward, optim, fp8)
     if available is None or sharded + gathered <= available:
