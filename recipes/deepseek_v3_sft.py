@@ -63,13 +63,17 @@ def v3_256() -> Config:
 
 
 def v3_128() -> Config:
-    """DeepSeek-V3 on 128 GPUs of 141 GB (H200): as v3_256, with half its data ranks; up to 114 GB a
+    """DeepSeek-V3 on 128 H100-80GB (16 nodes of 8): as v3_256, with half its data ranks, bf16
+    masters, int8 moments and rows of half the length, whose activations fit beside up to 68 GB a
     GPU.
     """
     config = v3_256()
-    parallel = dataclasses.replace(config.parallel, dp_shard=16, ep=16)
     return dataclasses.replace(
-        config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=256)
+        config,
+        data=Data(seq_len=2048),
+        parallel=dataclasses.replace(config.parallel, dp_shard=16, ep=16),
+        train=dataclasses.replace(config.train, global_batch_size=256),
+        optim=dataclasses.replace(config.optim, masters="bf16", moments="int8"),
     )
 
 

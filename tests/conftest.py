@@ -33,6 +33,18 @@ def ranks(token_cache):
     POOL.close()
 
 
+def pytest_sessionfinish(session):
+    """A process of pytest-xdist hands its crashes to the one that tells them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["crashes"] = POOL.crashes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take over the crashes of a process of pytest-xdist."""
+    POOL.crashes += getattr(node, "workeroutput", {}).get("crashes", [])
+
+
 def pytest_terminal_summary(terminalreporter):
     """A crash that did not make a test fail is told nevertheless."""
     for crash in POOL.crashes:

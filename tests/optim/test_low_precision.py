@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import torchsft
 from tests.distributed.test_layouts import SilentTrainer, config_for, full
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint.boxes import Box
@@ -106,6 +109,16 @@ def steps(optim: Optim, count: int, dtype: torch.dtype = torch.float32):
         set_lr(optimizer, 1.0)
         optimizer.step()
     return model, optimizer
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_rounded_to_nearest_are_torchaos(signed):
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+
+    x = torch.randn(4, 384).exp() * (torch.randn(4, 384).sign() if signed else 1)
+    codes, scales = to_int8(x, torch.full(x.shape, 2**31 - 1, dtype=torch.int32), signed=signed)
+    below = quantize_8bit_with_qmap(x / scales.repeat_interleave(128, 1), levels(signed, CPU))
+    assert torch.equal(codes, below)
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
@@ -284,3 +297,25 @@ def other_moments(directory: str, output: str) -> None:
     config.checkpoint.resume = output + "/checkpoints/step-00000002"
     with World(config.parallel, config.train.seed) as world:
         SilentTrainer(config, world)
+
+
+TABLE = re.compile(r"^\| (fp32|bf16) \| (fp32|bf16|int8) \|(?: [\d.]+ \|){3} ([\d.]+) \|$", re.M)
+
+
+@pytest.mark.parametrize(
+    ("masters", "moments", "each"),
+    TABLE.findall((Path(torchsft.__file__).parent / "README.md").read_text()),
+)
+def test_bytes_per_parameter_are_those_of_the_readme(masters, moments, each):
+    model = nn.Module()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[masters]
+    model.weight = nn.Parameter(torch.randn(8, 256, dtype=dtype))
+    optim = Optim(masters=masters, moments=moments)
+    optimizer = build_optimizer(model, optim)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    kept = [model.weight, model.weight.grad]
+    kept += [value for key, value in optimizer.state[model.weight].items() if key != "step"]
+    total = sum(tensor.nbytes for tensor in kept)
+    assert total == float(each) * model.weight.numel()
+    assert held_bytes(model, torch.bfloat16, True, optim) == (total, 0)
