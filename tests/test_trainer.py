@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -97,13 +98,15 @@ APART = {
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"), [({"freeze": (), "groups": ()}, as_one), (APART, apart)]
+    ("options", "kind", "objective"),
+    [({"freeze": (), "groups": ()}, as_one, (0.0, 0.0)), (APART, apart, (0.2, 0.01))],
 )
-def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind):
+def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind, objective):
     """Loss, norm and weights of 3 AdamW steps: warm-up, linear decay, weight decay and clipping;
-    frozen parts and groups.
+    frozen parts and groups; label smoothing and z-loss, which the reported loss leaves out.
     """
     config = trainer_for(inputs, tmp_path)
+    config.train.label_smoothing, config.train.z_loss = objective
     config.train.freeze, config.optim.groups = options["freeze"], options["groups"]
     lines = [
         json.loads(line)["messages"] for line in (inputs / "train.jsonl").read_text().splitlines()
@@ -131,25 +134,31 @@ def test_three_steps_equal_a_transformers_loop(inputs, tmp_path, options, kind):
         for factor in factors:
             step = next(trainer.loader)
             record, _ = trainer.train_step(step)
-            loss, count = 0.0, 0
+            loss, count, smoothed, squares = 0.0, 0, 0.0, 0.0
             for sample_id in step.sample_ids:
                 tokens, trained = reference_tokens(
                     lines[int(sample_id.rsplit(":", 1)[1]) - 1], tokenizer
                 )
                 logits = model(torch.tensor([tokens])).logits[0, :-1]
-                losses = torch.nn.functional.cross_entropy(
-                    logits, torch.tensor(tokens[1:]), reduction="none"
-                )
-                loss = loss + losses[torch.tensor(trained[1:])].sum()
+                supervised = torch.tensor(trained[1:])
+                logits, targets = logits[supervised], torch.tensor(tokens[1:])[supervised]
+                nll = partial(torch.nn.functional.cross_entropy, logits, targets, reduction="sum")
+                loss += nll().item()
+                smoothed = smoothed + nll(label_smoothing=objective[0])
+                squares = squares + logits.logsumexp(-1).square().sum()
                 count += sum(trained[1:])
-            (loss / count).backward()
+            ((smoothed + objective[1] * squares) / count).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak"]
             optimizer.step()
             optimizer.zero_grad()
             assert record["supervised_tokens"] == count
-            assert record["loss"] == pytest.approx(loss.item() / count, rel=1e-5)
+            assert record["loss"] == pytest.approx(loss / count, rel=1e-5)
+            smoothed, z = smoothed.item() / count, objective[1] * squares.item() / count
+            further = {"smoothed_loss": smoothed, "logit_z_loss": z} if objective[0] else {}
+            found = {key: record[key] for key in record.keys() & {"smoothed_loss", "logit_z_loss"}}
+            assert found == pytest.approx(further, rel=1e-5)
             assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
             assert record["lr"] == pytest.approx(factor * 1e-2)
         trained_state = trainer.model.state_dict()

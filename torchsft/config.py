@@ -51,8 +51,10 @@ class Model:
     """plain computes norms, SwiGLU, rotation, token permutation and the loss with ordinary PyTorch:
     slow, for comparing.
     """
-    loss_chunk: int = 1024
-    """Tokens whose logits exist at the same time in the vocabulary loss."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at the same time in the vocabulary loss; absent: all where that
+    takes no more memory than chunks of 2^26 logits, else such chunks.
+    """
     mtp: Literal["keep", "train", "drop"] = "keep"
     """What becomes of multi-token-prediction layers: exported as they were (a server that drafts
     tokens with them is slower the more the model has changed), trained too, or left out.
@@ -250,6 +252,14 @@ class Train:
     """Compute the same bits in each run on the same layout and machine, on GPUs too, where that is
     slower (attention's backward pass adds in any order otherwise).
     """
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the vocabulary, as F.cross_entropy does (the
+    label_smoothing_factor of transformers and TRL); 0: none. The reported loss stays without it.
+    """
+    z_loss: float = 0.0
+    """Factor of the mean over supervised tokens of logsumexp(logits)^2, which keeps these near 0
+    (PaLM: 1e-4); 0: none. The reported loss stays without it.
+    """
     max_nonfinite_steps: int = 3
     """Steps in a row whose gradient norm may be inf or nan, or that supervise nothing (each is
     skipped whole), before the run stops.
@@ -269,6 +279,8 @@ class Train:
             seed=0,
             max_nonfinite_steps=1,
             activation_checkpointing_every=1,
+            label_smoothing=0,
+            z_loss=0,
         )
         if self.activation_checkpointing_every > 1 and self.activation_checkpointing == "none":
             fault = (
@@ -281,6 +293,9 @@ class Train:
         if self.selective_products and self.activation_checkpointing != "selective":
             fault = "--train.selective-products needs --train.activation-checkpointing selective"
             raise InputError(f"{fault}, not {self.activation_checkpointing}")
+        if self.label_smoothing >= 1:
+            fault = f"--train.label-smoothing is {self.label_smoothing}"
+            raise InputError(f"{fault}, but it must be below 1")
         if self.seed >= 2**64:
             raise InputError(f"--train.seed is {self.seed}, but it must be less than 2**64")
 

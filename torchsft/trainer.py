@@ -492,7 +492,7 @@ class Trainer:
         self.output.collect_reports()
         results = reduce_results(
             loss_sum,
-            self.pipeline.modules[-1].mtp_loss,
+            self.pipeline.modules[-1],
             moe_layers,
             layer_experts,
             signalled=self.preemption.received is not None,

@@ -18,6 +18,7 @@ from torchsft.config import Parallel, Precision
 from torchsft.models.decoder import seeded_normal
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
+from torchsft.models.loss import Objective
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.gradients import global_norm
 from torchsft.parallel.world import World
@@ -90,6 +91,7 @@ def training_pass(
     balance: float = 0.0,
     compute: torch.dtype = torch.float32,
     precision: Precision | None = None,
+    objective: tuple[float, float] = (0.0, 0.0),
     **changes: Any,
 ) -> dict[str, Any]:
     """Loss sum, gradients, their norm and expert loads of all microbatches together; for `ranks`.
@@ -99,12 +101,14 @@ def training_pass(
         balance: factor of the balance loss.
         compute: dtype of the passes.
         precision: number format of products.
+        objective: label smoothing and factor of the z-loss.
         changes: to the tiny model; see `build`.
     """
     with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
         model = build(**changes)
         parallelize([model], world, compute, precision=precision)
         fill(model)
+        model.objective = Objective(*objective)
         for moe in model.moe_layers().values():
             moe.balance_scale = balance
         mine = [
@@ -120,7 +124,8 @@ def training_pass(
         none = torch.zeros(0)  # of a dense model
         loads = torch.stack([moe.expert_load for moe in moes]) if moes else none
         balances = torch.stack([moe.balance_loss for moe in moes]) if moes else none
-        for total in (loss, loads, balances):
+        sums = model.objective_sums / world.dense["tp"].size()
+        for total in (loss, loads, balances, sums):
             dist.all_reduce(total)
         gradients = {name: full(p.grad) for name, p in model.named_parameters()}
         norm = global_norm(model.parameters()).item()
@@ -129,7 +134,7 @@ def training_pass(
         del batch["labels"], batch["loss_weights"]
         with torch.no_grad():
             logits = model(**batch, logits_at=torch.tensor([3, 80, 30]))
-    result = {"loss": loss.item(), "norm": norm}
+    result = {"loss": loss.item(), "norm": norm, "sums": sums.tolist()}
     if world.rank == 0:
         result |= {"gradients": gradients, "loads": loads, "balances": balances, "logits": logits}
     return result
@@ -144,6 +149,7 @@ def compare(results: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str
     result = results[0]
     assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert result["norm"] == pytest.approx(expected["norm"], rel=1e-6)
+    assert result["sums"] == pytest.approx(expected["sums"], rel=1e-6)
     assert torch.equal(result["loads"], expected["loads"])
     torch.testing.assert_close(result["balances"], expected["balances"], rtol=1e-6, atol=0)
     torch.testing.assert_close(result["logits"], expected["logits"], rtol=0, atol=1e-5)

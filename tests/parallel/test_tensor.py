@@ -18,6 +18,7 @@ from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
 
 OTHER = {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True}
+OTHER |= {"objective": (0.2, 0.05)}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,8 @@ def test_loss_and_gradients_do_not_depend_on_tensor_parallelism(ranks, one_proce
 def test_neither_do_those_of_a_tied_model_with_biases_and_without_a_query_latent(
     ranks, one_process_other, parallel
 ):
+    """With label smoothing and the z-loss of logits too."""
+    assert min(one_process_other["sums"]) > 1
     compare(ranks(4, training_pass, parallel=parallel, **OTHER), one_process_other)
 
 

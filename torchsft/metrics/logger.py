@@ -19,7 +19,9 @@ from torchsft.config import InputError
 # metrics.jsonl key -> TensorBoard tag; `eval_NAME` becomes `eval/NAME`.
 _TAGS = {
     key: f"train/{key}"
-    for key in "loss aux_loss z_loss mtp_loss tokens supervised_tokens epoch".split()
+    for key in (
+        "loss smoothed_loss logit_z_loss aux_loss z_loss mtp_loss tokens supervised_tokens epoch"
+    ).split()
 }
 _TAGS |= {key: f"optim/{key}" for key in "lr grad_norm".split()}
 _TAGS |= {key: f"speed/{key}" for key in "tokens_per_second step_seconds data_wait_share".split()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchsft.config import Config
 from torchsft.data.batch import Batch
 from torchsft.models.language_model import LanguageModel
+from torchsft.models.loss import Objective
 from torchsft.models.moe import MoE
 from torchsft.parallel.world import World
 
@@ -68,6 +69,7 @@ def set_loss_scales(
             moe.z_scale = router.z_loss / (tokens * moe_layers)
         mtp_layers = max(len(module.mtp_layers()), 1)
         module.mtp_scale = config.model.mtp_weight / (mtp_layers * batch.divisor)
+        module.objective = Objective(config.train.label_smoothing, config.train.z_loss)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class StepResults:
 
     loss_sum: float  # of weighted token losses
     mtp_loss: float  # likewise, of MTP layers
+    smoothed_loss: float  # likewise, of the model with --train.label-smoothing
+    squares: float  # likewise, of the squares of --train.z-loss
     balance_loss: float  # summed over layers and documents' tokens, not yet scaled
     z_loss: float  # likewise
     expert_load: Mapping[int, Tensor]  # layer -> tokens of each of its experts, float64
@@ -85,7 +89,7 @@ class StepResults:
 
 def reduce_results(
     loss_sum: Tensor,
-    mtp_loss: Tensor,
+    last: LanguageModel,
     moe_layers: Mapping[str, MoE],
     layer_experts: Mapping[int, int],
     *,
@@ -100,7 +104,7 @@ def reduce_results(
 
     Args:
         loss_sum: float64 scalar; all ranks of a tensor group have that of all of its tokens.
-        mtp_loss: likewise, of MTP layers.
+        last: the module of this rank's last stage, which has further sums of losses.
         moe_layers: this rank's, by number in the whole model.
         layer_experts: number of experts of every MoE layer of the whole model.
         signalled: whether this rank has been told to end.
@@ -115,22 +119,23 @@ def reduce_results(
         row[0], row[1] = moe.balance_loss, moe.z_loss
         row[2 : 2 + moe.expert_load.numel()] = moe.expert_load
         moe.init_buffers()
-    losses = torch.stack([loss_sum, mtp_loss.double()])
+    further = torch.cat([last.mtp_loss.unsqueeze(0), last.objective_sums])
+    losses = torch.cat([loss_sum.unsqueeze(0), further.double()])
     if world.dense.get_local_rank("tp") > 0:
         losses.zero_()
-    mtp_loss.zero_()
+    last.mtp_loss.zero_()
+    last.objective_sums.zero_()
     flags = counted.new_tensor([signalled, save_failed])
     summed = world.sum(torch.cat([losses, flags, counted.flatten()])).cpu()
-    total, mtp_total, any_signalled, any_failed = summed[:4].tolist()
-    of_layers = summed[4:].view(shape)
+    *losses_of_tokens, any_signalled, any_failed = summed[:6].tolist()
+    of_layers = summed[6:].view(shape)
     balance_loss, z_loss = of_layers[:, :2].sum(0).tolist()
     expert_load = {
         layer: of_layers[row, 2 : 2 + experts]
         for row, (layer, experts) in enumerate(layer_experts.items())
     }
     return StepResults(
-        total,
-        mtp_total,
+        *losses_of_tokens,
         balance_loss,
         z_loss,
         expert_load,
@@ -158,10 +163,14 @@ def load_scalars(expert_load: Mapping[int, Tensor]) -> dict[str, float]:
 def further_losses(
     results: StepResults, config: Config, batch: GlobalBatch, mtp_layers: int
 ) -> dict[str, float]:
-    """Return the losses besides the token loss: of routing as they are minimised, of MTP layers
-    their mean.
+    """Return the losses besides the token loss: the smoothed token loss, of logits and routing as
+    they are minimised, of MTP layers their mean.
     """
-    losses, tokens = {}, max(batch.tokens, 1)
+    losses, tokens, train = {}, max(batch.tokens, 1), config.train
+    if train.label_smoothing:
+        losses["smoothed_loss"] = results.smoothed_loss / batch.divisor
+    if train.z_loss:
+        losses["logit_z_loss"] = train.z_loss * results.squares / batch.divisor
     if config.router.aux_loss:
         losses["aux_loss"] = config.router.aux_loss * results.balance_loss / tokens
     if config.router.z_loss:

@@ -23,6 +23,7 @@ of this table and nowhere else; each stands in its class with the value of one r
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale
     LanguageModel.mtp_scale factor of the loss of MTP layers, before each step       trainer
+    LanguageModel.objective what is minimised besides the negative log-likelihood    trainer
     DecoderLayer.recompute  runs a layer so that little of it is kept                activation
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.
@@ -79,6 +80,7 @@ class VocabularyPart:
     """
 
     first: int
+    size: int  # of the whole vocabulary
     # elementwise maximum over the ranks that hold the other parts (no gradient)
     max: Callable[[Tensor], Tensor]
     sum: Callable[[Tensor], Tensor]  # elementwise sum over them (no gradient)

@@ -47,7 +47,7 @@ from torchsft.models.decoder import (
     local,
     seeded_normal,
 )
-from torchsft.models.loss import IGNORE, best_tokens, vocabulary_loss
+from torchsft.models.loss import IGNORE, PLAIN, best_tokens, vocabulary_loss
 from torchsft.models.moe import AddLoss, Experts, MoE, expert_pieces
 from torchsft.models.rope import Rope, RotaryEmbedding
 
@@ -235,6 +235,8 @@ class LanguageModel(nn.Module):
     # What the loss of MTP layers is multiplied with in the gradient: its factor over their number
     # and the loss weight of the global batch, set before each step.
     mtp_scale = 0.0
+    # What is minimised besides the negative log-likelihood, likewise.
+    objective = PLAIN
     # Sums since they were last zeroed; not saved.
     mtp_loss: Tensor  # fp32 scalar: weighted token losses of MTP layers, in training mode
     # int64 [2], in evaluation mode: supervised tokens that the first MTP layer drafts as the model
@@ -265,7 +267,8 @@ class LanguageModel(nn.Module):
         # auto picks by the device and dtype of the hidden states
         attention: Implementation | Literal["auto"] = "auto",
         experts: ExpertImplementation = "grouped_mm",
-        loss_chunk: int = 1024,  # tokens whose logits exist at the same time when labels are given
+        # tokens whose logits exist at the same time when labels are given; None: by their memory
+        loss_chunk: int | None = None,
         # of this part, by number in the whole model; None: all
         layers: Sequence[int] | None = None,
         first: bool = True,  # whether it begins with token ids and the embedding
@@ -290,6 +293,8 @@ class LanguageModel(nn.Module):
             {str(layer): self.build_layer(layer, experts) for layer in layers}
         )
         self.register_buffer("mtp_loss", torch.zeros(()), persistent=False)
+        # of loss weight times the smoothed loss, and times the z-loss (`vocabulary_loss`)
+        self.register_buffer("objective_sums", torch.zeros(2), persistent=False)
         drafts = torch.zeros(2, dtype=torch.int64)
         self.register_buffer("mtp_drafts", drafts, persistent=False)
         if last:
@@ -384,12 +389,16 @@ class LanguageModel(nn.Module):
         if loss_weights is None:
             loss_weights = torch.ones_like(labels, dtype=torch.float32)
 
-        def loss_of(state_SD: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        def loss_of(
+            state_SD: Tensor, labels: Tensor, weights: Tensor, sums: Tensor | None = None
+        ) -> Tensor:
             state_CD = layout.gather_tensor(state_SD)
             parts = layout.context(labels), layout.context(weights)
-            return vocabulary_loss(state_CD, weight_VD, *parts, self.loss_chunk, layout.vocabulary)
+            how = self.loss_chunk, layout.vocabulary, self.objective
+            return vocabulary_loss(state_CD, weight_VD, *parts, *how, sums)
 
-        loss, state_SD = loss_of(hidden_SD, labels, loss_weights), hidden_SD
+        sums = self.objective_sums if self.training else None
+        loss, state_SD = loss_of(hidden_SD, labels, loss_weights, sums), hidden_SD
         for depth, layer in enumerate(mtp_layers, start=1):
             # At position i: the state there and token i + depth predict the token behind that, as
             # far as both are in the document.
@@ -438,6 +447,7 @@ class LanguageModel(nn.Module):
         device = self.model.rotary_emb.inv_freq.device
         self.mtp_loss = torch.zeros_like(self.mtp_loss, device=device)
         self.mtp_drafts = torch.zeros_like(self.mtp_drafts, device=device)
+        self.objective_sums = torch.zeros_like(self.objective_sums, device=device)
         for moe in self.moe_layers().values():
             moe.init_buffers()
 

@@ -1,5 +1,5 @@
 """The vocabulary loss: the last matrix product and the cross entropy together, a chunk of tokens at
-a time.
+a time where all at once would need more memory.
 
 Full logits ([T, V]: 15.8 GiB in fp32 for one row of 32k tokens at V = 129,280) never exist: the
 gradients with respect to the hidden states and the weight are computed in the forward pass, chunk
@@ -19,6 +19,18 @@ from torchsft.models.decoder import VocabularyPart
 from torchsft.ops import gradients_asked_for, plain
 
 IGNORE = -100  # label of a position that predicts nothing
+LOGITS_AT_ONCE = 2**26  # of a chunk; each takes up to 6 bytes
+
+
+class Objective(NamedTuple):
+    """What is minimised, where that is not the negative log-likelihood alone."""
+
+    # share of the target that is spread evenly over the vocabulary, as F.cross_entropy's
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # factor of logsumexp(logits)^2 (PaLM, arXiv:2204.02311, section 5)
+
+
+PLAIN = Objective()
 
 
 def vocabulary_loss(
@@ -27,48 +39,103 @@ def vocabulary_loss(
     weight_VD: Tensor,
     labels_T: Tensor,  # int64 target ids, IGNORE where there is none
     loss_weights_T: Tensor | None,  # fp32; None means 1 everywhere
-    chunk: int,  # tokens whose logits exist at the same time
+    # tokens whose logits exist at the same time; None: `chunk_size`
+    chunk: int | None = None,
     # which part of it the rows of `weight_VD` are; None: all of it
     vocabulary: VocabularyPart | None = None,
+    objective: Objective = PLAIN,
+    # fp32 [2], to which the sums over tokens of loss weight times smoothed loss, and times
+    # logsumexp^2, are added
+    sums: Tensor | None = None,
 ) -> Tensor:
     """Sum over tokens of loss weight times negative log-likelihood, fp32 scalar; tokens of weight 0
-    contribute exactly nothing.
+    contribute exactly nothing. Its gradient is that of the objective's sum.
 
     With a part of the vocabulary every rank returns the loss over all of it, and its part of the
     sum that is the gradient of `hidden_TD`. The graph can be traversed once for each of the two
     gradients: the backward pass scales what was kept.
     """
-    if plain() and vocabulary is None:
-        return vocabulary_loss_reference(hidden_TD, weight_VD, labels_T, loss_weights_T)
     weights_T = _effective_weights(labels_T, loss_weights_T)
+    if plain() and vocabulary is None:
+        return _reference(hidden_TD, weight_VD, labels_T, weights_T, objective, sums)
     differentiable = hidden_TD.requires_grad or weight_VD.requires_grad
     gradients = torch.is_grad_enabled() and differentiable
+    trained = gradients and weight_VD.requires_grad
+    chunk = chunk or chunk_size(len(hidden_TD), weight_VD, trained)
     return _VocabularyLoss.apply(
-        hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients, vocabulary
+        hidden_TD, weight_VD, labels_T, weights_T, chunk, gradients, vocabulary, objective, sums
     )
 
 
+def chunk_size(tokens: int, weight_VD: Tensor, trained: bool = False) -> int:
+    """Return how many tokens' logits may exist at the same time: those of `LOGITS_AT_ONCE`, or all
+    where that takes no more memory, since several chunks add up the gradient of a trained weight
+    in fp32.
+    """
+    vocabulary, width = weight_VD.shape
+    several = max(1, LOGITS_AT_ONCE // vocabulary)
+    instead_of_sum = 4 * width // 6 if trained and weight_VD.dtype.itemsize < 4 else 0
+    return tokens if tokens <= several + instead_of_sum else several
+
+
 def vocabulary_loss_reference(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weights_T: Tensor | None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    loss_weights_T: Tensor | None,
+    objective: Objective = PLAIN,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """`vocabulary_loss` in plain PyTorch, with full logits."""
     weights_T = _effective_weights(labels_T, loss_weights_T)
+    return _reference(hidden_TD, weight_VD, labels_T, weights_T, objective, sums)
+
+
+def _reference(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor,
+    objective: Objective,
+    sums: Tensor | None,
+) -> Tensor:
     logits_TV = F.linear(hidden_TD, weight_VD)
     if logits_TV.dtype.itemsize < 4:
         logits_TV = logits_TV.float()
-    nll_T = F.cross_entropy(logits_TV, labels_T, reduction="none", ignore_index=IGNORE)
-    return (nll_T * weights_T).sum()
+
+    def total(label_smoothing: float) -> Tensor:
+        nll_T = F.cross_entropy(
+            logits_TV,
+            labels_T,
+            reduction="none",
+            ignore_index=IGNORE,
+            label_smoothing=label_smoothing,
+        )
+        return (nll_T * weights_T).sum()
+
+    nll = total(0.0)
+    if objective == PLAIN:
+        return nll
+    smoothed = total(objective.label_smoothing)
+    squares = (logits_TV.logsumexp(-1).square() * weights_T).sum()
+    if sums is not None:
+        sums += torch.stack([smoothed, squares]).detach()
+    minimised = smoothed + objective.z_loss * squares
+    return nll.detach() + minimised - minimised.detach()
 
 
 @torch.no_grad()
 def best_tokens(
-    hidden_TD: Tensor, weight_VD: Tensor, chunk: int, vocabulary: VocabularyPart | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    chunk: int | None = None,
+    vocabulary: VocabularyPart | None = None,
 ) -> Tensor:
     """Return the token with the largest logit at each position, int64 [T]; the arguments are those
     of `vocabulary_loss`.
     """
     best = []
-    for hidden_CD in hidden_TD.split(chunk):
+    for hidden_CD in hidden_TD.split(chunk or chunk_size(len(hidden_TD), weight_VD)):
         logit_C, token_C = F.linear(hidden_CD, weight_VD).max(-1)
         if vocabulary is not None:
             beaten_C = logit_C < vocabulary.max(logit_C)
@@ -96,36 +163,46 @@ class _VocabularyLoss(torch.autograd.Function):
         chunk: int,
         gradients: bool,
         vocabulary: VocabularyPart | None,
+        objective: Objective,
+        sums: Tensor | None,
     ) -> Tensor:
-        # fp32 also for a bf16 weight: chunks add up in it.
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        several = len(hidden_TD) > chunk
         grad_hidden = grad_weight = None
         if gradients and hidden_TD.requires_grad:
             grad_hidden = torch.zeros_like(hidden_TD)
         if gradients and weight_VD.requires_grad:
-            grad_weight = torch.zeros_like(weight_VD, dtype=wide)
+            # fp32 also for a bf16 weight: chunks add up in it.
+            grad_weight = torch.zeros_like(weight_VD, dtype=wide if several else None)
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden_CD, weights_C = hidden_TD[rows], weights_T[rows]
             if weights_C.device.type == "cpu" and not weights_C.any():
                 continue  # free to know on CPU; on CUDA it would stop the host
-            logits_CV = F.linear(hidden_CD, weight_VD)
-            found = _log_softmax(logits_CV, labels_T[rows].clamp(min=0), wide, vocabulary)
-            weighs_C = weights_C != 0  # selected, not only multiplied: 0 times inf is nan
-            weighted_C = found.target_C1.squeeze(-1) * weights_C
-            total -= torch.where(weighs_C, weighted_C, 0).sum()
+            found = _log_softmax(
+                _logits(hidden_CD, weight_VD, wide), labels_T[rows].clamp(min=0), vocabulary
+            )
+
+            # selected, not only multiplied: 0 times inf is nan
+            def weighted_sum(x_C1: Tensor, weights_C: Tensor = weights_C) -> Tensor:
+                return torch.where(weights_C != 0, x_C1.squeeze(-1) * weights_C, 0).sum()
+
+            total -= weighted_sum(found.target_C1)
+            if sums is not None and objective != PLAIN:
+                smoothing = objective.label_smoothing
+                smoothed_C1 = found.target_C1.lerp(found.mean_C1, smoothing)
+                squares_C1 = found.log_sum_C1.square()
+                sums += torch.stack([-weighted_sum(smoothed_C1), weighted_sum(squares_C1)])
             if not gradients:
                 continue
-            grad_CV = _gradient_of_logits(found, weights_C, weighs_C).to(weight_VD.dtype)
+            grad_CV = _gradient_of_logits(found, weights_C, objective).to(weight_VD.dtype)
+            del found
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
-            if grad_weight is None:
-                continue
-            if grad_weight.dtype == grad_CV.dtype:
-                grad_weight.addmm_(grad_CV.T, hidden_CD)
-            else:
-                grad_weight += grad_CV.T @ hidden_CD
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_CV.T, hidden_CD)
+            del grad_CV
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
         ctx.gradients = [grad_hidden, grad_weight]
@@ -145,50 +222,97 @@ class _VocabularyLoss(torch.autograd.Function):
                     "its gradients for once only"
                 )
             gradients[i] = kept.mul_(grad)
-        return *gradients, None, None, None, None, None
+        return *gradients, *[None] * 7
+
+
+def _fp32_products(x: Tensor) -> bool:
+    """Whether matrix products of x's dtype can be returned, and added up, in fp32 as they are
+    accumulated; torch's CPU has no such product.
+    """
+    return x.dtype.itemsize < 4 and x.device.type != "cpu"
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, wide: torch.dtype) -> Tensor:
+    """Return logits in the dtype `wide`; on a CPU rounded to that of the weight."""
+    if _fp32_products(weight_VD):
+        return torch.mm(hidden_CD, weight_VD.T, out_dtype=wide)
+    return F.linear(hidden_CD, weight_VD).to(wide)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total`, which has their dtype or fp32."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif _fp32_products(a):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 class _LogProbabilities(NamedTuple):
     """Of the tokens of a chunk."""
 
-    log_probs_CV: Tensor
+    log_probs_CV: Tensor  # of this rank's part of the vocabulary
     column_C1: Tensor  # of the target in log_probs_CV; 0 where it is not among them
     here_C1: Tensor  # whether it is among them
     target_C1: Tensor  # the target's log-probability, wherever it is
+    mean_C1: Tensor  # mean log-probability of the whole vocabulary
+    log_sum_C1: Tensor  # log of the sum of exponentiated logits of the whole vocabulary
+    size: int  # of the whole vocabulary
 
 
 def _log_softmax(
-    logits_CV: Tensor, targets_C: Tensor, wide: torch.dtype, part: VocabularyPart | None
+    logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart | None
 ) -> _LogProbabilities:
-    """Log-probabilities, in the dtype `wide`; with a part of the vocabulary, of its tokens."""
-    targets_C1 = targets_C.unsqueeze(-1)
-    if part is not None:
-        return _partial_log_softmax(logits_CV.to(wide), targets_C1, part)
-    log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=wide)
-    target_C1 = log_probs_CV.gather(1, targets_C1)
-    return _LogProbabilities(log_probs_CV, targets_C1, torch.ones_like(targets_C1), target_C1)
-
-
-def _partial_log_softmax(
-    logits_CV: Tensor, targets_C1: Tensor, part: VocabularyPart
-) -> _LogProbabilities:
-    """Log-probabilities of this part's tokens. Two collectives."""
-    column_C1 = targets_C1 - part.first
-    here_C1 = (column_C1 >= 0) & (column_C1 < logits_CV.shape[1])
-    column_C1 = torch.where(here_C1, column_C1, 0)
-    logits_CV = logits_CV - part.max(logits_CV.amax(-1, keepdim=True))
-    target_C1 = torch.where(here_C1, logits_CV.gather(1, column_C1), 0)
-    exp_sum_C1 = logits_CV.exp().sum(-1, keepdim=True)
-    sums_C2 = part.sum(torch.cat([exp_sum_C1, target_C1], dim=-1))
-    log_sum_C1, target_C1 = sums_C2[:, :1].log(), sums_C2[:, 1:]
-    log_probs_CV = logits_CV.sub_(log_sum_C1)
-    return _LogProbabilities(log_probs_CV, column_C1, here_C1, target_C1 - log_sum_C1)
-
-
-def _gradient_of_logits(found: _LogProbabilities, weights_C: Tensor, weighs_C: Tensor) -> Tensor:
-    """Return the gradient of the loss, softmax - one_hot for each token, weighted; in the place of
-    the log-probabilities.
+    """Log-probabilities, in the place of the logits; with a part of the vocabulary, of its tokens,
+    with two collectives.
     """
+    column_C1, size = targets_C.unsqueeze(-1), logits_CV.shape[1]
+    if part is None:
+        logit_C1 = logits_CV.gather(1, column_C1)
+        for rows in logits_CV.chunk(4):  # so that a quarter of it exists twice
+            rows.copy_(rows.log_softmax(-1))
+        target_C1 = logits_CV.gather(1, column_C1)
+        here_C1, mean_C1 = torch.ones_like(column_C1), logits_CV.mean(-1, keepdim=True)
+        log_sum_C1 = logit_C1 - target_C1
+        return _LogProbabilities(
+            logits_CV, column_C1, here_C1, target_C1, mean_C1, log_sum_C1, size
+        )
+    column_C1 = column_C1 - part.first
+    here_C1 = (column_C1 >= 0) & (column_C1 < size)
+    column_C1 = torch.where(here_C1, column_C1, 0)
+    largest_C1 = part.max(logits_CV.amax(-1, keepdim=True))
+    logits_CV -= largest_C1
+    target_C1 = torch.where(here_C1, logits_CV.gather(1, column_C1), 0)
+    sum_C1 = logits_CV.sum(-1, keepdim=True)
+    exp_sum_C1 = torch.cat([rows.exp().sum(-1, keepdim=True) for rows in logits_CV.chunk(4)])
+    sums_C3 = part.sum(torch.cat([exp_sum_C1, target_C1, sum_C1], dim=-1))
+    exp_sum_C1, target_C1, sum_C1 = sums_C3.split(1, dim=-1)
+    log_sum_C1 = exp_sum_C1.log()
+    return _LogProbabilities(
+        logits_CV.sub_(log_sum_C1),
+        column_C1,
+        here_C1,
+        target_C1 - log_sum_C1,
+        sum_C1 / part.size - log_sum_C1,
+        largest_C1 + log_sum_C1,
+        part.size,
+    )
+
+
+def _gradient_of_logits(
+    found: _LogProbabilities, weights_C: Tensor, objective: Objective
+) -> Tensor:
+    """Return the gradient of the objective, weighted, in the place of the log-probabilities:
+    softmax - target of each token, and of z * logsumexp^2 2 z logsumexp * softmax.
+    """
+    smoothing, z = objective
     grad_CV = found.log_probs_CV.exp_()
-    grad_CV.scatter_add_(1, found.column_C1, -found.here_C1.to(grad_CV.dtype))
-    return grad_CV.mul_(weights_C.unsqueeze(-1)).masked_fill_(~weighs_C.unsqueeze(-1), 0)
+    if z:
+        grad_CV.mul_(1 + 2 * z * found.log_sum_C1)
+    if smoothing:
+        grad_CV.sub_(smoothing / found.size)
+    target_C1 = found.here_C1.to(grad_CV.dtype) * (1 - smoothing)
+    grad_CV.scatter_add_(1, found.column_C1, -target_C1)
+    weights_C1 = weights_C.unsqueeze(-1)
+    return grad_CV.mul_(weights_C1).masked_fill_(weights_C1 == 0, 0)

@@ -179,6 +179,7 @@ class SequenceLayout(Layout):
             tokens_a_rank = vocab_size // self.tp.size()
             self.vocabulary = VocabularyPart(
                 first=self.tp.get_local_rank() * tokens_a_rank,
+                size=vocab_size,
                 max=partial(_reduce, op="max", mesh=self.tp),
                 sum=partial(_reduce, op="sum", mesh=self.tp),
             )
