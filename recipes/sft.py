@@ -165,10 +165,11 @@ def run(
 
     from answers import answer
     from torchsft.checkpoint.publish import output_lock
-    from torchsft.parallel.world import World
+    from torchsft.parallel.world import World, deterministic
     from torchsft.trainer import Trainer
 
     with (
+        deterministic(config.train.deterministic),
         World(config.parallel, config.train.seed) as world,
         output_lock(Path(config.output), world.is_main),
     ):

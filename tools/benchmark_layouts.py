@@ -229,7 +229,7 @@ def expected_bytes(
     tokens = train.micro_batch_size * row
     config, attention = model.config, model.model.layers["0"].self_attn
     width, heads = config.hidden_size, config.num_attention_heads
-    forwards = 2 if train.activation_checkpointing == "full" else 1
+    forwards = 2 if train.activation_checkpointing != "none" else 1
     sent: Counter[str] = Counter()
 
     def share(ranks: int) -> float:
@@ -269,7 +269,7 @@ def expected_bytes(
             # there with a weight each; no repetition sends them back
             there, back = (forwards + 1) * (width + 1), 2 * width
             moved["all-to-all"] += rows * (there + back) * share(ep)
-            moved["all-to-all"] += forwards * 2 * config.routed_experts(layer) * share(ep)  # int64
+            moved["all-to-all"] += 2 * config.routed_experts(layer) * share(ep)  # counts, int64
     ends = 2 * here * width * share(tp)  # embedding and head, there and back
     moved["all-gather"] += ends
     moved["reduce-scatter"] += ends

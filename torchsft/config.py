@@ -236,9 +236,20 @@ class Train:
     to a dot: '*.mlp.shared_experts', lm_head. The experts of a layer are two parameters,
     experts.gate_up_proj and experts.down_proj.
     """
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full keeps only each layer's input and computes the layer again in the backward pass: less
-    memory, a third more time.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full keeps only each layer's input and where its tokens are routed, and computes the layer
+    again in the backward pass: less memory, a third more time. selective keeps what attention
+    returns too, so that attention is not computed again.
+    """
+    activation_checkpointing_every: int = 1
+    """Every how many layers one is checkpointed; the others keep all."""
+    selective_products: bool = False
+    """With selective, keep the product of experts' rows with gate|up too."""
+    activation_offload: bool = False
+    """Keep what checkpointed layers keep, from 1 MiB a tensor, in pinned memory of the host."""
+    deterministic: bool = False
+    """Compute the same bits in each run on the same layout and machine, on GPUs too, where that is
+    slower (attention's backward pass adds in any order otherwise).
     """
     max_nonfinite_steps: int = 3
     """Steps in a row whose gradient norm may be inf or nan, or that supervise nothing (each is
@@ -258,7 +269,19 @@ class Train:
             micro_batch_size=1,
             seed=0,
             max_nonfinite_steps=1,
+            activation_checkpointing_every=1,
         )
+        if self.activation_checkpointing_every > 1 and self.activation_checkpointing == "none":
+            fault = (
+                f"--train.activation-checkpointing-every is {self.activation_checkpointing_every}"
+            )
+            raise InputError(f"{fault}, but --train.activation-checkpointing is none; set full")
+        if self.activation_offload and self.activation_checkpointing == "none":
+            fault = "--train.activation-offload moves what checkpointed layers keep, but"
+            raise InputError(f"{fault} --train.activation-checkpointing is none; set full")
+        if self.selective_products and self.activation_checkpointing != "selective":
+            fault = "--train.selective-products needs --train.activation-checkpointing selective"
+            raise InputError(f"{fault}, not {self.activation_checkpointing}")
         if self.seed >= 2**64:
             raise InputError(f"--train.seed is {self.seed}, but it must be less than 2**64")
 
@@ -494,10 +517,15 @@ def _parameter_group(text: str) -> ParameterGroup:
 class Precision:
     """Number formats of the computation; --optim has those of parameters and moments."""
 
-    compute: Literal["auto", "bf16", "fp32", "blockwise"] = "auto"
+    compute: Literal["auto", "bf16", "fp32", "blockwise", "float8"] = "auto"
     """Forward and backward passes; auto: bf16 on CUDA, fp32 on CPU (bf16 products are very slow
     there). blockwise: as auto, with DeepSeek's block-wise fp8 in the matrix products of attention
-    and feed-forward networks.
+    and feed-forward networks. float8: as auto, with torchao's float8 in those of attention, dense
+    networks and shared experts.
+    """
+    float8_recipe: Literal["rowwise", "tensorwise", "rowwise_with_gw_hp"] = "rowwise"
+    """Scales of float8, as torchao names them: one for each row of a factor; one for a tensor; or
+    rowwise with the gradients of weights not in fp8, the most exact.
     """
     power_of_two_scales: bool = False
     """Round the scales of blockwise up to powers of two."""
@@ -507,6 +535,11 @@ class Precision:
             raise InputError(
                 "--precision.power-of-two-scales is for --precision.compute blockwise, not "
                 f"{self.compute}"
+            )
+        if self.float8_recipe != "rowwise" and self.compute != "float8":
+            raise InputError(
+                f"--precision.float8-recipe {self.float8_recipe} is for --precision.compute float8,"
+                f" not {self.compute}"
             )
 
 
@@ -646,7 +679,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 FREE_TO_CHANGE = (
     *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
     "data.cache data.workers optim.offload".split(),
-    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps".split(),
+    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
+    "train.activation_checkpointing_every train.selective_products "
+    "train.activation_offload train.deterministic".split(),
     *"model.loss_chunk model.attention model.experts model.ops".split(),
 )
 

@@ -203,12 +203,13 @@ class Trainer:
             world,
             compute,
             masters=compute_dtype(config.optim.masters, world.device),
-            activation_checkpointing=train.activation_checkpointing == "full",
+            activations=train,
             reshard_after_forward=reshard,
             precision=config.precision,
             offload=config.optim.offload,
         )
-        check_memory(self.model, compute, reshard, config.optim, world)
+        fp8 = config.precision.compute == "blockwise"
+        check_memory(self.model, compute, reshard, config.optim, world, fp8)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,

@@ -14,11 +14,15 @@ import pytest
 import torch
 
 from tests.distributed import test_layouts
+from tests.ops.passes import Operations
 from tests.precision.test_blockwise_compute import experts
 from tests.ranks import RankPool
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from torchsft import load_model
-from torchsft.parallel.world import World
+from torchsft.config import Train
+from torchsft.parallel import activation_offload
+from torchsft.parallel.activation import apply_activation_checkpointing
+from torchsft.parallel.world import World, deterministic
 from torchsft.precision.blockwise import quantise
 from torchsft.precision.blockwise_compute import BlockwiseProducts
 
@@ -175,6 +179,41 @@ def test_the_step_does_not_wait_for_the_device(either):
         model(**inputs).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective", "selective_products": True},
+        {"activation_checkpointing": "full", "activation_offload": True},
+        {"activation_checkpointing": "selective", "activation_offload": True},
+    ],
+)
+def test_checkpointed_layers_compute_the_same_and_keep_less(directory, monkeypatch, options):
+    """Deterministic, so that gradients can be compared bit by bit; attention is not run again where
+    its output is kept, and what is on the host takes no memory of the device. Never run so far.
+    """
+    monkeypatch.setattr(activation_offload, "LEAST", 0)
+    with deterministic(True):
+        model = with_attention(directory, "varlen", torch.bfloat16, "cuda").train()
+        inputs, found, memory = batch("cuda"), [], []
+        for train in (Train(), Train(**options)):
+            apply_activation_checkpointing(model, train, torch.device("cuda"))
+            for _ in range(2):  # the first call may initialise libraries
+                model.zero_grad()
+                before = torch.cuda.memory_allocated()
+                loss = model(**inputs)
+                torch.cuda.synchronize()
+                kept = torch.cuda.memory_allocated() - before
+                with Operations() as backward:
+                    loss.backward()
+            found.append([p.grad for p in model.parameters()])
+            memory.append(kept)
+    assert all(map(torch.equal, *found))
+    assert memory[1] < memory[0]
+    selective = options["activation_checkpointing"] == "selective"
+    assert (backward.count["torch_attn::_varlen_attn"] == 0) == selective
 
 
 def test_debug_preset_trains_over_nccl_on_one_rank(tmp_path):

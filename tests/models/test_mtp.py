@@ -12,7 +12,7 @@ from transformers.modeling_layers import MtpModel
 
 from tests.models.oracle import VOCABULARY, packed, randomise
 from tests.tiny import tiny_config
-from torchsft.config import InputError, Model
+from torchsft.config import InputError, Model, Train
 from torchsft.models.families import build_model
 from torchsft.models.language_model import trained_mtp_layers
 
@@ -139,7 +139,8 @@ def test_losses_and_gradients_are_those_of_the_report(modules, recompute, tied):
     if recompute:
         from torchsft.parallel.activation import apply_activation_checkpointing
 
-        apply_activation_checkpointing(model)
+        full = Train(activation_checkpointing="full")
+        apply_activation_checkpointing(model, full, torch.device("cpu"))
     loss = model(**inputs)
     (loss / divisor).backward()
     assert loss.item() == pytest.approx(main.item(), rel=1e-5)  # reported apart

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tests.models.oracle import VOCABULARY, packed
 from tests.tiny import tiny_config
 from torchsft.checkpoint.huggingface import initialise_weights
-from torchsft.config import InputError, Parallel
+from torchsft.config import InputError, Parallel, Train
 from torchsft.data.batch import Batch
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel import stages as planning
@@ -128,7 +128,7 @@ def build(case: Case, world: World) -> tuple[DeepseekV3, Any, StagePlan]:
         stages,
         world,
         case.dtype,
-        activation_checkpointing=case.recompute,
+        activations=Train(activation_checkpointing="full" if case.recompute else "none"),
         reshard_after_forward=reshard_after_forward(case.parallel),
     )
     sizes = {"microbatches": case.microbatches, "tokens": TOKENS, "dtype": case.dtype}

@@ -1,6 +1,7 @@
 """Mesh sizes, refusals, and the world of one rank."""
 
 import math
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -9,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.parallel.passes import build, fill, microbatch
 from torchsft.config import InputError, Parallel
-from torchsft.parallel.world import World, fresh_store, mesh_sizes
+from torchsft.parallel.world import World, deterministic, fresh_store, mesh_sizes
 
 
 @pytest.mark.parametrize(
@@ -124,3 +126,26 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
             InputError, match=f"port {port} is in use by another program .* --standalone"
         ):
             World(Parallel(), 0)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "gpt_oss"])
+def test_deterministic_runs_are_equal_bit_by_bit_and_the_switch_is_undone(monkeypatch, family):
+    """torch raises where an operation of the model has no deterministic kind."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    def gradients():
+        model = build(family=family)
+        fill(model)
+        for moe in model.moe_layers().values():
+            moe.balance_scale = moe.z_scale = 0.1
+        model(**microbatch(0)).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert all(map(torch.equal, gradients(), gradients()))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()

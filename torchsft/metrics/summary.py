@@ -39,6 +39,11 @@ def describe_run(
     compute = f"{config.precision.compute} compute"
     if config.precision.compute == "blockwise":
         compute += " (fp8 but for embedding, head, routers, norms and attention's inner products)"
+    if config.precision.compute == "float8":
+        compute += (
+            f" ({config.precision.float8_recipe}: attention's matrices, dense networks and shared "
+            "experts; not embedding, head, routers, routed experts, indexers and MTP's eh_proj)"
+        )
     return f"{model}, {compute}, on {ranks}: {layout}; {steps}"
 
 
@@ -56,7 +61,7 @@ def _pipeline(config: Config, plan: StagePlan) -> list[str]:
         return []
     layers = "+".join(str(len(layers)) for layers in plan.layers)
     described = [f"{schedule} over stages of {layers} layers"]
-    checkpointing = config.train.activation_checkpointing == "full"
+    checkpointing = config.train.activation_checkpointing != "none"
     if schedule in ZERO_BUBBLE and (checkpointing or not weight_pass_possible()):
         reason = "activation checkpointing" if checkpointing else f"torch {torch.__version__}"
         described.append(

@@ -43,6 +43,7 @@ from torch.nn.attention.flex_attention import (
 from torchsft.config import InputError
 from torchsft.models.decoder import Layout, Linear, RMSNorm, local
 from torchsft.models.rope import Rope, rotate, softmax_scale
+from torchsft.ops.repetition import keeping_attention
 from torchsft.ops.sinks import varlen_with_sinks, with_sinks
 
 Implementation = Literal["sdpa", "varlen", "flex"]
@@ -209,13 +210,15 @@ def attend(
     Returns:
         [T, H, v], zero for padding.
     """
-    if seen_TT is not None:
-        out_THd = _selected(q_THd, k_TGd, v_TGd, scale, documents, seen_TT)
-        return _of_documents(out_THd, v_TGd.shape[-1], documents)
-    arguments = q_THd, k_TGd, v_TGd, scale, documents, window, sinks_H
-    if documents.implementation == "sdpa":
-        return _sdpa(*arguments)
-    out_THd = (_varlen if documents.implementation == "varlen" else _flex)(*arguments)
+    arguments = q_THd, k_TGd, v_TGd, scale, documents
+    with keeping_attention():
+        if seen_TT is not None:
+            out_THd = _selected(*arguments, seen_TT)
+        elif documents.implementation == "sdpa":
+            return _sdpa(*arguments, window, sinks_H)
+        else:
+            compute = _varlen if documents.implementation == "varlen" else _flex
+            out_THd = compute(*arguments, window, sinks_H)
     return _of_documents(out_THd, v_TGd.shape[-1], documents)
 
 

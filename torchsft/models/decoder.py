@@ -20,7 +20,6 @@ of this table and nowhere else; each stands in its class with the value of one r
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
     Experts' parameters     DTensors: this rank's experts                            expert
     MoE.exchange            takes rows to the ranks of their experts and back        expert
-    MoE.counting            False while a forward pass is repeated                   activation
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale
     LanguageModel.mtp_scale factor of the loss of MTP layers, before each step       trainer

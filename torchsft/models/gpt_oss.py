@@ -21,6 +21,7 @@ from torchsft.models.moe import Experts, MoE
 from torchsft.models.routers import SoftmaxRouter
 from torchsft.ops import plain
 from torchsft.ops.grouped_linear import grouped_linear, grouped_linear_reference
+from torchsft.ops.repetition import PRODUCTS
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # What transformers assumes where config.json says nothing of rotary embeddings.
@@ -131,7 +132,7 @@ class ClampedExperts(Experts):
         if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
             unused = sum(parameter.sum() for parameter in (*gate_up, *down))
             return x_RD * weights_R1.to(x_RD.dtype) + 0 * unused
-        both_RG = self.linear(x_RD, *gate_up, offs)
+        both_RG = self.linear(x_RD, *gate_up, offs, name=PRODUCTS)
         hidden_RF = clamped_swiglu(both_RG, self.alpha, self.limit)
         weighted_RF = (hidden_RF * weights_R1).to(hidden_RF.dtype)
         return self.linear(weighted_RF, *down, offs, weights_R1)

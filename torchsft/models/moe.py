@@ -17,6 +17,7 @@ from torchsft.config import Router as RouterOptions
 from torchsft.models.attention import Documents
 from torchsft.models.decoder import Piece, SwigluMLP, local
 from torchsft.ops.permute import combine, permute
+from torchsft.ops.repetition import once, repeating
 from torchsft.ops.swiglu import (
     GROUPED_MM,
     ExpertProducts,
@@ -128,7 +129,8 @@ def local_exchange(
     """Run the rows (sorted by expert, counts_E of each) through experts that are all on this
     rank.
     """
-    return experts(x_RD, weights_R1, counts_E.cumsum(0).to(torch.int32)), meanwhile()
+    result = meanwhile()  # first: a repetition of the layer ends within the experts
+    return experts(x_RD, weights_R1, counts_E.cumsum(0).to(torch.int32)), result
 
 
 class AddLoss(torch.autograd.Function):
@@ -156,7 +158,6 @@ class MoE(nn.Module):
     # over, set before each step; 0 leaves one out.
     balance_scale = 0.0
     z_scale = 0.0
-    counting = True  # False while a forward pass is repeated for the backward pass
 
     def __init__(
         self, gate: Router, experts: Experts, shared_experts: SwigluMLP | None = None
@@ -199,22 +200,8 @@ class MoE(nn.Module):
             # arXiv:2202.08906, eq. 5
             loss_S = logits_SE.logsumexp(-1).square()
             weights_SK = self._minimise(loss_S, documents, self.z_loss, self.z_scale, weights_SK)
-        number_SK = torch.arange(experts_SK.numel(), device=x_SD.device).view_as(experts_SK)
-        in_turn_SK = number_SK % len(self.expert_load)
-        experts_SK = torch.where(valid_S1, experts_SK, in_turn_SK)
         weights_SK = torch.where(valid_S1, weights_SK, 0)
-        chosen_R = experts_SK.flatten()
-        # Counted by scatter: bincount asks the device for its largest value.
-        counts_E = torch.zeros_like(self.expert_load)
-        counts_E.scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
-        if self.training and self.counting:
-            real_R = valid_S1.expand_as(experts_SK).flatten().long()
-            self.expert_load.scatter_add_(0, chosen_R, real_R)
-
-        order_R = chosen_R.argsort(stable=True)
-        row_SK = torch.empty_like(order_R)
-        row_SK[order_R] = torch.arange(len(order_R), device=x_SD.device)
-        row_SK = row_SK.view_as(experts_SK)
+        counts_E, order_R, row_SK = once("order", lambda: self.sort(experts_SK, valid_S1))
         x_RD = permute(x_SD, order_R, row_SK)
         weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
         y_RD, shared_SD = self.exchange(
@@ -222,6 +209,26 @@ class MoE(nn.Module):
         )
         routed_SD = combine(y_RD, order_R, row_SK)
         return routed_SD if shared_SD is None else routed_SD + shared_SD
+
+    def sort(self, experts_SK: Tensor, valid_S1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sort rows by expert, and count those of real tokens in training mode.
+
+        Returns:
+            The rows of each expert, [E], and `order_R` and `row_SK` of `ops.permute`.
+        """
+        number_R = torch.arange(experts_SK.numel(), device=experts_SK.device)
+        in_turn_SK = number_R.view_as(experts_SK) % len(self.expert_load)
+        chosen_R = torch.where(valid_S1, experts_SK, in_turn_SK).flatten()
+        # Counted by scatter: bincount asks the device for its largest value.
+        counts_E = torch.zeros_like(self.expert_load)
+        counts_E.scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
+        if self.training:
+            real_R = valid_S1.expand_as(experts_SK).flatten().long()
+            self.expert_load.scatter_add_(0, chosen_R, real_R)
+        order_R = chosen_R.argsort(stable=True)
+        row_R = torch.empty_like(order_R)
+        row_R[order_R] = number_R
+        return counts_E, order_R, row_R.view_as(experts_SK)
 
     def shared(self, x_SD: Tensor) -> Tensor | None:
         """Return what the shared experts return, if there are any."""
@@ -240,12 +247,16 @@ class MoE(nn.Module):
         paper's formula leaves out DeepSeek's correction bias there).
         """
         count, experts = len(documents.length_N1), scores_SE.shape[1]
-        index_R = (documents.document_S.unsqueeze(1) * experts + experts_SK).flatten()
-        counts = torch.zeros(count * experts, device=scores_SE.device)
-        counts.index_add_(0, index_R, torch.ones_like(index_R).float())
-        counts_NE = documents.layout.sum(counts).view(count, experts)
-        length_N1 = documents.length_N1.clamp(min=1).unsqueeze(1)
-        frequency_NE = counts_NE * (experts / experts_SK.shape[1]) / length_N1
+
+        def frequency() -> Tensor:
+            index_R = (documents.document_S.unsqueeze(1) * experts + experts_SK).flatten()
+            counts = torch.zeros(count * experts, device=scores_SE.device)
+            counts.index_add_(0, index_R, torch.ones_like(index_R).float())
+            counts_NE = documents.layout.sum(counts).view(count, experts)
+            length_N1 = documents.length_N1.clamp(min=1).unsqueeze(1)
+            return counts_NE * (experts / experts_SK.shape[1]) / length_N1
+
+        frequency_NE = once("frequency", frequency)
         share_SE = scores_SE / scores_SE.sum(-1, keepdim=True)
         loss_S = (frequency_NE[documents.document_S] * share_SE).sum(-1)
         scale = self.balance_scale
@@ -256,7 +267,7 @@ class MoE(nn.Module):
     ) -> Tensor:
         """Add a loss of real tokens to its `total`; `weights_SK`, carrying its gradient."""
         loss = torch.where(documents.valid_S, loss_S, 0).sum()
-        if self.counting:
+        if not repeating():
             total += loss.detach()
         return AddLoss.apply(weights_SK, loss * scale)
 

@@ -8,6 +8,21 @@ from torch import Tensor, nn
 
 from torchsft.models.decoder import Float32Buffers
 from torchsft.models.moe import Routing, router_logits
+from torchsft.ops.repetition import once
+
+
+def best_experts(
+    choice_SE: Tensor, top_k: int, groups: int, top_groups: int, rivals: int
+) -> Tensor:
+    """Return each token's `top_k` experts with the best scores in groups that are open to it, see
+    `within_open_groups`; where a layer is computed again, those of the first pass.
+    """
+
+    def choose() -> Tensor:
+        open_SE = within_open_groups(choice_SE, groups, top_groups, rivals)
+        return open_SE.topk(top_k, dim=-1, sorted=False).indices
+
+    return once("choice", choose)
 
 
 def within_open_groups(choice_SE: Tensor, groups: int, top_groups: int, rivals: int) -> Tensor:
@@ -62,8 +77,7 @@ class GroupedSigmoidRouter(Float32Buffers):
         logits_SE = router_logits(x_SD, self.weight)
         scores_SE = logits_SE.sigmoid()
         choice_SE = scores_SE.detach() + self.e_score_correction_bias
-        choice_SE = within_open_groups(choice_SE, self.groups, self.top_groups, rivals=2)
-        experts_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
+        experts_SK = best_experts(choice_SE, self.top_k, self.groups, self.top_groups, rivals=2)
         weights_SK = scores_SE.gather(1, experts_SK)
         if self.normalise:
             weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
@@ -101,8 +115,8 @@ class SoftmaxRouter(nn.Module):
         """Choose experts."""
         logits_SE = router_logits(x_SD, self.weight, self.bias)
         scores_SE = logits_SE.softmax(-1)
-        choice_SE = within_open_groups(scores_SE.detach(), self.groups, self.top_groups, rivals=1)
-        experts_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
+        choice_SE = scores_SE.detach()
+        experts_SK = best_experts(choice_SE, self.top_k, self.groups, self.top_groups, rivals=1)
         weights_SK = scores_SE.gather(1, experts_SK)
         if self.normalise:
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
 from torchsft.ops.grouped import zero_gradients_without_rows
+from torchsft.ops.repetition import once
 
 
 def grouped_linear(
@@ -23,6 +24,7 @@ def grouped_linear(
     bias_EO: Tensor,
     offs_E: Tensor,
     factor_R1: Tensor | None = None,
+    name: str = "",
 ) -> Tensor:
     """Apply each expert's linear map to its rows.
 
@@ -32,8 +34,9 @@ def grouped_linear(
         bias_EO: in the same dtype.
         offs_E: int32; expert e owns the rows offs_E[e - 1] to offs_E[e]. offs_E[-1] must be R.
         factor_R1: of the bias in each row; None: 1.
+        name: of the product, where a layer that is computed again may keep it (`ops.repetition`).
     """
-    y_RO = _GroupedLinear.apply(x_RI, weight_EIO, offs_E)
+    y_RO = _GroupedLinear.apply(x_RI, weight_EIO, offs_E, name)
     # Biases are added by a product with one factor in each row: so their gradients are products
     # too, summed in fp32 whatever the dtype, and always in the same order.
     row_R = torch.arange(len(x_RI), device=x_RI.device, dtype=torch.int32)
@@ -49,6 +52,7 @@ def grouped_linear_reference(
     bias_EO: Tensor,
     offs_E: Tensor,
     factor_R1: Tensor | None = None,
+    name: str = "",
 ) -> Tensor:
     """`grouped_linear` in plain PyTorch, one expert after the other (reads offs_E on the host)."""
     lengths = offs_E.diff(prepend=offs_E.new_zeros(1)).tolist()
@@ -61,14 +65,14 @@ def grouped_linear_reference(
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_EIO: Tensor, offs_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, weight_EIO: Tensor, offs_E: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x_RI, weight_EIO, offs_E)
-        return F.grouped_mm(x_RI, weight_EIO, offs=offs_E)
+        return once(name, lambda: F.grouped_mm(x_RI, weight_EIO, offs=offs_E))
 
     @staticmethod
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_RI, weight_EIO, offs_E = ctx.saved_tensors
-        want_x, want_weight, _ = gradients_asked_for(ctx)
+        want_x, want_weight, *_ = gradients_asked_for(ctx)
         grad_RO = grad_RO.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
         grad_x_RI = grad_weight = None
         if want_x:
@@ -76,4 +80,4 @@ class _GroupedLinear(torch.autograd.Function):
         if want_weight:
             grad_weight = F.grouped_mm(x_RI.mT, grad_RO, offs=offs_E)
         zero_gradients_without_rows(offs_E, grad_weight)
-        return grad_x_RI, grad_weight, None
+        return grad_x_RI, grad_weight, None, None

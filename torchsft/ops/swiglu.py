@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for, plain
 from torchsft.ops.grouped import Products
+from torchsft.ops.repetition import PRODUCTS, once
 
 # the products of gate|up and of down
 ExpertProducts = tuple[Products, Products]
@@ -52,7 +53,8 @@ def grouped_swiglu(
     """Apply each expert's SwiGLU network to its rows: y_RD, weighted, in the dtype of x_RD."""
     if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
         return x_RD * weights_R1.to(x_RD.dtype) + 0 * (gate_up.sum() + down.sum())
-    return _GroupedSwiglu.apply(x_RD, gate_up, down, weights_R1, offs_E, products)
+    both_RG = _GroupedSwiglu.apply(x_RD, gate_up, down, weights_R1, offs_E, products)
+    return _Down.apply(both_RG, down.detach(), weights_R1.detach(), offs_E, products[1])
 
 
 def grouped_swiglu_reference(
@@ -111,7 +113,11 @@ class _Kept:
 
 
 class _GroupedSwiglu(torch.autograd.Function):
-    """Zero-bubble pipeline schedules traverse it twice, for rows and later for weights
+    """Gives gate|up, and has the backward pass of all: `_Down`, which gives the rest, keeps
+    nothing. So activation checkpointing, which computes again up to what is kept last, leaves that
+    rest out.
+
+    Zero-bubble pipeline schedules traverse it twice, for rows and later for weights
     (`ops.gradients_asked_for`); others once.
     """
 
@@ -126,39 +132,61 @@ class _GroupedSwiglu(torch.autograd.Function):
         products: ExpertProducts,
     ) -> Tensor:
         ctx.products = products
-        both_RG = products[0].forward(x_RD, gate_up, offs_E)
-        hidden_RF = weighted_swiglu(*both_RG.chunk(2, dim=-1), weights_R1)
-        y_RD = products[1].forward(hidden_RF, down, offs_E)
+        both_RG = once(PRODUCTS, lambda: products[0].forward(x_RD, gate_up, offs_E))
         # Only the gradient of gate_up reads x: frozen experts do not keep it.
         x_to_keep = x_RD if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(x_to_keep, gate_up, down, weights_R1, offs_E, both_RG)
         ctx.pending = list(ctx.needs_input_grad[:5])  # gradients that no traversal has computed yet
         ctx.kept = None
-        return y_RD
+        return both_RG
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         of_both, of_down = ctx.products
         asked = gradients_asked_for(ctx)
         want_x, want_gate_up, want_down, want_weights, _ = asked
         ctx.pending = [pending and not now for pending, now in zip(ctx.pending, asked, strict=True)]
         later = any(ctx.pending)
-        grad_RD = grad_RD.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
         grad_x_RD = grad_gate_up = grad_down = None
         kept = ctx.kept
         if kept is None:
             kept, grad_down = _first_traversal(
-                *ctx.saved_tensors, grad_RD, of_down, want_down, later
+                *ctx.saved_tensors, ctx.grad_RD, of_down, want_down, later
             )
         elif want_down:
-            grad_down = of_down.grad_weight(grad_RD, kept.hidden_RF, kept.offs_E)
+            grad_down = of_down.grad_weight(ctx.grad_RD, kept.hidden_RF, kept.offs_E)
         ctx.kept = kept if later else None
+        if not later:
+            ctx.grad_RD = None
         if want_x:
             grad_x_RD = of_both.grad_rows(kept.grad_both_RG, kept.gate_up, kept.offs_E)
         if want_gate_up:
             grad_gate_up = of_both.grad_weight(kept.grad_both_RG, kept.x_RD, kept.offs_E)
         grad_weights_R1 = kept.grad_weights_R1 if want_weights else None
         return grad_x_RD, grad_gate_up, grad_down, grad_weights_R1, None, None
+
+
+class _Down(torch.autograd.Function):
+    """The rest of `_GroupedSwiglu`, which gets its gradient [R, D] by the side."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        both_RG: Tensor,
+        down: Tensor,
+        weights_R1: Tensor,
+        offs_E: Tensor,
+        products: Products,
+    ) -> Tensor:
+        ctx.shape = both_RG.shape
+        hidden_RF = weighted_swiglu(*both_RG.chunk(2, dim=-1), weights_R1)
+        return products.forward(hidden_RF, down, offs_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        ((first, _), *_) = ctx.next_functions
+        first.grad_RD = grad_RD.contiguous()  # grouped_mm refuses expanded (stride 0) gradients
+        return grad_RD.new_zeros(()).expand(ctx.shape), None, None, None, None
 
 
 def _first_traversal(

@@ -1,40 +1,48 @@
-"""Activation checkpointing: keep a layer's input alone, and compute the layer again when its
-backward pass needs the rest.
+"""Activation checkpointing: keep little of a layer, and compute the layer again when its backward
+pass needs the rest.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
 from torch.utils.checkpoint import checkpoint
 
+from torchsft.config import Train
 from torchsft.models.language_model import LanguageModel
+from torchsft.ops.repetition import ATTENTION, PRODUCTS, ROUTING, Pass
+from torchsft.parallel.activation_offload import Offload
 
 
-@contextmanager
-def _not_counted(moe: nn.Module) -> Iterator[None]:
-    """What is computed again is not routed again: it is left out of the counters."""
-    moe.counting = False
-    try:
-        yield
-    finally:
-        moe.counting = True
+def apply_activation_checkpointing(
+    model: LanguageModel, options: Train, device: torch.device
+) -> None:
+    """Recompute layers in their backward pass, in place, as --train.activation-checkpointing says.
 
-
-def apply_activation_checkpointing(model: LanguageModel) -> None:
-    """Recompute every layer in its backward pass, in place.
-
-    Memory falls to [S, D] a layer and microbatch in flight, plus one layer; time grows by a forward
-    pass. The layer is computed from the same input by the same operations, so it routes tokens as
-    before. Applied before FSDP2, which then gathers a layer's parameters once for both.
+    Of a layer and microbatch in flight are kept its input [S, D], where its tokens are routed (so
+    that the repetition exchanges no counts, waits for no host and cannot route otherwise), and with
+    `selective` what attention returns. Applied before FSDP2, which then gathers a layer's
+    parameters once for both passes.
     """
+    mode = options.activation_checkpointing
+    if mode == "none":
+        return
+    names = ROUTING
+    if mode == "selective":
+        names |= {ATTENTION, PRODUCTS} if options.selective_products else {ATTENTION}
+    offload = Offload(device) if options.activation_offload else None
+    moves = [offload.pack, offload.unpack] if offload else []
+
+    def passes() -> tuple[Pass, Pass]:
+        kept: dict[str, Any] = {}
+        return Pass(names, kept, False, *moves[:1]), Pass(names, kept, True, *moves[1:])
+
     # The state of random generators is not kept: nothing here is random.
-    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    for layer in model.model.layers.values():
-        layer.recompute = recompute
-    # contexts around the forward pass, and around its repetition
-    for name, moe in model.moe_layers().items():
-        model.model.layers[name].recompute = partial(
-            recompute, context_fn=lambda moe=moe: (nullcontext(), _not_counted(moe))
-        )
+    recompute = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=passes
+    )
+    if offload:
+        recompute = partial(offload.run, recompute)
+    for name, layer in model.model.layers.items():
+        if (int(name) + 1) % options.activation_checkpointing_every == 0:
+            layer.recompute = recompute

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from torchsft.config import Precision
+from torchsft.config import Precision, Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.blockwise import apply_blockwise
 from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.expert import apply_expert_parallel
+from torchsft.parallel.float8 import apply_float8
 from torchsft.parallel.fsdp import apply_fsdp
 from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
@@ -22,7 +23,7 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     """Return the dtype of hidden states and gathered parameters for a --precision.compute, or of
     parameters for --optim.masters.
     """
-    is_bf16 = compute == "bf16" or (compute == "blockwise" and device.type == "cuda")
+    is_bf16 = compute == "bf16" or (compute in ("blockwise", "float8") and device.type == "cuda")
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
@@ -39,7 +40,7 @@ def parallelize(
     compute: torch.dtype,  # of the forward and backward pass
     *,
     masters: torch.dtype = torch.float32,  # of the parameters, but for those of routers
-    activation_checkpointing: bool = False,  # compute every layer again in the backward pass
+    activations: Train | None = None,  # what it says of them; None: all are kept
     reshard_after_forward: bool = True,  # see `apply_fsdp`
     precision: Precision | None = None,  # of products; None: that of `compute`
     offload: bool = False,  # keep parameters and gradients in host memory
@@ -66,8 +67,9 @@ def parallelize(
                 power_of_two=precision.power_of_two_scales,
                 keep=not reshard_after_forward,
             )
-        if activation_checkpointing:
-            apply_activation_checkpointing(stage)
+        if precision and precision.compute == "float8":
+            apply_float8(stage, world.device, precision.float8_recipe)
+        apply_activation_checkpointing(stage, activations or Train(), world.device)
         if masters != torch.float32:
             cast_parameters(stage, masters)
         if world.dense.size() > 1 or {compute, masters} != {torch.float32} or offload:

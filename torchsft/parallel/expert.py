@@ -22,17 +22,35 @@ from torchsft.config import InputError
 from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import Experts
 from torchsft.ops.permute import permute
+from torchsft.ops.repetition import once
 
 
 class ExpertExchange:
     """A MoE layer's `exchange` over the `ep` axis: all-to-all, local experts, all-to-all back.
 
     The split sizes of an uneven all-to-all are host numbers, hence one host synchronisation per
-    layer and pass.
+    layer and microbatch; a layer that is computed again exchanges the same rows without.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size = group, dist.get_world_size(group)
+
+    @torch.no_grad()
+    def plan(self, counts_E: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
+        """Exchange counts: rows sent to and received from each rank, the order that sorts received
+        rows by local expert, its inverse, and where the rows of each local expert then end.
+        """
+        received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))
+        local_ne = received_E.view(self.size, -1)
+        totals = torch.stack([counts_E.view(self.size, -1).sum(1), local_ne.sum(1)])
+        sent, received = totals.tolist()
+        # From (sender, local expert) order to (local expert, sender) order.
+        expert_M = torch.arange(local_ne.shape[1], device=counts_E.device).repeat(self.size)
+        expert_M = expert_M.repeat_interleave(received_E, output_size=sum(received))
+        order_M = expert_M.argsort(stable=True)
+        inverse_M = torch.empty_like(order_M)
+        inverse_M[order_M] = torch.arange(order_M.numel(), device=counts_E.device)
+        return sent, received, order_M, inverse_M, local_ne.sum(0).cumsum(0).to(torch.int32)
 
     def __call__(
         self,
@@ -46,19 +64,7 @@ class ExpertExchange:
         outputs, weighted, in the same order, and the result of `meanwhile`, which is computed while
         rows travel to their experts.
         """
-        with torch.no_grad():
-            received_E = wait_tensor(all_to_all_single(counts_E, None, None, self.group))
-            local_ne = received_E.view(self.size, -1)
-            sent, received = torch.stack(
-                [counts_E.view(self.size, -1).sum(1), local_ne.sum(1)]
-            ).tolist()
-            # From (sender, local expert) order to (local expert, sender) order.
-            expert_M = torch.arange(local_ne.shape[1], device=x_RD.device).repeat(self.size)
-            expert_M = expert_M.repeat_interleave(received_E, output_size=sum(received))
-            order_M = expert_M.argsort(stable=True)
-            inverse_M = torch.empty_like(order_M)
-            inverse_M[order_M] = torch.arange(order_M.numel(), device=x_RD.device)
-            offs_e = local_ne.sum(0).cumsum(0).to(torch.int32)
+        sent, received, order_M, inverse_M, offs_e = once("exchange", lambda: self.plan(counts_E))
         # Always waited: an AsyncCollectiveTensor with a gradient is unsafe downstream (zero
         # gradients under compile).
         arriving = [

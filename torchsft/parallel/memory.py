@@ -27,7 +27,11 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def held_bytes(
-    model: nn.Module, compute: torch.dtype, reshard_after_forward: bool, optim: Optim
+    model: nn.Module,
+    compute: torch.dtype,
+    reshard_after_forward: bool,
+    optim: Optim,
+    fp8: bool = False,
 ) -> tuple[int, int]:
     """Count the device memory that this rank needs for its share of the parameters through a step;
     activations and buffers come on top.
@@ -39,6 +43,7 @@ def held_bytes(
         optim: of the run; Muon keeps one moment of its matrices, offload the shards that FSDP
             gathers (of routers fp32, counted like the others) and, until replicas sum them, the
             gradients that microbatches have summed.
+        fp8: whether fp8 copies are kept beside gathered parameters, one and its transpose.
 
     Returns:
         Bytes that more data ranks would share: weight, gradient and moments, or of a frozen
@@ -62,7 +67,7 @@ def held_bytes(
             each += 0 if keeps_gathered else weight  # the gradient
         sharded += each * local(parameter).numel()
         if keeps_gathered:
-            each = compute.itemsize + FP32 * trained
+            each = compute.itemsize + FP32 * trained + 2 * fp8
             gathered += each * gathered_elements(parameter)
     return math.ceil(sharded), math.ceil(gathered)
 
@@ -159,6 +164,7 @@ def check_memory(
     reshard_after_forward: bool,
     optim: Optim,
     world: World,
+    fp8: bool,
 ) -> None:
     """Refuse a model whose share does not fit into this rank's device, before any is allocated.
 
@@ -168,7 +174,7 @@ def check_memory(
     if optim.offload:
         check_host_memory(model, world)
     available = device_bytes(world.device)
-    sharded, gathered = held_bytes(model, compute, reshard_after_forward, optim)
+    sharded, gathered = held_bytes(model, compute, reshard_after_forward, optim, fp8)
     if available is None or sharded + gathered <= available:
         return
     remedy = "raise --parallel.pp, --parallel.ep or --parallel.tp"

@@ -16,6 +16,8 @@ import os
 import random
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
@@ -28,6 +30,24 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchsft.config import InputError, Parallel
 
 WRITERS_TIMEOUT = timedelta(days=1)
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Let torch choose operations that compute the same bits each time, if `on`, and say so where
+    one has none; entered before anything is computed on a GPU.
+    """
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    before = os.environ.get(name), torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault(name, ":4096:8")  # cuBLAS chooses by what it finds free otherwise
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if before[0] is None:
+            os.environ.pop(name, None)
+        torch.use_deterministic_algorithms(before[1])
 
 
 def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]:

@@ -1,0 +1,210 @@
+"""Activation checkpointing: the gradients of a pass that keeps all, and what is computed again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.ops.passes import Operations
+from tests.parallel.passes import build, fill, full, microbatch
+from torchsft.config import InputError, Parallel, Train
+from torchsft.ops.repetition import repeating
+from torchsft.parallel import activation_offload
+from torchsft.parallel.apply import parallelize
+from torchsft.parallel.world import World
+
+MODES = {
+    "none": Train(),
+    "full": Train(activation_checkpointing="full"),
+    "selective": Train(activation_checkpointing="selective"),
+    "products": Train(activation_checkpointing="selective", selective_products=True),
+    "offload": Train(activation_checkpointing="full", activation_offload=True),
+    "offload products": Train(
+        activation_checkpointing="selective", selective_products=True, activation_offload=True
+    ),
+    "every second": Train(activation_checkpointing="full", activation_checkpointing_every=2),
+}
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+PRODUCT = "aten::_grouped_mm"
+EXCHANGE = "_c10d_functional::all_to_all_single"
+REDUCE = "_c10d_functional::all_reduce"
+COUNTED = ("forward", "backward", "read", "forward_read")
+EXPERT_LAYERS = 2  # of the tiny DeepSeek-V3, behind a dense layer; numbers 1 and 2
+
+
+def model_of(mode: str, world: World, **changes: Any) -> Any:
+    activation_offload.LEAST = 0  # a tiny model's tensors too; ranks are forks of their own
+    model = build(**changes)
+    parallelize([model], world, torch.float32, activations=MODES[mode])
+    fill(model)
+    for moe in model.moe_layers().values():
+        moe.balance_scale = moe.z_scale = 0.1
+    return model
+
+
+def passes(mode: str, world: World, **changes: Any) -> dict[str, Any]:
+    """Loss and gradients, counters, and what a forward and a backward pass did on this rank."""
+    model = model_of(mode, world, **changes)
+    tolist = mock.Mock(wraps=torch.Tensor.tolist)
+    with mock.patch.object(torch.Tensor, "tolist", lambda tensor: tolist(tensor)):
+        with Operations() as forward:
+            loss = model(**microbatch(world.data_rank))
+        forward_read = tolist.call_count
+        with Operations() as backward:
+            loss.backward()
+        backward_read = tolist.call_count - forward_read
+    gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+    moes = model.moe_layers().values()
+    return {
+        "values": gradients | {"loss": loss.detach()},
+        "counters": [[m.expert_load.tolist(), m.balance_loss, m.z_loss] for m in moes],
+        "forward": forward.count,
+        "backward": backward.count,
+        "read": backward_read,
+        "forward_read": forward_read,
+    }
+
+
+def all_modes(
+    parallel: dict[str, int], modes: Collection[str] = MODES, **changes: Any
+) -> dict[str, dict[str, Any]]:
+    """On the calling ranks; also that gradients equal those of `none` bit by bit: they come from
+    the same operations on the same numbers.
+    """
+    with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
+        found = {mode: passes(mode, world, **changes) for mode in modes}
+    expected = found["none"]
+    for result in found.values():
+        assert result["counters"] == expected["counters"]
+        assert result["values"].keys() == expected["values"].keys()
+        for name, value in expected["values"].items():
+            assert torch.equal(result["values"][name], value), name
+    return {mode: {key: result[key] for key in COUNTED} for mode, result in found.items()}
+
+
+def again(found: dict[str, dict[str, Any]], mode: str, operation: str) -> int:
+    """How often the repetitions of a mode ran an operation."""
+    return found[mode]["backward"][operation] - found["none"]["backward"][operation]
+
+
+def test_one_rank_computes_again_what_the_mode_says_and_the_same_gradients(ranks):
+    """Attention once a document and layer; gate|up, but no down projection, of every layer with
+    experts; no choice and no sorting.
+    """
+    (found,) = ranks(1, all_modes, parallel={})
+    attention = found["none"]["forward"][ATTENTION]
+    expected = {
+        "full": (attention, EXPERT_LAYERS),
+        "selective": (0, EXPERT_LAYERS),
+        "products": (0, 0),
+        "offload": (attention, EXPERT_LAYERS),
+        "offload products": (0, 0),
+        "every second": (attention // 3, 1),
+    }
+    for mode, counts in expected.items():
+        assert (again(found, mode, ATTENTION), again(found, mode, PRODUCT)) == counts
+        for operation in ("aten::topk", "aten::sort", "aten::scatter_add_"):
+            assert found[mode]["backward"][operation] == 0 < found[mode]["forward"][operation]
+
+
+def test_experts_with_biases_and_sinks_too(ranks):
+    """Their down projection, whose output is not weighted, is computed again: 4 layers, all with
+    experts.
+    """
+    modes = ("none", "full", "products")
+    (found,) = ranks(1, all_modes, parallel={}, modes=modes, family="gpt_oss")
+    assert [again(found, mode, PRODUCT) for mode in modes] == [0, 8, 4]
+    assert again(found, "products", ATTENTION) == 0 < again(found, "full", ATTENTION)
+
+
+@pytest.mark.parametrize("parallel", [{"dp_shard": 2, "ep": 2}, {"tp": 2, "ep": 2}], ids=str)
+def test_ranks_exchange_rows_and_weights_again_but_no_counts_and_nothing_comes_back(
+    ranks, parallel
+):
+    """Nor does the host read anything, nor are the counts of the balance loss summed."""
+    modes = ("none", "full", "products")
+    for found in ranks(2, all_modes, parallel=parallel, modes=modes):
+        assert found["none"]["forward"][EXCHANGE] >= 4 * EXPERT_LAYERS
+        for mode in modes:
+            layers = 0 if mode == "none" else EXPERT_LAYERS
+            assert found[mode]["read"] == 0 < found[mode]["forward_read"]
+            assert again(found, mode, EXCHANGE) == 2 * layers
+
+
+def perturbed(mode: str) -> bool:
+    """Whether routers choose as before when their weights have changed before the repetition."""
+    with World(Parallel(timeout_seconds=60, dp_shard=2, ep=2), 0) as world:
+        model = model_of(mode, world)
+        chosen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        for moe in model.moe_layers().values():
+            moe.gate.register_forward_hook(
+                lambda _, __, routing: chosen[repeating()].append(routing.experts_SK)
+            )
+        loss = model(**microbatch(world.data_rank))
+        with torch.no_grad():
+            for moe in model.moe_layers().values():
+                moe.gate.weight.copy_(-moe.gate.weight)
+        loss.backward()
+        first, second = chosen[False], chosen[True][::-1]
+        return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def test_a_repetition_routes_as_the_first_pass_whatever_the_router_says_then(ranks):
+    assert ranks(2, perturbed, mode="full") == [True, True]
+
+
+def each_held(modes: list[str]) -> list[tuple[list[bool], list[bool]]]:
+    with World(Parallel(timeout_seconds=60), 0) as world:
+        return [held(mode, world) for mode in modes]
+
+
+def held(mode: str, world: World) -> tuple[list[bool], list[bool]]:
+    """Whether the inputs of layers still exist behind the forward pass, and whether all that went
+    to the host is gone behind the backward pass.
+    """
+    model = model_of(mode, world)
+    inputs: list[weakref.ref] = []
+    for layer in list(model.model.layers.values())[1:]:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    moved: list[weakref.ref] = []
+    init = activation_offload.OnHost.__init__
+    with mock.patch.object(
+        activation_offload.OnHost,
+        "__init__",
+        lambda self, *args: (moved.append(weakref.ref(self)), init(self, *args))[1],
+    ):
+        loss = model(**microbatch(0))
+    alive = [each() is not None for each in inputs]
+    there = [each() is not None for each in moved]
+    loss.backward()
+    del loss
+    return alive, [*there, *(each() is None for each in moved)]
+
+
+def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backward_pass(ranks):
+    """Of 3 layers: their inputs, and with products 5 documents' outputs and lse, and gate|up."""
+    (found,) = ranks(1, each_held, modes=["full", "offload", "offload products"])
+    assert [kept for kept, _ in found] == [[True] * 2, [False] * 2, [False] * 2]
+    for (_, moved), least in zip(found, (0, 3, 3 + 3 * 10 + 2), strict=True):
+        assert len(moved) >= 2 * least and all(moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"activation_checkpointing_every": 2}, "every is 2, but .* is none; set full"),
+        ({"activation_checkpointing_every": 0}, "every"),
+        (
+            {"selective_products": True},
+            "needs --train.activation-checkpointing selective, not none",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Train(**options)

@@ -1,0 +1,120 @@
+"""Linear maps in float8 against torchao's own module, and steps of training in layouts of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed.test_layouts import SilentTrainer, config_for, full
+from tests.tiny import write_conversations, write_tiny_model
+from torchsft.config import Config, InputError, Precision
+from torchsft.models.decoder import Linear
+from torchsft.parallel.float8 import check_device, check_shape
+from torchsft.parallel.world import World
+from torchsft.precision.float8 import float8_product
+
+RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_that_of_torchaos_module(recipe, bias, dtype):
+    """Outputs and gradients, bit by bit; and not what fp32 gives. Tokens are no multiple of 16."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    torch.manual_seed(0)
+    ours = Linear(64, 48, bias=bias, dtype=dtype)
+    plain = nn.Sequential(nn.Linear(64, 48, bias=bias, dtype=dtype))
+    plain[0].load_state_dict(ours.state_dict())
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    object.__setattr__(config, "emulate", True)
+    theirs = convert_to_float8_training(plain, config=config)
+    ours.product = float8_product(recipe, emulate=True)
+    x, dy = (torch.randn(2, 19, width).to(dtype) for width in (64, 48))
+    found = []
+    for module in (ours, theirs):
+        inputs = [x.clone().requires_grad_(), *module.parameters()]
+        y = module(inputs[0])
+        found.append([y, *torch.autograd.grad(y, inputs, dy)])
+    assert all(map(torch.equal, *found))
+    exact = nn.functional.linear(x, ours.weight, ours.bias)
+    assert 0.01 < (found[0][0] - exact).norm() / exact.norm() < 0.06  # 3 bits of mantissa
+
+
+def first_step(config: Config) -> tuple[float, dict[str, torch.Tensor], list[str]]:
+    """Loss and gradients of the first step, and the linear maps that are in float8."""
+    with World(config.parallel, config.train.seed) as world:
+        trainer = SilentTrainer(config, world)
+        trainer.optimizer.step = lambda: found.update(
+            {name: full(p.grad) for name, p in trainer.model.named_parameters()}
+        )
+        found: dict[str, torch.Tensor] = {}
+        record, _ = trainer.train_step(next(trainer.loader))
+        linears = {n: m for n, m in trainer.model.named_modules() if isinstance(m, Linear)}
+        low = [name for name, linear in linears.items() if "product" in vars(linear)]
+        return record["loss"], found, low
+
+
+# multiples of 16, also of a half
+SIZES = dict(
+    num_hidden_layers=4,
+    hidden_size=64,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+)
+LAYOUTS = [
+    (2, {"dp_shard": 2, "ep": 2}),
+    (2, {"cp": 2}),
+    (2, {"tp": 2, "micro_batch_size": 2}),
+    (4, {"pp": 2, "dp_replicate": 2, "pp_schedule": "ZBVZeroBubble"}),
+    (1, {"activation_checkpointing": "full"}),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_layout_changes_a_step_by_less_than_rounding_does(ranks, tmp_path_factory, recipe):
+    """Scales belong to a rank's rows and parts of matrices, so layouts round otherwise: what that
+    changes in all gradients together is no more than the distance of either to fp32.
+    """
+    base = tmp_path_factory.mktemp("float8")
+    write_tiny_model(base / "model", **SIZES)
+    write_conversations(base / "train.jsonl", 10)
+
+    def run(n: int, options: dict[str, object]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+        return ranks(n, first_step, config=config_for(str(base), **options))
+
+    ((exact_loss, exact, none),) = run(1, {})
+    ((loss, alone, low),) = run(1, {"compute": "float8", "recipe": recipe})
+    assert none == [] and any("q_b_proj" in name for name in low)
+    assert any("shared_experts" in name for name in low)
+
+    def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return sum((a[name] - b[name]).square().sum().item() for name in exact) ** 0.5
+
+    rounding = distance(alone, exact)
+    assert rounding > 0 and abs(loss - exact_loss) < 0.01 * exact_loss
+    for n, layout in LAYOUTS:
+        results = run(n, layout | {"compute": "float8", "recipe": recipe})
+        gradients = {name: value for _, found, _ in results for name, value in found.items()}
+        assert gradients.keys() == exact.keys()
+        assert distance(gradients, alone) < 1.2 * rounding, layout
+        assert abs(results[0][0] - loss) < 0.01 * loss, layout
+
+
+def test_what_float8_cannot_be_used_for_is_refused():
+    with pytest.raises(InputError, match=r"capability 8\.9, but this one has 8\.0"):
+        check_device((8, 0))
+    check_device((9, 0))
+    with pytest.raises(InputError, match=r"q is \[24, 16\] on a rank"):
+        check_shape("q", Linear(16, 24))
+    with pytest.raises(
+        InputError, match=r"tensorwise is for --precision\.compute float8, not bf16"
+    ):
+        Precision(compute="bf16", float8_recipe="tensorwise")
