@@ -63,24 +63,30 @@ def v3_256() -> Config:
 
 
 def v3_128() -> Config:
-    """DeepSeek-V3 on 128 GPUs of 141 GB (H200): as v3_256, with half its data ranks; up to 114 GB a
-    GPU.
+    """DeepSeek-V3 on 128 H100-80GB (16 nodes of 8): as v3_256, with half its data ranks and the
+    optimizer on the host.
+
+    Gathered parameters, their gradients and the copies that are gathered take up to 57 GB a GPU,
+    activations the rest; masters, moments and gradients up to 0.8 TB of a node's memory.
     """
-    config = v3_256()
-    parallel = dataclasses.replace(config.parallel, dp_shard=16, ep=16)
-    return dataclasses.replace(
-        config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=256)
-    )
+    return _fewer_ranks(16, global_batch_size=256)
 
 
 def v3_64() -> Config:
-    """DeepSeek-V3 on 64 GPUs: as v3_256, a quarter of its data ranks; up to 217 GB a GPU until
-    optimizers can be offloaded.
+    """DeepSeek-V3 on 64 GPUs of 141 GB (H200; 8 nodes of 8): as v3_128, with half its data ranks;
+    up to 102 GB a GPU and 1.6 TB of a node's memory.
     """
+    return _fewer_ranks(8, global_batch_size=128)
+
+
+def _fewer_ranks(ranks: int, global_batch_size: int) -> Config:
+    """Return v3_256 with so many data ranks, the optimizer on the host."""
     config = v3_256()
-    parallel = dataclasses.replace(config.parallel, dp_shard=8, ep=8)
     return dataclasses.replace(
-        config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=128)
+        config,
+        parallel=dataclasses.replace(config.parallel, dp_shard=ranks, ep=ranks),
+        train=dataclasses.replace(config.train, global_batch_size=global_batch_size),
+        optim=dataclasses.replace(config.optim, offload=True),
     )
 
 
