@@ -63,29 +63,33 @@ def v3_256() -> Config:
 
 
 def v3_128() -> Config:
-    """DeepSeek-V3 on 128 H100-80GB (16 nodes of 8): as v3_256, with half its data ranks, bf16
-    masters, int8 moments and rows of half the length, whose activations fit beside up to 68 GB a
-    GPU.
+    """DeepSeek-V3 on 128 H100-80GB (16 nodes of 8): as v3_256, with half its data ranks and the
+    optimizer on the host.
+
+    Gathered parameters, their gradients and the copies that are gathered take up to 57 GB a GPU,
+    activations the rest; masters, moments and gradients up to 0.8 TB of a node's memory.
     """
     config = v3_256()
     return dataclasses.replace(
         config,
-        data=Data(seq_len=2048),
         parallel=dataclasses.replace(config.parallel, dp_shard=16, ep=16),
         train=dataclasses.replace(config.train, global_batch_size=256),
-        optim=dataclasses.replace(config.optim, masters="bf16", moments="int8"),
+        optim=dataclasses.replace(config.optim, offload=True),
     )
 
 
 def v3_64() -> Config:
-    """DeepSeek-V3 on 64 GPUs: as v3_256, a quarter of its data ranks; up to 217 GB a GPU until
-    optimizers can be offloaded.
+    """DeepSeek-V3 on 64 H100-80GB (8 nodes of 8), without a pipeline, which would keep gathered
+    parameters and their gradients: 4 experts of each layer on a GPU, the optimizer on the host.
+
+    The copies that are gathered take 21 GB a GPU, activations the rest; masters, moments and
+    gradients 1.6 TB of a node's memory. A step is one microbatch of two rows, so that gradients go
+    to the host once.
     """
-    config = v3_256()
-    parallel = dataclasses.replace(config.parallel, dp_shard=8, ep=8)
-    return dataclasses.replace(
-        config, parallel=parallel, train=dataclasses.replace(config.train, global_batch_size=128)
-    )
+    config = v3_128()
+    parallel = Parallel(dp_shard=64, ep=64, timeout_seconds=config.parallel.timeout_seconds)
+    train = dataclasses.replace(config.train, global_batch_size=128, micro_batch_size=2)
+    return dataclasses.replace(config, parallel=parallel, train=train)
 
 
 def moonlight() -> Config:
