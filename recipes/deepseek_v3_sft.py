@@ -83,7 +83,7 @@ def v3_64() -> Config:
     parameters and their gradients: 4 experts of each layer on a GPU, the optimizer on the host.
 
     The copies that are gathered take 21 GB a GPU, activations the rest; masters, moments and
-    gradients 1.6 TB of a node's memory. A step is one microbatch of two rows, so that gradients go
+    gradients 1.4 TB of a node's memory. A step is one microbatch of two rows, so that gradients go
     to the host once.
     """
     config = v3_128()
