@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torchsft.data.rendering import ChatTemplate, Extras, Message
+from torchsft.data.rendering import ChatTemplate, Extras, Messages
 from torchsft.data.rows import RowError
 
 KNOWN_RESULTS = 1024  # that are remembered
@@ -56,7 +56,7 @@ class ContextCheck:
         # of tools and documents, by how they are written; rows have the same ones, mostly
         self._words: dict[str, str] = {}
 
-    def missing(self, messages: Sequence[Message], extras: Extras, text: str) -> Iterator[Missing]:
+    def missing(self, messages: Messages, extras: Extras, text: str) -> Iterator[Missing]:
         """Yield what a text lacks of the messages before its answers, of the tools and documents.
 
         Of an assistant message only the names that it calls are looked for: what it says is checked
@@ -77,7 +77,7 @@ class ContextCheck:
         for document in extras.documents or ():
             yield from _missing_document(document, text)
 
-    def _left_out(self, messages: Sequence[Message], extras: Extras) -> set[int]:
+    def _left_out(self, messages: Messages, extras: Extras) -> set[int]:
         """Return messages of context that the template leaves out although their words stand in the
         text, as other messages, the tools or the template have the same words.
 
@@ -110,7 +110,7 @@ class ContextCheck:
         self._is_written |= {(i, roles) for i in written}
         return marks.keys() - written
 
-    def _ambiguous(self, messages: Sequence[Message], extras: Extras, roles: Roles) -> list[int]:
+    def _ambiguous(self, messages: Messages, extras: Extras, roles: Roles) -> list[int]:
         """Return messages of context whose words also stand elsewhere, and of which it is not known
         that the template writes them.
 
@@ -140,9 +140,7 @@ class ContextCheck:
             self._words[key] = "\n".join(leaves([extras.tools, extras.documents]))
         return self._words[key]
 
-    def _missing_tools(
-        self, messages: Sequence[Message], extras: Extras, text: str
-    ) -> Iterator[Missing]:
+    def _missing_tools(self, messages: Messages, extras: Extras, text: str) -> Iterator[Missing]:
         """Yield the tools that a text does not declare: it lacks their name, their description or
         the name of a parameter.
         """
@@ -160,7 +158,7 @@ class ContextCheck:
         self,
         name: str,
         roles: Roles,
-        messages: Sequence[Message],
+        messages: Messages,
         extras: Extras,
         text: str,
     ) -> bool:
@@ -177,7 +175,7 @@ class ContextCheck:
             self._is_declared[key] = _count(text, name) > _count(without_tools, name)
         return self._is_declared[key]
 
-    def _render_without_tools(self, messages: Sequence[Message], extras: Extras) -> str:
+    def _render_without_tools(self, messages: Messages, extras: Extras) -> str:
         """Return the rendering without tools; "" where the template refuses that, as it reads them
         then.
         """

@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from torchsft.data.rows import RowError
 
 Message = dict[str, Any]
+Messages = Sequence[Message]
 
 REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)  # in a content
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
@@ -144,7 +145,7 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Messages,
         extras: Extras = NO_EXTRAS,
         *,
         generation_prompt: bool = False,

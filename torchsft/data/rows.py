@@ -10,7 +10,9 @@ from typing import Any
 from torchsft.config import InputError
 from torchsft.data import nulls
 
-Row = dict[str, Any]
+Object = dict[str, Any]  # of JSON
+Row = Object
+Strings = tuple[str, ...]
 
 JSON_NAMES = {
     dict: "an object",
