@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchsft.data.rendering import ChatTemplate, Extras, Messages
-from torchsft.data.rows import RowError
+from torchsft.data.rows import Object, RowError, Strings
 
 KNOWN_RESULTS = 1024  # that are remembered
 
@@ -37,7 +37,7 @@ class ToolDeclaration:
     details: list[str]
 
 
-Roles = tuple[str, ...]  # of the messages of a conversation
+Roles = Strings  # of the messages of a conversation
 
 
 class ContextCheck:
@@ -185,7 +185,7 @@ class ContextCheck:
             return ""
 
 
-def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
+def _missing_document(document: Object, text: str) -> Iterator[Missing]:
     """Yield the texts of a document that a text lacks."""
     texts = [document.get(key) for key in ("text", "content", "contents")]
     sources = [source for source in texts if isinstance(source, str)]
@@ -194,7 +194,7 @@ def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
             yield Missing(None, f"the document {source.strip()[:40]!r}")
 
 
-def declaration_of(tool: dict[str, Any]) -> ToolDeclaration:
+def declaration_of(tool: Object) -> ToolDeclaration:
     """Return what a template must write of a tool.
 
     Args:

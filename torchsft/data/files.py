@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from torchsft.config import InputError
 from torchsft.data.cache import ROWS_OF_A_FILE
-from torchsft.data.rows import Row, RowError
+from torchsft.data.rows import Row, RowError, Strings
 from torchsft.data.sources import Source
 from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
 
@@ -69,7 +69,7 @@ class Files:
         """Return the paths of the files."""
         return [member.spec.path for member in self.members]
 
-    def places(self) -> tuple[str, ...]:
+    def places(self) -> Strings:
         """Return what stands before a row's number, for each file."""
         return tuple(place for member in self.members for place in member.places())
 
@@ -96,7 +96,7 @@ class Files:
             bytes_before += member.total_bytes or 0
 
 
-def place_of(places: tuple[str, ...], number: int) -> str:
+def place_of(places: Strings, number: int) -> str:
     """Return where row `number` is, for the user; `places`: of the source that it comes from."""
     file, row = divmod(number, ROWS_OF_A_FILE)
     return f"{places[max(file - 1, 0)]}{row}"

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+Object = dict[str, Any]  # of JSON
 DOUBT = "doubtful-null"
 # What may be null in the schema of a parameter.
 MAY_BE_NULL = ("default", "const", "example", "examples", "enum")
@@ -53,7 +54,7 @@ def in_lists(change: Callable[..., Any]) -> Callable[..., Any]:
     return changed
 
 
-def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+def clean(row: Object, padded: bool) -> tuple[Object, tuple[str, ...]]:
     """Take out of a row the nulls that say nothing.
 
     Args:
@@ -95,7 +96,7 @@ def _may_hold_null(value: Any) -> bool:
 
 
 @in_lists
-def _without_padding(value: dict[str, Any], padded: bool) -> dict[str, Any]:
+def _without_padding(value: Object, padded: bool) -> Object:
     """Return a value without padding; explicit nulls stay."""
     found = {}
     for key, inner in value.items():
@@ -110,7 +111,7 @@ def _without_padding(value: dict[str, Any], padded: bool) -> dict[str, Any]:
 
 
 @in_lists
-def _without_nulls_of_schema(value: dict[str, Any], padded: bool, key: str = "") -> dict[str, Any]:
+def _without_nulls_of_schema(value: Object, padded: bool, key: str = "") -> Object:
     """Return the declaration of tools without nulls that no JSON schema has.
 
     Args:
@@ -128,7 +129,7 @@ def _without_nulls_of_schema(value: dict[str, Any], padded: bool, key: str = "")
     return found
 
 
-def _parameters_of_tools(row: dict[str, Any]) -> dict[str, Any]:
+def _parameters_of_tools(row: Object) -> Object:
     """Return the schema of the parameters of each tool of a row that has one, by the tool's
     name.
     """
@@ -177,7 +178,7 @@ class _Messages:
         has_doubt: whether a null was found that may mean something or be padding.
     """
 
-    def __init__(self, parameters: dict[str, Any], padded: bool) -> None:
+    def __init__(self, parameters: Object, padded: bool) -> None:
         self.parameters = parameters
         self.padded = padded
         self.has_doubt = False

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,12 +14,12 @@ from torchsft.data.files import Files, place_of
 from torchsft.data.formats import Example, parse, recognise
 from torchsft.data.rendering import variables_of
 from torchsft.data.report import Result
-from torchsft.data.rows import RowError, read_row
+from torchsft.data.rows import Object, RowError, read_row
 from torchsft.data.sources import Source
 from torchsft.data.template import ChatTokenizer, Encoded, WeightedTokens, templates_of
 from torchsft.data.tokenizer import eos_ids
 
-Row = tuple[int, "bytes | dict[str, Any] | RowError"]  # with its number, as `Source.rows` yields it
+Row = tuple[int, "bytes | Object | RowError"]  # with its number, as `Source.rows` yields it
 
 
 @dataclass
@@ -102,7 +101,7 @@ class Preparer:
             eos_ids=self.eos_ids,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Object:
         return {name: value for name, value in vars(self).items() if name not in ("chat", "source")}
 
     def __call__(self, rows: Sequence[Row]) -> list[Result]:
@@ -127,7 +126,7 @@ class Preparer:
     def _place(self, result: Result) -> str:
         return place_of(self.places, result.number)
 
-    def _parse(self, result: Result, payload: bytes | dict[str, Any] | RowError) -> Example:
+    def _parse(self, result: Result, payload: bytes | Object | RowError) -> Example:
         """Return the example of a row, and note in its result what is to be counted."""
         if isinstance(payload, RowError):
             raise payload

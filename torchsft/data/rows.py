@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torchsft.config import InputError
-from torchsft.data import nulls
+from torchsft.data.nulls import Object, clean
 
-Object = dict[str, Any]  # of JSON
 Row = Object
 Strings = tuple[str, ...]
 
@@ -86,7 +85,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
     return found
 
 
-def read_row(payload: bytes | Row) -> tuple[Row, tuple[str, ...]]:
+def read_row(payload: bytes | Row) -> tuple[Row, Strings]:
     """Return the object of one row as `Source.rows` yields it, without nulls that say nothing, and
     notes on those in doubt.
 
@@ -94,9 +93,9 @@ def read_row(payload: bytes | Row) -> tuple[Row, tuple[str, ...]]:
         RowError: not-utf-8, nul-bytes, not-json or surrogate.
     """
     if isinstance(payload, dict):
-        return nulls.clean(payload, padded=True)
+        return clean(payload, padded=True)
     row = _parse(payload)
-    return nulls.clean(row, padded=False) if b"null" in payload else (row, ())
+    return clean(row, padded=False) if b"null" in payload else (row, ())
 
 
 def _parse(payload: bytes) -> Row:
