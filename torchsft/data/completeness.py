@@ -25,18 +25,6 @@ class Missing:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolDeclaration:
-    """What a template must write of a tool.
-
-    Attributes:
-        details: its description, and the names of its parameters.
-    """
-
-    name: str
-    details: list[str]
-
-
 Roles = Strings  # of the messages of a conversation
 
 
@@ -146,11 +134,9 @@ class ContextCheck:
         """
         roles = tuple(message["role"] for message in messages)
         for tool in extras.tools or ():
-            declaration = declaration_of(tool)
-            name = declaration.name
+            name, details = declaration_of(tool)
             is_written = _count(text, name) > 0
-            for detail in declaration.details:
-                is_written = is_written and contains_loosely(text, detail)
+            is_written = is_written and all(contains_loosely(text, detail) for detail in details)
             if not is_written or not self._declares(name, roles, messages, extras, text):
                 yield Missing(None, f"the tool {name!r}, or its description or parameters")
 
@@ -171,18 +157,12 @@ class ContextCheck:
         if key not in self._is_declared:
             if len(self._is_declared) >= KNOWN_RESULTS:
                 self._is_declared.clear()
-            without_tools = self._render_without_tools(messages, extras)
-            self._is_declared[key] = _count(text, name) > _count(without_tools, name)
+            try:
+                bare = self.template.render(messages, Extras(documents=extras.documents)).text
+            except RowError:  # it reads the tools then
+                bare = ""
+            self._is_declared[key] = _count(text, name) > _count(bare, name)
         return self._is_declared[key]
-
-    def _render_without_tools(self, messages: Messages, extras: Extras) -> str:
-        """Return the rendering without tools; "" where the template refuses that, as it reads them
-        then.
-        """
-        try:
-            return self.template.render(messages, Extras(documents=extras.documents)).text
-        except RowError:
-            return ""
 
 
 def _missing_document(document: Object, text: str) -> Iterator[Missing]:
@@ -194,8 +174,9 @@ def _missing_document(document: Object, text: str) -> Iterator[Missing]:
             yield Missing(None, f"the document {source.strip()[:40]!r}")
 
 
-def declaration_of(tool: Object) -> ToolDeclaration:
-    """Return what a template must write of a tool.
+def declaration_of(tool: Object) -> tuple[str, list[str]]:
+    """Return what a template must write of a tool: its name, and its description and the names of
+    its parameters.
 
     Args:
         tool: in OpenAI's shape, or its function alone. In any other form it must be written as it
@@ -204,14 +185,14 @@ def declaration_of(tool: Object) -> ToolDeclaration:
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):  # in no form that is known: as it stands
-        return ToolDeclaration(json.dumps(tool, ensure_ascii=False), [])
+        return json.dumps(tool, ensure_ascii=False), []
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
     details = list(properties) if isinstance(properties, dict) else []
     description = function.get("description")
     if isinstance(description, str):
         details.insert(0, description)
-    return ToolDeclaration(name, details)
+    return name, details
 
 
 def leaves(value: Any) -> Iterator[str]:
@@ -237,24 +218,22 @@ def contains(text: str, source: str) -> bool:
     An empty string is in every text.
     """
     source = source.strip()
-    if source in text:
-        return True
-    if json.dumps(source, ensure_ascii=False)[1:-1] in text:
-        return True
-    return json.dumps(source)[1:-1] in text
+    return (
+        source in text
+        or json.dumps(source, ensure_ascii=False)[1:-1] in text
+        or json.dumps(source)[1:-1] in text
+    )
 
 
 def contains_loosely(text: str, source: str) -> bool:
     """Return whether a text holds a source string as in `contains`, as Python writes it, or with
     other white space.
     """
-    if contains(text, source):
-        return True
-    as_python_writes_it = repr(source.strip())[1:-1]
-    if as_python_writes_it in text:
-        return True
-    words = " ".join(source.split())
-    return words in " ".join(text.split())
+    return (
+        contains(text, source)
+        or repr(source.strip())[1:-1] in text  # as Python writes it
+        or " ".join(source.split()) in " ".join(text.split())
+    )
 
 
 def _count(text: str, name: str) -> int:

@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from torchsft.config import InputError
 from torchsft.data.cache import ROWS_OF_A_FILE
-from torchsft.data.rows import Row, RowError, Strings
+from torchsft.data.rows import NumberedRow, Strings
 from torchsft.data.sources import Source
 from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
 
@@ -84,7 +84,7 @@ class Files:
             digest.update(f"{os.path.basename(member.spec.path)}:{member.fingerprint()}".encode())
         return digest.hexdigest()
 
-    def rows(self, start: int = 0) -> Iterator[tuple[int, bytes | Row | RowError]]:
+    def rows(self, start: int = 0) -> Iterator[NumberedRow]:
         """Yield rows as `Source.rows`; their numbers include that of the file."""
         first_file, rows_before = divmod(start, ROWS_OF_A_FILE)
         bytes_before = 0

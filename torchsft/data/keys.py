@@ -22,9 +22,8 @@ WEIGHTS = ("weight", "loss_weight")
 """Names of the weight of a message or a row."""
 
 MEDIA = (
-    *("image", "images", "image_url", "video", "videos", "audio", "audios"),
-    *("input_audio", "file", "document", "pixel_values"),
-)
+    "image images image_url video videos audio audios input_audio file document pixel_values"
+).split()
 """Names of what is not text."""
 
 CONTEXT = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
@@ -38,9 +37,8 @@ LOSS_MASKS = ("loss_mask", "message_loss_mask")
 _OF_CONVERSATIONS = {*CONTEXT, *WEIGHTS, "train", "trainable", *LOSS_MASKS}
 
 DOCUMENT_BOUNDS = (
-    *("position_ids", "seq_lengths", "cu_seqlens", "cu_seq_lens"),
-    *("document_ids", "seq_idx", "sequence_ids"),
-)
+    "position_ids seq_lengths cu_seqlens cu_seq_lens document_ids seq_idx sequence_ids"
+).split()
 """Names of what says where the documents of a pre-tokenised row begin."""
 
 TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask", "loss_mask")
@@ -54,11 +52,8 @@ ROW_KEYS: dict[str, frozenset[str]] = {
     "text": frozenset({"text", *WEIGHTS, "train", "trainable"}),
     "tokens": frozenset(
         {
-            *("input_ids", "labels", "loss_weights", "attention_mask"),
-            *TOKEN_MASKS,
-            *DOCUMENT_BOUNDS,
-            *WEIGHTS,
-            *("train", "trainable"),
+            *("input_ids", "labels", "loss_weights", "attention_mask", "train", "trainable"),
+            *(*TOKEN_MASKS, *DOCUMENT_BOUNDS, *WEIGHTS),
         }
     ),
 }
@@ -106,8 +101,7 @@ _KINDS: dict[Any, set[str]] = {
     list: {
         *("messages", "conversations", "tools", "functions", "documents", "history"),
         *("tool_calls", "input_ids", "labels", "loss_weights", "attention_mask"),
-        *TOKEN_MASKS,
-        *DOCUMENT_BOUNDS,
+        *(*TOKEN_MASKS, *DOCUMENT_BOUNDS),
     },
     str: {
         *("role", "from", "value", "name", "tool_call_id", "system", "system_prompt"),

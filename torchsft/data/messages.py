@@ -20,23 +20,14 @@ from torchsft.data.rows import Object, RowError, Strings
 from torchsft.data.values import check_json, expect, unpacked, weight_of
 
 # What a role is called elsewhere, in any case.
-ROLES = {
+_NAMES = {
     "system": "system",
     "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+    "user": "user human",
+    "assistant": "assistant gpt chatgpt model bot",
+    "tool": "tool function observation function_response tool_response ipython",
 }
+ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 # Roles whose content is a tool call, as JSON.
 CALL_ROLES = ("function_call", "tool_call")
 # What an answer can say, by the keys of its fields.

@@ -17,8 +17,9 @@ from torchsft.config import Data, InputError
 from torchsft.data import cache
 from torchsft.data.files import Files, open_source
 from torchsft.data.pool import tokenise
-from torchsft.data.preparer import Chunk, Preparer, Row
+from torchsft.data.preparer import Chunk, Preparer
 from torchsft.data.report import Report
+from torchsft.data.rows import NumberedRow
 from torchsft.data.sources import Source
 from torchsft.data.specs import Spec, evaluation_sets, parse_spec
 from torchsft.data.template import Sample, templates_of
@@ -261,7 +262,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 def _chunks(source: Source | Files, start: int = 0) -> Iterator[Chunk]:
     """Yield the rows behind the first `start`, in chunks."""
-    rows: list[Row] = []
+    rows: list[NumberedRow] = []
     size = 0
     for number, payload in source.rows(start):
         rows.append((number, payload))

@@ -14,12 +14,10 @@ from torchsft.data.files import Files, place_of
 from torchsft.data.formats import Example, parse, recognise
 from torchsft.data.rendering import variables_of
 from torchsft.data.report import Result
-from torchsft.data.rows import Object, RowError, read_row
+from torchsft.data.rows import NumberedRow, Object, Payload, RowError, read_row
 from torchsft.data.sources import Source
 from torchsft.data.template import ChatTokenizer, Encoded, WeightedTokens, templates_of
 from torchsft.data.tokenizer import eos_ids
-
-Row = tuple[int, "bytes | Object | RowError"]  # with its number, as `Source.rows` yields it
 
 
 @dataclass
@@ -30,7 +28,7 @@ class Chunk:
         read_bytes: of the source that are read behind them.
     """
 
-    rows: list[Row]
+    rows: list[NumberedRow]
     read_bytes: int
 
 
@@ -104,7 +102,7 @@ class Preparer:
     def __getstate__(self) -> Object:
         return {name: value for name, value in vars(self).items() if name not in ("chat", "source")}
 
-    def __call__(self, rows: Sequence[Row]) -> list[Result]:
+    def __call__(self, rows: Sequence[NumberedRow]) -> list[Result]:
         """Return a result for each row, in order."""
         results = [Result(number) for number, _ in rows]
         parsed = []
@@ -126,7 +124,7 @@ class Preparer:
     def _place(self, result: Result) -> str:
         return place_of(self.places, result.number)
 
-    def _parse(self, result: Result, payload: bytes | Object | RowError) -> Example:
+    def _parse(self, result: Result, payload: Payload) -> Example:
         """Return the example of a row, and note in its result what is to be counted."""
         if isinstance(payload, RowError):
             raise payload

@@ -52,6 +52,10 @@ class RowError(InputError):
         return RowError(self.reason, self.text, where)
 
 
+Payload = bytes | Row | RowError  # what is read of a row
+NumberedRow = tuple[int, Payload]
+
+
 @contextmanager
 def located(place: str) -> Iterator[None]:
     """In here, a RowError is raised at this place."""

@@ -24,7 +24,7 @@ from torchsft.config import InputError
 from torchsft.data.arrow import rows_of
 from torchsft.data.hub import open_dataset
 from torchsft.data.json_array import array_lines
-from torchsft.data.rows import Row, RowError
+from torchsft.data.rows import NumberedRow, Row, RowError
 from torchsft.data.specs import Spec
 from torchsft.data.tables import table_rows
 
@@ -124,7 +124,7 @@ class Source:
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def rows(self, start: int = 0) -> Iterator[tuple[int, bytes | Row | RowError]]:
+    def rows(self, start: int = 0) -> Iterator[NumberedRow]:
         """Yield (number from 1, payload for `read_row`) of all rows behind the first `start`, in
         order.
 
