@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchsft.config import InputError
+from torchsft.data.rows import ROWS_OF_A_FILE
 from torchsft.data.sources import Source
 from torchsft.data.template import Sample
 
@@ -37,8 +38,6 @@ RECORD = np.dtype(
     [("token", "<i8"), ("run", "<i8"), ("row", "<i8"), ("length", "<i4"), ("part", "<i4")]
 )
 FILES = {"tokens.bin": TOKEN, "runs.bin": RUN, "index.bin": RECORD}
-# row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
-ROWS_OF_A_FILE = 10**9
 # bytes; of larger files only the size is checked: hashing is slower than all else of a start
 HASHED_WHEN_OPENED = 2**26
 # what opening a directory raises that is not whole

@@ -10,11 +10,10 @@ from torchsft.config import Data, InputError
 from torchsft.data import cache
 from torchsft.data.cache import row_id
 from torchsft.data.columns import mapped
-from torchsft.data.files import Files, place_of
 from torchsft.data.formats import Example, parse, recognise
 from torchsft.data.rendering import variables_of
 from torchsft.data.report import Result
-from torchsft.data.rows import NumberedRow, Object, Payload, RowError, read_row
+from torchsft.data.rows import NumberedRow, Object, Payload, RowError, place_of, read_row
 from torchsft.data.sources import Source
 from torchsft.data.template import ChatTokenizer, Encoded, WeightedTokens, templates_of
 from torchsft.data.tokenizer import eos_ids
@@ -64,7 +63,7 @@ class Preparer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         data: Data,
-        source: Source | Files,
+        source: Source,
         vocab_size: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer

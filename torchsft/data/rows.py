@@ -54,6 +54,14 @@ class RowError(InputError):
 
 Payload = bytes | Row | RowError  # what is read of a row
 NumberedRow = tuple[int, Payload]
+# row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
+ROWS_OF_A_FILE = 10**9
+
+
+def place_of(places: Strings, number: int) -> str:
+    """Return where row `number` is, for the user; `places`: of the source that it comes from."""
+    file, row = divmod(number, ROWS_OF_A_FILE)
+    return f"{places[max(file - 1, 0)]}{row}"
 
 
 @contextmanager
