@@ -271,15 +271,12 @@ class ChatTemplate:
         answer = {"role": "assistant", "content": ANSWER}
         question = {"role": "user", "content": THOUGHT}
         result = {"role": "tool", "content": THOUGHT, "tool_call_id": "call00000", "name": "f"}
-        self._find_opener([answer], question, stops)
-        self._find_opener(self._probe_call(), result, stops)
-
-    def _find_opener(self, answers: list[Message], follower: Message, stops: Sequence[str]) -> None:
-        text = self._text_of(answers)
-        longer = self._text_of([*answers, follower])
-        opener = re.match(rf"\s*(?:{_any_of(stops)})", longer.removeprefix(text))
-        if text and longer.startswith(text) and opener:
-            self.openers[follower["role"]] = opener[0]
+        for answers, follower in (([answer], question), (self._probe_call(), result)):
+            text = self._text_of(answers)
+            longer = self._text_of([*answers, follower])
+            opener = re.match(rf"\s*(?:{_any_of(stops)})", longer.removeprefix(text))
+            if text and longer.startswith(text) and opener:
+                self.openers[follower["role"]] = opener[0]
 
     # ------------------------------------------------------------ what the template reads
 
