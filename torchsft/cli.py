@@ -42,56 +42,42 @@ COMMON = (
 )
 
 # What the same is called in TRL, transformers, axolotl, LLaMA-Factory and torchtitan.
-FOREIGN = {
-    "adam_beta1": "optim.beta1",
-    "adam_beta2": "optim.beta2",
-    "adam_epsilon": "optim.eps",
-    "assistant_only_loss": "data.mask",
-    "base_model": "model.path",
-    "batch_size": "train.global_batch_size",
-    "bf16": "precision.compute",
-    "chat_template_path": "data.chat_template",
-    "completion_only_loss": "data.mask",
-    "context_parallel_degree": "parallel.cp",
-    "cutoff_len": "data.seq_len",
-    "data_parallel_replicate_degree": "parallel.dp_replicate",
-    "data_parallel_shard_degree": "parallel.dp_shard",
-    "dataloader_num_workers": "data.workers",
-    "dataset": "data.train",
-    "dataset_name": "data.train",
-    "eval_dataset": "data.eval",
-    "eval_steps": "eval.every",
-    "expert_parallel_degree": "parallel.ep",
-    "gradient_accumulation_steps": "train.global_batch_size",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "learning_rate": "optim.lr",
-    "local_batch_size": "train.micro_batch_size",
-    "lr_scheduler": "optim.schedule",
-    "lr_scheduler_type": "optim.schedule",
-    "max_grad_norm": "optim.clip_norm",
-    "max_length": "data.seq_len",
-    "max_seq_len": "data.seq_len",
-    "max_seq_length": "data.seq_len",
-    "max_steps": "train.steps",
-    "micro_batch_size": "train.micro_batch_size",
-    "model_name_or_path": "model.path",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "output_dir": "output",
-    "overwrite_output_dir": "overwrite",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "pipeline_parallel_degree": "parallel.pp",
-    "report_to": "metrics.tensorboard",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "sequence_len": "data.seq_len",
-    "tensor_parallel_degree": "parallel.tp",
-    "train_file": "data.train",
-    "train_on_inputs": "data.mask",
-    "validation_file": "data.eval",
-    "warmup_ratio": "optim.warmup_steps",
+_ELSEWHERE = {
+    "checkpoint.every": "save_steps",
+    "checkpoint.keep": "save_total_limit",
+    "checkpoint.resume": "resume_from_checkpoint",
+    "data.chat_template": "chat_template_path",
+    "data.eval": "eval_dataset validation_file",
+    "data.mask": "assistant_only_loss completion_only_loss train_on_inputs",
+    "data.seq_len": "cutoff_len max_length max_seq_len max_seq_length sequence_len",
+    "data.train": "dataset dataset_name train_file",
+    "data.workers": "dataloader_num_workers",
+    "eval.every": "eval_steps",
+    "metrics.tensorboard": "report_to",
+    "model.path": "base_model model_name_or_path",
+    "optim.beta1": "adam_beta1",
+    "optim.beta2": "adam_beta2",
+    "optim.clip_norm": "max_grad_norm",
+    "optim.eps": "adam_epsilon",
+    "optim.lr": "learning_rate",
+    "optim.schedule": "lr_scheduler lr_scheduler_type",
+    "optim.warmup_steps": "warmup_ratio",
+    "output": "output_dir",
+    "overwrite": "overwrite_output_dir",
+    "parallel.cp": "context_parallel_degree",
+    "parallel.dp_replicate": "data_parallel_replicate_degree",
+    "parallel.dp_shard": "data_parallel_shard_degree",
+    "parallel.ep": "expert_parallel_degree",
+    "parallel.pp": "pipeline_parallel_degree",
+    "parallel.tp": "tensor_parallel_degree",
+    "precision.compute": "bf16",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.epochs": "num_epochs num_train_epochs",
+    "train.global_batch_size": "batch_size gradient_accumulation_steps",
+    "train.micro_batch_size": "local_batch_size micro_batch_size per_device_train_batch_size",
+    "train.steps": "max_steps",
 }
+FOREIGN = {name: ours for ours, names in _ELSEWHERE.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -440,12 +426,11 @@ def suggestion(name: str, known: Mapping[str, Option]) -> str:
     lasts = {}
     for other in known:
         lasts.setdefault(other.rpartition(".")[2], []).append(other)
-    found = [FOREIGN[last]] if FOREIGN.get(last) in known else []
-    found += lasts.get(last, [])
+    found = [FOREIGN.get(last), *lasts.get(last, ())]
     found += difflib.get_close_matches(name, known, 3, 0.75)
     for near in difflib.get_close_matches(last, lasts, 2, 0.75):
         found += lasts[near]
-    nearest = [known[other].flag for other in dict.fromkeys(found)][:3]
+    nearest = [known[other].flag for other in dict.fromkeys(found) if other in known][:3]
     return f"did you mean {' or '.join(nearest)}?" if nearest else "--help-all lists all options"
 
 

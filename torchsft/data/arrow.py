@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from torchsft.data.nulls import Null, in_lists
-from torchsft.data.rows import load_json
+from torchsft.data.rows import Object, load_json
 
 Convert = Callable[[Any], Any]  # makes a value of what is stored
 
@@ -25,7 +25,7 @@ IS_LIST = (
 )
 
 
-def rows_of(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+def rows_of(batch: pa.RecordBatch | pa.Table) -> list[Object]:
     """Return the rows of a batch as objects.
 
     Raises:
@@ -57,7 +57,7 @@ def _converters(fields: Iterable[pa.Field], features: Any) -> dict[str, Convert]
     return {name: convert for name, convert in found.items() if convert}
 
 
-def _features(schema: pa.Schema) -> dict[str, Any]:
+def _features(schema: pa.Schema) -> Object:
     """Return what `datasets` has written of the columns into a schema: it shows which columns are
     JSON where the extension type is lost and they are text.
     """
@@ -121,7 +121,7 @@ def _struct_converter(kind: pa.StructType, feature: Any) -> Convert | None:
     if not converters:
         return None
 
-    def convert(value: dict[str, Any]) -> dict[str, Any]:
+    def convert(value: Object) -> Object:
         return value | {name: change(value[name]) for name, change in converters.items()}
 
     return _unless_null(convert)
@@ -132,7 +132,7 @@ def _unless_null(convert: Convert) -> Convert:
     return lambda value: None if value is None else convert(value)
 
 
-def _object(pairs: list[tuple[Any, Any]], convert_item: Convert | None) -> dict[str, Any]:
+def _object(pairs: list[tuple[Any, Any]], convert_item: Convert | None) -> Object:
     """Return a map as an object. Its nulls are marked as explicit, as a map has no padding.
 
     Args:
@@ -154,7 +154,7 @@ def _object(pairs: list[tuple[Any, Any]], convert_item: Convert | None) -> dict[
 
 
 @in_lists
-def _with_marked_nulls(value: dict[str, Any]) -> dict[str, Any]:
+def _with_marked_nulls(value: Object) -> Object:
     """Return a JSON value whose nulls in objects are marked as explicit."""
     return {
         key: Null.EXPLICIT if inner is None else _with_marked_nulls(inner)

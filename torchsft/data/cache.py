@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchsft.config import InputError
+from torchsft.data.rows import ROWS_OF_A_FILE
 from torchsft.data.sources import Source
 from torchsft.data.template import Sample
 
@@ -37,8 +38,6 @@ RECORD = np.dtype(
     [("token", "<i8"), ("run", "<i8"), ("row", "<i8"), ("length", "<i4"), ("part", "<i4")]
 )
 FILES = {"tokens.bin": TOKEN, "runs.bin": RUN, "index.bin": RECORD}
-# row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
-ROWS_OF_A_FILE = 10**9
 # bytes; of larger files only the size is checked: hashing is slower than all else of a start
 HASHED_WHEN_OPENED = 2**26
 # what opening a directory raises that is not whole
@@ -222,9 +221,7 @@ def _open(directory: Path, name: str) -> Opened:
     meta = json.loads((directory / "meta.json").read_bytes())
     arrays = []
     for (file, dtype), (size, digest) in zip(FILES.items(), meta["files"], strict=True):
-        # asarray: slices of a memmap object cost ten times those of an array, and this is the same
-        # memory.
-        content = np.asarray(np.memmap(directory / file, np.uint8, mode="r"))
+        content = _mapped(directory / file)
         is_whole = len(content) == size
         if is_whole and size <= HASHED_WHEN_OPENED:
             is_whole = _hash(content) == digest
@@ -241,35 +238,34 @@ def _write(directory: Path, build: Build) -> None:
     Each block counts tokens and runs from 0; in the file they are counted from the beginning.
     """
     directory.mkdir()
-    digests = [hashlib.blake2b(digest_size=16) for _ in FILES]
     end = np.zeros(1, RECORD)  # as of the sample behind the last block
     with ExitStack() as stack:
         files = [stack.enter_context((directory / file).open("wb")) for file in FILES]
-
-        def append(*contents: np.ndarray) -> None:
-            """Write to each of the three files."""
-            for file, digest, content in zip(files, digests, contents, strict=True):
-                written = content.tobytes()
-                digest.update(written)
-                file.write(written)
 
         def add(block: Block) -> None:
             """Write a block behind the others."""
             index = block.index.copy()
             index["token"] += end["token"]
             index["run"] += end["run"]
-            append(block.tokens, block.runs, index[:-1])
+            for file, content in zip(files, (block.tokens, block.runs, index[:-1]), strict=True):
+                file.write(content.tobytes())
             end[:] = index[-1:]
 
         report = build(add)
-        append(np.zeros(0, TOKEN), np.zeros(0, RUN), end)
-        sizes = []
+        files[-1].write(end.tobytes())
         for file in files:
             file.flush()
             os.fsync(file.fileno())  # a directory that gets its name is whole
-            sizes.append(file.tell())
-    written = [(size, digest.hexdigest()) for size, digest in zip(sizes, digests, strict=True)]
+    contents = [_mapped(directory / file) for file in FILES]
+    written = [(len(content), _hash(content)) for content in contents]
     (directory / "meta.json").write_text(json.dumps({"files": written, "report": report}))
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """Return the bytes of a file, uint8 [n], mapped."""
+    # asarray: slices of a memmap object cost ten times those of an array, and this is the same
+    # memory
+    return np.asarray(np.memmap(file, np.uint8, mode="r"))
 
 
 @contextmanager

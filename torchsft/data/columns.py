@@ -9,30 +9,8 @@ from torchsft.data.rows import Row, RowError
 
 ROLES = ("system", "user", "assistant")
 # Columns that are known from files of the field: what is asked, and what is answered.
-QUESTIONS = (
-    "question",
-    "query",
-    "instruction",
-    "input",
-    "prompt",
-    "problem",
-    "user",
-    "human",
-    "source",
-    "request",
-)
-ANSWERS = (
-    "answer",
-    "response",
-    "output",
-    "completion",
-    "solution",
-    "assistant",
-    "gpt",
-    "target",
-    "reply",
-    "text",
-)
+QUESTIONS = "question query instruction input prompt problem user human source request".split()
+ANSWERS = "answer response output completion solution assistant gpt target reply text".split()
 SYSTEMS = ("system", "system_prompt")
 NUMBERS = (*WEIGHTS, "train", "trainable")
 

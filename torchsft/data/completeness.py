@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torchsft.data.rendering import ChatTemplate, Extras, Message
-from torchsft.data.rows import RowError
+from torchsft.data.rendering import ChatTemplate, Extras, Messages
+from torchsft.data.rows import Object, RowError, Strings
 
 KNOWN_RESULTS = 1024  # that are remembered
 
@@ -25,19 +25,7 @@ class Missing:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolDeclaration:
-    """What a template must write of a tool.
-
-    Attributes:
-        details: its description, and the names of its parameters.
-    """
-
-    name: str
-    details: list[str]
-
-
-Roles = tuple[str, ...]  # of the messages of a conversation
+Roles = Strings  # of the messages of a conversation
 
 
 class ContextCheck:
@@ -56,7 +44,7 @@ class ContextCheck:
         # of tools and documents, by how they are written; rows have the same ones, mostly
         self._words: dict[str, str] = {}
 
-    def missing(self, messages: Sequence[Message], extras: Extras, text: str) -> Iterator[Missing]:
+    def missing(self, messages: Messages, extras: Extras, text: str) -> Iterator[Missing]:
         """Yield what a text lacks of the messages before its answers, of the tools and documents.
 
         Of an assistant message only the names that it calls are looked for: what it says is checked
@@ -77,7 +65,7 @@ class ContextCheck:
         for document in extras.documents or ():
             yield from _missing_document(document, text)
 
-    def _left_out(self, messages: Sequence[Message], extras: Extras) -> set[int]:
+    def _left_out(self, messages: Messages, extras: Extras) -> set[int]:
         """Return messages of context that the template leaves out although their words stand in the
         text, as other messages, the tools or the template have the same words.
 
@@ -110,7 +98,7 @@ class ContextCheck:
         self._is_written |= {(i, roles) for i in written}
         return marks.keys() - written
 
-    def _ambiguous(self, messages: Sequence[Message], extras: Extras, roles: Roles) -> list[int]:
+    def _ambiguous(self, messages: Messages, extras: Extras, roles: Roles) -> list[int]:
         """Return messages of context whose words also stand elsewhere, and of which it is not known
         that the template writes them.
 
@@ -140,19 +128,15 @@ class ContextCheck:
             self._words[key] = "\n".join(leaves([extras.tools, extras.documents]))
         return self._words[key]
 
-    def _missing_tools(
-        self, messages: Sequence[Message], extras: Extras, text: str
-    ) -> Iterator[Missing]:
+    def _missing_tools(self, messages: Messages, extras: Extras, text: str) -> Iterator[Missing]:
         """Yield the tools that a text does not declare: it lacks their name, their description or
         the name of a parameter.
         """
         roles = tuple(message["role"] for message in messages)
         for tool in extras.tools or ():
-            declaration = declaration_of(tool)
-            name = declaration.name
+            name, details = declaration_of(tool)
             is_written = _count(text, name) > 0
-            for detail in declaration.details:
-                is_written = is_written and contains_loosely(text, detail)
+            is_written = is_written and all(contains_loosely(text, detail) for detail in details)
             if not is_written or not self._declares(name, roles, messages, extras, text):
                 yield Missing(None, f"the tool {name!r}, or its description or parameters")
 
@@ -160,7 +144,7 @@ class ContextCheck:
         self,
         name: str,
         roles: Roles,
-        messages: Sequence[Message],
+        messages: Messages,
         extras: Extras,
         text: str,
     ) -> bool:
@@ -173,21 +157,15 @@ class ContextCheck:
         if key not in self._is_declared:
             if len(self._is_declared) >= KNOWN_RESULTS:
                 self._is_declared.clear()
-            without_tools = self._render_without_tools(messages, extras)
-            self._is_declared[key] = _count(text, name) > _count(without_tools, name)
+            try:
+                bare = self.template.render(messages, Extras(documents=extras.documents)).text
+            except RowError:  # it reads the tools then
+                bare = ""
+            self._is_declared[key] = _count(text, name) > _count(bare, name)
         return self._is_declared[key]
 
-    def _render_without_tools(self, messages: Sequence[Message], extras: Extras) -> str:
-        """Return the rendering without tools; "" where the template refuses that, as it reads them
-        then.
-        """
-        try:
-            return self.template.render(messages, Extras(documents=extras.documents)).text
-        except RowError:
-            return ""
 
-
-def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
+def _missing_document(document: Object, text: str) -> Iterator[Missing]:
     """Yield the texts of a document that a text lacks."""
     texts = [document.get(key) for key in ("text", "content", "contents")]
     sources = [source for source in texts if isinstance(source, str)]
@@ -196,8 +174,9 @@ def _missing_document(document: dict[str, Any], text: str) -> Iterator[Missing]:
             yield Missing(None, f"the document {source.strip()[:40]!r}")
 
 
-def declaration_of(tool: dict[str, Any]) -> ToolDeclaration:
-    """Return what a template must write of a tool.
+def declaration_of(tool: Object) -> tuple[str, list[str]]:
+    """Return what a template must write of a tool: its name, and its description and the names of
+    its parameters.
 
     Args:
         tool: in OpenAI's shape, or its function alone. In any other form it must be written as it
@@ -206,14 +185,14 @@ def declaration_of(tool: dict[str, Any]) -> ToolDeclaration:
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):  # in no form that is known: as it stands
-        return ToolDeclaration(json.dumps(tool, ensure_ascii=False), [])
+        return json.dumps(tool, ensure_ascii=False), []
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
     details = list(properties) if isinstance(properties, dict) else []
     description = function.get("description")
     if isinstance(description, str):
         details.insert(0, description)
-    return ToolDeclaration(name, details)
+    return name, details
 
 
 def leaves(value: Any) -> Iterator[str]:
@@ -239,24 +218,22 @@ def contains(text: str, source: str) -> bool:
     An empty string is in every text.
     """
     source = source.strip()
-    if source in text:
-        return True
-    if json.dumps(source, ensure_ascii=False)[1:-1] in text:
-        return True
-    return json.dumps(source)[1:-1] in text
+    return (
+        source in text
+        or json.dumps(source, ensure_ascii=False)[1:-1] in text
+        or json.dumps(source)[1:-1] in text
+    )
 
 
 def contains_loosely(text: str, source: str) -> bool:
     """Return whether a text holds a source string as in `contains`, as Python writes it, or with
     other white space.
     """
-    if contains(text, source):
-        return True
-    as_python_writes_it = repr(source.strip())[1:-1]
-    if as_python_writes_it in text:
-        return True
-    words = " ".join(source.split())
-    return words in " ".join(text.split())
+    return (
+        contains(text, source)
+        or repr(source.strip())[1:-1] in text  # as Python writes it
+        or " ".join(source.split()) in " ".join(text.split())
+    )
 
 
 def _count(text: str, name: str) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchsft.data.keys import MEDIA, PART_KEYS, SWITCHES, WEIGHTS, is_empty, other_keys_within
-from torchsft.data.rows import RowError, located
+from torchsft.data.rows import Object, RowError, located
 from torchsft.data.values import expect
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -20,19 +20,18 @@ class Content:
     Attributes:
         text: None where there is no content.
         reasoning: what its parts of reasoning say.
-        ignored: keys of its parts that mean nothing here.
     """
 
     text: str | None
     reasoning: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
 
 
-def parse_content(content: Any, path: str = "messages[].content[].") -> Content:
+def parse_content(content: Any, path: str, ignored: list[str]) -> Content:
     """Return what a content says.
 
     Args:
         path: what is put before a key of a part where it is listed as ignored.
+        ignored: keys of parts that mean nothing here are added to it.
 
     Raises:
         RowError: bad-content, unsupported-key, or a key that cannot be followed.
@@ -47,12 +46,13 @@ def parse_content(content: Any, path: str = "messages[].content[].") -> Content:
             found.text += part
             continue
         with located(f"part {i}"):
-            _add_part(found, expect(dict, part, "content part"), path)
+            part = expect(dict, part, "content part")
+            ignored += other_keys_within(part, _add_part(found, part), path)
     return found
 
 
-def _add_part(found: Content, part: dict[str, Any], path: str) -> None:
-    """Add what a part says to what those before it say."""
+def _add_part(found: Content, part: Object) -> frozenset[str]:
+    """Add what a part says to what those before it say; return the keys that it may have."""
     _check_keys(part)
     kind = part.get("type")
     if kind in REASONING_PARTS and isinstance(part.get(kind), str):
@@ -63,14 +63,12 @@ def _add_part(found: Content, part: dict[str, Any], path: str) -> None:
                 "the message there",
             )
         found.reasoning.append(part[kind])
-        known = frozenset({"type", kind})
-    else:
-        found.text += _text_of(part)
-        known = PART_KEYS | {"content", "value"}
-    found.ignored += other_keys_within(part, known, path)
+        return frozenset({"type", kind})
+    found.text += _text_of(part)
+    return PART_KEYS
 
 
-def _check_keys(part: dict[str, Any]) -> None:
+def _check_keys(part: Object) -> None:
     """Check that a part has no keys that only whole messages can have."""
     for key in FLAGS:
         if part.get(key) is not None:
@@ -87,7 +85,7 @@ def _check_keys(part: dict[str, Any]) -> None:
             )
 
 
-def _text_of(part: dict[str, Any]) -> str:
+def _text_of(part: Object) -> str:
     """Return the text of one part, whose type may be missing."""
     kind = part.get("type")
     is_text = kind is None or kind in TEXT_PARTS

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 
 from torchsft.config import InputError
-from torchsft.data.cache import ROWS_OF_A_FILE
-from torchsft.data.rows import Row, RowError
+from torchsft.data.rows import ROWS_OF_A_FILE, NumberedRow, Strings
 from torchsft.data.sources import Source
 from torchsft.data.specs import LISTED, Spec, files_of, is_several, nothing_in
 
@@ -24,33 +23,29 @@ _SPLITS = {
 }
 
 
-def open_source(spec: Spec, name: str | None = None, streaming: bool = False) -> "Source | Files":
+def open_source(spec: Spec, streaming: bool = False) -> Source:
     """Open a source of one file or data set, or of the files in a directory or of a glob.
 
     Raises:
         InputError: see `Source` and `Files`.
     """
-    return Files(spec, name, streaming) if is_several(spec) else Source(spec, name, streaming)
+    kind = Files if is_several(spec) else Source
+    return kind(spec, streaming=streaming)
 
 
-class Files:
+class Files(Source):
     """Files of rows that are one source, in the order of their names; each is read as what it is.
 
     Attributes:
-        spec, name, kind, total_bytes, read_bytes: as of `Source`.
         members: the files.
 
     Raises:
         InputError: no file of rows is there, or one cannot be opened.
     """
 
-    def __init__(self, spec: Spec, name: str | None = None, streaming: bool = False) -> None:
-        self.spec = spec
-        self.given = spec.given
+    def _open(self, streaming: bool) -> None:
+        spec = self.spec
         self.kind = "files"
-        self.name = name or os.path.basename(os.path.abspath(spec.path))
-        self.dataset = None
-        self.read_bytes = 0
         paths, others = files_of(spec.path)
         if not paths:
             raise InputError(f"{spec.path} {nothing_in(others)}; name another place")
@@ -69,13 +64,9 @@ class Files:
         """Return the paths of the files."""
         return [member.spec.path for member in self.members]
 
-    def places(self) -> tuple[str, ...]:
+    def places(self) -> Strings:
         """Return what stands before a row's number, for each file."""
         return tuple(place for member in self.members for place in member.places())
-
-    def where(self, number: int) -> str:
-        """Return the place of row `number`, for the user."""
-        return place_of(self.places(), number)
 
     def fingerprint(self) -> str:
         """Return a hash of the names and contents of all files."""
@@ -84,7 +75,7 @@ class Files:
             digest.update(f"{os.path.basename(member.spec.path)}:{member.fingerprint()}".encode())
         return digest.hexdigest()
 
-    def rows(self, start: int = 0) -> Iterator[tuple[int, bytes | Row | RowError]]:
+    def rows(self, start: int = 0) -> Iterator[NumberedRow]:
         """Yield rows as `Source.rows`; their numbers include that of the file."""
         first_file, rows_before = divmod(start, ROWS_OF_A_FILE)
         bytes_before = 0
@@ -94,12 +85,6 @@ class Files:
                     self.read_bytes = bytes_before + member.read_bytes
                     yield file * ROWS_OF_A_FILE + number, payload
             bytes_before += member.total_bytes or 0
-
-
-def place_of(places: tuple[str, ...], number: int) -> str:
-    """Return where row `number` is, for the user; `places`: of the source that it comes from."""
-    file, row = divmod(number, ROWS_OF_A_FILE)
-    return f"{places[max(file - 1, 0)]}{row}"
 
 
 def _check_one_split(directory: str, paths: list[str]) -> None:

@@ -9,16 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from torchsft.config import RESERVED
 from torchsft.data import messages as chat
 from torchsft.data import pretokenised
 from torchsft.data.columns import suggestion
 from torchsft.data.contents import parse_content
-from torchsft.data.keys import DOCUMENT_BOUNDS, ROW_KEYS, TOKEN_MASKS, misspelt, other_keys
-from torchsft.data.rows import Row, RowError, located
-from torchsft.data.values import check_json, expect, weight_of
+from torchsft.data.keys import (
+    CONTEXT,
+    DOCUMENT_BOUNDS,
+    LOSS_MASKS,
+    ROW_KEYS,
+    TOKEN_MASKS,
+    is_empty,
+    misspelt,
+    other_keys,
+)
+from torchsft.data.pretokenised import Tokens
+from torchsft.data.rows import Object, Row, RowError, Strings, located
+from torchsft.data.values import check_json, expect, row_weight
 
 # The keys that make a row one of a format; the first that fits is taken.
 KEYS = {
@@ -31,16 +39,6 @@ KEYS = {
 }
 # Beside input_ids these say that tokens are meant, and any text is that of the tokens.
 _OF_TOKENS = {"labels", "loss_weights", *TOKEN_MASKS, *DOCUMENT_BOUNDS}
-# What only rows with a chat template can have.
-_OF_TEMPLATES = (
-    "system",
-    "system_prompt",
-    "tools",
-    "functions",
-    "documents",
-    "chat_template_kwargs",
-)
-_LOSS_MASKS = ("loss_mask", "message_loss_mask")
 _SYSTEM_ROLES = ("system", "developer")
 
 
@@ -64,13 +62,13 @@ class Conversation:
     """
 
     id: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: list[Object]
+    tools: list[Object] | None = None
     weights: tuple[float | None, ...] = ()
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    documents: list[dict[str, Any]] | None = None
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = field(default=(), compare=False)
+    template_kwargs: Object = field(default_factory=dict)
+    documents: list[Object] | None = None
+    notes: Strings = ()
+    ignored: Strings = field(default=(), compare=False)
     row_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -95,27 +93,8 @@ class Text:
     prompt: str
     completion: str
     weight: float = 1.0
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = field(default=(), compare=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Tokens as they are.
-
-    Attributes:
-        tokens: int32 [n], n at least 1.
-        weights: float32 [n], of each token as a target.
-        starts: where the documents begin, 0 first; tokens of one document do not see those of
-            another.
-    """
-
-    id: str
-    tokens: np.ndarray
-    weights: np.ndarray
-    starts: tuple[int, ...] = (0,)
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    notes: Strings = ()
+    ignored: Strings = field(default=(), compare=False)
 
 
 Example = Conversation | Text | Tokens
@@ -158,68 +137,58 @@ def parse(row: Row, form: str, name: str, system: str = "") -> Example:
         RowError: the row lacks or contradicts something, or says what cannot be followed.
     """
     ignored = other_keys(row, form)
-    if form == "tokens":
-        found = pretokenised.parse(row)
-        return Tokens(name, found.tokens, found.weights, found.starts, found.notes, ignored)
-    if form == "text":
-        return _text(row, "", "text", name, system, ignored)
+    key = KEYS[form][-1]  # of what is trained
+    is_rendered = form not in ("tokens", "text")
     if form == "prompt-completion":
-        prompt = row["prompt"]
-        if not isinstance(prompt, list) or not isinstance(row["completion"], list):
-            return _text(row, prompt, "completion", name, system, ignored)
-    return _conversation(row, form, name, system, ignored)
+        is_rendered = isinstance(row["prompt"], list) and isinstance(row[key], list)
+    if is_rendered:
+        return _conversation(row, form, name, system, ignored)
+    for other in CONTEXT:
+        if not is_empty(row.get(other)):
+            raise RowError(
+                "unsupported-key",
+                f"{other} stands beside {key}, which no chat template renders; write messages or "
+                f"remove {other}",
+            )
+    if form == "tokens":
+        return pretokenised.parse(row, name, ignored)
+    return _text(row, key, name, system, ignored)
 
 
-def _text(
-    row: Row, prompt: Any, what: str, name: str, system: str, ignored: tuple[str, ...]
-) -> Text:
+def _text(row: Row, what: str, name: str, system: str, ignored: Strings) -> Text:
     """Return a row whose text is taken as it is.
 
     Args:
         what: the key that the trained text stands under.
     """
-    for key in _OF_TEMPLATES:
-        if row.get(key):
-            raise RowError(
-                "unsupported-key",
-                f"{key} stands beside {what} as a string, which no chat template renders; write "
-                f"messages or remove {key}",
-            )
     if system:
         raise RowError(
             "unsupported-key",
             f"--data.system cannot be given to {what} as a string, which has no turns; write "
             f"messages or leave it out",
         )
-    for key in _LOSS_MASKS:
+    for key in LOSS_MASKS:
         if row.get(key) is not None:
             raise RowError(
                 "unsupported-key", f"{key} says which messages are trained, but {what} is a string"
             )
-    prompt = expect(str, prompt, "prompt")
-    return Text(name, prompt, expect(str, row[what], what), _row_weight(row), ignored=ignored)
+    prompt = expect(str, row["prompt"], "prompt") if what == "completion" else ""
+    return Text(name, prompt, expect(str, row[what], what), row_weight(row), ignored=ignored)
 
 
-def _row_weight(row: Row) -> float:
-    weight = weight_of(row)
-    return 1.0 if weight is None else weight
-
-
-def _conversation(
-    row: Row, form: str, name: str, system: str, ignored: tuple[str, ...]
-) -> Conversation:
+def _conversation(row: Row, form: str, name: str, system: str, ignored: Strings) -> Conversation:
     has_prompt = form == "prompt-completion"
     context = len(row["prompt"]) if has_prompt else 0  # messages that are not trained
     what = "turn" if form == "sharegpt" else "message"
+    inner_ignored: list[str] = []
     parsed = []
     for i, message in enumerate(_given_messages(row, form), start=1):
         with located(f"{what} {i}"):
-            parsed.append(chat.parse(message))
+            parsed.append(chat.parse(message, inner_ignored))
     chat.follow_masks(parsed)
     _follow_loss_masks(row, parsed)
     parsed, fewer = chat.merge_calls(parsed, context)
     context -= fewer
-    inner_ignored = [key for message in parsed for key in message.ignored]
     system_text = _system_text(row, parsed, system, inner_ignored)
     if system_text:
         parsed.insert(0, chat.Parsed({"role": "system", "content": system_text}))
@@ -230,18 +199,20 @@ def _conversation(
         raise RowError(
             reason, "no assistant message, so there is nothing to learn; add one or remove the row"
         )
-    row_weight = _row_weight(row)
-    weights = _weights(row_weight, parsed, context)
+    weight = row_weight(row)
+    weights = _weights(weight, parsed, context)
+    template_kwargs = expect(dict, row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+    check_json(template_kwargs, "chat_template_kwargs")
     return Conversation(
         name,
         [message.fields for message in parsed],
         tools=_tools(row),
         weights=() if set(weights) == {None} else tuple(weights),
-        template_kwargs=_template_kwargs(row),
-        documents=_documents(row),
+        template_kwargs=template_kwargs,
+        documents=_objects(row, "documents") or None,
         notes=chat.notes_of(parsed, context),
         ignored=ignored + tuple(dict.fromkeys(inner_ignored)),
-        row_weight=row_weight,
+        row_weight=weight,
     )
 
 
@@ -256,7 +227,7 @@ def _given_messages(row: Row, form: str) -> list[Any]:
     return _alpaca_messages(row)
 
 
-def _alpaca_messages(row: Row) -> list[dict[str, Any]]:
+def _alpaca_messages(row: Row) -> list[Object]:
     pairs = []
     for given in expect(list, row.get("history") or [], "history"):
         pair = expect(list, given, "pair of the history")
@@ -285,13 +256,12 @@ def _system_text(row: Row, parsed: Sequence[chat.Parsed], system: str, ignored: 
     texts = set()  # of the row's keys
     for key in ("system", "system_prompt"):
         if row.get(key):
-            content = parse_content(row[key], f"{key}[].")
+            content = parse_content(row[key], f"{key}[].", ignored)
             if content.reasoning:
                 raise RowError(
                     f"bad-{key}",
                     f"{key} holds reasoning, which only an assistant's message can have",
                 )
-            ignored += content.ignored
             texts |= {content.text} - {""}
     begins = [message.fields["content"] for message in parsed[:1] if message.role in _SYSTEM_ROLES]
     if texts and len(texts.union(begins)) > 1:
@@ -309,7 +279,7 @@ def _follow_loss_masks(row: Row, parsed: Sequence[chat.Parsed]) -> None:
     """Turn LLaMA-Factory's `loss_mask` and NeMo's `message_loss_mask`, a 0 or 1 for each message of
     the row, into weights.
     """
-    for key in _LOSS_MASKS:
+    for key in LOSS_MASKS:
         if row.get(key) is None:
             continue
         mask = expect(list, row[key], key)
@@ -338,7 +308,7 @@ def _weights(row_weight: float, parsed: Sequence[chat.Parsed], context: int) -> 
     return weights
 
 
-def _tools(row: Row) -> list[dict[str, Any]] | None:
+def _tools(row: Row) -> list[Object] | None:
     """Return the tools, those of the older key `functions` in the shape of `tools`."""
     tools = _objects(row, "tools")
     functions = [
@@ -347,24 +317,12 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     ]
     if tools and functions and tools != functions:
         raise RowError("bad-tools", "tools and functions say different things; keep one of them")
-    found = tools or functions or None
-    check_json(found, "tools")
-    return found
+    return tools or functions or None
 
 
-def _objects(row: Row, key: str) -> list[dict[str, Any]]:
+def _objects(row: Row, key: str) -> list[Object]:
     """Return the list of objects under a key, named by the plural of what they are."""
-    objects = expect(list, row.get(key) or [], key)
-    return [expect(dict, each, key.removesuffix("s")) for each in objects]
-
-
-def _template_kwargs(row: Row) -> dict[str, Any]:
-    found = expect(dict, row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
-    check_json(found, "chat_template_kwargs")
-    return found
-
-
-def _documents(row: Row) -> list[dict[str, Any]] | None:
-    documents = _objects(row, "documents")
-    check_json(documents, "documents")
-    return documents or None
+    given = expect(list, row.get(key) or [], key)
+    objects = [expect(dict, each, key.removesuffix("s")) for each in given]
+    check_json(objects, key)
+    return objects

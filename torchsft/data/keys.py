@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchsft.data.rows import RowError, kind_of
+from torchsft.data.rows import RowError, Strings, kind_of
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of an assistant's reasoning."""
@@ -22,38 +22,38 @@ WEIGHTS = ("weight", "loss_weight")
 """Names of the weight of a message or a row."""
 
 MEDIA = (
-    *("image", "images", "image_url", "video", "videos", "audio", "audios"),
-    *("input_audio", "file", "document", "pixel_values"),
-)
+    "image images image_url video videos audio audios input_audio file document pixel_values"
+).split()
 """Names of what is not text."""
 
-# What a key of a row says besides its format's own keys; the same for every format of
-# conversations.
-_CONTEXT = {"system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs"}
-_TRAINED = {*WEIGHTS, "train", "trainable", "loss_mask", "message_loss_mask"}
+CONTEXT = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
+"""Names of what a chat template renders beside the messages; the same for every format of
+conversations.
+"""
+
+LOSS_MASKS = ("loss_mask", "message_loss_mask")
+"""Names of what says which messages of a row are trained."""
+
+_OF_CONVERSATIONS = {*CONTEXT, *WEIGHTS, "train", "trainable", *LOSS_MASKS}
 
 DOCUMENT_BOUNDS = (
-    *("position_ids", "seq_lengths", "cu_seqlens", "cu_seq_lens"),
-    *("document_ids", "seq_idx", "sequence_ids"),
-)
+    "position_ids seq_lengths cu_seqlens cu_seq_lens document_ids seq_idx sequence_ids"
+).split()
 """Names of what says where the documents of a pre-tokenised row begin."""
 
 TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask", "loss_mask")
 """Names of what says which tokens of a pre-tokenised row are trained, 1 for those that are."""
 
 ROW_KEYS: dict[str, frozenset[str]] = {
-    "messages": frozenset({"messages", *_CONTEXT, *_TRAINED}),
-    "sharegpt": frozenset({"conversations", *_CONTEXT, *_TRAINED}),
-    "alpaca": frozenset({"instruction", "input", "output", "history", *_CONTEXT, *_TRAINED}),
-    "prompt-completion": frozenset({"prompt", "completion", *_CONTEXT, *_TRAINED}),
+    "messages": frozenset({"messages", *_OF_CONVERSATIONS}),
+    "sharegpt": frozenset({"conversations", *_OF_CONVERSATIONS}),
+    "alpaca": frozenset({"instruction", "input", "output", "history", *_OF_CONVERSATIONS}),
+    "prompt-completion": frozenset({"prompt", "completion", *_OF_CONVERSATIONS}),
     "text": frozenset({"text", *WEIGHTS, "train", "trainable"}),
     "tokens": frozenset(
         {
-            *("input_ids", "labels", "loss_weights", "attention_mask"),
-            *TOKEN_MASKS,
-            *DOCUMENT_BOUNDS,
-            *WEIGHTS,
-            *("train", "trainable"),
+            *("input_ids", "labels", "loss_weights", "attention_mask", "train", "trainable"),
+            *(*TOKEN_MASKS, *DOCUMENT_BOUNDS, *WEIGHTS),
         }
     ),
 }
@@ -64,7 +64,7 @@ MESSAGE_KEYS = frozenset(
     | {*REASONING, *SWITCHES, *WEIGHTS, "mask", "masked"}
 )
 TURN_KEYS = MESSAGE_KEYS | {"from", "value"}
-PART_KEYS = frozenset({"type", "text"})
+PART_KEYS = frozenset({"type", "text", "content", "value"})
 CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments"})
 FUNCTION_KEYS = frozenset({"name", "arguments"})
 
@@ -101,8 +101,7 @@ _KINDS: dict[Any, set[str]] = {
     list: {
         *("messages", "conversations", "tools", "functions", "documents", "history"),
         *("tool_calls", "input_ids", "labels", "loss_weights", "attention_mask"),
-        *TOKEN_MASKS,
-        *DOCUMENT_BOUNDS,
+        *(*TOKEN_MASKS, *DOCUMENT_BOUNDS),
     },
     str: {
         *("role", "from", "value", "name", "tool_call_id", "system", "system_prompt"),
@@ -124,7 +123,7 @@ def is_empty(value: Any) -> bool:
     return value is None or value is False or value == ""
 
 
-def other_keys(row: Mapping[str, Any], form: str) -> tuple[str, ...]:
+def other_keys(row: Mapping[str, Any], form: str) -> Strings:
     """Return the keys of a row that its format does not know; they change nothing and are listed.
 
     Raises:
@@ -140,12 +139,6 @@ def other_keys(row: Mapping[str, Any], form: str) -> tuple[str, ...]:
         is_name = key in ("file", "document") and isinstance(row[key], str)  # where it comes from
         if not is_name and not (key in MEDIA and isinstance(row[key], bool)):
             _check_followed(key, row[key])
-        if form in ("text", "tokens") and key in _CONTEXT and not is_empty(row[key]):
-            raise RowError(
-                "unsupported-key",
-                f"{key} stands beside {form}, which no chat template renders; write messages or "
-                f"remove {key}",
-            )
     # those of another format are spelt right
     _check_spelling([key for key in others if key not in _KNOWN_ROW_KEYS], row, known)
     return tuple(others)
@@ -170,9 +163,7 @@ def _is_followed_as_default(key: str, value: Any) -> bool:
     return True
 
 
-def other_keys_within(
-    value: Mapping[str, Any], known: frozenset[str], path: str
-) -> tuple[str, ...]:
+def other_keys_within(value: Mapping[str, Any], known: frozenset[str], path: str) -> Strings:
     """Return what `other_keys` does, for an object inside a row: a message, content part, tool call
     or function.
 

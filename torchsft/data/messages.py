@@ -16,27 +16,18 @@ from torchsft.data.keys import (
     is_empty,
     other_keys_within,
 )
-from torchsft.data.rows import RowError
+from torchsft.data.rows import Object, RowError, Strings
 from torchsft.data.values import check_json, expect, unpacked, weight_of
 
 # What a role is called elsewhere, in any case.
-ROLES = {
+_NAMES = {
     "system": "system",
     "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+    "user": "user human",
+    "assistant": "assistant gpt chatgpt model bot",
+    "tool": "tool function observation function_response tool_response ipython",
 }
+ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 # Roles whose content is a tool call, as JSON.
 CALL_ROLES = ("function_call", "tool_call")
 # What an answer can say, by the keys of its fields.
@@ -58,14 +49,12 @@ class Parsed:
         weight: None: what the mask says.
         mask: what the key `mask` says, None where it is absent.
         is_call: whether it came as a role of its own that holds nothing but tool calls.
-        ignored: keys that mean nothing here, such as `messages[].timestamp`.
     """
 
-    fields: dict[str, Any]
+    fields: Object
     weight: float | None = None
     mask: bool | None = None
     is_call: bool = False
-    ignored: tuple[str, ...] = ()
 
     @property
     def role(self) -> str:
@@ -94,14 +83,17 @@ class Parsed:
             self.weight = 0.0
 
 
-def parse(message: Any) -> Parsed:
+def parse(message: Any, ignored: list[str]) -> Parsed:
     """Return one message.
+
+    Args:
+        ignored: keys that mean nothing here, such as `messages[].timestamp`, are added to it.
 
     Raises:
         RowError: it says what cannot be followed.
     """
     message = expect(dict, message, "message")
-    ignored = list(other_keys_within(message, TURN_KEYS, "messages[]."))
+    ignored += other_keys_within(message, TURN_KEYS, "messages[].")
     role = _one_of(message, "role", "from")
     given_content = _one_of(message, "content", "value")
     given_calls = [message.get("tool_calls"), message.get("function_call")]
@@ -112,8 +104,7 @@ def parse(message: Any) -> Parsed:
         given_content = None
     else:
         role = _role(role)
-    content = parse_content(given_content)
-    ignored += content.ignored
+    content = parse_content(given_content, "messages[].content[].", ignored)
     fields = {"role": role, "content": content.text}
     calls = _calls(given_calls, ignored)
     reasoning = _reasoning(message, content.reasoning)
@@ -133,16 +124,11 @@ def parse(message: Any) -> Parsed:
             raise RowError(
                 f"misplaced-{key}", f"{key} in a message of role {role}, not assistant; remove it"
             )
-    return Parsed(
-        fields,
-        weight=_weight(message),
-        mask=_flag(message, "mask"),
-        is_call=is_call and bool(calls),
-        ignored=tuple(ignored),
-    )
+    mask = _flag(message, "mask")
+    return Parsed(fields, _weight(message), mask, is_call=is_call and bool(calls))
 
 
-def _one_of(message: dict[str, Any], name: str, other: str) -> Any:
+def _one_of(message: Object, name: str, other: str) -> Any:
     """Return the value under one of two names of the same thing."""
     value = message.get(name)
     other_value = message.get(other)
@@ -164,7 +150,7 @@ def _role(role: Any) -> str:
     return found
 
 
-def _reasoning(message: dict[str, Any], parts: Sequence[str]) -> str:
+def _reasoning(message: Object, parts: Sequence[str]) -> str:
     """Return the reasoning of a message, by its keys or the parts of its content."""
     texts = {expect(str, message[key], key) for key in REASONING if message.get(key)}
     names = list(REASONING)
@@ -181,7 +167,7 @@ def _reasoning(message: dict[str, Any], parts: Sequence[str]) -> str:
 # ---------------------------------------------------------------- tool calls
 
 
-def _calls(places: Sequence[Any], ignored: list[str]) -> list[dict[str, Any]]:
+def _calls(places: Sequence[Any], ignored: list[str]) -> list[Object]:
     """Return the tool calls that stand in one of several places; in more, they are the same.
 
     Args:
@@ -197,7 +183,7 @@ def _calls(places: Sequence[Any], ignored: list[str]) -> list[dict[str, Any]]:
     return found[0] if found else []
 
 
-def _calls_in(calls: Any, ignored: list[str]) -> list[dict[str, Any]]:
+def _calls_in(calls: Any, ignored: list[str]) -> list[Object]:
     """Return tool calls in OpenAI's shape: those of a list, or one alone."""
     if not calls or (isinstance(calls, str) and not calls.strip()):
         return []
@@ -207,7 +193,7 @@ def _calls_in(calls: Any, ignored: list[str]) -> list[dict[str, Any]]:
     return [_call(call, ignored) for call in expect(list, calls, "tool_calls")]
 
 
-def _call(call: Any, ignored: list[str]) -> dict[str, Any]:
+def _call(call: Any, ignored: list[str]) -> Object:
     call = expect(dict, call, "tool call")
     ignored += other_keys_within(call, CALL_KEYS, "tool_calls[].")
     function = expect(dict, call.get("function", call), "function of a tool call")
@@ -232,7 +218,7 @@ def _call(call: Any, ignored: list[str]) -> dict[str, Any]:
     return {"id": expect(str, call["id"], "id of a tool call"), **result}
 
 
-def _check_beside_function(call: dict[str, Any], function: dict[str, Any]) -> None:
+def _check_beside_function(call: Object, function: Object) -> None:
     """Check that a tool call contradicts its function nowhere."""
     for key in ("name", "arguments"):
         if not is_empty(call.get(key)) and call[key] != function.get(key):
@@ -246,13 +232,12 @@ def _check_beside_function(call: dict[str, Any], function: dict[str, Any]) -> No
 # ---------------------------------------------------------------- weights
 
 
-def _weight(message: dict[str, Any]) -> float | None:
+def _weight(message: Object) -> float | None:
     """Return the weight of a message. torchtune's `masked` is true where a message is not
     trained.
     """
     weight = weight_of(message, SWITCHES)
     masked = _flag(message, "masked")
-    _flag(message, "mask")  # refused before a contradiction is
     if weight is not None and bool(weight) == masked:
         raise RowError(
             "bad-weight",
@@ -264,7 +249,7 @@ def _weight(message: dict[str, Any]) -> float | None:
     return weight
 
 
-def _flag(message: dict[str, Any], key: str) -> bool | None:
+def _flag(message: Object, key: str) -> bool | None:
     """Return a value that is true or false, or None where it is absent."""
     value = message.get(key)
     if value not in (None, 0, 1):
@@ -312,7 +297,8 @@ def merge_calls(parsed: Sequence[Parsed], context: int) -> tuple[list[Parsed], i
     for i, message in enumerate(parsed):
         last = merged[-1] if merged and i != context else None
         if last and last.is_call and message.is_call and last.weight == message.weight:
-            merged[-1] = _merged(last, message)
+            calls = last.fields["tool_calls"] + message.fields["tool_calls"]
+            merged[-1] = replace(last, fields={**last.fields, "tool_calls": calls})
             if i < context:
                 fewer += 1
         else:
@@ -320,13 +306,7 @@ def merge_calls(parsed: Sequence[Parsed], context: int) -> tuple[list[Parsed], i
     return merged, fewer
 
 
-def _merged(one: Parsed, other: Parsed) -> Parsed:
-    calls = one.fields["tool_calls"] + other.fields["tool_calls"]
-    fields = {**one.fields, "tool_calls": calls}
-    return replace(one, fields=fields, ignored=one.ignored + other.ignored)
-
-
-def notes_of(parsed: Sequence[Parsed], context: int) -> tuple[str, ...]:
+def notes_of(parsed: Sequence[Parsed], context: int) -> Strings:
     """Return the codes that are counted of a conversation: unusual-order, empty-answer,
     weight-on-context.
 

@@ -19,9 +19,11 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+Object = dict[str, Any]  # of JSON
 DOUBT = "doubtful-null"
 # What may be null in the schema of a parameter.
 MAY_BE_NULL = ("default", "const", "example", "examples", "enum")
+Stays = Callable[[Any, str, str], bool]  # of a null, its key, and the key that its object is under
 TOOL_KEYS = ("tools", "functions")
 MESSAGE_KEYS = ("messages", "conversations", "prompt", "completion")
 
@@ -53,7 +55,7 @@ def in_lists(change: Callable[..., Any]) -> Callable[..., Any]:
     return changed
 
 
-def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+def clean(row: Object, padded: bool) -> tuple[Object, tuple[str, ...]]:
     """Take out of a row the nulls that say nothing.
 
     Args:
@@ -63,6 +65,15 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
     Returns:
         The row, and `doubtful-null` if a null may mean something or be padding.
     """
+
+    def is_said(null: Any, *_: str) -> bool:
+        """Return whether a null is no padding."""
+        return null is Null.EXPLICIT or not padded
+
+    def is_of_schema(null: Any, key: str, under: str) -> bool:
+        """Return whether a null in the declaration of tools is one that a JSON schema may have."""
+        return is_said(null) and key in MAY_BE_NULL and under != "properties"
+
     is_doubtful = False
     found = {}
     for key, value in row.items():
@@ -71,13 +82,13 @@ def clean(row: dict[str, Any], padded: bool) -> tuple[dict[str, Any], tuple[str,
         if not _may_hold_null(value):
             found[key] = value
         elif key in TOOL_KEYS:
-            found[key] = _without_nulls_of_schema(value, padded)
+            found[key] = _without_nulls(value, is_of_schema)
         elif key in MESSAGE_KEYS:
             messages = _Messages(_parameters_of_tools(row), padded)
             found[key] = messages.clean(value)
             is_doubtful |= messages.has_doubt
         else:
-            found[key] = _without_padding(value, padded)
+            found[key] = _without_nulls(value, is_said)
         if key == "chat_template_kwargs" and isinstance(value, dict) and not padded:
             is_doubtful |= None in value.values()  # a template may ask whether one is given
     return found, (DOUBT,) if is_doubtful else ()
@@ -95,40 +106,26 @@ def _may_hold_null(value: Any) -> bool:
 
 
 @in_lists
-def _without_padding(value: dict[str, Any], padded: bool) -> dict[str, Any]:
-    """Return a value without padding; explicit nulls stay."""
+def _without_nulls(value: Object, stays: Stays, under: str = "") -> Object:
+    """Return a value without nulls, but for those that stay.
+
+    Args:
+        under: the key that the value stands under; "" where that is the name of a parameter.
+    """
     found = {}
     for key, inner in value.items():
-        if inner is Null.EXPLICIT:
+        if not is_null(inner):
+            inner_under = "" if under == "properties" else key
+            found[key] = _without_nulls(inner, stays, inner_under)
+        elif stays(inner, key, under):
             found[key] = None
-        elif inner is not None or not padded:
-            found[key] = _without_padding(inner, padded)
     return found
 
 
 # ---------------------------------------------------------------- tools
 
 
-@in_lists
-def _without_nulls_of_schema(value: dict[str, Any], padded: bool, key: str = "") -> dict[str, Any]:
-    """Return the declaration of tools without nulls that no JSON schema has.
-
-    Args:
-        key: under which the value stands.
-    """
-    names_parameters = key == "properties"
-    found = {}
-    for name, inner in value.items():
-        if inner is Null.EXPLICIT or (inner is None and not padded):
-            if name in MAY_BE_NULL and not names_parameters:
-                found[name] = None
-        elif inner is not None:
-            inner_key = "" if names_parameters else name
-            found[name] = _without_nulls_of_schema(inner, padded, inner_key)
-    return found
-
-
-def _parameters_of_tools(row: dict[str, Any]) -> dict[str, Any]:
+def _parameters_of_tools(row: Object) -> Object:
     """Return the schema of the parameters of each tool of a row that has one, by the tool's
     name.
     """
@@ -145,7 +142,7 @@ def _parameters_of_tools(row: dict[str, Any]) -> dict[str, Any]:
             parameters = _unpacked(function.get("parameters"))
             if isinstance(parameters, dict):
                 # a property that is null is none
-                found[function["name"]] = _without_nulls_of_schema(parameters, True)
+                found[function["name"]] = _without_nulls(parameters, lambda *_: False)
     return found
 
 
@@ -177,7 +174,7 @@ class _Messages:
         has_doubt: whether a null was found that may mean something or be padding.
     """
 
-    def __init__(self, parameters: dict[str, Any], padded: bool) -> None:
+    def __init__(self, parameters: Object, padded: bool) -> None:
         self.parameters = parameters
         self.padded = padded
         self.has_doubt = False
@@ -187,20 +184,16 @@ class _Messages:
         their calls.
         """
         if isinstance(value, list):
-            return [None if inner is Null.EXPLICIT else self.clean(inner) for inner in value]
+            return [self.clean(inner) for inner in value]
         if not isinstance(value, dict):
             return value
         found = {}
         for key, inner in value.items():
-            if isinstance(inner, str):  # most values, so asked first
-                found[key] = inner
-            elif is_null(inner):
-                continue
-            elif key == "arguments" and isinstance(inner, dict):
+            if key == "arguments" and isinstance(inner, dict):
                 name = value.get("name")
                 schema = self.parameters.get(name) if isinstance(name, str) else None
                 found[key] = self._clean_arguments(inner, schema)
-            else:
+            elif not is_null(inner):
                 found[key] = self.clean(inner)
         return found
 
@@ -212,10 +205,7 @@ class _Messages:
         """
         if isinstance(value, list):
             items = schema.get("items") if isinstance(schema, dict) else None
-            return [
-                None if inner is Null.EXPLICIT else self._clean_arguments(inner, items)
-                for inner in value
-            ]
+            return [self._clean_arguments(inner, items) for inner in value]
         if not isinstance(value, dict):
             return value
         properties = schema.get("properties") if isinstance(schema, dict) else None

@@ -3,20 +3,23 @@
 Locating the turns of a conversation takes two renderings for each of them. Most templates only put
 the contents between words of their own. So a conversation with the same sequence of roles is
 rendered once with placeholders as its contents, and its turns are located there. A text becomes a
-`TextPattern`, and so does each position in it, as the text before that position. A further
-conversation is rendered once: if that is the pattern with its contents filled in, then its turns
-are where the filled pattern has them.
+form for the operator `%`, and so does each position in it, as the text before that position. A
+further conversation is rendered once: if that is the form with its contents filled in, then its
+turns are where the filled form has them.
 """
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torchsft.data.completeness import Missing
-from torchsft.data.rendering import Message
+from torchsft.data.rendering import Message, Messages
 
 CONTENT_KEYS = ("content", "reasoning_content")
 PLACEHOLDER = re.compile("\ue002([0-9]+)\ue003")
+
+Contents = Mapping[str, str]  # of a conversation, by the number of the placeholder, as a string
 
 
 @dataclass(slots=True)
@@ -53,106 +56,61 @@ class TrainedText:
 
     text: str
     turns: list[Turn]
-    rendering: str
-    stop: int
+    rendering: str = ""
+    stop: int = 0
     missing: tuple[Missing, ...] = ()
 
 
-@dataclass(slots=True)
-class TextPattern:
-    """A text with open places for contents.
+class Pattern:
+    """A `TrainedText` whose contents are left open.
+
+    Args:
+        trained: the text that was made with placeholders.
 
     Attributes:
-        form: the text with `%s` at each place, for the operator `%`.
-        contents: which content stands at each place.
+        text, rendering: forms of the text and of its rendering.
+        positions: of each turn, the forms before it, before what is trained of it, and through
+            that.
     """
 
-    form: str
-    contents: list[int]
+    def __init__(self, trained: TrainedText) -> None:
+        self.trained = trained
+        self.text = _form(trained.text)
+        self.rendering = _form(trained.rendering)
+        self.positions = []
+        for turn in trained.turns:
+            ends = (turn.prompt_end, turn.trained_start, turn.trained_end)
+            self.positions.append([_form(trained.text[:end]) for end in ends])
 
-    def fill(self, contents: Sequence[str]) -> str:
-        """Return the text with these contents."""
-        return self.form % tuple([contents[number] for number in self.contents])
-
-
-@dataclass(slots=True)
-class TurnPattern:
-    """A turn; each of its positions is the text before it."""
-
-    index: int
-    before_turn: TextPattern
-    before_trained: TextPattern
-    through_trained: TextPattern
-    note: str
-
-
-@dataclass(slots=True)
-class TrainedTextPattern:
-    """A `TrainedText` whose contents are left open."""
-
-    text: TextPattern
-    turns: list[TurnPattern]
-    rendering: TextPattern
-    stop: int
-    missing: tuple[Missing, ...]
-
-    def fill(self, contents: Sequence[str], messages: Sequence[Message]) -> TrainedText:
+    def fill(self, contents: Contents, messages: Messages) -> TrainedText:
         """Return the text and turns with these contents, which are those of `messages`."""
         turns = []
-        for turn in self.turns:
-            prompt_end = len(turn.before_turn.fill(contents))
-            trained_start = len(turn.before_trained.fill(contents))
-            trained_end = len(turn.through_trained.fill(contents))
-            turns.append(Turn(turn.index, prompt_end, trained_start, trained_end, turn.note))
+        for turn, forms in zip(self.trained.turns, self.positions, strict=True):
+            ends = [len(form % contents) for form in forms]
+            turns.append(Turn(turn.index, *ends, turn.note))
         # a message that says nothing cannot be missing
         missing = tuple(
-            item for item in self.missing if messages[item.index or 0]["content"].strip()
+            item for item in self.trained.missing if messages[item.index or 0]["content"].strip()
         )
-        return TrainedText(self.text.fill(contents), turns, "", self.stop, missing)
+        return TrainedText(self.text % contents, turns, missing=missing)
 
 
-def contents_of(messages: Sequence[Message]) -> list[str]:
-    """Return the contents of a conversation, in the order in which placeholders are numbered."""
-    return [message[key] for message in messages for key in CONTENT_KEYS if key in message]
+def contents_of(messages: Messages) -> Contents:
+    """Return the contents of a conversation, as placeholders are numbered."""
+    found = [message[key] for message in messages for key in CONTENT_KEYS if key in message]
+    return {str(number): content for number, content in enumerate(found)}
 
 
-def with_placeholders(messages: Sequence[Message]) -> list[Message]:
+def with_placeholders(messages: Messages) -> list[Message]:
     """Return the messages with a placeholder in place of each content."""
+    numbers = itertools.count()
     found = []
-    number = 0
     for message in messages:
-        probe = dict(message)
-        for key in CONTENT_KEYS:
-            if key in message:
-                probe[key] = f"\ue002{number}\ue003"
-                number += 1
-        found.append(probe)
+        keys = [key for key in CONTENT_KEYS if key in message]
+        found.append(message | {key: f"\ue002{next(numbers)}\ue003" for key in keys})
     return found
 
 
-def pattern_of(trained: TrainedText) -> TrainedTextPattern:
-    """Return the pattern of a text that was made with placeholders."""
-    text = trained.text
-    turns = [
-        TurnPattern(
-            index=turn.index,
-            before_turn=_text_pattern(text[: turn.prompt_end]),
-            before_trained=_text_pattern(text[: turn.trained_start]),
-            through_trained=_text_pattern(text[: turn.trained_end]),
-            note=turn.note,
-        )
-        for turn in trained.turns
-    ]
-    return TrainedTextPattern(
-        text=_text_pattern(text),
-        turns=turns,
-        rendering=_text_pattern(trained.rendering),
-        stop=trained.stop,
-        missing=trained.missing,
-    )
-
-
-def _text_pattern(text: str) -> TextPattern:
-    form = PLACEHOLDER.sub("%s", text.replace("%", "%%"))
-    contents = [int(number) for number in PLACEHOLDER.findall(text)]
-    return TextPattern(form, contents)
+def _form(text: str) -> str:
+    """Return a text with placeholders as a form, with `%(number)s` at each of them."""
+    return PLACEHOLDER.sub(r"%(\1)s", text.replace("%", "%%"))

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -17,8 +16,9 @@ from torchsft.config import Data, InputError
 from torchsft.data import cache
 from torchsft.data.files import Files, open_source
 from torchsft.data.pool import tokenise
-from torchsft.data.preparer import Chunk, Preparer, Row
+from torchsft.data.preparer import Chunk, Preparer
 from torchsft.data.report import Report
+from torchsft.data.rows import NumberedRow
 from torchsft.data.sources import Source
 from torchsft.data.specs import Spec, evaluation_sets, parse_spec
 from torchsft.data.template import Sample, templates_of
@@ -82,7 +82,7 @@ class Stream:
             self.preparer([row])
 
 
-def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source | Files]:
+def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source]:
     """Open the sources of `--data.train`, named by the last part of their path, or by all of it
     where that occurs twice.
 
@@ -91,12 +91,11 @@ def open_sources(specs: Sequence[str], streaming: bool = False) -> list[Source |
     """
     parsed = [parse_spec(str(spec)) for spec in specs]
     _check_given_once(parsed)
-    # a link's own name: the hub's cache links to hashes
-    names = [Path(os.path.abspath(spec.path)).name for spec in parsed]
-    sources = []
-    for spec, name in zip(parsed, names, strict=True):
-        is_unique = names.count(name) == 1
-        sources.append(open_source(spec, name if is_unique else spec.given, streaming))
+    sources = [open_source(spec, streaming) for spec in parsed]
+    names = [source.name for source in sources]
+    for source in sources:
+        if names.count(source.name) > 1:
+            source.name = source.spec.given
     _check_no_file_twice(sources)
     return sources
 
@@ -111,16 +110,17 @@ def _check_given_once(specs: Sequence[Spec]) -> None:
             )
 
 
-def _check_no_file_twice(sources: Sequence[Source | Files]) -> None:
+def _check_no_file_twice(sources: Sequence[Source]) -> None:
     owner: dict[str, str] = {}  # the source of each file
     for source in sources:
+        given = source.spec.given
         paths = source.paths() if isinstance(source, Files) else [source.spec.path]
         for path in paths:
             place = os.path.realpath(path)
-            if os.path.isfile(place) and owner.setdefault(place, source.given) != source.given:
+            if os.path.isfile(place) and owner.setdefault(place, given) != given:
                 raise InputError(
-                    f"{path} is in both {owner[place]} and {source.given}; name it once, with a "
-                    f"weight to take each of its samples twice"
+                    f"{path} is in both {owner[place]} and {given}; name it once, with a weight to "
+                    f"take each of its samples twice"
                 )
 
 
@@ -259,9 +259,9 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     ]
 
 
-def _chunks(source: Source | Files, start: int = 0) -> Iterator[Chunk]:
+def _chunks(source: Source, start: int = 0) -> Iterator[Chunk]:
     """Yield the rows behind the first `start`, in chunks."""
-    rows: list[Row] = []
+    rows: list[NumberedRow] = []
     size = 0
     for number, payload in source.rows(start):
         rows.append((number, payload))

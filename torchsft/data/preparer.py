@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,16 +10,13 @@ from torchsft.config import Data, InputError
 from torchsft.data import cache
 from torchsft.data.cache import row_id
 from torchsft.data.columns import mapped
-from torchsft.data.files import Files, place_of
 from torchsft.data.formats import Example, parse, recognise
 from torchsft.data.rendering import variables_of
 from torchsft.data.report import Result
-from torchsft.data.rows import RowError, read_row
+from torchsft.data.rows import NumberedRow, Object, Payload, RowError, place_of, read_row
 from torchsft.data.sources import Source
 from torchsft.data.template import ChatTokenizer, Encoded, WeightedTokens, templates_of
 from torchsft.data.tokenizer import eos_ids
-
-Row = tuple[int, "bytes | dict[str, Any] | RowError"]  # with its number, as `Source.rows` yields it
 
 
 @dataclass
@@ -31,7 +27,7 @@ class Chunk:
         read_bytes: of the source that are read behind them.
     """
 
-    rows: list[Row]
+    rows: list[NumberedRow]
     read_bytes: int
 
 
@@ -67,7 +63,7 @@ class Preparer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         data: Data,
-        source: Source | Files,
+        source: Source,
         vocab_size: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -102,10 +98,10 @@ class Preparer:
             eos_ids=self.eos_ids,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Object:
         return {name: value for name, value in vars(self).items() if name not in ("chat", "source")}
 
-    def __call__(self, rows: Sequence[Row]) -> list[Result]:
+    def __call__(self, rows: Sequence[NumberedRow]) -> list[Result]:
         """Return a result for each row, in order."""
         results = [Result(number) for number, _ in rows]
         parsed = []
@@ -127,7 +123,7 @@ class Preparer:
     def _place(self, result: Result) -> str:
         return place_of(self.places, result.number)
 
-    def _parse(self, result: Result, payload: bytes | dict[str, Any] | RowError) -> Example:
+    def _parse(self, result: Result, payload: Payload) -> Example:
         """Return the example of a row, and note in its result what is to be counted."""
         if isinstance(payload, RowError):
             raise payload

@@ -5,75 +5,74 @@ Labels stand at the place of their token, as in transformers and TRL, which shif
 is computed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from torchsft.data.keys import DOCUMENT_BOUNDS, TOKEN_MASKS
-from torchsft.data.rows import Row, RowError, located
-from torchsft.data.values import MAX_WEIGHT, expect, weight_of
+from torchsft.data.rows import Row, RowError, Strings, located
+from torchsft.data.values import MAX_WEIGHT, expect, row_weight, weight_of
 
 MAX_ID = 2**31 - 1
 NO_LABEL = -100
 
 
-@dataclass
-class ParsedTokens:
-    """The tokens of a row.
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens as they are.
 
     Attributes:
-        tokens: int32 [n]
-        weights: float32 [n], of each as a target.
-        starts: where the documents begin, 0 first.
+        tokens: int32 [n], n at least 1.
+        weights: float32 [n], of each token as a target.
+        starts: where the documents begin, 0 first; tokens of one document do not see those of
+            another.
         notes: codes that are counted.
+        ignored: keys of the row that mean nothing here.
     """
 
+    id: str
     tokens: np.ndarray
     weights: np.ndarray
-    starts: tuple[int, ...]
-    notes: tuple[str, ...]
+    starts: tuple[int, ...] = (0,)
+    notes: Strings = ()
+    ignored: Strings = ()
 
 
-def parse(row: Row) -> ParsedTokens:
+def parse(row: Row, name: str, ignored: Strings) -> Tokens:
     """Return the tokens of a row.
+
+    Args:
+        name: the example's id.
+        ignored: keys of the row that mean nothing.
 
     Raises:
         RowError: bad-tokens, bad-labels, bad-mask, bad-bounds or a fault of a weight.
     """
     ids = _ids(row)
     mask = _attention_mask(row, len(ids))
-    attended = np.ones(len(ids), dtype=bool) if mask is None else mask > 0
+    attended = mask > 0
     label_key = _label_key(row)
     trained_by_masks = _trained_by_masks(row, len(ids))
     notes = []
-    if label_key is None:
-        weights = np.ones(len(ids), dtype=np.float64)
-        for trained in trained_by_masks.values():
-            weights[~trained] = 0.0
+    if label_key:
+        weights = _weights(row, label_key, ids, attended, trained_by_masks)
+    else:
+        weights = np.all([attended, *trained_by_masks.values()], axis=0)
         if not trained_by_masks:
             notes.append("everything-trained")
-    else:
-        weights = _weights(row, label_key, ids, attended, trained_by_masks)
-    documents = _documents(row, mask, attended)
+    starts = _starts(row, mask, attended)
     if not attended.any():
         raise RowError("bad-mask", "attention_mask leaves no token; remove the row")
-    # padding is taken out
-    ids = ids[attended]
-    weights = weights[attended]
-    documents = documents[attended]
-    starts = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
     if len(starts) > 1:
         notes.append("split-into-documents")
-    row_weight = weight_of(row)
-    if row_weight is not None:
-        weights = weights * row_weight
-    return ParsedTokens(
-        tokens=ids.astype(np.int32),
-        weights=weights.astype(np.float32),
-        starts=tuple(starts.tolist()),
+    return Tokens(
+        name,
+        tokens=ids[attended].astype(np.int32),  # padding is taken out
+        weights=(row_weight(row) * weights[attended]).astype(np.float32),
+        starts=starts,
         notes=tuple(notes),
+        ignored=ignored,
     )
 
 
@@ -133,12 +132,12 @@ def _ids(row: Row) -> np.ndarray:
     return ids
 
 
-def _attention_mask(row: Row, n: int) -> np.ndarray | None:
+def _attention_mask(row: Row, n: int) -> np.ndarray:
     """Return the attention mask [n]: 0 for padding; 1, or the number of the document (as axolotl's
     packing writes it).
     """
     if row.get("attention_mask") is None:
-        return None
+        return np.ones(n, dtype=np.int64)
     mask = _for_each_token(row, "attention_mask", n)
     if mask.dtype.kind == "f" or mask.min() < 0:
         raise RowError("bad-mask", "attention_mask must have whole numbers that are at least 0")
@@ -175,7 +174,7 @@ def _weights(
     key: str,
     ids: np.ndarray,
     attended: np.ndarray,
-    trained_by_masks: Mapping[str, np.ndarray],
+    trained_by_masks: dict[str, np.ndarray],
 ) -> np.ndarray:
     """Return the weight of each token by labels or loss weights, which masks must not contradict.
 
@@ -230,45 +229,33 @@ def _check_labels(labels: np.ndarray, ids: np.ndarray, attended: np.ndarray) -> 
 # ---------------------------------------------------------------- documents
 
 
-def _documents(row: Row, mask: np.ndarray | None, attended: np.ndarray) -> np.ndarray:
-    """Return the number of each token's document.
+def _starts(row: Row, mask: np.ndarray, attended: np.ndarray) -> tuple[int, ...]:
+    """Return where documents begin among the tokens that are no padding, 0 first.
 
     Args:
         mask: int64 [n], the attention mask, which may number documents.
         attended: bool [n], which tokens are no padding.
 
-    Returns:
-        int64 [n], rising among the tokens that are no padding.
-
     Raises:
         RowError: bad-bounds: what the row says of its documents is wrong, or contradicts itself.
     """
-    n = len(attended)
-    numbers_by_key: dict[str, np.ndarray] = {}
-    if mask is not None and mask.max() > 1:
-        numbers_by_key["attention_mask"] = mask
+    numbers_by_key = {"attention_mask": mask} if mask.max() > 1 else {}
     for key in DOCUMENT_BOUNDS:
         if row.get(key) is not None:
             numbers_by_key[key] = _document_numbers(row, key, attended)
-    if not numbers_by_key:
-        return np.zeros(n, dtype=np.int64)
     # of two tokens in a row that are no padding, whether the second one begins a document
     begins_by_key = {
         key: np.diff(numbers[attended]) != 0 for key, numbers in numbers_by_key.items()
     }
-    first_key = next(iter(begins_by_key))
-    begins = begins_by_key[first_key]
+    first_key = next(iter(begins_by_key), "")
+    begins = begins_by_key.get(first_key, [])
     for key, other in begins_by_key.items():
         if not np.array_equal(begins, other):
             raise RowError(
                 "bad-bounds",
                 f"{first_key} and {key} divide the tokens differently; keep one of them",
             )
-    documents = np.zeros(n, dtype=np.int64)
-    if attended.any():
-        numbers = np.cumsum(begins)  # of all attended tokens but the first one
-        documents[attended] = np.concatenate([[0], numbers])
-    return documents
+    return (0, *(np.flatnonzero(begins) + 1).tolist())
 
 
 def _document_numbers(row: Row, key: str, attended: np.ndarray) -> np.ndarray:
@@ -276,15 +263,12 @@ def _document_numbers(row: Row, key: str, attended: np.ndarray) -> np.ndarray:
     between documents.
     """
     n = len(attended)
-    if key == "position_ids":
-        return _by_positions(_for_each_token(row, key, n), attended)
     if key == "seq_lengths":
-        lengths = _numbers(row[key], key)
-        edges = np.concatenate([[0], np.cumsum(lengths)])
-        return _by_edges(edges, n, key)
+        return _by_edges(np.cumsum([0, *_numbers(row[key], key)]), n, key)
     if key.startswith("cu_"):
         return _by_edges(_numbers(row[key], key), n, key)
-    return _for_each_token(row, key, n)
+    numbers = _for_each_token(row, key, n)
+    return _by_positions(numbers, attended) if key == "position_ids" else numbers
 
 
 def _by_positions(positions: np.ndarray, attended: np.ndarray) -> np.ndarray:
@@ -298,18 +282,12 @@ def _by_positions(positions: np.ndarray, attended: np.ndarray) -> np.ndarray:
         RowError: bad-bounds: positions do not count from 0.
     """
     real = positions[attended]
-    steps = np.diff(real)
-    wrong = np.flatnonzero((steps != 1) & (real[1:] != 0))
-    token = 0  # a wrong one, counted from 1
-    if len(real) and real[0] != 0:
-        token = 1
-    elif len(wrong):
-        token = int(wrong[0]) + 2
-    if token:
+    wrong = np.flatnonzero((np.diff(real, prepend=-1) != 1) & (real != 0))
+    if len(wrong):
         raise RowError(
             "bad-bounds",
-            f"position_ids of a document must count from 0, but that of token {token} is "
-            f"{real[token - 1]}",
+            f"position_ids of a document must count from 0, but that of token {wrong[0] + 1} is "
+            f"{real[wrong[0]]}",
         )
     documents = np.zeros(len(positions), dtype=np.int64)
     documents[attended] = np.cumsum(real == 0)
@@ -327,17 +305,11 @@ def _by_edges(edges: np.ndarray, n: int, key: str) -> np.ndarray:
     Raises:
         RowError: bad-bounds: the lengths are not those of all tokens.
     """
-    is_whole = edges.dtype.kind in "iu" or (len(edges) == 1 and edges[0] == 0)
-    divides = (
-        is_whole
-        and len(edges) >= 2
-        and edges[0] == 0
-        and edges[-1] == n
-        and (np.diff(edges) >= 0).all()
-    )
-    if not divides:
+    lengths = np.diff(edges)
+    is_whole = edges.dtype.kind in "iu" and len(lengths) > 0
+    if not is_whole or edges[0] != 0 or edges[-1] != n or lengths.min() < 0:
         last = edges[-1] if len(edges) else 0
         raise RowError(
             "bad-bounds", f"{key} must divide all {n} input_ids, from 0 to {n}, but ends at {last}"
         )
-    return np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+    return np.repeat(np.arange(len(lengths)), lengths)

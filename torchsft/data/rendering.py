@@ -15,9 +15,10 @@ import jinja2
 import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchsft.data.rows import RowError
+from torchsft.data.rows import Object, RowError, Strings
 
-Message = dict[str, Any]
+Message = Object
+Messages = Sequence[Message]
 
 REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)  # in a content
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
@@ -38,8 +39,8 @@ QUESTION, ANSWER, THOUGHT = "\ue000", "\ue001", "\ue002"  # what the messages of
 class Extras:
     """What a row gives to the template beside messages and variables."""
 
-    tools: list[dict[str, Any]] | None = None
-    documents: list[dict[str, Any]] | None = None
+    tools: list[Object] | None = None
+    documents: list[Object] | None = None
 
 
 NO_EXTRAS = Extras()
@@ -55,9 +56,9 @@ class AddedTokens:
         stops: those at which servers stop.
     """
 
-    special: tuple[str, ...]
-    others: tuple[str, ...]
-    stops: tuple[str, ...]
+    special: Strings
+    others: Strings
+    stops: Strings
 
 
 @dataclass(slots=True)
@@ -144,7 +145,7 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Messages,
         extras: Extras = NO_EXTRAS,
         *,
         generation_prompt: bool = False,
@@ -218,11 +219,11 @@ class ChatTemplate:
             message["content"] = self._no_content
         return message
 
-    def _prepared_call(self, call: dict[str, Any]) -> dict[str, Any]:
+    def _prepared_call(self, call: Object) -> Object:
         function = call["function"]
         return call | {"function": function | {"arguments": self._arguments(function)}}
 
-    def _arguments(self, function: dict[str, Any]) -> Any:
+    def _arguments(self, function: Object) -> Any:
         """Return the arguments of a tool call as this template reads them: an object or JSON."""
         arguments = function.get("arguments") or {}
         if not self._reads_objects:
@@ -270,15 +271,12 @@ class ChatTemplate:
         answer = {"role": "assistant", "content": ANSWER}
         question = {"role": "user", "content": THOUGHT}
         result = {"role": "tool", "content": THOUGHT, "tool_call_id": "call00000", "name": "f"}
-        self._find_opener([answer], question, stops)
-        self._find_opener(self._probe_call(), result, stops)
-
-    def _find_opener(self, answers: list[Message], follower: Message, stops: Sequence[str]) -> None:
-        text = self._text_of(answers)
-        longer = self._text_of([*answers, follower])
-        opener = re.match(rf"\s*(?:{_any_of(stops)})", longer.removeprefix(text))
-        if text and longer.startswith(text) and opener:
-            self.openers[follower["role"]] = opener[0]
+        for answers, follower in (([answer], question), (self._probe_call(), result)):
+            text = self._text_of(answers)
+            longer = self._text_of([*answers, follower])
+            opener = re.match(rf"\s*(?:{_any_of(stops)})", longer.removeprefix(text))
+            if text and longer.startswith(text) and opener:
+                self.openers[follower["role"]] = opener[0]
 
     # ------------------------------------------------------------ what the template reads
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from torchsft.data.cache import Block
-from torchsft.data.rows import RowError
+from torchsft.data.rows import RowError, Strings
 from torchsft.data.template import WeightedTokens
 
 LISTED_FAULTS = 100
@@ -25,10 +25,10 @@ class Result:
 
     number: int
     samples: list[WeightedTokens] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    notes: Strings = ()
+    ignored: Strings = ()
     ends: tuple[int, ...] = ()
-    kept: tuple[str, ...] = ()
+    kept: Strings = ()
     fault: RowError | None = None
 
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torchsft.config import InputError
-from torchsft.data import nulls
+from torchsft.data.nulls import Object, clean
 
-Row = dict[str, Any]
+Row = Object
+Strings = tuple[str, ...]
 
 JSON_NAMES = {
     dict: "an object",
@@ -51,6 +52,18 @@ class RowError(InputError):
         return RowError(self.reason, self.text, where)
 
 
+Payload = bytes | Row | RowError  # what is read of a row
+NumberedRow = tuple[int, Payload]
+# row n of the f-th file of a source (both from 1) has the number f * ROWS_OF_A_FILE + n
+ROWS_OF_A_FILE = 10**9
+
+
+def place_of(places: Strings, number: int) -> str:
+    """Return where row `number` is, for the user; `places`: of the source that it comes from."""
+    file, row = divmod(number, ROWS_OF_A_FILE)
+    return f"{places[max(file - 1, 0)]}{row}"
+
+
 @contextmanager
 def located(place: str) -> Iterator[None]:
     """In here, a RowError is raised at this place."""
@@ -84,7 +97,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
     return found
 
 
-def read_row(payload: bytes | Row) -> tuple[Row, tuple[str, ...]]:
+def read_row(payload: bytes | Row) -> tuple[Row, Strings]:
     """Return the object of one row as `Source.rows` yields it, without nulls that say nothing, and
     notes on those in doubt.
 
@@ -92,9 +105,9 @@ def read_row(payload: bytes | Row) -> tuple[Row, tuple[str, ...]]:
         RowError: not-utf-8, nul-bytes, not-json or surrogate.
     """
     if isinstance(payload, dict):
-        return nulls.clean(payload, padded=True)
+        return clean(payload, padded=True)
     row = _parse(payload)
-    return nulls.clean(row, padded=False) if b"null" in payload else (row, ())
+    return clean(row, padded=False) if b"null" in payload else (row, ())
 
 
 def _parse(payload: bytes) -> Row:

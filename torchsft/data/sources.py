@@ -24,7 +24,7 @@ from torchsft.config import InputError
 from torchsft.data.arrow import rows_of
 from torchsft.data.hub import open_dataset
 from torchsft.data.json_array import array_lines
-from torchsft.data.rows import Row, RowError
+from torchsft.data.rows import NumberedRow, Row, RowError, place_of
 from torchsft.data.specs import Spec
 from torchsft.data.tables import table_rows
 
@@ -54,18 +54,22 @@ class Source:
 
     def __init__(self, spec: Spec, name: str | None = None, streaming: bool = False) -> None:
         self.spec = spec
-        self.given = spec.given
         self.name = name or os.path.basename(os.path.abspath(spec.path))
         self.dataset: Any = None
         self.total_bytes: int | None = None
         self.read_bytes = 0
-        if os.path.isfile(spec.path):
-            _check_file(spec)
+        self._open(streaming)
+
+    def _open(self, streaming: bool) -> None:
+        """Set `kind`, `total_bytes` and `dataset`."""
+        path = self.spec.path
+        if os.path.isfile(path):
+            _check_file(self.spec)
             self.kind = self._kind_of_file()
-            self.total_bytes = os.path.getsize(spec.path)
+            self.total_bytes = os.path.getsize(path)
         else:
             self.kind = "datasets"
-            self.dataset = open_dataset(spec, streaming)
+            self.dataset = open_dataset(self.spec, streaming)
             table = getattr(self.dataset, "data", None)  # a stream has none
             self.total_bytes = table.nbytes if table else None
 
@@ -92,11 +96,11 @@ class Source:
     def places(self) -> tuple[str, ...]:
         """Return what stands before a row's number where the user is told its place."""
         word = "line" if self.kind in ("jsonl", "csv", "tsv") else "row"
-        return (f"{self.given}, {word} ",)
+        return (f"{self.spec.given}, {word} ",)
 
     def where(self, number: int) -> str:
         """Return the place of row `number`, for the user."""
-        return f"{self.places()[0]}{number}"
+        return place_of(self.places(), number)
 
     def paths(self) -> list[str]:
         """Return what is read, directories of a data set too; nothing for a data set of the hub."""
@@ -117,14 +121,14 @@ class Source:
             is_local = os.path.isdir(self.spec.path)
             paths = [file["filename"] for file in self.dataset.cache_files] if is_local else []
         if not paths:
-            digest.update(f"{self.given}:{getattr(self.dataset, '_fingerprint', '')}".encode())
+            digest.update(f"{self.spec.given}:{getattr(self.dataset, '_fingerprint', '')}".encode())
         for path in paths:
             with open(path, "rb") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def rows(self, start: int = 0) -> Iterator[tuple[int, bytes | Row | RowError]]:
+    def rows(self, start: int = 0) -> Iterator[NumberedRow]:
         """Yield (number from 1, payload for `read_row`) of all rows behind the first `start`, in
         order.
 
@@ -132,34 +136,30 @@ class Source:
         RowError is the last one and says so.
         """
         self.read_bytes = 0
-        if self.kind in ("csv", "tsv"):
-            yield from self._table_rows(start)
-            return
-        is_arrow = self.kind in ("parquet", "datasets")
-        number = start if is_arrow else 0
-        rows = self._arrow_rows(start) if is_arrow else self._lines()
+        number = 0  # of the last row; of a table that of its first line
+        if self.kind in ("parquet", "datasets"):
+            number = start
+            rows = enumerate(self._arrow_rows(start), start + 1)
+        elif self.kind in ("csv", "tsv"):
+            number = 1
+            rows = table_rows(self._chunks(), "," if self.kind == "csv" else "\t", MAX_BYTES)
+        else:
+            rows = enumerate(self._lines(), 1)
         try:
-            for row in rows:
-                number += 1
+            for number, row in rows:
                 is_blank = isinstance(row, bytes) and not row.strip()
                 if number > start and not is_blank:
                     yield number, row
         except DAMAGE as error:
             if number >= start:
-                yield number + 1, _damaged(error)
-
-    def _table_rows(self, start: int) -> Iterator[tuple[int, Row | RowError]]:
-        """Yield the rows of a table of text, as `rows`; the number of a row is that of its first
-        line.
-        """
-        delimiter = "," if self.kind == "csv" else "\t"
-        number = 1
-        try:
-            for number, row in table_rows(self._chunks(), delimiter, MAX_BYTES):
-                if number > start:
-                    yield number, row
-        except DAMAGE as error:
-            yield number + 1, _damaged(error)
+                yield (
+                    number + 1,
+                    RowError(
+                        "truncated-file",
+                        f"this and all that follows cannot be read ({error}); give the whole, "
+                        f"undamaged file",
+                    ),
+                )
 
     def _chunks(self) -> Iterator[bytes]:
         """Yield the file in portions, decompressed. Raises one of DAMAGE where it is cut off or
@@ -236,23 +236,12 @@ class Source:
         return table.skip(start).iter(ARROW_ROWS), count
 
 
-def _damaged(error: Exception) -> RowError:
-    """Return what stands in place of the rest of a file that cannot be read any further."""
-    return RowError(
-        "truncated-file",
-        f"this and all that follows cannot be read ({error}); give the whole, undamaged file",
-    )
-
-
 def _check_file(spec: Spec) -> None:
     """Raise InputError for a file that cannot be read as the spec asks for."""
-    problem = ""
     if spec.split:
-        problem = "a file has no splits; give PATH:WEIGHT"
-    elif not os.access(spec.path, os.R_OK):
-        problem = "it cannot be read; check its permissions"
-    if problem:
-        raise InputError(f"{spec.given} cannot be used, as {problem}")
+        raise InputError(f"{spec.given} cannot be used, as a file has no splits; give PATH:WEIGHT")
+    if not os.access(spec.path, os.R_OK):
+        raise InputError(f"{spec.path} cannot be read; check its permissions")
 
 
 def _without_first(batches: Iterator[Any], n: int) -> Iterator[Any]:

@@ -3,7 +3,6 @@
 No slow imports: the command line is checked with this before torch is there.
 """
 
-import fnmatch
 import glob
 import os
 import re
@@ -15,7 +14,7 @@ from torchsft.config import InputError
 
 DATA = ("jsonl", "json", "parquet", "pq", "csv", "tsv")
 """Endings of files of rows, also with .gz or .zst behind."""
-DATA_PATTERNS = [f"*.{ending}{packed}" for ending in DATA for packed in ("", ".gz", ".zst")]
+FILE_OF_ROWS = re.compile(rf".*\.({'|'.join(DATA)})(\.gz|\.zst)?", re.IGNORECASE | re.DOTALL)
 LISTED = 5
 SAVED = ("state.json", "dataset_dict.json")
 """Either is in a directory of datasets' save_to_disk."""
@@ -23,9 +22,7 @@ ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", *SAVED)
 """What `datasets` and the hub write beside rows."""
 WEIGHTED = re.compile(r"(.*):([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|inf|nan))", re.IGNORECASE)
 SPLIT = re.compile(r"(.+?):([^:/\[\]]+(?:\[[^\]]*\])?)")  # the second may be train[:10%]
-NO_FILE_ENDING = "".join(
-    rf"(?<!\.{ending})" for ending in ("jsonl", "json", "csv", "tsv", "parquet", "gz", "zst")
-)
+NO_FILE_ENDING = "".join(rf"(?<!\.{ending})" for ending in (*DATA, "gz", "zst"))
 HUB = re.compile(rf"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?{NO_FILE_ENDING}")
 """NAME or NAME/CONFIG of a data set on the hub."""
 NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -140,9 +137,7 @@ def _unique_files(matches: Sequence[str]) -> list[str]:
 
 def _holds_rows(file: str) -> bool:
     """Return whether a file is one of rows, by its name."""
-    if os.path.basename(file) in ABOUT_DATA:
-        return False
-    return any(fnmatch.fnmatch(file.lower(), pattern) for pattern in DATA_PATTERNS)
+    return os.path.basename(file) not in ABOUT_DATA and FILE_OF_ROWS.fullmatch(file) is not None
 
 
 def nothing_in(others: Sequence[str]) -> str:
@@ -199,28 +194,24 @@ def evaluation_sets(specs: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         InputError: a weight is given.
     """
-    given_names: list[str | None] = []
-    rests: list[str] = []
-    unnamed: list[Spec] = []
+    given = []  # the name of a set, or "", and the source
+    unnamed = []
     for text in map(str, specs):
         named = None if os.path.exists(text) else NAMED.fullmatch(text)
-        rest = named[2] if named else text
-        spec = parse_spec(rest)
+        name, source = named.groups() if named else ("", text)
+        given.append((name, source))
+        spec = parse_spec(source)
         if spec.weight != 1:
             raise InputError(
                 f"{text} has weight {spec.weight:g}, but every row is evaluated "
                 f"once; leave the weight out"
             )
-        given_names.append(named[1] if named else None)
-        rests.append(rest)
         if not named:
             unnamed.append(spec)
-    taken = {name for name in given_names if name is not None}
-    names = _names(unnamed, taken)
+    names = _names(unnamed, {name for name, _ in given})
     sets: dict[str, list[str]] = {}
-    for given_name, rest in zip(given_names, rests, strict=True):
-        name = next(names) if given_name is None else given_name
-        sets.setdefault(name, []).append(rest)
+    for name, source in given:
+        sets.setdefault(name or next(names), []).append(source)
     return sets
 
 
@@ -232,16 +223,13 @@ def _names(specs: Sequence[Spec], taken: set[str]) -> Iterator[str]:
     """
     paths = [os.path.realpath(spec.path) for spec in specs]
     for spec, path in zip(specs, paths, strict=True):
-        names_of_others = set(taken)
-        splits = set()
-        for other, other_path in zip(specs, paths, strict=True):
-            if other_path == path:
-                splits.add(other.split)
-            else:
-                names_of_others.update(_possible_names(other.path))
-        free = [name for name in _possible_names(spec.path) if name not in names_of_others]
-        # files that only their endings tell apart
-        name = free[0] if free else os.path.abspath(spec.path)
+        same = [other for other, place in zip(specs, paths, strict=True) if place == path]
+        others = [other for other in specs if other not in same]
+        names_of_others = taken.union(*(_possible_names(other.path) for other in others))
+        free = (name for name in _possible_names(spec.path) if name not in names_of_others)
+        # files that only their endings tell apart have their whole path
+        name = next(free, os.path.abspath(spec.path))
+        splits = {other.split for other in same}
         yield f"{name}:{spec.split}" if spec.split and len(splits) > 1 else name
 
 
@@ -250,9 +238,8 @@ def _possible_names(path: str) -> list[str]:
     file of rows.
     """
     absolute = Path(os.path.abspath(path))
-    stem = re.sub(r"(\.(jsonl|json|parquet|pq|csv|tsv|gz|zst))+$", "", absolute.name)
-    parts = [part for part in absolute.parts[:-1] if part != os.sep]
-    parts.append(stem)
+    stem = re.sub(rf"(\.({'|'.join(DATA)}|gz|zst))+$", "", absolute.name)
+    parts = [*absolute.parts[1:-1], stem]
     while len(parts) > 1 and not re.search(r"\w", parts[-1]):
         parts.pop()  # the stars of a glob
     return ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]

@@ -4,17 +4,16 @@ import codecs
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torchsft.data.columns import NUMBERS, number_of
-from torchsft.data.rows import RowError
+from torchsft.data.rows import Object, RowError
 
 _SURROGATES = re.compile("[\udc80-\udcff]")  # what bytes that are no UTF-8 become
 
 
 def table_rows(
     chunks: Iterable[bytes], delimiter: str, max_bytes: int
-) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+) -> Iterator[tuple[int, Object | RowError]]:
     """Yield the rows of a CSV or TSV file: (line with which it begins, columns by name).
 
     Args:
@@ -48,7 +47,7 @@ def table_rows(
             return
 
 
-def _table_row(header: list[str], fields: list[str]) -> dict[str, Any] | RowError:
+def _table_row(header: list[str], fields: list[str]) -> Object | RowError:
     if any(_SURROGATES.search(field) for field in fields):
         return RowError("not-utf-8", "a field is not UTF-8; convert the file to UTF-8")
     if any("\0" in field for field in fields):
@@ -59,7 +58,7 @@ def _table_row(header: list[str], fields: list[str]) -> dict[str, Any] | RowErro
             f"{len(fields)} fields, but the header names {len(header)} columns; quote fields that "
             f"hold the delimiter",
         )
-    row: dict[str, Any] = dict(zip(header, fields, strict=True))
+    row: Object = dict(zip(header, fields, strict=True))
     for name in NUMBERS:
         if name in row:
             row[name] = number_of(row[name])

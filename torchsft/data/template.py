@@ -8,6 +8,7 @@ pieces, as inference does.
 
 import itertools
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,74 +20,51 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.config import InputError
 from torchsft.data.formats import Conversation, Example, Text, Tokens
-from torchsft.data.patterns import TrainedText
+from torchsft.data.patterns import TrainedText, Turn
 from torchsft.data.rendering import AddedTokens, ChatTemplate, Extras, without_reasoning
-from torchsft.data.rows import RowError
+from torchsft.data.rows import RowError, Strings
 from torchsft.data.turns import Mask, TurnFinder
 
 KNOWN_VARIABLES = 64  # sets of variables of rows whose renderings are remembered
 
 
 @dataclass(slots=True)
-class _Span:
-    """Characters of a turn, and the weight of what is trained of it.
-
-    Attributes:
-        prompt_end: where the turn begins, behind its prompt.
-        start, end: of what is trained of it.
-    """
-
-    prompt_end: int
-    start: int
-    end: int
-    weight: float
-
-
-@dataclass(slots=True)
-class _MarkedText:
-    """A text to tokenise, with what is trained of it.
-
-    Attributes:
-        is_plain: whether it is of no chat template, and gets the tokenizer's BOS.
-        weight: of what stands outside of the spans, with the mask `all`.
-    """
-
-    text: str
-    spans: list[_Span]
-    is_plain: bool = False
-    weight: float = 1.0
-
-
-@dataclass(slots=True)
 class _Rendered:
-    """What to tokenise for an example; notes and kept as in `Encoded`."""
-
-    texts: list[_MarkedText]
-    notes: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Piece:
-    """A part of a text, tokenised on its own; its first character and token are counted in the
-    whole text.
-    """
-
-    first_character: int
-    first_token: int
-    encoding: Encoding
-
-
-@dataclass(slots=True)
-class _Boundary:
-    """The first token that begins at some character or behind it.
+    """What to tokenise for an example; notes and kept as in `Encoded`.
 
     Attributes:
-        is_straddled: whether the token before it reaches behind that character.
+        weight: of what stands outside of the turns, with the mask `all`.
+        weights: of each turn, by its index.
+        is_plain: whether the text is of no chat template, and gets the tokenizer's BOS.
     """
 
-    token: int
-    is_straddled: bool
+    texts: list[TrainedText]
+    weight: float
+    weights: Mapping[int, float]
+    is_plain: bool = False
+    notes: Strings = ()
+    kept: Strings = ()
+
+
+@dataclass(slots=True)
+class _TextTokens:
+    """The tokens of a text.
+
+    Attributes:
+        offsets: where each of them begins and ends, in characters of the text.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def first_from(self, character: int) -> int:
+        """Return which is the first token that begins at a character or behind it."""
+        return bisect_left(self.offsets, (character,))
+
+    def is_straddled(self, character: int) -> bool:
+        """Return whether a token begins before a character and reaches behind it."""
+        first = self.first_from(character)
+        return first > 0 and self.offsets[first - 1][1] > character
 
 
 @dataclass(slots=True, eq=False)
@@ -132,9 +110,9 @@ class Encoded:
     """
 
     samples: list[WeightedTokens]
-    notes: tuple[str, ...] = ()
+    notes: Strings = ()
     ends: tuple[int, ...] = ()
-    kept: tuple[str, ...] = ()
+    kept: Strings = ()
 
 
 class ChatTokenizer:
@@ -198,26 +176,21 @@ class ChatTokenizer:
             id.
         """
         prepared = [self._prepare(example) for example in examples]
-        texts = [
-            marked.text
-            for found in prepared
-            if isinstance(found, _Rendered)
-            for marked in found.texts
-        ]
+        rendered = [found for found in prepared if isinstance(found, _Rendered)]
+        texts = [text.text for found in rendered for text in found.texts]
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
         results = []
         for example, found in zip(examples, prepared, strict=True):
-            if not isinstance(found, _Rendered):
-                results.append(found)
-                continue
-            own_encodings = [next(encodings) for _ in found.texts]
-            try:
-                results.append(self._encoded(found, own_encodings))
-            except RowError as error:
-                results.append(error.at(example.id))
+            if isinstance(found, _Rendered):
+                own_encodings = [next(encodings) for _ in found.texts]
+                try:
+                    found = self._encoded(found, own_encodings)
+                except RowError as error:
+                    found = error.at(example.id)
+            results.append(found)
         return results
 
-    # ------------------------------------------------------------ from examples to marked texts
+    # ------------------------------------------------------------ from examples to texts
 
     def _prepare(self, example: Example) -> _Rendered | Encoded | RowError:
         """Return what to tokenise for an example; its samples, where it is tokens already."""
@@ -257,7 +230,7 @@ class ChatTokenizer:
         """Ids of the tokens that end turns as far as is known without a conversation: eos tokens,
         and the template's.
         """
-        template = ChatTemplate(self.templates["default"], self.variables, self.added_tokens)
+        template = self._template("default", {})
         texts = {self.eos, template.closing, *template.openers.values()} - {None, ""}
         return sorted({*self.eos_ids, *self._ids_of(texts)})
 
@@ -276,8 +249,8 @@ class ChatTokenizer:
         if not text.endswith(self.eos):
             text += self.eos
         start = len(example.prompt)
-        span = _Span(start, start, len(text), example.weight)
-        return _Rendered([_MarkedText(text, [span], is_plain=True, weight=example.weight)])
+        trained = TrainedText(text, [Turn(0, start, start, len(text))])
+        return _Rendered([trained], example.weight, {0: example.weight}, is_plain=True)
 
     def _conversation(self, example: Conversation) -> _Rendered:
         """Return the texts of a conversation, which is rendered by its chat template.
@@ -305,14 +278,7 @@ class ChatTokenizer:
             )
         if lost:
             notes.append("context-lost")
-        marked = []
-        for text in texts:
-            spans = [
-                _Span(turn.prompt_end, turn.trained_start, turn.trained_end, weights[turn.index])
-                for turn in text.turns
-            ]
-            marked.append(_MarkedText(text.text, spans, weight=example.row_weight))
-        return _Rendered(marked, tuple(notes), lost)
+        return _Rendered(texts, example.row_weight, weights, notes=tuple(notes), kept=lost)
 
     def _finder(self, example: Conversation) -> TurnFinder:
         """Return the finder for the template and the variables of a row."""
@@ -321,16 +287,16 @@ class ChatTokenizer:
         written = json.dumps(variables, sort_keys=True, default=repr) if variables else ""
         key = (name, written)
         if key not in self.finders:
-            self.finders[key] = self._new_finder(name, variables)
+            if len(self.finders) >= KNOWN_VARIABLES:
+                self.finders.clear()
+            template = self._template(name, variables)
+            self.finders[key] = TurnFinder(template, self.mask, self.masks_reasoning)
         return self.finders[key]
 
-    def _new_finder(self, name: str, variables: Mapping[str, Any]) -> TurnFinder:
-        """Return a finder for a template and the row's own variables."""
-        if len(self.finders) >= KNOWN_VARIABLES:
-            self.finders.clear()
-        text = self.templates[name]
-        template = ChatTemplate(text, {**self.variables, **variables}, self.added_tokens)
-        return TurnFinder(template, self.mask, self.masks_reasoning)
+    def _template(self, name: str, variables: Mapping[str, Any]) -> ChatTemplate:
+        """Return a template with the row's own variables."""
+        variables = {**self.variables, **variables}
+        return ChatTemplate(self.templates[name], variables, self.added_tokens)
 
     def _message_weights(self, example: Conversation) -> dict[int, float]:
         """Return the messages to locate, with their weights: those that are trained; with the mask
@@ -363,18 +329,19 @@ class ChatTokenizer:
         weights |= {i: weight for i, weight in given.items() if weight != example.row_weight}
         return dict(sorted(weights.items()))
 
-    # ------------------------------------------------------------ from marked texts to tokens
+    # ------------------------------------------------------------ from texts to tokens
 
     def _encoded(self, rendered: _Rendered, encodings: Sequence[Encoding]) -> Encoded:
         """Return the samples of an example, from the encodings of its texts."""
-        samples = []
         ends = []
-        for marked, encoding in zip(rendered.texts, encodings, strict=True):
-            samples.append(self._weighted_tokens(marked, encoding, ends))
+        samples = [
+            self._weighted_tokens(rendered, text, encoding, ends)
+            for text, encoding in zip(rendered.texts, encodings, strict=True)
+        ]
         return Encoded(samples, rendered.notes, tuple(ends), rendered.kept)
 
     def _weighted_tokens(
-        self, marked: _MarkedText, encoding: Encoding, ends: list[int]
+        self, rendered: _Rendered, text: TrainedText, encoding: Encoding, ends: list[int]
     ) -> WeightedTokens:
         """Return tokens and weights of a text.
 
@@ -382,7 +349,8 @@ class ChatTokenizer:
         conversation has the one that its template writes, as in `apply_chat_template`.
 
         Args:
-            marked: the text, and what is trained of it.
+            rendered: what the text belongs to.
+            text: it, and what is trained of it.
             encoding: of the text as a whole; the text is tokenised again, in pieces, where one of
                 its tokens would reach from a prompt into a turn.
             ends: the tokens that end trained turns are added to it.
@@ -390,28 +358,25 @@ class ChatTokenizer:
         Raises:
             RowError: double-bos, straddling-token.
         """
-        spans = marked.spans
-        pieces = [_Piece(0, 0, encoding)]
-        boundaries = _boundaries(spans, pieces)
-        if self.mask != "all" and any(boundaries[span.prompt_end].is_straddled for span in spans):
-            edges = [0, *(span.prompt_end for span in spans), len(marked.text)]
-            pieces = self._in_pieces(marked.text, edges, encoding)
-            boundaries = _boundaries(spans, pieces)
-        ids = np.array(_ids(pieces), dtype=np.int32)
-        outside = marked.weight if self.mask == "all" else 0.0
-        weights = np.full(len(ids), outside, dtype=np.float32)
-        for span in spans:
-            prompt_end = boundaries[span.prompt_end].token
-            start = boundaries[span.start].token
-            end = boundaries[span.end].token
-            weights[prompt_end:start] = 0.0
-            weights[start:end] = span.weight
-            if span.weight and span.start < span.end:
-                ends.append(int(ids[end - 1]))
-        if self.mask == "all" and not marked.is_plain:  # turns are not located one by one
+        trains_all = self.mask == "all"
+        tokens = _TextTokens(encoding.ids, encoding.offsets)
+        prompt_ends = [turn.prompt_end for turn in text.turns]
+        if not trains_all and any(map(tokens.is_straddled, prompt_ends)):
+            tokens = self._in_pieces(text.text, [0, *prompt_ends, len(text.text)], tokens)
+        ids = np.array(tokens.ids, dtype=np.int32)
+        weights = np.full(len(ids), rendered.weight if trains_all else 0.0, dtype=np.float32)
+        for turn in text.turns:
+            start = tokens.first_from(turn.trained_start)
+            end = tokens.first_from(turn.trained_end)
+            weight = rendered.weights[turn.index]
+            weights[tokens.first_from(turn.prompt_end) : start] = 0.0
+            weights[start:end] = weight
+            if weight and turn.trained_start < turn.trained_end:
+                ends.append(tokens.ids[end - 1])
+        if trains_all and not rendered.is_plain:  # turns are not located one by one
             closing = {finder.template.closing for finder in self.finders.values()}
-            ends += sorted(self._ids_of(closing).intersection(ids.tolist()))
-        ids, weights = self._with_bos(ids, weights, marked.is_plain)
+            ends += sorted(self._ids_of(closing).intersection(tokens.ids))
+        ids, weights = self._with_bos(ids, weights, rendered.is_plain)
         weights[:1] = 0.0  # nothing comes before it
         return WeightedTokens(ids, weights)
 
@@ -434,20 +399,18 @@ class ChatTokenizer:
             return np.insert(ids, 0, self.bos_id), np.insert(weights, 0, 0.0)
         return ids, weights
 
-    def _in_pieces(self, text: str, edges: Sequence[int], whole: Encoding) -> list[_Piece]:
+    def _in_pieces(self, text: str, edges: Sequence[int], whole: _TextTokens) -> _TextTokens:
         """Tokenise a text with no token across an edge.
 
         Raises:
             RowError: the pieces decode to something else than the whole text does.
         """
-        parts = [text[start:end] for start, end in itertools.pairwise(edges)]
-        encodings = self.backend.encode_batch(parts, add_special_tokens=False)
-        pieces = []
-        first_token = 0
-        for first_character, encoding in zip(edges, encodings, strict=False):
-            pieces.append(_Piece(first_character, first_token, encoding))
-            first_token += len(encoding)
-        decoded = self.backend.decode(_ids(pieces), skip_special_tokens=False)
+        found = _TextTokens([], [])
+        for first, end in itertools.pairwise(edges):
+            piece = self.backend.encode(text[first:end], add_special_tokens=False)
+            found.ids += piece.ids
+            found.offsets += [(first + start, first + stop) for start, stop in piece.offsets]
+        decoded = self.backend.decode(found.ids, skip_special_tokens=False)
         if decoded != self.backend.decode(whole.ids, skip_special_tokens=False):
             raise RowError(
                 "straddling-token",
@@ -455,24 +418,13 @@ class ChatTokenizer:
                 "changes the text when it is split there; change the whitespace there or the chat "
                 "template",
             )
-        return pieces
+        return found
 
 
 def templates_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the chat templates of a tokenizer by their names; a single one is the default.
-
-    Raises:
-        InputError: there is no default.
-    """
+    """Return the chat templates of a tokenizer by their names; a single one is the default."""
     templates = tokenizer.chat_template
-    if not isinstance(templates, dict):
-        return {"default": tokenizer.get_chat_template()}
-    if "default" not in templates:
-        raise InputError(
-            f"the tokenizer has chat templates named {', '.join(sorted(templates))}, but none "
-            f"named default; name one of them so"
-        )
-    return templates
+    return templates if isinstance(templates, dict) else {"default": tokenizer.get_chat_template()}
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> AddedTokens:
@@ -490,43 +442,10 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) ->
     return AddedTokens(tuple(special), tuple(others), tuple(stops))
 
 
-def _missing_context(texts: Sequence[TrainedText]) -> tuple[str, ...]:
+def _missing_context(texts: Sequence[TrainedText]) -> Strings:
     """Return in words what texts lack of their context, each once."""
     sentences = []
     for missing in dict.fromkeys(item for text in texts for item in text.missing):
         place = "" if missing.index is None else f"message {missing.index + 1}: "
         sentences.append(f"{place}the chat template leaves out {missing.what}")
     return tuple(sentences)
-
-
-def _ids(pieces: Sequence[_Piece]) -> list[int]:
-    """Return the tokens of a text."""
-    if len(pieces) == 1:
-        return pieces[0].encoding.ids
-    return [token for piece in pieces for token in piece.encoding.ids]
-
-
-def _boundaries(spans: Sequence[_Span], pieces: Sequence[_Piece]) -> dict[int, _Boundary]:
-    """Return the boundary at each character at which something of a span begins or ends."""
-    characters = set()
-    for span in spans:
-        characters.update((span.prompt_end, span.start, span.end))
-    return {at: _boundary(at, pieces) for at in characters}
-
-
-def _boundary(at: int, pieces: Sequence[_Piece]) -> _Boundary:
-    """Return the boundary at a character of a text."""
-    piece = pieces[0]
-    if len(pieces) > 1:
-        piece = next(each for each in reversed(pieces) if each.first_character <= at)
-    encoding = piece.encoding
-    character = at - piece.first_character
-    token = encoding.char_to_token(character)
-    if token is None:  # the end of the text, or a character that no token has
-        if encoding.char_to_token(character - 1) == len(encoding) - 1:
-            before = len(encoding)
-        else:
-            before = sum(start < character for start, _ in encoding.offsets)
-        return _Boundary(piece.first_token + before, False)
-    is_straddled = encoding.token_to_chars(token)[0] < character
-    return _Boundary(piece.first_token + token + is_straddled, is_straddled)

@@ -32,11 +32,10 @@ from typing import Literal
 from torchsft.data.completeness import ContextCheck, contains, leaves
 from torchsft.data.patterns import (
     CONTENT_KEYS,
+    Pattern,
     TrainedText,
-    TrainedTextPattern,
     Turn,
     contents_of,
-    pattern_of,
     with_placeholders,
 )
 from torchsft.data.rendering import (
@@ -46,6 +45,7 @@ from torchsft.data.rendering import (
     ChatTemplate,
     Extras,
     Message,
+    Messages,
     Rendering,
     without_reasoning,
 )
@@ -97,10 +97,10 @@ class TurnFinder:
         self.mask = mask
         self.masks_reasoning = masks_reasoning
         self.context = ContextCheck(template)
-        self.patterns: dict[tuple, list[TrainedTextPattern]] = {}
+        self.patterns: dict[tuple, list[Pattern]] = {}
 
     def trained_texts(
-        self, messages: Sequence[Message], extras: Extras, located: Sequence[int]
+        self, messages: Messages, extras: Extras, located: Sequence[int]
     ) -> list[TrainedText]:
         """Return texts in which some messages of a conversation are located.
 
@@ -121,9 +121,7 @@ class TurnFinder:
 
     # ------------------------------------------------------------ by one rendering for each text
 
-    def _by_pattern(
-        self, messages: Sequence[Message], located: Sequence[int]
-    ) -> list[TrainedText] | None:
+    def _by_pattern(self, messages: Messages, located: Sequence[int]) -> list[TrainedText] | None:
         """Locate the turns by the patterns of this sequence of roles.
 
         Returns:
@@ -132,20 +130,17 @@ class TurnFinder:
         if not all(_is_plain(message) for message in messages):
             return None
         patterns = self._patterns(messages, located)
-        renderings = [self.template.render(messages[: pattern.stop]).text for pattern in patterns]
+        stops = [pattern.trained.stop for pattern in patterns]
+        renderings = [self.template.render(messages[:stop]).text for stop in stops]
         contents = contents_of(messages)
-        trimmed = [content.strip() for content in contents]  # as some templates write them
+        # as some templates write them
+        trimmed = {number: content.strip() for number, content in contents.items()}
         for form in (contents, trimmed):
-            if all(
-                pattern.rendering.fill(form) == rendering
-                for pattern, rendering in zip(patterns, renderings, strict=True)
-            ):
+            if [pattern.rendering % form for pattern in patterns] == renderings:
                 return [pattern.fill(form, messages) for pattern in patterns]
         return None
 
-    def _patterns(
-        self, messages: Sequence[Message], located: Sequence[int]
-    ) -> list[TrainedTextPattern]:
+    def _patterns(self, messages: Messages, located: Sequence[int]) -> list[Pattern]:
         """Return the patterns of a sequence of roles, made when it occurs for the first time."""
         roles = ((message["role"], len(message)) for message in messages)
         shape = (*roles, *located)
@@ -155,9 +150,7 @@ class TurnFinder:
             self.patterns[shape] = self._new_patterns(messages, located)
         return self.patterns[shape]
 
-    def _new_patterns(
-        self, messages: Sequence[Message], located: Sequence[int]
-    ) -> list[TrainedTextPattern]:
+    def _new_patterns(self, messages: Messages, located: Sequence[int]) -> list[Pattern]:
         """Return the patterns of a sequence of roles; none where it cannot have any."""
         try:
             texts = self._by_renderings(with_placeholders(messages), NO_EXTRAS, located)
@@ -165,12 +158,12 @@ class TurnFinder:
             return []
         if any(turn.note == "context-restored" for text in texts for turn in text.turns):
             return []  # the rendering does not show all of such a text
-        return [pattern_of(text) for text in texts]
+        return [Pattern(text) for text in texts]
 
     # ------------------------------------------------------------ by renderings for each turn
 
     def _by_renderings(
-        self, messages: Sequence[Message], extras: Extras, located: Sequence[int]
+        self, messages: Messages, extras: Extras, located: Sequence[int]
     ) -> list[TrainedText]:
         """Locate each turn by renderings of its own, and find texts that hold them."""
         turns = [self._locate(messages, extras, i) for i in located]
@@ -186,7 +179,7 @@ class TurnFinder:
         return sorted(texts, key=lambda text: text.turns[-1].index if text.turns else 0)
 
     def _whole_text(
-        self, messages: Sequence[Message], extras: Extras, located: Sequence[int]
+        self, messages: Messages, extras: Extras, located: Sequence[int]
     ) -> TrainedText:
         """Return the text of the whole conversation, without turns."""
         rendering = self.template.render(messages, extras).text
@@ -198,7 +191,7 @@ class TurnFinder:
         return TrainedText(text, [], rendering, len(messages))
 
     def _check_single_text(
-        self, whole: TrainedText, messages: Sequence[Message], turns: Sequence[Turn]
+        self, whole: TrainedText, messages: Messages, turns: Sequence[Turn]
     ) -> None:
         """Check that the whole text holds all turns and answers, as there is no other text under
         the mask `all`.
@@ -214,7 +207,7 @@ class TurnFinder:
             if message["role"] == "assistant":
                 self._check_answer(i, message, whole.text)
 
-    def _locate(self, messages: Sequence[Message], extras: Extras, i: int) -> Turn:
+    def _locate(self, messages: Messages, extras: Extras, i: int) -> Turn:
         """Locate message i in a text that ends with it, and check that its text is there."""
         message = messages[i]
         if message["role"] != "assistant":
@@ -250,7 +243,7 @@ class TurnFinder:
             )
         return Turn(i, answer.prompt_end, start, end, answer.note, text, answer.rendering.text)
 
-    def _locate_context(self, messages: Sequence[Message], extras: Extras, i: int) -> Turn:
+    def _locate_context(self, messages: Messages, extras: Extras, i: int) -> Turn:
         """Locate message i, which is no answer: it has a weight of its own under the mask `all`."""
         tail = self.template.tail
         rendering = self.template.render(messages[: i + 1], extras).text
@@ -259,7 +252,7 @@ class TurnFinder:
         end = len(rendering.removesuffix(tail))
         return Turn(i, start, start, end, "", rendering, rendering)
 
-    def _answer(self, messages: Sequence[Message], extras: Extras, i: int) -> _Answer:
+    def _answer(self, messages: Messages, extras: Extras, i: int) -> _Answer:
         """Return assistant message i behind what inference is given before it."""
         rendering = self._render_with_blocks(messages[: i + 1], extras)
         prompt = self._prompt(messages, extras, i, rendering.text)
@@ -278,11 +271,11 @@ class TurnFinder:
         text = self._restored(messages, extras, i, prompt, rendering.text)
         return _Answer(text, len(prompt), header_end, rendering, note="context-restored")
 
-    def _render_with_blocks(self, messages: Sequence[Message], extras: Extras) -> Rendering:
+    def _render_with_blocks(self, messages: Messages, extras: Extras) -> Rendering:
         """Render messages, and find the generation blocks where the template has any."""
         return self.template.render(messages, extras, blocks=self.template.has_blocks)
 
-    def _prompt(self, messages: Sequence[Message], extras: Extras, i: int, rendering: str) -> str:
+    def _prompt(self, messages: Messages, extras: Extras, i: int, rendering: str) -> str:
         """Return what inference is given before message i, with which `rendering` ends."""
         template = self.template
         if i:
@@ -304,13 +297,13 @@ class TurnFinder:
             "that comes first; put a user message before it",
         )
 
-    def _generation_prompt(self, messages: Sequence[Message], extras: Extras) -> str:
+    def _generation_prompt(self, messages: Messages, extras: Extras) -> str:
         """Return the rendering of messages with the header of an answer behind it."""
         prompt = self.template.render(messages, extras, generation_prompt=True).text
         return prompt + self.template.header
 
     def _restored(
-        self, messages: Sequence[Message], extras: Extras, i: int, prompt: str, rendering: str
+        self, messages: Messages, extras: Extras, i: int, prompt: str, rendering: str
     ) -> str:
         """Return the messages before i as they are rendered alone, and message i as it is written
         behind what became of them.
@@ -336,7 +329,7 @@ class TurnFinder:
         )
 
     def _context_and_answer(
-        self, messages: Sequence[Message], extras: Extras, i: int, rendering: str
+        self, messages: Messages, extras: Extras, i: int, rendering: str
     ) -> str | None:
         """Put the messages before i, rendered alone, before the answer that `rendering` ends with.
 
@@ -383,7 +376,7 @@ class TurnFinder:
         return start, min(trained_end, last_end + longer)
 
     def _reasoning_end(
-        self, messages: Sequence[Message], extras: Extras, answer: _Answer, turn_end: int
+        self, messages: Messages, extras: Extras, answer: _Answer, turn_end: int
     ) -> int:
         """Return where content or tool calls of the last message begin in its text, behind its
         reasoning and what closes that.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchsft.data.keys import WEIGHTS
-from torchsft.data.rows import RowError, kind_of, load_json
+from torchsft.data.rows import Row, RowError, Strings, kind_of, load_json
 
 MAX_WEIGHT = 3e38  # of float32
 
@@ -51,9 +51,13 @@ def check_json(value: Any, what: str) -> None:
         raise RowError("not-json", f"{what} cannot be written as JSON ({error})") from None
 
 
-def weight_of(
-    value: Mapping[str, Any], switches: tuple[str, ...] = ("train", "trainable")
-) -> float | None:
+def row_weight(row: Row) -> float:
+    """Return the weight of a row; 1 where it has none. Raises RowError, as `weight_of`."""
+    weight = weight_of(row)
+    return 1.0 if weight is None else weight
+
+
+def weight_of(value: Mapping[str, Any], switches: Strings = ("train", "trainable")) -> float | None:
     """Return the weight that weights and switches of a message or row give together; None where it
     has none.
 
