@@ -273,7 +273,7 @@ def expected_bytes(
     ends = 2 * here * width * share(tp)  # embedding and head, there and back
     moved["all-gather"] += ends
     moved["reduce-scatter"] += ends
-    moved["all-reduce"] += 2 * share(tp) * 4 * here  # a maximum and three sums
+    moved["all-reduce"] += 2 * share(tp) * 3 * here
     stages = plan_stages(parallel, config, microbatches).ranks
     borders = sum(a != b for a, b in itertools.pairwise(stages))
     moved["point-to-point"] += 2 * borders * here // tp * width

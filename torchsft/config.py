@@ -292,7 +292,7 @@ class Train:
             raise InputError(f"{fault} --train.activation-checkpointing is none; set full")
         if self.selective_products and self.activation_checkpointing != "selective":
             fault = "--train.selective-products needs --train.activation-checkpointing selective"
-            raise InputError(f"{fault}, not {self.activation_checkpointing}")
+            raise InputError(f"{fault}, not {self.activation_checkpointing}; leave one of them out")
         if self.label_smoothing >= 1:
             fault = f"--train.label-smoothing is {self.label_smoothing}"
             raise InputError(f"{fault}, but it must be below 1")
@@ -444,18 +444,18 @@ class Optim:
     """
 
     def __post_init__(self) -> None:
-        for name in ("moments", "masters"):
-            if self.kind == "muon" and getattr(self, name) != "fp32":
+        for name, plain in {"kind": "adamw", "moments": "fp32", "masters": "fp32"}.items():
+            given = getattr(self, name)
+            if given == plain:
+                continue
+            if self.offload:
+                fault = "--optim.offload keeps fp32 masters and moments of AdamW on the host"
                 raise InputError(
-                    f"--optim.{name} is {getattr(self, name)}, but --optim.kind muon has fp32; "
-                    "leave one of the two out"
+                    f"{fault}, but --optim.{name} is {given}; leave one of the two out"
                 )
-        for name, value in {"kind": "adamw", "moments": "fp32", "masters": "fp32"}.items():
-            if self.offload and getattr(self, name) != value:
-                raise InputError(
-                    f"--optim.offload keeps fp32 masters and moments of AdamW on the host, but "
-                    f"--optim.{name} is {getattr(self, name)}; leave one of the two out"
-                )
+            if self.kind == "muon" and name != "kind":
+                fault = f"--optim.{name} is {given}, but --optim.kind muon has fp32"
+                raise InputError(f"{fault}; leave one of the two out")
         _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -545,16 +545,12 @@ class Precision:
     """Round the scales of blockwise up to powers of two."""
 
     def __post_init__(self) -> None:
-        if self.power_of_two_scales and self.compute != "blockwise":
-            raise InputError(
-                "--precision.power-of-two-scales is for --precision.compute blockwise, not "
-                f"{self.compute}"
-            )
-        if self.float8_recipe != "rowwise" and self.compute != "float8":
-            raise InputError(
-                f"--precision.float8-recipe {self.float8_recipe} is for --precision.compute float8,"
-                f" not {self.compute}"
-            )
+        for name, owner in {"power_of_two_scales": "blockwise", "float8_recipe": "float8"}.items():
+            given = getattr(self, name)
+            if given != getattr(type(self), name) and self.compute != owner:
+                option = f"--precision.{name.replace('_', '-')} {given}"
+                fault = f"{option} is for --precision.compute {owner}, not {self.compute}"
+                raise InputError(f"{fault}; leave it out, or set --precision.compute {owner}")
 
 
 @dataclass(kw_only=True)
@@ -595,7 +591,7 @@ class Checkpoint:
     """
     export: Literal["bf16", "fp32", "fp8", "int4", "mxfp4", "none"] = "bf16"
     """Format of the weights written to hf/ at the end; fp8: DeepSeek's blocks of 128 x 128; int4
-    and mxfp4: of models that are released so. All are quantised from the fp32 masters, and what
+    and mxfp4: of models that are released so. All are quantised from the masters, and what
     training did not change keeps its bytes.
     """
     export_every: int = 0

@@ -168,6 +168,7 @@ class _VocabularyLoss(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         several = len(hidden_TD) > chunk
+        smoothing = objective.label_smoothing
         grad_hidden = grad_weight = None
         if gradients and hidden_TD.requires_grad:
             grad_hidden = torch.zeros_like(hidden_TD)
@@ -181,7 +182,10 @@ class _VocabularyLoss(torch.autograd.Function):
             if weights_C.device.type == "cpu" and not weights_C.any():
                 continue  # free to know on CPU; on CUDA it would stop the host
             found = _log_softmax(
-                _logits(hidden_CD, weight_VD, wide), labels_T[rows].clamp(min=0), vocabulary
+                _logits(hidden_CD, weight_VD, wide),
+                labels_T[rows].clamp(min=0),
+                vocabulary,
+                with_mean=smoothing > 0,
             )
 
             # selected, not only multiplied: 0 times inf is nan
@@ -190,8 +194,9 @@ class _VocabularyLoss(torch.autograd.Function):
 
             total -= weighted_sum(found.target_C1)
             if sums is not None and objective != PLAIN:
-                smoothing = objective.label_smoothing
-                smoothed_C1 = found.target_C1.lerp(found.mean_C1, smoothing)
+                smoothed_C1 = found.target_C1
+                if found.mean_C1 is not None:
+                    smoothed_C1 = smoothed_C1.lerp(found.mean_C1, smoothing)
                 squares_C1 = found.log_sum_C1.square()
                 sums += torch.stack([-weighted_sum(smoothed_C1), weighted_sum(squares_C1)])
             if not gradients:
@@ -256,13 +261,13 @@ class _LogProbabilities(NamedTuple):
     column_C1: Tensor  # of the target in log_probs_CV; 0 where it is not among them
     here_C1: Tensor  # whether it is among them
     target_C1: Tensor  # the target's log-probability, wherever it is
-    mean_C1: Tensor  # mean log-probability of the whole vocabulary
+    mean_C1: Tensor | None  # mean log-probability of the whole vocabulary; None: not asked for
     log_sum_C1: Tensor  # log of the sum of exponentiated logits of the whole vocabulary
     size: int  # of the whole vocabulary
 
 
 def _log_softmax(
-    logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart | None
+    logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart | None, *, with_mean: bool
 ) -> _LogProbabilities:
     """Log-probabilities, in the place of the logits; with a part of the vocabulary, of its tokens,
     with two collectives.
@@ -273,7 +278,8 @@ def _log_softmax(
         for rows in logits_CV.chunk(4):  # so that a quarter of it exists twice
             rows.copy_(rows.log_softmax(-1))
         target_C1 = logits_CV.gather(1, column_C1)
-        here_C1, mean_C1 = torch.ones_like(column_C1), logits_CV.mean(-1, keepdim=True)
+        here_C1 = torch.ones_like(column_C1)
+        mean_C1 = logits_CV.mean(-1, keepdim=True) if with_mean else None
         log_sum_C1 = logit_C1 - target_C1
         return _LogProbabilities(
             logits_CV, column_C1, here_C1, target_C1, mean_C1, log_sum_C1, size
@@ -284,17 +290,18 @@ def _log_softmax(
     largest_C1 = part.max(logits_CV.amax(-1, keepdim=True))
     logits_CV -= largest_C1
     target_C1 = torch.where(here_C1, logits_CV.gather(1, column_C1), 0)
-    sum_C1 = logits_CV.sum(-1, keepdim=True)
     exp_sum_C1 = torch.cat([rows.exp().sum(-1, keepdim=True) for rows in logits_CV.chunk(4)])
-    sums_C3 = part.sum(torch.cat([exp_sum_C1, target_C1, sum_C1], dim=-1))
-    exp_sum_C1, target_C1, sum_C1 = sums_C3.split(1, dim=-1)
+    terms = [exp_sum_C1, target_C1]
+    if with_mean:
+        terms.append(logits_CV.sum(-1, keepdim=True))
+    exp_sum_C1, target_C1, *sum_C1 = part.sum(torch.cat(terms, dim=-1)).split(1, dim=-1)
     log_sum_C1 = exp_sum_C1.log()
     return _LogProbabilities(
         logits_CV.sub_(log_sum_C1),
         column_C1,
         here_C1,
         target_C1 - log_sum_C1,
-        sum_C1 / part.size - log_sum_C1,
+        sum_C1[0] / part.size - log_sum_C1 if with_mean else None,
         largest_C1 + log_sum_C1,
         part.size,
     )

@@ -38,8 +38,9 @@ class Quantised(NamedTuple):
 
 @triton.jit
 def _scale(largest, power_of_two: tl.constexpr):
+    """Return scales, as `precision.blockwise.scale_of` does, of blocks' largest magnitudes."""
     scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, 448.0))
-    scale = tl.maximum(scale, 1.1754943508222875e-38)
+    scale = tl.maximum(scale, 1.1754943508222875e-38)  # the smallest normal fp32
     if power_of_two:
         bits = scale.to(tl.int32, bitcast=True)
         scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -48,6 +49,7 @@ def _scale(largest, power_of_two: tl.constexpr):
 
 @triton.jit
 def _encode(values, scale):
+    """Return values in units of their scales as e4m3, as `precision.blockwise.encode` does."""
     units = tl.div_rn(values, tl.broadcast_to(scale, values.shape))
     units = tl.clamp(units, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return units.to(tl.float8e4nv)
@@ -55,6 +57,7 @@ def _encode(values, scale):
 
 @triton.jit
 def _rows_kernel(x, q, scales, R, C, power_of_two: tl.constexpr, height: tl.constexpr):
+    """Quantise `height` rows of 128 columns; see `quantise_rows`."""
     row = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height)
     column = tl.program_id(1) * 128 + tl.arange(0, 128)
     inside = (row < R)[:, None] & (column < C)[None, :]
@@ -69,6 +72,7 @@ def _rows_kernel(x, q, scales, R, C, power_of_two: tl.constexpr, height: tl.cons
 def _columns_kernel(
     x, q, scales, first, end, C, M, power_of_two: tl.constexpr, width: tl.constexpr
 ):
+    """Quantise one tile's rows of `width` columns, and transpose them; see `quantise_columns`."""
     tile = tl.program_id(0).to(tl.int64)
     begin = tl.load(first + tile).to(tl.int64)
     stop = tl.load(end + tile)
@@ -88,6 +92,7 @@ def _columns_kernel(
 
 @triton.jit
 def _weight_kernel(w, q, scales, O, I, power_of_two: tl.constexpr, transposed: tl.constexpr):
+    """Quantise one block of one expert's matrix; see `quantise_weight`."""
     row = tl.program_id(1) * 128 + tl.arange(0, 128)
     column = tl.program_id(0) * 128 + tl.arange(0, 128)
     matrix = tl.program_id(2).to(tl.int64) * O * I
@@ -122,6 +127,7 @@ def _rows_product_kernel(
     scale_stride_o,
     scale_stride_i,
 ):
+    """Multiply one tile's rows with 128 outputs of its expert's matrix; see `rows_product`."""
     tile, output = tl.program_id(0), tl.program_id(1)
     begin = tl.load(first + tile).to(tl.int64)
     stop = tl.load(end + tile)
@@ -155,6 +161,7 @@ def _rows_product_kernel(
 
 @triton.jit
 def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
+    """Add up 128 x 128 entries of one expert's product over its tiles; see `columns_product`."""
     column = tl.program_id(0) * 128 + tl.arange(0, 128)
     row = tl.program_id(1) * 128 + tl.arange(0, 128)
     expert = tl.program_id(2)
@@ -181,7 +188,15 @@ def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
 
 
 def quantise_rows(x_RC: Tensor, power_of_two: bool) -> Quantised:
-    """Return e4m3 [R, C] and scales [c, R]."""
+    """Quantise in tiles of 1 x 128, for `rows_product`.
+
+    Args:
+        x_RC: contiguous, of any floating dtype.
+        power_of_two: round scales up to powers of two.
+
+    Returns:
+        e4m3 [R, C], and fp32 scales [c, R].
+    """
     rows, columns = x_RC.shape
     blocks, height = triton.cdiv(columns, SIZE), 16
     q = torch.empty_like(x_RC, dtype=torch.float8_e4m3fn)
@@ -192,7 +207,16 @@ def quantise_rows(x_RC: Tensor, power_of_two: bool) -> Quantised:
 
 
 def quantise_columns(x_RC: Tensor, tiles: Tiles, power_of_two: bool) -> Quantised:
-    """Return e4m3 [C, M] and scales [T, C]; what lies in empty tiles is undefined."""
+    """Quantise in tiles of 128 rows x 1, for `columns_product`.
+
+    Args:
+        x_RC: contiguous, of any floating dtype.
+        tiles: of the rows.
+        power_of_two: round scales up to powers of two.
+
+    Returns:
+        e4m3 [C, M], the transposed, and fp32 scales [T, C]; what lies in empty tiles is undefined.
+    """
     columns, count, width = x_RC.shape[1], len(tiles.first_T), 64
     q = x_RC.new_empty(columns, SIZE * count, dtype=torch.float8_e4m3fn)
     scales = x_RC.new_empty(count, columns, dtype=torch.float32)
@@ -204,7 +228,16 @@ def quantise_columns(x_RC: Tensor, tiles: Tiles, power_of_two: bool) -> Quantise
 
 
 def quantise_weight(w_EOI: Tensor, power_of_two: bool, transposed: bool) -> Quantised:
-    """Return e4m3 [E, O, I] or, transposed, [E, I, O], and scales [E, o, i] in either case."""
+    """Quantise in blocks of 128 x 128, for `rows_product`.
+
+    Args:
+        w_EOI: contiguous, of any floating dtype.
+        power_of_two: round scales up to powers of two.
+        transposed: return values with the inner dim O contiguous, for gradients of rows.
+
+    Returns:
+        e4m3 [E, O, I] or, transposed, [E, I, O]; and fp32 scales, [E, o, i] in either case.
+    """
     experts, outputs, inputs = w_EOI.shape
     shape = (experts, inputs, outputs) if transposed else w_EOI.shape
     q = w_EOI.new_empty(shape, dtype=torch.float8_e4m3fn)
@@ -216,7 +249,17 @@ def quantise_weight(w_EOI: Tensor, power_of_two: bool, transposed: bool) -> Quan
 
 
 def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """Return y [R, O] of x [R, I] and w [E, O, I], whose scales are [E, o, i]."""
+    """Multiply each row with the matrix of its expert: x w^T.
+
+    Args:
+        x: of `quantise_rows`, [R, I].
+        w: of `quantise_weight`, [E, O, I] with scales [E, o, i] of any strides.
+        tiles: of the rows.
+        dtype: of the result; sums are fp32.
+
+    Returns:
+        [R, O].
+    """
     (rows, inner), outputs = x.values.shape, w.values.shape[1]
     y = x.values.new_empty(rows, outputs, dtype=dtype)
     grid = len(tiles.first_T), triton.cdiv(outputs, SIZE)
@@ -235,7 +278,17 @@ def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -
 
 
 def columns_product(dy: Quantised, x: Quantised, tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """Return dw [E, O, I] of dy^T [O, M] and x^T [I, M]."""
+    """Multiply the rows of each expert: dy^T x, zero for one without rows.
+
+    Args:
+        dy: of `quantise_columns`, [O, M].
+        x: likewise, [I, M].
+        tiles: of the rows.
+        dtype: of the result; sums are fp32.
+
+    Returns:
+        [E, O, I].
+    """
     (outputs, length), inputs = dy.values.shape, x.values.shape[0]
     experts = len(tiles.bounds_E) - 1
     dw = dy.values.new_empty(experts, outputs, inputs, dtype=dtype)

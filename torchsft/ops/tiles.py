@@ -22,7 +22,14 @@ class Tiles(NamedTuple):
     bounds_E: Tensor  # [E + 1]: expert e has the tiles bounds_E[e] to bounds_E[e + 1]
 
     def spread(self, x_RC: Tensor) -> Tensor:
-        """Return the rows tile by tile, with zeros where a tile has fewer than 128: [128 T, C]."""
+        """Put the rows where their tiles are.
+
+        Args:
+            x_RC: rows, of any dtype.
+
+        Returns:
+            [128 T, C], with zeros where a tile has fewer than 128 rows.
+        """
         row_T128 = self.first_T[:, None] + torch.arange(SIZE, device=x_RC.device)
         is_row = (row_T128 < self.end_T[:, None]).view(-1, 1)
         rows = x_RC[row_T128.clamp(max=len(x_RC) - 1).flatten()]
@@ -30,10 +37,16 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(offs_E: Tensor, rows: int) -> Tiles:
-    """Cut rows into tiles; offs_E int32, where each expert's rows end."""
+    """Cut rows into tiles, without asking the device for anything.
+
+    Args:
+        offs_E: int32, where each expert's rows end; the last is `rows`.
+        rows: how many there are, at least 1.
+    """
     begin_E = torch.cat([offs_E.new_zeros(1), offs_E[:-1]])
     bounds_E = torch.cat([offs_E.new_zeros(1), (offs_E - begin_E + SIZE - 1) // SIZE])
     bounds_E = bounds_E.cumsum(0, dtype=torch.int32)
+    # Each expert begins a tile of its own.
     most = (rows + (SIZE - 1) * len(offs_E)) // SIZE
     tile_T = torch.arange(most, device=offs_E.device, dtype=torch.int32)
     expert_T = torch.searchsorted(bounds_E[1:], tile_T, right=True, out_int32=True)

@@ -56,7 +56,8 @@ def build_optimizer(
         param_groups = [{"params": [], "peak": optim.lr}]
     options = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if (optim.moments, optim.masters) != ("fp32", "fp32"):
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        names = {parameter: name for name, parameter in trained}
         return LowPrecisionAdamW(param_groups, names, optim.moments, **options)
     adamw = torch.optim.AdamW(param_groups, fused=True, **options)
     if optim.offload:

@@ -33,10 +33,11 @@ CHUNK_ELEMENTS = 2**24  # the most that are in fp32 at a time, but at least one 
 
 
 def hashed(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return random bits for each element of a box of a tensor, int32.
+    """Return random bits for each element of a box of a tensor, int32 of the box's shape.
 
-    They depend on the element's place in the whole tensor, of `shape`, and on `seed` alone. The
-    hash is the finaliser "lowbias32" of https://nullprogram.com/blog/2018/07/31.
+    They depend on the element's place in the whole tensor, of `shape`, and on `seed` alone (both
+    modulo 2^32: elements that lie 2^32 apart have the same). The hash is the finaliser "lowbias32"
+    of https://nullprogram.com/blog/2018/07/31.
     """
     place = torch.zeros((), dtype=torch.int32, device=device)
     stride = 1
@@ -59,7 +60,9 @@ def _int32(number: int) -> int:
 
 
 def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to one of the two neighbours in bf16, by the lower 16 of random bits."""
+    """Round finite fp32 to one of the two neighbours in bf16, by the lower 16 of random bits, int32
+    of the same shape.
+    """
     summed = values.view(torch.int32) + (bits & 0xFFFF)
     return (summed & -0x10000).view(torch.float32).bfloat16()
 
@@ -75,7 +78,11 @@ def levels(signed: bool, device: torch.device) -> Tensor:
 def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Round fp32 [..., n] to levels times scales.
 
-    Nothing above 0 becomes 0 without a sign: a second moment of 0 would divide by eps alone.
+    Args:
+        values: finite.
+        bits: random, int32 [..., n].
+        signed: whether there are levels below 0. Without them (second moments) nothing above 0
+            becomes 0, as an update would divide by eps alone then.
 
     Returns:
         Codes, uint8 [..., n], and scales, fp32 [..., ceil(n / BLOCK)].
@@ -95,7 +102,7 @@ def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tens
 
 
 def from_int8(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """Return the values of codes with their scales, fp32."""
+    """Return the values, fp32 [..., n], of codes [..., n] with scales [..., ceil(n / BLOCK)]."""
     values = levels(signed, codes.device)[codes.int()]
     return values * scales.repeat_interleave(BLOCK, -1)[..., : codes.shape[-1]]
 
@@ -132,7 +139,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     Args:
         groups: of parameters.
-        names: of the parameters.
+        names: of these parameters.
         moments: their format; those of vectors stay fp32 beside int8.
 
     Raises:

@@ -29,7 +29,16 @@ INNER, ROWS = (1, SIZE), (SIZE, 1)  # tiles along the inner dim of y and dx, and
 
 
 def rounded(values: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> Tensor:
-    """Return [..., m, n] as e4m3 holds it with one scale for each tile, in fp32."""
+    """Round to what e4m3 holds with one scale for each tile.
+
+    Args:
+        values: [..., m, n], of any floating dtype.
+        tile: rows and columns of a tile; those at the edges are smaller.
+        power_of_two: round scales up to powers of two.
+
+    Returns:
+        The rounded values, fp32 [..., m, n].
+    """
     rows, columns = values.shape[-2:]
     height, width = tile
     padded = F.pad(values.float(), (0, -columns % width, 0, -rows % height))
@@ -41,7 +50,7 @@ def rounded(values: Tensor, tile: tuple[int, int], power_of_two: bool = False) -
 
 @dataclass(frozen=True)
 class BlockwiseProducts(Products):
-    """These products, in plain PyTorch."""
+    """These products, in plain PyTorch; see `Products` for what they are given."""
 
     power_of_two: bool = False  # scales
     # matrices [O / parts, I], each with blocks of its own, that a weight of an expert consists of
@@ -77,6 +86,7 @@ class BlockwiseProducts(Products):
 
 
 def _grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
+    """Return `F.grouped_mm` of fp32; of one expert, which a linear map is, an ordinary product."""
     if len(offs_E) > 1:
         return F.grouped_mm(a, b, offs=offs_E)
     product = a @ (b[0] if b.ndim == 3 else b)
@@ -84,6 +94,8 @@ def _grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """A linear map as one expert that all rows are of; zero-bubble pipelines traverse it twice."""
+
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight: Tensor, products: BlockwiseProducts) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -105,4 +117,5 @@ class _Linear(torch.autograd.Function):
 
 
 def _one_group(x_RI: Tensor) -> Tensor:
+    """Return `offs_E` of one expert."""
     return torch.full((1,), len(x_RI), dtype=torch.int32, device=x_RI.device)
