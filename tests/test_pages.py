@@ -150,6 +150,9 @@ def check_pytest(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("-m")
     parser.add_argument("-k")
+    # of pytest-xdist
+    parser.add_argument("-n", type=int)
+    parser.add_argument("--dist", choices=["load", "loadfile"])
     parser.add_argument("files", nargs="*")
     options = parser.parse_args(words)
     assert all((ROOT / file).exists() for file in options.files), words

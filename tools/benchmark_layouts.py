@@ -273,7 +273,7 @@ def expected_bytes(
     ends = 2 * here * width * share(tp)  # embedding and head, there and back
     moved["all-gather"] += ends
     moved["reduce-scatter"] += ends
-    moved["all-reduce"] += 2 * share(tp) * 3 * here
+    moved["all-reduce"] += 2 * share(tp) * 4 * here  # a maximum and three sums
     stages = plan_stages(parallel, config, microbatches).ranks
     borders = sum(a != b for a, b in itertools.pairwise(stages))
     moved["point-to-point"] += 2 * borders * here // tp * width
@@ -281,10 +281,10 @@ def expected_bytes(
         sent[kind] += microbatches * values * FP32
     total = {kind: count / pp for kind, count in sent.items()}
 
-    # counts of the batch; the norm; losses (of MTP layers too), two flags, and of each MoE layer
-    # balance loss, z-loss and load
+    # counts of the batch; the norm; losses (of MTP layers, smoothed targets, the z-loss too), two
+    # flags, and of each MoE layer balance loss, z-loss and load
     experts = [config.routed_experts(layer) for layer in range(config.num_hidden_layers)]
-    numbers = 4 + 1 + 4 + sum(2 + max(experts) for count in experts if count)
+    numbers = 4 + 1 + 6 + sum(2 + max(experts) for count in experts if count)
     total["all-reduce"] += 2 * share(world_size) * numbers * 8
     return total
 

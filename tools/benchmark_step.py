@@ -5,7 +5,8 @@ Both sides start from the same weights, see the same batches (rows of one docume
 both compute the same loss, which is asserted), run in fp32 in this one process and take turns. The
 plain side is what one would write: `DeepseekV3ForCausalLM` with its default attention (sdpa) and
 experts, `loss.backward()`, `torch.optim.AdamW`. Ours is the model and the optimizer that the
-trainer uses.
+trainer uses. Then every mode of memory and precision, beside the plain one
+(benchmark_modes.py).
 
 Memory is what torch's CPU allocator holds at most during a step above what it held before it, so
 above weights and optimizer state; gradients and activations count, scratch space of BLAS libraries
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from tools import benchmark_modes
 from torchsft.config import Optim
 from torchsft.models.families import build_model
 from torchsft.models.loss import IGNORE
@@ -143,7 +145,6 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
     torch.set_num_threads(threads)
     plain, weights, config = transformers_side()
     sides = {"transformers": plain, "torchsft": our_side(weights, config)}
-    del weights
     batches = torch.randint(
         0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
     )
@@ -200,6 +201,7 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
         f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, "
         f"{report['memory_ratio']:.2f} x the memory"
     )
+    report["modes"] = benchmark_modes.measure(weights, config, batches, held_peak)
     if show_profile:
         for name, (compute, _) in sides.items():
             print(

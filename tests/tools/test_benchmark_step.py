@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import torch
 
+from tests.precision.test_float8 import SIZES
 from tests.tiny import tiny_config
-from tools import benchmark_step
+from tools import benchmark_modes, benchmark_step
 
 
 def test_held_peak_is_the_most_that_was_held_at_once():
@@ -22,11 +24,22 @@ def test_held_peak_is_the_most_that_was_held_at_once():
 
 def test_step_compares_the_same_training_and_writes_its_numbers(tmp_path, monkeypatch):
     """It asserts equal losses itself, over several updates of both sides."""
-    sizes = {key: getattr(tiny_config(), key) for key in benchmark_step.SMALL}
+    sizes = {key: getattr(tiny_config(**SIZES), key) for key in benchmark_step.SMALL}
     monkeypatch.setattr(benchmark_step, "SMALL", sizes)
     monkeypatch.setattr(benchmark_step, "ROW", 32)
     threads = torch.get_num_threads()
     report = benchmark_step.run(tmp_path / "step.json", repeats=3, threads=1, show_profile=False)
     torch.set_num_threads(threads)
     assert json.loads((tmp_path / "step.json").read_text()) == report
+    modes = report["modes"]
+    assert modes.keys() == benchmark_modes.MODES.keys()
+    # weights, gradients and moments; what routers and vectors keep in fp32 and int8's scales beside
+    assert modes["plain"]["bytes_per_parameter"] == pytest.approx(16, abs=0.01)
+    assert modes["--optim.moments bf16"]["bytes_per_parameter"] == pytest.approx(12, abs=0.2)
+    assert 10 < modes["--optim.moments int8"]["bytes_per_parameter"] < 10.6
+    assert 12 < modes["--optim.masters bf16"]["bytes_per_parameter"] < 12.4
+    exact = ("--train", "...", "--optim.offload")
+    for name, numbers in modes.items():
+        difference = abs(numbers["loss"] - modes["plain"]["loss"])
+        assert difference < (1e-5 if name.startswith(exact) else 0.05), name
     assert report["speed_ratio"] > 0 and report["memory_ratio"] > 0 and report["tokens"] == 4 * 32

@@ -1,0 +1,157 @@
+"""The modes of memory and precision in `tools/benchmark.py step`: the small model in each of them,
+in this one process, beside the plain one.
+
+Tokens/s are medians of steps that the modes take in turns. Memory is what torch's CPU allocator
+holds at most during a step above what it held before it; bytes per parameter are those of the
+weights and the optimizer's tensors after a step, and of the gradients before it. On a CPU fp8 is
+emulated, and the host is the device: what offloading saves shows on a GPU alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsft.config import Optim, Parallel, Precision, Train
+from torchsft.models.decoder import local
+from torchsft.models.families import build_model
+from torchsft.models.loss import IGNORE
+from torchsft.optim.adamw import build_optimizer, set_lr
+from torchsft.parallel.apply import parallelize
+from torchsft.parallel.fsdp import allocate
+from torchsft.parallel.world import World
+
+LEARNING_RATE = 1e-4
+
+
+@dataclass
+class Mode:
+    """Options that differ from the plain step's."""
+
+    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
+
+
+FULL, SELECTIVE = ({"activation_checkpointing": mode} for mode in ("full", "selective"))
+MODES = {
+    "plain": Mode(),
+    "--optim.moments bf16": Mode({"moments": "bf16"}),
+    "--optim.moments int8": Mode({"moments": "int8"}),
+    "--optim.masters bf16": Mode({"masters": "bf16"}),
+    "--optim.masters bf16 --optim.moments int8": Mode({"masters": "bf16", "moments": "int8"}),
+    "--optim.offload": Mode({"offload": True}),
+    "--optim.kind muon": Mode({"kind": "muon"}),
+    "--train.activation-checkpointing selective": Mode(train=SELECTIVE),
+    "... --train.selective-products": Mode(train=SELECTIVE | {"selective_products": True}),
+    "--train.activation-checkpointing full": Mode(train=FULL),
+    "... --train.activation-checkpointing-every 2": Mode(
+        train=FULL | {"activation_checkpointing_every": 2}
+    ),
+    "... --train.activation-offload": Mode(train=FULL | {"activation_offload": True}),
+    "--precision.compute float8": Mode(precision={"compute": "float8"}),
+    "--precision.compute blockwise": Mode(precision={"compute": "blockwise"}),
+}
+
+
+class Side:
+    """The small model in one mode."""
+
+    def __init__(
+        self, mode: Mode, world: World, weights: dict[str, Tensor], config: dict[str, Any], row: int
+    ) -> None:
+        optim = Optim(lr=LEARNING_RATE, weight_decay=0.01, beta2=0.999, **mode.optim)
+        self.row = row
+        with torch.device("meta"):
+            self.model = build_model(config)
+        parallelize(
+            [self.model],
+            world,
+            torch.float32,
+            masters=torch.bfloat16 if optim.masters == "bf16" else torch.float32,
+            activations=Train(**mode.train),
+            precision=Precision(**mode.precision),
+            offload=optim.offload,
+        )
+        allocate([self.model], world.device, optim.offload)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict(keep_vars=True).items():
+                local(tensor).copy_(weights[name])
+        self.optimizer = build_optimizer(self.model.train(), optim, None, [self.model])
+        set_lr(self.optimizer, 1.0)
+        self.gradient_bytes = 0
+
+    def step(self, tokens: Tensor) -> float:
+        """Take one step on rows of one document each; the mean loss."""
+        rows = len(tokens)
+        labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE).flatten()
+        loss = self.model(
+            tokens.flatten(),
+            positions=torch.arange(self.row).repeat(rows),
+            cu_seqlens=torch.arange(0, rows * self.row + 1, self.row, dtype=torch.int32),
+            labels=labels,
+            max_seqlen=self.row,
+        )
+        loss = loss / (rows * (self.row - 1))
+        loss.backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def bytes_per_parameter(self) -> float:
+        """Bytes of weights, gradients and the optimizer's tensors, for each parameter."""
+        parameters = list(self.model.parameters())
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        held = sum(local(tensor).nbytes for tensor in [*parameters, *states])
+        return (held + self.gradient_bytes) / sum(local(p).numel() for p in parameters)
+
+
+def measure(
+    weights: dict[str, Tensor],
+    config: dict[str, Any],
+    batches: Tensor,  # int64 [steps + 2, rows, row]
+    held_peak: Callable[[Callable[[], object]], int],  # of benchmark_step.py
+) -> dict[str, dict[str, float]]:
+    """Measure every mode, print a table, and return it."""
+    found: dict[str, dict[str, float]] = {}
+    with World(Parallel(), 0) as world:
+        # One after the other, as all of them together may not fit; the plain one between them.
+        for name, mode in MODES.items():
+            sides = {
+                which: Side(each, world, weights, config, batches.shape[2])
+                for which, each in (("plain", MODES["plain"]), (name, mode))
+            }
+            seconds: dict[str, list[float]] = {which: [] for which in sides}
+            for index, tokens in enumerate(batches):
+                for which, side in sides.items():
+                    began = time.perf_counter()
+                    if index == 1:
+                        peak = held_peak(lambda side=side, tokens=tokens: side.step(tokens))
+                    else:
+                        loss = side.step(tokens)
+                    if index > 1:
+                        seconds[which].append(time.perf_counter() - began)
+            medians = {which: statistics.median(times) for which, times in seconds.items()}
+            found[name] = {
+                "speed": medians["plain"] / medians[name],
+                "tokens_per_second": batches[0].numel() / medians[name],
+                "peak_bytes": peak,
+                "bytes_per_parameter": sides[name].bytes_per_parameter(),
+                "loss": loss,
+            }
+            numbers = found[name]
+            print(
+                f"{name:45} {numbers['tokens_per_second']:7.0f} tokens/s ({numbers['speed']:.2f} x "
+                f"plain)  peak {numbers['peak_bytes'] / 2**20:6.0f} MiB  "
+                f"{numbers['bytes_per_parameter']:5.2f} bytes a parameter  loss {loss:.4f}",
+                flush=True,
+            )
+    return found
