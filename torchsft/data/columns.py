@@ -53,8 +53,7 @@ def mapped(row: Row, pairs: Sequence[tuple[str, str]]) -> Row:
             )
         value = row[column]
         if makes_turns and target in ROLES:
-            is_absent = value is None and target == "system"
-            if not is_absent and not isinstance(value, str):
+            if not isinstance(value, str) and (value is not None or target != "system"):
                 raise RowError(
                     "bad-map",
                     f"the column {column!r}, which --data.map makes a turn, holds no text but "
@@ -67,25 +66,21 @@ def mapped(row: Row, pairs: Sequence[tuple[str, str]]) -> Row:
                 f"--data.map makes {column!r} the key {target!r}, but the row has that as well; "
                 f"map that to ignore",
             )
+        elif target in NUMBERS and isinstance(value, str):
+            result[target] = number_of(value)
         else:
-            is_number = target in NUMBERS and isinstance(value, str)
-            result[target] = number_of(value) if is_number else value
+            result[target] = value
     if makes_turns:
         if result.get("messages") is not None:
             raise RowError(
                 "bad-map",
                 "--data.map makes messages, but the row has messages; leave it out",
             )
-        joined = {
-            role: "\n\n".join(text for text in turns[role] if text.strip())
-            for role in ROLES
-            if role in turns
-        }
-        result["messages"] = [
-            {"role": role, "content": text}
-            for role, text in joined.items()
-            if text or role != "system"
-        ]
+        result["messages"] = []
+        for role in (role for role in ROLES if role in turns):
+            text = "\n\n".join(filter(str.strip, turns[role]))
+            if text or role != "system":
+                result["messages"].append({"role": role, "content": text})
     return result
 
 

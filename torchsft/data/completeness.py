@@ -47,25 +47,31 @@ class ContextCheck:
     def missing(self, messages: Messages, extras: Extras, text: str) -> Iterator[Missing]:
         """Yield what a text lacks of the messages before its answers, of the tools and documents.
 
+        It lacks a tool if it lacks its name, its description or the name of a parameter.
+
         Of an assistant message only the names that it calls are looked for: what it says is checked
         where it is trained, and templates leave earlier reasoning out by intent.
         """
-        left_out = self._left_out(messages, extras)
-        for i, message in enumerate(messages):
-            role = message["role"]
-            is_written = i not in left_out and contains_loosely(text, message["content"] or "")
-            if role != "assistant" and not is_written:
+        roles = tuple(message["role"] for message in messages)
+        left_out = self._left_out(messages, extras, roles)
+        for i, (role, message) in enumerate(zip(roles, messages, strict=True)):
+            is_left_out = i in left_out or not contains_loosely(text, message["content"] or "")
+            if is_left_out and role != "assistant":
                 yield Missing(i, f"what the {role} message says")
             for call in message.get("tool_calls") or ():
                 name = call["function"]["name"]
                 if not _count(text, name):
                     yield Missing(i, f"the name of the tool that it calls ({name!r})")
-        if extras.tools:
-            yield from self._missing_tools(messages, extras, text)
+        for tool in extras.tools or ():
+            name, details = declaration_of(tool)
+            is_written = _count(text, name) > 0
+            is_written = is_written and all(contains_loosely(text, detail) for detail in details)
+            if not is_written or not self._declares(name, roles, messages, extras, text):
+                yield Missing(None, f"the tool {name!r}, or its description or parameters")
         for document in extras.documents or ():
             yield from _missing_document(document, text)
 
-    def _left_out(self, messages: Messages, extras: Extras) -> set[int]:
+    def _left_out(self, messages: Messages, extras: Extras, roles: Roles) -> set[int]:
         """Return messages of context that the template leaves out although their words stand in the
         text, as other messages, the tools or the template have the same words.
 
@@ -75,15 +81,13 @@ class ContextCheck:
         Returns:
             Indices of the messages.
         """
-        roles = tuple(message["role"] for message in messages)
         ambiguous = self._ambiguous(messages, extras, roles)
         if not ambiguous:
             return set()
         marks = {i: f"\ue002{i}\ue003" for i in ambiguous}
         marked = list(messages)
         for i, mark in marks.items():
-            message = marked[i]
-            marked[i] = message | {"content": message["content"] + mark}
+            marked[i] = marked[i] | {"content": marked[i]["content"] + mark}
         last_answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
         try:
             text = self.template.render(marked, extras).text
@@ -127,18 +131,6 @@ class ContextCheck:
                 self._words.clear()
             self._words[key] = "\n".join(leaves([extras.tools, extras.documents]))
         return self._words[key]
-
-    def _missing_tools(self, messages: Messages, extras: Extras, text: str) -> Iterator[Missing]:
-        """Yield the tools that a text does not declare: it lacks their name, their description or
-        the name of a parameter.
-        """
-        roles = tuple(message["role"] for message in messages)
-        for tool in extras.tools or ():
-            name, details = declaration_of(tool)
-            is_written = _count(text, name) > 0
-            is_written = is_written and all(contains_loosely(text, detail) for detail in details)
-            if not is_written or not self._declares(name, roles, messages, extras, text):
-                yield Missing(None, f"the tool {name!r}, or its description or parameters")
 
     def _declares(
         self,

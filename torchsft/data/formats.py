@@ -25,7 +25,7 @@ from torchsft.data.keys import (
     other_keys,
 )
 from torchsft.data.pretokenised import Tokens
-from torchsft.data.rows import Object, Row, RowError, Strings, located
+from torchsft.data.rows import Example, Object, Row, RowError, Strings, located
 from torchsft.data.values import check_json, expect, row_weight
 
 # The keys that make a row one of a format; the first that fits is taken.
@@ -43,7 +43,7 @@ _SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(Example):
     """Messages in OpenAI's shape, with what the chat template gets beside them.
 
     Attributes:
@@ -55,20 +55,15 @@ class Conversation:
         template_kwargs: further variables of the chat template that this row names; they win over
             --data.template-kwargs.
         documents: for templates that show documents.
-        notes: codes that are counted.
-        ignored: keys of the row that mean nothing here.
         row_weight: of the whole row; it is in `weights` of messages, and scales what else is
             trained under --data.mask all.
     """
 
-    id: str
     messages: list[Object]
     tools: list[Object] | None = None
     weights: tuple[float | None, ...] = ()
     template_kwargs: Object = field(default_factory=dict)
     documents: list[Object] | None = None
-    notes: Strings = ()
-    ignored: Strings = field(default=(), compare=False)
     row_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -81,7 +76,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Example):
     """Text without a chat template.
 
     Attributes:
@@ -89,15 +84,9 @@ class Text:
         completion: what is trained, with `weight`.
     """
 
-    id: str
     prompt: str
     completion: str
     weight: float = 1.0
-    notes: Strings = ()
-    ignored: Strings = field(default=(), compare=False)
-
-
-Example = Conversation | Text | Tokens
 
 
 def recognise(row: Row) -> str:
@@ -125,7 +114,7 @@ def recognise(row: Row) -> str:
     )
 
 
-def parse(row: Row, form: str, name: str, system: str = "") -> Example:
+def parse(row: Row, form: str, name: str, system: str = "") -> Conversation | Text | Tokens:
     """Return the example that a row holds.
 
     Args:
@@ -238,7 +227,7 @@ def _alpaca_messages(row: Row) -> list[Object]:
             )
         pairs.append(pair)
     texts = [expect(str, row.get(key) or "", key) for key in ("instruction", "input")]
-    pairs.append(["\n\n".join(text for text in texts if text.strip()), row["output"]])
+    pairs.append(["\n\n".join(filter(str.strip, texts)), row["output"]])
     return [
         {"role": role, "content": content}
         for pair in pairs

@@ -207,8 +207,7 @@ def _call(call: Any, ignored: list[str]) -> Object:
         )
     name = expect(str, function.get("name") or None, "name of a tool call")
     arguments = function.get("arguments")
-    is_blank = isinstance(arguments, str) and arguments.strip() in ("", "null")
-    if arguments is None or is_blank:
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         arguments = {}  # a function without parameters; Arrow cannot keep an empty object
     parsed = expect(dict, arguments, "arguments of a tool call")
     check_json(parsed, "arguments of a tool call")

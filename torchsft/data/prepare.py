@@ -161,9 +161,8 @@ def prepare_eval(
     specs: Sequence[str], *arguments: Any, **options: Any
 ) -> dict[str, list[Prepared]]:
     """Return what `prepare` returns, for each of `evaluation_sets`."""
-    return {
-        name: prepare(rest, *arguments, **options) for name, rest in evaluation_sets(specs).items()
-    }
+    sets = evaluation_sets(specs)
+    return {name: prepare(sources, *arguments, **options) for name, sources in sets.items()}
 
 
 def _prepare(preparer: Preparer, progress: bool) -> Prepared:

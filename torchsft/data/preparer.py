@@ -49,6 +49,7 @@ class TokenisedChunk:
         return [result.fault for result in self.results if result.fault]
 
 
+@dataclass(eq=False)
 class Preparer:
     """Makes samples of the rows of one source. Can be pickled.
 
@@ -59,24 +60,19 @@ class Preparer:
         format: of all rows, decided by the first good one.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        data: Data,
-        source: Source,
-        vocab_size: int | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.data = data
-        self.source = source
-        self.vocab_size = vocab_size
-        self.name = source.name
-        self.places = source.places()
-        self.format: str | None = None
-        self.columns = data.columns()
-        self.system = data.system_text()
-        # absent where the tokenizer is of no directory
-        self.eos_ids = eos_ids(tokenizer.name_or_path) if tokenizer.name_or_path else ()
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    source: Source
+    vocab_size: int | None = None
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        self.name = self.source.name
+        self.places = self.source.places()
+        self.columns = self.data.columns()
+        self.system = self.data.system_text()
+        directory = self.tokenizer.name_or_path  # "" where the tokenizer is of none
+        self.eos_ids = eos_ids(directory) if directory else ()
 
     @functools.cached_property
     def chat(self) -> ChatTokenizer:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from torchsft.data.keys import DOCUMENT_BOUNDS, TOKEN_MASKS
-from torchsft.data.rows import Row, RowError, Strings, located
+from torchsft.data.rows import Example, Row, RowError, Strings, located
 from torchsft.data.values import MAX_WEIGHT, expect, row_weight, weight_of
 
 MAX_ID = 2**31 - 1
@@ -19,7 +19,7 @@ NO_LABEL = -100
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class Tokens(Example):
     """Tokens as they are.
 
     Attributes:
@@ -27,16 +27,11 @@ class Tokens:
         weights: float32 [n], of each token as a target.
         starts: where the documents begin, 0 first; tokens of one document do not see those of
             another.
-        notes: codes that are counted.
-        ignored: keys of the row that mean nothing here.
     """
 
-    id: str
     tokens: np.ndarray
     weights: np.ndarray
     starts: tuple[int, ...] = (0,)
-    notes: Strings = ()
-    ignored: Strings = ()
 
 
 def parse(row: Row, name: str, ignored: Strings) -> Tokens:

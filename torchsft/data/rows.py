@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchsft.config import InputError
@@ -22,6 +23,20 @@ JSON_NAMES = {
     float: "a number",
     type(None): "null",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What a row holds.
+
+    Attributes:
+        notes: codes that are counted.
+        ignored: keys of the row that mean nothing here.
+    """
+
+    id: str
+    notes: Strings = field(default=(), kw_only=True)
+    ignored: Strings = field(default=(), compare=False, kw_only=True)
 
 
 class RowError(InputError):

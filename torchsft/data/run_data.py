@@ -115,12 +115,12 @@ def load_run_data(
         streams = open_streams(data.train, tokenizer, data, vocab_size=vocab_size)
         loader = StreamLoader(streams, **batches, **order)
     else:
-        sources = prepare(data.train, tokenizer, data, vocab_size=vocab_size, progress=progress)
-        for source_samples in sources:
-            message(with_faults(str(source_samples.report), source_samples.report.faults))
-            for text in source_samples.report.kept:
+        sources = prepare(data.train, tokenizer, data, vocab_size, progress)
+        for report in (source.report for source in sources):
+            message(with_faults(str(report), report.faults))
+            for text in report.kept:
                 message(f"  kept: {text}")
-        longest = max(source_samples.report.longest for source_samples in sources)
+        longest = max(source.report.longest for source in sources)
         if longest > max_position_embeddings:
             most = f"the model's max_position_embeddings is {max_position_embeddings}"
             message(f"warning: the longest sample has {longest} tokens, but {most}")
@@ -128,7 +128,7 @@ def load_run_data(
 
     total_steps = train.steps or loader.steps_in(train.epochs)
     run_data = RunData(tokenizer, chat_template, loader, total_steps)
-    evaluation = prepare_eval(data.eval, tokenizer, data, vocab_size=vocab_size, progress=progress)
+    evaluation = prepare_eval(data.eval, tokenizer, data, vocab_size, progress)
     for name, sources in evaluation.items():
         for source_samples in sources:
             report = source_samples.report

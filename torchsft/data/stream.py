@@ -64,6 +64,9 @@ class SampleRef(NamedTuple):
     sample: int | Sample
 
 
+Rows = list[list[SampleRef]]
+
+
 @dataclass
 class StepPlan:
     """The samples of one data rank in one step, not read yet.
@@ -74,7 +77,7 @@ class StepPlan:
         state: of the loader behind this step.
     """
 
-    rows: list[list[SampleRef]]
+    rows: Rows
     epoch: int
     state: dict[str, Any]
 
@@ -143,20 +146,53 @@ def microbatches_per_step(global_batch_size: int, micro_batch_size: int, data_si
 
 
 @dataclass(eq=False)
-class _Loader(Iterator[Step]):
-    """The steps of one data rank, without end.
+class _DataRank:
+    """What a data rank makes batches of.
 
     Args:
         sources: the same ones, in the same order, on every rank.
         seq_len: tokens of a row.
+        micro_batch_size: rows of a microbatch.
+        data_rank: which part of the rows is this rank's; ranks that share data (pp, cp, tp) share
+            it.
+        data_size: number of parts.
+        pad_token_id: see `collate`.
+    """
+
+    sources: Sequence[Any]
+    _: KW_ONLY
+    seq_len: int
+    micro_batch_size: int
+    data_rank: int
+    data_size: int
+    pad_token_id: int
+
+    def _part_of(self, rows: Rows) -> Rows:
+        """Return this rank's part of rows, whose number divides by `data_size`."""
+        size = len(rows) // self.data_size
+        return rows[self.data_rank * size :][:size]
+
+    def _read(self, row: Sequence[SampleRef]) -> list[Sample]:
+        """Return the samples of a row."""
+        return [
+            ref.sample
+            if isinstance(ref.sample, Sample)
+            else self.sources[ref.source].samples[ref.sample]
+            for ref in row
+        ]
+
+    def _collate(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        return collate(rows, self.seq_len, self.pad_token_id)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Loader(_DataRank, Iterator[Step]):
+    """The steps of one data rank, without end.
+
+    Args:
         global_batch_size: rows of a step over all data ranks; divides by micro_batch_size *
             data_size.
-        micro_batch_size: rows of a microbatch.
-        data_rank: which part of each global batch is this loader's; ranks that share data (pp, cp,
-            tp) share it.
-        data_size: number of parts.
         seed: of the order.
-        pad_token_id: see `collate`.
         packing: how samples share rows, see `packing.py`.
         buffer: samples that are packed together.
         cost: of a row with documents of these lengths; ranks get equal cost.
@@ -166,15 +202,8 @@ class _Loader(Iterator[Step]):
             that do not divide.
     """
 
-    sources: Sequence[Any]
-    _: KW_ONLY
-    seq_len: int
     global_batch_size: int
-    micro_batch_size: int
-    data_rank: int
-    data_size: int
     seed: int
-    pad_token_id: int
     packing: Method = "best-fit"
     buffer: int = 8192
     cost: Callable[[list[int]], float] | None = None
@@ -193,16 +222,11 @@ class _Loader(Iterator[Step]):
     def _take(self, start: WindowStart) -> _Window:
         """Return the window that begins at `start`, not packed yet."""
 
-    def _read(self, ref: SampleRef) -> Sample:
-        if isinstance(ref.sample, Sample):
-            return ref.sample
-        return self.sources[ref.source].samples[ref.sample]
-
     def _pack(self, start: WindowStart, remainder: list[SampleRef]) -> _Window:
         """Pack the window that begins at `start`, behind the remainder of the one before."""
         window = self._take(start)
         window.samples = remainder + window.samples
-        lengths = [len(self._read(ref).tokens) for ref in remainder] + window.lengths
+        lengths = [len(sample.tokens) for sample in self._read(remainder)] + window.lengths
         window.lengths = lengths
         rows = pack(lengths, range(len(lengths)), self.seq_len, self.packing, opened=len(remainder))
         if not window.ends_epoch and self.packing != "none":
@@ -252,25 +276,21 @@ class _Loader(Iterator[Step]):
             )
         return self.window
 
-    def _own_rows(self, rows: list[list[SampleRef]], costs: list[float]) -> list[list[SampleRef]]:
+    def _own_rows(self, rows: Rows, costs: list[float]) -> Rows:
         """Return this rank's rows of a global batch, which is filled up with empty rows."""
         missing = self.global_batch_size - len(rows)
-        if self.cost:
-            costs = costs + [0.0] * missing
-            own = balance_rows(costs, self.data_size, self.micro_batch_size)[self.data_rank]
-        else:
-            rows_per_rank = self.global_batch_size // self.data_size
-            first = self.data_rank * rows_per_rank
-            own = range(first, first + rows_per_rank)
-        return [rows[i] if i < len(rows) else [] for i in own]
+        rows = rows + [[]] * missing
+        if not self.cost:
+            return self._part_of(rows)
+        costs = costs + [0.0] * missing
+        own = balance_rows(costs, self.data_size, self.micro_batch_size)[self.data_rank]
+        return [rows[i] for i in own]
 
     def build(self, plan: StepPlan) -> Step:
         """Read and collate the samples of a plan; in any thread."""
-        rows = [[self._read(ref) for ref in row] for row in plan.rows]
-        batches = []
-        for first in range(0, len(rows), self.micro_batch_size):
-            microbatch = rows[first : first + self.micro_batch_size]
-            batches.append(collate(microbatch, self.seq_len, self.pad_token_id))
+        rows = [self._read(row) for row in plan.rows]
+        size = self.micro_batch_size
+        batches = [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
         ids = [sample.id for row in rows for sample in row]
         return Step(batches, plan.epoch, ids, plan.state)
 
@@ -520,21 +540,13 @@ def _open_behind(source: Any, position: StreamPosition) -> Iterator[tuple[int, i
 
 
 @dataclass(eq=False)
-class EvalSet(Sequence[Batch]):
-    """One data rank's batches of an evaluation set, collated when they are asked for; arguments and
-    errors as in `_Loader`.
+class EvalSet(_DataRank, Sequence[Batch]):
+    """One data rank's batches of an evaluation set, collated when they are asked for; errors as in
+    `_Loader`.
 
     Each sample is in one batch of one rank, whatever its source's weight; ranks have equally many
     batches, the last of which may hold empty rows. No samples: no batches.
     """
-
-    sources: Sequence[Any]
-    _: KW_ONLY
-    seq_len: int
-    micro_batch_size: int
-    data_rank: int
-    data_size: int
-    pad_token_id: int
 
     def __post_init__(self) -> None:
         rows = []
@@ -542,11 +554,8 @@ class EvalSet(Sequence[Batch]):
             lengths = source.samples.lengths
             packed = pack(lengths, range(len(lengths)), self.seq_len)
             rows += [[SampleRef(s, i) for i in row] for row in packed]
-        microbatches = -(-len(rows) // (self.micro_batch_size * self.data_size))
-        rows_per_rank = microbatches * self.micro_batch_size
-        rows += [[] for _ in range(rows_per_rank * self.data_size - len(rows))]
-        first = self.data_rank * rows_per_rank
-        self.rows = rows[first : first + rows_per_rank]
+        missing = -len(rows) % (self.micro_batch_size * self.data_size)
+        self.rows = self._part_of(rows + [[]] * missing)
 
     def __len__(self) -> int:
         return len(self.rows) // self.micro_batch_size
@@ -560,6 +569,5 @@ class EvalSet(Sequence[Batch]):
         """Return a microbatch of the first row alone."""
         return self._batch([*self.rows[:1], *[[]] * (self.micro_batch_size - 1)])
 
-    def _batch(self, rows: Sequence[Sequence[SampleRef]]) -> Batch:
-        samples = [[self.sources[ref.source].samples[ref.sample] for ref in row] for row in rows]
-        return collate(samples, self.seq_len, self.pad_token_id)
+    def _batch(self, rows: Rows) -> Batch:
+        return self._collate([self._read(row) for row in rows])

@@ -51,6 +51,7 @@ from torchsft.data.rendering import (
 )
 from torchsft.data.rows import RowError
 
+Located = Sequence[int]  # indices of messages, in rising order
 Mask = Literal["assistant", "last-turn", "all"]
 
 # at the end of a generation prompt: a reasoning block that it opens, and one that it leaves empty
@@ -84,6 +85,7 @@ class _Answer:
     reasoning_end: int | None = None
 
 
+@dataclass
 class TurnFinder:
     """Finds the turns of conversations under one chat template.
 
@@ -92,15 +94,16 @@ class TurnFinder:
         masks_reasoning: whether reasoning is context only.
     """
 
-    def __init__(self, template: ChatTemplate, mask: Mask, masks_reasoning: bool) -> None:
-        self.template = template
-        self.mask = mask
-        self.masks_reasoning = masks_reasoning
-        self.context = ContextCheck(template)
+    template: ChatTemplate
+    mask: Mask
+    masks_reasoning: bool
+
+    def __post_init__(self) -> None:
+        self.context = ContextCheck(self.template)
         self.patterns: dict[tuple, list[Pattern]] = {}
 
     def trained_texts(
-        self, messages: Messages, extras: Extras, located: Sequence[int]
+        self, messages: Messages, extras: Extras, located: Located
     ) -> list[TrainedText]:
         """Return texts in which some messages of a conversation are located.
 
@@ -121,7 +124,7 @@ class TurnFinder:
 
     # ------------------------------------------------------------ by one rendering for each text
 
-    def _by_pattern(self, messages: Messages, located: Sequence[int]) -> list[TrainedText] | None:
+    def _by_pattern(self, messages: Messages, located: Located) -> list[TrainedText] | None:
         """Locate the turns by the patterns of this sequence of roles.
 
         Returns:
@@ -140,7 +143,7 @@ class TurnFinder:
                 return [pattern.fill(form, messages) for pattern in patterns]
         return None
 
-    def _patterns(self, messages: Messages, located: Sequence[int]) -> list[Pattern]:
+    def _patterns(self, messages: Messages, located: Located) -> list[Pattern]:
         """Return the patterns of a sequence of roles, made when it occurs for the first time."""
         roles = ((message["role"], len(message)) for message in messages)
         shape = (*roles, *located)
@@ -150,7 +153,7 @@ class TurnFinder:
             self.patterns[shape] = self._new_patterns(messages, located)
         return self.patterns[shape]
 
-    def _new_patterns(self, messages: Messages, located: Sequence[int]) -> list[Pattern]:
+    def _new_patterns(self, messages: Messages, located: Located) -> list[Pattern]:
         """Return the patterns of a sequence of roles; none where it cannot have any."""
         try:
             texts = self._by_renderings(with_placeholders(messages), NO_EXTRAS, located)
@@ -163,36 +166,52 @@ class TurnFinder:
     # ------------------------------------------------------------ by renderings for each turn
 
     def _by_renderings(
-        self, messages: Messages, extras: Extras, located: Sequence[int]
+        self, messages: Messages, extras: Extras, located: Located
     ) -> list[TrainedText]:
         """Locate each turn by renderings of its own, and find texts that hold them."""
-        turns = [self._locate(messages, extras, i) for i in located]
-        whole = self._whole_text(messages, extras, located)
-        if self.mask == "all":
-            self._check_single_text(whole, messages, turns)
-            whole.turns = turns
-        is_whole = self.mask == "all" or not turns
-        texts = [whole] if is_whole else _texts_with(turns, whole)
+        talk = _Talk(self.template, self.mask, self.masks_reasoning, messages, extras)
+        texts = talk.texts(located)
         for text in texts:
             missing = self.context.missing(messages[: text.stop], extras, text.text)
             text.missing = tuple(missing)
         return sorted(texts, key=lambda text: text.turns[-1].index if text.turns else 0)
 
-    def _whole_text(
-        self, messages: Messages, extras: Extras, located: Sequence[int]
-    ) -> TrainedText:
-        """Return the text of the whole conversation, without turns."""
-        rendering = self.template.render(messages, extras).text
-        text = rendering
-        last = len(messages) - 1
-        ends_with_answer = last >= 0 and messages[last]["role"] == "assistant"
-        if ends_with_answer and (self.mask == "all" or last in located):
-            text += self.template.ending(messages[last])
-        return TrainedText(text, [], rendering, len(messages))
 
-    def _check_single_text(
-        self, whole: TrainedText, messages: Messages, turns: Sequence[Turn]
-    ) -> None:
+@dataclass(slots=True)
+class _Talk:
+    """A conversation whose turns are located by renderings of its own."""
+
+    template: ChatTemplate
+    mask: Mask
+    masks_reasoning: bool
+    messages: Messages
+    extras: Extras
+
+    def _render(self, stop: int, *behind: Message, **options: bool) -> Rendering:
+        """Render the messages before `stop`, and those that are to be behind them."""
+        return self.template.render([*self.messages[:stop], *behind], self.extras, **options)
+
+    def texts(self, located: Located) -> list[TrainedText]:
+        """Return texts in which these messages are located."""
+        turns = [self._locate(i) for i in located]
+        whole = self._whole_text(located)
+        if self.mask == "all":
+            self._check_single_text(whole, turns)
+            whole.turns = turns
+        is_whole = self.mask == "all" or not turns
+        return [whole] if is_whole else _texts_with(turns, whole)
+
+    def _whole_text(self, located: Located) -> TrainedText:
+        """Return the text of the whole conversation, without turns."""
+        stop = len(self.messages)
+        rendering = self._render(stop).text
+        text = rendering
+        ends_with_answer = stop > 0 and self.messages[-1]["role"] == "assistant"
+        if ends_with_answer and (self.mask == "all" or stop - 1 in located):
+            text += self.template.ending(self.messages[-1])
+        return TrainedText(text, [], rendering, stop)
+
+    def _check_single_text(self, whole: TrainedText, turns: Sequence[Turn]) -> None:
         """Check that the whole text holds all turns and answers, as there is no other text under
         the mask `all`.
         """
@@ -203,26 +222,25 @@ class TurnFinder:
                     f"message {turn.index + 1}: the chat template changes it once others follow, "
                     f"so that it can have no weight or mask of its own; set --data.mask assistant",
                 )
-        for i, message in enumerate(messages):
+        for i, message in enumerate(self.messages):
             if message["role"] == "assistant":
-                self._check_answer(i, message, whole.text)
+                self._check_answer(i, whole.text)
 
-    def _locate(self, messages: Messages, extras: Extras, i: int) -> Turn:
+    def _locate(self, i: int) -> Turn:
         """Locate message i in a text that ends with it, and check that its text is there."""
-        message = messages[i]
+        message = self.messages[i]
         if message["role"] != "assistant":
-            return self._locate_context(messages, extras, i)
-        answer = self._answer(messages, extras, i)
-        follower = messages[i + 1]["role"] if i + 1 < len(messages) else ""
-        text = answer.text + self.template.ending(message, follower)
+            return self._locate_context(i)
+        answer = self._answer(i)
+        followers = [follower["role"] for follower in self.messages[i + 1 : i + 2]]
+        text = answer.text + self.template.ending(message, *followers)
         start = answer.prompt_end
         end = self._turn_end(text, start, i)
-        self._check_answer(i, message, text[start:end])
+        self._check_answer(i, text[start:end])
         if self.template.has_blocks:
             start, block_end = self._generation_span(answer, end)
             self._check_part(
                 i,
-                message,
                 text[start:block_end],
                 "generation-blocks",
                 "has {{% generation %}} blocks that do not hold its {}; move or remove them",
@@ -231,11 +249,10 @@ class TurnFinder:
             reasoning_end = answer.reasoning_end
             if reasoning_end is None:
                 bare_end = min(end, len(answer.text))
-                reasoning_end = self._reasoning_end(messages[: i + 1], extras, answer, bare_end)
+                reasoning_end = self._reasoning_end(i, answer, bare_end)
             start = max(start, reasoning_end)
             self._check_part(
                 i,
-                message,
                 text[start:end],
                 "text-lost",
                 "writes its {} before the end of its reasoning, which is masked; set "
@@ -243,49 +260,45 @@ class TurnFinder:
             )
         return Turn(i, answer.prompt_end, start, end, answer.note, text, answer.rendering.text)
 
-    def _locate_context(self, messages: Messages, extras: Extras, i: int) -> Turn:
+    def _locate_context(self, i: int) -> Turn:
         """Locate message i, which is no answer: it has a weight of its own under the mask `all`."""
         tail = self.template.tail
-        rendering = self.template.render(messages[: i + 1], extras).text
-        before = self.template.render(messages[:i], extras).text if i else ""
+        rendering = self._render(i + 1).text
+        before = self._render(i).text if i else ""
         start = len(before.removesuffix(tail))
         end = len(rendering.removesuffix(tail))
         return Turn(i, start, start, end, "", rendering, rendering)
 
-    def _answer(self, messages: Messages, extras: Extras, i: int) -> _Answer:
+    def _answer(self, i: int) -> _Answer:
         """Return assistant message i behind what inference is given before it."""
-        rendering = self._render_with_blocks(messages[: i + 1], extras)
-        prompt = self._prompt(messages, extras, i, rendering.text)
+        blocks = self.template.has_blocks
+        rendering = self._render(i + 1, blocks=blocks)
+        prompt = self._prompt(i, rendering.text)
         opened = OPENED_BLOCK.search(prompt)
         header_end = opened.start() if opened else len(prompt)
         if opened:
-            reasoning, bare = without_reasoning(messages[i])
+            reasoning, bare = without_reasoning(self.messages[i])
             follows_prompt = rendering.text.startswith(prompt)
             if not (follows_prompt and contains(rendering.text[len(prompt) :], reasoning)):
                 if reasoning:
-                    rendering = self._render_with_blocks([*messages[:i], bare], extras)
+                    rendering = self._render(i, bare, blocks=blocks)
                 if rendering.text.startswith(prompt[:header_end]):
                     return _with_closed_reasoning(prompt, opened, reasoning, rendering)
         if rendering.text.startswith(prompt):
             return _Answer(rendering.text, len(prompt), header_end, rendering)
-        text = self._restored(messages, extras, i, prompt, rendering.text)
+        text = self._restored(i, prompt, rendering.text)
         return _Answer(text, len(prompt), header_end, rendering, note="context-restored")
 
-    def _render_with_blocks(self, messages: Messages, extras: Extras) -> Rendering:
-        """Render messages, and find the generation blocks where the template has any."""
-        return self.template.render(messages, extras, blocks=self.template.has_blocks)
-
-    def _prompt(self, messages: Messages, extras: Extras, i: int, rendering: str) -> str:
+    def _prompt(self, i: int, rendering: str) -> str:
         """Return what inference is given before message i, with which `rendering` ends."""
         template = self.template
-        if i:
-            return self._generation_prompt(messages[:i], extras)
         try:
-            prompt = self._generation_prompt([], extras)
-            if rendering.startswith(prompt):
+            prompt = self._render(i, generation_prompt=True).text + template.header
+            if i or rendering.startswith(prompt):
                 return prompt
         except RowError:  # many templates look at the first message
-            pass
+            if i:
+                raise
         # the header of an answer, and what the template writes before it
         opened = OPENED_BLOCK.search(template.opening)
         header = template.opening[: opened.start()] if opened else template.opening
@@ -297,27 +310,20 @@ class TurnFinder:
             "that comes first; put a user message before it",
         )
 
-    def _generation_prompt(self, messages: Messages, extras: Extras) -> str:
-        """Return the rendering of messages with the header of an answer behind it."""
-        prompt = self.template.render(messages, extras, generation_prompt=True).text
-        return prompt + self.template.header
-
-    def _restored(
-        self, messages: Messages, extras: Extras, i: int, prompt: str, rendering: str
-    ) -> str:
+    def _restored(self, i: int, prompt: str, rendering: str) -> str:
         """Return the messages before i as they are rendered alone, and message i as it is written
         behind what became of them.
 
         Raises:
             RowError: not-prefix-stable, inference would see another text.
         """
-        text = self._context_and_answer(messages, extras, i, rendering) if i else None
+        text = self._context_and_answer(i, rendering) if i else None
         if text is not None:
             if text.startswith(prompt):
                 return text
             # an empty block that the prompt has and the answer has not
             closed = CLOSED_BLOCK.search(prompt)
-            has_reasoning = without_reasoning(messages[i])[0]
+            has_reasoning = without_reasoning(self.messages[i])[0]
             if closed and not has_reasoning and text.startswith(prompt[: closed.start()]):
                 return prompt + text[closed.start() :]
         at = next(i for i, letter in enumerate(prompt) if letter != rendering[i : i + 1])
@@ -328,17 +334,15 @@ class TurnFinder:
             f"would see another text; change it or --data.template-kwargs",
         )
 
-    def _context_and_answer(
-        self, messages: Messages, extras: Extras, i: int, rendering: str
-    ) -> str | None:
+    def _context_and_answer(self, i: int, rendering: str) -> str | None:
         """Put the messages before i, rendered alone, before the answer that `rendering` ends with.
 
         A probe in place of the answer shows where in the rendering the answer begins.
         """
         template = self.template
         probe = {"role": "assistant", "content": ANSWER}
-        context = template.render([*messages[:i], probe], extras).text.partition(ANSWER)[0]
-        before = template.render(messages[:i], extras).text
+        context = self._render(i, probe).text.partition(ANSWER)[0]
+        before = self._render(i).text
         rewritten = context.removesuffix(template.before_content)
         if context.endswith(template.before_content) and rendering.startswith(rewritten):
             return before + rendering.removeprefix(rewritten)
@@ -375,21 +379,17 @@ class TurnFinder:
         start = answer.prompt_end if is_closed else max(answer.prompt_end, first_start)
         return start, min(trained_end, last_end + longer)
 
-    def _reasoning_end(
-        self, messages: Messages, extras: Extras, answer: _Answer, turn_end: int
-    ) -> int:
-        """Return where content or tool calls of the last message begin in its text, behind its
-        reasoning and what closes that.
+    def _reasoning_end(self, i: int, answer: _Answer, turn_end: int) -> int:
+        """Return where content or tool calls of message i begin in its text, behind its reasoning
+        and what closes that.
         """
-        message = messages[-1]
+        message = self.messages[i]
         content = message["content"] or ""
         in_content = REASONING.fullmatch(content)
         answer_start = in_content.start(2) if in_content else 0
         probe = content[:answer_start] + ANSWER + content[answer_start:]
         try:
-            rendered = self.template.render(
-                [*messages[:-1], message | {"content": probe}], extras
-            ).text
+            rendered = self._render(i, message | {"content": probe}).text
         except RowError:  # some refuse content beside reasoning and tool calls
             rendered = ""
         turn = answer.text[answer.prompt_end :]
@@ -405,9 +405,9 @@ class TurnFinder:
 
     # ------------------------------------------------------------ what the message says is there
 
-    def _check_answer(self, i: int, message: Message, text: str) -> None:
+    def _check_answer(self, i: int, text: str) -> None:
         """Raise RowError unless a text holds all that assistant message i says."""
-        if not (lacking := self._lacking(message, text)):
+        if not (lacking := self._lacking(i, text)):
             return
         what, source = lacking
         reason = "text-lost"
@@ -423,23 +423,23 @@ class TurnFinder:
             f"({source.strip()[:40]!r}); {remedy}",
         )
 
-    def _check_part(self, i: int, message: Message, part: str, reason: str, fault: str) -> None:
+    def _check_part(self, i: int, part: str, reason: str, fault: str) -> None:
         """Raise RowError unless a part of a text holds all that assistant message i says.
 
         Args:
             fault: what the template does else, with `{}` for what the part lacks.
         """
-        if lacking := self._lacking(message, part):
+        if lacking := self._lacking(i, part):
             raise RowError(reason, f"message {i + 1}: the chat template {fault.format(lacking[0])}")
 
-    def _lacking(self, message: Message, text: str) -> tuple[str, str] | None:
-        """Return the first thing that an assistant message says and a text lacks.
+    def _lacking(self, i: int, text: str) -> tuple[str, str] | None:
+        """Return the first thing that assistant message i says and a text lacks.
 
         Returns:
             What it is (reasoning, content or tool call) and the source string; None where the text
             lacks nothing.
         """
-        reasoning, bare = without_reasoning(message)
+        reasoning, bare = without_reasoning(self.messages[i])
         if not self.masks_reasoning and not contains(text, reasoning):
             return "reasoning", reasoning
         content = bare["content"] or ""

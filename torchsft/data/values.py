@@ -78,10 +78,7 @@ def weight_of(value: Mapping[str, Any], switches: Strings = ("train", "trainable
         return None
     are_numbers = all(isinstance(each, int | float) for each in given.values())
     is_known = are_numbers and all(flag in (0, 1) for flag in flags.values())
-    contradicts = is_known and (
-        len({bool(each) for each in given.values()}) > 1 or len(set(numbers.values())) > 1
-    )
-    if not is_known or contradicts:
+    if not is_known or len(set(map(bool, given.values()))) > 1 or len(set(numbers.values())) > 1:
         listed = ", ".join(f"{key} is {each!r:.60}" for key, each in given.items())
         remedy = "give a number or true or false, and no contradiction"
         raise RowError("bad-weight", f"{listed}; {remedy}")
