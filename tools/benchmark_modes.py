@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsft.config import Optim, Parallel, Precision, Train
+from torchsft.config import Optim, Precision, Train
 from torchsft.models.decoder import local
 from torchsft.models.families import build_model
 from torchsft.models.loss import IGNORE
@@ -88,7 +88,15 @@ class Side:
         self.gradient_bytes = 0
 
     def step(self, tokens: Tensor) -> float:
-        """Take one step on rows of one document each; the mean loss."""
+        """Take one step; the mean loss."""
+        loss = self.compute(tokens)
+        self.update()
+        return loss.item()
+
+    def compute(self, tokens: Tensor) -> Tensor:
+        """Go forward and backward through rows of one document each, int64 [rows, row]; the mean
+        loss.
+        """
         rows = len(tokens)
         labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE).flatten()
         loss = self.model(
@@ -102,9 +110,12 @@ class Side:
         loss.backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
+        return loss.detach()
+
+    def update(self) -> None:
+        """Step the optimizer."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
 
     def bytes_per_parameter(self) -> float:
         """Bytes of weights, gradients and the optimizer's tensors, for each parameter."""
@@ -115,6 +126,7 @@ class Side:
 
 
 def measure(
+    world: World,  # one rank
     weights: dict[str, Tensor],
     config: dict[str, Any],
     batches: Tensor,  # int64 [steps + 2, rows, row]
@@ -122,36 +134,34 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Measure every mode, print a table, and return it."""
     found: dict[str, dict[str, float]] = {}
-    with World(Parallel(), 0) as world:
-        # One after the other, as all of them together may not fit; the plain one between them.
-        for name, mode in MODES.items():
-            sides = {
-                which: Side(each, world, weights, config, batches.shape[2])
-                for which, each in (("plain", MODES["plain"]), (name, mode))
-            }
-            seconds: dict[str, list[float]] = {which: [] for which in sides}
-            for index, tokens in enumerate(batches):
-                for which, side in sides.items():
-                    began = time.perf_counter()
-                    if index == 1:
-                        peak = held_peak(lambda side=side, tokens=tokens: side.step(tokens))
-                    else:
-                        loss = side.step(tokens)
-                    if index > 1:
-                        seconds[which].append(time.perf_counter() - began)
-            medians = {which: statistics.median(times) for which, times in seconds.items()}
-            found[name] = {
-                "speed": medians["plain"] / medians[name],
-                "tokens_per_second": batches[0].numel() / medians[name],
-                "peak_bytes": peak,
-                "bytes_per_parameter": sides[name].bytes_per_parameter(),
-                "loss": loss,
-            }
-            numbers = found[name]
-            print(
-                f"{name:45} {numbers['tokens_per_second']:7.0f} tokens/s ({numbers['speed']:.2f} x "
-                f"plain)  peak {numbers['peak_bytes'] / 2**20:6.0f} MiB  "
-                f"{numbers['bytes_per_parameter']:5.2f} bytes a parameter  loss {loss:.4f}",
-                flush=True,
-            )
+    # One after the other, as all of them together may not fit; the plain one between them.
+    for name, mode in MODES.items():
+        sides = {
+            which: Side(each, world, weights, config, batches.shape[2])
+            for which, each in (("plain", MODES["plain"]), (name, mode))
+        }
+        seconds: dict[str, list[float]] = {which: [] for which in sides}
+        for index, tokens in enumerate(batches):
+            for which, side in sides.items():
+                began = time.perf_counter()
+                if index == 1:
+                    peak = held_peak(lambda side=side, tokens=tokens: side.step(tokens))
+                else:
+                    loss = side.step(tokens)
+                if index > 1:
+                    seconds[which].append(time.perf_counter() - began)
+        medians = {which: statistics.median(times) for which, times in seconds.items()}
+        numbers = found[name] = {
+            "speed": medians["plain"] / medians[name],
+            "tokens_per_second": batches[0].numel() / medians[name],
+            "peak_bytes": peak,
+            "bytes_per_parameter": sides[name].bytes_per_parameter(),
+            "loss": loss,
+        }
+        print(
+            f"{name:45} {numbers['tokens_per_second']:7.0f} tokens/s ({numbers['speed']:.2f} x "
+            f"plain)  peak {numbers['peak_bytes'] / 2**20:6.0f} MiB  "
+            f"{numbers['bytes_per_parameter']:5.2f} bytes a parameter  loss {loss:.4f}",
+            flush=True,
+        )
     return found

@@ -28,10 +28,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tools import benchmark_modes
-from torchsft.config import Optim
-from torchsft.models.families import build_model
-from torchsft.models.loss import IGNORE
-from torchsft.optim.adamw import build_optimizer
+from torchsft.config import Parallel
+from torchsft.parallel.world import World
 
 ROWS, ROW = 4, 1024
 SMALL = {
@@ -55,7 +53,7 @@ SMALL = {
     "v_head_dim": 32,
     "max_position_embeddings": 4096,
 }
-LEARNING_RATE = 1e-4
+LEARNING_RATE = benchmark_modes.LEARNING_RATE
 
 # One side: `compute(tokens)` runs forward and backward and returns the mean loss; `update()` steps
 # the optimizer.
@@ -89,34 +87,6 @@ def transformers_side() -> tuple[Side, dict[str, Tensor], dict[str, Any]]:
     )
 
 
-def our_side(weights: dict[str, Tensor], config: dict[str, Any]) -> Side:
-    """Our model with the same weights."""
-    model = build_model(config).train()
-    model.load_state_dict(weights)
-    optimizer = build_optimizer(model, Optim(lr=LEARNING_RATE, weight_decay=0.01, beta2=0.999))
-    positions = torch.arange(ROW).repeat(ROWS)
-    cu_seqlens = torch.arange(0, ROWS * ROW + 1, ROW, dtype=torch.int32)
-
-    def compute(tokens: Tensor) -> Tensor:
-        labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE).flatten()
-        loss = model(
-            tokens.flatten(),
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            labels=labels,
-            max_seqlen=ROW,
-        )
-        loss = loss / (ROWS * (ROW - 1))
-        loss.backward()
-        return loss.detach()
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return compute, update
-
-
 def held_peak(function: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator held during the call, above what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -141,10 +111,18 @@ def time_table(function: Callable[[], object], rows: int = 25) -> str:
 
 
 def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) -> dict[str, Any]:
-    """Measure both sides in turns, print the comparison, and write it as JSON."""
+    """Measure both sides in turns, then every mode; print the numbers and write them as JSON."""
     torch.set_num_threads(threads)
+    with World(Parallel(), 0) as world:
+        return _run(world, json_path, repeats, threads, show_profile)
+
+
+def _run(
+    world: World, json_path: Path | None, repeats: int, threads: int, show_profile: bool
+) -> dict[str, Any]:
     plain, weights, config = transformers_side()
-    sides = {"transformers": plain, "torchsft": our_side(weights, config)}
+    ours = benchmark_modes.Side(benchmark_modes.MODES["plain"], world, weights, config, ROW)
+    sides = {"transformers": plain, "torchsft": (ours.compute, ours.update)}
     batches = torch.randint(
         0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
     )
@@ -194,14 +172,14 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
             f" optimizer {update:.2f} s)  {peaks[name] / 2**20:7.0f} MiB above weights and "
             f"optimizer state"
         )
-    ours, theirs = report["torchsft"], report["transformers"]
-    report["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-    report["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
+    found, theirs = report["torchsft"], report["transformers"]
+    report["speed_ratio"] = found["tokens_per_second"] / theirs["tokens_per_second"]
+    report["memory_ratio"] = found["peak_bytes"] / theirs["peak_bytes"]
     print(
         f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, "
         f"{report['memory_ratio']:.2f} x the memory"
     )
-    report["modes"] = benchmark_modes.measure(weights, config, batches, held_peak)
+    report["modes"] = benchmark_modes.measure(world, weights, config, batches, held_peak)
     if show_profile:
         for name, (compute, _) in sides.items():
             print(
