@@ -2,7 +2,8 @@
 
 python tools/benchmark.py step            a small model on CPU against a plain transformers + AdamW
                                           loop
-python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU
+python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU, in
+                                          every mode
 python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside
                                           its formula
 python tools/benchmark.py layouts         step time and bytes sent under each parallel layout,

@@ -1,5 +1,5 @@
-"""`tools/benchmark.py gpu`: a training step in bf16 and in block-wise fp8 at real widths on one
-device, beside that device's matrix product peak in bf16.
+"""`tools/benchmark.py gpu`: a training step at real widths on one device, in bf16 and in every mode
+of memory and precision (benchmark_modes.py), beside that device's matrix product peak in bf16.
 
 Two models, each with a dense layer and as many MoE layers and experts as fit: DeepSeek-V3's own
 widths, and the widths of Qwen3-30B-A3B (2048 wide, 128 experts of 768, top-8) with MLA. The
@@ -9,7 +9,6 @@ vocabulary is cut to 32,768 so that memory goes to layers.
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import platform
 import time
@@ -20,14 +19,13 @@ from typing import Any
 
 import torch
 
-from torchsft.config import Optim, Parallel, Precision
+from tools.benchmark_modes import MODES, Mode, Side, documents
+from torchsft.config import InputError, Parallel
 from torchsft.metrics.throughput import peak_tflops
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
-from torchsft.optim.adamw import build_optimizer
-from torchsft.parallel.apply import compute_dtype, parallelize
-from torchsft.parallel.blockwise import CAPABILITY
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
+from torchsft.parallel.memory import check_host_memory
 from torchsft.parallel.world import World
 
 # fp32 master, gradient and two moments (16), the bf16 copy and bf16 gradient of the layer in work,
@@ -174,45 +172,30 @@ def document_lengths(row: int) -> list[int]:
 
 
 def measure_step(
-    config: dict[str, Any], world: World, *, row: int, repeats: int, precision: Precision
+    mode: Mode, config: dict[str, Any], world: World, *, row: int, repeats: int
 ) -> dict[str, Any]:
-    """Time, memory and longest kernels of forward + backward + clip + AdamW on one packed row."""
+    """Time, memory and longest kernels of forward + backward + clip + optimizer in a mode on one
+    packed row; in bf16, on a CPU in fp32.
+    """
     device = world.device
-    model = build(config)
-    compute = compute_dtype(precision.compute, device)
-    parallelize([model], world, compute, precision=precision)
-    model.to_empty(device=device)
-    model.init_buffers()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            local.fill_(1.0) if "norm" in name else local.normal_(std=0.02)
-    optimizer = build_optimizer(model, Optim(lr=1e-5))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    side = Side(mode, world, config, compute=dtype)
     lengths = document_lengths(row)
-    tokens = torch.randint(config["vocab_size"], (row,), device=device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    batch = documents(torch.randint(config["vocab_size"], (row,), device=device), lengths)
 
     def step() -> None:
-        loss = model(
-            tokens,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            labels=tokens,
-            max_seqlen=max(lengths),
-        )
-        (loss / row).backward()
-        norm = global_norm(model.parameters())
-        scale_gradients(model.parameters(), clip_factor(norm, 1.0))
-        optimizer.step()
-        optimizer.zero_grad()
+        side.passes(batch)
+        norm = global_norm(side.model.parameters())
+        scale_gradients(side.model.parameters(), clip_factor(norm, 1.0))
+        side.update()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = seconds_of(step, device, repeats=repeats, warmup=3)
-    flops = model.config.flops(lengths)
+    flops = side.model.config.flops(lengths)
     result = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in side.model.parameters()),
+        "bytes_per_parameter": side.bytes_per_parameter(),
         "experts": config["n_routed_experts"],
         "moe_layers": config["num_hidden_layers"] - 1,
         "row": row,
@@ -271,8 +254,32 @@ def versions(device: torch.device) -> dict[str, Any]:
     }
 
 
+def measure_mode(mode: Mode, config: dict[str, Any], world: World, repeats: int) -> dict[str, Any]:
+    """`measure_step` of a row, or what speaks against that mode on this machine."""
+    try:
+        if mode.optim.get("offload"):
+            check_host_memory(build(config), world)
+        return measure_step(mode, config, world, row=ROW, repeats=repeats)
+    except (InputError, torch.OutOfMemoryError) as error:
+        return {"refused": str(error)}
+    finally:
+        gc.collect()  # an FSDP model is in reference cycles
+        torch.cuda.empty_cache()
+
+
+def summary(result: dict[str, Any], peak: float) -> str:
+    """Return a step's numbers in one line; `peak` are the device's TFLOP/s."""
+    if "refused" in result:
+        return result["refused"]
+    return (
+        f"{result['tokens_per_second']:7.0f} tokens/s  {result['tflops']:5.0f} TFLOP/s "
+        f"({result['tflops'] / peak:.0%} of the peak)  {result['peak_memory_gib']:5.1f} GiB  "
+        f"{result['bytes_per_parameter']:5.2f} bytes a parameter"
+    )
+
+
 def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:
-    """Measure both cases on this machine's GPU, print them, and write them as JSON."""
+    """Measure all modes of both cases on this machine's GPU, print them, and write them as JSON."""
     if not torch.cuda.is_available():
         raise SystemExit("error: benchmark.py gpu needs an NVIDIA GPU, and this machine has none")
     with World(Parallel(), seed=0) as world:
@@ -282,19 +289,12 @@ def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:
             "data_sheet_tflops": peak_tflops(world.device),
         }
         memory = torch.cuda.mem_get_info(world.device)[1] * 0.94
-        has_fp8 = torch.cuda.get_device_capability(world.device) >= CAPABILITY
-        computes = ("bf16", "blockwise") if has_fp8 else ("bf16",)
-        for case, compute in itertools.product((V3, QWEN3), computes):
-            experts, layers = largest_that_fits(case, memory)
-            config = hf_config(case.sizes, experts, layers)
-            precision = Precision(compute=compute)
-            result = measure_step(config, world, row=ROW, repeats=repeats, precision=precision)
-            result["share_of_matmul_peak"] = result["tflops"] / peak
-            report[f"{case.name} {compute}"] = result
-            gc.collect()  # an FSDP model is in reference cycles
-            torch.cuda.empty_cache()
-            print(f"{case.name} {compute}: {json.dumps(result, indent=2)}", flush=True)
-            if json_path:
-                json_path.write_text(json.dumps(report, indent=2) + "\n")
+        for case in (V3, QWEN3):
+            config = hf_config(case.sizes, *largest_that_fits(case, memory))
+            for name, mode in MODES.items():
+                report[f"{case.name} {name}"] = result = measure_mode(mode, config, world, repeats)
+                print(f"{case.name} {name:47} {summary(result, peak)}", flush=True)
+                if json_path:
+                    json_path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"plain bf16 matrix product: {peak:.0f} TFLOP/s")
     return report

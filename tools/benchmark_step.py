@@ -121,7 +121,7 @@ def _run(
     world: World, json_path: Path | None, repeats: int, threads: int, show_profile: bool
 ) -> dict[str, Any]:
     plain, weights, config = transformers_side()
-    ours = benchmark_modes.Side(benchmark_modes.MODES["plain"], world, weights, config, ROW)
+    ours = benchmark_modes.Side(benchmark_modes.MODES["plain"], world, config, weights)
     sides = {"transformers": plain, "torchsft": (ours.compute, ours.update)}
     batches = torch.randint(
         0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)

@@ -28,7 +28,7 @@ def test_step_compares_the_same_training_and_writes_its_numbers(tmp_path, monkey
     monkeypatch.setattr(benchmark_step, "SMALL", sizes)
     monkeypatch.setattr(benchmark_step, "ROW", 32)
     threads = torch.get_num_threads()
-    report = benchmark_step.run(tmp_path / "step.json", repeats=3, threads=1, show_profile=False)
+    report = benchmark_step.run(tmp_path / "step.json", repeats=1, threads=1, show_profile=False)
     torch.set_num_threads(threads)
     assert json.loads((tmp_path / "step.json").read_text()) == report
     modes = report["modes"]
@@ -41,5 +41,6 @@ def test_step_compares_the_same_training_and_writes_its_numbers(tmp_path, monkey
     exact = ("--train", "...", "--optim.offload")
     for name, numbers in modes.items():
         difference = abs(numbers["loss"] - modes["plain"]["loss"])
-        assert difference < (1e-5 if name.startswith(exact) else 0.05), name
+        is_exact = name.startswith(exact) and "smoothing" not in name
+        assert difference < (1e-5 if is_exact else 0.05), name
     assert report["speed_ratio"] > 0 and report["memory_ratio"] > 0 and report["tokens"] == 4 * 32
