@@ -18,6 +18,7 @@ from tests.ops.passes import Operations
 from tests.precision.test_blockwise_compute import experts
 from tests.ranks import RankPool
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
+from tools.benchmark_modes import MODES, SELECTIVE
 from torchsft import load_model
 from torchsft.config import Train
 from torchsft.parallel import activation_offload
@@ -181,15 +182,10 @@ def test_the_step_does_not_wait_for_the_device(either):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"activation_checkpointing": "full"},
-        {"activation_checkpointing": "selective", "selective_products": True},
-        {"activation_checkpointing": "full", "activation_offload": True},
-        {"activation_checkpointing": "selective", "activation_offload": True},
-    ],
-)
+CHECKPOINTED = [mode.train for mode in MODES.values() if "activation_checkpointing" in mode.train]
+
+
+@pytest.mark.parametrize("options", [*CHECKPOINTED, SELECTIVE | {"activation_offload": True}])
 def test_checkpointed_layers_compute_the_same_and_keep_less(directory, monkeypatch, options):
     """Deterministic, so that gradients can be compared bit by bit; attention is not run again where
     its output is kept, and what is on the host takes no memory of the device. Never run so far.
