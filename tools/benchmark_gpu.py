@@ -25,7 +25,7 @@ from torchsft.metrics.throughput import peak_tflops
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
-from torchsft.parallel.memory import check_host_memory
+from torchsft.parallel.memory import check_host_memory, host_bytes
 from torchsft.parallel.world import World
 
 # fp32 master, gradient and two moments (16), the bf16 copy and bf16 gradient of the layer in work,
@@ -258,7 +258,7 @@ def measure_mode(mode: Mode, config: dict[str, Any], world: World, repeats: int)
     """`measure_step` of a row, or what speaks against that mode on this machine."""
     try:
         if mode.optim.get("offload"):
-            check_host_memory(build(config), world)
+            check_host_memory({"--optim.offload": host_bytes(build(config), is_pinned=True)})
         return measure_step(mode, config, world, row=ROW, repeats=repeats)
     except (InputError, torch.OutOfMemoryError) as error:
         return {"refused": str(error)}

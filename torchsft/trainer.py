@@ -62,7 +62,7 @@ from torchsft.parallel.pipeline import (
     reshard_after_forward,
     split,
 )
-from torchsft.parallel.stages import plan_stages
+from torchsft.parallel.stages import microbatches_in_flight, plan_stages
 from torchsft.parallel.world import World
 from torchsft.resolution import resolve
 
@@ -208,8 +208,8 @@ class Trainer:
             precision=config.precision,
             offload=config.optim.offload,
         )
-        fp8 = config.precision.compute == "blockwise"
-        check_memory(self.model, compute, reshard, config.optim, world, fp8)
+        in_flight = microbatches_in_flight(parallel, pp_rank, microbatches)
+        check_memory(self.model, compute, reshard, config, world, in_flight)
         self.pipeline = build_pipeline(
             self.stages,
             self.plan,

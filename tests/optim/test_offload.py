@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.test_layouts import SilentTrainer, config_for
 from tests.tiny import write_conversations, write_tiny_model
-from torchsft.config import InputError
+from torchsft.config import InputError, Train
 from torchsft.models.decoder import local
 from torchsft.parallel import memory
 from torchsft.parallel.world import World
@@ -219,11 +219,16 @@ def test_a_model_that_cannot_fit_the_host_is_refused_before_weights_are_loaded(i
         "torchsft.checkpoint.huggingface.load_weights",
         lambda *_: pytest.fail("weights were loaded"),
     )
-    sentence = (
-        r"--optim.offload would keep 0\.0 GB .* \(ranks there: 1\), but it has 0\.0 GB free; "
-    )
-    with World(config.parallel, 0) as world, pytest.raises(InputError, match=sentence):
-        SilentTrainer(config, world)
+    sentence = r"would keep at least 0\.0 GB .* \(ranks there: 1\), but it has 0\.0 GB free; start"
+    activations = Train(activation_checkpointing="full", activation_offload=True)
+    for train, options in (
+        (config.train, "--optim.offload"),
+        (activations, "--optim.offload and --train.activation-offload"),
+    ):
+        config.train = train
+        refused = pytest.raises(InputError, match=f"^{options} {sentence}")
+        with World(config.parallel, 0) as world, refused:
+            SilentTrainer(config, world)
 
 
 def test_free_host_memory_is_what_linux_or_the_control_group_has_less_of(monkeypatch):

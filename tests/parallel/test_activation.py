@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tests.ops.passes import Operations
-from tests.parallel.passes import build, fill, full, microbatch
-from torchsft.config import InputError, Parallel, Train
+from tests.parallel.passes import TOKENS, build, fill, full, microbatch
+from torchsft.config import Config, Data, InputError, Parallel, Train
 from torchsft.ops.repetition import repeating
 from torchsft.parallel import activation_offload
 from torchsft.parallel.apply import parallelize
+from torchsft.parallel.memory import activation_bytes
 from torchsft.parallel.world import World
 
 MODES = {
@@ -158,14 +159,14 @@ def test_a_repetition_routes_as_the_first_pass_whatever_the_router_says_then(ran
     assert ranks(2, perturbed, mode="full") == [True, True]
 
 
-def each_held(modes: list[str]) -> list[tuple[list[bool], list[bool]]]:
+def each_held(modes: list[str]) -> list[tuple[list[bool], list[bool], int, int]]:
     with World(Parallel(timeout_seconds=60), 0) as world:
         return [held(mode, world) for mode in modes]
 
 
-def held(mode: str, world: World) -> tuple[list[bool], list[bool]]:
+def held(mode: str, world: World) -> tuple[list[bool], list[bool], int, int]:
     """Whether the inputs of layers still exist behind the forward pass, and whether all that went
-    to the host is gone behind the backward pass.
+    to the host is gone behind the backward pass; the bytes of fp32 there, and what is foreseen.
     """
     model = model_of(mode, world)
     inputs: list[weakref.ref] = []
@@ -181,17 +182,25 @@ def held(mode: str, world: World) -> tuple[list[bool], list[bool]]:
         loss = model(**microbatch(0))
     alive = [each() is not None for each in inputs]
     there = [each() is not None for each in moved]
+    hosts = [each().host for each in moved]
+    there_bytes = sum(host.nbytes for host in hosts if host.dtype == torch.float32)
+    del hosts
+    config = Config(train=MODES[mode], data=Data(seq_len=TOKENS))
+    foreseen = activation_bytes(model, config, torch.float32, 1, is_pinned=False)
     loss.backward()
     del loss
-    return alive, [*there, *(each() is None for each in moved)]
+    gone = [each() is None for each in moved]
+    return alive, [*there, *gone], there_bytes, foreseen
 
 
 def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backward_pass(ranks):
     """Of 3 layers: their inputs, and with products 5 documents' outputs and lse, and gate|up."""
     (found,) = ranks(1, each_held, modes=["full", "offload", "offload products"])
-    assert [kept for kept, _ in found] == [[True] * 2, [False] * 2, [False] * 2]
-    for (_, moved), least in zip(found, (0, 3, 3 + 3 * 10 + 2), strict=True):
+    assert [alive for alive, *_ in found] == [[True] * 2, [False] * 2, [False] * 2]
+    for (_, moved, _, _), least in zip(found, (0, 3, 3 + 3 * 10 + 2), strict=True):
         assert len(moved) >= 2 * least and all(moved)
+    for *_, there, foreseen in found[1:]:  # not foreseen: routing weights and padding of values
+        assert foreseen <= there <= 1.05 * foreseen
 
 
 @pytest.mark.parametrize(

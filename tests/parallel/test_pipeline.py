@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +25,14 @@ from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.parallel import stages as planning
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.pipeline import build_pipeline, reshard_after_forward, split
-from torchsft.parallel.stages import StagePlan, balance, plan_stages
+from torchsft.parallel.stages import (
+    StagePlan,
+    balance,
+    microbatches_in_flight,
+    plan_stages,
+    schedule_class,
+)
+from torchsft.parallel.torch_pipelining import _single_actions
 from torchsft.parallel.world import World
 
 SCHEDULES = [
@@ -454,6 +462,35 @@ REFUSED = [
         "together 16, but it must place 8 layers .*; leave it out$",
     ),
 ]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[2:])
+@pytest.mark.parametrize(("pp", "microbatches"), [(2, 2), (2, 4), (4, 8), (4, 16)])
+def test_no_fewer_microbatches_are_in_flight_than_foreseen(schedule, pp, microbatches):
+    """In torch's order; of two stages a rank each counts half."""
+    parallel = parallel_of(schedule, pp)
+    if schedule == "DualPipeV" and microbatches < 2 * pp:
+        return
+    plan = plan_stages(parallel, model_config(), microbatches)
+    for rank in range(pp):
+        stages = [
+            Mock(
+                stage_index=index,
+                num_stages=2 * pp,
+                group_size=pp,
+                group_rank=rank,
+                stage_index_to_group_rank=dict(enumerate(plan.ranks)),
+            )
+            for index in plan.local(rank)
+        ]
+        order = schedule_class(schedule)(stages, microbatches, loss_fn=max).pipeline_order[rank]
+        names = [one.computation_type.name for one in _single_actions(order)]
+        changes = [
+            (name == "FORWARD") - (name in ("FULL_BACKWARD", "BACKWARD_INPUT")) for name in names
+        ]
+        most = max(itertools.accumulate(changes)) / 2
+        foreseen = microbatches_in_flight(parallel, rank, microbatches)
+        assert 1 <= foreseen <= most <= foreseen + pp
 
 
 @pytest.mark.parametrize(("parallel", "microbatches", "message"), REFUSED)

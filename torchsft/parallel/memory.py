@@ -5,14 +5,17 @@ host.
 import math
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchsft.config import BLOCK, InputError, Optim
+from torchsft.config import BLOCK, Config, InputError, Optim
 from torchsft.models.decoder import local
+from torchsft.models.language_model import LanguageModel
+from torchsft.models.moe import MoE
 from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.world import World
 
@@ -94,16 +97,54 @@ def host_bytes(model: nn.Module, is_pinned: bool) -> int:
 
     Args:
         model: this rank's part, sharded; on any device.
-        is_pinned: whether what travels is pinned: torch rounds that up to a power of two.
+        is_pinned: whether what travels is pinned.
     """
     total = 0
     for parameter in model.parameters():
         size = FP32 * local(parameter).numel()
-        travelling = 1 << (size - 1).bit_length() if is_pinned and size else size
+        travelling = pinned_bytes(size, is_pinned)
         total += travelling
         if parameter.requires_grad:
             total += travelling + 2 * size
     return total
+
+
+def pinned_bytes(size: int, is_pinned: bool) -> int:
+    """Return what a tensor of a size takes on the host: torch rounds pinned ones up to a power of
+    two.
+    """
+    return 1 << (size - 1).bit_length() if is_pinned and size else size
+
+
+def activation_bytes(
+    model: LanguageModel, config: Config, compute: torch.dtype, in_flight: int, is_pinned: bool
+) -> int:
+    """Count the host memory that this rank needs at least with --train.activation-offload: the
+    input of each checkpointed layer that is trained, what attention returns and, of rows spread
+    evenly over experts, the products with gate and up.
+
+    Args:
+        model: this rank's part; on any device.
+        config: of the run.
+        compute: dtype of hidden states.
+        in_flight: microbatches.
+        is_pinned: whether that memory is pinned.
+    """
+    train, parallel = config.train, config.parallel
+    tokens = train.micro_batch_size * config.data.seq_len // (parallel.cp * parallel.tp)
+    total, hidden_size = 0, model.config.hidden_size
+    for layer in model.model.layers.values():
+        if layer.recompute is None or not any(p.requires_grad for p in layer.parameters()):
+            continue
+        widths = [hidden_size]
+        if train.activation_checkpointing == "selective":
+            widths.append(layer.self_attn.o_proj.weight.shape[1])
+        if train.selective_products and isinstance(layer.mlp, MoE):
+            gate_up = math.prod(layer.mlp.experts.gate_up_proj.shape[1:]) // hidden_size
+            widths.append(layer.mlp.gate.top_k * gate_up)
+        for width in widths:
+            total += pinned_bytes(tokens * width * compute.itemsize, is_pinned)
+    return in_flight * total
 
 
 def free_host_bytes() -> int:
@@ -126,21 +167,24 @@ def _number(file: str, pattern: str = r"(\d+)") -> int:
     return int(re.search(pattern, Path(file).read_text())[1])
 
 
-def check_host_memory(model: nn.Module, world: World) -> None:
-    """Refuse a model whose offloaded share does not fit into this host; collective.
+def check_host_memory(bytes_of: Mapping[str, int]) -> None:
+    """Refuse what options would keep on this host, where that is too much; collective.
+
+    Args:
+        bytes_of: this rank's, of each option.
 
     Raises:
         InputError: what the ranks of this host would hold and what it has, in GB (10^9 bytes).
     """
     host, free = platform.node(), free_host_bytes()
-    needs = gather_objects((host, host_bytes(model, world.device.type == "cuda")))
+    needs = gather_objects((host, sum(bytes_of.values())))
     here = [need for name, need in needs if name == host]
     if sum(here) <= free:
         return
     raise InputError(
-        f"--optim.offload would keep {sum(here) / 1e9:.1f} GB of weights, gradients and moments on "
-        f"host {host} (ranks there: {len(here)}), but it has {free / 1e9:.1f} GB free; start ranks "
-        f"on more hosts or leave the option out"
+        f"{' and '.join(bytes_of)} would keep at least {sum(here) / 1e9:.1f} GB on host {host} "
+        f"(ranks there: {len(here)}), but it has {free / 1e9:.1f} GB free; start ranks on more "
+        "hosts or leave the option out"
     )
 
 
@@ -159,21 +203,37 @@ def gathered_elements(parameter: DTensor) -> int:
 
 
 def check_memory(
-    model: nn.Module,
+    model: LanguageModel,
     compute: torch.dtype,
     reshard_after_forward: bool,
-    optim: Optim,
+    config: Config,
     world: World,
-    fp8: bool,
+    in_flight: int,
 ) -> None:
-    """Refuse a model whose share does not fit into this rank's device, before any is allocated.
+    """Refuse a model whose share does not fit into this rank's device, or what it keeps on the host
+    does not fit there, before any is allocated.
+
+    Args:
+        model: this rank's part, sharded; on the meta device.
+        compute: dtype of hidden states and gathered parameters.
+        reshard_after_forward: whether gathered parameters are freed between the passes.
+        config: of the run.
+        world: the ranks.
+        in_flight: microbatches whose activations are kept.
 
     Raises:
         InputError: what the rank would hold and what its device has, in GB (10^9 bytes).
     """
+    optim, on_host, is_pinned = config.optim, {}, world.device.type == "cuda"
     if optim.offload:
-        check_host_memory(model, world)
+        on_host["--optim.offload"] = host_bytes(model, is_pinned)
+    if config.train.activation_offload:
+        kept = activation_bytes(model, config, compute, in_flight, is_pinned)
+        on_host["--train.activation-offload"] = kept
+    if on_host:
+        check_host_memory(on_host)
     available = device_bytes(world.device)
+    fp8 = config.precision.compute == "blockwise"
     sharded, gathered = held_bytes(model, compute, reshard_after_forward, optim, fp8)
     if available is None or sharded + gathered <= available:
         return

@@ -81,6 +81,16 @@ def plan_stages(
     return StagePlan(layers, _stage_ranks(parallel, stages))
 
 
+def microbatches_in_flight(parallel: Parallel, pp_rank: int, microbatches: int) -> int:
+    """Return how many microbatches a pipeline rank keeps activations of at least, at one time."""
+    schedule = parallel.pp_schedule if parallel.pp > 1 else "1F1B"
+    if schedule == "GPipe":
+        return microbatches
+    if schedule in V_SHAPED:
+        microbatches //= 2
+    return min(microbatches, parallel.pp - pp_rank)
+
+
 def _stage_count(parallel: Parallel) -> int:
     """Return the number of stages of all pipeline ranks."""
     if parallel.pp == 1:
