@@ -675,7 +675,7 @@ class Trainer:
         config = self.config
         rows = f"{config.train.global_batch_size} rows of {config.data.seq_len} tokens"
         steps = f"steps {self.counters.step} -> {self.total_steps} of {rows}"
-        return describe_run(config, self.world, parameters, self.plan, steps)
+        return describe_run(config, self.world, parameters, self.plan, steps, self.model)
 
     def describe_early_end(self) -> str:
         """Say where a signal has ended the run."""

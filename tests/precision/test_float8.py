@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
 
 from tests.distributed.test_layouts import SilentTrainer, config_for, full
+from tests.parallel.passes import build
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.config import Config, InputError, Precision
+from torchsft.metrics.summary import not_in_fp8
 from torchsft.models.decoder import Linear
+from torchsft.parallel import float8
+from torchsft.parallel.blockwise import apply_blockwise
 from torchsft.parallel.float8 import check_device, check_shape
 from torchsft.parallel.world import World
 from torchsft.precision.float8 import float8_product
@@ -43,8 +49,8 @@ def test_a_product_is_that_of_torchaos_module(recipe, bias, dtype):
     assert 0.01 < (found[0][0] - exact).norm() / exact.norm() < 0.06  # 3 bits of mantissa
 
 
-def first_step(config: Config) -> tuple[float, dict[str, torch.Tensor], list[str]]:
-    """Loss and gradients of the first step, and the linear maps that are in float8."""
+def first_step(config: Config) -> tuple[float, dict[str, torch.Tensor], str]:
+    """Loss and gradients of the first step, and what the run says of itself."""
     with World(config.parallel, config.train.seed) as world:
         trainer = SilentTrainer(config, world)
         trainer.optimizer.step = lambda: found.update(
@@ -52,9 +58,7 @@ def first_step(config: Config) -> tuple[float, dict[str, torch.Tensor], list[str
         )
         found: dict[str, torch.Tensor] = {}
         record, _ = trainer.train_step(next(trainer.loader))
-        linears = {n: m for n, m in trainer.model.named_modules() if isinstance(m, Linear)}
-        low = [name for name, linear in linears.items() if "product" in vars(linear)]
-        return record["loss"], found, low
+        return record["loss"], found, trainer.describe()
 
 
 # multiples of 16, also of a half
@@ -90,10 +94,9 @@ def test_a_layout_changes_a_step_by_less_than_rounding_does(ranks, tmp_path_fact
     def run(n: int, options: dict[str, object]) -> list[tuple[float, dict[str, torch.Tensor]]]:
         return ranks(n, first_step, config=config_for(str(base), **options))
 
-    ((exact_loss, exact, none),) = run(1, {})
-    ((loss, alone, low),) = run(1, {"compute": "float8", "recipe": recipe})
-    assert none == [] and any("q_b_proj" in name for name in low)
-    assert any("shared_experts" in name for name in low)
+    ((exact_loss, exact, plain),) = run(1, {})
+    ((loss, alone, _),) = run(1, {"compute": "float8", "recipe": recipe})
+    assert "fp8" not in plain
 
     def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         return sum((a[name] - b[name]).square().sum().item() for name in exact) ** 0.5
@@ -106,6 +109,20 @@ def test_a_layout_changes_a_step_by_less_than_rounding_does(ranks, tmp_path_fact
         assert gradients.keys() == exact.keys()
         assert distance(gradients, alone) < 1.2 * rounding, layout
         assert abs(results[0][0] - loss) < 0.01 * loss, layout
+        for *_, said in results:
+            assert "(not in fp8: embed_tokens, mlp.gate, mlp.experts, lm_head), on" in said
+
+
+def test_what_is_not_in_fp8_is_found_in_the_modules():
+    """V3.2's indexer chooses tokens; its releases have two of its three matrices in fp8."""
+    indexer = [f"self_attn.indexer.{name}" for name in ("wq_b", "wk", "weights_proj")]
+    first, cpu = build(family="deepseek_v32"), torch.device("cpu")
+    with patch.object(float8, "check_shape"):
+        float8.apply_float8(first, cpu, "rowwise")
+    assert not_in_fp8(first) == ["embed_tokens", *indexer, "mlp.gate", "mlp.experts", "lm_head"]
+    second = build(family="deepseek_v32")
+    apply_blockwise(second, cpu, power_of_two=False, keep=False)
+    assert not_in_fp8(second) == ["embed_tokens", indexer[2], "mlp.gate", "lm_head"]
 
 
 def test_what_float8_cannot_be_used_for_is_refused():

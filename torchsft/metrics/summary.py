@@ -1,5 +1,7 @@
 """The lines that a run begins and ends with."""
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import torch
 
 from torchsft.config import Config
+from torchsft.models.language_model import LanguageModel
+from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.stages import ZERO_BUBBLE, StagePlan
 from torchsft.parallel.torch_pipelining import weight_pass_possible
 from torchsft.parallel.world import World
@@ -23,9 +27,14 @@ class ParameterCounts:
 
 
 def describe_run(
-    config: Config, world: World, parameters: ParameterCounts, plan: StagePlan, steps: str
+    config: Config,
+    world: World,
+    parameters: ParameterCounts,
+    plan: StagePlan,
+    steps: str,
+    part: LanguageModel,
 ) -> str:
-    """Say what is about to be trained, and how, in one line."""
+    """Say what is about to be trained, and how, in one line; collective. `part` is this rank's."""
     model = f"{parameters.all / 1e6:,.2f} M parameters"
     if parameters.frozen:
         trained = (parameters.all - parameters.frozen) / 1e6
@@ -37,14 +46,24 @@ def describe_run(
     layout = ", ".join([*_axes(world), *_pipeline(config, plan)])
     ranks = f"{world.size} x {world.device.type}"
     compute = f"{config.precision.compute} compute"
-    if config.precision.compute == "blockwise":
-        compute += " (fp8 but for embedding, head, routers, norms and attention's inner products)"
-    if config.precision.compute == "float8":
-        compute += (
-            f" ({config.precision.float8_recipe}: attention's matrices, dense networks and shared "
-            "experts; not embedding, head, routers, routed experts, indexers and MTP's eh_proj)"
-        )
+    if config.precision.compute in ("blockwise", "float8"):
+        compute += f" (not in fp8: {', '.join(not_in_fp8(part))})"
     return f"{model}, {compute}, on {ranks}: {layout}; {steps}"
+
+
+def not_in_fp8(part: LanguageModel) -> list[str]:
+    """Return the modules whose matrices no other number format multiplies, of all ranks' parts of a
+    model, without the numbers of layers.
+    """
+    kept = []
+    for name, parameter in part.named_parameters():
+        owner = name.rpartition(".")[0]
+        if (
+            parameter.ndim > 1
+            and not {"product", "products"} & vars(part.get_submodule(owner)).keys()
+        ):
+            kept.append(re.sub(r"model\.(layers\.\d+\.)?", "", owner))
+    return list(dict.fromkeys(itertools.chain(*gather_objects(kept))))
 
 
 def _axes(world: World) -> list[str]:
