@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,10 +12,11 @@ from torch import nn
 from tests.distributed.test_layouts import SilentTrainer, config_for, full
 from tests.parallel.passes import build
 from tests.tiny import write_conversations, write_tiny_model
+from tools.benchmark_layouts import SentBytes
 from torchsft.config import Config, InputError, Precision
 from torchsft.metrics.summary import not_in_fp8
-from torchsft.models.decoder import Linear
-from torchsft.parallel import float8
+from torchsft.models.decoder import Linear, local
+from torchsft.parallel import float8, fsdp
 from torchsft.parallel.blockwise import apply_blockwise
 from torchsft.parallel.float8 import check_device, check_shape
 from torchsft.parallel.world import World
@@ -111,6 +113,43 @@ def test_a_layout_changes_a_step_by_less_than_rounding_does(ranks, tmp_path_fact
         assert abs(results[0][0] - loss) < 0.01 * loss, layout
         for *_, said in results:
             assert "(not in fp8: embed_tokens, mlp.gate, mlp.experts, lm_head), on" in said
+
+
+def gathering(config: Config, in_float8: bool) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    """Losses of two steps, what they end with, and the bytes that the second gathered; with fp8's,
+    the elements of weights that are gathered in it.
+    """
+    if not in_float8:
+        fsdp.gather_in_float8 = lambda stage: None  # a rank is a fork of its own
+    with World(config.parallel, config.train.seed) as world:
+        trainer = SilentTrainer(config, world)
+        losses = [trainer.train_step(next(trainer.loader))[0]["loss"]]
+        with SentBytes() as sent:
+            losses.append(trainer.train_step(next(trainer.loader))[0]["loss"])
+        parameters = dict(trainer.model.named_parameters())
+        assert all(type(local(p).data) is torch.Tensor for p in parameters.values())
+        low = [p for p in parameters.values() if hasattr(p._local_tensor, "fsdp_pre_all_gather")]
+        elements = sum(local(weight).numel() for weight in low)
+        return losses, {n: full(p) for n, p in parameters.items()}, (sent.sent, elements)
+
+
+def test_tensorwise_weights_are_gathered_in_a_byte_an_element_and_nothing_else_changes(
+    ranks, tmp_path
+):
+    """Bit by bit; over two ranks each sends its part to the other, in each of two passes through
+    four microbatches, in fp32 or in fp8.
+    """
+    write_tiny_model(tmp_path / "model", **SIZES)
+    write_conversations(tmp_path / "train.jsonl", 10)
+    options = {"dp_shard": 2, "tp": 2, "compute": "float8", "recipe": "tensorwise"}
+    config = config_for(str(tmp_path), **options)
+    plain, low = (ranks(4, gathering, config=config, in_float8=each) for each in (False, True))
+    for (losses, parameters, (sent, none)), (*found, (fewer, elements)) in zip(
+        plain, low, strict=True
+    ):
+        assert found[0] == losses and none == 0 < elements
+        assert all(torch.equal(found[1][name], value) for name, value in parameters.items())
+        assert sent["all-gather"] - fewer["all-gather"] == (4 - 1) * elements * 2 * 4
 
 
 def test_what_is_not_in_fp8_is_found_in_the_modules():

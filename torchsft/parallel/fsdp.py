@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard
 
 from torchsft.config import InputError
 from torchsft.models.language_model import LanguageModel
+from torchsft.parallel.float8 import gather_in_float8
 
 
 def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
@@ -36,6 +37,8 @@ def allocate(stages: Sequence[LanguageModel], device: torch.device, offload: boo
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         stage.init_buffers()
+        if not offload:
+            gather_in_float8(stage)
 
 
 def apply_fsdp(

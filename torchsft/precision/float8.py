@@ -8,12 +8,15 @@ in the gradient of the rows).
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
 # torch._scaled_mm multiplies matrices whose dims are multiples of this.
 MULTIPLE = 16
 CAPABILITY = 8, 9
+E4M3 = torch.float8_e4m3fn
 
 
 def float8_product(recipe: str, emulate: bool) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -29,6 +32,7 @@ def float8_product(recipe: str, emulate: bool) -> Callable[[Tensor, Tensor, Tens
     from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
     from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
     # Tokens, the inner dim of a weight's gradient, are of any number: padded.
     config = replace(
@@ -43,4 +47,8 @@ def float8_product(recipe: str, emulate: bool) -> Callable[[Tensor, Tensor, Tens
         y = matmul_with_hp_or_float8_args.apply(x, weight.t(), products, config)
         return y if bias is None else y + bias
 
+    if recipe == "tensorwise":
+        # what a weight is before it is gathered (parallel/float8.py::gather_in_float8)
+        cast = WeightWithDynamicFloat8CastTensor
+        product.cast = partial(cast, linear_mm_config=products, dtype=E4M3)
     return product
