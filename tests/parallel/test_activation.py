@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection
 from typing import Any
@@ -29,10 +30,17 @@ MODES = {
     ),
     "every second": Train(activation_checkpointing="full", activation_checkpointing_every=2),
 }
+# Their sums over tokens have other orders.
+STREAMED = {
+    "stream": Train(activation_checkpointing="stream", stream_pieces=3),
+    "stream offload": Train(activation_checkpointing="stream", activation_offload=True),
+}
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 PRODUCT = "aten::_grouped_mm"
 EXCHANGE = "_c10d_functional::all_to_all_single"
 REDUCE = "_c10d_functional::all_reduce"
+FSDP = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
+WAYS = ("forward", "backward")
 COUNTED = ("forward", "backward", "read", "forward_read")
 EXPERT_LAYERS = 2  # of the tiny DeepSeek-V3, behind a dense layer; numbers 1 and 2
 
@@ -40,7 +48,7 @@ EXPERT_LAYERS = 2  # of the tiny DeepSeek-V3, behind a dense layer; numbers 1 an
 def model_of(mode: str, world: World, **changes: Any) -> Any:
     activation_offload.LEAST = 0  # a tiny model's tensors too; ranks are forks of their own
     model = build(**changes)
-    parallelize([model], world, torch.float32, activations=MODES[mode])
+    parallelize([model], world, torch.float32, activations=(MODES | STREAMED)[mode])
     fill(model)
     for moe in model.moe_layers().values():
         moe.balance_scale = moe.z_scale = 0.1
@@ -50,6 +58,9 @@ def model_of(mode: str, world: World, **changes: Any) -> Any:
 def passes(mode: str, world: World, **changes: Any) -> dict[str, Any]:
     """Loss and gradients, counters, and what a forward and a backward pass did on this rank."""
     model = model_of(mode, world, **changes)
+    if "stream" in mode:
+        for layer in model.model.layers.values():
+            assert layer.stream is not None
     tolist = mock.Mock(wraps=torch.Tensor.tolist)
     with mock.patch.object(torch.Tensor, "tolist", lambda tensor: tolist(tensor)):
         with Operations() as forward:
@@ -58,7 +69,8 @@ def passes(mode: str, world: World, **changes: Any) -> dict[str, Any]:
         with Operations() as backward:
             loss.backward()
         backward_read = tolist.call_count - forward_read
-    gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: full(p.grad) for name, p in trained.items()}
     moes = model.moe_layers().values()
     return {
         "values": gradients | {"loss": loss.detach()},
@@ -85,6 +97,27 @@ def all_modes(
         for name, value in expected["values"].items():
             assert torch.equal(result["values"][name], value), name
     return {mode: {key: result[key] for key in COUNTED} for mode, result in found.items()}
+
+
+def streamed(parallel: dict[str, int], modes: Collection[str], **changes: Any) -> list[Any]:
+    """On the calling ranks: `stream` and the like against `none`, to what sums in another order
+    differ by.
+
+    Returns:
+        Of each mode, what a forward and a backward pass did.
+    """
+    with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
+        expected = passes("none", world, **changes)
+        found = [passes(mode, world, **changes) for mode in modes]
+    for result in found:
+        assert result["values"].keys() == expected["values"].keys()
+        for name, value in expected["values"].items():
+            error = (result["values"][name] - value).abs().max()
+            assert error <= 1e-5 * value.abs().max(), name
+        for mine, whole in zip(result["counters"], expected["counters"], strict=True):
+            assert mine[0] == whole[0]  # load of experts
+            torch.testing.assert_close(mine[1:], whole[1:], rtol=1e-5, atol=1e-6)
+    return [{key: result[key] for key in COUNTED} for result in (expected, *found)]
 
 
 def again(found: dict[str, dict[str, Any]], mode: str, operation: str) -> int:
@@ -208,3 +241,63 @@ def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backwar
 def test_options_that_would_do_nothing_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         Train(**options)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "family"),
+    [
+        ({}, ""),
+        ({"dp_shard": 2, "ep": 2}, ""),
+        ({"dp_replicate": 2}, ""),
+        ({"tp": 2, "ep": 2}, ""),
+        ({"tp": 2}, "minimax_m2"),
+        ({"cp": 2}, ""),
+        ({"cp": 2}, "deepseek_v32"),
+        ({"dp_shard": 2}, "gpt_oss"),
+        ({"dp_shard": 2}, "llama"),
+    ],
+    ids=str,
+)
+def test_streamed_layers_have_the_same_gradients_and_gather_and_reduce_no_more_often(
+    ranks, parallel, family
+):
+    """Nor do they choose, sort or ask the host again."""
+    n = math.prod(size for axis, size in parallel.items() if axis != "ep")
+    modes = list(STREAMED)
+    for none, *found in ranks(n, streamed, parallel=parallel, modes=modes, family=family):
+        for each in found:
+            assert each["read"] == 0 < none["forward_read"]
+            for operation in FSDP:
+                assert sum(each[way][operation] for way in WAYS) == sum(
+                    none[way][operation] for way in WAYS
+                )
+            for operation in ("aten::topk", "aten::sort", "aten::scatter_add_"):
+                assert each["backward"][operation] == 0
+
+
+def rounded_once() -> dict[str, float]:
+    """Of parameters behind attention, how far bf16 gradients of `stream` are from those of `full`,
+    relative to these (norms).
+    """
+    with World(Parallel(timeout_seconds=60), 0) as world:
+        gradients = []
+        for mode in ("full", "stream"):
+            model = build()
+            parallelize([model], world, torch.bfloat16, activations=(MODES | STREAMED)[mode])
+            fill(model)
+            model(**microbatch(0)).backward()
+            gradients.append({name: full(p.grad) for name, p in model.named_parameters()})
+        expected, found = gradients
+    return {
+        name: float((found[name] - value).norm() / value.norm())
+        for name, value in expected.items()
+        if "mlp" in name or "post_attention" in name
+    }
+
+
+def test_gradients_of_pieces_are_added_up_in_fp32(ranks):
+    """In bf16 each piece's gradient is rounded (2^-9 of an element at most), as that of the whole
+    is; and then their sum, once.
+    """
+    (errors,) = ranks(1, rounded_once)
+    assert len(errors) > 10 and 0 < max(errors.values()) < 3 * 2**-9
