@@ -686,6 +686,13 @@ class Config:
     def __post_init__(self) -> None:
         if not self.output:
             raise InputError("--output is empty; name a directory")
+        compute = self.precision.compute
+        streamed = self.train.activation_checkpointing == "stream"
+        if streamed and compute in ("float8", "blockwise"):
+            fault = "--train.activation-checkpointing stream cuts matrices by heads, but"
+            raise InputError(
+                f"{fault} --precision.compute {compute} multiplies whole ones; set full, or bf16"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

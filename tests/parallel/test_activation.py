@@ -13,7 +13,7 @@ import torch
 
 from tests.ops.passes import Operations
 from tests.parallel.passes import build, fill, full, microbatch
-from torchsft.config import InputError, Parallel, Train
+from torchsft.config import Config, InputError, Parallel, Precision, Train
 from torchsft.ops.repetition import repeating
 from torchsft.parallel import activation_offload
 from torchsft.parallel.apply import parallelize
@@ -236,11 +236,18 @@ def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backwar
             {"selective_products": True},
             "needs --train.activation-checkpointing selective, not none",
         ),
+        ({"stream_pieces": 3}, "pieces is 3, but .* is none; set stream"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         Train(**options)
+
+
+@pytest.mark.parametrize("compute", ["float8", "blockwise"])
+def test_streaming_in_fp8_is_refused(compute):
+    with pytest.raises(InputError, match=f"by heads, but --precision.compute {compute}"):
+        Config(train=STREAMED["stream"], precision=Precision(compute=compute))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +268,7 @@ def test_options_that_would_do_nothing_are_refused(options, sentence):
 def test_streamed_layers_have_the_same_gradients_and_gather_and_reduce_no_more_often(
     ranks, parallel, family
 ):
-    """Nor do they choose, sort or ask the host again."""
+    """Nor do they route or ask the host again. (An indexer chooses again, as with `full`.)"""
     n = math.prod(size for axis, size in parallel.items() if axis != "ep")
     modes = list(STREAMED)
     for none, *found in ranks(n, streamed, parallel=parallel, modes=modes, family=family):
@@ -272,32 +279,34 @@ def test_streamed_layers_have_the_same_gradients_and_gather_and_reduce_no_more_o
                     none[way][operation] for way in WAYS
                 )
             for operation in ("aten::topk", "aten::sort", "aten::scatter_add_"):
-                assert each["backward"][operation] == 0
+                assert each["backward"][operation] == 0 or family == "deepseek_v32"
 
 
-def rounded_once() -> dict[str, float]:
-    """Of parameters behind attention, how far bf16 gradients of `stream` are from those of `full`,
-    relative to these (norms).
+def rounding(pieces: int) -> dict[str, float]:
+    """How far bf16 gradients behind the last layer's attention are from those of `full`, relative
+    to these (norms). What flows into this layer is the same.
     """
+    stream = Train(activation_checkpointing="stream", stream_pieces=pieces)
     with World(Parallel(timeout_seconds=60), 0) as world:
         gradients = []
-        for mode in ("full", "stream"):
+        for mode in (MODES["full"], stream):
             model = build()
-            parallelize([model], world, torch.bfloat16, activations=(MODES | STREAMED)[mode])
+            parallelize([model], world, torch.bfloat16, activations=mode)
             fill(model)
             model(**microbatch(0)).backward()
             gradients.append({name: full(p.grad) for name, p in model.named_parameters()})
-        expected, found = gradients
+    expected, found = gradients
     return {
         name: float((found[name] - value).norm() / value.norm())
         for name, value in expected.items()
-        if "mlp" in name or "post_attention" in name
+        if name.startswith(f"model.layers.{EXPERT_LAYERS}.")
+        and ("mlp" in name or "post_attention" in name)
     }
 
 
 def test_gradients_of_pieces_are_added_up_in_fp32(ranks):
-    """In bf16 each piece's gradient is rounded (2^-9 of an element at most), as that of the whole
-    is; and then their sum, once.
+    """The gradient of the whole is rounded once, by 2^-9 of an element at most; of pieces, each is,
+    and their sum.
     """
-    (errors,) = ranks(1, rounded_once)
-    assert len(errors) > 10 and 0 < max(errors.values()) < 3 * 2**-9
+    (errors,) = ranks(1, rounding, pieces=48)
+    assert len(errors) > 5 and 0 < max(errors.values()) < 2 * 2**-9
