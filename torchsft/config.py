@@ -237,11 +237,14 @@ class Train:
     to a dot: '*.mlp.shared_experts', lm_head. The experts of a layer are two parameters,
     experts.gate_up_proj and experts.down_proj.
     """
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "stream"] = "none"
     """full keeps only each layer's input and where its tokens are routed, and computes the layer
     again in the backward pass: less memory, a third more time. selective keeps what attention
-    returns too, so that attention is not computed again.
+    returns too, so that attention is not computed again. stream is for the longest rows: it keeps
+    what full keeps, and computes a layer piece by piece.
     """
+    stream_pieces: int = 8
+    """With stream, how many pieces, of tokens and of heads, a layer is computed in."""
     activation_checkpointing_every: int = 1
     """Every how many layers one is checkpointed; the others keep all."""
     selective_products: bool = False
@@ -279,6 +282,7 @@ class Train:
             seed=0,
             max_nonfinite_steps=1,
             activation_checkpointing_every=1,
+            stream_pieces=1,
             label_smoothing=0,
             z_loss=0,
         )
@@ -293,6 +297,12 @@ class Train:
         if self.selective_products and self.activation_checkpointing != "selective":
             fault = "--train.selective-products needs --train.activation-checkpointing selective"
             raise InputError(f"{fault}, not {self.activation_checkpointing}; leave one of them out")
+        if self.stream_pieces != 8 and self.activation_checkpointing != "stream":
+            fault = f"--train.stream-pieces is {self.stream_pieces}, but"
+            raise InputError(
+                f"{fault} --train.activation-checkpointing is {self.activation_checkpointing}; set "
+                "stream, or leave it out"
+            )
         if self.label_smoothing >= 1:
             fault = f"--train.label-smoothing is {self.label_smoothing}"
             raise InputError(f"{fault}, but it must be below 1")
@@ -676,6 +686,13 @@ class Config:
     def __post_init__(self) -> None:
         if not self.output:
             raise InputError("--output is empty; name a directory")
+        compute = self.precision.compute
+        streamed = self.train.activation_checkpointing == "stream"
+        if streamed and compute in ("float8", "blockwise"):
+            fault = "--train.activation-checkpointing stream cuts matrices by heads, but"
+            raise InputError(
+                f"{fault} --precision.compute {compute} multiplies whole ones; set full, or bf16"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchsft.data.batch import Batch
 from torchsft.data.stream import EvalSet
-from torchsft.models.moe import Routing
 from torchsft.parallel.pipeline import OneStage, Pipeline
 from torchsft.parallel.world import World
 
@@ -126,15 +125,14 @@ def routing_choices(
     layers, tokens = list(layer_experts), pipeline.tokens
     shape = (min(tokens, DRIFT_TOKENS), len(layers), max(layer_experts.values()))
     chosen_nLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
-    hooks = []
     for model in pipeline.modules:
         place_S = model.layout.tokens(torch.arange(tokens, device=world.device))
         for name, moe in model.moe_layers().items():
-            note = partial(_note, chosen_nLE[:, layers.index(int(name))], place_S)
-            hooks.append(moe.gate.register_forward_hook(note))
+            moe.observe = partial(_note, chosen_nLE[:, layers.index(int(name))], [place_S])
     pipeline.evaluate([row])
-    for hook in hooks:
-        hook.remove()
+    for model in pipeline.modules:
+        for moe in model.moe_layers().values():
+            del moe.observe
     chosen_nLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
     chosen_nLE = world.sum(chosen_nLE).bool().cpu()
     n = int(chosen_nLE.any(-1).any(-1).sum())  # the rest is padding
@@ -143,12 +141,17 @@ def routing_choices(
     return {"tokens": row.tokens[:n].tolist(), "chosen": bits.hex()}
 
 
-def _note(
-    chosen_nE: Tensor, place_S: Tensor, gate: nn.Module, inputs: Any, routing: Routing
-) -> None:
-    """Mark the experts that a router has chosen for this rank's tokens, as far as they count."""
+def _note(chosen_nE: Tensor, rest: list[Tensor], experts_SK: Tensor) -> None:
+    """Mark the experts that some of this rank's tokens have chosen, as far as they count.
+
+    Args:
+        chosen_nE: the marks.
+        rest: where these tokens and those behind them lie, in one tensor; only the latter after it.
+        experts_SK: what they have chosen.
+    """
+    place_S, rest[0] = rest[0].tensor_split([len(experts_SK)])
     here_S = place_S < len(chosen_nE)
-    chosen_nE[place_S[here_S].unsqueeze(1), routing.experts_SK[here_S]] = True
+    chosen_nE[place_S[here_S].unsqueeze(1), experts_SK[here_S]] = True
 
 
 def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

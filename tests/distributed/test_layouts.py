@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
         "activation_checkpointing": "none",
         "activation_checkpointing_every": 1,
         "selective_products": False,
+        "stream_pieces": 8,
         "activation_offload": False,
         "freeze": (),
     }
@@ -119,10 +121,8 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     def keep_routing(name: str, chosen: torch.Tensor) -> None:
         (again if repeating() else routing)[name].append(chosen.sort().values)
 
-    hooks = [
-        moe.gate.register_forward_hook(lambda _, __, out, name=name: keep_routing(name, out[1]))
-        for name, moe in moes.items()
-    ]
+    for name, moe in moes.items():
+        moe.observe = partial(keep_routing, name)
     gradients: list[dict[str, torch.Tensor]] = []
     update = trainer.optimizer.step
 
@@ -144,18 +144,21 @@ def run(config: Config, world: World) -> list[dict[str, Any]]:
     if trainer.model.layer_experts():
         router.aux_loss, router.z_loss = AUX_LOSS, Z_LOSS
     balanced = common | reported([first], [trainer.train_step(first)[0]])
-    balanced["routing"] = {name: torch.stack(seen) for name, seen in routing.items()}
+    microbatches = ROWS // (config.train.micro_batch_size * world.data_size)
+    balanced["routing"] = {
+        name: torch.cat(seen).unflatten(0, (microbatches, -1)) for name, seen in routing.items()
+    }
     if config.train.activation_checkpointing != "none":
         assert all(
-            torch.equal(torch.stack(again[name]), seen)
+            torch.equal(torch.cat(again[name]).view_as(seen), seen)
             for name, seen in balanced["routing"].items()
             if (int(name) + 1) % config.train.activation_checkpointing_every == 0
         )
     router.aux_loss = router.z_loss = 0.0
     if any(moe.correction_bias is not None for moe in moes.values()):
         router.bias_update_rate = BIAS_UPDATE_RATE
-    for hook in hooks:
-        hook.remove()
+    for moe in moes.values():
+        del moe.observe
     trainer.optimizer.step = keep_gradients_once_and_update
     steps = [next(trainer.loader) for _ in range(STEPS)]
     without = common | reported(steps, [trainer.train_step(step)[0] for step in steps])
@@ -376,6 +379,16 @@ MATRIX = [
         pp_schedule="ZBVZeroBubble",
     ),
     layout(pp=2, activation_checkpointing="selective", pp_schedule="InterleavedZeroBubble"),
+    layout(pp=2, tp=2, ep=2, activation_checkpointing="stream", pp_schedule="Interleaved1F1B"),
+    layout(
+        pp=2,
+        dp_shard=2,
+        ep=2,
+        activation_checkpointing="stream",
+        stream_pieces=3,
+        activation_offload=True,
+        pp_schedule="ZBVZeroBubble",
+    ),
     # layers by hand
     layout(pp=2, pp_layers=(5, 3), pp_schedule="GPipe"),
     layout(pp=2, pp_layers=(1, 2, 1, 1, 2, 1), pp_schedule="Interleaved1F1B"),

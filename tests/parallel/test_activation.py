@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from tests.ops.passes import Operations
 from tests.parallel.passes import TOKENS, build, fill, full, microbatch
-from torchsft.config import Config, Data, InputError, Parallel, Train
+from torchsft.config import Config, Data, InputError, Parallel, Precision, Train
 from torchsft.ops.repetition import repeating
 from torchsft.parallel import activation_offload
 from torchsft.parallel.apply import parallelize
@@ -30,10 +31,17 @@ MODES = {
     ),
     "every second": Train(activation_checkpointing="full", activation_checkpointing_every=2),
 }
+# Their sums over tokens have other orders.
+STREAMED = {
+    "stream": Train(activation_checkpointing="stream", stream_pieces=3),
+    "stream offload": Train(activation_checkpointing="stream", activation_offload=True),
+}
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 PRODUCT = "aten::_grouped_mm"
 EXCHANGE = "_c10d_functional::all_to_all_single"
 REDUCE = "_c10d_functional::all_reduce"
+FSDP = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
+WAYS = ("forward", "backward")
 COUNTED = ("forward", "backward", "read", "forward_read")
 EXPERT_LAYERS = 2  # of the tiny DeepSeek-V3, behind a dense layer; numbers 1 and 2
 
@@ -41,7 +49,7 @@ EXPERT_LAYERS = 2  # of the tiny DeepSeek-V3, behind a dense layer; numbers 1 an
 def model_of(mode: str, world: World, **changes: Any) -> Any:
     activation_offload.LEAST = 0  # a tiny model's tensors too; ranks are forks of their own
     model = build(**changes)
-    parallelize([model], world, torch.float32, activations=MODES[mode])
+    parallelize([model], world, torch.float32, activations=(MODES | STREAMED)[mode])
     fill(model)
     for moe in model.moe_layers().values():
         moe.balance_scale = moe.z_scale = 0.1
@@ -51,6 +59,9 @@ def model_of(mode: str, world: World, **changes: Any) -> Any:
 def passes(mode: str, world: World, **changes: Any) -> dict[str, Any]:
     """Loss and gradients, counters, and what a forward and a backward pass did on this rank."""
     model = model_of(mode, world, **changes)
+    if "stream" in mode:
+        for layer in model.model.layers.values():
+            assert layer.stream is not None
     tolist = mock.Mock(wraps=torch.Tensor.tolist)
     with mock.patch.object(torch.Tensor, "tolist", lambda tensor: tolist(tensor)):
         with Operations() as forward:
@@ -59,7 +70,8 @@ def passes(mode: str, world: World, **changes: Any) -> dict[str, Any]:
         with Operations() as backward:
             loss.backward()
         backward_read = tolist.call_count - forward_read
-    gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: full(p.grad) for name, p in trained.items()}
     moes = model.moe_layers().values()
     return {
         "values": gradients | {"loss": loss.detach()},
@@ -86,6 +98,27 @@ def all_modes(
         for name, value in expected["values"].items():
             assert torch.equal(result["values"][name], value), name
     return {mode: {key: result[key] for key in COUNTED} for mode, result in found.items()}
+
+
+def streamed(parallel: dict[str, int], modes: Collection[str], **changes: Any) -> list[Any]:
+    """On the calling ranks: `stream` and the like against `none`, to what sums in another order
+    differ by.
+
+    Returns:
+        Of each mode, what a forward and a backward pass did.
+    """
+    with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
+        expected = passes("none", world, **changes)
+        found = [passes(mode, world, **changes) for mode in modes]
+    for result in found:
+        assert result["values"].keys() == expected["values"].keys()
+        for name, value in expected["values"].items():
+            error = (result["values"][name] - value).abs().max()
+            assert error <= 1e-5 * value.abs().max(), name
+        for mine, whole in zip(result["counters"], expected["counters"], strict=True):
+            assert mine[0] == whole[0]  # load of experts
+            torch.testing.assert_close(mine[1:], whole[1:], rtol=1e-5, atol=1e-6)
+    return [{key: result[key] for key in COUNTED} for result in (expected, *found)]
 
 
 def again(found: dict[str, dict[str, Any]], mode: str, operation: str) -> int:
@@ -212,8 +245,77 @@ def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backwar
             {"selective_products": True},
             "needs --train.activation-checkpointing selective, not none",
         ),
+        ({"stream_pieces": 3}, "pieces is 3, but .* is none; set stream"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         Train(**options)
+
+
+@pytest.mark.parametrize("compute", ["float8", "blockwise"])
+def test_streaming_in_fp8_is_refused(compute):
+    with pytest.raises(InputError, match=f"by heads, but --precision.compute {compute}"):
+        Config(train=STREAMED["stream"], precision=Precision(compute=compute))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "family"),
+    [
+        ({}, ""),
+        ({"dp_shard": 2, "ep": 2}, ""),
+        ({"dp_replicate": 2}, ""),
+        ({"tp": 2, "ep": 2}, ""),
+        ({"tp": 2}, "minimax_m2"),
+        ({"cp": 2}, ""),
+        ({"cp": 2}, "deepseek_v32"),
+        ({"dp_shard": 2}, "gpt_oss"),
+        ({"dp_shard": 2}, "llama"),
+    ],
+    ids=str,
+)
+def test_streamed_layers_have_the_same_gradients_and_gather_and_reduce_no_more_often(
+    ranks, parallel, family
+):
+    """Nor do they route or ask the host again. (An indexer chooses again, as with `full`.)"""
+    n = math.prod(size for axis, size in parallel.items() if axis != "ep")
+    modes = list(STREAMED)
+    for none, *found in ranks(n, streamed, parallel=parallel, modes=modes, family=family):
+        for each in found:
+            assert each["read"] == 0 < none["forward_read"]
+            for operation in FSDP:
+                assert sum(each[way][operation] for way in WAYS) == sum(
+                    none[way][operation] for way in WAYS
+                )
+            for operation in ("aten::topk", "aten::sort", "aten::scatter_add_"):
+                assert each["backward"][operation] == 0 or family == "deepseek_v32"
+
+
+def rounding(pieces: int) -> dict[str, float]:
+    """How far bf16 gradients behind the last layer's attention are from those of `full`, relative
+    to these (norms). What flows into this layer is the same.
+    """
+    stream = Train(activation_checkpointing="stream", stream_pieces=pieces)
+    with World(Parallel(timeout_seconds=60), 0) as world:
+        gradients = []
+        for mode in (MODES["full"], stream):
+            model = build()
+            parallelize([model], world, torch.bfloat16, activations=mode)
+            fill(model)
+            model(**microbatch(0)).backward()
+            gradients.append({name: full(p.grad) for name, p in model.named_parameters()})
+    expected, found = gradients
+    return {
+        name: float((found[name] - value).norm() / value.norm())
+        for name, value in expected.items()
+        if name.startswith(f"model.layers.{EXPERT_LAYERS}.")
+        and ("mlp" in name or "post_attention" in name)
+    }
+
+
+def test_gradients_of_pieces_are_added_up_in_fp32(ranks):
+    """The gradient of the whole is rounded once, by 2^-9 of an element at most; of pieces, each is,
+    and their sum.
+    """
+    (errors,) = ranks(1, rounding, pieces=48)
+    assert len(errors) > 5 and 0 < max(errors.values()) < 2 * 2**-9

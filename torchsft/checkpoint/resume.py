@@ -21,7 +21,7 @@ FREE_TO_CHANGE = (
     *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
     "data.cache data.workers optim.offload".split(),
     *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
-    "train.activation_checkpointing_every train.selective_products "
+    "train.activation_checkpointing_every train.selective_products train.stream_pieces "
     "train.activation_offload train.deterministic".split(),
     *"model.loss_chunk model.attention model.experts model.ops".split(),
 )

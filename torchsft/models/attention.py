@@ -26,7 +26,7 @@ make a query or key; values have their own dim, smaller than that.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -99,6 +99,12 @@ class Documents:
     # sdpa: for windows shorter than the longest document, bool [blocks, 1, window, 2 * window]:
     # which tokens of a block see which of the block before and of their own
     near: Mapping[int, Tensor] | None = None
+
+    def part(self, tokens: slice) -> "Documents":
+        """Return the same for what follows the attention, of some of this rank's tokens alone."""
+        return dataclasses.replace(
+            self, valid_S=self.valid_S[tokens], document_S=self.document_S[tokens]
+        )
 
     def shortened(self, valid_S: Tensor, tokens: int) -> "Documents":
         """Return the same for what follows the attention: of this rank's tokens `valid_S` alone,
@@ -397,6 +403,12 @@ class LatentAttention(nn.Module):
     tokens, so that causal and packed work is balanced whatever the documents.
     """
 
+    # by_heads(compute, heads) returns what compute(None) does, that is, of all of this rank's heads
+    # [T, heads, v]; compute(slice) is of some.
+    by_heads: Callable[[Callable[[slice | None], Tensor], int], Tensor] = staticmethod(
+        lambda compute, heads: compute(None)
+    )
+
     def __init__(
         self,
         *,
@@ -443,9 +455,6 @@ class LatentAttention(nn.Module):
         bias alone.
         """
         layout = documents.layout
-        turn = functools.partial(
-            rotate, cos=documents.cos_TP, sin=documents.sin_TP, pairing=self.rope.pairing
-        )
         q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
         latent_and_rope = self.kv_a_proj_with_mqa(x_SD)
         latent, k_rope = latent_and_rope.split([self.kv_rank, self.rope.dim], dim=-1)
@@ -453,16 +462,39 @@ class LatentAttention(nn.Module):
         seen_TT = None
         if self.indexer is not None and documents.longest > self.indexer.top_k:
             seen_TT = self.indexer(x_SD, q, documents)
-
-        q = self.q_proj(q) if self.q_rank is None else self.q_b_proj(q)
-        q_THd = turn(q.unflatten(-1, (-1, self.qk_dim)))
-        k_rope = turn(k_rope)
-        kv_THd = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))
-        k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
-        k_THd = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, k_nope.shape[1], -1)], dim=-1)
-
-        out_THd = attend(q_THd, k_THd, v_THd, self.scale, documents, seen_TT=seen_TT)
+        heads = self.kv_b_proj.outputs() // (self.nope_dim + self.v_dim)
+        out_THd = self.by_heads(
+            lambda some: self.attend(q, latent, k_rope, documents, seen_TT, some), heads
+        )
         return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+
+    def attend(
+        self,
+        q: Tensor,  # query latents, or what queries are projected from, [T, R]
+        latent: Tensor,  # [T, kv_rank]
+        k_rope: Tensor,  # [T, rope]
+        documents: Documents,
+        seen_TT: Tensor | None,  # see `attend`
+        heads: slice | None,  # of those of this rank; None: all
+    ) -> Tensor:
+        """Return what some heads see, [T, heads, v]."""
+        turn = functools.partial(
+            rotate, cos=documents.cos_TP, sin=documents.sin_TP, pairing=self.rope.pairing
+        )
+        q_proj = self.q_proj if self.q_rank is None else self.q_b_proj
+        q_THd, kv_THd = (
+            linear(x, heads and slice(heads.start * width, heads.stop * width)).unflatten(
+                -1, (-1, width)
+            )
+            for linear, x, width in (
+                (q_proj, q, self.qk_dim),
+                (self.kv_b_proj, latent, self.nope_dim + self.v_dim),
+            )
+        )
+        k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
+        k_rope = turn(k_rope).unsqueeze(1).expand(-1, k_nope.shape[1], -1)
+        k_THd = torch.cat([k_nope, k_rope], dim=-1)
+        return attend(turn(q_THd), k_THd, v_THd, self.scale, documents, seen_TT=seen_TT)
 
 
 class GroupedQueryAttention(nn.Module):

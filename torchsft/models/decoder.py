@@ -25,6 +25,9 @@ of this table and nowhere else; each stands in its class with the value of one r
     LanguageModel.mtp_scale factor of the loss of MTP layers, before each step       trainer
     LanguageModel.objective what is minimised besides the negative log-likelihood    trainer
     DecoderLayer.recompute  runs a layer so that little of it is kept                activation
+    DecoderLayer.stream     runs a layer piece by piece                              stream
+    MoE.parts               router and experts, called for a piece                   stream
+    LatentAttention.by_heads  runs attention for some heads at a time                stream
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.
 
@@ -147,13 +150,19 @@ class Linear(nn.Linear):
     # (x [..., in], weight [out, in], bias [out] or None) to [..., out], on plain tensors
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+    def outputs(self) -> int:
+        """How many outputs this rank computes."""
+        count = len(local(self.weight))
+        return count if self.rows is None else len(range(count)[self.rows])
+
+    def forward(self, x: Tensor, some: slice | None = None) -> Tensor:
+        """[..., in] to [..., out]; `some` of the outputs that this rank computes, None: all."""
         weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias)
-        if self.rows is not None:
-            weight = weight[self.rows]
-            bias = None if bias is None else bias[self.rows]
+        for rows in (self.rows, some):
+            if rows is not None:
+                weight = weight[rows]
+                bias = None if bias is None else bias[rows]
         if self.reduce is None:
             return self.product(x, weight, bias)
         y = self.reduce(self.product(x, weight, None))

@@ -158,6 +158,8 @@ class DecoderLayer(nn.Module):
     # recompute(function, *args) runs a function so that little is kept for its backward pass; None:
     # all is kept.
     recompute: Callable[..., Tensor] | None = None
+    # stream(x_SD, documents) does what `compute` does, piece by piece; None: nothing does.
+    stream: Callable[[Tensor, Documents], Tensor] | None = None
 
     def __init__(
         self, width: int, norm_eps: float, attention: Attention, network: SwigluMLP | MoE
@@ -175,7 +177,16 @@ class DecoderLayer(nn.Module):
 
     def compute(self, x_SD: Tensor, documents: Documents) -> Tensor:
         """Return what `forward` returns."""
-        x_SD = x_SD + self.self_attn(self.input_layernorm(x_SD), documents)
+        if self.stream is not None:
+            return self.stream(x_SD, documents)
+        return self.feed(self.attend(x_SD, documents), documents)
+
+    def attend(self, x_SD: Tensor, documents: Documents) -> Tensor:
+        """Add what attention returns."""
+        return x_SD + self.self_attn(self.input_layernorm(x_SD), documents)
+
+    def feed(self, x_SD: Tensor, documents: Documents) -> Tensor:
+        """Add what the feed-forward network returns."""
         normed_SD = self.post_attention_layernorm(x_SD)
         if isinstance(self.mlp, MoE):
             return x_SD + self.mlp(normed_SD, documents)

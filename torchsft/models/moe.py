@@ -158,6 +158,11 @@ class MoE(nn.Module):
     # over, set before each step; 0 leaves one out.
     balance_scale = 0.0
     z_scale = 0.0
+    # Router and experts as functions, where another call of these modules is under way, of which
+    # this one is a piece; None: the modules themselves are called.
+    parts: tuple[Callable[[Tensor], Routing], Callable[..., Tensor]] | None = None
+    # Called with the experts that tokens choose, int64 [S, K]; of pieces one after the other.
+    observe: Callable[[Tensor], None] = staticmethod(lambda experts_SK: None)
 
     def __init__(
         self, gate: Router, experts: Experts, shared_experts: SwigluMLP | None = None
@@ -192,9 +197,11 @@ class MoE(nn.Module):
         """x_SD to y_SD. Padding tokens are assigned to experts in turn, so that none is overloaded,
         weigh 0 and are not counted.
         """
-        weights_SK, experts_SK, scores_SE, logits_SE = self.gate(x_SD)
+        gate, experts = self.parts or (self.gate, self.experts)
+        weights_SK, experts_SK, scores_SE, logits_SE = gate(x_SD)
+        self.observe(experts_SK)
         valid_S1 = documents.valid_S.unsqueeze(1)
-        if self.training and self.balance_scale:
+        if self.is_balanced():
             weights_SK = self.add_balance_loss(weights_SK, experts_SK, scores_SE, documents)
         if self.training and self.z_scale:
             # arXiv:2202.08906, eq. 5
@@ -205,7 +212,7 @@ class MoE(nn.Module):
         x_RD = permute(x_SD, order_R, row_SK)
         weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
         y_RD, shared_SD = self.exchange(
-            x_RD, weights_R1, counts_E, self.experts, lambda: self.shared(x_SD)
+            x_RD, weights_R1, counts_E, experts, lambda: self.shared(x_SD)
         )
         routed_SD = combine(y_RD, order_R, row_SK)
         return routed_SD if shared_SD is None else routed_SD + shared_SD
@@ -246,21 +253,27 @@ class MoE(nn.Module):
         are packed, split over ranks and accumulated changes nothing. Chosen means routed to (the
         paper's formula leaves out DeepSeek's correction bias there).
         """
-        count, experts = len(documents.length_N1), scores_SE.shape[1]
-
-        def frequency() -> Tensor:
-            index_R = (documents.document_S.unsqueeze(1) * experts + experts_SK).flatten()
-            counts = torch.zeros(count * experts, device=scores_SE.device)
-            counts.index_add_(0, index_R, torch.ones_like(index_R).float())
-            counts_NE = documents.layout.sum(counts).view(count, experts)
-            length_N1 = documents.length_N1.clamp(min=1).unsqueeze(1)
-            return counts_NE * (experts / experts_SK.shape[1]) / length_N1
-
-        frequency_NE = once("frequency", frequency)
+        frequency_NE = once("frequency", lambda: self.frequency(experts_SK, documents))
         share_SE = scores_SE / scores_SE.sum(-1, keepdim=True)
         loss_S = (frequency_NE[documents.document_S] * share_SE).sum(-1)
         scale = self.balance_scale
         return self._minimise(loss_S, documents, self.balance_loss, scale, weights_SK)
+
+    def frequency(self, experts_SK: Tensor, documents: Documents) -> Tensor:
+        """Return f_e of every document, fp32 [N + 1, E] (the last row: of padding), by the choices
+        of all of this rank's tokens.
+        """
+        count, experts = len(documents.length_N1), len(self.expert_load)
+        index_R = (documents.document_S.unsqueeze(1) * experts + experts_SK).flatten()
+        counts = torch.zeros(count * experts, device=experts_SK.device)
+        counts.index_add_(0, index_R, torch.ones_like(index_R).float())
+        counts_NE = documents.layout.sum(counts).view(count, experts)
+        length_N1 = documents.length_N1.clamp(min=1).unsqueeze(1)
+        return counts_NE * (experts / experts_SK.shape[1]) / length_N1
+
+    def is_balanced(self) -> bool:
+        """Whether the balance loss is part of what is minimised."""
+        return self.training and self.balance_scale != 0
 
     def _minimise(
         self, loss_S: Tensor, documents: Documents, total: Tensor, scale: float, weights_SK: Tensor

@@ -64,13 +64,15 @@ def repeating() -> bool:
 
 def once(name: str, compute: Callable[[], Result]) -> Result:
     """Return what `compute` returns or, in a repetition, of which there is one, what it returned in
-    the first pass.
+    the first pass; what was put among the kept before that pass is not computed.
     """
     running = Pass.running
     if running is None or name not in running.names:
         return compute()
     if running.repeating:
         return tree_map(running.move, running.kept.pop(name))
+    if name in running.kept:
+        return running.kept[name]
     result = compute()
     running.kept[name] = tree_map(running.move, result)
     return result

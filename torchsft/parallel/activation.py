@@ -12,6 +12,7 @@ from torchsft.config import Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.ops.repetition import ATTENTION, PRODUCTS, ROUTING, Pass
 from torchsft.parallel.activation_offload import Offload
+from torchsft.parallel.stream import stream_layer
 
 
 def apply_activation_checkpointing(
@@ -21,17 +22,23 @@ def apply_activation_checkpointing(
 
     Of a layer and microbatch in flight are kept its input [S, D], where its tokens are routed (so
     that the repetition exchanges no counts, waits for no host and cannot route otherwise), and with
-    `selective` what attention returns. Applied before FSDP2, which then gathers a layer's
-    parameters once for both passes.
+    `selective` what attention returns; parallel/stream.py says what `stream` does. Applied before
+    FSDP2, which then gathers a layer's parameters once for both passes.
     """
-    mode = options.activation_checkpointing
+    mode, every = options.activation_checkpointing, options.activation_checkpointing_every
     if mode == "none":
+        return
+    layers = [layer for name, layer in model.model.layers.items() if (int(name) + 1) % every == 0]
+    offload = Offload(device) if options.activation_offload else None
+    moves = [offload.pack, offload.unpack] if offload else []
+    if mode == "stream":
+        for layer in layers:
+            stream_layer(layer, options.stream_pieces, *moves)
+            layer.recompute = offload.run if offload else None
         return
     names = ROUTING
     if mode == "selective":
         names |= {ATTENTION, PRODUCTS} if options.selective_products else {ATTENTION}
-    offload = Offload(device) if options.activation_offload else None
-    moves = [offload.pack, offload.unpack] if offload else []
 
     def passes() -> tuple[Pass, Pass]:
         kept: dict[str, Any] = {}
@@ -43,6 +50,5 @@ def apply_activation_checkpointing(
     )
     if offload:
         recompute = partial(offload.run, recompute)
-    for name, layer in model.model.layers.items():
-        if (int(name) + 1) % options.activation_checkpointing_every == 0:
-            layer.recompute = recompute
+    for layer in layers:
+        layer.recompute = recompute
