@@ -55,9 +55,10 @@ def vocabulary_loss(
     sum that is the gradient of `hidden_TD`. The graph can be traversed once for each of the two
     gradients: the backward pass scales what was kept.
     """
-    weights_T = _effective_weights(labels_T, loss_weights_T)
     if plain() and vocabulary is None:
-        return _reference(hidden_TD, weight_VD, labels_T, weights_T, objective, sums)
+        arguments = hidden_TD, weight_VD, labels_T, loss_weights_T
+        return vocabulary_loss_reference(*arguments, objective, sums)
+    weights_T = _effective_weights(labels_T, loss_weights_T)
     differentiable = hidden_TD.requires_grad or weight_VD.requires_grad
     gradients = torch.is_grad_enabled() and differentiable
     trained = gradients and weight_VD.requires_grad
@@ -88,17 +89,6 @@ def vocabulary_loss_reference(
 ) -> Tensor:
     """`vocabulary_loss` in plain PyTorch, with full logits."""
     weights_T = _effective_weights(labels_T, loss_weights_T)
-    return _reference(hidden_TD, weight_VD, labels_T, weights_T, objective, sums)
-
-
-def _reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    weights_T: Tensor,
-    objective: Objective,
-    sums: Tensor | None,
-) -> Tensor:
     logits_TV = F.linear(hidden_TD, weight_VD)
     if logits_TV.dtype.itemsize < 4:
         logits_TV = logits_TV.float()
