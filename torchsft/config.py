@@ -70,30 +70,14 @@ class Model:
 
 
 # What rendering itself gives to a chat template.
-RESERVED = {
-    "messages",
-    "conversations",
-    "tools",
-    "documents",
-    "chat_template",
-    "add_generation_prompt",
-}
-
+RESERVED = set(
+    "messages conversations tools documents chat_template add_generation_prompt".split()
+)
 
 # What --data.map can make of a column: a turn, the key of a format, or nothing.
-MAP_TARGETS = (
-    *("system", "user", "assistant", "messages", "conversations", "prompt", "completion", "text"),
-    *(
-        "instruction",
-        "input",
-        "output",
-        "history",
-        "tools",
-        "weight",
-        "input_ids",
-        "labels",
-        "ignore",
-    ),
+MAP_TARGETS = tuple(
+    "system user assistant messages conversations prompt completion text instruction input output "
+    "history tools weight input_ids labels ignore".split()
 )
 
 

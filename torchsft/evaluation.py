@@ -72,12 +72,12 @@ def evaluate_loss(
         `eval_mtp_acceptance`: the share of supervised tokens that the first of them drafts as the
         model itself would choose them.
     """
-    totals = {name: _total(pipeline, batches, world) for name, batches in sets.items()}
-    by_suffix = {"": sum(totals.values())}
+    totals = {f"/{name}": _total(pipeline, batches, world) for name, batches in sets.items()}
+    shown = {"": sum(totals.values())}
     if len(totals) > 1:
-        by_suffix |= {f"/{name}": total for name, total in totals.items()}
+        shown |= totals
     results = {}
-    for suffix, total in by_suffix.items():
+    for suffix, total in shown.items():
         loss_sum, loss_weight, accepted, drafted = total.tolist()
         loss = loss_sum / loss_weight
         results[f"eval_loss{suffix}"] = loss
@@ -92,9 +92,9 @@ def _total(pipeline: Pipeline | OneStage, batches: EvalSet, world: World) -> tor
     loss_sum, loss_weight = pipeline.zero.clone(), 0.0
     drafts = pipeline.modules[-1].mtp_drafts
     drafts.zero_()
-    for start in range(0, len(batches), BATCHES_AT_ONCE):
-        end = min(start + BATCHES_AT_ONCE, len(batches))
-        group = [batches[number] for number in range(start, end)]
+    numbers = range(len(batches))
+    for start in numbers[::BATCHES_AT_ONCE]:
+        group = [batches[number] for number in numbers[start : start + BATCHES_AT_ONCE]]
         loss_sum += pipeline.evaluate(group)
         for batch in group:
             loss_weight += batch.loss_weights.double().sum().item()
@@ -135,11 +135,11 @@ def routing_choices(
     pipeline.evaluate([row])
     for hook in hooks:
         hook.remove()
-    chosen_nLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
+    counted = row.cu_seqlens[-1] if world.data_rank == 0 else 0  # the rest is padding
+    chosen_nLE[counted:] = False
     chosen_nLE = world.sum(chosen_nLE).bool().cpu()
-    n = int(chosen_nLE.any(-1).any(-1).sum())  # the rest is padding
-    chosen_nLE = chosen_nLE[:n]
-    bits = np.packbits(chosen_nLE.numpy()).tobytes()
+    n = int(chosen_nLE.any(-1).any(-1).sum())
+    bits = np.packbits(chosen_nLE[:n].numpy()).tobytes()
     return {"tokens": row.tokens[:n].tolist(), "chosen": bits.hex()}
 
 
@@ -148,7 +148,8 @@ def _note(
 ) -> None:
     """Mark the experts that a router has chosen for this rank's tokens, as far as they count."""
     here_S = place_S < len(chosen_nE)
-    chosen_nE[place_S[here_S].unsqueeze(1), routing.experts_SK[here_S]] = True
+    tokens_S1, experts_SK = place_S[here_S].unsqueeze(1), routing.experts_SK[here_S]
+    chosen_nE[tokens_S1, experts_SK] = True
 
 
 def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
@@ -157,5 +158,6 @@ def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | No
     """
     if now["tokens"] != base["tokens"]:
         return None
+    # all bits of the choices as one whole number
     chosen, before = int(now["chosen"], 16), int(base["chosen"], 16)
     return (chosen & ~before).bit_count() / chosen.bit_count()

@@ -62,6 +62,7 @@ class ConvertedWeights(Weights):
         self._shapes = {name: tuple(t.size) for name, t in self._reader.tensors.items()}
         self._check_model(pieces)
         self.tensors: dict[str, StoredTensor] = {}
+        # where a tensor begins in its DCP tensor
         self._starts: dict[str, tuple[int, ...]] = {}
         for name, tensor in self._reader.tensors.items():
             dtype = DTYPE_NAMES[tensor.properties.dtype]
@@ -69,14 +70,19 @@ class ConvertedWeights(Weights):
                 self.tensors[piece.key] = StoredTensor(name, piece.hf_shape, dtype)
                 self._starts[piece.key] = piece.start
         self.packed: dict[str, Format] = {}
+        # of the model's own weights: key of a weight -> its scales
         self._own_scales: dict[str, StoredTensor] = {}
         form = self._source_format()
-        if form is None:
-            return
+        if form is not None:
+            self._find_packed(form)
+
+    def _find_packed(self, form: Format) -> None:
+        """Note the weights that were of few bits; the parts of the model's own leave `tensors`."""
         # All parts but the values, which are the tensor itself here.
         beside = set(form.suffixes) - {form.suffixes[-2]}
         stored = self.tensors.keys()
-        for key in [key for key in stored if {key + suffix for suffix in beside} <= stored]:
+        packed = [key for key in stored if {key + suffix for suffix in beside} <= stored]
+        for key in packed:
             self.packed[key] = form
             if self.tensors[key].file.startswith(MODEL):
                 self._own_scales[key] = self.tensors[key + form.scales]
@@ -105,19 +111,19 @@ class ConvertedWeights(Weights):
         """Compare names and shapes of the model's tensors with those that the pieces make up."""
         joint = ".eh_proj.weight"
         mtp = tuple(name.removesuffix(joint) for name in pieces if name.endswith(joint))
-        expected = {
-            MODEL + name: _whole_shape(parts)
-            for name, parts in pieces.items()
+        expected = {}
+        for name, parts in pieces.items():
             # trained MTP layers may be carried, one tensor by one
-            if not name.startswith(mtp)
-            or not all(CARRIED + piece.key in self._shapes for piece in parts)
-        }
+            carried = all(CARRIED + piece.key in self._shapes for piece in parts)
+            if not (carried and name.startswith(mtp)):
+                expected[MODEL + name] = _whole_shape(parts)
         found = {name: shape for name, shape in self._shapes.items() if name.startswith(MODEL)}
-        odd = [
-            f"{name} is {found.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
-            for name in sorted(expected.keys() | found.keys())
-            if found.get(name) != expected.get(name)
-        ]
+        odd = []
+        for name in sorted(expected.keys() | found.keys()):
+            has = found.get(name, "absent")
+            needs = expected.get(name, "absent")
+            if has != needs:
+                odd.append(f"{name} is {has} instead of {needs}")
         if odd:
             fault = (
                 f"another model than its config.json (or the one of --base) describes: "
@@ -134,12 +140,15 @@ class ConvertedWeights(Weights):
         """Return one slice of a tensor, on the CPU, in its stored dtype. Only its bytes are
         read.
         """
-        tensor, origin = self.tensors[key], self._starts[key]
+        tensor = self.tensors[key]
         ranges = bounds(index, tensor.shape)
         shape = tuple(max(0, end - start) for start, end in ranges)
-        leading = len(origin) - len(shape)
-        starts = tuple(o + start for o, (start, _) in zip(origin[leading:], ranges, strict=True))
-        box = Box(origin[:leading] + starts, (1,) * leading + shape)
+        # Where the slice begins in the parameter, which may have dims in front (that of experts).
+        start = list(self._starts[key])
+        leading = len(start) - len(shape)
+        for dim, (first, _) in enumerate(ranges, start=leading):
+            start[dim] += first
+        box = Box(tuple(start), (1,) * leading + shape)
         return self._reader.read(tensor.file, box).reshape(shape)
 
     def scales(self, key: str) -> Tensor | None:
@@ -151,6 +160,7 @@ class ConvertedWeights(Weights):
 
 def _whole_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
     """Return the shape of the parameter that pieces fill."""
-    boxes = map(piece_box, pieces)
-    ends = [[a + n for a, n in zip(box.start, box.shape, strict=True)] for box in boxes]
+    ends = []
+    for box in map(piece_box, pieces):
+        ends.append([first + n for first, n in zip(box.start, box.shape, strict=True)])
     return tuple(map(max, zip(*ends, strict=True)))

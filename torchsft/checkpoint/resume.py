@@ -61,7 +61,8 @@ def find_start(config: Config, announce: bool) -> Start:
     changes = _changes(found, config) if found else []
     if config.overwrite and (found or Folder(where).names()):  # else there is nothing to overwrite
         if found is None or changes or not found.get("overwrite"):
-            return _start_over(config, where)
+            refuse_to_delete_inputs(config, where)
+            return _anew(config, f"--overwrite: the earlier run in {output} is replaced")
         if announce:
             said = (
                 f"{output} holds this same run, which --overwrite has started: it is continued, "
@@ -74,9 +75,7 @@ def find_start(config: Config, announce: bool) -> Start:
             f"the earlier run in {output} left no checkpoint, so it starts anew "
             f"({'; '.join(changes)})"
         )
-        if options.resume in ("auto", "never"):
-            return Start(None, replaces)
-        return Start(options.resume, replaces, _other_run(config))
+        return _anew(config, replaces)
     if different := [change for change in changes if not change.startswith(LENGTH)]:
         fault = f"{output} holds another run, which differs in {'; '.join(different)}"
         raise InputError(
@@ -199,10 +198,8 @@ def _got_somewhere(output: Path, places: set[str]) -> bool:
     return exported or any(state.find_latest(place)[0] for place in sorted(places))
 
 
-def _start_over(config: Config, where: str) -> Start:
-    """Return the start that --overwrite asks for."""
-    refuse_to_delete_inputs(config, where)
-    replaces = f"--overwrite: the earlier run in {config.output} is replaced"
+def _anew(config: Config, replaces: str) -> Start:
+    """Return the start of a run that replaces the earlier one in its output directory."""
     if config.checkpoint.resume in ("auto", "never"):
         return Start(None, replaces)
     return Start(config.checkpoint.resume, replaces, _other_run(config))

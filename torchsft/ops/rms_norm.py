@@ -42,7 +42,8 @@ def rms_norm_of_parts(
     """
     wide = _wide(x)
     mean_square = mean(wide.square().mean(-1, keepdim=True))
-    return (wide * (mean_square + eps).rsqrt() * weight).to(x.dtype)
+    scale = (mean_square + eps).rsqrt()
+    return (wide * scale * weight).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -51,6 +52,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
+    """Keeps x and, of each row, one over its root mean square: y = x * scale * weight."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = _wide(x)
@@ -71,9 +74,10 @@ class _RmsNorm(torch.autograd.Function):
             grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if want_x:
             grad_normed = grad * weight
-            # What changes the row's norm alone has no effect.
+            # What changes the row's norm alone has no effect: without it, scale * (grad_normed -
+            # normed * mean(grad_normed * normed)).
             along = torch.linalg.vecdot(grad_normed, normed)
             along = along.div_(x.shape[-1]).unsqueeze(-1)
-            grad_x = grad_normed.addcmul_(normed, along, value=-1)
-            grad_x = grad_x.mul_(scale).to(x.dtype)
+            across = grad_normed.addcmul_(normed, along, value=-1)
+            grad_x = across.mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None

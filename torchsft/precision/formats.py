@@ -114,13 +114,11 @@ class Fp8Blocks(Format):
         self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Return a slice of a weight, fp32."""
-        blocks = tuple(
-            slice(start // n, -(-end // n))
-            for (start, end), n in zip(ranges, self.block, strict=True)
-        )
         raw = read(key, tuple(slice(*ends) for ends in ranges))
+        blocks = tuple(map(_blocks_of, ranges, self.block))
+        scales = read(key + SCALE_SUFFIX, blocks)
         origin = tuple(start for start, _ in ranges)
-        return dequantise(raw, read(key + SCALE_SUFFIX, blocks), self.block, origin)
+        return dequantise(raw, scales, self.block, origin)
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return the weight in e4m3 and its scales."""
@@ -150,9 +148,10 @@ class Int4Groups(Format):
     def parts(self, key: str, shape: tuple[int, ...]) -> Contents:
         """Return shape, packed values and scales."""
         rows, groups = shape[0], int4.groups(shape, key)
+        words = shape[1] // 8
         return {
             f"{key}_shape": (self.shape_dtype, (2,)),
-            f"{key}_packed": (torch.int32, (rows, shape[1] // 8)),
+            f"{key}_packed": (torch.int32, (rows, words)),
             f"{key}_scale": (torch.bfloat16, (rows, groups)),
         }
 
@@ -165,11 +164,13 @@ class Int4Groups(Format):
     ) -> Tensor:
         """Return a slice of a weight, fp32."""
         rows, (start, end) = slice(*ranges[0]), ranges[1]
-        begin = start // int4.GROUP
-        groups = slice(begin, -(-end // int4.GROUP))
-        packed = read(f"{key}_packed", (rows, slice(4 * groups.start, 4 * groups.stop)))
-        values = int4.dequantise(packed, read(f"{key}_scale", (rows, groups)))
-        return values[:, start - begin * int4.GROUP : end - begin * int4.GROUP]
+        groups = _blocks_of((start, end), int4.GROUP)
+        words = slice(4 * groups.start, 4 * groups.stop)  # a group has 4, of 8 values each
+        packed = read(f"{key}_packed", (rows, words))
+        scales = read(f"{key}_scale", (rows, groups))
+        values = int4.dequantise(packed, scales)
+        origin = groups.start * int4.GROUP
+        return values[:, start - origin : end - origin]
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return packed values and scales."""
@@ -215,16 +216,23 @@ class Mxfp4(Format):
     ) -> Tensor:
         """Return a slice of a weight, fp32."""
         experts, (start, end), out = ranges
-        begin = start // mxfp4.BLOCK
-        part = slice(*experts), slice(*out), slice(begin, -(-end // mxfp4.BLOCK))
-        values = mxfp4.dequantise(read(f"{key}_blocks", part), read(f"{key}_scales", part))
-        origin = begin * mxfp4.BLOCK
+        blocks = _blocks_of((start, end), mxfp4.BLOCK)
+        part = slice(*experts), slice(*out), blocks
+        packed, scales = read(f"{key}_blocks", part), read(f"{key}_scales", part)
+        values = mxfp4.dequantise(packed, scales)
+        origin = blocks.start * mxfp4.BLOCK
         return values[..., start - origin : end - origin].transpose(1, 2)
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return blocks and scales."""
         blocks, scales = mxfp4.quantise(w.transpose(1, 2), known, key)
         return {f"{key}_blocks": blocks, f"{key}_scales": scales}
+
+
+def _blocks_of(ends: tuple[int, int], size: int) -> slice:
+    """Return which blocks of `size` entries have some of those from `ends[0]` to `ends[1]`."""
+    start, end = ends
+    return slice(start // size, -(-end // size))
 
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
