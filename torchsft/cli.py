@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import textwrap
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -262,14 +263,14 @@ def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
     arguments = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        name = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = build(hints[field.name], values, name + ".")
+        name, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            arguments[field.name] = build(hint, values, name + ".")
         elif name in values:
             arguments[field.name] = values[name]
-    for option in options_of(kind, prefix).values():
-        if option.default is dataclasses.MISSING and option.name not in values:
-            raise InputError(f"{option.flag} is missing; give it: {option.doc}")
+        elif field.default is dataclasses.MISSING:
+            doc = field_docs(kind).get(field.name, "")
+            raise InputError(f"{flag_of(name)} is missing; give it: {doc}")
     return kind(**arguments)
 
 
@@ -500,7 +501,7 @@ def _load(path: Path) -> Any:
         if path.suffix == ".json":
             return json.loads(text, object_pairs_hook=_unique)
         if path.suffix == ".toml":
-            return _load_toml(text)
+            return tomllib.loads(text)
         if path.suffix in (".yaml", ".yml"):
             return _load_yaml(text)
     except (OSError, ValueError, RecursionError) as error:
@@ -526,14 +527,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             )
         found[key] = value
     return found
-
-
-def _load_toml(text: str) -> Any:
-    if sys.version_info < (3, 11):
-        raise ValueError("TOML needs Python 3.11; write it as YAML")
-    import tomllib
-
-    return tomllib.loads(text)
 
 
 def _load_yaml(text: str) -> Any:

@@ -15,7 +15,7 @@ from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.endings import about, read_generation_config, stop_ids
 from torchsft.checkpoint.resume import checkpoints_of
 from torchsft.checkpoint.storage import Folder
-from torchsft.config import Config
+from torchsft.config import Config, to_dict
 from torchsft.metrics.logger import MetricsLogger
 from torchsft.parallel.apply import quantised_dtype
 from torchsft.parallel.collectives import gather_objects
@@ -84,7 +84,6 @@ class RunOutput:
         optimizer: torch.optim.Optimizer,
         *,
         extra: dict[str, Any],
-        saved_config: dict[str, Any],
         score: float | None,
         last: bool,
     ) -> None:
@@ -92,17 +91,22 @@ class RunOutput:
 
         Args:
             step: its number.
-            model: as `state.Checkpointer.save`, like the following three.
+            model: as `state.Checkpointer.save`, like the following two.
             optimizer: see there.
             extra: counters and data position.
-            saved_config: the run's configuration.
             score: its eval loss, if known.
             last: nothing is trained behind it, so that it must be complete.
         """
         if last:
             self.checkpointer.wait()  # before the new save, whose stall it does not belong to
         written = self.checkpointer.save(
-            step, model, optimizer, extra=extra, config=saved_config, score=score, now=last
+            step,
+            model,
+            optimizer,
+            extra=extra,
+            config=to_dict(self.config),
+            score=score,
+            now=last,
         )
         if not written:
             self.message(f"no checkpoint of step {step}: the one before is still being written")

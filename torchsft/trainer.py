@@ -602,7 +602,6 @@ class Trainer:
             self.model,
             self.optimizer,
             extra=extra,
-            saved_config=to_dict(self.config),
             score=score,
             last=self.signalled or self.counters.step == self.total_steps,
         )

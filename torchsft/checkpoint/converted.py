@@ -125,11 +125,10 @@ class ConvertedWeights(Weights):
             if has != needs:
                 odd.append(f"{name} is {has} instead of {needs}")
         if odd:
-            fault = (
-                f"another model than its config.json (or the one of --base) describes: "
-                f"{listing(odd, most=3)}"
+            raise InputError(
+                f"{self.directory} holds another model than its config.json (or the one of --base) "
+                f"describes: {listing(odd, most=3)}; use the two that belong together"
             )
-            raise InputError(f"{self.directory} holds {fault}; use the two that belong together")
 
     @property
     def bytes_read(self) -> int:

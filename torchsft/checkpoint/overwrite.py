@@ -74,8 +74,10 @@ def refuse_to_delete_inputs(config: Config, checkpoints: str) -> None:
     exports = [str(path) for path in Path(config.output).glob("hf-step-*")]
     for place in (checkpoints, beside, str(Path(config.output) / "hf"), *exports):
         if inside := _inputs_in(config, place):
-            fault = f"--overwrite would delete {place}, but this run reads {inside[0]} there"
-            raise InputError(f"{fault}; choose another --output")
+            raise InputError(
+                f"--overwrite would delete {place}, but this run reads {inside[0]} there; choose "
+                "another --output"
+            )
 
 
 def make_way(config: Config, checkpoints: str) -> list[str]:

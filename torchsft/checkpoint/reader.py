@@ -177,12 +177,9 @@ class RangeReader(OneCheckpoint, StorageReader):
                     self._read_part(chunk, part, values)
                     target.copy_(values)
             except Exception as error:  # what damaged bytes or a file system make of it
-                fault = (
-                    f"{item.storage_index.fqn} cannot be read from {chunk.file} "
-                    f"({in_one_line(error)})"
-                )
                 raise InputError(
-                    f"{self.folder} is damaged: {fault}; use another checkpoint"
+                    f"{self.folder} is damaged: {item.storage_index.fqn} cannot be read from "
+                    f"{chunk.file} ({in_one_line(error)}); use another checkpoint"
                 ) from error
             planner.commit_tensor(item, target)
         return completed(None)

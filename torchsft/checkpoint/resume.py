@@ -77,9 +77,9 @@ def find_start(config: Config, announce: bool) -> Start:
         )
         return _anew(config, replaces)
     if different := [change for change in changes if not change.startswith(LENGTH)]:
-        fault = f"{output} holds another run, which differs in {'; '.join(different)}"
         raise InputError(
-            f"{fault}; choose another --output, or give --overwrite to replace that run"
+            f"{output} holds another run, which differs in {'; '.join(different)}; choose another "
+            "--output, or give --overwrite to replace that run"
         )
     latest, passed_over = state.find_latest(where)
     for sentence in passed_over if announce else ():
@@ -87,23 +87,17 @@ def find_start(config: Config, announce: bool) -> Start:
     if options.resume == "never":
         if latest is None:
             return Start(None)
-        remedy = (
-            "choose another --output, --overwrite to replace that run, or --checkpoint.resume auto "
-            "to continue it"
-        )
         raise InputError(
-            f"{where} already holds checkpoints, but --checkpoint.resume is never; {remedy}"
+            f"{where} already holds checkpoints, but --checkpoint.resume is never; choose another "
+            "--output, --overwrite to replace that run, or --checkpoint.resume auto to continue it"
         )
     if options.resume == "auto":
         if latest is None and before != where and (elsewhere := state.find_latest(before)[0]):
             # a run must not begin anew, unasked, since --checkpoint.remote changed
-            fault = (
-                f"this run has checkpoints in {before}, but none in {where}, where "
-                f"--checkpoint.remote puts them now"
-            )
             raise InputError(
-                f"{fault}; continue with --checkpoint.resume {elsewhere}, or choose "
-                f"another --output"
+                f"this run has checkpoints in {before}, but none in {where}, where "
+                "--checkpoint.remote puts them now; continue with --checkpoint.resume "
+                f"{elsewhere}, or choose another --output"
             )
         return Start(latest, longer="; ".join(changes) if latest else "")
     longer = _other_run(config)
@@ -112,12 +106,10 @@ def find_start(config: Config, announce: bool) -> Start:
         # that run, started again
         if found and not own and found["checkpoint"].get("resume") == options.resume:
             return Start(latest, longer="; ".join(changes))
-        fault = (
-            f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than {options.resume}"
-        )
         raise InputError(
-            f"{fault}; choose another --output, or give --checkpoint.resume auto to "
-            f"continue that one"
+            f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than "
+            f"{options.resume}; choose another --output, or give --checkpoint.resume auto to "
+            "continue that one"
         )
     return Start(options.resume, longer=longer)
 
@@ -132,10 +124,10 @@ def _found_config(output: Path, config: Config) -> dict[str, Any] | None:
     except InputError as error:
         if config.overwrite:
             return None
-        remedy = (
-            "delete it (each checkpoint has a copy), choose another --output or give --overwrite"
-        )
-        raise InputError(f"{saved} is damaged; {remedy}") from error
+        raise InputError(
+            f"{saved} is damaged; delete it (each checkpoint has a copy), choose another --output "
+            "or give --overwrite"
+        ) from error
     if not isinstance(found.get("checkpoint"), dict) or not isinstance(found.get("train"), dict):
         raise InputError(
             f"{saved} is not the configuration of a run of torchsft (a model's?); "
@@ -214,9 +206,8 @@ def _other_run(config: Config) -> str:
     place = config.checkpoint.resume
     changes = _changes(state.saved_config(place), config)
     if different := [change for change in changes if not change.startswith(LENGTH)]:
-        fault = f"checkpoint {place} is of another run, which differs in {'; '.join(different)}"
         raise InputError(
-            f"{fault}; give the options of that run, or train from its exported "
-            f"weights with --model.path"
+            f"checkpoint {place} is of another run, which differs in {'; '.join(different)}; give "
+            "the options of that run, or train from its exported weights with --model.path"
         )
     return "; ".join(changes)

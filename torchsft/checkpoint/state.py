@@ -334,8 +334,10 @@ def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
     if damaged and _by_step(Folder(directory)).keys() != folders.keys():
         return find_latest(directory)  # another process has saved and removed meanwhile
     if damaged:
-        remedy = "delete it to start anew, or name another with --checkpoint.resume"
-        raise InputError(f"{passed[0]}; there is no complete one before it: {remedy}")
+        raise InputError(
+            f"{passed[0]}; there is no complete one before it: delete it to start anew, or name "
+            "another with --checkpoint.resume"
+        )
     return None, passed
 
 

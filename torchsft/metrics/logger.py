@@ -272,11 +272,10 @@ def _cut(path: Path, last_step: int) -> None:
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError) as error:
-                fault = (
+                raise InputError(
                     f"{path} line {number} is not a line of metrics ({error!r}); choose another "
-                    f"--output or delete it"
-                )
-                raise InputError(fault) from error
+                    "--output or delete it"
+                ) from error
             if step > last_step:
                 break
             end += len(line)

@@ -83,15 +83,11 @@ def apply_fsdp(
             gate, experts = moe_layers[name].gate, moe_layers[name].experts
             for key, parameter in experts.named_parameters():
                 if parameter.shape[1] % shards:
-                    fault = (
+                    raise InputError(
                         f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which "
-                        f"does not divide over the "
+                        f"does not divide over the {shards} ranks that share an expert (dp_shard * "
+                        "cp * tp / ep); raise --parallel.ep or start another number of ranks"
                     )
-                    fault += (
-                        f"{shards} ranks that share an expert (dp_shard * cp * tp / ep); raise "
-                        f"--parallel.ep or start "
-                    )
-                    raise InputError(fault + "another number of ranks")
             if {compute, experts.down_proj.dtype} != {torch.float32}:
                 parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
             parts.append(

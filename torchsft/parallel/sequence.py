@@ -138,11 +138,10 @@ def exchange_heads(
     divisors = [n for n in range(1, heads + 1) if heads % n == 0 and _divide(kv_heads, n)]
     if ranks not in divisors:
         good = map(str, divisors)
-        fault = (
+        raise InputError(
             f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp "
-            f"{ranks} ranks; "
+            f"{ranks} ranks; set --parallel.cp to one of {', '.join(good)}"
         )
-        raise InputError(fault + f"set --parallel.cp to one of {', '.join(good)}")
     if ranks > kv_heads:
         copies = ranks // kv_heads
         k_CGd = k_CGd.repeat_interleave(copies, dim=1)
