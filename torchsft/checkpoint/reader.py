@@ -144,8 +144,8 @@ class RangeReader(OneCheckpoint, StorageReader):
         Raises:
             InputError: a file is absent or damaged.
         """
-        values = torch.empty(box.shape, dtype=self.tensors[name].properties.dtype)
         stored = self.tensors[name]
+        values = torch.empty(box.shape, dtype=stored.properties.dtype)
         if box.start and stored.chunks:
             # DCP looks at every chunk for every box: for V3's stacked experts that takes longer
             # than reading.
@@ -169,12 +169,11 @@ class RangeReader(OneCheckpoint, StorageReader):
             target = planner.resolve_tensor(item).detach()
             chunk = self._chunk(item)
             part = Box(tuple(item.storage_offsets), tuple(item.lengths))
+            in_place = target.device.type == "cpu" and target.dtype == chunk.dtype
+            values = target if in_place else torch.empty(part.shape, dtype=chunk.dtype)
             try:
-                if target.device.type == "cpu" and target.dtype == chunk.dtype:
-                    self._read_part(chunk, part, target)
-                else:
-                    values = torch.empty(part.shape, dtype=chunk.dtype)
-                    self._read_part(chunk, part, values)
+                self._read_part(chunk, part, values)
+                if not in_place:
                     target.copy_(values)
             except Exception as error:  # what damaged bytes or a file system make of it
                 raise InputError(

@@ -60,24 +60,25 @@ def read_fields(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
         raise InputError(
             f"config.json lacks {', '.join(missing)}, without which the model has no shape"
         )
-    odd = []
-    numbers = [field for field in fields(kind) if field.name not in kind.apart]
-    for field in numbers:
+    odd, stated = [], {}
+    for field in fields(kind):
+        name, value = field.name, config.get(field.name)
+        if name in kind.apart:
+            continue
         allowed = int if field.default is MISSING else int | float | None
-        if not isinstance(config.get(field.name), allowed):
-            odd.append(f"{field.name} = {config[field.name]!r}")
+        if not isinstance(value, allowed):
+            odd.append(f"{name} = {value!r}")
+        says_something = value is not None or name in kind.null_says_something
+        if name in config and says_something:
+            stated[name] = value
     refuse_if(odd, f"{', '.join(odd)}, but numbers are needed there")
-    for name, value in kind.supported_values.items():
+    for name, supported in kind.supported_values.items():
+        value = config.get(name)
         refuse_if(
-            config.get(name) not in (None, value),
-            f"{name} = {config.get(name)!r}, but only {value!r} is supported",
+            value not in (None, supported),
+            f"{name} = {value!r}, but only {supported!r} is supported",
         )
-    stated = {field.name: config[field.name] for field in numbers if field.name in config}
-    return {
-        name: value
-        for name, value in stated.items()
-        if value is not None or name in kind.null_says_something
-    }
+    return stated
 
 
 def _refuse_other_quantisation(config: Mapping[str, Any]) -> None:
@@ -92,12 +93,12 @@ def _refuse_other_quantisation(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_contradiction(config: Mapping[str, Any], names: tuple[str, str]) -> None:
-    stated = {name: config[name] for name in names if config.get(name) is not None}
-    values = list(stated.values())
-    both = " and ".join(f"{name} = {value!r}" for name, value in stated.items())
+    """Refuse two names of one setting that are both given, with different values."""
+    name, other = names
+    value, other_value = config.get(name), config.get(other)
     refuse_if(
-        len(values) == 2 and values[0] != values[1],
-        f"{both}, two names of one setting; keep one",
+        None not in (value, other_value) and value != other_value,
+        f"{name} = {value!r} and {other} = {other_value!r}, two names of one setting; keep one",
     )
 
 
@@ -152,9 +153,8 @@ def _yarn(values: Mapping[str, Any], longest: int) -> Yarn:
     original = values.get("original_max_position_embeddings") or longest
     factor = float(values.get("factor") or longest / original)
     stated = {key: values[key] for key in ("beta_fast", "beta_slow") if values.get(key)}
-    for key in ("mscale", "mscale_all_dim", "attention_factor", "truncate"):
-        if key in values:
-            stated[key] = values[key]
+    others = {"mscale", "mscale_all_dim", "attention_factor", "truncate"}
+    stated |= {key: values[key] for key in others & values.keys()}
     return Yarn(factor=factor, original_context=original, **stated)
 
 
@@ -170,9 +170,12 @@ def _rope_settings(config: Mapping[str, Any], defaults: Mapping[str, float]) -> 
     if len(tables) == 2:
         new, old = tables
         for key in sorted(new.keys() | old.keys()):
-            values = new.get(key), old.get(key)
-            both = f"{key} = {values[0]!r} in rope_parameters and {values[1]!r} in rope_scaling"
-            refuse_if(values[0] != values[1], f"{both}; keep one of the two tables")
+            value, other = new.get(key), old.get(key)
+            refuse_if(
+                value != other,
+                f"{key} = {value!r} in rope_parameters and {other!r} in rope_scaling; keep one of "
+                "the two tables",
+            )
     return tables[0]
 
 
@@ -190,8 +193,10 @@ def _rope_table(
     table["rope_type"] = new or old or "default"
     for key, default in defaults.items():
         inside, outside = table.get(key), config.get(key)
-        both = f"{key} = {outside!r} and another one, {inside!r}, in {name}"
-        refuse_if(None not in (inside, outside) and inside != outside, f"{both}; keep one")
-        stated = [value for value in (inside, outside) if value is not None]
-        table[key] = stated[0] if stated else default
+        refuse_if(
+            None not in (inside, outside) and inside != outside,
+            f"{key} = {outside!r} and another one, {inside!r}, in {name}; keep one",
+        )
+        if inside is None:
+            table[key] = default if outside is None else outside
     return table

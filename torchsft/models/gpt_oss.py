@@ -130,6 +130,7 @@ class ClampedExperts(Experts):
         gate_up = local(self.gate_up_proj), local(self.gate_up_proj_bias)
         down = local(self.down_proj), local(self.down_proj_bias)
         if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
+            # no rows, but a gradient (of 0) for each parameter
             unused = sum(parameter.sum() for parameter in (*gate_up, *down))
             return x_RD * weights_R1.to(x_RD.dtype) + 0 * unused
         both_RG = self.linear(x_RD, *gate_up, offs, name=PRODUCTS)
@@ -150,10 +151,12 @@ def clamped_swiglu(both_RG: Tensor, alpha: float, limit: float) -> Tensor:
 def clamped_swiglu_reference(both_RG: Tensor, alpha: float, limit: float) -> Tensor:
     """`clamped_swiglu` in plain PyTorch."""
     gate, up = _clamped(both_RG, limit)
-    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+    activated = gate * torch.sigmoid(alpha * gate)
+    return (up + 1) * activated
 
 
 def _clamped(both_RG: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return gate and up projection [R, F] each, clamped, of what has them in turn."""
     gate, up = both_RG[..., ::2], both_RG[..., 1::2]
     return gate.clamp(max=limit), up.clamp(-limit, limit)
 
@@ -170,11 +173,13 @@ class _ClampedSwiglu(torch.autograd.Function):
         (both_RG,) = ctx.saved_tensors
         gate, up = _clamped(both_RG, ctx.limit)
         sigmoid = torch.sigmoid(ctx.alpha * gate)
-        grad_gate = grad_RF * (up + 1) * sigmoid * (1 + ctx.alpha * gate * (1 - sigmoid))
-        grads_RF2 = torch.stack([grad_gate, grad_RF * gate * sigmoid], dim=-1)
+        slope = sigmoid * (1 + ctx.alpha * gate * (1 - sigmoid))  # of gate * sigmoid
+        grad_gate = grad_RF * (up + 1) * slope
+        grad_up = grad_RF * gate * sigmoid
+        grads_RG = torch.stack([grad_gate, grad_up], dim=-1).flatten(-2)
+        clamped_RG = torch.stack([gate, up], dim=-1).flatten(-2)
         # what was clamped has no gradient
-        kept = torch.stack([gate, up], dim=-1).flatten(-2) == both_RG
-        return grads_RF2.flatten(-2) * kept, None, None
+        return grads_RG * (clamped_RG == both_RG), None, None
 
 
 class GptOss(GroupedQueryModel):
