@@ -44,12 +44,14 @@ class Evaluation:
         that the model before the first step did not make; `message` prints a line.
         """
         found = evaluate_loss(self.pipeline, self.sets, self.world)
-        if self.base_routing and (routing := self.routing()):
-            drift = routing_drift(routing, self.base_routing)
-            if drift is None:
-                message("no routing drift: --data.eval begins otherwise than at step 0")
-            else:
-                found["eval_routing_drift"] = drift
+        routing = self.routing() if self.base_routing else None
+        if not routing:
+            return found
+        drift = routing_drift(routing, self.base_routing)
+        if drift is None:
+            message("no routing drift: --data.eval begins otherwise than at step 0")
+        else:
+            found["eval_routing_drift"] = drift
         return found
 
     def routing(self) -> dict[str, Any] | None:
@@ -124,13 +126,16 @@ def routing_choices(
         JSON-able, on the main rank: its `tokens`, and `chosen`, a bit for each of [n, L, E].
     """
     layers, tokens = list(layer_experts), pipeline.tokens
-    shape = (min(tokens, DRIFT_TOKENS), len(layers), max(layer_experts.values()))
+    most_experts = max(layer_experts.values())
+    shape = min(tokens, DRIFT_TOKENS), len(layers), most_experts
     chosen_nLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
     hooks = []
     for model in pipeline.modules:
-        place_S = model.layout.tokens(torch.arange(tokens, device=world.device))
+        place_T = torch.arange(tokens, device=world.device)
+        place_S = model.layout.tokens(place_T)
         for name, moe in model.moe_layers().items():
-            note = partial(_note, chosen_nLE[:, layers.index(int(name))], place_S)
+            chosen_nE = chosen_nLE[:, layers.index(int(name))]
+            note = partial(_note, chosen_nE, place_S)
             hooks.append(moe.gate.register_forward_hook(note))
     pipeline.evaluate([row])
     for hook in hooks:
@@ -138,7 +143,7 @@ def routing_choices(
     counted = row.cu_seqlens[-1] if world.data_rank == 0 else 0  # the rest is padding
     chosen_nLE[counted:] = False
     chosen_nLE = world.sum(chosen_nLE).bool().cpu()
-    n = int(chosen_nLE.any(-1).any(-1).sum())
+    n = int(chosen_nLE.flatten(1).any(-1).sum())
     bits = np.packbits(chosen_nLE[:n].numpy()).tobytes()
     return {"tokens": row.tokens[:n].tolist(), "chosen": bits.hex()}
 

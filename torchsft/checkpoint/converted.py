@@ -92,20 +92,24 @@ class ConvertedWeights(Weights):
     def _source_format(self) -> Format | None:
         """Return the format of few bits in which the source was."""
         path = self.directory / "config.json"
-        form = described_format(read_json_object(path)) if path.is_file() else None
-        shapes = [key for key in self.tensors if key.endswith("weight_shape")]
-        if isinstance(form, Int4Groups) and shapes:
-            return Int4Groups(DTYPES[self.tensors[shapes[0]].dtype])
-        return form
+        if not path.is_file():
+            return None
+        form = described_format(read_json_object(path))
+        if not isinstance(form, Int4Groups):
+            return form
+        # Its parts that say shapes keep the source's dtype.
+        dtypes = (each.dtype for key, each in self.tensors.items() if key.endswith("weight_shape"))
+        dtype = next(dtypes, None)
+        return form if dtype is None else Int4Groups(DTYPES[dtype])
 
     def _pieces_of(self, name: str, pieces: Mapping[str, Sequence[Piece]]) -> Sequence[Piece]:
         """Return the Hugging Face tensors that a DCP tensor holds."""
         if name.startswith(MODEL):
             return pieces[name.removeprefix(MODEL)]
         if name.startswith(CARRIED):
-            shape = self._shapes[name]
-            return [Piece(name.removeprefix(CARRIED), shape, (0,) * len(shape))]
-        return []
+            key, shape = name.removeprefix(CARRIED), self._shapes[name]
+            return [Piece(key, shape, (0,) * len(shape))]
+        return []  # of a training checkpoint: the optimizer's state and random states
 
     def _check_model(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
         """Compare names and shapes of the model's tensors with those that the pieces make up."""
@@ -152,9 +156,10 @@ class ConvertedWeights(Weights):
 
     def scales(self, key: str) -> Tensor | None:
         """Return the scales with which the source stored a weight; None for one that had none."""
-        if (scale := self._own_scales.get(key)) is not None:
-            return self._reader.read(scale.file, whole_box(scale.shape))
-        return super().scales(key)
+        own = self._own_scales.get(key)
+        if own is None:
+            return super().scales(key)
+        return self._reader.read(own.file, whole_box(own.shape))
 
 
 def _whole_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:

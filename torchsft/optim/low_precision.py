@@ -34,11 +34,20 @@ CHUNK_ELEMENTS = 2**24  # the most that are in fp32 at a time, but at least one 
 
 
 def hashed(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return random bits for each element of a box of a tensor, int32 of the box's shape.
+    """Return random bits for each element of a box of a tensor.
 
-    They depend on the element's place in the whole tensor, of `shape`, and on `seed` alone (both
-    modulo 2^32: elements that lie 2^32 apart have the same). The hash is the finaliser "lowbias32"
-    of https://nullprogram.com/blog/2018/07/31.
+    They depend on the element's place in the whole tensor and on `seed` alone (both modulo 2^32:
+    elements that lie 2^32 apart have the same). The hash is the finaliser "lowbias32" of
+    https://nullprogram.com/blog/2018/07/31.
+
+    Args:
+        seed: any whole number.
+        box: the part of the tensor.
+        shape: of the whole tensor.
+        device: on which they are computed.
+
+    Returns:
+        int32 of the box's shape.
     """
     # The place of each element, from the last dim to the first: [], [n], [m, n], ...
     place = torch.zeros((), dtype=torch.int32, device=device)
@@ -64,8 +73,11 @@ def _int32(number: int) -> int:
 
 
 def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
-    """Round finite fp32 to one of the two neighbours in bf16, by the lower 16 of random bits, int32
-    of the same shape.
+    """Round fp32 to one of the two neighbours in bf16.
+
+    Args:
+        values: finite.
+        bits: random, int32 of the same shape, of which the lower 16 count.
     """
     # bf16 has the upper 16 bits of fp32: the more the lower ones are, the likelier they carry
     summed = values.view(torch.int32) + (bits & 0xFFFF)
@@ -121,16 +133,23 @@ def from_int8(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some entries of dim 0 of a parameter's part on this rank."""
+    """Some entries of dim 0 of a parameter's part on this rank.
+
+    Attributes:
+        weight: itself, to be changed in place.
+        gradient: fp32.
+        state: moments and their scales by name, to be changed in place.
+        box: where in the whole parameter these entries are.
+    """
 
     weight: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
-    box: Box  # of the whole parameter
+    box: Box
 
     @classmethod
     def all_of(cls, parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator["_Chunk"]:
-        """Yield all of them."""
+        """Yield all chunks of a parameter, of which as little as possible is in fp32 at a time."""
         weight, gradient = local(parameter).detach(), local(parameter.grad)
         parts = {key: local(value) for key, value in state.items() if value.ndim}
         begin, *others = local_box(parameter).start

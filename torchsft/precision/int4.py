@@ -50,7 +50,15 @@ def groups(shape: tuple[int, ...], key: str) -> int:
 
 
 def dequantise(packed: Tensor, scale: Tensor) -> Tensor:
-    """Return values, fp32 [m, n], of whole groups: int32 [m, n / 8] and bf16 [m, n / 32]."""
+    """Return values of whole groups.
+
+    Args:
+        packed: int32 [m, n / 8].
+        scale: bf16 [m, n / 32].
+
+    Returns:
+        fp32 [m, n].
+    """
     codes = (packed.unsqueeze(-1) >> _shifts(packed)) & 15  # [m, n / 8, 8]
     steps = codes.flatten(1) - 8
     grouped = steps.float().unflatten(1, (-1, GROUP))
@@ -94,7 +102,15 @@ def quantise(w: Tensor, known_scale: Tensor | None, name: str) -> tuple[Tensor, 
 
 
 def _error(grouped: Tensor, scale: Tensor) -> Tensor:
-    """Return the squared rounding error of each group [m, groups]; 0: every value is exact."""
+    """Return the squared rounding error of each group.
+
+    Args:
+        grouped: fp32 [m, groups, 32].
+        scale: bf16 [m, groups].
+
+    Returns:
+        fp32 [m, groups]; 0: every value is exact.
+    """
     rounded = _round(grouped, scale) * scale.float().unsqueeze(-1)
     return (rounded - grouped).square().sum(-1)
 

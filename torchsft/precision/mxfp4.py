@@ -57,8 +57,9 @@ def quantise(w: Tensor, known_scales: Tensor | None, name: str) -> tuple[Tensor,
     blocked = w.unflatten(-1, (-1, BLOCK)).contiguous()
     largest = blocked.abs().amax(-1)
     refuse_nonfinite(largest, name)
-    exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
-    exponent = torch.where(largest > 0, exponent, 0)
+    # frexp's mantissas are below 1: 2^(exponent - 1) is the power of two in a number
+    power = torch.frexp(largest).exponent - 1
+    exponent = torch.where(largest > 0, power - _LARGEST_EXPONENT, 0)
     scales = (exponent + _BIAS).clamp(0, 254).to(torch.uint8)
     if known_scales is not None:
         nearer = _error(blocked, known_scales) <= _error(blocked, scales)
@@ -75,7 +76,12 @@ def _error(blocked: Tensor, scales: Tensor) -> Tensor:
 
 
 def _decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return values of 4-bit codes [..., n, 32] with one of `scales` [..., n] for 32 of them."""
+    """Return values, fp32, of 4-bit codes.
+
+    Args:
+        codes: uint8 [..., n, 32].
+        scales: of 32 of them each, uint8 [..., n].
+    """
     magnitudes = torch.tensor(_NUMBERS, device=codes.device)
     numbers = torch.cat([magnitudes, -magnitudes])  # by code: the sign is its first bit
     exponents = scales.to(torch.int32).unsqueeze(-1) - _BIAS
@@ -83,7 +89,15 @@ def _decode(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _encode(blocked: Tensor, scales: Tensor) -> Tensor:
-    """Return the 4-bit codes, uint8, of values [..., n, 32]."""
+    """Return the 4-bit codes of values, rounded to the nearest.
+
+    Args:
+        blocked: fp32 [..., n, 32].
+        scales: of 32 of them each, uint8 [..., n].
+
+    Returns:
+        uint8 [..., n, 32].
+    """
     exponents = scales.to(torch.int32).unsqueeze(-1) - _BIAS
     in_units = torch.ldexp(blocked, -exponents)
     numbers = torch.tensor(_NUMBERS, device=blocked.device)
