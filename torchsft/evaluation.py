@@ -90,7 +90,11 @@ def evaluate_loss(
 
 
 def _total(pipeline: Pipeline | OneStage, batches: EvalSet, world: World) -> torch.Tensor:
-    """Return loss sum, loss weight, accepted and all drafts of a set over all ranks, float64."""
+    """Compute the loss of one evaluation set.
+
+    Returns:
+        Loss sum, loss weight, accepted drafts and all drafts, over all ranks: float64 [4].
+    """
     loss_sum, loss_weight = pipeline.zero.clone(), 0.0
     drafts = pipeline.modules[-1].mtp_drafts
     drafts.zero_()
@@ -151,7 +155,16 @@ def routing_choices(
 def _note(
     chosen_nE: Tensor, place_S: Tensor, gate: nn.Module, inputs: Any, routing: Routing
 ) -> None:
-    """Mark the experts that a router has chosen for this rank's tokens, as far as they count."""
+    """Mark the experts that a router has chosen for this rank's tokens, as far as they count; a
+    forward hook of the router.
+
+    Args:
+        chosen_nE: bool; of the first n tokens of the row.
+        place_S: int64, which tokens of the row this rank has.
+        gate: the router.
+        inputs: those of its forward pass.
+        routing: what it returned.
+    """
     here_S = place_S < len(chosen_nE)
     tokens_S1, experts_SK = place_S[here_S].unsqueeze(1), routing.experts_SK[here_S]
     chosen_nE[tokens_S1, experts_SK] = True

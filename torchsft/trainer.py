@@ -508,8 +508,7 @@ class Trainer:
         self.counters.last_loss = results.loss_sum / batch.divisor
         if math.isnan(self.counters.first_loss):
             self.counters.first_loss = self.counters.last_loss
-        record = self.step_record(step, batch, results, norm, lr_scale, seconds)
-        return record, self.step_scalars(step, batch, results, lr_scale, seconds)
+        return self.describe_step(step, batch, results, norm, lr_scale, seconds)
 
     def update_weights(self, loss_weight: float, lr_scale: float) -> float:
         """Clip the gradients and step the optimizer; a step whose norm is not finite, or that has
@@ -535,7 +534,7 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm.item()
 
-    def step_record(
+    def describe_step(
         self,
         step: Step,
         batch: GlobalBatch,
@@ -543,8 +542,8 @@ class Trainer:
         norm: float,
         lr_scale: float,
         seconds: float,
-    ) -> dict[str, Any]:
-        """Return the step's line of metrics.jsonl."""
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return the step's line of metrics.jsonl, and what only TensorBoard shows, by tag."""
         record = {
             "loss": self.counters.last_loss,
             "grad_norm": norm,
@@ -557,17 +556,7 @@ class Trainer:
             "data_wait_share": self.loader.waited / (self.loader.waited + seconds),
         }
         mtp_layers = self.model.depth - self.model_config.num_hidden_layers
-        return record | further_losses(results, self.config, batch, mtp_layers)
-
-    def step_scalars(
-        self,
-        step: Step,
-        batch: GlobalBatch,
-        results: StepResults,
-        lr_scale: float,
-        seconds: float,
-    ) -> dict[str, float]:
-        """Return what only TensorBoard shows of a step, by tag."""
+        record |= further_losses(results, self.config, batch, mtp_layers)
         scalars = {
             "speed/supervised_tokens_per_second": batch.supervised_tokens / seconds,
             "optim/skipped_steps": self.counters.skipped,
@@ -582,7 +571,7 @@ class Trainer:
         peak = self.config.metrics.peak_tflops or peak_tflops(self.world.device)
         if peak:
             scalars["speed/mfu"] = mfu(batch.flops / self.world.size, seconds, peak)
-        return scalars
+        return record, scalars
 
     # ------------------------------------------------------------------------------------------
     # save and export

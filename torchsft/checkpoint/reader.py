@@ -184,6 +184,7 @@ class RangeReader(OneCheckpoint, StorageReader):
         return completed(None)
 
     def _chunk(self, item: ReadItem) -> Chunk:
+        """Return the chunk of which an item is a part."""
         index = item.storage_index
         stored, place = self.tensors[index.fqn], self._metadata.storage_data[index]
         return Chunk(
@@ -245,6 +246,12 @@ class RangeReader(OneCheckpoint, StorageReader):
                 rows.copy_(aside[(slice(None), *needed)])
 
     def _fill(self, chunk: Chunk, start: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of a chunk from `start` on.
+
+        Raises:
+            ValueError: the chunk has not as many.
+            OSError: they cannot be read.
+        """
         end = start + target.nbytes
         if not 0 <= start <= end <= chunk.length:
             raise ValueError(f"bytes {start} to {end} of a chunk of {chunk.length}")

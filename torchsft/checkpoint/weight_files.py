@@ -121,7 +121,7 @@ class Weights:
         stored, form = self.tensors[key], self.packed.get(key)
         if form is None or stored.dtype != form.word:
             return self.read(key, index)
-        return form.values(self.read, key, stored.shape, bounds(index, stored.shape))
+        return form.values(self.read, key, bounds(index, stored.shape))
 
     def scales(self, key: str) -> Tensor | None:
         """Return all scales of a weight of few bits; None for other tensors."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchsft.models.config_json import refuse_if
 from torchsft.models.decoder import local
-from torchsft.models.grouped_query import GroupedQueryConfig, GroupedQueryModel
+from torchsft.models.grouped_query import GroupedQueryModel, SparseGroupedQueryConfig
 from torchsft.models.language_model import ExpertImplementation
 from torchsft.models.moe import Experts, MoE
 from torchsft.models.routers import SoftmaxRouter
@@ -36,11 +36,9 @@ _ROPE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptOssConfig(GroupedQueryConfig):
-    """Sizes and constants of a gpt-oss; `intermediate_size` is the width of an expert."""
+class GptOssConfig(SparseGroupedQueryConfig):
+    """Sizes and constants of a gpt-oss."""
 
-    num_local_experts: int
-    num_experts_per_tok: int
     head_dim: int | None = 64
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
@@ -54,7 +52,7 @@ class GptOssConfig(GroupedQueryConfig):
     apart = ("rope", "layer_types")
     null_says_something = ("sliding_window",)
     spellings = (
-        ("num_local_experts", "num_experts"),
+        *SparseGroupedQueryConfig.spellings,
         ("num_experts_per_tok", "experts_per_token"),
     )
 
@@ -85,20 +83,10 @@ class GptOssConfig(GroupedQueryConfig):
             _SLIDING in self.layer_types and (window is None or window < 1),
             f"sliding_window = {window} and {_SLIDING} in layer_types; it must be at least 1",
         )
-        self.check_chosen(self.num_experts_per_tok, "num_local_experts")
 
     def attention_window(self, layer: int) -> int | None:
         """How many tokens a token of a layer sees, itself the last; None: all."""
         return self.sliding_window if self.layer_types[layer] == _SLIDING else None
-
-    def routed_experts(self, layer: int) -> int:
-        """Experts of a layer among which its router chooses."""
-        return self.num_local_experts
-
-    @property
-    def expert_costs(self) -> tuple[int, int]:
-        """Inner width of an expert, and how many a token meets."""
-        return self.intermediate_size, self.num_experts_per_tok
 
 
 class ClampedExperts(Experts):
@@ -140,8 +128,16 @@ class ClampedExperts(Experts):
 
 
 def clamped_swiglu(both_RG: Tensor, alpha: float, limit: float) -> Tensor:
-    """(up + 1) * gate * sigmoid(alpha * gate), both clamped; [R, 2F], gate and up in turn, to [R,
-    F]. Only `both_RG` is kept for the backward pass.
+    """(up + 1) * gate * sigmoid(alpha * gate), both clamped. Only `both_RG` is kept for the
+    backward pass.
+
+    Args:
+        both_RG: [R, 2F], gate and up in turn.
+        alpha: factor of the gate inside of the sigmoid.
+        limit: of the gate from above, of up from both sides.
+
+    Returns:
+        [R, F].
     """
     if plain():
         return clamped_swiglu_reference(both_RG, alpha, limit)

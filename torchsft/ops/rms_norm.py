@@ -37,8 +37,13 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_of_parts(
     x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """`rms_norm` of rows of which this process has a part, with its part of the weight; `mean`
-    averages over all parts the mean squares [..., 1] of each.
+    """`rms_norm` of rows of which this process has a part.
+
+    Args:
+        x: [..., d], the part.
+        weight: [d], its part of the weight.
+        eps: added to the mean square.
+        mean: averages the mean squares [..., 1] of each part over all parts, which have one size.
     """
     wide = _wide(x)
     mean_square = mean(wide.square().mean(-1, keepdim=True))

@@ -58,7 +58,11 @@ def check_sizes(config: ModelConfig, world: World) -> None:
 
 
 def _what_does_not_divide(config: ModelConfig, tp: int, cp: int) -> str | None:
-    """Say which size of the model these sizes do not divide; None: they divide all."""
+    """Say which size of the model these sizes do not divide.
+
+    Returns:
+        The beginning of a sentence; None: they divide all.
+    """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     ranks = tp * cp
     if heads % ranks:
@@ -124,8 +128,13 @@ def exchange_heads(
     """Exchange all heads of this rank's tokens for this rank's heads of all tokens, in one
     all-to-all; differentiable.
 
-    Neighbouring query heads share a key/value head; the head dim of values may be another. The
-    ranks of `group` are in the order of their tokens.
+    Neighbouring query heads share a key/value head; the head dim of values may be another.
+
+    Args:
+        q_CHd: all query heads of this rank's tokens.
+        k_CGd: all key heads, of which there may be fewer.
+        v_CGd: as many value heads.
+        group: its ranks are in the order of their tokens.
 
     Returns:
         q [T, H / ranks, d], k and v [T, G / ranks, d]; where there are more ranks than key/value
@@ -160,8 +169,15 @@ def exchange_heads(
 
 
 def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T, h, d], this rank's heads of all tokens, to [C, H, d], all heads of its tokens;
-    differentiable.
+    """Exchange this rank's heads of all tokens for all heads of its tokens, as `exchange_heads` the
+    other way round; differentiable.
+
+    Args:
+        x_Thd: attention's output for this rank's heads.
+        group: its ranks are in the order of their tokens.
+
+    Returns:
+        [C, H, d].
     """
     of_ranks = x_Thd.unflatten(0, (group.size(), -1))  # their tokens: [ranks, C, h, d]
     heads_of_ranks = exchange(of_ranks, group)  # of this rank's tokens, likewise
@@ -169,6 +185,7 @@ def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _reduce(x: Tensor, op: str, mesh: DeviceMesh) -> Tensor:
+    """Return the sum or maximum over the ranks of a mesh, on each of them; without a gradient."""
     return wait_tensor(all_reduce(x, op, mesh.get_group()))
 
 

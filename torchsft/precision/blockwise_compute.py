@@ -73,7 +73,9 @@ class BlockwiseProducts(Products):
         return _grouped(grad, weight, offs_E).to(grad_RO.dtype)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
-        """Return the gradient of weight_EOI."""
+        """Return the gradient of weight_EOI: the inner dim is that of the rows, so that an expert's
+        rows must fill whole tiles.
+        """
         tiles = tiles_of(offs_E, len(x_RI))
         grad_MO = rounded(tiles.spread(grad_RO), ROWS, self.power_of_two)
         x_MI = rounded(tiles.spread(x_RI), ROWS, self.power_of_two)
@@ -82,14 +84,27 @@ class BlockwiseProducts(Products):
         return _grouped(grad_MO.mT, x_MI, ends_E).to(x_RI.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x [..., I] weight^T [O, I] + bias [O]."""
+        """Return the output of a linear map, differentiable.
+
+        Args:
+            x: [..., I].
+            weight: [O, I].
+            bias: [O]; None: there is none.
+        """
         *leading, _ = x.shape
         y_RO = _Linear.apply(x.flatten(0, -2), weight, self)
         y = y_RO.unflatten(0, leading)
         return y if bias is None else y + bias
 
     def held(self, weight_EOI: Tensor) -> Tensor:
-        """Return a weight as fp8 holds it, fp32."""
+        """Return a weight as fp8 holds it.
+
+        Args:
+            weight_EOI: of any floating dtype.
+
+        Returns:
+            fp32 [E, O, I].
+        """
         # blocks do not reach from one matrix into the next
         matrices = weight_EOI.unflatten(-2, (self.parts, -1))
         held = rounded(matrices, BLOCK, self.power_of_two)

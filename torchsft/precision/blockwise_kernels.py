@@ -1,4 +1,7 @@
-"""`BlockwiseProducts` by the kernels of ops/blockwise_mm.py, for GPUs of SM90; imports triton."""
+"""`BlockwiseProducts` by the kernels of ops/blockwise_mm.py, for GPUs of SM90; imports triton.
+
+Shape suffixes: R rows, sorted by expert, I inputs, O outputs, E experts held here.
+"""
 
 from dataclasses import dataclass, field
 
@@ -13,6 +16,7 @@ _updates = [0]  # optimizer steps of this process
 
 
 def _count_update(*_: object) -> None:
+    """Note that an optimizer has stepped."""
     _updates[0] += 1
 
 
@@ -50,13 +54,25 @@ class BlockwiseKernels(BlockwiseProducts):
         return mm.columns_product(grad, x, tiles, x_RI.dtype)
 
     def _by_rows(self, x_RI: Tensor, weight: mm.Quantised, offs_E: Tensor) -> Tensor:
-        """Return the product of rows, or of their gradients, with each row's expert's matrix."""
+        """Return the product of each row, or of its gradient, with the matrix of its expert.
+
+        Args:
+            x_RI: in the dtype that the result has too.
+            weight: [E, O, I] or, for gradients, [E, I, O].
+            offs_E: int32, where each expert's rows end.
+        """
         tiles = tiles_of(offs_E, len(x_RI))
         x = mm.quantise_rows(x_RI.contiguous(), self.power_of_two)
         return mm.rows_product(x, weight, tiles, x_RI.dtype)
 
     def _quantised(self, weight_EOI: Tensor, *, transposed: bool) -> mm.Quantised:
-        """Return the weight in fp8: what is kept, where nothing has changed the weight since."""
+        """Return the weight in fp8: what is kept, where nothing has changed the weight since.
+
+        Args:
+            weight_EOI: of any floating dtype.
+            transposed: whether the values are those of [E, I, O]; scales are [E, o, i] all the
+                same.
+        """
         now = _updates[0], weight_EOI.data_ptr(), weight_EOI._version
         made, quantised = self.kept.get(transposed, (None, None))
         if made == now:

@@ -45,14 +45,22 @@ class Format(Protocol):
     def parts(self, key: str, shape: tuple[int, ...]) -> Contents:
         """Return the parts of a weight, by their keys.
 
+        Args:
+            key: of the weight.
+            shape: of the weight.
+
         Raises:
             InputError: the format cannot hold such a weight.
         """
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Return a slice of a weight, fp32; `ranges`: where it begins and ends in each dim."""
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Return a slice of a weight, fp32.
+
+        Args:
+            read: reads the parts from a file.
+            key: of the weight.
+            ranges: where the slice begins and ends in each dim of the weight.
+        """
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return the parts of a weight, or of some of its rows, by their keys.
@@ -73,11 +81,17 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Fp8Blocks(Format):
-    """DeepSeek's fp8 (precision/blockwise.py): KEY and KEY_scale_inv."""
+    """DeepSeek's fp8 (precision/blockwise.py): KEY [m, n] and KEY_scale_inv, of each block.
+
+    Attributes:
+        block: its rows and columns.
+        power_of_two: whether new scales are powers of two.
+        through: see `quantise`.
+    """
 
     block: tuple[int, int] = BLOCK
     power_of_two: bool = False
-    through: torch.dtype = torch.float32  # see `quantise`
+    through: torch.dtype = torch.float32
 
     name: ClassVar[str] = "fp8"
     word: ClassVar[str] = "F8_E4M3"
@@ -110,9 +124,7 @@ class Fp8Blocks(Format):
         scales = torch.float32, scale_shape(shape, self.block)
         return {key: (torch.float8_e4m3fn, shape), key + SCALE_SUFFIX: scales}
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Return a slice of a weight, fp32."""
         raw = read(key, tuple(slice(*ends) for ends in ranges))
         blocks = tuple(map(_blocks_of, ranges, self.block))
@@ -128,8 +140,14 @@ class Fp8Blocks(Format):
 
 @dataclass(frozen=True)
 class Int4Groups(Format):
-    """INT4 of compressed-tensors, `pack-quantized` (precision/int4.py): KEY_packed, KEY_scale and
-    KEY_shape.
+    """INT4 of compressed-tensors, `pack-quantized` (precision/int4.py), of a weight KEY [m, n]:
+
+        KEY_shape     the two numbers m and n
+        KEY_packed    int32 [m, n / 8]
+        KEY_scale     bf16 [m, n / 32]
+
+    Attributes:
+        shape_dtype: of KEY_shape, in which releases differ.
     """
 
     shape_dtype: torch.dtype = torch.int64
@@ -159,9 +177,7 @@ class Int4Groups(Format):
         """Return the shape of a weight by that of its packed values."""
         return (*packed[:-1], 8 * packed[-1])
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Return a slice of a weight, fp32."""
         rows, (start, end) = slice(*ranges[0]), ranges[1]
         groups = _blocks_of((start, end), int4.GROUP)
@@ -184,8 +200,11 @@ class Int4Groups(Format):
 
 @dataclass(frozen=True)
 class Mxfp4(Format):
-    """MXFP4 as gpt-oss has it (precision/mxfp4.py): KEY_blocks and KEY_scales, whose last two dims
-    are those of the weight [E, in, out] in the other order.
+    """MXFP4 as gpt-oss has it (precision/mxfp4.py), of a weight KEY [E, in, out], whose last two
+    dims are stored in the other order:
+
+        KEY_blocks    uint8 [E, out, in / 32, 16]
+        KEY_scales    uint8 [E, out, in / 32]
     """
 
     description: ClassVar[Mapping[str, Any]] = {"quant_method": "mxfp4"}
@@ -211,9 +230,7 @@ class Mxfp4(Format):
         *experts, out, count, half = blocks
         return (*experts, 2 * half * count, out)
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Return a slice of a weight, fp32."""
         experts, (start, end), out = ranges
         blocks = _blocks_of((start, end), mxfp4.BLOCK)
