@@ -37,10 +37,9 @@ ALTERNATIVES = (("train.steps", "train.epochs"),)
 
 # What `--help` shows; `--help-all` shows everything.
 COMMON = (
-    *"model.path data.train data.eval data.seq_len train.epochs train.steps "
-    "train.global_batch_size".split(),
-    *"train.micro_batch_size optim.lr parallel.pp parallel.ep checkpoint.every eval.every".split(),
-)
+    "model.path data.train data.eval data.seq_len train.epochs train.steps train.global_batch_size "
+    "train.micro_batch_size optim.lr parallel.pp parallel.ep checkpoint.every eval.every"
+).split()
 
 # What the same is called in TRL, transformers, axolotl, LLaMA-Factory and torchtitan.
 _ELSEWHERE = {

@@ -18,13 +18,12 @@ from torchsft.config import Config, InputError, to_dict
 # What may differ between a run and its continuation: it changes neither the steps' mathematics nor
 # their data.
 FREE_TO_CHANGE = (
-    *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
-    "data.cache data.workers optim.offload".split(),
-    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
-    "train.activation_checkpointing_every train.selective_products "
-    "train.activation_offload train.deterministic".split(),
-    *"model.loss_chunk model.attention model.experts model.ops".split(),
-)
+    "output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
+    "data.cache data.workers optim.offload train.micro_batch_size train.activation_checkpointing "
+    "train.max_nonfinite_steps train.activation_checkpointing_every train.selective_products "
+    "train.activation_offload train.deterministic model.loss_chunk model.attention model.experts "
+    "model.ops"
+).split()
 LENGTH = ("train.steps:", "train.epochs:")  # of a run: may change when it is continued
 
 

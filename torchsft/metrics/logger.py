@@ -17,14 +17,13 @@ from tqdm import tqdm
 from torchsft.config import InputError
 
 # metrics.jsonl key -> TensorBoard tag; `eval_NAME` becomes `eval/NAME`.
-_TAGS = {
-    key: f"train/{key}"
-    for key in (
-        "loss smoothed_loss logit_z_loss aux_loss z_loss mtp_loss tokens supervised_tokens epoch"
-    ).split()
+_GROUPS = {
+    "train": "loss smoothed_loss logit_z_loss aux_loss z_loss mtp_loss tokens supervised_tokens "
+    "epoch",
+    "optim": "lr grad_norm",
+    "speed": "tokens_per_second step_seconds data_wait_share",
 }
-_TAGS |= {key: f"optim/{key}" for key in "lr grad_norm".split()}
-_TAGS |= {key: f"speed/{key}" for key in "tokens_per_second step_seconds data_wait_share".split()}
+_TAGS = {key: f"{group}/{key}" for group, keys in _GROUPS.items() for key in keys.split()}
 
 SECONDS_BETWEEN_LINES = 10.0  # of what is waited for without a terminal
 
