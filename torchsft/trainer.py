@@ -17,7 +17,7 @@ from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.hf_directory import check_export
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.resume import find_start
-from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.storage import Folder, root_of
 from torchsft.checkpoint.weight_files import Weights
 from torchsft.config import Config, InputError, to_dict
 from torchsft.data.background import Background
@@ -51,7 +51,7 @@ from torchsft.models.moe import frozen_by_router
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
-from torchsft.output import Exporter, RunOutput, base_configs, end_tokens, export_place
+from torchsft.output import Exporter, RunOutput, base_configs, end_tokens
 from torchsft.parallel.apply import compute_dtype, parallelize
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
@@ -143,7 +143,8 @@ class Trainer:
             return
         if self.config.overwrite and self.start.replaces:  # an old export makes way too
             return
-        huggingface.check_target(self.source, Folder(export_place(self.config, "hf")))
+        root = root_of(self.config.output, self.config.checkpoint.remote)
+        huggingface.check_target(self.source, Folder(f"{root}/hf"))
 
     # ------------------------------------------------------------------------------------------
     # build
@@ -326,7 +327,7 @@ class Trainer:
         directory, options = self.output.directory, self.config.metrics
         directory.mkdir(parents=True, exist_ok=True)
         if self.start.replaces:
-            removed = make_way(self.config, str(self.output.checkpointer.folder))
+            removed = make_way(self.config)
             names = [path.removeprefix(f"{directory}/") for path in removed]
             listed = ", ".join(names) or "nothing"
             self.output.message(f"{self.start.replaces}; removed: {listed}")

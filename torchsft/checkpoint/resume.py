@@ -11,7 +11,7 @@ from typing import Any
 
 from torchsft.checkpoint import state
 from torchsft.checkpoint.overwrite import refuse_to_delete_inputs
-from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.storage import Folder, root_of
 from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, to_dict
 
@@ -37,11 +37,6 @@ class Start:
     longer: str = ""
 
 
-def checkpoints_of(output: str | Path, remote: str | None) -> str:
-    """Return where a run with these options keeps its checkpoints: a directory or URL."""
-    return f"{remote.rstrip('/')}/checkpoints" if remote else str(Path(output) / "checkpoints")
-
-
 def find_start(config: Config, announce: bool) -> Start:
     """Return what the run starts from; to be called by every rank before one writes to the output
     directory.
@@ -56,11 +51,12 @@ def find_start(config: Config, announce: bool) -> Start:
     """
     output, options = Path(config.output), config.checkpoint
     found = _found_config(output, config)
-    where = checkpoints_of(output, options.remote)
+    root = root_of(output, options.remote)
+    where = f"{root}/checkpoints"
     changes = _changes(found, config) if found else []
     if config.overwrite and (found or Folder(where).names()):  # else there is nothing to overwrite
         if found is None or changes or not found.get("overwrite"):
-            refuse_to_delete_inputs(config, where)
+            refuse_to_delete_inputs(config)
             return _anew(config, f"--overwrite: the earlier run in {output} is replaced")
         if announce:
             said = (
@@ -68,8 +64,8 @@ def find_start(config: Config, announce: bool) -> Start:
                 f"not replaced"
             )
             print(f"{said} (to start it anew, delete {output})", file=sys.stderr, flush=True)
-    before = checkpoints_of(output, found["checkpoint"].get("remote")) if found else where
-    if changes and not _got_somewhere(output, {before, where}):
+    earlier_root = root_of(output, found["checkpoint"].get("remote")) if found else root
+    if changes and not _got_somewhere(output, {earlier_root, root}):
         replaces = (
             f"the earlier run in {output} left no checkpoint, so it starts anew "
             f"({'; '.join(changes)})"
@@ -91,6 +87,7 @@ def find_start(config: Config, announce: bool) -> Start:
             "--output, --overwrite to replace that run, or --checkpoint.resume auto to continue it"
         )
     if options.resume == "auto":
+        before = f"{earlier_root}/checkpoints"
         if latest is None and before != where and (elsewhere := state.find_latest(before)[0]):
             # a run must not begin anew, unasked, since --checkpoint.remote changed
             raise InputError(
@@ -174,19 +171,15 @@ def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config).replace(generated, "generated"))
 
 
-def _got_somewhere(output: Path, places: set[str]) -> bool:
+def _got_somewhere(output: Path, roots: set[str]) -> bool:
     """Whether an earlier run has left a complete checkpoint or an export.
 
     Raises:
         InputError: a checkpoint is damaged.
     """
-    beside = {str(output), *(place.removesuffix("/checkpoints") for place in places)}
-    exported = any(
-        name == "hf" or name.startswith("hf-step-")
-        for each in beside
-        for name in Folder(each).names()
-    )
-    return exported or any(state.find_latest(place)[0] for place in sorted(places))
+    names = [name for root in {str(output), *roots} for name in Folder(root).names()]
+    exported = any(name == "hf" or name.startswith("hf-step-") for name in names)
+    return exported or any(state.find_latest(f"{root}/checkpoints")[0] for root in sorted(roots))
 
 
 def _anew(config: Config, replaces: str) -> Start:

@@ -56,6 +56,12 @@ def _encode(values, scale):
 
 
 @triton.jit
+def _span(first, size: tl.constexpr):
+    """Return the numbers from `first` on, as many as `size`."""
+    return first + tl.arange(0, size)
+
+
+@triton.jit
 def _inside(row, rows, column, columns):
     """Return which of the entries at all rows x all columns lie within these bounds."""
     return (row < rows)[:, None] & (column < columns)[None, :]
@@ -81,8 +87,8 @@ def _rows_kernel(x, q, scales, R, C, power_of_two: tl.constexpr, height: tl.cons
     columns.
     """
     block = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height)
-    column = block * 128 + tl.arange(0, 128)
+    row = _span(tl.program_id(0).to(tl.int64) * height, height)
+    column = _span(block * 128, 128)
     place = _places(row, column, C)
     inside = _inside(row, R, column, C)
     values = _load(x + place, inside).to(tl.float32)
@@ -108,8 +114,8 @@ def _columns_kernel(
     stop = tl.load(end + tile)
     if begin >= stop:  # an empty tile
         return
-    row = begin + tl.arange(0, 128)
-    column = tl.program_id(1).to(tl.int64) * width + tl.arange(0, width)
+    row = _span(begin, 128)
+    column = _span(tl.program_id(1).to(tl.int64) * width, width)
     inside = _inside(row, stop, column, C)
     values = _load(x + _places(row, column, C), inside)
     values = values.to(tl.float32)
@@ -117,7 +123,7 @@ def _columns_kernel(
     scale = _scale(largest, power_of_two)  # [width]
     encoded = _encode(values, scale[None, :])
     # Rows beyond the expert's are written too, as zeros: the product reads whole tiles.
-    row_in_tiles = tile * 128 + tl.arange(0, 128)
+    row_in_tiles = _span(tile * 128, 128)
     place = _places(column, row_in_tiles, M)
     tl.store(q + place, tl.trans(encoded), mask=(column < C)[:, None])
     scale_place = tile * C + column
@@ -133,8 +139,7 @@ def _weight_kernel(w, q, scales, O, I, power_of_two: tl.constexpr, transposed: t
     """
     block_i, block_o = tl.program_id(0), tl.program_id(1)
     expert = tl.program_id(2)
-    row = block_o * 128 + tl.arange(0, 128)
-    column = block_i * 128 + tl.arange(0, 128)
+    row, column = _span(block_o * 128, 128), _span(block_i * 128, 128)
     matrix = expert.to(tl.int64) * O * I  # where it begins
     place = matrix + _places(row, column, I)
     inside = _inside(row, O, column, I)
@@ -180,8 +185,7 @@ def _rows_product_kernel(
     if begin >= stop:  # an empty tile
         return
     expert = tl.load(expert_of + tile).to(tl.int64)
-    row = begin + tl.arange(0, 128)
-    column = output * 128 + tl.arange(0, 128)
+    row, column = _span(begin, 128), _span(output * 128, 128)
     inner = tl.arange(0, 128)
     # Where the first block of the inner dim begins: x in rows, w as [inner, column].
     x_place = x + _places(row, inner, I)
@@ -213,8 +217,7 @@ def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
     a is e4m3 [O, M] with scales [T, O], b e4m3 [I, M] with scales [T, I], y [E, O, I]; bounds are
     those of `Tiles`. Program (i, o, e) has these entries of that expert.
     """
-    column = tl.program_id(0) * 128 + tl.arange(0, 128)
-    row = tl.program_id(1) * 128 + tl.arange(0, 128)
+    row, column = _span(tl.program_id(1) * 128, 128), _span(tl.program_id(0) * 128, 128)
     expert = tl.program_id(2)
     inner = tl.arange(0, 128)  # rows of a tile
     a_place = a + _places(row.to(tl.int64), inner, M)
@@ -250,7 +253,8 @@ def quantise_rows(x_RC: Tensor, power_of_two: bool) -> Quantised:
         e4m3 [R, C], and fp32 scales [c, R].
     """
     rows, columns = x_RC.shape
-    blocks, height = triton.cdiv(columns, SIZE), 16
+    blocks = triton.cdiv(columns, SIZE)
+    height = 16  # rows of a program
     q = torch.empty_like(x_RC, dtype=torch.float8_e4m3fn)
     scales = x_RC.new_empty(blocks, rows, dtype=torch.float32)
     grid = triton.cdiv(rows, height), blocks
@@ -269,13 +273,13 @@ def quantise_columns(x_RC: Tensor, tiles: Tiles, power_of_two: bool) -> Quantise
     Returns:
         e4m3 [C, M], the transposed, and fp32 scales [T, C]; what lies in empty tiles is undefined.
     """
-    columns, count, width = x_RC.shape[1], len(tiles.first_T), 64
-    q = x_RC.new_empty(columns, SIZE * count, dtype=torch.float8_e4m3fn)
+    columns, count = x_RC.shape[1], len(tiles.first_T)
+    rows, width = SIZE * count, 64
+    q = x_RC.new_empty(columns, rows, dtype=torch.float8_e4m3fn)
     scales = x_RC.new_empty(count, columns, dtype=torch.float32)
     grid = count, triton.cdiv(columns, width)
-    _columns_kernel[grid](
-        x_RC, q, scales, tiles.first_T, tiles.end_T, columns, SIZE * count, power_of_two, width
-    )
+    bounds = tiles.first_T, tiles.end_T
+    _columns_kernel[grid](x_RC, q, scales, *bounds, columns, rows, power_of_two, width)
     return Quantised(q, scales)
 
 
@@ -312,20 +316,12 @@ def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -
     Returns:
         [R, O].
     """
-    (rows, inner), outputs = x.values.shape, w.values.shape[1]
+    rows, inner = x.values.shape
+    outputs = w.values.shape[1]
     y = x.values.new_empty(rows, outputs, dtype=dtype)
     grid = len(tiles.first_T), triton.cdiv(outputs, SIZE)
-    _rows_product_kernel[grid](
-        *x,
-        *w,
-        y,
-        *tiles[:3],
-        rows,
-        outputs,
-        inner,
-        *w.scales.stride(),
-        **LAUNCH,
-    )
+    sizes, strides = (rows, outputs, inner), w.scales.stride()
+    _rows_product_kernel[grid](*x, *w, y, *tiles[:3], *sizes, *strides, **LAUNCH)
     return y
 
 
@@ -341,9 +337,11 @@ def columns_product(dy: Quantised, x: Quantised, tiles: Tiles, dtype: torch.dtyp
     Returns:
         [E, O, I].
     """
-    (outputs, length), inputs = dy.values.shape, x.values.shape[0]
+    outputs, length = dy.values.shape
+    inputs = len(x.values)
     experts = len(tiles.bounds_E) - 1
     dw = dy.values.new_empty(experts, outputs, inputs, dtype=dtype)
     grid = triton.cdiv(inputs, SIZE), triton.cdiv(outputs, SIZE), experts
-    _columns_product_kernel[grid](*dy, *x, dw, tiles.bounds_E, outputs, inputs, length, **LAUNCH)
+    sizes = outputs, inputs, length
+    _columns_product_kernel[grid](*dy, *x, dw, tiles.bounds_E, *sizes, **LAUNCH)
     return dw
