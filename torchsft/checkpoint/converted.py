@@ -39,9 +39,12 @@ def is_dcp(directory: str | Path) -> bool:
 
 class ConvertedWeights(Weights):
     """The weights of a converted directory or a training checkpoint, known from `.metadata` alone.
-    A tensor's `file` is its name in the DCP directory. The scales of the model's own weights are
-    not among `tensors`, since these have been dequantised; `scales` has them. `packed` are the
-    weights that were of few bits in the source.
+
+    Attributes:
+        tensors: by Hugging Face key; a tensor's `file` is its name in the DCP directory. The scales
+            of the model's own weights are not among them, since these have been dequantised;
+            `scales` has them.
+        packed: the weights that were of few bits in the source: key -> format.
 
     Args:
         directory: local.
@@ -90,7 +93,9 @@ class ConvertedWeights(Weights):
                     self.tensors.pop(key + suffix, None)
 
     def _source_format(self) -> Format | None:
-        """Return the format of few bits in which the source was."""
+        """Return the format of few bits in which the source was, by its config.json; None: in
+        none.
+        """
         path = self.directory / "config.json"
         if not path.is_file():
             return None
@@ -140,12 +145,18 @@ class ConvertedWeights(Weights):
         return self._reader.bytes_read
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """Return one slice of a tensor, on the CPU, in its stored dtype. Only its bytes are
-        read.
+        """Return one slice of a tensor, of which only the bytes are read.
+
+        Args:
+            key: of the tensor.
+            index: steps of 1; dims that are not named are whole.
+
+        Returns:
+            On the CPU, in the stored dtype.
         """
         tensor = self.tensors[key]
         ranges = bounds(index, tensor.shape)
-        shape = tuple(max(0, end - start) for start, end in ranges)
+        shape = tuple(max(0, end - begin) for begin, end in ranges)
         # Where the slice begins in the parameter, which may have dims in front (that of experts).
         start = list(self._starts[key])
         leading = len(start) - len(shape)
@@ -163,7 +174,9 @@ class ConvertedWeights(Weights):
 
 
 def _whole_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """Return the shape of the parameter that pieces fill."""
+    """Return the shape of the parameter that pieces fill: where the last of them end, in each
+    dim.
+    """
     ends = []
     for box in map(piece_box, pieces):
         ends.append([first + n for first, n in zip(box.start, box.shape, strict=True)])

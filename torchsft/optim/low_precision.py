@@ -87,7 +87,15 @@ def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
 
 @functools.cache
 def levels(signed: bool, device: torch.device) -> Tensor:
-    """Return the 256 levels, fp32, sorted, the last 1."""
+    """Return the levels that a code chooses among.
+
+    Args:
+        signed: whether there are levels below 0, down to about -1.
+        device: of the result.
+
+    Returns:
+        fp32 [256], sorted, the last 1.
+    """
     from torchao.optim.quant_utils import create_dynamic_map  # seconds to import
 
     return torch.tensor(create_dynamic_map(signed), device=device)
@@ -125,7 +133,16 @@ def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tens
 
 
 def from_int8(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """Return the values, fp32 [..., n], of codes [..., n] with scales [..., ceil(n / BLOCK)]."""
+    """Return the values of codes.
+
+    Args:
+        codes: uint8 [..., n].
+        scales: fp32 [..., ceil(n / BLOCK)], of blocks of columns.
+        signed: as they were made with.
+
+    Returns:
+        fp32 [..., n].
+    """
     in_units = levels(signed, codes.device)[codes.int()]
     units = scales.repeat_interleave(BLOCK, -1)
     return in_units * units[..., : codes.shape[-1]]
@@ -228,7 +245,14 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def _update(
         self, chunk: _Chunk, group: dict[str, Any], parameter: nn.Parameter, step: int
     ) -> None:
-        """Update some entries of a parameter and their moments."""
+        """Update some entries of a parameter and their moments.
+
+        Args:
+            chunk: the entries.
+            group: of the optimizer, with the options.
+            parameter: which they are of.
+            step: its number, from 1.
+        """
         (beta1, beta2), lr = group["betas"], group["lr"]
         average, square = (_read(chunk.state, moment) for moment in MOMENTS)
         average.lerp_(chunk.gradient, 1 - beta1)
