@@ -38,10 +38,15 @@ class Quantised(NamedTuple):
 
 @triton.jit
 def _scale(largest, power_of_two: tl.constexpr):
-    """Return scales, as `precision.blockwise.scale_of` does, of blocks' largest magnitudes."""
+    """Return scales, as `precision.blockwise.scale_of` does.
+
+    Args:
+        largest: magnitudes of the blocks, fp32.
+        power_of_two: round up to powers of two.
+    """
     scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, 448.0))
     scale = tl.maximum(scale, 1.1754943508222875e-38)  # the smallest normal fp32
-    if power_of_two:
+    if power_of_two:  # carried into the exponent, unless the mantissa is 0
         bits = scale.to(tl.int32, bitcast=True)
         scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return scale
@@ -49,7 +54,15 @@ def _scale(largest, power_of_two: tl.constexpr):
 
 @triton.jit
 def _encode(values, scale):
-    """Return values in units of their scales as e4m3, as `precision.blockwise.encode` does."""
+    """Return values in units of their scales, as `precision.blockwise.encode` does.
+
+    Args:
+        values: fp32.
+        scale: of a shape that broadcasts.
+
+    Returns:
+        e4m3, of the shape of the values.
+    """
     units = tl.div_rn(values, tl.broadcast_to(scale, values.shape))
     units = tl.clamp(units, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return units.to(tl.float8e4nv)
@@ -194,15 +207,18 @@ def _rows_product_kernel(
     w_scale_place = w_scales + expert * scale_stride_e + output * scale_stride_o
     total = tl.zeros((128, 128), tl.float32)
     for block in range(tl.cdiv(I, 128)):
-        left = I - block * 128
+        left = I - block * 128  # of the inner dim, from this block on
         x_inside = _inside(row, stop, inner, left)
         w_inside = _inside(inner, left, column, O)
         x_block = _load(x_place + block * 128, x_inside)
         w_block = _load(w_place + block * 128, w_inside)
         product = tl.dot(x_block, w_block)
+        # one scale for each row, and one for the block of w
         x_scale = _load(x_scale_place, row < stop)
         w_scale = tl.load(w_scale_place)
-        total += product * (x_scale * w_scale)[:, None]
+        scale = x_scale * w_scale
+        total += product * scale[:, None]
+        # those of the next block
         x_scale_place += R
         w_scale_place += scale_stride_i
     y_place = y + _places(row, column, O)
@@ -222,6 +238,7 @@ def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
     inner = tl.arange(0, 128)  # rows of a tile
     a_place = a + _places(row.to(tl.int64), inner, M)
     b_place = b + column[None, :].to(tl.int64) * M + inner[:, None]
+    # this expert's tiles
     begin = tl.load(bounds + expert)
     stop = tl.load(bounds + expert + 1)
     a_scale_place = a_scales + begin.to(tl.int64) * O + row
@@ -231,9 +248,11 @@ def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
         a_tile = _load(a_place + tile * 128, (row < O)[:, None])
         b_tile = _load(b_place + tile * 128, (column < I)[None, :])
         product = tl.dot(a_tile, b_tile)
+        # one scale for each row of the result, and one for each column
         a_scale = _load(a_scale_place, row < O)
         b_scale = _load(b_scale_place, column < I)
         total += product * a_scale[:, None] * b_scale[None, :]
+        # those of the next tile
         a_scale_place += O
         b_scale_place += I
     matrix = expert.to(tl.int64) * O * I
