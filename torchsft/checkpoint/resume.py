@@ -4,7 +4,7 @@ output directory before.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,41 @@ def find_start(config: Config, announce: bool) -> Start:
             f"{where} already holds checkpoints, but --checkpoint.resume is never; choose another "
             "--output, --overwrite to replace that run, or --checkpoint.resume auto to continue it"
         )
-    if options.resume == "auto":
-        before = f"{earlier_root}/checkpoints"
-        if latest is None and before != where and (elsewhere := state.find_latest(before)[0]):
-            # a run must not begin anew, unasked, since --checkpoint.remote changed
-            raise InputError(
-                f"this run has checkpoints in {before}, but none in {where}, where "
-                "--checkpoint.remote puts them now; continue with --checkpoint.resume "
-                f"{elsewhere}, or choose another --output"
-            )
-        return Start(latest, longer="; ".join(changes) if latest else "")
-    longer = _other_run(config)
+    if options.resume != "auto":
+        return _named_start(config, where, latest, found, changes)
+    if latest is not None:
+        return Start(latest, longer="; ".join(changes))
+    before = f"{earlier_root}/checkpoints"
+    if before != where and (elsewhere := state.find_latest(before)[0]):
+        # a run must not begin anew, unasked, since --checkpoint.remote changed
+        raise InputError(
+            f"this run has checkpoints in {before}, but none in {where}, where "
+            "--checkpoint.remote puts them now; continue with --checkpoint.resume "
+            f"{elsewhere}, or choose another --output"
+        )
+    return Start(None)
+
+
+def _named_start(
+    config: Config,
+    where: str,
+    latest: str | None,
+    found: Mapping[str, Any] | None,
+    changes: Sequence[str],
+) -> Start:
+    """Return the start from the checkpoint that --checkpoint.resume names.
+
+    Args:
+        config: of the new run.
+        where: its checkpoints are kept.
+        latest: the newest one there.
+        found: configuration of the run in the output directory.
+        changes: what makes the new run another one than that.
+
+    Raises:
+        InputError: the checkpoint is of another run, or there is a later one.
+    """
+    options, longer = config.checkpoint, _other_run(config)
     if latest and state.saved_step(latest) > state.saved_step(options.resume):
         own = options.resume.startswith(f"{where}/")
         # that run, started again
