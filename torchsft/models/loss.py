@@ -177,18 +177,14 @@ class _VocabularyLoss(torch.autograd.Function):
                 vocabulary,
                 with_mean=smoothing > 0,
             )
-
-            # selected, not only multiplied: 0 times inf is nan
-            def weighted_sum(x_C1: Tensor, weights_C: Tensor = weights_C) -> Tensor:
-                return torch.where(weights_C != 0, x_C1.squeeze(-1) * weights_C, 0).sum()
-
-            total -= weighted_sum(found.target_C1)
+            total -= _weighted_sum(found.target_C1, weights_C)
             if sums is not None and objective != PLAIN:
                 smoothed_C1 = found.target_C1
                 if found.mean_C1 is not None:
                     smoothed_C1 = smoothed_C1.lerp(found.mean_C1, smoothing)
-                squares_C1 = found.log_sum_C1.square()
-                sums += torch.stack([-weighted_sum(smoothed_C1), weighted_sum(squares_C1)])
+                smoothed = _weighted_sum(smoothed_C1, weights_C)
+                squares = _weighted_sum(found.log_sum_C1.square(), weights_C)
+                sums += torch.stack([-smoothed, squares])
             if not gradients:
                 continue
             grad_CV = _gradient_of_logits(found, weights_C, objective).to(weight_VD.dtype)
@@ -218,6 +214,11 @@ class _VocabularyLoss(torch.autograd.Function):
                 )
             gradients[i] = kept.mul_(grad)
         return *gradients, *[None] * 7
+
+
+def _weighted_sum(x_C1: Tensor, weights_C: Tensor) -> Tensor:
+    """Return the sum of values times weights; what weighs 0 is left out, as 0 times inf is nan."""
+    return torch.where(weights_C != 0, x_C1.squeeze(-1) * weights_C, 0).sum()
 
 
 def _fp32_products(x: Tensor) -> bool:
