@@ -169,13 +169,11 @@ class _ClampedSwiglu(torch.autograd.Function):
         (both_RG,) = ctx.saved_tensors
         gate, up = _clamped(both_RG, ctx.limit)
         sigmoid = torch.sigmoid(ctx.alpha * gate)
-        slope = sigmoid * (1 + ctx.alpha * gate * (1 - sigmoid))  # of gate * sigmoid
-        grad_gate = grad_RF * (up + 1) * slope
-        grad_up = grad_RF * gate * sigmoid
-        grads_RG = torch.stack([grad_gate, grad_up], dim=-1).flatten(-2)
-        clamped_RG = torch.stack([gate, up], dim=-1).flatten(-2)
+        grad_gate = grad_RF * (up + 1) * sigmoid * (1 + ctx.alpha * gate * (1 - sigmoid))
+        grads_RG = torch.stack([grad_gate, grad_RF * gate * sigmoid], dim=-1).flatten(-2)
         # what was clamped has no gradient
-        return grads_RG * (clamped_RG == both_RG), None, None
+        kept_RG = torch.stack([gate, up], dim=-1).flatten(-2) == both_RG
+        return grads_RG * kept_RG, None, None
 
 
 class GptOss(GroupedQueryModel):

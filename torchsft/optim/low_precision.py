@@ -123,8 +123,9 @@ def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tens
     # the levels below and above each value, and how far it is on the way between them
     lower = torch.bucketize(in_units, table, right=True) - 1
     lower = lower.clamp(0, len(table) - 2)
-    below, above = table[lower], table[lower + 1]
-    share = (in_units - below) / (above - below)
+    below = table[lower]
+    distance = table[lower + 1] - below
+    share = (in_units - below) / distance
     if not signed:
         share = torch.where((lower == 0) & (in_units > 0), 1, share)
     uniform = ((bits >> 8) & 0xFFFFFF).float() / 2**24  # in [0, 1), of 24 bits

@@ -182,9 +182,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
             x_nAB = torch.stack(ahead).to(dtype)
-            updates_nAB = orthogonalise_parts(x_nAB, splits, rows)
+            x_nAB = orthogonalise_parts(x_nAB, splits, rows)
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(weights, updates_nAB.unbind(), alpha=-lr * scale)
+            torch._foreach_add_(weights, x_nAB.unbind(), alpha=-lr * scale)
 
     def _parts(self, parameters: list[nn.Parameter]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield this rank's part [A, B] of each entry of each stack: of weight, gradient and

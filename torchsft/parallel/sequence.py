@@ -144,9 +144,9 @@ def exchange_heads(
         InputError: the ranks do not divide H, or G is neither a multiple nor a divisor of them.
     """
     ranks, heads, kv_heads = group.size(), q_CHd.shape[1], k_CGd.shape[1]
-    divisors = [n for n in range(1, heads + 1) if heads % n == 0 and _divide(kv_heads, n)]
-    if ranks not in divisors:
-        good = map(str, divisors)
+    if heads % ranks or not _divide(kv_heads, ranks):
+        divisors = (n for n in range(1, heads + 1) if heads % n == 0)
+        good = [str(n) for n in divisors if _divide(kv_heads, n)]
         raise InputError(
             f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp "
             f"{ranks} ranks; set --parallel.cp to one of {', '.join(good)}"

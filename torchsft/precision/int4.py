@@ -59,10 +59,9 @@ def dequantise(packed: Tensor, scale: Tensor) -> Tensor:
     Returns:
         fp32 [m, n].
     """
-    codes = (packed.unsqueeze(-1) >> _shifts(packed)) & 15  # [m, n / 8, 8]
-    steps = codes.flatten(1) - 8
-    grouped = steps.float().unflatten(1, (-1, GROUP))
-    values = grouped * scale.float().unsqueeze(-1)
+    steps = (packed.unsqueeze(-1) >> _shifts(packed)) & 15  # [m, n / 8, 8]
+    steps = steps.flatten(1).float() - 8
+    values = steps.unflatten(1, (-1, GROUP)) * scale.float().unsqueeze(-1)
     return values.flatten(1)
 
 
