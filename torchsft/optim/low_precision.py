@@ -120,7 +120,7 @@ def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tens
     scales = blocks.abs().amax(-1)
     unit = torch.where(scales > 0, scales, 1).unsqueeze(-1)
     in_units = (blocks / unit).flatten(-2)[..., :columns].contiguous()
-    # the levels below and above each value, and how far it is on the way between them
+    # the level below each value, and how far it is on the way to the next one
     lower = torch.bucketize(in_units, table, right=True) - 1
     lower = lower.clamp(0, len(table) - 2)
     below = table[lower]
