@@ -33,7 +33,7 @@ Options = TypeVar("Options")
 Values = dict[str, Any]  # of options, by dotted name with underscores: {"train.steps": 5}
 
 # One setting said in two ways: who gives one of them replaces the other of a preset or file below.
-ALTERNATIVES = (("train.steps", "train.epochs"),)
+LENGTHS = ("train.steps", "train.epochs")
 
 # What `--help` shows; `--help-all` shows everything.
 COMMON = (
@@ -214,15 +214,10 @@ def parse_tool(kind: type[Options], argv: Sequence[str], doc: str) -> Options:
 
 
 def override(below: Values, above: Values) -> Values:
-    """`below` with the values of `above`; of ALTERNATIVES, what `above` gives replaces the other
-    one.
-    """
-    replaced = {}
-    for names in ALTERNATIVES:
-        if any(above.get(name) is not None for name in names):
-            replaced |= dict.fromkeys(names)
-    kept = {name: None if name in replaced else value for name, value in below.items()}
-    return kept | above
+    """`below` with the values of `above`; of LENGTHS, what `above` gives replaces the other one."""
+    if any(above.get(name) is not None for name in LENGTHS):
+        below = below | dict.fromkeys(LENGTHS)
+    return below | above
 
 
 # From and to dataclasses

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchsft.checkpoint import hf_directory
-from torchsft.checkpoint.boxes import Box, Shared, choose_writers, local_box, piece_box
+from torchsft.checkpoint.boxes import Box, local_box, piece_box
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
     Kind,
@@ -463,10 +464,24 @@ def _carried(weights: Weights, model: LanguageModel) -> list[str]:
     return keys
 
 
+def _choose_writers(tensors: Iterable[_Tensor]) -> dict[str, int]:
+    """Choose the rank that writes each tensor: of those that hold some of it, the one with the
+    fewest bytes so far. Tensors that few ranks hold come first (so an expert is gathered only over
+    them), then large ones.
+    """
+    load: Counter[int] = Counter()
+    writers = {}
+    held = [(tensor.holders, tensor.size, tensor.key) for tensor in tensors]
+    for ranks, size, key in sorted(held, key=lambda each: (len(each[0]), -each[1])):
+        writer = min(ranks, key=lambda rank: (load[rank], rank))
+        writers[key] = writer
+        load[writer] += size
+    return writers
+
+
 def _assign(tensors: Sequence[_Tensor], max_shard_bytes: float) -> list[_File]:
     """Choose which rank writes each tensor, and put it into files."""
-    parts = {tensor.key: Shared(tensor.size, tensor.holders) for tensor in tensors}
-    writers = choose_writers(parts)
+    writers = _choose_writers(tensors)
     groups: list[tuple[int, list[_Tensor]]] = []  # a writer, and the tensors of one of its files
     size = 0
     for tensor in sorted(tensors, key=lambda tensor: writers[tensor.key]):
