@@ -206,8 +206,6 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_lies_between_preset_and_options(name, tmp_path):
-    if name.endswith(".toml") and sys.version_info < (3, 11):
-        pytest.skip("tomllib needs Python 3.11")
     (tmp_path / name).write_text(FILES[name])
     config = options("v3_256", "--config", tmp_path / name, "--data.train", "c", "--optim.lr", "2")
     preset = PRESETS["v3_256"]()

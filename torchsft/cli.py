@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import textwrap
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -32,14 +33,13 @@ Options = TypeVar("Options")
 Values = dict[str, Any]  # of options, by dotted name with underscores: {"train.steps": 5}
 
 # One setting said in two ways: who gives one of them replaces the other of a preset or file below.
-ALTERNATIVES = (("train.steps", "train.epochs"),)
+LENGTHS = ("train.steps", "train.epochs")
 
 # What `--help` shows; `--help-all` shows everything.
 COMMON = (
-    *"model.path data.train data.eval data.seq_len train.epochs train.steps "
-    "train.global_batch_size".split(),
-    *"train.micro_batch_size optim.lr parallel.pp parallel.ep checkpoint.every eval.every".split(),
-)
+    "model.path data.train data.eval data.seq_len train.epochs train.steps train.global_batch_size "
+    "train.micro_batch_size optim.lr parallel.pp parallel.ep checkpoint.every eval.every"
+).split()
 
 # What the same is called in TRL, transformers, axolotl, LLaMA-Factory and torchtitan.
 _ELSEWHERE = {
@@ -214,15 +214,10 @@ def parse_tool(kind: type[Options], argv: Sequence[str], doc: str) -> Options:
 
 
 def override(below: Values, above: Values) -> Values:
-    """`below` with the values of `above`; of ALTERNATIVES, what `above` gives replaces the other
-    one.
-    """
-    replaced = {}
-    for names in ALTERNATIVES:
-        if any(above.get(name) is not None for name in names):
-            replaced |= dict.fromkeys(names)
-    kept = {name: None if name in replaced else value for name, value in below.items()}
-    return kept | above
+    """`below` with the values of `above`; of LENGTHS, what `above` gives replaces the other one."""
+    if any(above.get(name) is not None for name in LENGTHS):
+        below = below | dict.fromkeys(LENGTHS)
+    return below | above
 
 
 # From and to dataclasses
@@ -262,14 +257,14 @@ def build(kind: type[Options], values: Values, prefix: str = "") -> Options:
     arguments = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        name = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = build(hints[field.name], values, name + ".")
+        name, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            arguments[field.name] = build(hint, values, name + ".")
         elif name in values:
             arguments[field.name] = values[name]
-    for option in options_of(kind, prefix).values():
-        if option.default is dataclasses.MISSING and option.name not in values:
-            raise InputError(f"{option.flag} is missing; give it: {option.doc}")
+        elif field.default is dataclasses.MISSING:
+            doc = field_docs(kind).get(field.name, "")
+            raise InputError(f"{flag_of(name)} is missing; give it: {doc}")
     return kind(**arguments)
 
 
@@ -500,7 +495,7 @@ def _load(path: Path) -> Any:
         if path.suffix == ".json":
             return json.loads(text, object_pairs_hook=_unique)
         if path.suffix == ".toml":
-            return _load_toml(text)
+            return tomllib.loads(text)
         if path.suffix in (".yaml", ".yml"):
             return _load_yaml(text)
     except (OSError, ValueError, RecursionError) as error:
@@ -526,14 +521,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             )
         found[key] = value
     return found
-
-
-def _load_toml(text: str) -> Any:
-    if sys.version_info < (3, 11):
-        raise ValueError("TOML needs Python 3.11; write it as YAML")
-    import tomllib
-
-    return tomllib.loads(text)
 
 
 def _load_yaml(text: str) -> Any:

@@ -65,35 +65,19 @@ class Model:
     def __post_init__(self) -> None:
         _at_least(self, loss_chunk=1, mtp_weight=0)
         if self.mtp != "train" and self.mtp_weight != type(self).mtp_weight:
-            fault = f"--model.mtp-weight is {self.mtp_weight}, but --model.mtp is {self.mtp}"
-            raise InputError(f"{fault}; set --model.mtp train or leave it out")
+            raise InputError(
+                f"--model.mtp-weight is {self.mtp_weight}, but --model.mtp is {self.mtp}; set "
+                "--model.mtp train or leave it out"
+            )
 
 
 # What rendering itself gives to a chat template.
-RESERVED = {
-    "messages",
-    "conversations",
-    "tools",
-    "documents",
-    "chat_template",
-    "add_generation_prompt",
-}
-
+RESERVED = set("messages conversations tools documents chat_template add_generation_prompt".split())
 
 # What --data.map can make of a column: a turn, the key of a format, or nothing.
-MAP_TARGETS = (
-    *("system", "user", "assistant", "messages", "conversations", "prompt", "completion", "text"),
-    *(
-        "instruction",
-        "input",
-        "output",
-        "history",
-        "tools",
-        "weight",
-        "input_ids",
-        "labels",
-        "ignore",
-    ),
+MAP_TARGETS = tuple(
+    "system user assistant messages conversations prompt completion text instruction input output "
+    "history tools weight input_ids labels ignore".split()
 )
 
 
@@ -165,11 +149,10 @@ class Data:
         try:
             datetime.date.fromisoformat(self.template_date or "2000-01-01")
         except ValueError:
-            fault = (
+            raise InputError(
                 f"--data.template-date is {self.template_date!r}, but it must be a day such as "
-                f"2026-01-31"
-            )
-            raise InputError(fault) from None
+                "2026-01-31"
+            ) from None
 
     def columns(self) -> tuple[tuple[str, str], ...]:
         """`map` as pairs (column, what it becomes): a role, a key of a format, or `ignore`."""
@@ -177,9 +160,10 @@ class Data:
         for pair in filter(None, self.map.split(",")):
             column, _, target = (each.strip() for each in pair.partition("="))
             if not column or target not in MAP_TARGETS:
-                wanted = "COLUMN=TARGET pairs such as question=user,answer=assistant"
-                fault = f"--data.map is {self.map!r}, but it must be {wanted}"
-                raise InputError(f"{fault}; targets are {', '.join(MAP_TARGETS)}")
+                raise InputError(
+                    f"--data.map is {self.map!r}, but it must be COLUMN=TARGET pairs such as "
+                    f"question=user,answer=assistant; targets are {', '.join(MAP_TARGETS)}"
+                )
             pairs.append((column, target))
         columns = [column for column, _ in pairs]
         for column in columns:
@@ -270,8 +254,10 @@ class Train:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            fault = f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set"
-            raise InputError(f"{fault}; give one of them (the other: None)")
+            raise InputError(
+                f"--train.steps ({self.steps}) and --train.epochs ({self.epochs}) are both set; "
+                "give one of them (the other: None)"
+            )
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"--train.epochs is {self.epochs}, but it must be above 0")
         _at_least(
@@ -287,25 +273,30 @@ class Train:
             z_loss=0,
         )
         if self.activation_checkpointing_every > 1 and self.activation_checkpointing == "none":
-            fault = (
-                f"--train.activation-checkpointing-every is {self.activation_checkpointing_every}"
-            )
-            raise InputError(f"{fault}, but --train.activation-checkpointing is none; set full")
-        if self.activation_offload and self.activation_checkpointing == "none":
-            fault = "--train.activation-offload moves what checkpointed layers keep, but"
-            raise InputError(f"{fault} --train.activation-checkpointing is none; set full")
-        if self.selective_products and self.activation_checkpointing != "selective":
-            fault = "--train.selective-products needs --train.activation-checkpointing selective"
-            raise InputError(f"{fault}, not {self.activation_checkpointing}; leave one of them out")
-        if self.stream_pieces != 8 and self.activation_checkpointing != "stream":
-            fault = f"--train.stream-pieces is {self.stream_pieces}, but"
             raise InputError(
-                f"{fault} --train.activation-checkpointing is {self.activation_checkpointing}; set "
-                "stream, or leave it out"
+                f"--train.activation-checkpointing-every is {self.activation_checkpointing_every}, "
+                "but --train.activation-checkpointing is none; set full"
+            )
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise InputError(
+                "--train.activation-offload moves what checkpointed layers keep, but "
+                "--train.activation-checkpointing is none; set full"
+            )
+        if self.selective_products and self.activation_checkpointing != "selective":
+            raise InputError(
+                "--train.selective-products needs --train.activation-checkpointing selective, not "
+                f"{self.activation_checkpointing}; leave one of them out"
+            )
+        if self.stream_pieces != 8 and self.activation_checkpointing != "stream":
+            raise InputError(
+                f"--train.stream-pieces is {self.stream_pieces}, but "
+                f"--train.activation-checkpointing is {self.activation_checkpointing}; set stream, "
+                "or leave it out"
             )
         if self.label_smoothing >= 1:
-            fault = f"--train.label-smoothing is {self.label_smoothing}"
-            raise InputError(f"{fault}, but it must be below 1")
+            raise InputError(
+                f"--train.label-smoothing is {self.label_smoothing}, but it must be below 1"
+            )
         if self.seed >= 2**64:
             raise InputError(f"--train.seed is {self.seed}, but it must be less than 2**64")
 
@@ -459,13 +450,15 @@ class Optim:
             if given == plain:
                 continue
             if self.offload:
-                fault = "--optim.offload keeps fp32 masters and moments of AdamW on the host"
                 raise InputError(
-                    f"{fault}, but --optim.{name} is {given}; leave one of the two out"
+                    "--optim.offload keeps fp32 masters and moments of AdamW on the host, but "
+                    f"--optim.{name} is {given}; leave one of the two out"
                 )
             if self.kind == "muon" and name != "kind":
-                fault = f"--optim.{name} is {given}, but --optim.kind muon has fp32"
-                raise InputError(f"{fault}; leave one of the two out")
+                raise InputError(
+                    f"--optim.{name} is {given}, but --optim.kind muon has fp32; leave one of the "
+                    "two out"
+                )
         _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -484,18 +477,17 @@ class Optim:
         for name in ("warmup_steps", "decay_steps"):
             number = getattr(self, name)
             if number is not None and number >= 1 and number != int(min(number, 1e18)):
-                option = f"--optim.{name.replace('_', '-')}"
                 raise InputError(
-                    f"{option} is {number}, but from 1 on it must be a whole number of steps"
+                    f"--optim.{name.replace('_', '-')} is {number}, but from 1 on it must be a "
+                    "whole number of steps"
                 )
         for name in ("decay_steps", "decay_shape"):
             if getattr(self, name) is not None and self.schedule != "wsd":
-                option = f"--optim.{name.replace('_', '-')}"
-                fault = (
-                    f"{option} is {getattr(self, name)}, but --optim.schedule {self.schedule} has "
-                    f"no decay of its own"
+                raise InputError(
+                    f"--optim.{name.replace('_', '-')} is {getattr(self, name)}, but "
+                    f"--optim.schedule {self.schedule} has no decay of its own; set "
+                    "--optim.schedule wsd or leave it out"
                 )
-                raise InputError(f"{fault}; set --optim.schedule wsd or leave it out")
         self.parameter_groups()
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -558,9 +550,10 @@ class Precision:
         for name, owner in {"power_of_two_scales": "blockwise", "float8_recipe": "float8"}.items():
             given = getattr(self, name)
             if given != getattr(type(self), name) and self.compute != owner:
-                option = f"--precision.{name.replace('_', '-')} {given}"
-                fault = f"{option} is for --precision.compute {owner}, not {self.compute}"
-                raise InputError(f"{fault}; leave it out, or set --precision.compute {owner}")
+                raise InputError(
+                    f"--precision.{name.replace('_', '-')} {given} is for --precision.compute "
+                    f"{owner}, not {self.compute}; leave it out, or set --precision.compute {owner}"
+                )
 
 
 @dataclass(kw_only=True)
@@ -612,16 +605,15 @@ class Checkpoint:
     def __post_init__(self) -> None:
         _at_least(self, every=0, keep=0, keep_every=0, keep_best=0, export_every=0)
         if self.export_every and self.export == "none":
-            fault = (
-                f"--checkpoint.export-every is {self.export_every}, but --checkpoint.export is none"
+            raise InputError(
+                f"--checkpoint.export-every is {self.export_every}, but --checkpoint.export is "
+                "none; choose bf16, fp32 or fp8"
             )
-            raise InputError(f"{fault}; choose bf16, fp32 or fp8")
         if self.remote is not None and "://" not in self.remote:
-            fault = (
+            raise InputError(
                 f"--checkpoint.remote is {self.remote!r}, but it must be a URL such as "
-                f"s3://bucket/run"
+                "s3://bucket/run; a local directory is --output's"
             )
-            raise InputError(f"{fault}; a local directory is --output's")
 
 
 @dataclass(kw_only=True)

@@ -43,12 +43,14 @@ class Evaluation:
         that the model before the first step did not make; `message` prints a line.
         """
         found = evaluate_loss(self.pipeline, self.sets, self.world)
-        if self.base_routing and (routing := self.routing()):
-            drift = routing_drift(routing, self.base_routing)
-            if drift is None:
-                message("no routing drift: --data.eval begins otherwise than at step 0")
-            else:
-                found["eval_routing_drift"] = drift
+        routing = self.routing() if self.base_routing else None
+        if not routing:
+            return found
+        drift = routing_drift(routing, self.base_routing)
+        if drift is None:
+            message("no routing drift: --data.eval begins otherwise than at step 0")
+        else:
+            found["eval_routing_drift"] = drift
         return found
 
     def routing(self) -> dict[str, Any] | None:
@@ -71,12 +73,12 @@ def evaluate_loss(
         `eval_mtp_acceptance`: the share of supervised tokens that the first of them drafts as the
         model itself would choose them.
     """
-    totals = {name: _total(pipeline, batches, world) for name, batches in sets.items()}
-    by_suffix = {"": sum(totals.values())}
+    totals = {f"/{name}": _total(pipeline, batches, world) for name, batches in sets.items()}
+    shown = {"": sum(totals.values())}
     if len(totals) > 1:
-        by_suffix |= {f"/{name}": total for name, total in totals.items()}
+        shown |= totals
     results = {}
-    for suffix, total in by_suffix.items():
+    for suffix, total in shown.items():
         loss_sum, loss_weight, accepted, drafted = total.tolist()
         loss = loss_sum / loss_weight
         results[f"eval_loss{suffix}"] = loss
@@ -87,13 +89,17 @@ def evaluate_loss(
 
 
 def _total(pipeline: Pipeline | OneStage, batches: EvalSet, world: World) -> torch.Tensor:
-    """Return loss sum, loss weight, accepted and all drafts of a set over all ranks, float64."""
+    """Compute the loss of one evaluation set.
+
+    Returns:
+        Loss sum, loss weight, accepted drafts and all drafts, over all ranks: float64 [4].
+    """
     loss_sum, loss_weight = pipeline.zero.clone(), 0.0
     drafts = pipeline.modules[-1].mtp_drafts
     drafts.zero_()
-    for start in range(0, len(batches), BATCHES_AT_ONCE):
-        end = min(start + BATCHES_AT_ONCE, len(batches))
-        group = [batches[number] for number in range(start, end)]
+    numbers = range(len(batches))
+    for start in numbers[::BATCHES_AT_ONCE]:
+        group = [batches[number] for number in numbers[start : start + BATCHES_AT_ONCE]]
         loss_sum += pipeline.evaluate(group)
         for batch in group:
             loss_weight += batch.loss_weights.double().sum().item()
@@ -123,21 +129,24 @@ def routing_choices(
         JSON-able, on the main rank: its `tokens`, and `chosen`, a bit for each of [n, L, E].
     """
     layers, tokens = list(layer_experts), pipeline.tokens
-    shape = (min(tokens, DRIFT_TOKENS), len(layers), max(layer_experts.values()))
+    most_experts = max(layer_experts.values())
+    shape = min(tokens, DRIFT_TOKENS), len(layers), most_experts
     chosen_nLE = torch.zeros(shape, dtype=torch.bool, device=world.device)
     for model in pipeline.modules:
-        place_S = model.layout.tokens(torch.arange(tokens, device=world.device))
+        place_T = torch.arange(tokens, device=world.device)
+        place_S = model.layout.tokens(place_T)
         for name, moe in model.moe_layers().items():
-            moe.observe = partial(_note, chosen_nLE[:, layers.index(int(name))], [place_S])
+            chosen_nE = chosen_nLE[:, layers.index(int(name))]
+            moe.observe = partial(_note, chosen_nE, [place_S])
     pipeline.evaluate([row])
     for model in pipeline.modules:
         for moe in model.moe_layers().values():
             del moe.observe
-    chosen_nLE[row.cu_seqlens[-1] if world.data_rank == 0 else 0 :] = False
+    counted = row.cu_seqlens[-1] if world.data_rank == 0 else 0  # the rest is padding
+    chosen_nLE[counted:] = False
     chosen_nLE = world.sum(chosen_nLE).bool().cpu()
-    n = int(chosen_nLE.any(-1).any(-1).sum())  # the rest is padding
-    chosen_nLE = chosen_nLE[:n]
-    bits = np.packbits(chosen_nLE.numpy()).tobytes()
+    n = int(chosen_nLE.flatten(1).any(-1).sum())
+    bits = np.packbits(chosen_nLE[:n].numpy()).tobytes()
     return {"tokens": row.tokens[:n].tolist(), "chosen": bits.hex()}
 
 
@@ -145,13 +154,14 @@ def _note(chosen_nE: Tensor, rest: list[Tensor], experts_SK: Tensor) -> None:
     """Mark the experts that some of this rank's tokens have chosen, as far as they count.
 
     Args:
-        chosen_nE: the marks.
+        chosen_nE: bool; of the first n tokens of the row.
         rest: where these tokens and those behind them lie, in one tensor; only the latter after it.
         experts_SK: what they have chosen.
     """
     place_S, rest[0] = rest[0].tensor_split([len(experts_SK)])
     here_S = place_S < len(chosen_nE)
-    chosen_nE[place_S[here_S].unsqueeze(1), experts_SK[here_S]] = True
+    tokens_S1, experts_SK = place_S[here_S].unsqueeze(1), experts_SK[here_S]
+    chosen_nE[tokens_S1, experts_SK] = True
 
 
 def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
@@ -160,5 +170,6 @@ def routing_drift(now: Mapping[str, Any], base: Mapping[str, Any]) -> float | No
     """
     if now["tokens"] != base["tokens"]:
         return None
+    # all bits of the choices as one whole number
     chosen, before = int(now["chosen"], 16), int(base["chosen"], 16)
     return (chosen & ~before).bit_count() / chosen.bit_count()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torchsft.cli import is_main
 from torchsft.config import InputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -124,7 +125,7 @@ def run_main(main: Callable[[], None]) -> None:
     exceptions keep their traceback. Under torchrun the sentence or traceback also stands in its
     closing report. Ctrl-C ends the process with exit code 130 wherever no `Preemption` listens.
     """
-    main_rank = os.environ.get("RANK", "0") == "0"
+    main_rank = is_main()
     try:
         with listening([signal.SIGINT], _interrupted):
             main()
@@ -152,7 +153,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _interrupted(name: signal.Signals) -> None:
     """Ctrl-C outside of training: nothing is under way that is not written whole or not at all."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         _print("interrupted; the same command starts again from what has been saved")
     os._exit(128 + name)
 

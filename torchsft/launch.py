@@ -37,8 +37,10 @@ def check_data(data: Data) -> None:
     if faults:
         listed = "; ".join(faults[:MOST_NAMED])
         more = f"; and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
-        remedy = "give existing files or directories, or NAME:SPLIT for a dataset of the hub"
-        raise InputError(f"{listed}{more}; {remedy}")
+        raise InputError(
+            f"{listed}{more}; give existing files or directories, or NAME:SPLIT for a dataset of "
+            "the hub"
+        )
 
 
 def _source_fault(text: str) -> str:
@@ -96,11 +98,9 @@ def model_directory(path: str) -> str:
         found = huggingface_hub.snapshot_download(path, local_files_only=True)
     except (OSError, ValueError):  # no such snapshot; no such cache; not a name that the hub allows
         where = path.rpartition("/")[2]
-        fault = (
-            f"--model.path {path} is no directory; if it is a model on the hub, download it first"
-        )
         raise InputError(
-            f"{fault}: hf download {path} --local-dir {where}, then --model.path {where}"
+            f"--model.path {path} is no directory; if it is a model on the hub, download it first: "
+            f"hf download {path} --local-dir {where}, then --model.path {where}"
         ) from None
     if is_main():
         print(

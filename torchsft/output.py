@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.endings import about, read_generation_config, stop_ids
-from torchsft.checkpoint.resume import checkpoints_of
-from torchsft.checkpoint.storage import Folder
-from torchsft.config import Config
+from torchsft.checkpoint.storage import Folder, root_of
+from torchsft.config import Config, to_dict
 from torchsft.metrics.logger import MetricsLogger
 from torchsft.parallel.apply import quantised_dtype
 from torchsft.parallel.collectives import gather_objects
@@ -28,10 +27,11 @@ class RunOutput:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
         self.directory = Path(config.output)
+        self.root = root_of(config.output, config.checkpoint.remote)
         self.log: MetricsLogger | None = None  # on the main rank, once everything is built
         options = config.checkpoint
         self.checkpointer = state.Checkpointer(
-            checkpoints_of(self.directory, options.remote),
+            f"{self.root}/checkpoints",
             mode=options.mode,
             if_busy=options.if_busy,
             keep=options.keep,
@@ -84,7 +84,6 @@ class RunOutput:
         optimizer: torch.optim.Optimizer,
         *,
         extra: dict[str, Any],
-        saved_config: dict[str, Any],
         score: float | None,
         last: bool,
     ) -> None:
@@ -92,17 +91,22 @@ class RunOutput:
 
         Args:
             step: its number.
-            model: as `state.Checkpointer.save`, like the following three.
+            model: as `state.Checkpointer.save`, like the following two.
             optimizer: see there.
             extra: counters and data position.
-            saved_config: the run's configuration.
             score: its eval loss, if known.
             last: nothing is trained behind it, so that it must be complete.
         """
         if last:
             self.checkpointer.wait()  # before the new save, whose stall it does not belong to
         written = self.checkpointer.save(
-            step, model, optimizer, extra=extra, config=saved_config, score=score, now=last
+            step,
+            model,
+            optimizer,
+            extra=extra,
+            config=to_dict(self.config),
+            score=score,
+            now=last,
         )
         if not written:
             self.message(f"no checkpoint of step {step}: the one before is still being written")
@@ -153,14 +157,6 @@ def base_configs(source: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return base
 
 
-def export_place(config: Config, name: str) -> str:
-    """Return the directory or URL of the export `name`."""
-    remote = config.checkpoint.remote
-    if remote:
-        return f"{remote.rstrip('/')}/{name}"
-    return str(Path(config.output) / name)
-
-
 class Exporter:
     """Writes the weights and all that belongs to them as Hugging Face directories."""
 
@@ -178,7 +174,7 @@ class Exporter:
 
     def exists(self, name: str) -> bool:
         """Whether the export `name` is complete, as the main rank sees it; collective."""
-        place = Folder(export_place(self.output.config, name))
+        place = Folder(f"{self.output.root}/{name}")
         return gather_objects(place.has("config.json"))[0]
 
     def stop_tokens(self, end_tokens: Sequence[int]) -> list[int]:
@@ -195,7 +191,7 @@ class Exporter:
         Raises:
             OSError: on every rank: it could not be written.
         """
-        place = export_place(self.output.config, name)
+        place = f"{self.output.root}/{name}"
         stops = about(*self.base, end_tokens, self.tokenizer)
         self.output.message(f"exporting {self.options.export} weights to {place}{stops}")
         try:

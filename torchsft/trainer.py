@@ -17,7 +17,7 @@ from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.hf_directory import check_export
 from torchsft.checkpoint.overwrite import make_way
 from torchsft.checkpoint.resume import find_start
-from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.storage import Folder, root_of
 from torchsft.checkpoint.weight_files import Weights
 from torchsft.config import Config, InputError, to_dict
 from torchsft.data.background import Background
@@ -51,7 +51,7 @@ from torchsft.models.moe import frozen_by_router
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
-from torchsft.output import Exporter, RunOutput, base_configs, end_tokens, export_place
+from torchsft.output import Exporter, RunOutput, base_configs, end_tokens
 from torchsft.parallel.apply import compute_dtype, parallelize
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
@@ -143,7 +143,8 @@ class Trainer:
             return
         if self.config.overwrite and self.start.replaces:  # an old export makes way too
             return
-        huggingface.check_target(self.source, Folder(export_place(self.config, "hf")))
+        root = root_of(self.config.output, self.config.checkpoint.remote)
+        huggingface.check_target(self.source, Folder(f"{root}/hf"))
 
     # ------------------------------------------------------------------------------------------
     # build
@@ -326,7 +327,7 @@ class Trainer:
         directory, options = self.output.directory, self.config.metrics
         directory.mkdir(parents=True, exist_ok=True)
         if self.start.replaces:
-            removed = make_way(self.config, str(self.output.checkpointer.folder))
+            removed = make_way(self.config)
             names = [path.removeprefix(f"{directory}/") for path in removed]
             listed = ", ".join(names) or "nothing"
             self.output.message(f"{self.start.replaces}; removed: {listed}")
@@ -508,8 +509,7 @@ class Trainer:
         self.counters.last_loss = results.loss_sum / batch.divisor
         if math.isnan(self.counters.first_loss):
             self.counters.first_loss = self.counters.last_loss
-        record = self.step_record(step, batch, results, norm, lr_scale, seconds)
-        return record, self.step_scalars(step, batch, results, lr_scale, seconds)
+        return self.describe_step(step, batch, results, norm, lr_scale, seconds)
 
     def update_weights(self, loss_weight: float, lr_scale: float) -> float:
         """Clip the gradients and step the optimizer; a step whose norm is not finite, or that has
@@ -535,7 +535,7 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm.item()
 
-    def step_record(
+    def describe_step(
         self,
         step: Step,
         batch: GlobalBatch,
@@ -543,8 +543,8 @@ class Trainer:
         norm: float,
         lr_scale: float,
         seconds: float,
-    ) -> dict[str, Any]:
-        """Return the step's line of metrics.jsonl."""
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return the step's line of metrics.jsonl, and what only TensorBoard shows, by tag."""
         record = {
             "loss": self.counters.last_loss,
             "grad_norm": norm,
@@ -557,17 +557,7 @@ class Trainer:
             "data_wait_share": self.loader.waited / (self.loader.waited + seconds),
         }
         mtp_layers = self.model.depth - self.model_config.num_hidden_layers
-        return record | further_losses(results, self.config, batch, mtp_layers)
-
-    def step_scalars(
-        self,
-        step: Step,
-        batch: GlobalBatch,
-        results: StepResults,
-        lr_scale: float,
-        seconds: float,
-    ) -> dict[str, float]:
-        """Return what only TensorBoard shows of a step, by tag."""
+        record |= further_losses(results, self.config, batch, mtp_layers)
         scalars = {
             "speed/supervised_tokens_per_second": batch.supervised_tokens / seconds,
             "optim/skipped_steps": self.counters.skipped,
@@ -582,7 +572,7 @@ class Trainer:
         peak = self.config.metrics.peak_tflops or peak_tflops(self.world.device)
         if peak:
             scalars["speed/mfu"] = mfu(batch.flops / self.world.size, seconds, peak)
-        return scalars
+        return record, scalars
 
     # ------------------------------------------------------------------------------------------
     # save and export
@@ -602,7 +592,6 @@ class Trainer:
             self.model,
             self.optimizer,
             extra=extra,
-            saved_config=to_dict(self.config),
             score=score,
             last=self.signalled or self.counters.step == self.total_steps,
         )

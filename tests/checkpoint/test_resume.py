@@ -199,9 +199,9 @@ def test_files_that_a_directory_or_glob_names_are_inputs_too(tmp_path, monkeypat
     rows.parent.mkdir(parents=True)
     rows.write_text("{}\n")
     data = Data(eval=(source,)) if "=" in source else Data(train=(source,))
-    make_way(Config(output="run", overwrite=True, data=data), "run/checkpoints")
+    make_way(Config(output="run", overwrite=True, data=data))
     assert rows.exists()
-    make_way(Config(output="run", overwrite=True), "run/checkpoints")
+    make_way(Config(output="run", overwrite=True))
     assert not rows.exists()
 
 
@@ -216,12 +216,12 @@ def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):
     for path in elsewhere.iterdir():
         (output / path.name).symlink_to(path)
     config = Config(output=str(output), overwrite=True)
-    assert len(make_way(config, str(output / "checkpoints"))) == 5
+    assert len(make_way(config)) == 5
     assert [path.name for path in output.iterdir()] == ["checkpoints"] and not (
         output / "checkpoints"
     ).is_symlink()
     (output / "checkpoints" / "step-00000001").symlink_to(elsewhere)
-    make_way(config, str(output / "checkpoints"))
+    make_way(config)
     assert not list((output / "checkpoints").iterdir()) and sorted(elsewhere.rglob("*")) == before
 
 
@@ -234,7 +234,7 @@ def test_overwrite_removes_remote_checkpoints(tmp_path):
     config = Config(
         output=str(tmp_path), overwrite=True, checkpoint=Checkpoint(remote="memory://overwritten")
     )
-    removed = make_way(config, "memory://overwritten/checkpoints")
+    removed = make_way(config)
     assert removed == ["memory://overwritten/checkpoints/step-00000001"]
     assert [path.rsplit("/", 1)[-1] for path in system.find("/overwritten")] == ["file"]
 

@@ -1,10 +1,7 @@
-"""Boxes: rectangular parts of a tensor, which box of a parameter a rank holds, and which rank
-writes it.
-"""
+"""Boxes: rectangular parts of a tensor, and which box of a parameter a rank holds."""
 
 import math
-from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -99,24 +96,3 @@ def piece_box(piece: Piece) -> Box:
     """Return the box of its parameter that a Hugging Face tensor fills."""
     leading = len(piece.start) - len(piece.hf_shape)
     return Box(piece.start, (1,) * leading + piece.hf_shape)
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A part that one of several ranks has to write."""
-
-    bytes: int
-    ranks: Collection[int]  # that hold it
-
-
-def choose_writers(parts: Mapping[Hashable, Shared]) -> dict[Hashable, int]:
-    """Choose the rank that writes each part: of those that hold it, the one with the fewest bytes
-    so far. Parts that few ranks hold come first (so an expert is gathered only over them), then
-    large ones.
-    """
-    load: Counter[int] = Counter()
-    writers = {}
-    for key, part in sorted(parts.items(), key=lambda item: (len(item[1].ranks), -item[1].bytes)):
-        writers[key] = min(part.ranks, key=lambda rank: (load[rank], rank))
-        load[writers[key]] += part.bytes
-    return writers

@@ -39,9 +39,12 @@ def is_dcp(directory: str | Path) -> bool:
 
 class ConvertedWeights(Weights):
     """The weights of a converted directory or a training checkpoint, known from `.metadata` alone.
-    A tensor's `file` is its name in the DCP directory. The scales of the model's own weights are
-    not among `tensors`, since these have been dequantised; `scales` has them. `packed` are the
-    weights that were of few bits in the source.
+
+    Attributes:
+        tensors: by Hugging Face key; a tensor's `file` is its name in the DCP directory. The scales
+            of the model's own weights are not among them, since these have been dequantised;
+            `scales` has them.
+        packed: the weights that were of few bits in the source: key -> format.
 
     Args:
         directory: local.
@@ -62,6 +65,7 @@ class ConvertedWeights(Weights):
         self._shapes = {name: tuple(t.size) for name, t in self._reader.tensors.items()}
         self._check_model(pieces)
         self.tensors: dict[str, StoredTensor] = {}
+        # where a tensor begins in its DCP tensor
         self._starts: dict[str, tuple[int, ...]] = {}
         for name, tensor in self._reader.tensors.items():
             dtype = DTYPE_NAMES[tensor.properties.dtype]
@@ -69,14 +73,19 @@ class ConvertedWeights(Weights):
                 self.tensors[piece.key] = StoredTensor(name, piece.hf_shape, dtype)
                 self._starts[piece.key] = piece.start
         self.packed: dict[str, Format] = {}
+        # of the model's own weights: key of a weight -> its scales
         self._own_scales: dict[str, StoredTensor] = {}
         form = self._source_format()
-        if form is None:
-            return
+        if form is not None:
+            self._find_packed(form)
+
+    def _find_packed(self, form: Format) -> None:
+        """Note the weights that were of few bits; the parts of the model's own leave `tensors`."""
         # All parts but the values, which are the tensor itself here.
         beside = set(form.suffixes) - {form.suffixes[-2]}
         stored = self.tensors.keys()
-        for key in [key for key in stored if {key + suffix for suffix in beside} <= stored]:
+        packed = [key for key in stored if {key + suffix for suffix in beside} <= stored]
+        for key in packed:
             self.packed[key] = form
             if self.tensors[key].file.startswith(MODEL):
                 self._own_scales[key] = self.tensors[key + form.scales]
@@ -84,46 +93,51 @@ class ConvertedWeights(Weights):
                     self.tensors.pop(key + suffix, None)
 
     def _source_format(self) -> Format | None:
-        """Return the format of few bits in which the source was."""
+        """Return the format of few bits in which the source was, by its config.json; None: in
+        none.
+        """
         path = self.directory / "config.json"
-        form = described_format(read_json_object(path)) if path.is_file() else None
-        shapes = [key for key in self.tensors if key.endswith("weight_shape")]
-        if isinstance(form, Int4Groups) and shapes:
-            return Int4Groups(DTYPES[self.tensors[shapes[0]].dtype])
-        return form
+        if not path.is_file():
+            return None
+        form = described_format(read_json_object(path))
+        if not isinstance(form, Int4Groups):
+            return form
+        # Its parts that say shapes keep the source's dtype.
+        dtypes = (each.dtype for key, each in self.tensors.items() if key.endswith("weight_shape"))
+        dtype = next(dtypes, None)
+        return form if dtype is None else Int4Groups(DTYPES[dtype])
 
     def _pieces_of(self, name: str, pieces: Mapping[str, Sequence[Piece]]) -> Sequence[Piece]:
         """Return the Hugging Face tensors that a DCP tensor holds."""
         if name.startswith(MODEL):
             return pieces[name.removeprefix(MODEL)]
         if name.startswith(CARRIED):
-            shape = self._shapes[name]
-            return [Piece(name.removeprefix(CARRIED), shape, (0,) * len(shape))]
-        return []
+            key, shape = name.removeprefix(CARRIED), self._shapes[name]
+            return [Piece(key, shape, (0,) * len(shape))]
+        return []  # of a training checkpoint: the optimizer's state and random states
 
     def _check_model(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
         """Compare names and shapes of the model's tensors with those that the pieces make up."""
         joint = ".eh_proj.weight"
         mtp = tuple(name.removesuffix(joint) for name in pieces if name.endswith(joint))
-        expected = {
-            MODEL + name: _whole_shape(parts)
-            for name, parts in pieces.items()
+        expected = {}
+        for name, parts in pieces.items():
             # trained MTP layers may be carried, one tensor by one
-            if not name.startswith(mtp)
-            or not all(CARRIED + piece.key in self._shapes for piece in parts)
-        }
+            carried = all(CARRIED + piece.key in self._shapes for piece in parts)
+            if not (carried and name.startswith(mtp)):
+                expected[MODEL + name] = _whole_shape(parts)
         found = {name: shape for name, shape in self._shapes.items() if name.startswith(MODEL)}
-        odd = [
-            f"{name} is {found.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
-            for name in sorted(expected.keys() | found.keys())
-            if found.get(name) != expected.get(name)
-        ]
+        odd = []
+        for name in sorted(expected.keys() | found.keys()):
+            has = found.get(name, "absent")
+            needs = expected.get(name, "absent")
+            if has != needs:
+                odd.append(f"{name} is {has} instead of {needs}")
         if odd:
-            fault = (
-                f"another model than its config.json (or the one of --base) describes: "
-                f"{listing(odd, most=3)}"
+            raise InputError(
+                f"{self.directory} holds another model than its config.json (or the one of --base) "
+                f"describes: {listing(odd, most=3)}; use the two that belong together"
             )
-            raise InputError(f"{self.directory} holds {fault}; use the two that belong together")
 
     @property
     def bytes_read(self) -> int:
@@ -131,26 +145,39 @@ class ConvertedWeights(Weights):
         return self._reader.bytes_read
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """Return one slice of a tensor, on the CPU, in its stored dtype. Only its bytes are
-        read.
+        """Return one slice of a tensor, of which only the bytes are read.
+
+        Args:
+            key: of the tensor.
+            index: steps of 1; dims that are not named are whole.
+
+        Returns:
+            On the CPU, in the stored dtype.
         """
-        tensor, origin = self.tensors[key], self._starts[key]
+        tensor = self.tensors[key]
         ranges = bounds(index, tensor.shape)
-        shape = tuple(max(0, end - start) for start, end in ranges)
-        leading = len(origin) - len(shape)
-        starts = tuple(o + start for o, (start, _) in zip(origin[leading:], ranges, strict=True))
-        box = Box(origin[:leading] + starts, (1,) * leading + shape)
+        shape = tuple(max(0, end - begin) for begin, end in ranges)
+        # Where the slice begins in the parameter, which may have dims in front (that of experts).
+        start = list(self._starts[key])
+        leading = len(start) - len(shape)
+        for dim, (first, _) in enumerate(ranges, start=leading):
+            start[dim] += first
+        box = Box(tuple(start), (1,) * leading + shape)
         return self._reader.read(tensor.file, box).reshape(shape)
 
     def scales(self, key: str) -> Tensor | None:
         """Return the scales with which the source stored a weight; None for one that had none."""
-        if (scale := self._own_scales.get(key)) is not None:
-            return self._reader.read(scale.file, whole_box(scale.shape))
-        return super().scales(key)
+        own = self._own_scales.get(key)
+        if own is None:
+            return super().scales(key)
+        return self._reader.read(own.file, whole_box(own.shape))
 
 
 def _whole_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """Return the shape of the parameter that pieces fill."""
-    boxes = map(piece_box, pieces)
-    ends = [[a + n for a, n in zip(box.start, box.shape, strict=True)] for box in boxes]
+    """Return the shape of the parameter that pieces fill: where the last of them end, in each
+    dim.
+    """
+    ends = []
+    for box in map(piece_box, pieces):
+        ends.append([first + n for first, n in zip(box.start, box.shape, strict=True)])
     return tuple(map(max, zip(*ends, strict=True)))

@@ -107,9 +107,8 @@ def about(
         if pad in ends:
             said += (
                 f"; {shown(pad)}, with which trained turns ended, stays the pad token too, so that "
-                f"a tool which leaves"
+                "a tool which leaves padding out of the loss by its id would not train it"
             )
-            said += " padding out of the loss by its id would not train it"
     return said
 
 

@@ -71,10 +71,8 @@ def mismatches(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...] | None]
 ) -> str:
     """Return what is missing, unexpected or of another shape, in words; empty if nothing is."""
-    missing, unexpected = (
-        [key for key in expected if key not in found],
-        [key for key in found if key not in expected],
-    )
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
     odd = [
         f"{key} ({found[key]} instead of {shape})"
         for key, shape in expected.items()

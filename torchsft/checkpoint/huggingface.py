@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchsft.checkpoint import hf_directory
-from torchsft.checkpoint.boxes import Box, Shared, choose_writers, local_box, piece_box
+from torchsft.checkpoint.boxes import Box, local_box, piece_box
 from torchsft.checkpoint.endings import read_generation_config, with_ends, write_generation_config
 from torchsft.checkpoint.hf_directory import (
     Kind,
@@ -86,9 +87,9 @@ def check_weights(hf_dir: str | Path, model: LanguageModel) -> Weights:
         if hf_directory.is_mtp(key, layers)
     }
     if most is not None and len(more) > most:
-        said = f"{layers} num_hidden_layers and {most} MTP layers; use the two that belong together"
         raise InputError(
-            f"{hf_dir} holds {layers + len(more)} layers, but its config.json has {said}"
+            f"{hf_dir} holds {layers + len(more)} layers, but its config.json has {layers} "
+            f"num_hidden_layers and {most} MTP layers; use the two that belong together"
         )
     if odd := [
         f"{key} ({index.tensors[key].dtype})"
@@ -137,10 +138,10 @@ def _check_tied(index: Weights, rows: int = 4096) -> None:
     if not same or not all(
         torch.equal(*(index.values(key, part) for key in keys)) for part in parts
     ):
-        fault = "lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
         raise InputError(
-            f"{index.directory}: {fault}; set tie_word_embeddings to false there or "
-            f"remove lm_head.weight"
+            f"{index.directory}: lm_head.weight differs from model.embed_tokens.weight, but "
+            "config.json ties them; set tie_word_embeddings to false there or remove "
+            "lm_head.weight"
         )
 
 
@@ -236,6 +237,7 @@ class _Tensor:
 class _File:
     """A file of an export: the rank that writes it, and its tensors in order."""
 
+    name: str
     writer: int
     tensors: list[_Tensor]
 
@@ -293,13 +295,11 @@ def export(
         [*_model_tensors(whole, held, weights, kind), *_carried_tensors(model, weights, kind)]
     )
     files = _assign(tensors, max_shard_bytes)
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    named = dict(zip(names, files, strict=True))
     with published(target) as folder:
-        _write_files(folder, tensors, named, held, weights)
+        _write_files(folder, tensors, files, held, weights)
         if rank_and_size()[0] == 0:
             copy_side_files(source, folder, chat_template)
-            folder.write_text(INDEX, json.dumps(_index(named), indent=2) + "\n")
+            folder.write_text(INDEX, json.dumps(_index(files), indent=2) + "\n")
             write_generation_config(generation, source, folder)
             folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
@@ -347,17 +347,17 @@ def _merged(tensors: Iterable[_Tensor]) -> Contents:
     return {key: entry for tensor in tensors for key, entry in tensor.contents.items()}
 
 
-def _index(files: Mapping[str, _File]) -> dict[str, Any]:
+def _index(files: Sequence[_File]) -> dict[str, Any]:
     """Return the content of the index file."""
-    places = {key: name for name, file in files.items() for key in _merged(file.tensors)}
-    total = sum(tensor.size for file in files.values() for tensor in file.tensors)
+    places = {key: file.name for file in files for key in _merged(file.tensors)}
+    total = sum(tensor.size for file in files for tensor in file.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
 def _write_files(
     folder: Folder,
     tensors: Sequence[_Tensor],
-    files: Mapping[str, _File],
+    files: Sequence[_File],
     held: Mapping[str, Tensor],
     weights: Weights | None,
 ) -> None:
@@ -368,12 +368,12 @@ def _write_files(
         # transfers need few (with --optim.offload of buffers alone).
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dist.all_reduce(torch.zeros(1, device=device))
-    file_of = {tensor.key: name for name, file in files.items() for tensor in file.tensors}
+    file_of = {tensor.key: file for file in files for tensor in file.tensors}
 
     def gathered() -> Iterator[tuple[_Tensor, Tensor | None]]:
         for tensor in tensors:
-            writer = files[file_of[tensor.key]].writer
             own = held.get(tensor.name)
+            writer = file_of[tensor.key].writer
             yield tensor, None if own is None else _gather(tensor, own, writer)
 
     arriving = gathered()
@@ -382,13 +382,14 @@ def _write_files(
             with ExitStack() as stack:
                 current = None
                 for tensor, values in arriving:
-                    name = file_of[tensor.key]
-                    if files[name].writer != rank:
+                    file = file_of[tensor.key]
+                    if file.writer != rank:
                         continue
-                    if name != current:  # a rank's files come one after another
+                    if file is not current:  # a rank's files come one after another
                         stack.close()
-                        current, contents = name, _merged(files[name].tensors)
-                        output = stack.enter_context(SafetensorsWriter(folder, name, contents))
+                        current, contents = file, _merged(file.tensors)
+                        writer = SafetensorsWriter(folder, file.name, contents)
+                        output = stack.enter_context(writer)
                     for key, part in _encoded(tensor, values, weights).items():
                         output.write(key, part)
         except OSError:
@@ -463,21 +464,38 @@ def _carried(weights: Weights, model: LanguageModel) -> list[str]:
     return keys
 
 
+def _choose_writers(tensors: Iterable[_Tensor]) -> dict[str, int]:
+    """Choose the rank that writes each tensor: of those that hold some of it, the one with the
+    fewest bytes so far. Tensors that few ranks hold come first (so an expert is gathered only over
+    them), then large ones.
+    """
+    load: Counter[int] = Counter()
+    writers = {}
+    held = [(tensor.holders, tensor.size, tensor.key) for tensor in tensors]
+    for ranks, size, key in sorted(held, key=lambda each: (len(each[0]), -each[1])):
+        writer = min(ranks, key=lambda rank: (load[rank], rank))
+        writers[key] = writer
+        load[writer] += size
+    return writers
+
+
 def _assign(tensors: Sequence[_Tensor], max_shard_bytes: float) -> list[_File]:
     """Choose which rank writes each tensor, and put it into files."""
-    parts = {tensor.key: Shared(tensor.size, tensor.holders) for tensor in tensors}
-    writers = choose_writers(parts)
-    files: list[_File] = []
+    writers = _choose_writers(tensors)
+    groups: list[tuple[int, list[_Tensor]]] = []  # a writer, and the tensors of one of its files
     size = 0
     for tensor in sorted(tensors, key=lambda tensor: writers[tensor.key]):
         writer = writers[tensor.key]
-        same_writer = bool(files) and files[-1].writer == writer
+        same_writer = bool(groups) and groups[-1][0] == writer
         if not same_writer or size + tensor.size > max_shard_bytes:
-            files.append(_File(writer, []))
+            groups.append((writer, []))
             size = 0
-        files[-1].tensors.append(tensor)
+        groups[-1][1].append(tensor)
         size += tensor.size
-    return files
+    return [
+        _File(f"model-{number:05d}-of-{len(groups):05d}.safetensors", *group)
+        for number, group in enumerate(groups, start=1)
+    ]
 
 
 def _gather(tensor: _Tensor, own: Tensor, writer: int) -> Tensor | None:

@@ -27,8 +27,8 @@ from torchsft.config import InputError
 class _Record:
     """What stands in for a class of DCP: keeps what the pickle says, and does nothing."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
+    def __init__(self, *_: Any) -> None:
+        """Take what the class that it stands for would be made of."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchsft.checkpoint.publish import discard, remove_unread
-from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.storage import Folder, root_of
 from torchsft.config import Config, InputError, to_dict
 from torchsft.data.specs import evaluation_sets, files_of, is_several, parse_spec
 
@@ -59,32 +59,28 @@ def _files_of_sources(config: Config) -> Iterator[str]:
             yield from files_of(spec.path)[0]
 
 
-def refuse_to_delete_inputs(config: Config, checkpoints: str) -> None:
+def refuse_to_delete_inputs(config: Config) -> None:
     """Look whether --overwrite would delete what the run reads.
-
-    Args:
-        config: of the run.
-        checkpoints: their directory or URL.
 
     Raises:
         InputError: it would.
     """
-    # elsewhere than in the output where that is remote
-    beside = checkpoints.removesuffix("/checkpoints") + "/hf"
-    exports = [str(path) for path in Path(config.output).glob("hf-step-*")]
-    for place in (checkpoints, beside, str(Path(config.output) / "hf"), *exports):
+    root, output = root_of(config.output, config.checkpoint.remote), Path(config.output)
+    exports = map(str, [output / "hf", *output.glob("hf-step-*")])
+    for place in (f"{root}/checkpoints", f"{root}/hf", *exports):
         if inside := _inputs_in(config, place):
-            fault = f"--overwrite would delete {place}, but this run reads {inside[0]} there"
-            raise InputError(f"{fault}; choose another --output")
+            raise InputError(
+                f"--overwrite would delete {place}, but this run reads {inside[0]} there; choose "
+                "another --output"
+            )
 
 
-def make_way(config: Config, checkpoints: str) -> list[str]:
+def make_way(config: Config) -> list[str]:
     """Remove an earlier run from the output directory; links are removed, not followed.
 
     Args:
         config: of the new run. Without --overwrite only what a run without a checkpoint leaves is
             removed.
-        checkpoints: directory or URL of the new run's checkpoints.
 
     Returns:
         What was removed, as paths and URLs.
@@ -98,10 +94,10 @@ def make_way(config: Config, checkpoints: str) -> list[str]:
         removed.append(str(output / "tensorboard"))
     if not config.overwrite:
         return removed
-    removed += _remove_checkpoints(checkpoints)
-    beside = Folder(checkpoints.removesuffix("/checkpoints"))
-    if beside.remote:
-        for export in [beside.child(name) for name in beside.names() if _EXPORT.fullmatch(name)]:
+    root = Folder(root_of(output, config.checkpoint.remote))
+    removed += _remove_checkpoints(f"{root}/checkpoints")
+    if root.remote:
+        for export in [root.child(name) for name in root.names() if _EXPORT.fullmatch(name)]:
             export.remove()
             removed.append(str(export))
     directories = [

@@ -40,8 +40,10 @@ def chunk_box(item: WriteItem) -> Box:
 def write_item(name: str, shape: Sequence[int], dtype: torch.dtype, box: Box) -> WriteItem:
     """Return the item that writes a box of the tensor `name` of global `shape`."""
     chunk = ChunkStorageMetadata(torch.Size(box.start), torch.Size(box.shape))
-    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(shape))
-    return WriteItem(MetadataIndex(name, box.start), WriteItemType.SHARD, tensor_data=data)
+    properties = TensorProperties(dtype=dtype)
+    data = TensorWriteData(chunk, properties, torch.Size(shape))
+    index = MetadataIndex(name, box.start)
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
 def owned_items(tensors: Mapping[str, Tensor]) -> list[WriteItem]:
@@ -71,17 +73,19 @@ def chunks_of(item: WriteItem) -> Iterator[WriteItem]:
     data, box = item.tensor_data, chunk_box(item)
     dtype = data.properties.dtype
     size = box.size * dtype.itemsize
-    dim = next((dim for dim, n in enumerate(box.shape) if n > 1), None)
-    if size <= CHUNK_BYTES or dim is None:
+    if size <= CHUNK_BYTES or max(box.shape, default=1) == 1:
         yield item
         return
-    rows = max(1, CHUNK_BYTES * box.shape[dim] // size)
-    for first in range(0, box.shape[dim], rows):
+    dim = next(dim for dim, n in enumerate(box.shape) if n > 1)
+    length = box.shape[dim]
+    at_once = max(1, CHUNK_BYTES * length // size)
+    for first in range(0, length, at_once):
         start, shape = list(box.start), list(box.shape)
         start[dim] += first
-        shape[dim] = min(rows, box.shape[dim] - first)
+        shape[dim] = min(at_once, length - first)
         part = Box(tuple(start), tuple(shape))
-        yield from chunks_of(write_item(item.index.fqn, data.size, dtype, part))
+        smaller = write_item(item.index.fqn, data.size, dtype, part)
+        yield from chunks_of(smaller)  # one row of this dim may still be too large
 
 
 class OwnedPlanner(DefaultSavePlanner):
@@ -110,7 +114,9 @@ class OwnedPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the values of a chunk."""
         name = write_item.index.fqn
-        return self.state_dict[name][chunk_box(write_item).within(self._starts[name])]
+        held = self.state_dict[name]
+        place = chunk_box(write_item).within(self._starts[name])
+        return held[place]
 
 
 class HostStager(AsyncStager):
@@ -141,9 +147,10 @@ class HostStager(AsyncStager):
         """Return the same tensors in host memory."""
         host = {}
         for name, values in tensors.items():
-            memory = self.host.get(name)
-            if memory is None or (memory.shape, memory.dtype) != (values.shape, values.dtype):
-                memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            memory, kind = self.host.get(name), (values.shape, values.dtype)
+            if memory is None or (memory.shape, memory.dtype) != kind:
+                shape, dtype = kind
+                memory = torch.empty(shape, dtype=dtype, pin_memory=values.is_cuda)
             host[name] = memory.copy_(values, non_blocking=True)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()

@@ -144,8 +144,8 @@ class RangeReader(OneCheckpoint, StorageReader):
         Raises:
             InputError: a file is absent or damaged.
         """
-        values = torch.empty(box.shape, dtype=self.tensors[name].properties.dtype)
         stored = self.tensors[name]
+        values = torch.empty(box.shape, dtype=stored.properties.dtype)
         if box.start and stored.chunks:
             # DCP looks at every chunk for every box: for V3's stacked experts that takes longer
             # than reading.
@@ -169,25 +169,22 @@ class RangeReader(OneCheckpoint, StorageReader):
             target = planner.resolve_tensor(item).detach()
             chunk = self._chunk(item)
             part = Box(tuple(item.storage_offsets), tuple(item.lengths))
+            in_place = target.device.type == "cpu" and target.dtype == chunk.dtype
+            values = target if in_place else torch.empty(part.shape, dtype=chunk.dtype)
             try:
-                if target.device.type == "cpu" and target.dtype == chunk.dtype:
-                    self._read_part(chunk, part, target)
-                else:
-                    values = torch.empty(part.shape, dtype=chunk.dtype)
-                    self._read_part(chunk, part, values)
+                self._read_part(chunk, part, values)
+                if not in_place:
                     target.copy_(values)
             except Exception as error:  # what damaged bytes or a file system make of it
-                fault = (
-                    f"{item.storage_index.fqn} cannot be read from {chunk.file} "
-                    f"({in_one_line(error)})"
-                )
                 raise InputError(
-                    f"{self.folder} is damaged: {fault}; use another checkpoint"
+                    f"{self.folder} is damaged: {item.storage_index.fqn} cannot be read from "
+                    f"{chunk.file} ({in_one_line(error)}); use another checkpoint"
                 ) from error
             planner.commit_tensor(item, target)
         return completed(None)
 
     def _chunk(self, item: ReadItem) -> Chunk:
+        """Return the chunk of which an item is a part."""
         index = item.storage_index
         stored, place = self.tensors[index.fqn], self._metadata.storage_data[index]
         return Chunk(
@@ -249,6 +246,12 @@ class RangeReader(OneCheckpoint, StorageReader):
                 rows.copy_(aside[(slice(None), *needed)])
 
     def _fill(self, chunk: Chunk, start: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of a chunk from `start` on.
+
+        Raises:
+            ValueError: the chunk has not as many.
+            OSError: they cannot be read.
+        """
         end = start + target.nbytes
         if not 0 <= start <= end <= chunk.length:
             raise ValueError(f"bytes {start} to {end} of a chunk of {chunk.length}")

@@ -4,27 +4,26 @@ output directory before.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchsft.checkpoint import state
 from torchsft.checkpoint.overwrite import refuse_to_delete_inputs
-from torchsft.checkpoint.storage import Folder
+from torchsft.checkpoint.storage import Folder, root_of
 from torchsft.checkpoint.weight_files import read_json_object
 from torchsft.config import Config, InputError, to_dict
 
 # What may differ between a run and its continuation: it changes neither the steps' mathematics nor
 # their data.
 FREE_TO_CHANGE = (
-    *"output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
-    "data.cache data.workers optim.offload".split(),
-    *"train.micro_batch_size train.activation_checkpointing train.max_nonfinite_steps "
-    "train.activation_checkpointing_every train.selective_products train.stream_pieces "
-    "train.activation_offload train.deterministic".split(),
-    *"model.loss_chunk model.attention model.experts model.ops".split(),
-)
+    "output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
+    "data.cache data.workers optim.offload train.micro_batch_size train.activation_checkpointing "
+    "train.max_nonfinite_steps train.activation_checkpointing_every train.selective_products "
+    "train.stream_pieces train.activation_offload train.deterministic model.loss_chunk "
+    "model.attention model.experts model.ops"
+).split()
 LENGTH = ("train.steps:", "train.epochs:")  # of a run: may change when it is continued
 
 
@@ -36,11 +35,6 @@ class Start:
     replaces: str = ""  # why the files of an earlier run in the output make way; empty: they stay
     # how the length of the run differs from what it was when the checkpoint was written; empty: not
     longer: str = ""
-
-
-def checkpoints_of(output: str | Path, remote: str | None) -> str:
-    """Return where a run with these options keeps its checkpoints: a directory or URL."""
-    return f"{remote.rstrip('/')}/checkpoints" if remote else str(Path(output) / "checkpoints")
 
 
 def find_start(config: Config, announce: bool) -> Start:
@@ -57,30 +51,30 @@ def find_start(config: Config, announce: bool) -> Start:
     """
     output, options = Path(config.output), config.checkpoint
     found = _found_config(output, config)
-    where = checkpoints_of(output, options.remote)
+    root = root_of(output, options.remote)
+    where = f"{root}/checkpoints"
     changes = _changes(found, config) if found else []
     if config.overwrite and (found or Folder(where).names()):  # else there is nothing to overwrite
         if found is None or changes or not found.get("overwrite"):
-            return _start_over(config, where)
+            refuse_to_delete_inputs(config)
+            return _anew(config, f"--overwrite: the earlier run in {output} is replaced")
         if announce:
             said = (
                 f"{output} holds this same run, which --overwrite has started: it is continued, "
                 f"not replaced"
             )
             print(f"{said} (to start it anew, delete {output})", file=sys.stderr, flush=True)
-    before = checkpoints_of(output, found["checkpoint"].get("remote")) if found else where
-    if changes and not _got_somewhere(output, {before, where}):
+    earlier_root = root_of(output, found["checkpoint"].get("remote")) if found else root
+    if changes and not _got_somewhere(output, {earlier_root, root}):
         replaces = (
             f"the earlier run in {output} left no checkpoint, so it starts anew "
             f"({'; '.join(changes)})"
         )
-        if options.resume in ("auto", "never"):
-            return Start(None, replaces)
-        return Start(options.resume, replaces, _other_run(config))
+        return _anew(config, replaces)
     if different := [change for change in changes if not change.startswith(LENGTH)]:
-        fault = f"{output} holds another run, which differs in {'; '.join(different)}"
         raise InputError(
-            f"{fault}; choose another --output, or give --overwrite to replace that run"
+            f"{output} holds another run, which differs in {'; '.join(different)}; choose another "
+            "--output, or give --overwrite to replace that run"
         )
     latest, passed_over = state.find_latest(where)
     for sentence in passed_over if announce else ():
@@ -88,37 +82,54 @@ def find_start(config: Config, announce: bool) -> Start:
     if options.resume == "never":
         if latest is None:
             return Start(None)
-        remedy = (
-            "choose another --output, --overwrite to replace that run, or --checkpoint.resume auto "
-            "to continue it"
-        )
         raise InputError(
-            f"{where} already holds checkpoints, but --checkpoint.resume is never; {remedy}"
+            f"{where} already holds checkpoints, but --checkpoint.resume is never; choose another "
+            "--output, --overwrite to replace that run, or --checkpoint.resume auto to continue it"
         )
-    if options.resume == "auto":
-        if latest is None and before != where and (elsewhere := state.find_latest(before)[0]):
-            # a run must not begin anew, unasked, since --checkpoint.remote changed
-            fault = (
-                f"this run has checkpoints in {before}, but none in {where}, where "
-                f"--checkpoint.remote puts them now"
-            )
-            raise InputError(
-                f"{fault}; continue with --checkpoint.resume {elsewhere}, or choose "
-                f"another --output"
-            )
-        return Start(latest, longer="; ".join(changes) if latest else "")
-    longer = _other_run(config)
+    if options.resume != "auto":
+        return _named_start(config, where, latest, found, changes)
+    if latest is not None:
+        return Start(latest, longer="; ".join(changes))
+    before = f"{earlier_root}/checkpoints"
+    if before != where and (elsewhere := state.find_latest(before)[0]):
+        # a run must not begin anew, unasked, since --checkpoint.remote changed
+        raise InputError(
+            f"this run has checkpoints in {before}, but none in {where}, where "
+            "--checkpoint.remote puts them now; continue with --checkpoint.resume "
+            f"{elsewhere}, or choose another --output"
+        )
+    return Start(None)
+
+
+def _named_start(
+    config: Config,
+    where: str,
+    latest: str | None,
+    found: Mapping[str, Any] | None,
+    changes: Sequence[str],
+) -> Start:
+    """Return the start from the checkpoint that --checkpoint.resume names.
+
+    Args:
+        config: of the new run.
+        where: its checkpoints are kept.
+        latest: the newest one there.
+        found: configuration of the run in the output directory.
+        changes: what makes the new run another one than that.
+
+    Raises:
+        InputError: the checkpoint is of another run, or there is a later one.
+    """
+    options, longer = config.checkpoint, _other_run(config)
     if latest and state.saved_step(latest) > state.saved_step(options.resume):
         own = options.resume.startswith(f"{where}/")
         # that run, started again
         if found and not own and found["checkpoint"].get("resume") == options.resume:
             return Start(latest, longer="; ".join(changes))
-        fault = (
-            f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than {options.resume}"
-        )
         raise InputError(
-            f"{fault}; choose another --output, or give --checkpoint.resume auto to "
-            f"continue that one"
+            f"{where} holds a later checkpoint ({latest.rsplit('/', 1)[-1]}) than "
+            f"{options.resume}; choose another --output, or give --checkpoint.resume auto to "
+            "continue that one"
         )
     return Start(options.resume, longer=longer)
 
@@ -133,10 +144,10 @@ def _found_config(output: Path, config: Config) -> dict[str, Any] | None:
     except InputError as error:
         if config.overwrite:
             return None
-        remedy = (
-            "delete it (each checkpoint has a copy), choose another --output or give --overwrite"
-        )
-        raise InputError(f"{saved} is damaged; {remedy}") from error
+        raise InputError(
+            f"{saved} is damaged; delete it (each checkpoint has a copy), choose another --output "
+            "or give --overwrite"
+        ) from error
     if not isinstance(found.get("checkpoint"), dict) or not isinstance(found.get("train"), dict):
         raise InputError(
             f"{saved} is not the configuration of a run of torchsft (a model's?); "
@@ -184,25 +195,19 @@ def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config).replace(generated, "generated"))
 
 
-def _got_somewhere(output: Path, places: set[str]) -> bool:
+def _got_somewhere(output: Path, roots: set[str]) -> bool:
     """Whether an earlier run has left a complete checkpoint or an export.
 
     Raises:
         InputError: a checkpoint is damaged.
     """
-    beside = {str(output), *(place.removesuffix("/checkpoints") for place in places)}
-    exported = any(
-        name == "hf" or name.startswith("hf-step-")
-        for each in beside
-        for name in Folder(each).names()
-    )
-    return exported or any(state.find_latest(place)[0] for place in sorted(places))
+    names = [name for root in {str(output), *roots} for name in Folder(root).names()]
+    exported = any(name == "hf" or name.startswith("hf-step-") for name in names)
+    return exported or any(state.find_latest(f"{root}/checkpoints")[0] for root in sorted(roots))
 
 
-def _start_over(config: Config, where: str) -> Start:
-    """Return the start that --overwrite asks for."""
-    refuse_to_delete_inputs(config, where)
-    replaces = f"--overwrite: the earlier run in {config.output} is replaced"
+def _anew(config: Config, replaces: str) -> Start:
+    """Return the start of a run that replaces the earlier one in its output directory."""
     if config.checkpoint.resume in ("auto", "never"):
         return Start(None, replaces)
     return Start(config.checkpoint.resume, replaces, _other_run(config))
@@ -217,9 +222,8 @@ def _other_run(config: Config) -> str:
     place = config.checkpoint.resume
     changes = _changes(state.saved_config(place), config)
     if different := [change for change in changes if not change.startswith(LENGTH)]:
-        fault = f"checkpoint {place} is of another run, which differs in {'; '.join(different)}"
         raise InputError(
-            f"{fault}; give the options of that run, or train from its exported "
-            f"weights with --model.path"
+            f"checkpoint {place} is of another run, which differs in {'; '.join(different)}; give "
+            "the options of that run, or train from its exported weights with --model.path"
         )
     return "; ".join(changes)

@@ -61,11 +61,11 @@ def _check(tensors: Mapping[str, StoredTensor], stacked: list[str]) -> None:
         key for key in tensors if (match := _EXPERTS.fullmatch(key)) and match[2][0].isdigit()
     ]
     if singles:
-        both = (
+        raise ValueError(
             f"experts are stored stacked ({listing(stacked, 2)}) and one by one "
-            f"({listing(singles, 2)})"
+            f"({listing(singles, 2)}); use one of the two directories that this was put together "
+            "from"
         )
-        raise ValueError(f"{both}; use one of the two directories that this was put together from")
     if absent := sorted(
         f"{layer}.{part}" for layer in layers for part in _PARTS if f"{layer}.{part}" not in tensors
     ):

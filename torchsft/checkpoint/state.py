@@ -86,14 +86,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What this rank holds of a tensor."""
-
-    box: Box
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class _Save:
     """A save that goes on.
 
@@ -146,7 +138,8 @@ class Checkpointer:
         self._stager = HostStager()
         self._current: _Save | None = None
         self._reports: deque[Report] = deque()
-        self._held: dict[str, _Held] = {}  # what `_items` was computed for
+        # of what this rank held when `_items` were computed
+        self._held: dict[str, tuple[Box, torch.dtype]] = {}
         self._items: list[WriteItem] = []
 
     def save(
@@ -184,7 +177,7 @@ class Checkpointer:
         # one that has stepped.
         tensors = _tensors(model, optimizer if optimizer.state else None)
         tensors |= _random_states(self._rank)
-        held = {name: _Held(local_box(tensor), tensor.dtype) for name, tensor in tensors.items()}
+        held = {name: (local_box(tensor), tensor.dtype) for name, tensor in tensors.items()}
         is_busy = self._current is not None and not self._current.ended.is_set()
         flags = gather_objects((is_busy, held != self._held))
         any_busy, any_changed = map(any, zip(*flags, strict=True))
@@ -341,8 +334,10 @@ def find_latest(directory: str | Path) -> tuple[str | None, list[str]]:
     if damaged and _by_step(Folder(directory)).keys() != folders.keys():
         return find_latest(directory)  # another process has saved and removed meanwhile
     if damaged:
-        remedy = "delete it to start anew, or name another with --checkpoint.resume"
-        raise InputError(f"{passed[0]}; there is no complete one before it: {remedy}")
+        raise InputError(
+            f"{passed[0]}; there is no complete one before it: delete it to start anew, or name "
+            "another with --checkpoint.resume"
+        )
     return None, passed
 
 

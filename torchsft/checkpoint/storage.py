@@ -26,6 +26,13 @@ def in_one_line(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0].removesuffix(": ")
 
 
+def root_of(output: str | Path, remote: str | None) -> str:
+    """Return where a run with these options keeps its checkpoints and exports: a directory or
+    URL.
+    """
+    return remote.rstrip("/") if remote else str(Path(output))
+
+
 class Output:
     """A file being written from start to end.
 

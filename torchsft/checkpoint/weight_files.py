@@ -77,11 +77,10 @@ def stored_format(directory: str | Path, kind: type[Format]) -> Format:
     config = read_json_object(Path(directory) / "config.json")
     form = described_format(config)
     if not isinstance(form, kind):
-        found = f"quantization_config = {json.dumps(config.get('quantization_config'))}"
-        needed = f"{json.dumps(kind().description)} or the like is needed"
         raise InputError(
-            f"{directory} holds {kind.name} weights, but its config.json has {found}, where "
-            f"{needed}; download it again"
+            f"{directory} holds {kind.name} weights, but its config.json has quantization_config = "
+            f"{json.dumps(config.get('quantization_config'))}, where "
+            f"{json.dumps(kind().description)} or the like is needed; download it again"
         )
     return form
 
@@ -122,7 +121,7 @@ class Weights:
         stored, form = self.tensors[key], self.packed.get(key)
         if form is None or stored.dtype != form.word:
             return self.read(key, index)
-        return form.values(self.read, key, stored.shape, bounds(index, stored.shape))
+        return form.values(self.read, key, bounds(index, stored.shape))
 
     def scales(self, key: str) -> Tensor | None:
         """Return all scales of a weight of few bits; None for other tensors."""
@@ -325,8 +324,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, "pt") as file:  # refuses what does not fit the file's bytes
             keys = file.offset_keys()
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        fault = f"{path} cannot be read as safetensors ({error}; it has {size} bytes)"
-        raise InputError(f"{fault}; it is incomplete or damaged, download it again") from error
+        raise InputError(
+            f"{path} cannot be read as safetensors ({error}; it has {size} bytes); it is "
+            "incomplete or damaged, download it again"
+        ) from error
     return {
         key: StoredTensor(path.name, tuple(entries[key]["shape"]), entries[key]["dtype"])
         for key in keys

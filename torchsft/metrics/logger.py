@@ -17,14 +17,13 @@ from tqdm import tqdm
 from torchsft.config import InputError
 
 # metrics.jsonl key -> TensorBoard tag; `eval_NAME` becomes `eval/NAME`.
-_TAGS = {
-    key: f"train/{key}"
-    for key in (
-        "loss smoothed_loss logit_z_loss aux_loss z_loss mtp_loss tokens supervised_tokens epoch"
-    ).split()
+_GROUPS = {
+    "train": "loss smoothed_loss logit_z_loss aux_loss z_loss mtp_loss tokens supervised_tokens "
+    "epoch",
+    "optim": "lr grad_norm",
+    "speed": "tokens_per_second step_seconds data_wait_share",
 }
-_TAGS |= {key: f"optim/{key}" for key in "lr grad_norm".split()}
-_TAGS |= {key: f"speed/{key}" for key in "tokens_per_second step_seconds data_wait_share".split()}
+_TAGS = {key: f"{group}/{key}" for group, keys in _GROUPS.items() for key in keys.split()}
 
 SECONDS_BETWEEN_LINES = 10.0  # of what is waited for without a terminal
 
@@ -272,11 +271,10 @@ def _cut(path: Path, last_step: int) -> None:
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError) as error:
-                fault = (
+                raise InputError(
                     f"{path} line {number} is not a line of metrics ({error!r}); choose another "
-                    f"--output or delete it"
-                )
-                raise InputError(fault) from error
+                    "--output or delete it"
+                ) from error
             if step > last_step:
                 break
             end += len(line)

@@ -72,10 +72,6 @@ def memory_gib(device: torch.device) -> dict[str, float]:
             "memory/peak_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
             "memory/peak_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
         }
-    # ru_maxrss is in bytes on macOS, in KiB on Linux
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "memory/peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * unit
-        / 2**30
-    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # of that number: KiB on Linux
+    return {"memory/peak_resident_gib": peak * unit / 2**30}

@@ -1,12 +1,12 @@
 """Reading a config.json: what every family's configuration does with it."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 from torchsft.config import InputError
-from torchsft.models.rope import Llama3Scaling, Pairing, Rope, Yarn
+from torchsft.models.rope import Llama3Scaling, Rope, Yarn
 from torchsft.precision.formats import described_format, quantization_of
 
 # Two names of one setting, whatever the family.
@@ -24,28 +24,20 @@ def refuse_if(refused: Any, problem: str) -> None:
         raise InputError(f"config.json has {problem}")
 
 
-def required_fields(kind: type, apart: Collection[str] = ("rope",)) -> list[str]:
-    """Return names of a configuration's fields without a default: its sizes.
+def required_fields(kind: Any) -> list[str]:
+    """Return names of a `FamilyConfig`'s fields without a default, but those that the family reads
+    itself (`apart`): its sizes.
+    """
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    return [name for name in required if name not in kind.apart]
+
+
+def read_fields(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """Read the numbers of a configuration.
 
     Args:
-        kind: the dataclass.
-        apart: fields to leave out.
-    """
-    return [
-        field.name for field in fields(kind) if field.default is MISSING and field.name not in apart
-    ]
-
-
-def read_fields(
-    config: Mapping[str, Any],  # the object in config.json
-    kind: type,  # the family's dataclass; its fields are named as in config.json
-    *,
-    apart: Collection[str] = ("rope",),  # fields that the family reads itself
-    spellings: Sequence[tuple[str, str]] = (),  # name of a field, and another name of it
-    supported_values: Mapping[str, Any] | None = None,  # settings of which one value is supported
-    null_says_something: Collection[str] = (),  # fields whose null is not their default
-) -> dict[str, Any]:
-    """Read the numbers of a configuration.
+        config: the object in config.json.
+        kind: the `FamilyConfig`, which says how, and whose fields are named as in config.json.
 
     Returns:
         The fields that config.json states, by name. An absent one, and null, means its default.
@@ -56,36 +48,37 @@ def read_fields(
             value that is not supported.
     """
     _refuse_other_quantisation(config)
-    for names in (*spellings, _DTYPE_NAMES):
+    for names in (*kind.spellings, _DTYPE_NAMES):
         _refuse_contradiction(config, names)
     config = dict(config)
-    for name, other in spellings:
+    for name, other in kind.spellings:
         if config.get(name) is None and config.get(other) is not None:
             config[name] = config[other]
 
-    numbers = [field for field in fields(kind) if field.name not in apart]
-    missing = [name for name in required_fields(kind, apart) if config.get(name) is None]
+    missing = [name for name in required_fields(kind) if config.get(name) is None]
     if missing:
         raise InputError(
             f"config.json lacks {', '.join(missing)}, without which the model has no shape"
         )
-    odd = []
-    for field in numbers:
+    odd, stated = [], {}
+    for field in fields(kind):
+        name, value = field.name, config.get(field.name)
+        if name in kind.apart:
+            continue
         allowed = int if field.default is MISSING else int | float | None
-        if not isinstance(config.get(field.name), allowed):
-            odd.append(f"{field.name} = {config[field.name]!r}")
+        if not isinstance(value, allowed):
+            odd.append(f"{name} = {value!r}")
+        says_something = value is not None or name in kind.null_says_something
+        if name in config and says_something:
+            stated[name] = value
     refuse_if(odd, f"{', '.join(odd)}, but numbers are needed there")
-    for name, value in (supported_values or {}).items():
+    for name, supported in kind.supported_values.items():
+        value = config.get(name)
         refuse_if(
-            config.get(name) not in (None, value),
-            f"{name} = {config.get(name)!r}, but only {value!r} is supported",
+            value not in (None, supported),
+            f"{name} = {value!r}, but only {supported!r} is supported",
         )
-    return {
-        field.name: config[field.name]
-        for field in numbers
-        if field.name in config
-        and (config[field.name] is not None or field.name in null_says_something)
-    }
+    return stated
 
 
 def _refuse_other_quantisation(config: Mapping[str, Any]) -> None:
@@ -100,34 +93,31 @@ def _refuse_other_quantisation(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_contradiction(config: Mapping[str, Any], names: tuple[str, str]) -> None:
-    stated = {name: config[name] for name in names if config.get(name) is not None}
-    values = list(stated.values())
-    both = " and ".join(f"{name} = {value!r}" for name, value in stated.items())
+    """Refuse two names of one setting that are both given, with different values."""
+    name, other = names
+    value, other_value = config.get(name), config.get(other)
     refuse_if(
-        len(values) == 2 and values[0] != values[1],
-        f"{both}, two names of one setting; keep one",
+        None not in (value, other_value) and value != other_value,
+        f"{name} = {value!r} and {other} = {other_value!r}, two names of one setting; keep one",
     )
 
 
-def read_rope(
-    config: Mapping[str, Any],
-    width: int,  # entries of a head, or those of it that have a position
-    pairing: Pairing,
-    default_context: int,  # max_position_embeddings where config.json does not state it
-    *,
-    default_theta: float = 10000.0,
-    # the part of `width` that is rotated; None: only all of it is supported
-    default_partial: float | None = None,
-) -> Rope:
+def read_rope(config: Mapping[str, Any], kind: Any, width: int) -> Rope:
     """Read the rotary embedding from `rope_parameters` (transformers 5), or from `rope_scaling`
     with `rope_theta` beside it (official repositories).
+
+    Args:
+        config: the object in config.json.
+        kind: the `FamilyConfig`, which says what is meant where config.json is silent.
+        width: entries of a head, or those of it that have a position.
 
     Raises:
         InputError: the two disagree, or describe what is not supported.
     """
-    defaults = {"rope_theta": default_theta, "partial_rotary_factor": default_partial or 1.0}
+    default_partial = kind.partial_rotary_factor
+    defaults = {"rope_theta": kind.rope_theta, "partial_rotary_factor": default_partial or 1.0}
     values = _rope_settings(config, defaults)
-    kind, partial = values["rope_type"], values["partial_rotary_factor"]
+    scaling, partial = values["rope_type"], values["partial_rotary_factor"]
     dim, said = int(width * partial), f"partial_rotary_factor = {partial}"
     refuse_if(default_partial is None and partial != 1, f"{said}, only 1 is supported")
     refuse_if(
@@ -135,16 +125,16 @@ def read_rope(
         f"{said}, which rotates {dim} of {width} entries; the number must be even",
     )
     refuse_if(
-        kind not in _ROPE_KINDS,
-        f"rope type {kind!r}, but only {', '.join(map(repr, _ROPE_KINDS))} are supported",
+        scaling not in _ROPE_KINDS,
+        f"rope type {scaling!r}, but only {', '.join(map(repr, _ROPE_KINDS))} are supported",
     )
-    longest = config.get("max_position_embeddings") or default_context
+    longest = config.get("max_position_embeddings") or kind.max_position_embeddings
     return Rope(
         dim=dim,
         theta=float(values["rope_theta"]),
-        yarn=_yarn(values, longest) if kind == "yarn" else None,
-        llama3=_llama3(values, longest) if kind == "llama3" else None,
-        pairing=pairing,
+        yarn=_yarn(values, longest) if scaling == "yarn" else None,
+        llama3=_llama3(values, longest) if scaling == "llama3" else None,
+        pairing=kind.pairing,
         place="start" if dim < width else "end",
     )
 
@@ -163,9 +153,8 @@ def _yarn(values: Mapping[str, Any], longest: int) -> Yarn:
     original = values.get("original_max_position_embeddings") or longest
     factor = float(values.get("factor") or longest / original)
     stated = {key: values[key] for key in ("beta_fast", "beta_slow") if values.get(key)}
-    for key in ("mscale", "mscale_all_dim", "attention_factor", "truncate"):
-        if key in values:
-            stated[key] = values[key]
+    others = {"mscale", "mscale_all_dim", "attention_factor", "truncate"}
+    stated |= {key: values[key] for key in others & values.keys()}
     return Yarn(factor=factor, original_context=original, **stated)
 
 
@@ -181,9 +170,12 @@ def _rope_settings(config: Mapping[str, Any], defaults: Mapping[str, float]) -> 
     if len(tables) == 2:
         new, old = tables
         for key in sorted(new.keys() | old.keys()):
-            values = new.get(key), old.get(key)
-            both = f"{key} = {values[0]!r} in rope_parameters and {values[1]!r} in rope_scaling"
-            refuse_if(values[0] != values[1], f"{both}; keep one of the two tables")
+            value, other = new.get(key), old.get(key)
+            refuse_if(
+                value != other,
+                f"{key} = {value!r} in rope_parameters and {other!r} in rope_scaling; keep one of "
+                "the two tables",
+            )
     return tables[0]
 
 
@@ -201,8 +193,10 @@ def _rope_table(
     table["rope_type"] = new or old or "default"
     for key, default in defaults.items():
         inside, outside = table.get(key), config.get(key)
-        both = f"{key} = {outside!r} and another one, {inside!r}, in {name}"
-        refuse_if(None not in (inside, outside) and inside != outside, f"{both}; keep one")
-        stated = [value for value in (inside, outside) if value is not None]
-        table[key] = stated[0] if stated else default
+        refuse_if(
+            None not in (inside, outside) and inside != outside,
+            f"{key} = {outside!r} and another one, {inside!r}, in {name}; keep one",
+        )
+        if inside is None:
+            table[key] = default if outside is None else outside
     return table

@@ -65,14 +65,7 @@ class FamilyConfig(ModelConfig):
             InputError: it describes weights quantised in an unknown way, or values that this code
                 does not compute, or lacks a size.
         """
-        values = read_fields(
-            config,
-            cls,
-            apart=cls.apart,
-            spellings=cls.spellings,
-            supported_values=cls.supported_values,
-            null_says_something=cls.null_says_something,
-        )
+        values = read_fields(config, cls)
         if cls.only_layer_type is not None:
             kinds = sorted(set(config.get("layer_types") or ()) - {cls.only_layer_type})
             refuse_if(
@@ -80,14 +73,7 @@ class FamilyConfig(ModelConfig):
                 f"layer_types with {', '.join(kinds)}; only {cls.only_layer_type} is supported",
             )
         values = cls.complete(values) | cls.read_apart(config, values)
-        values["rope"] = read_rope(
-            config,
-            values[cls.rope_width],
-            cls.pairing,
-            cls.max_position_embeddings,
-            default_theta=cls.rope_theta,
-            default_partial=cls.partial_rotary_factor,
-        )
+        values["rope"] = read_rope(config, cls, values[cls.rope_width])
         return cls(**values)
 
     @classmethod
@@ -109,7 +95,7 @@ class FamilyConfig(ModelConfig):
         return {}
 
     def __post_init__(self) -> None:
-        for name in required_fields(type(self), self.apart):
+        for name in required_fields(type(self)):
             self.check_positive(name)
 
     def check_positive(self, name: str) -> None:

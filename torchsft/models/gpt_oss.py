@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchsft.models.config_json import refuse_if
 from torchsft.models.decoder import local
-from torchsft.models.grouped_query import GroupedQueryConfig, GroupedQueryModel
+from torchsft.models.grouped_query import GroupedQueryModel, SparseGroupedQueryConfig
 from torchsft.models.language_model import ExpertImplementation
 from torchsft.models.moe import Experts, MoE
 from torchsft.models.routers import SoftmaxRouter
@@ -36,11 +36,9 @@ _ROPE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptOssConfig(GroupedQueryConfig):
-    """Sizes and constants of a gpt-oss; `intermediate_size` is the width of an expert."""
+class GptOssConfig(SparseGroupedQueryConfig):
+    """Sizes and constants of a gpt-oss."""
 
-    num_local_experts: int
-    num_experts_per_tok: int
     head_dim: int | None = 64
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
@@ -54,7 +52,7 @@ class GptOssConfig(GroupedQueryConfig):
     apart = ("rope", "layer_types")
     null_says_something = ("sliding_window",)
     spellings = (
-        ("num_local_experts", "num_experts"),
+        *SparseGroupedQueryConfig.spellings,
         ("num_experts_per_tok", "experts_per_token"),
     )
 
@@ -85,20 +83,10 @@ class GptOssConfig(GroupedQueryConfig):
             _SLIDING in self.layer_types and (window is None or window < 1),
             f"sliding_window = {window} and {_SLIDING} in layer_types; it must be at least 1",
         )
-        self.check_chosen(self.num_experts_per_tok, "num_local_experts")
 
     def attention_window(self, layer: int) -> int | None:
         """How many tokens a token of a layer sees, itself the last; None: all."""
         return self.sliding_window if self.layer_types[layer] == _SLIDING else None
-
-    def routed_experts(self, layer: int) -> int:
-        """Experts of a layer among which its router chooses."""
-        return self.num_local_experts
-
-    @property
-    def expert_costs(self) -> tuple[int, int]:
-        """Inner width of an expert, and how many a token meets."""
-        return self.intermediate_size, self.num_experts_per_tok
 
 
 class ClampedExperts(Experts):
@@ -130,6 +118,7 @@ class ClampedExperts(Experts):
         gate_up = local(self.gate_up_proj), local(self.gate_up_proj_bias)
         down = local(self.down_proj), local(self.down_proj_bias)
         if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
+            # no rows, but a gradient (of 0) for each parameter
             unused = sum(parameter.sum() for parameter in (*gate_up, *down))
             return x_RD * weights_R1.to(x_RD.dtype) + 0 * unused
         both_RG = self.linear(x_RD, *gate_up, offs, name=PRODUCTS)
@@ -139,8 +128,16 @@ class ClampedExperts(Experts):
 
 
 def clamped_swiglu(both_RG: Tensor, alpha: float, limit: float) -> Tensor:
-    """(up + 1) * gate * sigmoid(alpha * gate), both clamped; [R, 2F], gate and up in turn, to [R,
-    F]. Only `both_RG` is kept for the backward pass.
+    """(up + 1) * gate * sigmoid(alpha * gate), both clamped. Only `both_RG` is kept for the
+    backward pass.
+
+    Args:
+        both_RG: [R, 2F], gate and up in turn.
+        alpha: factor of the gate inside of the sigmoid.
+        limit: of the gate from above, of up from both sides.
+
+    Returns:
+        [R, F].
     """
     if plain():
         return clamped_swiglu_reference(both_RG, alpha, limit)
@@ -150,10 +147,12 @@ def clamped_swiglu(both_RG: Tensor, alpha: float, limit: float) -> Tensor:
 def clamped_swiglu_reference(both_RG: Tensor, alpha: float, limit: float) -> Tensor:
     """`clamped_swiglu` in plain PyTorch."""
     gate, up = _clamped(both_RG, limit)
-    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+    activated = gate * torch.sigmoid(alpha * gate)
+    return (up + 1) * activated
 
 
 def _clamped(both_RG: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return gate and up projection [R, F] each, clamped, of what has them in turn."""
     gate, up = both_RG[..., ::2], both_RG[..., 1::2]
     return gate.clamp(max=limit), up.clamp(-limit, limit)
 
@@ -171,10 +170,10 @@ class _ClampedSwiglu(torch.autograd.Function):
         gate, up = _clamped(both_RG, ctx.limit)
         sigmoid = torch.sigmoid(ctx.alpha * gate)
         grad_gate = grad_RF * (up + 1) * sigmoid * (1 + ctx.alpha * gate * (1 - sigmoid))
-        grads_RF2 = torch.stack([grad_gate, grad_RF * gate * sigmoid], dim=-1)
+        grads_RG = torch.stack([grad_gate, grad_RF * gate * sigmoid], dim=-1).flatten(-2)
         # what was clamped has no gradient
-        kept = torch.stack([gate, up], dim=-1).flatten(-2) == both_RG
-        return grads_RF2.flatten(-2) * kept, None, None
+        kept_RG = torch.stack([gate, up], dim=-1).flatten(-2) == both_RG
+        return grads_RG * kept_RG, None, None
 
 
 class GptOss(GroupedQueryModel):

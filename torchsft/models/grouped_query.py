@@ -47,6 +47,31 @@ class GroupedQueryConfig(FamilyConfig):
         return self.num_hidden_layers * self.num_attention_heads * 2 * self.head_dim
 
 
+@dataclass(frozen=True, kw_only=True)
+class SparseGroupedQueryConfig(GroupedQueryConfig):
+    """Sizes and constants of a model with experts in all layers; `intermediate_size` is the width
+    of one.
+    """
+
+    num_local_experts: int
+    num_experts_per_tok: int
+
+    spellings = (("num_local_experts", "num_experts"),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_chosen(self.num_experts_per_tok, "num_local_experts")
+
+    def routed_experts(self, layer: int) -> int:
+        """Experts of a layer among which its router chooses."""
+        return self.num_local_experts
+
+    @property
+    def expert_costs(self) -> tuple[int, int]:
+        """Inner width of an expert, and how many a token meets."""
+        return self.intermediate_size, self.num_experts_per_tok
+
+
 class GroupedQueryModel(FamilyModel):
     """A family with grouped-query attention; see `LanguageModel`."""
 

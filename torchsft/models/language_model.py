@@ -456,9 +456,8 @@ class LanguageModel(nn.Module):
         self.model.rotary_emb.init_buffers()
         # A model that is split into stages has its memory in these, and its own sums on meta.
         device = self.model.rotary_emb.inv_freq.device
-        self.mtp_loss = torch.zeros_like(self.mtp_loss, device=device)
-        self.mtp_drafts = torch.zeros_like(self.mtp_drafts, device=device)
-        self.objective_sums = torch.zeros_like(self.objective_sums, device=device)
+        for name in ("mtp_loss", "mtp_drafts", "objective_sums"):
+            setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
         for moe in self.moe_layers().values():
             moe.init_buffers()
 

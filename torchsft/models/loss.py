@@ -55,9 +55,10 @@ def vocabulary_loss(
     sum that is the gradient of `hidden_TD`. The graph can be traversed once for each of the two
     gradients: the backward pass scales what was kept.
     """
-    weights_T = _effective_weights(labels_T, loss_weights_T)
     if plain() and vocabulary is None:
-        return _reference(hidden_TD, weight_VD, labels_T, weights_T, objective, sums)
+        arguments = hidden_TD, weight_VD, labels_T, loss_weights_T
+        return vocabulary_loss_reference(*arguments, objective, sums)
+    weights_T = _effective_weights(labels_T, loss_weights_T)
     differentiable = hidden_TD.requires_grad or weight_VD.requires_grad
     gradients = torch.is_grad_enabled() and differentiable
     trained = gradients and weight_VD.requires_grad
@@ -88,17 +89,6 @@ def vocabulary_loss_reference(
 ) -> Tensor:
     """`vocabulary_loss` in plain PyTorch, with full logits."""
     weights_T = _effective_weights(labels_T, loss_weights_T)
-    return _reference(hidden_TD, weight_VD, labels_T, weights_T, objective, sums)
-
-
-def _reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    weights_T: Tensor,
-    objective: Objective,
-    sums: Tensor | None,
-) -> Tensor:
     logits_TV = F.linear(hidden_TD, weight_VD)
     if logits_TV.dtype.itemsize < 4:
         logits_TV = logits_TV.float()
@@ -187,18 +177,14 @@ class _VocabularyLoss(torch.autograd.Function):
                 vocabulary,
                 with_mean=smoothing > 0,
             )
-
-            # selected, not only multiplied: 0 times inf is nan
-            def weighted_sum(x_C1: Tensor, weights_C: Tensor = weights_C) -> Tensor:
-                return torch.where(weights_C != 0, x_C1.squeeze(-1) * weights_C, 0).sum()
-
-            total -= weighted_sum(found.target_C1)
+            total -= _weighted_sum(found.target_C1, weights_C)
             if sums is not None and objective != PLAIN:
                 smoothed_C1 = found.target_C1
                 if found.mean_C1 is not None:
                     smoothed_C1 = smoothed_C1.lerp(found.mean_C1, smoothing)
-                squares_C1 = found.log_sum_C1.square()
-                sums += torch.stack([-weighted_sum(smoothed_C1), weighted_sum(squares_C1)])
+                smoothed = _weighted_sum(smoothed_C1, weights_C)
+                squares = _weighted_sum(found.log_sum_C1.square(), weights_C)
+                sums += torch.stack([-smoothed, squares])
             if not gradients:
                 continue
             grad_CV = _gradient_of_logits(found, weights_C, objective).to(weight_VD.dtype)
@@ -228,6 +214,11 @@ class _VocabularyLoss(torch.autograd.Function):
                 )
             gradients[i] = kept.mul_(grad)
         return *gradients, *[None] * 7
+
+
+def _weighted_sum(x_C1: Tensor, weights_C: Tensor) -> Tensor:
+    """Return the sum of values times weights; what weighs 0 is left out, as 0 times inf is nan."""
+    return torch.where(weights_C != 0, x_C1.squeeze(-1) * weights_C, 0).sum()
 
 
 def _fp32_products(x: Tensor) -> bool:

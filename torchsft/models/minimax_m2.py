@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torchsft.models.config_json import refuse_if
-from torchsft.models.grouped_query import GroupedQueryConfig, GroupedQueryModel
+from torchsft.models.grouped_query import GroupedQueryModel, SparseGroupedQueryConfig
 from torchsft.models.routers import GroupedSigmoidRouter
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniMaxM2Config(GroupedQueryConfig):
-    """Sizes and constants of a model; `intermediate_size` is the width of an expert."""
+class MiniMaxM2Config(SparseGroupedQueryConfig):
+    """Sizes and constants of a model."""
 
-    num_local_experts: int
-    num_experts_per_tok: int
     head_dim: int | None = 128
     max_position_embeddings: int = 196608
     rotary_dim: int | None = None  # rotated entries of a head; None: partial_rotary_factor says
@@ -29,9 +27,8 @@ class MiniMaxM2Config(GroupedQueryConfig):
     partial_rotary_factor = 1.0
     # The published models name MTP modules and do not hold them; nothing says what theirs compute.
     mtp_layers = None
-    spellings = (("num_local_experts", "num_experts"),)
     supported_values: ClassVar[Mapping[str, Any]] = {
-        **GroupedQueryConfig.supported_values,
+        **SparseGroupedQueryConfig.supported_values,
         "attention_bias": False,
         "norm_topk_prob": True,
         "qk_norm_type": "per_layer",
@@ -55,19 +52,6 @@ class MiniMaxM2Config(GroupedQueryConfig):
             refuse_if(stated not in (None, partial), f"{both}; keep one")
             config = {**config, "partial_rotary_factor": partial}
         return super().from_hf(config)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_chosen(self.num_experts_per_tok, "num_local_experts")
-
-    def routed_experts(self, layer: int) -> int:
-        """Experts of a layer among which its router chooses."""
-        return self.num_local_experts
-
-    @property
-    def expert_costs(self) -> tuple[int, int]:
-        """Inner width of an expert, and how many a token meets."""
-        return self.intermediate_size, self.num_experts_per_tok
 
 
 class MiniMaxM2(GroupedQueryModel):
@@ -101,8 +85,5 @@ class MiniMaxM2(GroupedQueryModel):
             config.hidden_size,
             config.num_local_experts,
             top_k=config.num_experts_per_tok,
-            groups=1,
-            top_groups=1,
             normalise=True,
-            scale=1.0,
         )

@@ -78,11 +78,11 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         if implementation == "grouped_mm" and (width % 8 or expert_width % 8):
-            fault = (
+            raise InputError(
                 f"grouped_mm needs hidden_size ({width}) and moe_intermediate_size "
-                f"({expert_width}) to be multiples of"
+                f"({expert_width}) to be multiples of 8 (16 bytes of bf16); use --model.experts "
+                "loop"
             )
-            raise InputError(fault + " 8 (16 bytes of bf16); use --model.experts loop")
         grouped = implementation == "grouped_mm"
         self.compute = grouped_swiglu if grouped else grouped_swiglu_reference
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
@@ -304,6 +304,8 @@ def frozen_by_router(options: RouterOptions, moes: Collection[MoE]) -> list[str]
         raise InputError(f"this model has no experts, but {', '.join(given)} is set; leave it out")
     rate = options.bias_update_rate
     if rate and any(moe.correction_bias is None for moe in moes):
-        fault = f"--router.bias-update-rate is {rate}, but this model's routers have no correction"
-        raise InputError(f"{fault} bias; leave it out, or balance by --router.aux-loss")
+        raise InputError(
+            f"--router.bias-update-rate is {rate}, but this model's routers have no correction "
+            "bias; leave it out, or balance by --router.aux-loss"
+        )
     return [] if options.train else ["router"]

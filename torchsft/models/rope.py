@@ -79,18 +79,20 @@ def cos_sin_scale(rope: Rope) -> float:
         return 1.0
     if yarn.attention_factor is not None:
         return yarn.attention_factor
-    if yarn.mscale and yarn.mscale_all_dim:
-        return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
-    return _mscale(yarn.factor, 1.0)
+    if not (yarn.mscale and yarn.mscale_all_dim):
+        return _mscale(yarn.factor, 1.0)
+    of_cos_and_sin = _mscale(yarn.factor, yarn.mscale)
+    of_scores = _mscale(yarn.factor, yarn.mscale_all_dim)  # in `softmax_scale` already
+    return of_cos_and_sin / of_scores
 
 
 def softmax_scale(rope: Rope, head_dim: int) -> float:
     """Scale of attention scores: head_dim^-0.5, times mscale_all_dim's factor squared under YaRN
     (DeepSeek-V3).
     """
-    scale = head_dim**-0.5
-    if rope.yarn is not None and rope.yarn.mscale_all_dim:
-        scale *= _mscale(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+    scale, yarn = head_dim**-0.5, rope.yarn
+    if yarn is not None and yarn.mscale_all_dim:
+        scale *= _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
     return scale
 
 
@@ -102,31 +104,38 @@ def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tenso
     the pair that turns beta_fast times to the one that turns beta_slow times (sections 3.2 and A.2
     of the paper).
     """
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
+    entries = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device)
+    exponents = entries / rope.dim
     inverse = 1 / rope.theta**exponents  # as transformers does, to the bit
-    yarn, llama3 = rope.yarn, rope.llama3
+    llama3 = rope.llama3
     if llama3 is not None:
         rotations = llama3.original_context * inverse / (2 * math.pi)
         low, high = llama3.low_freq_factor, llama3.high_freq_factor
         kept = ((rotations - low) / (high - low)).clamp(0, 1)
         return inverse / llama3.factor * (1 - kept) + inverse * kept
-    if yarn is None:
-        return inverse
+    if rope.yarn is not None:
+        slow = _slow_pairs(rope, rope.yarn, device)
+        return inverse / rope.yarn.factor * slow + inverse * (1 - slow)
+    return inverse
+
+
+def _slow_pairs(rope: Rope, yarn: Yarn, device: torch.device | None) -> Tensor:
+    """Return YaRN's ramp, fp32 [P]: 1 where a frequency is divided by `factor`, 0 where it stays,
+    and the blend of the two in between.
+    """
 
     def pair_with(rotations: float) -> float:
         positions_a_radian = yarn.original_context / (rotations * 2 * math.pi)
         return rope.dim * math.log(positions_a_radian) / (2 * math.log(rope.theta))
 
-    low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
+    begin, end = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
     if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low = max(low, 0)
-    high = min(high, rope.dim - 1)
-    width = high - low if high != low else 0.001
+        begin, end = math.floor(begin), math.ceil(end)
+    begin = max(begin, 0)
+    end = min(end, rope.dim - 1)
+    width = end - begin if end != begin else 0.001
     pairs = torch.arange(rope.dim // 2, dtype=torch.float32, device=device)
-    # 1: divide by factor
-    slow = ((pairs - low) / width).clamp(0, 1)
-    return inverse / yarn.factor * slow + inverse * (1 - slow)
+    return ((pairs - begin) / width).clamp(0, 1)
 
 
 class RotaryEmbedding(Float32Buffers):
@@ -171,18 +180,17 @@ def rotate(
 def rotate_reference(
     x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "neighbours", place: Place = "end"
 ) -> Tensor:
-    """`rotate` in plain PyTorch."""
-    dim = 2 * cos.shape[-1]
-    cos, sin = _spread(cos, x), _spread(sin, x)
-    first, second, _ = _entries(x.shape[-1], dim, pairing, place)
-    turned = x.clone()
-    turned[..., first] = (x[..., first] * cos - x[..., second] * sin).to(x.dtype)
-    turned[..., second] = (x[..., second] * cos + x[..., first] * sin).to(x.dtype)
+    """`rotate` in plain PyTorch, whose backward pass is autograd's."""
+    tokens, pairs = cos.shape
+    table_shape = tokens, *[1] * (x.ndim - 2), pairs  # [T, 1, ..., P]
+    cos, sin = cos.view(table_shape), sin.view(table_shape)
+    first, second, others = _entries(x.shape[-1], 2 * pairs, pairing, place)
+    a, b = x[..., first], x[..., second]
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    turned[..., others] = x[..., others]
+    turned[..., first] = a * cos - b * sin
+    turned[..., second] = b * cos + a * sin
     return turned
-
-
-def _spread(table_TP: Tensor, x: Tensor) -> Tensor:
-    return table_TP.view(table_TP.shape[0], *[1] * (x.dim() - 2), table_TP.shape[1])
 
 
 def _entries(width: int, dim: int, pairing: Pairing, place: Place) -> tuple[slice, slice, slice]:
@@ -198,27 +206,17 @@ def _entries(width: int, dim: int, pairing: Pairing, place: Place) -> tuple[slic
     return slice(start, middle), slice(middle, end), others
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, place: Place) -> Tensor:
-    dim = 2 * cos.shape[-1]
-    cos, sin = _spread(cos, x), _spread(sin, x)
-    first, second, others = _entries(x.shape[-1], dim, pairing, place)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out[..., others] = x[..., others]
-    out[..., first] = x[..., first] * cos - x[..., second] * sin
-    out[..., second] = x[..., second] * cos + x[..., first] * sin
-    return out
-
-
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, place: Place
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.pairing, ctx.place = pairing, place
-        return _rotated(x, cos, sin, pairing, place)
+        ctx.how = pairing, place
+        return rotate_reference(x, cos, sin, pairing, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin, ctx.pairing, ctx.place), None, None, None, None
+        grad_x = rotate_reference(grad, cos, -sin, *ctx.how)
+        return grad_x, None, None, None, None

@@ -3,26 +3,14 @@
 Shape suffixes: S tokens on this rank, E experts, G expert groups, K choices per token.
 """
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from torchsft.models.decoder import Float32Buffers
 from torchsft.models.moe import Routing, router_logits
 from torchsft.ops.repetition import once
-
-
-def best_experts(
-    choice_SE: Tensor, top_k: int, groups: int, top_groups: int, rivals: int
-) -> Tensor:
-    """Return each token's `top_k` experts with the best scores in groups that are open to it, see
-    `within_open_groups`; where a layer is computed again, those of the first pass.
-    """
-
-    def choose() -> Tensor:
-        open_SE = within_open_groups(choice_SE, groups, top_groups, rivals)
-        return open_SE.topk(top_k, dim=-1, sorted=False).indices
-
-    return once("choice", choose)
 
 
 def within_open_groups(choice_SE: Tensor, groups: int, top_groups: int, rivals: int) -> Tensor:
@@ -42,56 +30,16 @@ def within_open_groups(choice_SE: Tensor, groups: int, top_groups: int, rivals: 
     return choice_SGe.masked_fill(out_SG.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-class GroupedSigmoidRouter(Float32Buffers):
-    """Chooses K (`top_k`) of E experts for every token; everything here is fp32 whatever the model
-    computes in.
+class GroupedRouter(Float32Buffers):
+    """Chooses K (`top_k`) of E experts for every token, by scores of which the families differ;
+    everything here is fp32 whatever the model computes in.
 
     Experts are split into G groups of neighbours, and those of `top_groups` groups may be chosen.
     `normalise` divides a token's K weights by their sum; `scale` is the factor of the weights after
     that.
     """
 
-    e_score_correction_bias: Tensor
-
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        *,
-        top_k: int,
-        groups: int,
-        top_groups: int,
-        normalise: bool,
-        scale: float,
-    ) -> None:
-        super().__init__()
-        self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
-        self.normalise, self.scale = normalise, scale
-        self.weight = nn.Parameter(torch.empty(experts, width))
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
-
-    def forward(self, x_SD: Tensor) -> Routing:
-        """Choose experts. Weights are the sigmoid scores; the correction bias takes part in the
-        choice alone. Groups compete by their two best biased scores.
-        """
-        logits_SE = router_logits(x_SD, self.weight)
-        scores_SE = logits_SE.sigmoid()
-        choice_SE = scores_SE.detach() + self.e_score_correction_bias
-        experts_SK = best_experts(choice_SE, self.top_k, self.groups, self.top_groups, rivals=2)
-        weights_SK = scores_SE.gather(1, experts_SK)
-        if self.normalise:
-            weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
-
-
-class SoftmaxRouter(nn.Module):
-    """Chooses the K (`top_k`) of E experts with the largest softmax scores, which weigh them, among
-    those of the `top_groups` groups with the best expert. Everything here is fp32.
-
-    `normalise` divides a token's K weights by their sum, which makes them the softmax over the
-    chosen logits; `scale` is the factor of the weights after
-    that.
-    """
+    rivals: ClassVar[int]  # by the sum of how many of its best scores a group competes
 
     def __init__(
         self,
@@ -103,21 +51,62 @@ class SoftmaxRouter(nn.Module):
         groups: int = 1,
         top_groups: int = 1,
         scale: float = 1.0,
-        bias: bool = False,
     ) -> None:
         super().__init__()
         self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
         self.normalise, self.scale = normalise, scale
         self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def route(self, logits_SE: Tensor, scores_SE: Tensor, choice_SE: Tensor) -> Routing:
+        """Choose the experts with the largest `choice_SE` in open groups, which has no gradient;
+        where a layer is computed again, those of the first pass. Weights are their scores.
+        """
+
+        def choose() -> Tensor:
+            open_SE = within_open_groups(choice_SE, self.groups, self.top_groups, self.rivals)
+            return open_SE.topk(self.top_k, dim=-1, sorted=False).indices
+
+        experts_SK = once("choice", choose)
+        weights_SK = scores_SE.gather(1, experts_SK)
+        if self.normalise:
+            # sigmoid scores of a token can all be 0
+            weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
+
+
+class GroupedSigmoidRouter(GroupedRouter):
+    """Weighs experts by sigmoid scores; a correction bias takes part in the choice alone. Groups
+    compete by their two best biased scores.
+    """
+
+    rivals = 2
+    e_score_correction_bias: Tensor
+
+    def __init__(self, width: int, experts: int, **options: Any) -> None:
+        super().__init__(width, experts, **options)
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+
+    def forward(self, x_SD: Tensor) -> Routing:
+        """Choose experts."""
+        logits_SE = router_logits(x_SD, self.weight)
+        scores_SE = logits_SE.sigmoid()
+        choice_SE = scores_SE.detach() + self.e_score_correction_bias
+        return self.route(logits_SE, scores_SE, choice_SE)
+
+
+class SoftmaxRouter(GroupedRouter):
+    """Weighs experts by softmax scores, which `normalise` makes the softmax over the chosen logits.
+    Groups compete by their best score.
+    """
+
+    rivals = 1
+
+    def __init__(self, width: int, experts: int, *, bias: bool = False, **options: Any) -> None:
+        super().__init__(width, experts, **options)
         self.bias = nn.Parameter(torch.empty(experts)) if bias else None
 
     def forward(self, x_SD: Tensor) -> Routing:
         """Choose experts."""
         logits_SE = router_logits(x_SD, self.weight, self.bias)
         scores_SE = logits_SE.softmax(-1)
-        choice_SE = scores_SE.detach()
-        experts_SK = best_experts(choice_SE, self.top_k, self.groups, self.top_groups, rivals=1)
-        weights_SK = scores_SE.gather(1, experts_SK)
-        if self.normalise:
-            weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
-        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
+        return self.route(logits_SE, scores_SE, scores_SE.detach())

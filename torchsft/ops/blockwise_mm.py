@@ -38,10 +38,15 @@ class Quantised(NamedTuple):
 
 @triton.jit
 def _scale(largest, power_of_two: tl.constexpr):
-    """Return scales, as `precision.blockwise.scale_of` does, of blocks' largest magnitudes."""
+    """Return scales, as `precision.blockwise.scale_of` does.
+
+    Args:
+        largest: magnitudes of the blocks, fp32.
+        power_of_two: round up to powers of two.
+    """
     scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, 448.0))
     scale = tl.maximum(scale, 1.1754943508222875e-38)  # the smallest normal fp32
-    if power_of_two:
+    if power_of_two:  # carried into the exponent, unless the mantissa is 0
         bits = scale.to(tl.int32, bitcast=True)
         scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return scale
@@ -49,65 +54,119 @@ def _scale(largest, power_of_two: tl.constexpr):
 
 @triton.jit
 def _encode(values, scale):
-    """Return values in units of their scales as e4m3, as `precision.blockwise.encode` does."""
+    """Return values in units of their scales, as `precision.blockwise.encode` does.
+
+    Args:
+        values: fp32.
+        scale: of a shape that broadcasts.
+
+    Returns:
+        e4m3, of the shape of the values.
+    """
     units = tl.div_rn(values, tl.broadcast_to(scale, values.shape))
     units = tl.clamp(units, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return units.to(tl.float8e4nv)
 
 
 @triton.jit
+def _span(first, size: tl.constexpr):
+    """Return the numbers from `first` on, as many as `size`."""
+    return first + tl.arange(0, size)
+
+
+@triton.jit
+def _inside(row, rows, column, columns):
+    """Return which of the entries at all rows x all columns lie within these bounds."""
+    return (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def _places(row, column, width):
+    """Return where the entries at all rows x all columns lie in a tensor of this many columns."""
+    return row[:, None] * width + column[None, :]
+
+
+@triton.jit
+def _load(place, inside):
+    """Return what lies at these places, and zeros where they are not inside."""
+    return tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
 def _rows_kernel(x, q, scales, R, C, power_of_two: tl.constexpr, height: tl.constexpr):
-    """Quantise `height` rows of 128 columns; see `quantise_rows`."""
-    row = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height)
-    column = tl.program_id(1) * 128 + tl.arange(0, 128)
-    inside = (row < R)[:, None] & (column < C)[None, :]
-    place = row[:, None] * C + column[None, :]
-    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(values), 1), power_of_two)
-    tl.store(q + place, _encode(values, scale[:, None]), mask=inside)
-    tl.store(scales + tl.program_id(1).to(tl.int64) * R + row, scale, mask=row < R)
+    """Quantise `height` rows of 128 columns; see `quantise_rows`.
+
+    x is [R, C], q e4m3 [R, C], scales fp32 [c, R]. Program (n, c) has the n-th rows and the c-th
+    columns.
+    """
+    block = tl.program_id(1)
+    row = _span(tl.program_id(0).to(tl.int64) * height, height)
+    column = _span(block * 128, 128)
+    place = _places(row, column, C)
+    inside = _inside(row, R, column, C)
+    values = _load(x + place, inside).to(tl.float32)
+    largest = tl.max(tl.abs(values), 1)
+    scale = _scale(largest, power_of_two)  # [height]
+    encoded = _encode(values, scale[:, None])
+    tl.store(q + place, encoded, mask=inside)
+    scale_place = block.to(tl.int64) * R + row
+    tl.store(scales + scale_place, scale, mask=row < R)
 
 
 @triton.jit
 def _columns_kernel(
     x, q, scales, first, end, C, M, power_of_two: tl.constexpr, width: tl.constexpr
 ):
-    """Quantise one tile's rows of `width` columns, and transpose them; see `quantise_columns`."""
+    """Quantise one tile's rows of `width` columns, and transpose them; see `quantise_columns`.
+
+    x is [R, C], q e4m3 [C, M], scales fp32 [T, C]; first and end are those of `Tiles`. Program
+    (t, n) has the t-th tile and the n-th columns.
+    """
     tile = tl.program_id(0).to(tl.int64)
     begin = tl.load(first + tile).to(tl.int64)
     stop = tl.load(end + tile)
-    if begin >= stop:
+    if begin >= stop:  # an empty tile
         return
-    row = begin + tl.arange(0, 128)
-    column = tl.program_id(1).to(tl.int64) * width + tl.arange(0, width)
-    inside = (row < stop)[:, None] & (column < C)[None, :]
-    values = tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0)
+    row = _span(begin, 128)
+    column = _span(tl.program_id(1).to(tl.int64) * width, width)
+    inside = _inside(row, stop, column, C)
+    values = _load(x + _places(row, column, C), inside)
     values = values.to(tl.float32)
-    scale = _scale(tl.max(tl.abs(values), 0), power_of_two)
-    encoded = tl.trans(_encode(values, scale[None, :]))
-    place = column[:, None] * M + tile * 128 + tl.arange(0, 128)[None, :]
-    tl.store(q + place, encoded, mask=(column < C)[:, None])
-    tl.store(scales + tile * C + column, scale, mask=column < C)
+    largest = tl.max(tl.abs(values), 0)
+    scale = _scale(largest, power_of_two)  # [width]
+    encoded = _encode(values, scale[None, :])
+    # Rows beyond the expert's are written too, as zeros: the product reads whole tiles.
+    row_in_tiles = _span(tile * 128, 128)
+    place = _places(column, row_in_tiles, M)
+    tl.store(q + place, tl.trans(encoded), mask=(column < C)[:, None])
+    scale_place = tile * C + column
+    tl.store(scales + scale_place, scale, mask=column < C)
 
 
 @triton.jit
 def _weight_kernel(w, q, scales, O, I, power_of_two: tl.constexpr, transposed: tl.constexpr):
-    """Quantise one block of one expert's matrix; see `quantise_weight`."""
-    row = tl.program_id(1) * 128 + tl.arange(0, 128)
-    column = tl.program_id(0) * 128 + tl.arange(0, 128)
-    matrix = tl.program_id(2).to(tl.int64) * O * I
-    inside = (row < O)[:, None] & (column < I)[None, :]
-    values = tl.load(w + matrix + row[:, None] * I + column[None, :], mask=inside, other=0.0)
-    values = values.to(tl.float32)
-    scale = _scale(tl.max(tl.max(tl.abs(values), 1), 0), power_of_two)
+    """Quantise one block of one expert's matrix; see `quantise_weight`.
+
+    w is [E, O, I], q e4m3 [E, O, I] or, transposed, [E, I, O], scales fp32 [E, o, i]. Program
+    (i, o, e) has that block of that expert.
+    """
+    block_i, block_o = tl.program_id(0), tl.program_id(1)
+    expert = tl.program_id(2)
+    row, column = _span(block_o * 128, 128), _span(block_i * 128, 128)
+    matrix = expert.to(tl.int64) * O * I  # where it begins
+    place = matrix + _places(row, column, I)
+    inside = _inside(row, O, column, I)
+    values = _load(w + place, inside).to(tl.float32)
+    largest = tl.max(tl.max(tl.abs(values), 1), 0)
+    scale = _scale(largest, power_of_two)  # one number
     encoded = _encode(values, scale)
     if transposed:
-        place = column[:, None] * O + row[None, :]
-        tl.store(q + matrix + place, tl.trans(encoded), mask=tl.trans(inside))
-    else:
-        tl.store(q + matrix + row[:, None] * I + column[None, :], encoded, mask=inside)
-    block = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
-    tl.store(scales + block + tl.program_id(0), scale)
+        place = matrix + _places(column, row, O)
+        encoded, inside = tl.trans(encoded), tl.trans(inside)
+    tl.store(q + place, encoded, mask=inside)
+    blocks_i, blocks_o = tl.num_programs(0), tl.num_programs(1)
+    scale_place = (expert * blocks_o + block_o) * blocks_i + block_i
+    tl.store(scales + scale_place, scale)
 
 
 @triton.jit
@@ -127,64 +186,79 @@ def _rows_product_kernel(
     scale_stride_o,
     scale_stride_i,
 ):
-    """Multiply one tile's rows with 128 outputs of its expert's matrix; see `rows_product`."""
+    """Multiply one tile's rows with 128 outputs of its expert's matrix; see `rows_product`.
+
+    x is e4m3 [R, I] with scales [i, R], w e4m3 [E, O, I] with scales [E, o, i] of the strides
+    given, y [R, O]; first, expert_of and end are those of `Tiles`. Program (t, o) has the t-th tile
+    and the o-th outputs.
+    """
     tile, output = tl.program_id(0), tl.program_id(1)
     begin = tl.load(first + tile).to(tl.int64)
     stop = tl.load(end + tile)
-    if begin >= stop:
+    if begin >= stop:  # an empty tile
         return
     expert = tl.load(expert_of + tile).to(tl.int64)
-    row = begin + tl.arange(0, 128)
-    column = output * 128 + tl.arange(0, 128)
+    row, column = _span(begin, 128), _span(output * 128, 128)
     inner = tl.arange(0, 128)
-    x_place = x + row[:, None] * I + inner[None, :]
+    # Where the first block of the inner dim begins: x in rows, w as [inner, column].
+    x_place = x + _places(row, inner, I)
     w_place = w + expert * O * I + column[None, :] * I + inner[:, None]
     x_scale_place = x_scales + row
     w_scale_place = w_scales + expert * scale_stride_e + output * scale_stride_o
     total = tl.zeros((128, 128), tl.float32)
     for block in range(tl.cdiv(I, 128)):
-        left = I - block * 128
-        x_inside = (row < stop)[:, None] & (inner < left)[None, :]
-        w_inside = (column < O)[None, :] & (inner < left)[:, None]
-        product = tl.dot(
-            tl.load(x_place + block * 128, mask=x_inside, other=0.0),
-            tl.load(w_place + block * 128, mask=w_inside, other=0.0),
-        )
-        x_scale = tl.load(x_scale_place, mask=row < stop, other=0.0)
-        total += product * (x_scale * tl.load(w_scale_place))[:, None]
+        left = I - block * 128  # of the inner dim, from this block on
+        x_inside = _inside(row, stop, inner, left)
+        w_inside = _inside(inner, left, column, O)
+        x_block = _load(x_place + block * 128, x_inside)
+        w_block = _load(w_place + block * 128, w_inside)
+        product = tl.dot(x_block, w_block)
+        # one scale for each row, and one for the block of w
+        x_scale = _load(x_scale_place, row < stop)
+        w_scale = tl.load(w_scale_place)
+        scale = x_scale * w_scale
+        total += product * scale[:, None]
+        # those of the next block
         x_scale_place += R
         w_scale_place += scale_stride_i
-    inside = (row < stop)[:, None] & (column < O)[None, :]
-    y_place = y + row[:, None] * O + column[None, :]
-    tl.store(y_place, total.to(y.dtype.element_ty), mask=inside)
+    y_place = y + _places(row, column, O)
+    result = total.to(y.dtype.element_ty)
+    tl.store(y_place, result, mask=_inside(row, stop, column, O))
 
 
 @triton.jit
 def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
-    """Add up 128 x 128 entries of one expert's product over its tiles; see `columns_product`."""
-    column = tl.program_id(0) * 128 + tl.arange(0, 128)
-    row = tl.program_id(1) * 128 + tl.arange(0, 128)
+    """Add up 128 x 128 entries of one expert's product over its tiles; see `columns_product`.
+
+    a is e4m3 [O, M] with scales [T, O], b e4m3 [I, M] with scales [T, I], y [E, O, I]; bounds are
+    those of `Tiles`. Program (i, o, e) has these entries of that expert.
+    """
+    row, column = _span(tl.program_id(1) * 128, 128), _span(tl.program_id(0) * 128, 128)
     expert = tl.program_id(2)
-    inner = tl.arange(0, 128)
-    a_place = a + row[:, None].to(tl.int64) * M + inner[None, :]
+    inner = tl.arange(0, 128)  # rows of a tile
+    a_place = a + _places(row.to(tl.int64), inner, M)
     b_place = b + column[None, :].to(tl.int64) * M + inner[:, None]
+    # this expert's tiles
     begin = tl.load(bounds + expert)
+    stop = tl.load(bounds + expert + 1)
     a_scale_place = a_scales + begin.to(tl.int64) * O + row
     b_scale_place = b_scales + begin.to(tl.int64) * I + column
     total = tl.zeros((128, 128), tl.float32)
-    for tile in range(begin, tl.load(bounds + expert + 1)):
-        product = tl.dot(
-            tl.load(a_place + tile * 128, mask=(row < O)[:, None], other=0.0),
-            tl.load(b_place + tile * 128, mask=(column < I)[None, :], other=0.0),
-        )
-        a_scale = tl.load(a_scale_place, mask=row < O, other=0.0)
-        b_scale = tl.load(b_scale_place, mask=column < I, other=0.0)
+    for tile in range(begin, stop):
+        a_tile = _load(a_place + tile * 128, (row < O)[:, None])
+        b_tile = _load(b_place + tile * 128, (column < I)[None, :])
+        product = tl.dot(a_tile, b_tile)
+        # one scale for each row of the result, and one for each column
+        a_scale = _load(a_scale_place, row < O)
+        b_scale = _load(b_scale_place, column < I)
         total += product * a_scale[:, None] * b_scale[None, :]
+        # those of the next tile
         a_scale_place += O
         b_scale_place += I
-    inside = (row < O)[:, None] & (column < I)[None, :]
-    place = y + expert.to(tl.int64) * O * I + row[:, None] * I + column[None, :]
-    tl.store(place, total.to(y.dtype.element_ty), mask=inside)
+    matrix = expert.to(tl.int64) * O * I
+    y_place = y + matrix + _places(row, column, I)
+    result = total.to(y.dtype.element_ty)
+    tl.store(y_place, result, mask=_inside(row, O, column, I))
 
 
 def quantise_rows(x_RC: Tensor, power_of_two: bool) -> Quantised:
@@ -198,7 +272,8 @@ def quantise_rows(x_RC: Tensor, power_of_two: bool) -> Quantised:
         e4m3 [R, C], and fp32 scales [c, R].
     """
     rows, columns = x_RC.shape
-    blocks, height = triton.cdiv(columns, SIZE), 16
+    blocks = triton.cdiv(columns, SIZE)
+    height = 16  # rows of a program
     q = torch.empty_like(x_RC, dtype=torch.float8_e4m3fn)
     scales = x_RC.new_empty(blocks, rows, dtype=torch.float32)
     grid = triton.cdiv(rows, height), blocks
@@ -217,13 +292,13 @@ def quantise_columns(x_RC: Tensor, tiles: Tiles, power_of_two: bool) -> Quantise
     Returns:
         e4m3 [C, M], the transposed, and fp32 scales [T, C]; what lies in empty tiles is undefined.
     """
-    columns, count, width = x_RC.shape[1], len(tiles.first_T), 64
-    q = x_RC.new_empty(columns, SIZE * count, dtype=torch.float8_e4m3fn)
+    columns, count = x_RC.shape[1], len(tiles.first_T)
+    rows, width = SIZE * count, 64
+    q = x_RC.new_empty(columns, rows, dtype=torch.float8_e4m3fn)
     scales = x_RC.new_empty(count, columns, dtype=torch.float32)
     grid = count, triton.cdiv(columns, width)
-    _columns_kernel[grid](
-        x_RC, q, scales, tiles.first_T, tiles.end_T, columns, SIZE * count, power_of_two, width
-    )
+    bounds = tiles.first_T, tiles.end_T
+    _columns_kernel[grid](x_RC, q, scales, *bounds, columns, rows, power_of_two, width)
     return Quantised(q, scales)
 
 
@@ -260,20 +335,12 @@ def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -
     Returns:
         [R, O].
     """
-    (rows, inner), outputs = x.values.shape, w.values.shape[1]
+    rows, inner = x.values.shape
+    outputs = w.values.shape[1]
     y = x.values.new_empty(rows, outputs, dtype=dtype)
     grid = len(tiles.first_T), triton.cdiv(outputs, SIZE)
-    _rows_product_kernel[grid](
-        *x,
-        *w,
-        y,
-        *tiles[:3],
-        rows,
-        outputs,
-        inner,
-        *w.scales.stride(),
-        **LAUNCH,
-    )
+    sizes, strides = (rows, outputs, inner), w.scales.stride()
+    _rows_product_kernel[grid](*x, *w, y, *tiles[:3], *sizes, *strides, **LAUNCH)
     return y
 
 
@@ -289,9 +356,11 @@ def columns_product(dy: Quantised, x: Quantised, tiles: Tiles, dtype: torch.dtyp
     Returns:
         [E, O, I].
     """
-    (outputs, length), inputs = dy.values.shape, x.values.shape[0]
+    outputs, length = dy.values.shape
+    inputs = len(x.values)
     experts = len(tiles.bounds_E) - 1
     dw = dy.values.new_empty(experts, outputs, inputs, dtype=dtype)
     grid = triton.cdiv(inputs, SIZE), triton.cdiv(outputs, SIZE), experts
-    _columns_product_kernel[grid](*dy, *x, dw, tiles.bounds_E, outputs, inputs, length, **LAUNCH)
+    sizes = outputs, inputs, length
+    _columns_product_kernel[grid](*dy, *x, dw, tiles.bounds_E, *sizes, **LAUNCH)
     return dw

@@ -37,12 +37,18 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_of_parts(
     x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """`rms_norm` of rows of which this process has a part, with its part of the weight; `mean`
-    averages over all parts the mean squares [..., 1] of each.
+    """`rms_norm` of rows of which this process has a part.
+
+    Args:
+        x: [..., d], the part.
+        weight: [d], its part of the weight.
+        eps: added to the mean square.
+        mean: averages the mean squares [..., 1] of each part over all parts, which have one size.
     """
     wide = _wide(x)
     mean_square = mean(wide.square().mean(-1, keepdim=True))
-    return (wide * (mean_square + eps).rsqrt() * weight).to(x.dtype)
+    scale = (mean_square + eps).rsqrt()
+    return (wide * scale * weight).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -51,6 +57,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
+    """Keeps x and, of each row, one over its root mean square: y = x * scale * weight."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = _wide(x)
@@ -71,9 +79,10 @@ class _RmsNorm(torch.autograd.Function):
             grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if want_x:
             grad_normed = grad * weight
-            # What changes the row's norm alone has no effect.
+            # What changes the row's norm alone has no effect: without it, scale * (grad_normed -
+            # normed * mean(grad_normed * normed)).
             along = torch.linalg.vecdot(grad_normed, normed)
             along = along.div_(x.shape[-1]).unsqueeze(-1)
-            grad_x = grad_normed.addcmul_(normed, along, value=-1)
-            grad_x = grad_x.mul_(scale).to(x.dtype)
+            across = grad_normed.addcmul_(normed, along, value=-1)
+            grad_x = across.mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None

@@ -31,9 +31,10 @@ class Tiles(NamedTuple):
             [128 T, C], with zeros where a tile has fewer than 128 rows.
         """
         row_T128 = self.first_T[:, None] + torch.arange(SIZE, device=x_RC.device)
-        is_row = (row_T128 < self.end_T[:, None]).view(-1, 1)
-        rows = x_RC[row_T128.clamp(max=len(x_RC) - 1).flatten()]
-        return torch.where(is_row, rows, 0)
+        is_row = row_T128 < self.end_T[:, None]
+        some_row = row_T128.clamp(max=len(x_RC) - 1)  # where there is none, any will do
+        rows = x_RC[some_row.flatten()]
+        return torch.where(is_row.view(-1, 1), rows, 0)
 
 
 def tiles_of(offs_E: Tensor, rows: int) -> Tiles:
@@ -43,9 +44,10 @@ def tiles_of(offs_E: Tensor, rows: int) -> Tiles:
         offs_E: int32, where each expert's rows end; the last is `rows`.
         rows: how many there are, at least 1.
     """
-    begin_E = torch.cat([offs_E.new_zeros(1), offs_E[:-1]])
-    bounds_E = torch.cat([offs_E.new_zeros(1), (offs_E - begin_E + SIZE - 1) // SIZE])
-    bounds_E = bounds_E.cumsum(0, dtype=torch.int32)
+    zero = offs_E.new_zeros(1)
+    begin_E = torch.cat([zero, offs_E[:-1]])
+    tiles_E = (offs_E - begin_E + SIZE - 1) // SIZE  # of each expert
+    bounds_E = torch.cat([zero, tiles_E]).cumsum(0, dtype=torch.int32)
     # Each expert begins a tile of its own.
     most = (rows + (SIZE - 1) * len(offs_E)) // SIZE
     tile_T = torch.arange(most, device=offs_E.device, dtype=torch.int32)

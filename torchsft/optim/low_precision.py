@@ -29,27 +29,40 @@ from torchsft.checkpoint.boxes import Box, local_box
 from torchsft.config import BLOCK, InputError
 from torchsft.models.decoder import local
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW calls them
 CHUNK_ELEMENTS = 2**24  # the most that are in fp32 at a time, but at least one entry of dim 0
 
 
 def hashed(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return random bits for each element of a box of a tensor, int32 of the box's shape.
+    """Return random bits for each element of a box of a tensor.
 
-    They depend on the element's place in the whole tensor, of `shape`, and on `seed` alone (both
-    modulo 2^32: elements that lie 2^32 apart have the same). The hash is the finaliser "lowbias32"
-    of https://nullprogram.com/blog/2018/07/31.
+    They depend on the element's place in the whole tensor and on `seed` alone (both modulo 2^32:
+    elements that lie 2^32 apart have the same). The hash is the finaliser "lowbias32" of
+    https://nullprogram.com/blog/2018/07/31.
+
+    Args:
+        seed: any whole number.
+        box: the part of the tensor.
+        shape: of the whole tensor.
+        device: on which they are computed.
+
+    Returns:
+        int32 of the box's shape.
     """
+    # The place of each element, from the last dim to the first: [], [n], [m, n], ...
     place = torch.zeros((), dtype=torch.int32, device=device)
-    stride = 1
-    for start, count, size in reversed(list(zip(box.start, box.shape, shape, strict=True))):
+    stride = 1  # elements of the whole tensor between two entries of a dim
+    dims = list(zip(box.start, box.shape, shape, strict=True))
+    for start, count, size in reversed(dims):
         along = torch.arange(count, dtype=torch.int32, device=device)
-        place = place + (along * _int32(stride) + _int32(start * stride)).view(
-            -1, *[1] * place.ndim
-        )
+        along = along * _int32(stride) + _int32(start * stride)
+        place = along.view(-1, *[1] * place.ndim) + place
         stride *= size
     bits = place ^ _int32(seed)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-        bits ^= (bits >> shift) & (2 ** (32 - shift) - 1)
+        # `>>` of a negative int32 brings in ones, which are not among the bits that move
+        moved = 2 ** (32 - shift) - 1
+        bits ^= (bits >> shift) & moved
         bits *= _int32(factor)
     return bits
 
@@ -60,16 +73,29 @@ def _int32(number: int) -> int:
 
 
 def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
-    """Round finite fp32 to one of the two neighbours in bf16, by the lower 16 of random bits, int32
-    of the same shape.
+    """Round fp32 to one of the two neighbours in bf16.
+
+    Args:
+        values: finite.
+        bits: random, int32 of the same shape, of which the lower 16 count.
     """
+    # bf16 has the upper 16 bits of fp32: the more the lower ones are, the likelier they carry
     summed = values.view(torch.int32) + (bits & 0xFFFF)
-    return (summed & -0x10000).view(torch.float32).bfloat16()
+    upper_bits = summed & -0x10000
+    return upper_bits.view(torch.float32).bfloat16()
 
 
 @functools.cache
 def levels(signed: bool, device: torch.device) -> Tensor:
-    """Return the 256 levels, fp32, sorted, the last 1."""
+    """Return the levels that a code chooses among.
+
+    Args:
+        signed: whether there are levels below 0, down to about -1.
+        device: of the result.
+
+    Returns:
+        fp32 [256], sorted, the last 1.
+    """
     from torchao.optim.quant_utils import create_dynamic_map  # seconds to import
 
     return torch.tensor(create_dynamic_map(signed), device=device)
@@ -88,49 +114,73 @@ def to_int8(values: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tens
         Codes, uint8 [..., n], and scales, fp32 [..., ceil(n / BLOCK)].
     """
     table = levels(signed, values.device)
-    missing = -values.shape[-1] % BLOCK
-    blocks = nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, BLOCK))
+    columns = values.shape[-1]
+    padded = nn.functional.pad(values, (0, -columns % BLOCK))
+    blocks = padded.unflatten(-1, (-1, BLOCK))
     scales = blocks.abs().amax(-1)
     unit = torch.where(scales > 0, scales, 1).unsqueeze(-1)
-    in_units = (blocks / unit).flatten(-2)[..., : values.shape[-1]].contiguous()
-    lower = (torch.bucketize(in_units, table, right=True) - 1).clamp(0, 254)
-    share = (in_units - table[lower]) / (table[lower + 1] - table[lower])
+    in_units = (blocks / unit).flatten(-2)[..., :columns].contiguous()
+    # the level below each value, and how far it is on the way to the next one
+    lower = torch.bucketize(in_units, table, right=True) - 1
+    lower = lower.clamp(0, len(table) - 2)
+    below = table[lower]
+    distance = table[lower + 1] - below
+    share = (in_units - below) / distance
     if not signed:
         share = torch.where((lower == 0) & (in_units > 0), 1, share)
-    uniform = ((bits >> 8) & 0xFFFFFF).float() / 2**24
-    return (lower + (uniform < share)).to(torch.uint8), scales
+    uniform = ((bits >> 8) & 0xFFFFFF).float() / 2**24  # in [0, 1), of 24 bits
+    codes = lower + (uniform < share)
+    return codes.to(torch.uint8), scales
 
 
 def from_int8(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """Return the values, fp32 [..., n], of codes [..., n] with scales [..., ceil(n / BLOCK)]."""
-    values = levels(signed, codes.device)[codes.int()]
-    return values * scales.repeat_interleave(BLOCK, -1)[..., : codes.shape[-1]]
+    """Return the values of codes.
+
+    Args:
+        codes: uint8 [..., n].
+        scales: fp32 [..., ceil(n / BLOCK)], of blocks of columns.
+        signed: as they were made with.
+
+    Returns:
+        fp32 [..., n].
+    """
+    in_units = levels(signed, codes.device)[codes.int()]
+    units = scales.repeat_interleave(BLOCK, -1)
+    return in_units * units[..., : codes.shape[-1]]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some entries of dim 0 of a parameter's part on this rank."""
+    """Some entries of dim 0 of a parameter's part on this rank.
+
+    Attributes:
+        weight: itself, to be changed in place.
+        gradient: fp32.
+        state: moments and their scales by name, to be changed in place.
+        box: where in the whole parameter these entries are.
+    """
 
     weight: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
-    box: Box  # of the whole parameter
+    box: Box
 
     @classmethod
     def all_of(cls, parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator["_Chunk"]:
-        """Yield all of them."""
-        box, parts = local_box(parameter), {key: local(value) for key, value in state.items()}
+        """Yield all chunks of a parameter, of which as little as possible is in fp32 at a time."""
         weight, gradient = local(parameter).detach(), local(parameter.grad)
-        rows = max(1, CHUNK_ELEMENTS * weight.shape[0] // max(1, weight.numel()))
-        for first in range(0, weight.shape[0], rows):
-            rows_here = slice(first, first + rows)
-            start = (box.start[0] + first, *box.start[1:])
-            here = weight[rows_here]
+        parts = {key: local(value) for key, value in state.items() if value.ndim}
+        begin, *others = local_box(parameter).start
+        entries = weight.shape[0]
+        at_once = max(1, CHUNK_ELEMENTS * entries // max(1, weight.numel()))
+        for first in range(0, entries, at_once):
+            rows = slice(first, first + at_once)
+            here = weight[rows]
             yield cls(
                 here,
-                gradient[rows_here].float(),
-                {key: part[rows_here] for key, part in parts.items() if part.ndim},
-                Box(start, tuple(here.shape)),
+                gradient[rows].float(),
+                {key: part[rows] for key, part in parts.items()},
+                Box((begin + first, *others), tuple(here.shape)),
             )
 
 
@@ -171,47 +221,59 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state |= {"step": torch.zeros(())} | self._zero_moments(parameter)
+                    state["step"] = torch.zeros(())
+                    state |= self._zero_moments(parameter)
                 state["step"] += 1
+                step = int(state["step"])
                 for chunk in _Chunk.all_of(parameter, state):
-                    self._update(chunk, group, parameter, int(state["step"]))
+                    self._update(chunk, group, parameter, step)
 
     def _zero_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return both moments of a parameter, placed as it is."""
         moments = {}
-        for name in ("exp_avg", "exp_avg_sq"):
-            if self.moments != "int8" or parameter.ndim < 2:
-                dtype = torch.bfloat16 if self.moments == "bf16" else torch.float32
+        is_int8 = self.moments == "int8" and parameter.ndim > 1
+        dtype = torch.bfloat16 if self.moments == "bf16" else torch.float32
+        for name in MOMENTS:
+            if not is_int8:
                 moments[name] = torch.zeros_like(parameter, dtype=dtype)
                 continue
-            # the code of 0
-            code = int(torch.bucketize(0.0, levels(name == "exp_avg", torch.device("cpu"))))
-            moments[name] = torch.full_like(parameter, code, dtype=torch.uint8)
+            table = levels(_is_signed(name), torch.device("cpu"))
+            code_of_0 = int(torch.bucketize(0.0, table))
+            moments[name] = torch.full_like(parameter, code_of_0, dtype=torch.uint8)
             moments[f"{name}_scale"] = _scales_like(parameter)
         return moments
 
     def _update(
         self, chunk: _Chunk, group: dict[str, Any], parameter: nn.Parameter, step: int
     ) -> None:
-        """Update some entries of a parameter and their moments."""
+        """Update some entries of a parameter and their moments.
+
+        Args:
+            chunk: the entries.
+            group: of the optimizer, with the options.
+            parameter: which they are of.
+            step: its number, from 1.
+        """
         (beta1, beta2), lr = group["betas"], group["lr"]
-        average, square = (self._read(chunk.state, moment) for moment in ("exp_avg", "exp_avg_sq"))
+        average, square = (_read(chunk.state, moment) for moment in MOMENTS)
         average.lerp_(chunk.gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(chunk.gradient, chunk.gradient, value=1 - beta2)
         weight = chunk.weight.float()
         weight.mul_(1 - lr * group["weight_decay"])
-        divisor = (square.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        root = square.sqrt() / math.sqrt(1 - beta2**step)
+        divisor = root.add_(group["eps"])
         weight.addcdiv_(average, divisor, value=-lr / (1 - beta1**step))
 
         def bits(what: str) -> Tensor:
-            digest = hashlib.sha256(f"{self.names[parameter]} {what} {step}".encode()).digest()
+            text = f"{self.names[parameter]} {what} {step}"
+            digest = hashlib.sha256(text.encode()).digest()
             seed = int.from_bytes(digest[:4], "little")
             return hashed(seed, chunk.box, tuple(parameter.shape), weight.device)
 
-        for moment, values in (("exp_avg", average), ("exp_avg_sq", square)):
+        for moment, values in zip(MOMENTS, (average, square), strict=True):
             stored = chunk.state[moment]
             if stored.dtype == torch.uint8:
-                codes, scales = to_int8(values, bits(moment), signed=moment == "exp_avg")
+                codes, scales = to_int8(values, bits(moment), signed=_is_signed(moment))
                 stored.copy_(codes)
                 chunk.state[f"{moment}_scale"].copy_(scales)
             elif stored.dtype == torch.bfloat16:
@@ -220,12 +282,19 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             weight = to_bf16(weight, bits("weight"))
         chunk.weight.copy_(weight)
 
-    def _read(self, state: dict[str, Tensor], moment: str) -> Tensor:
-        """Return a moment in fp32: itself where it is, else a copy."""
-        stored = state[moment]
-        if stored.dtype != torch.uint8:
-            return stored.float()
-        return from_int8(stored, state[f"{moment}_scale"], signed=moment == "exp_avg")
+
+def _is_signed(moment: str) -> bool:
+    """Whether a moment can be below 0."""
+    return moment == "exp_avg"
+
+
+def _read(state: dict[str, Tensor], moment: str) -> Tensor:
+    """Return a moment in fp32: itself where it is, else a copy."""
+    stored = state[moment]
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    scales = state[f"{moment}_scale"]
+    return from_int8(stored, scales, signed=_is_signed(moment))
 
 
 def _check_blocks(name: str, parameter: nn.Parameter) -> None:
@@ -244,7 +313,8 @@ def _scales_like(parameter: nn.Parameter) -> Tensor:
     """Return zero scales for the blocks of a parameter, placed as it is."""
 
     def blocks(shape: torch.Size) -> list[int]:
-        return [*shape[:-1], -(-shape[-1] // BLOCK)]
+        *leading, columns = shape
+        return [*leading, -(-columns // BLOCK)]
 
     scales = torch.zeros(blocks(local(parameter).shape), device=parameter.device)
     if not isinstance(parameter, DTensor):

@@ -42,6 +42,7 @@ def orthogonalise(x_nAB: Tensor) -> Tensor:
     """
     if x_nAB.shape[1] > x_nAB.shape[2]:
         return orthogonalise(x_nAB.mT).mT
+    # The Frobenius norm is at least the largest singular value: all are at most 1 then.
     norm_n11 = torch.linalg.vector_norm(x_nAB, dim=(1, 2), keepdim=True)
     x_nAB = x_nAB / norm_n11.clamp(min=SMALLEST_NORM)
     a, b, c = COEFFICIENTS
@@ -69,15 +70,18 @@ def splits_of(parameter: Tensor) -> list[Split]:
     split last may have parts of different sizes.
     """
     splits: list[Split] = []
-    if isinstance(parameter, DTensor):
-        mesh, stacked = parameter.device_mesh, parameter.ndim - 2
-        shape = list(parameter.shape[stacked:])
-        for axis, placement in reversed(list(enumerate(parameter.placements))):
-            # Not every placement that splits is a Shard: where two axes split one dim.
-            dim = getattr(placement, "dim", -1) - stacked
-            if dim >= 0 and mesh.size(axis) > 1:
-                splits.insert(0, Split(mesh.get_group(axis), 1 + dim, shape[dim]))
-                shape[dim] //= mesh.size(axis)
+    if not isinstance(parameter, DTensor):
+        return splits
+    mesh, stacked = parameter.device_mesh, parameter.ndim - 2
+    shape = list(parameter.shape[stacked:])
+    for axis, placement in reversed(list(enumerate(parameter.placements))):
+        # Not every placement that splits is a Shard: where two axes split one dim.
+        dim = getattr(placement, "dim", -1) - stacked
+        ranks = mesh.size(axis)
+        if dim >= 0 and ranks > 1:
+            split = Split(mesh.get_group(axis), 1 + dim, shape[dim])
+            splits.insert(0, split)
+            shape[dim] //= ranks
     return splits
 
 
@@ -96,8 +100,10 @@ def exchange(
     new_sizes: list[int],
 ) -> Tensor:
     """Return this rank's part of a tensor that is split otherwise; an all-to-all of the group."""
+    # For each rank its part of what this rank has; `dim` comes first, by which they are joined.
     parts = [part.movedim(dim, 0) for part in x.split(new_sizes, new_dim)]
-    received = x.new_empty(sum(sizes), *parts[group.rank()].shape[1:])
+    _, *other_dims = parts[group.rank()].shape
+    received = x.new_empty(sum(sizes), *other_dims)
     lengths = [part.numel() for part in parts]
     sent = torch.cat([part.flatten() for part in parts])
     dist.all_to_all_single(received, sent, sizes, lengths, group)
@@ -118,10 +124,12 @@ def orthogonalise_parts(x_nAB: Tensor, splits: list[Split], rows: int) -> Tensor
     if not len(x_nAB):
         return x_nAB
     if not splits:
-        x_nAB = x_nAB.unflatten(1, (-1, rows))
-        return orthogonalise(x_nAB.flatten(0, 1)).view_as(x_nAB).flatten(1, 2)
+        by_matrix = x_nAB.unflatten(1, (-1, rows))  # [n, matrices of each, rows, B]
+        result = orthogonalise(by_matrix.flatten(0, 1))
+        return result.view_as(by_matrix).flatten(1, 2)
     (group, dim, size), *others = splits
-    counts, sizes = shares(len(x_nAB), group.size()), shares(size, group.size())
+    counts = shares(len(x_nAB), group.size())  # of matrices
+    sizes = shares(size, group.size())  # of each matrix
     whole = exchange(x_nAB, group, dim, sizes, 0, counts)
     whole = orthogonalise_parts(whole, others, rows)
     return exchange(whole, group, 0, counts, dim, sizes)
@@ -150,29 +158,33 @@ class Muon(torch.optim.Optimizer):
             # Those of one shape are orthogonalised together, over all layers.
             alike: dict[Any, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    key = parameter.shape, getattr(parameter, "placements", ())
-                    alike.setdefault(key, []).append(parameter)
+                if parameter.grad is None:
+                    continue
+                key = parameter.shape, getattr(parameter, "placements", ())
+                alike.setdefault(key, []).append(parameter)
             for parameters in alike.values():
                 self._update(parameters, group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Update parameters of one shape that are placed alike."""
-        splits = splits_of(parameters[0])
-        height, width = parameters[0].shape[-2:]
-        dtype = torch.bfloat16 if parameters[0].device.type == "cuda" else torch.float32
+        like, rows, lr = parameters[0], group["rows"], group["lr"]
+        splits = splits_of(like)
+        height, width = like.shape[-2:]
+        dtype = torch.bfloat16 if like.device.type == "cuda" else torch.float32
         at_once = max(1, BATCH_ELEMENTS // (height * width))
+        # the ranks share them, so that each has as many whole ones
         at_once *= math.prod(split.group.size() for split in splits)
-        scale = ADAMW_RMS * math.sqrt(max(group["rows"], width))
+        scale = ADAMW_RMS * math.sqrt(max(rows, width))
         parts = list(self._parts(parameters))
         for first in range(0, len(parts), at_once):
-            weights, gradients, momenta = zip(*parts[first : first + at_once], strict=True)
+            batch = parts[first : first + at_once]
+            weights, gradients, momenta = zip(*batch, strict=True)
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
             x_nAB = torch.stack(ahead).to(dtype)
-            x_nAB = orthogonalise_parts(x_nAB, splits, group["rows"])
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, x_nAB.unbind(), alpha=-group["lr"] * scale)
+            x_nAB = orthogonalise_parts(x_nAB, splits, rows)
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(weights, x_nAB.unbind(), alpha=-lr * scale)
 
     def _parts(self, parameters: list[nn.Parameter]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield this rank's part [A, B] of each entry of each stack: of weight, gradient and
@@ -183,5 +195,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             tensors = parameter, parameter.grad, state["momentum_buffer"]
-            parts = map(local, tensors)
-            yield from zip(*parts, strict=True) if parameter.ndim == 3 else [tuple(parts)]
+            parts = tuple(map(local, tensors))
+            if parameter.ndim == 3:
+                yield from zip(*parts, strict=True)
+            else:
+                yield parts

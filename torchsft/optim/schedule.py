@@ -66,11 +66,10 @@ def warmup_steps(optim: Optim, total_steps: int) -> int:
     """
     steps = steps_of(optim.warmup_steps, total_steps)
     if steps > total_steps:
-        fault = (
+        raise InputError(
             f"--optim.warmup-steps is {optim.warmup_steps}, but the run has only {total_steps} "
-            f"steps"
+            "steps; lower it or train longer"
         )
-        raise InputError(f"{fault}; lower it or train longer")
     return steps
 
 
@@ -87,9 +86,8 @@ def decay_steps(optim: Optim, total_steps: int) -> int:
     steps = steps_of(number, total_steps)
     if steps > left:
         share = f" ({steps} steps)" if number < 1 else ""
-        fault = (
+        raise InputError(
             f"--optim.decay-steps is {number}{share}, but the warm-up leaves only {left} of the "
-            f"run's {total_steps} steps"
+            f"run's {total_steps} steps; lower it or train longer"
         )
-        raise InputError(f"{fault}; lower it or train longer")
     return steps

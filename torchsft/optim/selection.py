@@ -62,13 +62,15 @@ def select(
             )
         free = trained - chosen.keys()
         if not free:
-            fault = f"{option} matches only parameters that groups before it have taken"
             raise InputError(
-                f"{fault}; the first group that matches decides: put it before them or leave it out"
+                f"{option} matches only parameters that groups before it have taken; the first "
+                "group that matches decides: put it before them or leave it out"
             )
         if group.weight_decay and all(len(shapes[name]) < 2 for name in free):
-            fault = f"{option} sets weight_decay, but matches only norms and biases"
-            raise InputError(f"{fault}, which have none (it is for matrices); leave it out")
+            raise InputError(
+                f"{option} sets weight_decay, but matches only norms and biases, which have none "
+                "(it is for matrices); leave it out"
+            )
         chosen |= dict.fromkeys(free, group)
     return Selection(frozenset(frozen), chosen)
 

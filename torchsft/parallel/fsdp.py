@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard
 
 from torchsft.config import InputError
 from torchsft.models.language_model import LanguageModel
+from torchsft.models.moe import Experts
 from torchsft.parallel.float8 import gather_in_float8
 
 
@@ -39,6 +40,17 @@ def allocate(stages: Sequence[LanguageModel], device: torch.device, offload: boo
         stage.init_buffers()
         if not offload:
             gather_in_float8(stage)
+
+
+def _check_experts(layer: str, experts: Experts, shards: int) -> None:
+    """Refuse experts whose dim 1 does not divide over the ranks that share one."""
+    for key, parameter in experts.named_parameters():
+        if parameter.shape[1] % shards:
+            raise InputError(
+                f"dim 1 of layer {layer}'s experts.{key} is {parameter.shape[1]}, which does not "
+                f"divide over the {shards} ranks that share an expert (dp_shard * cp * tp / ep); "
+                "raise --parallel.ep or start another number of ranks"
+            )
 
 
 def apply_fsdp(
@@ -69,47 +81,30 @@ def apply_fsdp(
             evenly).
     """
     dense, edp = _mesh(parameter_mesh, "fsdp"), _mesh(expert_mesh, "edp")
-    shards = expert_mesh["edp"].size()
     # Inputs are not cast: they are in `compute` already, except loss weights, which must stay fp32.
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    router_policy = dataclasses.replace(policy, param_dtype=torch.float32)
-    options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
+    options: dict[str, Any] = {"mesh": dense, "mp_policy": policy}
+    options["reshard_after_forward"] = reshard_after_forward
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=dense.device_type == "cuda")
+    of_experts = options | {"mesh": edp, "shard_placement_fn": lambda _: Shard(1)}
+    of_router = options | {"mp_policy": dataclasses.replace(policy, param_dtype=torch.float32)}
     units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
     moe_layers = model.moe_layers()
     for name, layer in model.model.layers.items():
         parts = []
         if name in moe_layers:
             gate, experts = moe_layers[name].gate, moe_layers[name].experts
-            for key, parameter in experts.named_parameters():
-                if parameter.shape[1] % shards:
-                    fault = (
-                        f"dim 1 of layer {name}'s experts.{key} is {parameter.shape[1]}, which "
-                        f"does not divide over the "
-                    )
-                    fault += (
-                        f"{shards} ranks that share an expert (dp_shard * cp * tp / ep); raise "
-                        f"--parallel.ep or start "
-                    )
-                    raise InputError(fault + "another number of ranks")
+            _check_experts(name, experts, expert_mesh["edp"].size())
             if {compute, experts.down_proj.dtype} != {torch.float32}:
-                parts.append(fully_shard(gate, mesh=dense, mp_policy=router_policy, **options))
-            parts.append(
-                fully_shard(
-                    experts,
-                    mesh=edp,
-                    mp_policy=policy,
-                    shard_placement_fn=lambda _: Shard(1),
-                    **options,
-                )
-            )
-        units.append([fully_shard(layer, mesh=dense, mp_policy=policy, **options), *parts])
+                parts.append(fully_shard(gate, **of_router))
+            parts.append(fully_shard(experts, **of_experts))
+        units.append([fully_shard(layer, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
     options["reshard_after_forward"] = None if reshard_after_forward else False
-    fully_shard(model, mesh=dense, mp_policy=policy, **options)
+    fully_shard(model, **options)
     for this, following in itertools.pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(this[:1] + this[:0:-1])

@@ -241,8 +241,7 @@ def check_memory(
     if gathered < available:
         ranks = math.ceil(world.size * sharded / (available - gathered))
         remedy = f"start at least {ranks} ranks"
-    needed = f"{(sharded + gathered) / 1e9:.1f} GB of weights, gradients and moments"
     raise InputError(
-        f"rank {world.rank} would hold {needed}, but its device has {available / 1e9:.1f} GB; "
-        f"{remedy}"
+        f"rank {world.rank} would hold {(sharded + gathered) / 1e9:.1f} GB of weights, gradients "
+        f"and moments, but its device has {available / 1e9:.1f} GB; {remedy}"
     )

@@ -39,20 +39,18 @@ def check_sizes(config: ModelConfig, world: World) -> None:
     found = _what_does_not_divide(config, tp, cp)
     if found is None:
         return
+    ranks = cp * tp
+    # Sizes that do, each with how near it is to those given: rather one option changed than both,
+    # then as many ranks as possible.
     possible = []
-    for other_tp, other_cp in itertools.product(range(1, tp * cp + 1), repeat=2):
-        ranks = other_tp * other_cp
-        if ranks > tp * cp or shard * cp * tp % ranks:
+    for good_tp, good_cp in itertools.product(range(1, ranks + 1), repeat=2):
+        good_ranks = good_tp * good_cp
+        if good_ranks > ranks or shard * ranks % good_ranks:
             continue
-        if _what_does_not_divide(config, other_tp, other_cp) is None:
-            possible.append((other_tp, other_cp))
-
-    def nearness(sizes: tuple[int, int]) -> tuple[int, int, int]:
-        # One option changed rather than both, then as many ranks as possible.
-        other_tp, other_cp = sizes
-        return (other_tp == tp) + (other_cp == cp), other_tp * other_cp, other_tp
-
-    good_tp, good_cp = max(possible, key=nearness)
+        if _what_does_not_divide(config, good_tp, good_cp) is None:
+            kept = (good_tp == tp) + (good_cp == cp)
+            possible.append((kept, good_ranks, good_tp, good_cp))
+    *_, good_tp, good_cp = max(possible)
     raise InputError(
         f"config.json has {found}; set --parallel.tp {good_tp} --parallel.cp {good_cp} "
         "--parallel.dp-shard -1"
@@ -60,8 +58,13 @@ def check_sizes(config: ModelConfig, world: World) -> None:
 
 
 def _what_does_not_divide(config: ModelConfig, tp: int, cp: int) -> str | None:
-    """Say which size of the model these sizes do not divide; None: they divide all."""
-    heads, kv_heads, ranks = config.num_attention_heads, config.num_key_value_heads, tp * cp
+    """Say which size of the model these sizes do not divide.
+
+    Returns:
+        The beginning of a sentence; None: they divide all.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    ranks = tp * cp
     if heads % ranks:
         return (
             f"num_attention_heads = {heads}, which --parallel.tp {tp} x --parallel.cp {cp} = "
@@ -70,15 +73,21 @@ def _what_does_not_divide(config: ModelConfig, tp: int, cp: int) -> str | None:
     # The tensor group's ranks split key/value heads, or several have the same one; then the context
     # group's ranks do so with what a rank of the tensor group has.
     of_tensor_rank = max(kv_heads // tp, 1)
-    if (kv_heads % tp and tp % kv_heads) or (of_tensor_rank % cp and cp % of_tensor_rank):
+    if not _divide(kv_heads, tp) or not _divide(of_tensor_rank, cp):
         return (
             f"num_key_value_heads = {kv_heads}, which --parallel.tp {tp} and then --parallel.cp "
             f"{cp} must divide or be multiples of"
         )
-    for name, size in {"vocab_size": config.vocab_size, **config.split_widths}.items():
+    sizes = {"vocab_size": config.vocab_size} | config.split_widths
+    for name, size in sizes.items():
         if size % tp:
             return f"{name} = {size}, which --parallel.tp {tp} does not divide"
     return None
+
+
+def _divide(kv_heads: int, ranks: int) -> bool:
+    """Whether ranks can split key/value heads evenly, or evenly have the same ones."""
+    return kv_heads % ranks == 0 or ranks % kv_heads == 0
 
 
 def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -88,7 +97,8 @@ def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     Ranks use the result differently (for their heads, their columns), so what they send back is
     summed.
     """
-    whole = DTensor.from_local(x, mesh, [Shard(0)]).redistribute(placements=[Replicate()])
+    parts = DTensor.from_local(x, mesh, [Shard(0)])
+    whole = parts.redistribute(placements=[Replicate()])
     return whole.to_local(grad_placements=[Partial()])
 
 
@@ -101,7 +111,8 @@ def scatter_sum(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Sum over a 1-D mesh of its ranks' [t, ...], of which each rank keeps its slice of tokens: [t
     / ranks, ...].
     """
-    slices = DTensor.from_local(x, mesh, [Partial()]).redistribute(placements=[Shard(0)])
+    summands = DTensor.from_local(x, mesh, [Partial()])
+    slices = summands.redistribute(placements=[Shard(0)])
     return slices.to_local(grad_placements=[Shard(0)])
 
 
@@ -117,8 +128,13 @@ def exchange_heads(
     """Exchange all heads of this rank's tokens for this rank's heads of all tokens, in one
     all-to-all; differentiable.
 
-    Neighbouring query heads share a key/value head; the head dim of values may be another. The
-    ranks of `group` are in the order of their tokens.
+    Neighbouring query heads share a key/value head; the head dim of values may be another.
+
+    Args:
+        q_CHd: all query heads of this rank's tokens.
+        k_CGd: all key heads, of which there may be fewer.
+        v_CGd: as many value heads.
+        group: its ranks are in the order of their tokens.
 
     Returns:
         q [T, H / ranks, d], k and v [T, G / ranks, d]; where there are more ranks than key/value
@@ -128,43 +144,55 @@ def exchange_heads(
         InputError: the ranks do not divide H, or G is neither a multiple nor a divisor of them.
     """
     ranks, heads, kv_heads = group.size(), q_CHd.shape[1], k_CGd.shape[1]
-
-    def divides(n: int) -> bool:
-        return heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
-
-    if not divides(ranks):
-        good = [str(n) for n in range(1, heads + 1) if divides(n)]
-        fault = (
+    if heads % ranks or not _divide(kv_heads, ranks):
+        divisors = (n for n in range(1, heads + 1) if heads % n == 0)
+        good = [str(n) for n in divisors if _divide(kv_heads, n)]
+        raise InputError(
             f"{heads} query heads and {kv_heads} key/value heads do not divide over --parallel.cp "
-            f"{ranks} ranks; "
+            f"{ranks} ranks; set --parallel.cp to one of {', '.join(good)}"
         )
-        raise InputError(fault + f"set --parallel.cp to one of {', '.join(good)}")
     if ranks > kv_heads:
         copies = ranks // kv_heads
         k_CGd = k_CGd.repeat_interleave(copies, dim=1)
         v_CGd = v_CGd.repeat_interleave(copies, dim=1)
     # [C, ranks, heads of a rank, d]
     by_rank = [x.unflatten(1, (ranks, -1)) for x in (q_CHd, k_CGd, v_CGd)]
-    together = torch.cat([part.flatten(2) for part in by_rank], dim=-1)
-    arrived = exchange(together.transpose(0, 1), group).flatten(0, 1)
     heads_of_a_rank = [part.shape[2:] for part in by_rank]
-    parts = arrived.split([n * d for n, d in heads_of_a_rank], dim=-1)
-    q_Thd, k_Tgd, v_Tgd = (
-        part.unflatten(-1, shape) for part, shape in zip(parts, heads_of_a_rank, strict=True)
-    )
+    # [C, ranks, all entries for a rank]
+    together = torch.cat([part.flatten(2) for part in by_rank], dim=-1)
+    arrived = exchange(together.transpose(0, 1), group)  # [ranks, C, entries]
+    entries = [n * d for n, d in heads_of_a_rank]
+    parts = arrived.flatten(0, 1).split(entries, dim=-1)
+    shaped = zip(parts, heads_of_a_rank, strict=True)
+    q_Thd, k_Tgd, v_Tgd = (part.unflatten(-1, shape) for part, shape in shaped)
     return q_Thd, k_Tgd, v_Tgd
 
 
 def heads_to_tokens(x_Thd: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T, h, d], this rank's heads of all tokens, to [C, H, d], all heads of its tokens;
-    differentiable.
+    """Exchange this rank's heads of all tokens for all heads of its tokens, as `exchange_heads` the
+    other way round; differentiable.
+
+    Args:
+        x_Thd: attention's output for this rank's heads.
+        group: its ranks are in the order of their tokens.
+
+    Returns:
+        [C, H, d].
     """
-    x_nChd = exchange(x_Thd.unflatten(0, (group.size(), -1)), group)
-    return x_nChd.transpose(0, 1).flatten(1, 2)
+    of_ranks = x_Thd.unflatten(0, (group.size(), -1))  # their tokens: [ranks, C, h, d]
+    heads_of_ranks = exchange(of_ranks, group)  # of this rank's tokens, likewise
+    return heads_of_ranks.transpose(0, 1).flatten(1, 2)
 
 
 def _reduce(x: Tensor, op: str, mesh: DeviceMesh) -> Tensor:
+    """Return the sum or maximum over the ranks of a mesh, on each of them; without a gradient."""
     return wait_tensor(all_reduce(x, op, mesh.get_group()))
+
+
+def _own_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return this rank's part of what the ranks of a 1-D mesh share along dim 0."""
+    parts = x.unflatten(0, (mesh.size(), -1))
+    return parts[mesh.get_local_rank()]
 
 
 class SequenceLayout(Layout):
@@ -185,10 +213,10 @@ class SequenceLayout(Layout):
             )
 
     def context(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.cp.size(), -1))[self.cp.get_local_rank()]
+        return _own_part(x, self.cp)
 
     def tokens(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.sequence.size(), -1))[self.sequence.get_local_rank()]
+        return _own_part(x, self.sequence)
 
     def gather_tensor(self, x_SD: Tensor) -> Tensor:
         return x_SD if self.tp.size() == 1 else gather_tokens(x_SD, self.tp)
@@ -197,7 +225,8 @@ class SequenceLayout(Layout):
         # All parts in one all-gather.
         together = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         whole = gather_tokens(together, self.sequence)
-        return whole.split([part.shape[-1] for part in parts], dim=-1)
+        widths = [part.shape[-1] for part in parts]
+        return whole.split(widths, dim=-1)
 
     def tokens_to_heads(
         self, q_CHd: Tensor, k_CGd: Tensor, v_CGd: Tensor

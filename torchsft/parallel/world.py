@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,11 +80,10 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
     inner = shard * parallel.cp * parallel.tp
     if inner % parallel.ep:
         divisors = ", ".join(str(n) for n in range(1, inner + 1) if inner % n == 0)
-        fault = (
+        raise InputError(
             f"--parallel.ep is {parallel.ep}, but it must divide dp_shard * cp * tp = {inner}; set "
             f"it to one of {divisors}"
         )
-        raise InputError(fault)
     outer = {"pp": parallel.pp, "dp_replicate": parallel.dp_replicate}
     sequence = parallel.cp * parallel.tp
     return {
@@ -142,12 +141,9 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
-        remedy = (
-            "set MASTER_PORT to a free one (torchrun: --master-port, or --standalone on one "
-            "machine)"
-        )
         raise InputError(
-            f"port {port} is in use by another program on this machine; {remedy}"
+            f"port {port} is in use by another program on this machine; set MASTER_PORT to a free "
+            "one (torchrun: --master-port, or --standalone on one machine)"
         ) from error
 
 
@@ -168,11 +164,10 @@ class World:
         sizes = mesh_sizes(parallel, self.size)  # before anything is started
         cuda = torch.cuda.is_available()
         if cuda and self.local_rank >= torch.cuda.device_count():
-            fault = (
+            raise InputError(
                 f"local rank {self.local_rank} has no GPU of its own: this machine has "
-                f"{torch.cuda.device_count()}; "
+                f"{torch.cuda.device_count()}; lower --nproc-per-node"
             )
-            raise InputError(fault + "lower --nproc-per-node")
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
@@ -196,9 +191,8 @@ class World:
         )
         # among how many the rows are shared; `data_rank` is this rank's share
         self.data_size = parallel.dp_replicate * shard
-        self.data_rank = self.dense.get_local_rank(
-            "dp_replicate"
-        ) * shard + self.dense.get_local_rank("dp_shard")
+        replica, share = map(self.dense.get_local_rank, ("dp_replicate", "dp_shard"))
+        self.data_rank = replica * shard + share
         # True on one rank of those that read the same rows, so that what they read is counted once.
         self.is_reader = all(self.dense.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
         random.seed(seed)
@@ -234,12 +228,7 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         # After an error the peers may wait in a collective: destroying the group could wait for
         # them, leaving does not.
         if kind is None:

@@ -119,10 +119,7 @@ def quantise(
         blocks = padded.unflatten(1, (-1, width))
         fresh = blocks.to(through).float()
         largest = fresh.abs().amax((0, 2))
-        if not largest.isfinite().all():
-            raise InputError(
-                f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
-            )
+        refuse_nonfinite(largest, name)
         scale = scale_of(largest, power_of_two)
         if known_scale is None:
             encoded = encode(fresh, scale[:, None])
@@ -132,6 +129,18 @@ def quantise(
         begin = index * height
         quantised[begin : begin + len(rows)] = encoded.flatten(1)[:, :columns]
     return quantised, scales
+
+
+def refuse_nonfinite(largest: Tensor, name: str) -> None:
+    """Refuse a weight whose largest magnitudes say that it holds nan or inf.
+
+    Raises:
+        InputError: it does.
+    """
+    if not largest.isfinite().all():
+        raise InputError(
+            f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
+        )
 
 
 def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:

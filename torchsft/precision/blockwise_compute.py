@@ -41,11 +41,15 @@ def rounded(values: Tensor, tile: tuple[int, int], power_of_two: bool = False) -
     """
     rows, columns = values.shape[-2:]
     height, width = tile
-    padded = F.pad(values.float(), (0, -columns % width, 0, -rows % height))
+    to_whole_tiles = (0, -columns % width, 0, -rows % height)
+    padded = F.pad(values.float(), to_whole_tiles)
+    # [..., tiles down, height, tiles across, width]
     tiles = padded.unflatten(-2, (-1, height)).unflatten(-1, (-1, width))
-    scale = scale_of(tiles.abs().amax((-3, -1), keepdim=True), power_of_two)
+    largest = tiles.abs().amax((-3, -1), keepdim=True)
+    scale = scale_of(largest, power_of_two)
     kept = encode(tiles, scale).float() * scale
-    return kept.flatten(-4, -3).flatten(-2)[..., :rows, :columns]
+    padded = kept.flatten(-4, -3).flatten(-2)
+    return padded[..., :rows, :columns]
 
 
 @dataclass(frozen=True)
@@ -59,38 +63,67 @@ class BlockwiseProducts(Products):
     def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return y_RO."""
         x = rounded(x_RI, INNER, self.power_of_two)
-        return _grouped(x, self.held(weight_EOI).mT, offs_E).to(x_RI.dtype)
+        weight = self.held(weight_EOI)
+        return _grouped(x, weight.mT, offs_E).to(x_RI.dtype)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
         grad = rounded(grad_RO, INNER, self.power_of_two)
-        return _grouped(grad, self.held(weight_EOI), offs_E).to(grad_RO.dtype)
+        weight = self.held(weight_EOI)
+        return _grouped(grad, weight, offs_E).to(grad_RO.dtype)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
-        """Return the gradient of weight_EOI."""
+        """Return the gradient of weight_EOI: the inner dim is that of the rows, so that an expert's
+        rows must fill whole tiles.
+        """
         tiles = tiles_of(offs_E, len(x_RI))
-        grad_MO, x_MI = (
-            rounded(tiles.spread(values), ROWS, self.power_of_two) for values in (grad_RO, x_RI)
-        )
-        return _grouped(grad_MO.mT, x_MI, SIZE * tiles.bounds_E[1:]).to(x_RI.dtype)
+        grad_MO = rounded(tiles.spread(grad_RO), ROWS, self.power_of_two)
+        x_MI = rounded(tiles.spread(x_RI), ROWS, self.power_of_two)
+        # where each expert's rows end among those with zeros between them
+        ends_E = SIZE * tiles.bounds_E[1:]
+        return _grouped(grad_MO.mT, x_MI, ends_E).to(x_RI.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x [..., I] weight^T [O, I] + bias [O]."""
-        y = _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
+        """Return the output of a linear map, differentiable.
+
+        Args:
+            x: [..., I].
+            weight: [O, I].
+            bias: [O]; None: there is none.
+        """
+        *leading, _ = x.shape
+        y_RO = _Linear.apply(x.flatten(0, -2), weight, self)
+        y = y_RO.unflatten(0, leading)
         return y if bias is None else y + bias
 
     def held(self, weight_EOI: Tensor) -> Tensor:
-        """Return a weight as fp8 holds it, fp32."""
+        """Return a weight as fp8 holds it.
+
+        Args:
+            weight_EOI: of any floating dtype.
+
+        Returns:
+            fp32 [E, O, I].
+        """
+        # blocks do not reach from one matrix into the next
         matrices = weight_EOI.unflatten(-2, (self.parts, -1))
-        return rounded(matrices, BLOCK, self.power_of_two).flatten(-3, -2)
+        held = rounded(matrices, BLOCK, self.power_of_two)
+        return held.flatten(-3, -2)
 
 
 def _grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
-    """Return `F.grouped_mm` of fp32; of one expert, which a linear map is, an ordinary product."""
+    """Return `F.grouped_mm` of fp32; of one expert, which a linear map is, an ordinary product.
+
+    Args:
+        a: [R, I] or, for the gradient of a weight, [O, M].
+        b: [E, I, O] or [M, I].
+        offs_E: where each expert's rows end.
+    """
     if len(offs_E) > 1:
         return F.grouped_mm(a, b, offs=offs_E)
-    product = a @ (b[0] if b.ndim == 3 else b)
-    return product if b.ndim == 3 else product.unsqueeze(0)
+    if b.ndim == 3:
+        return a @ b.squeeze(0)
+    return (a @ b).unsqueeze(0)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""`BlockwiseProducts` by the kernels of ops/blockwise_mm.py, for GPUs of SM90; imports triton."""
+"""`BlockwiseProducts` by the kernels of ops/blockwise_mm.py, for GPUs of SM90; imports triton.
+
+Shape suffixes: R rows, sorted by expert, I inputs, O outputs, E experts held here.
+"""
 
 from dataclasses import dataclass, field
 
@@ -13,6 +16,7 @@ _updates = [0]  # optimizer steps of this process
 
 
 def _count_update(*_: object) -> None:
+    """Note that an optimizer has stepped."""
     _updates[0] += 1
 
 
@@ -33,32 +37,48 @@ class BlockwiseKernels(BlockwiseProducts):
 
     def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return y_RO."""
-        return self._by_rows(x_RI, self._quantised(weight_EOI, transposed=False), offs_E)
+        weight = self._quantised(weight_EOI, transposed=False)
+        return self._by_rows(x_RI, weight, offs_E)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
         values, scales = self._quantised(weight_EOI, transposed=True)
-        return self._by_rows(grad_RO, mm.Quantised(values, scales.mT), offs_E)
+        weight = mm.Quantised(values, scales.mT)  # e4m3 [E, I, O] with scales [E, i, o]
+        return self._by_rows(grad_RO, weight, offs_E)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI."""
         tiles = tiles_of(offs_E, len(x_RI))
-        grad, x = (
-            mm.quantise_columns(values.contiguous(), tiles, self.power_of_two)
-            for values in (grad_RO, x_RI)
-        )
+        grad = mm.quantise_columns(grad_RO.contiguous(), tiles, self.power_of_two)
+        x = mm.quantise_columns(x_RI.contiguous(), tiles, self.power_of_two)
         return mm.columns_product(grad, x, tiles, x_RI.dtype)
 
     def _by_rows(self, x_RI: Tensor, weight: mm.Quantised, offs_E: Tensor) -> Tensor:
+        """Return the product of each row, or of its gradient, with the matrix of its expert.
+
+        Args:
+            x_RI: in the dtype that the result has too.
+            weight: [E, O, I] or, for gradients, [E, I, O].
+            offs_E: int32, where each expert's rows end.
+        """
+        tiles = tiles_of(offs_E, len(x_RI))
         x = mm.quantise_rows(x_RI.contiguous(), self.power_of_two)
-        return mm.rows_product(x, weight, tiles_of(offs_E, len(x_RI)), x_RI.dtype)
+        return mm.rows_product(x, weight, tiles, x_RI.dtype)
 
     def _quantised(self, weight_EOI: Tensor, *, transposed: bool) -> mm.Quantised:
+        """Return the weight in fp8: what is kept, where nothing has changed the weight since.
+
+        Args:
+            weight_EOI: of any floating dtype.
+            transposed: whether the values are those of [E, I, O]; scales are [E, o, i] all the
+                same.
+        """
         now = _updates[0], weight_EOI.data_ptr(), weight_EOI._version
         made, quantised = self.kept.get(transposed, (None, None))
-        if made != now:
-            weight = weight_EOI.detach().contiguous()
-            quantised = mm.quantise_weight(weight, self.power_of_two, transposed)
-            if self.keep:
-                self.kept[transposed] = now, quantised
+        if made == now:
+            return quantised
+        weight = weight_EOI.detach().contiguous()
+        quantised = mm.quantise_weight(weight, self.power_of_two, transposed)
+        if self.keep:
+            self.kept[transposed] = now, quantised
         return quantised

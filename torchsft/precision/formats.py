@@ -45,14 +45,22 @@ class Format(Protocol):
     def parts(self, key: str, shape: tuple[int, ...]) -> Contents:
         """Return the parts of a weight, by their keys.
 
+        Args:
+            key: of the weight.
+            shape: of the weight.
+
         Raises:
             InputError: the format cannot hold such a weight.
         """
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Return a slice of a weight, fp32; `ranges`: where it begins and ends in each dim."""
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Return a slice of a weight, fp32.
+
+        Args:
+            read: reads the parts from a file.
+            key: of the weight.
+            ranges: where the slice begins and ends in each dim of the weight.
+        """
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return the parts of a weight, or of some of its rows, by their keys.
@@ -73,11 +81,17 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Fp8Blocks(Format):
-    """DeepSeek's fp8 (precision/blockwise.py): KEY and KEY_scale_inv."""
+    """DeepSeek's fp8 (precision/blockwise.py): KEY [m, n] and KEY_scale_inv, of each block.
+
+    Attributes:
+        block: its rows and columns.
+        power_of_two: whether new scales are powers of two.
+        through: see `quantise`.
+    """
 
     block: tuple[int, int] = BLOCK
     power_of_two: bool = False
-    through: torch.dtype = torch.float32  # see `quantise`
+    through: torch.dtype = torch.float32
 
     name: ClassVar[str] = "fp8"
     word: ClassVar[str] = "F8_E4M3"
@@ -110,17 +124,13 @@ class Fp8Blocks(Format):
         scales = torch.float32, scale_shape(shape, self.block)
         return {key: (torch.float8_e4m3fn, shape), key + SCALE_SUFFIX: scales}
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Return a slice of a weight, fp32."""
-        blocks = tuple(
-            slice(start // n, -(-end // n))
-            for (start, end), n in zip(ranges, self.block, strict=True)
-        )
         raw = read(key, tuple(slice(*ends) for ends in ranges))
+        blocks = tuple(map(_blocks_of, ranges, self.block))
+        scales = read(key + SCALE_SUFFIX, blocks)
         origin = tuple(start for start, _ in ranges)
-        return dequantise(raw, read(key + SCALE_SUFFIX, blocks), self.block, origin)
+        return dequantise(raw, scales, self.block, origin)
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return the weight in e4m3 and its scales."""
@@ -130,8 +140,14 @@ class Fp8Blocks(Format):
 
 @dataclass(frozen=True)
 class Int4Groups(Format):
-    """INT4 of compressed-tensors, `pack-quantized` (precision/int4.py): KEY_packed, KEY_scale and
-    KEY_shape.
+    """INT4 of compressed-tensors, `pack-quantized` (precision/int4.py), of a weight KEY [m, n]:
+
+        KEY_shape     the two numbers m and n
+        KEY_packed    int32 [m, n / 8]
+        KEY_scale     bf16 [m, n / 32]
+
+    Attributes:
+        shape_dtype: of KEY_shape, in which releases differ.
     """
 
     shape_dtype: torch.dtype = torch.int64
@@ -150,9 +166,10 @@ class Int4Groups(Format):
     def parts(self, key: str, shape: tuple[int, ...]) -> Contents:
         """Return shape, packed values and scales."""
         rows, groups = shape[0], int4.groups(shape, key)
+        words = shape[1] // 8
         return {
             f"{key}_shape": (self.shape_dtype, (2,)),
-            f"{key}_packed": (torch.int32, (rows, shape[1] // 8)),
+            f"{key}_packed": (torch.int32, (rows, words)),
             f"{key}_scale": (torch.bfloat16, (rows, groups)),
         }
 
@@ -160,16 +177,16 @@ class Int4Groups(Format):
         """Return the shape of a weight by that of its packed values."""
         return (*packed[:-1], 8 * packed[-1])
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Return a slice of a weight, fp32."""
         rows, (start, end) = slice(*ranges[0]), ranges[1]
-        begin = start // int4.GROUP
-        groups = slice(begin, -(-end // int4.GROUP))
-        packed = read(f"{key}_packed", (rows, slice(4 * groups.start, 4 * groups.stop)))
-        values = int4.dequantise(packed, read(f"{key}_scale", (rows, groups)))
-        return values[:, start - begin * int4.GROUP : end - begin * int4.GROUP]
+        groups = _blocks_of((start, end), int4.GROUP)
+        words = slice(4 * groups.start, 4 * groups.stop)  # a group has 4, of 8 values each
+        packed = read(f"{key}_packed", (rows, words))
+        scales = read(f"{key}_scale", (rows, groups))
+        values = int4.dequantise(packed, scales)
+        origin = groups.start * int4.GROUP
+        return values[:, start - origin : end - origin]
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return packed values and scales."""
@@ -183,8 +200,11 @@ class Int4Groups(Format):
 
 @dataclass(frozen=True)
 class Mxfp4(Format):
-    """MXFP4 as gpt-oss has it (precision/mxfp4.py): KEY_blocks and KEY_scales, whose last two dims
-    are those of the weight [E, in, out] in the other order.
+    """MXFP4 as gpt-oss has it (precision/mxfp4.py), of a weight KEY [E, in, out], whose last two
+    dims are stored in the other order:
+
+        KEY_blocks    uint8 [E, out, in / 32, 16]
+        KEY_scales    uint8 [E, out, in / 32]
     """
 
     description: ClassVar[Mapping[str, Any]] = {"quant_method": "mxfp4"}
@@ -210,21 +230,26 @@ class Mxfp4(Format):
         *experts, out, count, half = blocks
         return (*experts, 2 * half * count, out)
 
-    def values(
-        self, read: Read, key: str, shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def values(self, read: Read, key: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Return a slice of a weight, fp32."""
         experts, (start, end), out = ranges
-        begin = start // mxfp4.BLOCK
-        part = slice(*experts), slice(*out), slice(begin, -(-end // mxfp4.BLOCK))
-        values = mxfp4.dequantise(read(f"{key}_blocks", part), read(f"{key}_scales", part))
-        origin = begin * mxfp4.BLOCK
+        blocks = _blocks_of((start, end), mxfp4.BLOCK)
+        part = slice(*experts), slice(*out), blocks
+        packed, scales = read(f"{key}_blocks", part), read(f"{key}_scales", part)
+        values = mxfp4.dequantise(packed, scales)
+        origin = blocks.start * mxfp4.BLOCK
         return values[..., start - origin : end - origin].transpose(1, 2)
 
     def encode(self, w: Tensor, known: Tensor | None, key: str) -> dict[str, Tensor]:
         """Return blocks and scales."""
         blocks, scales = mxfp4.quantise(w.transpose(1, 2), known, key)
         return {f"{key}_blocks": blocks, f"{key}_scales": scales}
+
+
+def _blocks_of(ends: tuple[int, int], size: int) -> slice:
+    """Return which blocks of `size` entries have some of those from `ends[0]` to `ends[1]`."""
+    start, end = ends
+    return slice(start // size, -(-end // size))
 
 
 def quantization_of(config: Mapping[str, Any]) -> Any:

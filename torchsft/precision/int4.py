@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchsft.config import InputError
+from torchsft.precision.blockwise import refuse_nonfinite
 
 GROUP = 32
 _PER_WORD = 8
@@ -21,17 +22,17 @@ def is_described(quantization: Mapping[str, Any]) -> bool:
     schemes = quantization.get("config_groups")
     if quantization.get("quant_method") != "compressed-tensors" or not isinstance(schemes, dict):
         return False
+    if quantization.get("format") != "pack-quantized" or len(schemes) != 1:
+        return False
+    (scheme,) = schemes.values()
+    weights = scheme.get("weights") or {}
     needed = {"num_bits": 4, "type": "int", "symmetric": True}
     needed |= {"strategy": "group", "group_size": GROUP}
-    weights = [scheme.get("weights") or {} for scheme in schemes.values()]
-    activations = [scheme.get("input_activations") for scheme in schemes.values()]
-    return (
-        quantization.get("format") == "pack-quantized"
-        and len(weights) == 1
-        and all(weights[0].get(key) == value for key, value in needed.items())
-        and not weights[0].get("actorder")
-        and activations == [None]
-    )
+    if any(weights.get(key) != value for key, value in needed.items()):
+        return False
+    reorders_columns = weights.get("actorder")
+    rounds_activations = scheme.get("input_activations") is not None
+    return not reorders_columns and not rounds_activations
 
 
 def groups(shape: tuple[int, ...], key: str) -> int:
@@ -49,10 +50,24 @@ def groups(shape: tuple[int, ...], key: str) -> int:
 
 
 def dequantise(packed: Tensor, scale: Tensor) -> Tensor:
-    """Return values, fp32 [m, n], of whole groups: int32 [m, n / 8] and bf16 [m, n / 32]."""
-    shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=packed.device)
-    q = ((packed.unsqueeze(-1) >> shifts) & 15).flatten(1) - 8
-    return (q.float().unflatten(1, (-1, GROUP)) * scale.float().unsqueeze(-1)).flatten(1)
+    """Return values of whole groups.
+
+    Args:
+        packed: int32 [m, n / 8].
+        scale: bf16 [m, n / 32].
+
+    Returns:
+        fp32 [m, n].
+    """
+    steps = (packed.unsqueeze(-1) >> _shifts(packed)) & 15  # [m, n / 8, 8]
+    steps = steps.flatten(1).float() - 8
+    values = steps.unflatten(1, (-1, GROUP)) * scale.float().unsqueeze(-1)
+    return values.flatten(1)
+
+
+def _shifts(like: Tensor) -> Tensor:
+    """Return by how many bits each of the values of an int32 is shifted, int32 [8]."""
+    return 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=like.device)
 
 
 def quantise(w: Tensor, known_scale: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
@@ -73,26 +88,34 @@ def quantise(w: Tensor, known_scale: Tensor | None, name: str) -> tuple[Tensor, 
     """
     grouped = w.unflatten(1, (-1, GROUP))
     largest = grouped.abs().amax(-1)
-    if not largest.isfinite().all():
-        raise InputError(
-            f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
-        )
+    refuse_nonfinite(largest, name)
     scale = (largest / 7.5).bfloat16()
     scale = torch.where(scale > 0, scale, 1)
     if known_scale is not None:
         nearer = _error(grouped, known_scale) <= _error(grouped, scale)
         scale = torch.where(nearer, known_scale, scale)
-    words = (_round(grouped, scale).to(torch.int32) + 8).flatten(1).unflatten(1, (-1, _PER_WORD))
-    shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=w.device)
-    return (words << shifts).sum(-1, dtype=torch.int32), scale
+    codes = _round(grouped, scale).to(torch.int32) + 8
+    of_each_word = codes.flatten(1).unflatten(1, (-1, _PER_WORD))  # [m, n / 8, 8]
+    packed = (of_each_word << _shifts(w)).sum(-1, dtype=torch.int32)
+    return packed, scale
 
 
 def _error(grouped: Tensor, scale: Tensor) -> Tensor:
-    """Return the squared rounding error of each group [m, groups]; 0: every value is exact."""
-    return (_round(grouped, scale) * scale.float().unsqueeze(-1) - grouped).square().sum(-1)
+    """Return the squared rounding error of each group.
+
+    Args:
+        grouped: fp32 [m, groups, 32].
+        scale: bf16 [m, groups].
+
+    Returns:
+        fp32 [m, groups]; 0: every value is exact.
+    """
+    rounded = _round(grouped, scale) * scale.float().unsqueeze(-1)
+    return (rounded - grouped).square().sum(-1)
 
 
 def _round(grouped: Tensor, scale: Tensor) -> Tensor:
     """Return values [m, groups, 32] in steps of their group, fp32."""
     unit = torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
-    return (grouped / unit).round().clamp(-8, 7) + 0.0  # no negative zero
+    steps = (grouped / unit).round().clamp(-8, 7)
+    return steps + 0.0  # no negative zero

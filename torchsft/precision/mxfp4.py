@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsft.config import InputError
+from torchsft.precision.blockwise import refuse_nonfinite
 
 BLOCK = 32
 _NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -31,8 +32,9 @@ def blocks(shape: tuple[int, ...], key: str) -> int:
 
 def dequantise(packed: Tensor, scales: Tensor) -> Tensor:
     """Return values, fp32 [..., 32 n], exact: of uint8 [..., n, 16] and uint8 [..., n]."""
-    codes = torch.stack([packed & 15, packed >> 4], dim=-1)
-    return _decode(codes.flatten(-2), scales).flatten(-2)
+    lower_half, upper_half = packed & 15, packed >> 4
+    codes = torch.stack([lower_half, upper_half], dim=-1).flatten(-2)
+    return _decode(codes, scales).flatten(-2)
 
 
 def quantise(w: Tensor, known_scales: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
@@ -54,40 +56,55 @@ def quantise(w: Tensor, known_scales: Tensor | None, name: str) -> tuple[Tensor,
     """
     blocked = w.unflatten(-1, (-1, BLOCK)).contiguous()
     largest = blocked.abs().amax(-1)
-    if not largest.isfinite().all():
-        raise InputError(
-            f"{name} holds nan or inf, which cannot be quantised; use an earlier checkpoint"
-        )
-    exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
-    exponent = torch.where(largest > 0, exponent, 0)
+    refuse_nonfinite(largest, name)
+    # frexp's mantissas are below 1: 2^(exponent - 1) is the power of two in a number
+    power = torch.frexp(largest).exponent - 1
+    exponent = torch.where(largest > 0, power - _LARGEST_EXPONENT, 0)
     scales = (exponent + _BIAS).clamp(0, 254).to(torch.uint8)
     if known_scales is not None:
         nearer = _error(blocked, known_scales) <= _error(blocked, scales)
         scales = torch.where(nearer, known_scales, scales)
     codes = _encode(blocked, scales)
-    return codes[..., ::2] | (codes[..., 1::2] << 4), scales
+    lower_half, upper_half = codes[..., ::2], codes[..., 1::2]
+    return lower_half | (upper_half << 4), scales
 
 
 def _error(blocked: Tensor, scales: Tensor) -> Tensor:
     """Return the squared rounding error of each block [..., n]; 0: every value is exact."""
-    return (_decode(_encode(blocked, scales), scales) - blocked).square().sum(-1)
+    rounded = _decode(_encode(blocked, scales), scales)
+    return (rounded - blocked).square().sum(-1)
 
 
 def _decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return values of 4-bit codes [..., n, 32] with one of `scales` [..., n] for 32 of them."""
-    numbers = torch.tensor(
-        [*_NUMBERS, *(-number for number in _NUMBERS)], device=codes.device, dtype=torch.float32
-    )
+    """Return values, fp32, of 4-bit codes.
+
+    Args:
+        codes: uint8 [..., n, 32].
+        scales: of 32 of them each, uint8 [..., n].
+    """
+    magnitudes = torch.tensor(_NUMBERS, device=codes.device)
+    numbers = torch.cat([magnitudes, -magnitudes])  # by code: the sign is its first bit
     exponents = scales.to(torch.int32).unsqueeze(-1) - _BIAS
     return torch.ldexp(numbers[codes.long()], exponents)
 
 
 def _encode(blocked: Tensor, scales: Tensor) -> Tensor:
-    """Return the 4-bit codes, uint8, of values [..., n, 32]."""
-    in_units = torch.ldexp(blocked, _BIAS - scales.to(torch.int32).unsqueeze(-1))
-    numbers = torch.tensor(_NUMBERS, device=blocked.device, dtype=torch.float32)
+    """Return the 4-bit codes of values, rounded to the nearest.
+
+    Args:
+        blocked: fp32 [..., n, 32].
+        scales: of 32 of them each, uint8 [..., n].
+
+    Returns:
+        uint8 [..., n, 32].
+    """
+    exponents = scales.to(torch.int32).unsqueeze(-1) - _BIAS
+    in_units = torch.ldexp(blocked, -exponents)
+    numbers = torch.tensor(_NUMBERS, device=blocked.device)
     middles = (numbers[1:] + numbers[:-1]) / 2
     # a tie belongs to the even code: above odd ones the upper
-    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros_like(middles[1::2]))
+    above_odd = middles[1::2]
+    above_odd.copy_(above_odd.nextafter(torch.zeros_like(above_odd)))
     codes = torch.bucketize(in_units.abs(), middles).to(torch.uint8)
-    return codes | (blocked.signbit().to(torch.uint8) << 3)
+    sign = blocked.signbit().to(torch.uint8)
+    return codes | (sign << 3)
