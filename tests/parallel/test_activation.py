@@ -208,3 +208,11 @@ def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backwar
 def test_options_that_would_do_nothing_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         Train(**options)
+
+
+def test_checkpointing_no_layer_is_refused():
+    """As --train.activation-checkpointing-every would be followed in nothing."""
+    beyond = Train(activation_checkpointing="full", activation_checkpointing_every=4)
+    refused = pytest.raises(InputError, match=r"every is 4, but the model has 3 layers, .* most 3")
+    with World(Parallel(), 0) as world, refused:
+        parallelize([build()], world, torch.float32, activations=beyond)

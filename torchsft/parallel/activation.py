@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from torchsft.config import Train
+from torchsft.config import InputError, Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.ops.repetition import ATTENTION, PRODUCTS, ROUTING, Pass
 from torchsft.parallel.activation_offload import Offload
@@ -23,10 +23,18 @@ def apply_activation_checkpointing(
     that the repetition exchanges no counts, waits for no host and cannot route otherwise), and with
     `selective` what attention returns. Applied before FSDP2, which then gathers a layer's
     parameters once for both passes.
+
+    Raises:
+        InputError: no layer of the whole model would be checkpointed.
     """
-    mode = options.activation_checkpointing
+    mode, every = options.activation_checkpointing, options.activation_checkpointing_every
     if mode == "none":
         return
+    if every > model.depth:
+        raise InputError(
+            f"--train.activation-checkpointing-every is {every}, but the model has {model.depth} "
+            f"layers, of which none would be checkpointed; set at most {model.depth}"
+        )
     names = ROUTING
     if mode == "selective":
         names |= {ATTENTION, PRODUCTS} if options.selective_products else {ATTENTION}
@@ -44,5 +52,5 @@ def apply_activation_checkpointing(
     if offload:
         recompute = partial(offload.run, recompute)
     for name, layer in model.model.layers.items():
-        if (int(name) + 1) % options.activation_checkpointing_every == 0:
+        if (int(name) + 1) % every == 0:
             layer.recompute = recompute

@@ -1,5 +1,5 @@
-"""Whether a rank's share of weights, gradients and moments fits into its device, and into its
-host.
+"""Whether a rank's share of weights, gradients and moments fits into its device, into its host, and
+into the blocks of moments in int8.
 """
 
 import math
@@ -79,6 +79,20 @@ def moment_bytes(optim: Optim, parameter: nn.Parameter, is_muons: bool) -> float
     vector = parameter.ndim < 2
     each = {"fp32": FP32, "bf16": 2, "int8": FP32 if vector else 1 + FP32 / BLOCK}
     return 2 * each[optim.moments]
+
+
+def check_moments(model: nn.Module) -> None:
+    """Refuse moments in int8 of a matrix whose rows are split within a block: its blocks would be
+    others in each layout.
+    """
+    for name, parameter in model.named_parameters():
+        width, whole = local(parameter).shape[-1], parameter.shape[-1]
+        splits = parameter.ndim > 1 and width != whole and width % BLOCK
+        if splits and parameter.requires_grad:
+            raise InputError(
+                f"--optim.moments int8 has blocks of {BLOCK} entries of a row, but ranks share "
+                f"rows of {name} in parts of {width}; lower --parallel.tp, or use bf16"
+            )
 
 
 def has_replicas(parameter: nn.Parameter) -> bool:
@@ -166,11 +180,14 @@ def check_memory(
     world: World,
     fp8: bool,
 ) -> None:
-    """Refuse a model whose share does not fit into this rank's device, before any is allocated.
+    """Refuse a model whose share does not fit into this rank's device, or whose moments do not fit
+    into blocks, before any is allocated.
 
     Raises:
         InputError: what the rank would hold and what its device has, in GB (10^9 bytes).
     """
+    if optim.moments == "int8":
+        check_moments(model)
     if optim.offload:
         check_host_memory(model, world)
     available = device_bytes(world.device)
