@@ -319,3 +319,11 @@ def test_gradients_of_pieces_are_added_up_in_fp32(ranks):
     """
     (errors,) = ranks(1, rounding, pieces=48)
     assert len(errors) > 5 and 0 < max(errors.values()) < 2 * 2**-9
+
+
+def test_checkpointing_no_layer_is_refused():
+    """As --train.activation-checkpointing-every would be followed in nothing."""
+    beyond = Train(activation_checkpointing="full", activation_checkpointing_every=4)
+    refused = pytest.raises(InputError, match=r"every is 4, but the model has 3 layers, .* most 3")
+    with World(Parallel(), 0) as world, refused:
+        parallelize([build()], world, torch.float32, activations=beyond)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchsft.checkpoint.boxes import Box, local_box
-from torchsft.config import BLOCK, InputError
+from torchsft.config import BLOCK
 from torchsft.models.decoder import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW calls them
@@ -191,9 +191,6 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         groups: of parameters.
         names: of these parameters.
         moments: their format; those of vectors stay fp32 beside int8.
-
-    Raises:
-        InputError: a part of a parameter's rows has no whole blocks.
     """
 
     def __init__(
@@ -208,9 +205,6 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.names, self.moments = names, moments
-        if moments == "int8":
-            for parameter, name in names.items():
-                _check_blocks(name, parameter)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -295,18 +289,6 @@ def _read(state: dict[str, Tensor], moment: str) -> Tensor:
         return stored.float()
     scales = state[f"{moment}_scale"]
     return from_int8(stored, scales, signed=_is_signed(moment))
-
-
-def _check_blocks(name: str, parameter: nn.Parameter) -> None:
-    """Refuse int8 for a matrix whose rows are split within a block: its blocks would be others in
-    each layout.
-    """
-    width, whole = local(parameter).shape[-1], parameter.shape[-1]
-    if parameter.ndim > 1 and width != whole and width % BLOCK:
-        raise InputError(
-            f"--optim.moments int8 has blocks of {BLOCK} entries of a row, but ranks share rows of "
-            f"{name} in parts of {width}; lower --parallel.tp, or use bf16"
-        )
 
 
 def _scales_like(parameter: nn.Parameter) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from torchsft.config import Train
+from torchsft.config import InputError, Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.ops.repetition import ATTENTION, PRODUCTS, ROUTING, Pass
 from torchsft.parallel.activation_offload import Offload
@@ -24,10 +24,18 @@ def apply_activation_checkpointing(
     that the repetition exchanges no counts, waits for no host and cannot route otherwise), and with
     `selective` what attention returns; parallel/stream.py says what `stream` does. Applied before
     FSDP2, which then gathers a layer's parameters once for both passes.
+
+    Raises:
+        InputError: no layer of the whole model would be checkpointed.
     """
     mode, every = options.activation_checkpointing, options.activation_checkpointing_every
     if mode == "none":
         return
+    if every > model.depth:
+        raise InputError(
+            f"--train.activation-checkpointing-every is {every}, but the model has {model.depth} "
+            f"layers, of which none would be checkpointed; set at most {model.depth}"
+        )
     layers = [layer for name, layer in model.model.layers.items() if (int(name) + 1) % every == 0]
     offload = Offload(device) if options.activation_offload else None
     moves = [offload.pack, offload.unpack] if offload else []

@@ -5,7 +5,6 @@
 import importlib.util
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from torchsft import ops
 from torchsft.config import InputError
@@ -79,17 +78,16 @@ def check_device(capability: tuple[int, int]) -> None:
 
 
 def check_part(name: str, linear: Linear) -> None:
-    """Refuse a part of a matrix that begins within a block: its blocks would not be those of the
+    """Refuse parts of a matrix that do not end with a block: their blocks would not be those of the
     whole, and how the model is split would change what it computes.
     """
     weight = linear.weight
-    begins = 0 if linear.rows is None else linear.rows.start
-    if isinstance(weight, DTensor) and tuple(local(weight).shape) != tuple(weight.shape):
-        split = [place.dim for place in weight.placements if place.is_shard()]
-        begins = max(begins % SIZE, *(local(weight).shape[dim] % SIZE for dim in split))
-    if begins % SIZE:
+    pairs = zip(local(weight).shape, weight.shape, strict=True)
+    parts = [part for part, whole in pairs if part != whole]
+    parts += [] if linear.rows is None else [linear.rows.stop - linear.rows.start]
+    if split := [part for part in parts if part % SIZE]:
         raise InputError(
-            f"{name} [{', '.join(map(str, weight.shape))}] is split at multiples of {begins}, "
+            f"{name} [{', '.join(map(str, weight.shape))}] is split at multiples of {split[0]}, "
             f"which are not multiples of the {SIZE} rows and columns of an fp8 block; lower "
             "--parallel.tp and --parallel.cp, or use --precision.compute bf16"
         )

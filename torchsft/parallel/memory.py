@@ -1,5 +1,5 @@
-"""Whether a rank's share of weights, gradients and moments fits into its device, and into its
-host.
+"""Whether a rank's share of weights, gradients and moments fits into its device, into its host, and
+into the blocks of moments in int8.
 """
 
 import math
@@ -82,6 +82,20 @@ def moment_bytes(optim: Optim, parameter: nn.Parameter, is_muons: bool) -> float
     vector = parameter.ndim < 2
     each = {"fp32": FP32, "bf16": 2, "int8": FP32 if vector else 1 + FP32 / BLOCK}
     return 2 * each[optim.moments]
+
+
+def check_moments(model: nn.Module) -> None:
+    """Refuse moments in int8 of a matrix whose rows are split within a block: its blocks would be
+    others in each layout.
+    """
+    for name, parameter in model.named_parameters():
+        width, whole = local(parameter).shape[-1], parameter.shape[-1]
+        splits = parameter.ndim > 1 and width != whole and width % BLOCK
+        if splits and parameter.requires_grad:
+            raise InputError(
+                f"--optim.moments int8 has blocks of {BLOCK} entries of a row, but ranks share "
+                f"rows of {name} in parts of {width}; lower --parallel.tp, or use bf16"
+            )
 
 
 def has_replicas(parameter: nn.Parameter) -> bool:
@@ -211,7 +225,7 @@ def check_memory(
     in_flight: int,
 ) -> None:
     """Refuse a model whose share does not fit into this rank's device, or what it keeps on the host
-    does not fit there, before any is allocated.
+    does not fit there, or whose moments do not fit into blocks, before any is allocated.
 
     Args:
         model: this rank's part, sharded; on the meta device.
@@ -225,6 +239,8 @@ def check_memory(
         InputError: what the rank would hold and what its device has, in GB (10^9 bytes).
     """
     optim, on_host, is_pinned = config.optim, {}, world.device.type == "cuda"
+    if optim.moments == "int8":
+        check_moments(model)
     if optim.offload:
         on_host["--optim.offload"] = host_bytes(model, is_pinned)
     if config.train.activation_offload:
