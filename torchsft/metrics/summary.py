@@ -42,8 +42,11 @@ def describe_run(
     if config.precision.compute == "float8":
         compute += (
             f" ({config.precision.float8_recipe}: attention's matrices, dense networks and shared "
-            "experts; not embedding, head, routers, routed experts, indexers and MTP's eh_proj)"
+            "experts; not embedding, head, routers, indexers and MTP's eh_proj)"
         )
+    if config.precision.compute != "blockwise":
+        experts = config.precision.experts
+        compute += f", routed experts {'not in fp8' if experts == 'same' else f'in {experts}'}"
     return f"{model}, {compute}, on {ranks}: {layout}; {steps}"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
 from torchsft.ops.grouped import Products
-from torchsft.ops.tiles import SIZE, tiles_of
+from torchsft.ops.tiles import SIZE, padding_of
 from torchsft.precision.blockwise import BLOCK, encode, scale_of
 
 INNER, ROWS = (1, SIZE), (SIZE, 1)  # tiles along the inner dim of y and dx, and of dw
@@ -59,20 +59,20 @@ class BlockwiseProducts(Products):
     def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return y_RO."""
         x = rounded(x_RI, INNER, self.power_of_two)
-        return _grouped(x, self.held(weight_EOI).mT, offs_E).to(x_RI.dtype)
+        return grouped(x, self.held(weight_EOI).mT, offs_E).to(x_RI.dtype)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
         grad = rounded(grad_RO, INNER, self.power_of_two)
-        return _grouped(grad, self.held(weight_EOI), offs_E).to(grad_RO.dtype)
+        return grouped(grad, self.held(weight_EOI), offs_E).to(grad_RO.dtype)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI."""
-        tiles = tiles_of(offs_E, len(x_RI))
+        padding = padding_of(offs_E, len(x_RI), SIZE)
         grad_MO, x_MI = (
-            rounded(tiles.spread(values), ROWS, self.power_of_two) for values in (grad_RO, x_RI)
+            rounded(padding.pad(values), ROWS, self.power_of_two) for values in (grad_RO, x_RI)
         )
-        return _grouped(grad_MO.mT, x_MI, SIZE * tiles.bounds_E[1:]).to(x_RI.dtype)
+        return grouped(grad_MO.mT, x_MI, padding.offs_E).to(x_RI.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x [..., I] weight^T [O, I] + bias [O]."""
@@ -85,7 +85,7 @@ class BlockwiseProducts(Products):
         return rounded(matrices, BLOCK, self.power_of_two).flatten(-3, -2)
 
 
-def _grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
+def grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
     """Return `F.grouped_mm` of fp32; of one expert, which a linear map is, an ordinary product."""
     if len(offs_E) > 1:
         return F.grouped_mm(a, b, offs=offs_E)
