@@ -57,6 +57,8 @@ MODES = {
     "... --train.activation-offload": Mode(train=FULL | {"activation_offload": True}),
     "--precision.compute float8": Mode(precision={"compute": "float8"}),
     "--precision.compute blockwise": Mode(precision={"compute": "blockwise"}),
+    "--precision.experts float8": Mode(precision={"experts": "float8"}),
+    "--precision.experts mxfp8": Mode(precision={"experts": "mxfp8"}),
 }
 
 

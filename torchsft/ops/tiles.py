@@ -58,10 +58,6 @@ class Padding(NamedTuple):
         x_MC[self.place_R] = x_RC
         return x_MC
 
-    def unpad(self, x_MC: Tensor) -> Tensor:
-        """Return x_RC."""
-        return x_MC[self.place_R]
-
 
 def padding_of(offs_E: Tensor, rows: int, multiple: int) -> Padding:
     """Pad the rows of each expert to a multiple.
