@@ -8,6 +8,8 @@ python tools/benchmark.py pipeline        how long pipeline ranks idle under eac
                                           its formula
 python tools/benchmark.py layouts         step time and bytes sent under each parallel layout,
                                           against one process
+python tools/benchmark.py rows            the longest row at a fixed memory, of two modes of
+                                          activation checkpointing
 python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the
                                           obvious script
 python tools/benchmark.py data            tokenising, packing, starting, against the bare tokenizer
@@ -29,6 +31,7 @@ from tools import (
     benchmark_gpu,
     benchmark_layouts,
     benchmark_pipeline,
+    benchmark_rows,
     benchmark_step,
 )
 
@@ -59,6 +62,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     layouts.add_argument(
         "--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)"
     )
+    rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
+    rows.add_argument(
+        "--repeats", type=int, default=3, help="timed passes of each mode (default: %(default)s)"
+    )
     checkpoint = commands.add_parser(
         "checkpoint", help="8.5 GB of V3's shapes; needs 45 GB of disk and 20 GB of memory"
     )
@@ -74,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    for command in (step, gpu, pipeline, layouts, checkpoint, data):
+    for command in (step, gpu, pipeline, layouts, rows, checkpoint, data):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 
@@ -91,6 +98,7 @@ def main() -> None:
             "gpu": benchmark_gpu,
             "pipeline": benchmark_pipeline,
             "layouts": benchmark_layouts,
+            "rows": benchmark_rows,
             "checkpoint": benchmark_checkpoint,
         }
         tools[options.command].run(options.json, options.repeats)

@@ -55,6 +55,7 @@ MODES = {
         train=FULL | {"activation_checkpointing_every": 2}
     ),
     "... --train.activation-offload": Mode(train=FULL | {"activation_offload": True}),
+    "--train.activation-checkpointing stream": Mode(train={"activation_checkpointing": "stream"}),
     "--train.deterministic": Mode(train={"deterministic": True}),
     "--train.label-smoothing 0.1 --train.z-loss 1e-4": Mode(
         train={"label_smoothing": 0.1, "z_loss": 1e-4}
