@@ -67,6 +67,8 @@ MODES = {
         precision={"compute": "float8", "float8_recipe": "rowwise_with_gw_hp"}
     ),
     "--precision.compute blockwise": Mode(precision={"compute": "blockwise"}),
+    "--precision.experts float8": Mode(precision={"experts": "float8"}),
+    "--precision.experts mxfp8": Mode(precision={"experts": "mxfp8"}),
 }
 
 

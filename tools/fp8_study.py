@@ -92,6 +92,12 @@ def second_book(rows: Path, target: Path) -> Path:
     return target
 
 
+def precision_of(name: str) -> Precision:
+    """Return what a name of `--compute` means, such as fp32 or float8+mxfp8."""
+    compute, _, experts = name.partition("+")
+    return Precision(compute=compute, experts=experts or "same")
+
+
 @dataclasses.dataclass
 class Study:
     """One seed's runs, in a directory of their own."""
@@ -118,7 +124,7 @@ class Study:
             train=Train(steps=steps, global_batch_size=ROWS, micro_batch_size=ROWS, seed=self.seed),
             parallel=Parallel(dp_shard=1),
             optim=Optim(lr=lr, warmup_steps=0.05),
-            precision=Precision(compute=compute),
+            precision=precision_of(compute),
             checkpoint=Checkpoint(export="none", resume="never"),
             metrics=Metrics(tensorboard=False, progress=False),
             output=str(self.directory / "unused"),
@@ -169,10 +175,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for compute in options.compute:
             print(f"seed {seed}: conversations, {compute}", flush=True)
             found["curves"][compute] = study.curve(compute, options.first_steps, options.first_lr)
-        start, steps = study.directory / "random", options.first_steps
-        study.train("first", start, "first", "fp32", steps, options.first_lr)
-        release = study.directory / "first-fp8"
-        found["release"] = study.loss(release, "second")
+        if options.lr:
+            start, steps = study.directory / "random", options.first_steps
+            study.train("first", start, "first", "fp32", steps, options.first_lr)
+            release = study.directory / "first-fp8"
+            found["release"] = study.loss(release, "second")
         for lr in options.lr:
             for compute in options.compute:
                 print(f"seed {seed}: second book, lr {lr:g}, {compute}", flush=True)
@@ -249,6 +256,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
             for one, other in zip(zip(*means, strict=True), zip(*plain, strict=True), strict=True)
         ]
         lines.append(f"| {compute} | {', '.join(shown)} | {', '.join(ratios)} |")
+    if not results[0]["second"]:
+        return "\n".join(lines)
     kinds = ("fp32", "bf16", "fp8", "served")
     release = spread([result["release"] for result in results])
     lines += ["", f"second book: held-out losses; {release} of the release. Kept: the part of the"]
@@ -276,11 +285,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--compute", nargs="+", default=["fp32", "blockwise"])
+    parser.add_argument(
+        "--compute",
+        nargs="+",
+        default=["fp32", "blockwise"],
+        help="--precision.compute, with a --precision.experts behind it as in fp32+mxfp8",
+    )
     parser.add_argument("--first-steps", type=int, default=300)
     parser.add_argument("--first-lr", type=float, default=3e-3)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 2e-5])
+    parser.add_argument(
+        "--lr", type=float, nargs="*", default=[1e-4, 2e-5], help="none: step 1 alone"
+    )
     return parser.parse_args(argv)
 
 

@@ -545,6 +545,11 @@ class Precision:
     """
     power_of_two_scales: bool = False
     """Round the scales of blockwise up to powers of two."""
+    experts: Literal["same", "float8", "mxfp8"] = "same"
+    """Grouped products of routed experts. same: in fp8 if compute is blockwise, else not. float8:
+    by torchao, a scale for each row of a factor (H100). mxfp8: one for each 32 entries of it
+    (B200).
+    """
 
     def __post_init__(self) -> None:
         for name, owner in {"power_of_two_scales": "blockwise", "float8_recipe": "float8"}.items():
@@ -554,6 +559,11 @@ class Precision:
                     f"--precision.{name.replace('_', '-')} {given} is for --precision.compute "
                     f"{owner}, not {self.compute}; leave it out, or set --precision.compute {owner}"
                 )
+        if self.experts != "same" and self.compute == "blockwise":
+            raise InputError(
+                f"--precision.compute blockwise has the experts in fp8 already, and "
+                f"--precision.experts is {self.experts}; leave one of the two out"
+            )
 
 
 @dataclass(kw_only=True)

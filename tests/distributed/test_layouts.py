@@ -78,7 +78,8 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
         "activation_offload": False,
         "freeze": (),
     }
-    recipe = {"float8_recipe": changes.pop("recipe")} if "recipe" in changes else {}
+    names = {"recipe": "float8_recipe", "experts": "experts"}
+    recipe = {name: changes.pop(short) for short, name in names.items() if short in changes}
     train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
     compute, output = (
         changes.pop("compute", "fp32"),

@@ -297,6 +297,35 @@ def test_block_wise_kernels_compute_what_the_plain_products_do(power_of_two, dty
         assert (found - expected).abs().max() <= bound * expected.abs().max(), name
 
 
+@pytest.mark.parametrize(("name", "major"), [("float8", 9), ("mxfp8", 10)])
+def test_kernels_of_experts_compute_what_the_emulated_products_do(name, major):
+    """Widths that all kernels take, an expert without rows. Float8's tensor cores sum 14 bits of up
+    to some hundred terms, and exp2 in its casts is approximate: a scale may be the next.
+    """
+    if torch.cuda.get_device_capability()[0] != major:
+        pytest.skip(f"needs compute capability {major}.x")
+    from torchsft.precision import expert_float8, expert_float8_kernels
+
+    make = expert_float8_kernels.float8_kernels
+    make = make if name == "float8" else expert_float8_kernels.mxfp8_kernels
+    block = {"float8": None, "mxfp8": expert_float8.BLOCK}[name]
+    plain, kernels = expert_float8.emulated(block), make()
+    draw = torch.Generator().manual_seed(0)
+    x, w, dy = (
+        torch.randn(shape, generator=draw).to("cuda", torch.bfloat16)
+        for shape in ((281, 256), (4, 128, 256), (281, 128))
+    )
+    offs = torch.tensor([150, 150, 153, 281], dtype=torch.int32, device="cuda")
+    for product, arguments in (
+        ("forward", (x, w)),
+        ("grad_rows", (dy, w)),
+        ("grad_weight", (dy, x)),
+    ):
+        expected = getattr(plain, product)(*arguments, offs).float()
+        found = getattr(kernels, product)(*arguments, offs).float()
+        assert (found - expected).norm() <= 1e-2 * expected.norm(), product
+
+
 def test_an_offloaded_run_has_its_weights_and_moments_on_the_host_and_learns_the_same(tmp_path):
     """Three steps in bf16. A GPU's AdamW rounds otherwise than a CPU's: 1e-3 of the losses."""
     write_tiny_model(tmp_path / "model", hidden_size=256, moe_intermediate_size=256)

@@ -46,8 +46,11 @@ def describe_run(
     layout = ", ".join([*_axes(world), *_pipeline(config, plan)])
     ranks = f"{world.size} x {world.device.type}"
     compute = f"{config.precision.compute} compute"
-    if config.precision.compute in ("blockwise", "float8"):
+    experts = config.precision.experts
+    if config.precision.compute in ("blockwise", "float8") or experts != "same":
         compute += f" (not in fp8: {', '.join(not_in_fp8(part))})"
+    if experts != "same":
+        compute += f", routed experts in {experts}"
     return f"{model}, {compute}, on {ranks}: {layout}; {steps}"
 
 

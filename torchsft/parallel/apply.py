@@ -13,6 +13,7 @@ from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.blockwise import apply_blockwise
 from torchsft.parallel.context import apply_context_parallel
 from torchsft.parallel.expert import apply_expert_parallel
+from torchsft.parallel.expert_float8 import apply_expert_float8
 from torchsft.parallel.float8 import apply_float8
 from torchsft.parallel.fsdp import apply_fsdp
 from torchsft.parallel.tensor import apply_tensor_parallel
@@ -69,6 +70,8 @@ def parallelize(
             )
         if precision and precision.compute == "float8":
             apply_float8(stage, world.device, precision.float8_recipe)
+        if precision and precision.experts != "same":
+            apply_expert_float8(stage, world.device, precision.experts, compute)
         apply_activation_checkpointing(stage, activations or Train(), world.device)
         if masters != torch.float32:
             cast_parameters(stage, masters)

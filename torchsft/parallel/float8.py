@@ -3,7 +3,8 @@ experts.
 
 Embedding, head and routers are left out for accuracy, as DeepSeek-V3 leaves them out
 (arXiv:2412.19437, section 3.3), and so are the matrix that joins MTP layers and DeepSeek-V3.2's
-indexer, whose small differences choose tokens; routed experts have grouped products.
+indexer, whose small differences choose tokens; routed experts have grouped products
+(expert_float8.py).
 """
 
 from functools import partial

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
 from torchsft.ops.grouped import Products
-from torchsft.ops.tiles import SIZE, tiles_of
+from torchsft.ops.tiles import SIZE, padding_of
 from torchsft.precision.blockwise import BLOCK, encode, scale_of
 
 INNER, ROWS = (1, SIZE), (SIZE, 1)  # tiles along the inner dim of y and dx, and of dw
@@ -64,24 +64,22 @@ class BlockwiseProducts(Products):
         """Return y_RO."""
         x = rounded(x_RI, INNER, self.power_of_two)
         weight = self.held(weight_EOI)
-        return _grouped(x, weight.mT, offs_E).to(x_RI.dtype)
+        return grouped(x, weight.mT, offs_E).to(x_RI.dtype)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
         grad = rounded(grad_RO, INNER, self.power_of_two)
         weight = self.held(weight_EOI)
-        return _grouped(grad, weight, offs_E).to(grad_RO.dtype)
+        return grouped(grad, weight, offs_E).to(grad_RO.dtype)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI: the inner dim is that of the rows, so that an expert's
         rows must fill whole tiles.
         """
-        tiles = tiles_of(offs_E, len(x_RI))
-        grad_MO = rounded(tiles.spread(grad_RO), ROWS, self.power_of_two)
-        x_MI = rounded(tiles.spread(x_RI), ROWS, self.power_of_two)
-        # where each expert's rows end among those with zeros between them
-        ends_E = SIZE * tiles.bounds_E[1:]
-        return _grouped(grad_MO.mT, x_MI, ends_E).to(x_RI.dtype)
+        padding = padding_of(offs_E, len(x_RI), SIZE)
+        grad_MO = rounded(padding.pad(grad_RO), ROWS, self.power_of_two)
+        x_MI = rounded(padding.pad(x_RI), ROWS, self.power_of_two)
+        return grouped(grad_MO.mT, x_MI, padding.offs_E).to(x_RI.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output of a linear map, differentiable.
@@ -111,7 +109,7 @@ class BlockwiseProducts(Products):
         return held.flatten(-3, -2)
 
 
-def _grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
+def grouped(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
     """Return `F.grouped_mm` of fp32; of one expert, which a linear map is, an ordinary product.
 
     Args:
