@@ -199,7 +199,8 @@ def refusals_of_split_blocks(parallel):
         for precision in (BLOCKWISE, None):
             try:
                 parallelize([model := build()], world, torch.float32, precision=precision)
-                check_memory(model, torch.float32, True, Optim(moments="int8"), world, False)
+                config = Config(optim=Optim(moments="int8"))
+                check_memory(model, torch.float32, True, config, world, 1)
             except InputError as error:
                 said.append(str(error))
         return said
