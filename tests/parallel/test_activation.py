@@ -83,6 +83,13 @@ def passes(mode: str, world: World, **changes: Any) -> dict[str, Any]:
     }
 
 
+def evaluate(mode: str, world: World, **changes: Any) -> float:
+    """The loss of a model that has not been trained."""
+    model = model_of(mode, world, **changes).eval()
+    with torch.no_grad():
+        return model(**microbatch(world.data_rank)).item()
+
+
 def all_modes(
     parallel: dict[str, int], modes: Collection[str] = MODES, **changes: Any
 ) -> dict[str, dict[str, Any]]:
@@ -110,6 +117,8 @@ def streamed(parallel: dict[str, int], modes: Collection[str], **changes: Any) -
     with World(Parallel(timeout_seconds=60, **parallel), 0) as world:
         expected = passes("none", world, **changes)
         found = [passes(mode, world, **changes) for mode in modes]
+        evaluated = [evaluate(mode, world, **changes) for mode in ("none", *modes)]
+    assert all(abs(loss - evaluated[0]) <= 1e-6 * abs(evaluated[0]) for loss in evaluated)
     for result in found:
         assert result["values"].keys() == expected["values"].keys()
         for name, value in expected["values"].items():

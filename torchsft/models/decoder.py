@@ -25,9 +25,9 @@ of this table and nowhere else; each stands in its class with the value of one r
     LanguageModel.mtp_scale factor of the loss of MTP layers, before each step       trainer
     LanguageModel.objective what is minimised besides the negative log-likelihood    trainer
     DecoderLayer.recompute  runs a layer so that little of it is kept                activation
-    DecoderLayer.stream     runs a layer piece by piece                              stream
-    MoE.parts               router and experts, called for a piece                   stream
-    LatentAttention.by_heads  runs attention for some heads at a time                stream
+    DecoderLayer.stream,    run a layer piece by piece                               stream
+    MoE.parts,
+    LatentAttention.by_heads
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.
 

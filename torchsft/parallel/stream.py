@@ -76,6 +76,8 @@ def _stream(
     """Return what the layer returns."""
     if not x_SD.requires_grad and any(p.requires_grad for p in layer.parameters()):
         x_SD = x_SD.detach().requires_grad_()  # or autograd would not ask for theirs
+    if not torch.is_grad_enabled():
+        moves = ()  # nothing is kept
     run: Callable[..., Tensor] = _Streamed.apply
     for unit in around:
         run = partial(unit, run)
