@@ -1,8 +1,8 @@
 """The longest row at a fixed memory: --train.activation-checkpointing full against stream, for
 `tools/benchmark.py rows`.
 
-Two layers of DeepSeek-V3's shape, an eighth as wide, with 8 experts of which each token chooses 8,
-in fp32: one document a row, forward and backward. Memory is what torch's CPU allocator holds at
+Two layers of DeepSeek-V3's shape, a sixteenth as wide, with 8 experts of which each token chooses
+8, in fp32: one document a row, forward and backward. Memory is what torch's CPU allocator holds at
 most above weights and gradients, which are there before. Where both modes hold a row, their
 gradients are compared and their times are taken in turns.
 """
@@ -25,7 +25,7 @@ from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.activation import apply_activation_checkpointing
 
-NARROWER = 8
+NARROWER = 16
 SIZES = {
     "model_type": "deepseek_v3",
     "vocab_size": 512,
@@ -51,7 +51,7 @@ MODES = {
     "stream": Train(activation_checkpointing="stream"),
     "stream, 16 pieces": Train(activation_checkpointing="stream", stream_pieces=16),
 }
-LIMIT = 128 * 2**20  # bytes
+LIMIT = 64 * 2**20  # bytes
 STEP = 64  # tokens: how exactly the longest row is found
 
 

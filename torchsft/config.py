@@ -228,7 +228,9 @@ class Train:
     what full keeps, and computes a layer piece by piece.
     """
     stream_pieces: int = 8
-    """With stream, how many pieces, of tokens and of heads, a layer is computed in."""
+    """With stream, how many pieces, of tokens and of heads, a layer is computed in: at most as many
+    as there are. Attention that is not latent (MLA) is computed whole.
+    """
     activation_checkpointing_every: int = 1
     """Every how many layers one is checkpointed; the others keep all."""
     selective_products: bool = False
@@ -688,12 +690,13 @@ class Config:
     def __post_init__(self) -> None:
         if not self.output:
             raise InputError("--output is empty; name a directory")
-        compute = self.precision.compute
-        streamed = self.train.activation_checkpointing == "stream"
-        if streamed and compute in ("float8", "blockwise"):
-            fault = "--train.activation-checkpointing stream cuts matrices by heads, but"
+        compute, experts = self.precision.compute, self.precision.experts
+        in_fp8 = compute in ("float8", "blockwise") or experts != "same"
+        if in_fp8 and self.train.activation_checkpointing == "stream":
             raise InputError(
-                f"{fault} --precision.compute {compute} multiplies whole ones; set full, or bf16"
+                "--train.activation-checkpointing stream multiplies parts of matrices and of rows, "
+                "whose fp8 scales would be others than those of the whole that --precision.compute "
+                f"{compute} and --precision.experts {experts} have; set full, or bf16 and same"
             )
 
 

@@ -380,7 +380,7 @@ MATRIX = [
         pp_schedule="ZBVZeroBubble",
     ),
     layout(pp=2, activation_checkpointing="selective", pp_schedule="InterleavedZeroBubble"),
-    layout(pp=2, tp=2, ep=2, activation_checkpointing="stream", pp_schedule="Interleaved1F1B"),
+    layout(pp=2, tp=2, ep=2, activation_checkpointing="stream", pp_schedule="ZBVZeroBubble"),
     layout(
         pp=2,
         dp_shard=2,

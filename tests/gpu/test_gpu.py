@@ -206,7 +206,11 @@ def test_checkpointed_layers_compute_the_same_and_keep_less(directory, monkeypat
                     loss.backward()
             found.append([p.grad for p in model.parameters()])
             memory.append(kept)
-    assert all(map(torch.equal, *found))
+    for expected, gradient in zip(*found, strict=True):
+        if options["activation_checkpointing"] == "stream":  # sums in another order
+            assert (gradient - expected).norm() < 2e-2 * expected.norm()
+        else:
+            assert torch.equal(gradient, expected)
     assert memory[1] < memory[0]
     selective = options["activation_checkpointing"] == "selective"
     assert (backward.count["torch_attn::_varlen_attn"] == 0) == selective

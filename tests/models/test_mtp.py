@@ -15,6 +15,7 @@ from tests.tiny import tiny_config
 from torchsft.config import InputError, Model, Train
 from torchsft.models.families import build_model
 from torchsft.models.language_model import trained_mtp_layers
+from torchsft.parallel.activation import apply_activation_checkpointing
 
 LAYERS, FACTOR = 3, 0.3
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -114,9 +115,10 @@ def ours(reference, modules, **options):
 
 
 @pytest.mark.parametrize(
-    ("modules", "recompute", "tied"), [(1, False, False), (2, True, False), (2, False, True)]
+    ("modules", "mode", "tied"),
+    [(1, "none", False), (2, "full", False), (2, "stream", False), (2, "none", True)],
 )
-def test_losses_and_gradients_are_those_of_the_report(modules, recompute, tied):
+def test_losses_and_gradients_are_those_of_the_report(modules, mode, tied):
     """Documents packed, one of a single token, one of two, with padding: no prediction crosses a
     boundary; embedding and head are shared.
     """
@@ -136,11 +138,8 @@ def test_losses_and_gradients_are_those_of_the_report(modules, recompute, tied):
 
     model = ours(reference, modules, loss_chunk=20)
     model.mtp_scale = FACTOR / (modules * divisor)
-    if recompute:
-        from torchsft.parallel.activation import apply_activation_checkpointing
-
-        full = Train(activation_checkpointing="full")
-        apply_activation_checkpointing(model, full, torch.device("cpu"))
+    options = Train(activation_checkpointing=mode)
+    apply_activation_checkpointing(model, options, torch.device("cpu"))
     loss = model(**inputs)
     (loss / divisor).backward()
     assert loss.item() == pytest.approx(main.item(), rel=1e-5)  # reported apart

@@ -133,15 +133,20 @@ def gathering(config: Config, in_float8: bool) -> tuple[list[float], dict[str, t
         return losses, {n: full(p) for n, p in parameters.items()}, (sent.sent, elements)
 
 
+@pytest.mark.parametrize(
+    "layout", [{"dp_shard": 2, "tp": 2}, {"dp_shard": 2, "pp": 2, "pp_layers": (1,) * 8}], ids=str
+)
 def test_tensorwise_weights_are_gathered_in_a_byte_an_element_and_nothing_else_changes(
-    ranks, tmp_path
+    ranks, tmp_path, layout
 ):
     """Bit by bit; over two ranks each sends its part to the other, in each of two passes through
-    four microbatches, in fp32 or in fp8.
+    four microbatches, in fp32 or in fp8. A schedule of four stages on a rank gathers whenever it
+    will, also when no forward pass follows before weights change.
     """
-    write_tiny_model(tmp_path / "model", **SIZES)
+    layers = 8 if "pp" in layout else SIZES["num_hidden_layers"]
+    write_tiny_model(tmp_path / "model", **(SIZES | {"num_hidden_layers": layers}))
     write_conversations(tmp_path / "train.jsonl", 10)
-    options = {"dp_shard": 2, "tp": 2, "compute": "float8", "recipe": "tensorwise"}
+    options = layout | {"compute": "float8", "recipe": "tensorwise"}
     config = config_for(str(tmp_path), **options)
     plain, low = (ranks(4, gathering, config=config, in_float8=each) for each in (False, True))
     for (losses, parameters, (sent, none)), (*found, (fewer, elements)) in zip(
@@ -149,7 +154,8 @@ def test_tensorwise_weights_are_gathered_in_a_byte_an_element_and_nothing_else_c
     ):
         assert found[0] == losses and none == 0 < elements
         assert all(torch.equal(found[1][name], value) for name, value in parameters.items())
-        assert sent["all-gather"] - fewer["all-gather"] == (4 - 1) * elements * 2 * 4
+        if "pp" not in layout:
+            assert sent["all-gather"] - fewer["all-gather"] == (4 - 1) * elements * 2 * 4
 
 
 def test_what_is_not_in_fp8_is_found_in_the_modules():

@@ -403,10 +403,10 @@ class LatentAttention(nn.Module):
     tokens, so that causal and packed work is balanced whatever the documents.
     """
 
-    # by_heads(compute, heads) returns what compute(None) does, that is, of all of this rank's heads
-    # [T, heads, v]; compute(slice) is of some.
-    by_heads: Callable[[Callable[[slice | None], Tensor], int], Tensor] = staticmethod(
-        lambda compute, heads: compute(None)
+    # by_heads(compute, heads, *inputs) returns what compute(None, *inputs) does, that is, of all of
+    # this rank's heads [T, heads, v]; compute(slice, *inputs) is of some.
+    by_heads: Callable[..., Tensor] = staticmethod(
+        lambda compute, heads, *inputs: compute(None, *inputs)
     )
 
     def __init__(
@@ -463,19 +463,18 @@ class LatentAttention(nn.Module):
         if self.indexer is not None and documents.longest > self.indexer.top_k:
             seen_TT = self.indexer(x_SD, q, documents)
         heads = self.kv_b_proj.outputs() // (self.nope_dim + self.v_dim)
-        out_THd = self.by_heads(
-            lambda some: self.attend(q, latent, k_rope, documents, seen_TT, some), heads
-        )
+        compute = functools.partial(self.attend, documents, seen_TT)
+        out_THd = self.by_heads(compute, heads, q, latent, k_rope)
         return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
 
     def attend(
         self,
-        q: Tensor,  # query latents, or what queries are projected from, [T, R]
-        latent: Tensor,  # [T, kv_rank]
-        k_rope: Tensor,  # [T, rope]
         documents: Documents,
         seen_TT: Tensor | None,  # see `attend`
         heads: slice | None,  # of those of this rank; None: all
+        q: Tensor,  # query latents, or what queries are projected from, [T, R]
+        latent: Tensor,  # [T, kv_rank]
+        k_rope: Tensor,  # [T, rope]
     ) -> Tensor:
         """Return what some heads see, [T, heads, v]."""
         turn = functools.partial(

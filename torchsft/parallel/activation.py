@@ -12,7 +12,7 @@ from torchsft.config import InputError, Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.ops.repetition import ATTENTION, PRODUCTS, ROUTING, Pass
 from torchsft.parallel.activation_offload import Offload
-from torchsft.parallel.stream import stream_layer
+from torchsft.parallel.stream import call, stream_layer
 
 
 def apply_activation_checkpointing(
@@ -42,7 +42,7 @@ def apply_activation_checkpointing(
     if mode == "stream":
         for layer in layers:
             stream_layer(layer, options.stream_pieces, *moves)
-            layer.recompute = offload.run if offload else None
+            layer.recompute = offload.run if offload else call
         return
     names = ROUTING
     if mode == "selective":

@@ -87,7 +87,7 @@ def microbatches_in_flight(parallel: Parallel, pp_rank: int, microbatches: int) 
     if schedule == "GPipe":
         return microbatches
     if schedule in V_SHAPED:
-        microbatches //= 2
+        microbatches = max(1, microbatches // 2)
     return min(microbatches, parallel.pp - pp_rank)
 
 

@@ -36,7 +36,8 @@ def stream_layer(layer: DecoderLayer, pieces: int, *moves: Callable[[Any], Any])
 
     Args:
         layer: of a model, split over ranks or not.
-        pieces: how many, of tokens and of heads; as many as there are, if these are fewer.
+        pieces: how many, of tokens and of heads; as many as there are, if these are fewer. Heads
+            are cut in latent attention alone.
         moves: gives what stands for a kept tensor, and gives the tensor back; nothing: itself.
     """
     if isinstance(layer.self_attn, LatentAttention):
@@ -46,18 +47,28 @@ def stream_layer(layer: DecoderLayer, pieces: int, *moves: Callable[[Any], Any])
         around = [layer.mlp.gate, layer.mlp.experts]
         layer.mlp.parts = tuple(unit.forward for unit in around)
         for unit in around:
-            unit.forward = _call
+            unit.forward = call
     layer.stream = partial(_stream, layer, around, pieces, moves)
 
 
-def _call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return what a function returns."""
     return function(*args)
 
 
-def _by_heads(pieces: int, compute: Callable[[slice], Tensor], heads: int) -> Tensor:
+def _by_heads(
+    pieces: int, compute: Callable[..., Tensor], heads: int, *inputs_TR: Tensor
+) -> Tensor:
     """Compute some heads at a time, and each of them again in the backward pass."""
-    run = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([run(some) for some in _slices(heads, pieces)], dim=1)
+    dtype = inputs_TR[0].dtype
+    # their gradients, which the pieces add up
+    in_fp32 = [x_TR.float() for x_TR in inputs_TR]
+
+    def run(some: slice, *inputs_TR: Tensor) -> Tensor:
+        return compute(some, *(x_TR.to(dtype) for x_TR in inputs_TR))
+
+    again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(some, *in_fp32) for some in _slices(heads, pieces)], dim=1)
 
 
 def _slices(count: int, pieces: int) -> list[slice]:
