@@ -49,29 +49,29 @@ def gather_in_float8(stage: LanguageModel) -> None:
     rounding what it has gathered: the same numbers.
 
     At a shard FSDP looks for two functions, here torchao's, that say what is gathered; shards stay
-    plain tensors. All scales are found in one collective, for the first gather since shards
-    changed. Left out are weights whose rows do not divide over the ranks (FSDP pads a copy of
+    plain tensors. All scales are found in one collective, for the first gather since a forward
+    pass began. Left out are weights whose rows do not divide over the ranks (FSDP pads a copy of
     such a shard), and those of which a rank computes some rows alone, whose scale is their own.
 
     Args:
-        stage: sharded, with memory.
+        stage: sharded, with memory. A part of a model is left as it is: schedules of pipelines
+            gather when they will, and mostly once for a step.
     """
+    if not (stage.first and stage.last):
+        return
     shards: list[Tensor] = []
     scales: dict[Tensor, Tensor] = {}
-    of: list[int] = []  # the shards' versions, which count how often they were written
 
     def gather(
         shard: Tensor, mesh: DeviceMesh, size: Any, stride: Any, linear: Any, policy: Any
     ) -> Any:
         dtype = policy.param_dtype or shard.dtype
-        now = [each._version for each in shards]
-        if of != now:
+        if not scales:
             from torchao.float8.float8_utils import amax_to_scale
 
             largest = torch.stack([each.abs().max() for each in shards])
             dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group())
             scales.update(zip(shards, amax_to_scale(largest.to(dtype), E4M3), strict=True))
-            of[:] = now
         low = linear.product.cast(shard.to(dtype), precomputed_scale=scales[shard])
         return low.fsdp_pre_all_gather(mesh)
 
@@ -84,6 +84,7 @@ def gather_in_float8(stage: LanguageModel) -> None:
             shard.fsdp_pre_all_gather = partial(gather, shard)
             shard.fsdp_post_all_gather = cast(shard).fsdp_post_all_gather
             shards.append(shard)
+    stage.register_forward_pre_hook(lambda *_: scales.clear(), prepend=True)
 
 
 def check_device(capability: tuple[int, int]) -> None:
