@@ -274,27 +274,22 @@ class Train:
             label_smoothing=0,
             z_loss=0,
         )
-        if self.activation_checkpointing_every > 1 and self.activation_checkpointing == "none":
-            raise InputError(
-                f"--train.activation-checkpointing-every is {self.activation_checkpointing_every}, "
-                "but --train.activation-checkpointing is none; set full"
-            )
-        if self.activation_offload and self.activation_checkpointing == "none":
-            raise InputError(
-                "--train.activation-offload moves what checkpointed layers keep, but "
-                "--train.activation-checkpointing is none; set full"
-            )
-        if self.selective_products and self.activation_checkpointing != "selective":
-            raise InputError(
-                "--train.selective-products needs --train.activation-checkpointing selective, not "
-                f"{self.activation_checkpointing}; leave one of them out"
-            )
-        if self.stream_pieces != 8 and self.activation_checkpointing != "stream":
-            raise InputError(
-                f"--train.stream-pieces is {self.stream_pieces}, but "
-                f"--train.activation-checkpointing is {self.activation_checkpointing}; set stream, "
-                "or leave it out"
-            )
+        mode, every = self.activation_checkpointing, self.activation_checkpointing_every
+        pieces = self.stream_pieces
+        checkpointed = ("full", "selective", "stream")
+        # what is given of options that belong to some modes alone, and these modes
+        given = {
+            f"activation-checkpointing-every {every}": every > 1 and checkpointed,
+            "activation-offload": self.activation_offload and checkpointed,
+            "selective-products": self.selective_products and ("selective",),
+            f"stream-pieces {pieces}": pieces != type(self).stream_pieces and ("stream",),
+        }
+        for option, modes in given.items():
+            if modes and mode not in modes:
+                raise InputError(
+                    f"--train.{option} is for --train.activation-checkpointing "
+                    f"{' or '.join(modes)}, not {mode}; leave it out, or set {modes[0]}"
+                )
         if self.label_smoothing >= 1:
             raise InputError(
                 f"--train.label-smoothing is {self.label_smoothing}, but it must be below 1"
@@ -694,9 +689,9 @@ class Config:
         in_fp8 = compute in ("float8", "blockwise") or experts != "same"
         if in_fp8 and self.train.activation_checkpointing == "stream":
             raise InputError(
-                "--train.activation-checkpointing stream multiplies parts of matrices and of rows, "
-                "whose fp8 scales would be others than those of the whole that --precision.compute "
-                f"{compute} and --precision.experts {experts} have; set full, or bf16 and same"
+                "--train.activation-checkpointing stream multiplies parts of what has one fp8 scale "
+                f"with --precision.compute {compute} and --precision.experts {experts}; set "
+                "--train.activation-checkpointing full, or leave fp8 out"
             )
 
 

@@ -248,13 +248,17 @@ def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backwar
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"activation_checkpointing_every": 2}, "every is 2, but .* is none; set full"),
+        (
+            {"activation_checkpointing_every": 2},
+            "every 2 is for .* full or selective or stream, not none; leave .* full",
+        ),
         ({"activation_checkpointing_every": 0}, "every"),
         (
             {"selective_products": True},
-            "needs --train.activation-checkpointing selective, not none",
+            "products is for --train.activation-checkpointing selective, not none; .* set selective",
         ),
-        ({"stream_pieces": 3}, "pieces is 3, but .* is none; set stream"),
+        ({"activation_offload": True}, "offload is for .* stream, not none; .* set full"),
+        ({"stream_pieces": 3}, "pieces 3 is for .* stream, not none; leave it out, or set stream"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, sentence):
