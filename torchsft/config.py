@@ -274,9 +274,8 @@ class Train:
             label_smoothing=0,
             z_loss=0,
         )
-        mode, every = self.activation_checkpointing, self.activation_checkpointing_every
-        pieces = self.stream_pieces
-        checkpointed = ("full", "selective", "stream")
+        every, pieces = self.activation_checkpointing_every, self.stream_pieces
+        mode, checkpointed = self.activation_checkpointing, ("full", "selective", "stream")
         # what is given of options that belong to some modes alone, and these modes
         given = {
             f"activation-checkpointing-every {every}": every > 1 and checkpointed,
@@ -291,9 +290,8 @@ class Train:
                     f"{' or '.join(modes)}, not {mode}; leave it out, or set {modes[0]}"
                 )
         if self.label_smoothing >= 1:
-            raise InputError(
-                f"--train.label-smoothing is {self.label_smoothing}, but it must be below 1"
-            )
+            smoothing = self.label_smoothing
+            raise InputError(f"--train.label-smoothing is {smoothing}, but it must be below 1")
         if self.seed >= 2**64:
             raise InputError(f"--train.seed is {self.seed}, but it must be less than 2**64")
 
@@ -689,9 +687,9 @@ class Config:
         in_fp8 = compute in ("float8", "blockwise") or experts != "same"
         if in_fp8 and self.train.activation_checkpointing == "stream":
             raise InputError(
-                "--train.activation-checkpointing stream multiplies parts of what has one fp8 scale "
-                f"with --precision.compute {compute} and --precision.experts {experts}; set "
-                "--train.activation-checkpointing full, or leave fp8 out"
+                "--train.activation-checkpointing stream multiplies parts of what has one fp8 "
+                f"scale with --precision.compute {compute} and --precision.experts {experts}; "
+                "set --train.activation-checkpointing full, or leave fp8 out"
             )
 
 

@@ -255,7 +255,7 @@ def test_what_is_on_the_host_is_not_on_the_device_and_is_gone_behind_the_backwar
         ({"activation_checkpointing_every": 0}, "every"),
         (
             {"selective_products": True},
-            "products is for --train.activation-checkpointing selective, not none; .* set selective",
+            "products is for .*-checkpointing selective, not none; leave it out, or set selective",
         ),
         ({"activation_offload": True}, "offload is for .* stream, not none; .* set full"),
         ({"stream_pieces": 3}, "pieces 3 is for .* stream, not none; leave it out, or set stream"),

@@ -9,6 +9,7 @@ from torchsft import ops
 from torchsft.config import InputError
 from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import Experts
+from torchsft.parallel.collectives import gather_objects
 from torchsft.precision.expert_float8 import BLOCK, emulated
 
 TORCHAO = "0.18."  # whose kernels precision/expert_float8_kernels.py calls
@@ -28,7 +29,7 @@ FORMATS = {"float8": Format(None, 9, 16), "mxfp8": Format(BLOCK, 10, 128)}
 def apply_expert_float8(
     model: LanguageModel, device: torch.device, name: str, compute: torch.dtype
 ) -> None:
-    """Let the routed experts of a model multiply in fp8.
+    """Let the routed experts of a model multiply in fp8; collective.
 
     Args:
         model: changed in place; its experts are split over ranks already.
@@ -57,8 +58,10 @@ def apply_expert_float8(
         elif any(width % multiple for width in widths):
             shape = " x ".join(map(str, widths))
             fault = f"layer {layer}'s experts are {shape}, not multiples of {multiple}"
-    if fault:
-        raise InputError(f"--precision.experts {name} is set, but {fault}; leave it out")
+    # A pipeline stage without experts ends with the others.
+    faults = [each for each in gather_objects(fault) if each]
+    if faults:
+        raise InputError(f"--precision.experts {name} is set, but {faults[0]}; leave it out")
 
 
 def check_device(

@@ -16,6 +16,7 @@ experts, which it shards by themselves, are called once around the pieces.
 Shape suffixes: S tokens on this rank, D width.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -65,15 +66,21 @@ def _by_heads(
     in_fp32 = [x_TR.float() for x_TR in inputs_TR]
 
     def run(some: slice, *inputs_TR: Tensor) -> Tensor:
-        return compute(some, *(x_TR.to(dtype) for x_TR in inputs_TR))
+        rounded = [x_TR.to(dtype) for x_TR in inputs_TR]
+        return compute(some, *rounded)
 
-    again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([again(some, *in_fp32) for some in _slices(heads, pieces)], dim=1)
+    outputs = []
+    for some in _slices(heads, pieces):
+        out_THd = checkpoint(run, some, *in_fp32, use_reentrant=False, preserve_rng_state=False)
+        outputs.append(out_THd)
+    return torch.cat(outputs, dim=1)
 
 
 def _slices(count: int, pieces: int) -> list[slice]:
-    size = -(-count // pieces)
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    """Cut 0 to `count` into at most that many pieces, all but the last equally long."""
+    size = math.ceil(count / pieces)
+    firsts = range(0, count, size)
+    return [slice(first, min(first + size, count)) for first in firsts]
 
 
 def _stream(
@@ -96,6 +103,8 @@ def _stream(
 
 
 class _Streamed(torch.autograd.Function):
+    """A layer, of whose first pass the input [S, D] is kept, and the routing of each piece."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -123,6 +132,7 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None, None, None]:
         layer, documents = ctx.layer, ctx.documents
         x_SD = ctx.saved_tensors[0].detach().requires_grad_()
+        # Attention first, whose output the pieces begin with; its backward pass comes last.
         with torch.enable_grad():
             attended_SD = layer.attend(x_SD, documents)
         grad_attended_SD = torch.empty_like(grad_SD)
@@ -145,10 +155,11 @@ def _frequency(
     """Return how often documents choose each expert, for the balance loss: that of a piece needs
     the choices of all.
     """
-    choose = layer.mlp.parts[0]
-    chosen = [
-        choose(layer.post_attention_layernorm(attended_SD[part])).experts_SK for part in parts
-    ]
+    choose, _ = layer.mlp.parts
+    chosen = []
+    for part in parts:
+        normed_SD = layer.post_attention_layernorm(attended_SD[part])
+        chosen.append(choose(normed_SD).experts_SK)
     return layer.mlp.frequency(torch.cat(chosen), documents)
 
 
