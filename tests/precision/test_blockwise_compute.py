@@ -158,20 +158,29 @@ def test_the_error_of_a_product_is_that_of_three_bits():
         assert 1 - 2 * (found * exact).sum() / squares < 7.5e-4
 
 
-@pytest.mark.parametrize("passes", [[[0, 1, 2, 3]], [[0, 3], [1, 2]]])
-def test_experts_multiply_in_blocks(passes):
-    """The grouped products against one product an expert, in one pass and as zero-bubble pipelines
-    go; the same terms, summed in fp32.
+# gradients that are asked for together: all, or as zero-bubble pipelines go
+PASSES = [[[0, 1, 2, 3]], [[0, 3], [1, 2]]]
+
+
+def check_experts(pair, width: int, inner: int, passes: list[list[int]]) -> None:
+    """Compare grouped products, of gate|up and of down, with one product an expert: the same terms,
+    summed in fp32.
     """
-    width, inner, offs = 144, 80, torch.tensor([3, 3, 135, 140], dtype=torch.int32)
+    offs = torch.tensor([3, 3, 135, 140], dtype=torch.int32)
     shapes = [(140, width), (4, 2 * inner, width), (4, width, inner), (140, 1)]
     inputs = [numbers(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-    dy, products = numbers(140, width, seed=4), (BlockwiseProducts(parts=2), BlockwiseProducts())
-    expected_y = grouped_swiglu_reference(*inputs, offs, products)
+    dy = numbers(140, width, seed=4)
+    expected_y = grouped_swiglu_reference(*inputs, offs, pair)
     expected = torch.autograd.grad(expected_y, inputs, dy)
-    y = grouped_swiglu(*inputs, offs, products)
+    y = grouped_swiglu(*inputs, offs, pair)
     assert_equal_sums(y, expected_y)
     for wanted in passes:
         found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, retain_graph=True)
         for i, gradient in zip(wanted, found, strict=True):
             assert_equal_sums(gradient, expected[i])
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_experts_multiply_in_blocks(passes):
+    pair = BlockwiseProducts(parts=2), BlockwiseProducts()
+    check_experts(pair, width=144, inner=80, passes=passes)

@@ -19,12 +19,16 @@ from torchao.quantization.quantize_.common import KernelPreference
 
 from tests.distributed.test_layouts import config_for
 from tests.parallel.passes import build
-from tests.precision.test_blockwise_compute import assert_equal_sums, numbers
+from tests.precision.test_blockwise_compute import (
+    PASSES,
+    assert_equal_sums,
+    check_experts,
+    numbers,
+)
 from tests.precision.test_float8 import SIZES, first_step
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint.resume import differences
 from torchsft.config import Config, InputError, Parallel, Precision, to_dict
-from torchsft.ops.swiglu import grouped_swiglu, grouped_swiglu_reference
 from torchsft.ops.tiles import padding_of
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.expert_float8 import check_device
@@ -222,24 +226,11 @@ def test_the_error_of_a_product_is_that_of_three_bits(products):
         assert 0.03 * exact.norm() < (found - exact).norm() < 0.038 * exact.norm()
 
 
-@pytest.mark.parametrize("passes", [[[0, 1, 2, 3]], [[0, 3], [1, 2]]])
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("products", [FLOAT8, MXFP8], ids=["float8", "mxfp8"])
 def test_experts_multiply_so(products, passes):
-    """The grouped products against one product an expert (`--model.experts loop`), in one pass and
-    as zero-bubble pipelines go.
-    """
-    width, inner, offs = 64, 32, torch.tensor([3, 3, 135, 140], dtype=torch.int32)
-    shapes = [(140, width), (4, 2 * inner, width), (4, width, inner), (140, 1)]
-    inputs = [numbers(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-    dy, pair = numbers(140, width, seed=4), (products, products)
-    expected_y = grouped_swiglu_reference(*inputs, offs, pair)
-    expected = torch.autograd.grad(expected_y, inputs, dy)
-    y = grouped_swiglu(*inputs, offs, pair)
-    assert_equal_sums(y, expected_y)
-    for wanted in passes:
-        found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, retain_graph=True)
-        for i, gradient in zip(wanted, found, strict=True):
-            assert_equal_sums(gradient, expected[i])
+    """As `--model.experts loop` does."""
+    check_experts((products, products), width=64, inner=32, passes=passes)
 
 
 LAYOUTS = [
@@ -280,6 +271,23 @@ def test_a_layout_changes_a_step_by_less_than_rounding_does(ranks, tmp_path):
             assert whole.keys() == exact[1].keys()
             assert found[0][0] == pytest.approx(loss, rel=1e-4), layout
             assert distance(whole, gradients) < 0.25 * rounding, layout
+
+
+def refused_in_a_pipeline() -> str:
+    """What a stage says, of which the first has no experts."""
+    with World(Parallel(pp=2, timeout_seconds=60), 0) as world:
+        rank = world.dense.get_local_rank("pp")
+        layers = [[0], [1, 2]][rank]
+        stage = build(hidden_size=32, moe_intermediate_size=16).part(layers, rank == 0, rank == 1)
+        with pytest.raises(InputError) as refused:
+            parallelize([stage], world, torch.float32, precision=Precision(experts="mxfp8"))
+        return str(refused.value)
+
+
+def test_a_stage_without_experts_refuses_what_the_others_refuse(ranks):
+    first, second = ranks(2, refused_in_a_pipeline)
+    assert "layer 2's experts are 32 x 16, not multiples of 32" in second
+    assert first == second
 
 
 def test_what_cannot_be_in_fp8_is_refused():
