@@ -10,7 +10,8 @@ from fnmatch import translate
 
 from torch import nn
 
-from torchsft.config import InputError, ParameterGroup
+from torchsft.config import InputError
+from torchsft.config.optim import ParameterGroup
 
 
 @dataclass(frozen=True)

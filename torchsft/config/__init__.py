@@ -7,28 +7,14 @@ world size is checked in `parallel/world.py`, what needs the model's `config.jso
 """
 
 import dataclasses
-import datetime
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class InputError(ValueError):
-    """Something that the user gave cannot be used: one sentence that names the thing, the numbers
-    and the remedy.
-    """
-
-
-def _at_least(options: Any, **least: float) -> None:
-    """Refuse a field of `options` that is set and less than `least` says, or not finite."""
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and not bound <= value < math.inf:  # also catches nan
-            option = f"--{type(options).__name__.lower()}.{name.replace('_', '-')}"
-            kind = "a finite number of " if value == math.inf else ""
-            raise InputError(f"{option} is {value}, but it must be {kind}at least {bound}")
+from torchsft.config.data import Data
+from torchsft.config.errors import InputError, at_least
+from torchsft.config.optim import Optim
 
 
 @dataclass(kw_only=True)
@@ -63,140 +49,12 @@ class Model:
     """Factor of the loss of --model.mtp train (DeepSeek-V3 pre-trained with 0.3, later 0.1)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, loss_chunk=1, mtp_weight=0)
+        at_least(self, loss_chunk=1, mtp_weight=0)
         if self.mtp != "train" and self.mtp_weight != type(self).mtp_weight:
             raise InputError(
                 f"--model.mtp-weight is {self.mtp_weight}, but --model.mtp is {self.mtp}; set "
                 "--model.mtp train or leave it out"
             )
-
-
-# What rendering itself gives to a chat template.
-RESERVED = set("messages conversations tools documents chat_template add_generation_prompt".split())
-
-# What --data.map can make of a column: a turn, the key of a format, or nothing.
-MAP_TARGETS = tuple(
-    "system user assistant messages conversations prompt completion text instruction input output "
-    "history tools weight input_ids labels ignore".split()
-)
-
-
-@dataclass(kw_only=True)
-class Data:
-    """What is trained on."""
-
-    train: tuple[str, ...] = ()
-    """JSONL (.gz, .zst), JSON, Parquet, datasets directories or hub names (NAME:SPLIT); PATH:2.0
-    takes each sample twice.
-    """
-    eval: tuple[str, ...] = ()
-    """Held-out sources as NAME=PATH (without a name: the file's), each evaluated over every row."""
-    map: str = ""
-    """Columns of other names: question=user,answer=assistant makes messages (also system, a
-    format's key, or ignore).
-    """
-    system: str = ""
-    """System turn for rows that have none: a text, or a file that holds it."""
-    seq_len: int = 4096
-    """Tokens in a packed row."""
-    mask: Literal["assistant", "last-turn", "all"] = "assistant"
-    """Which tokens are trained: every assistant turn, the last one, or everything."""
-    reasoning: Literal["train", "mask"] = "train"
-    """Whether reasoning (reasoning_content, <think>) is trained, or only read by the answer behind
-    it.
-    """
-    template_kwargs: str = ""
-    """JSON object of further variables of the chat template, such as {"thinking": true}."""
-    chat_template: str | None = None
-    """File with a chat template in place of the model directory's; the export carries it."""
-    template_date: str | None = None
-    """Day (YYYY-MM-DD) for templates that ask for the date; absent: that of the run's first
-    start.
-    """
-    on_lost_context: Literal["refuse", "keep"] = "refuse"
-    """When the template leaves out context (system, tools, results): the row cannot be used, or is
-    kept, counted, listed.
-    """
-    truncation: Literal["drop", "left", "right", "split", "raise"] = "drop"
-    """A sample longer than seq_len is left out, cut at its beginning or end, cut into pieces (all
-    counted), or an error.
-    """
-    packing: Literal["best-fit", "first-fit", "none"] = "best-fit"
-    """How samples share rows: best-fit decreasing, first-fit in the given order, or one sample a
-    row.
-    """
-    packing_buffer: int = 8192
-    """Samples that are packed together."""
-    balance: Literal["none", "attention"] = "none"
-    """attention deals the rows of a step so that ranks do equal work, counting what long documents
-    cost in the attention.
-    """
-    on_error: Literal["raise", "skip"] = "raise"
-    """A row that cannot be used ends the run, or is left out, counted and listed."""
-    streaming: bool = False
-    """Tokenise while training instead of once before it (no cache, order of the file); needs
-    --train.steps.
-    """
-    cache: str | None = None
-    """Directory of tokenised samples; absent: $TORCHSFT_CACHE, else ~/.cache/torchsft."""
-    workers: int = 1
-    """Threads of each rank that prepare the next steps beside training; 0: none, training waits."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, seq_len=2, packing_buffer=1, workers=0)
-        self.template_variables()
-        self.columns()
-        try:
-            datetime.date.fromisoformat(self.template_date or "2000-01-01")
-        except ValueError:
-            raise InputError(
-                f"--data.template-date is {self.template_date!r}, but it must be a day such as "
-                "2026-01-31"
-            ) from None
-
-    def columns(self) -> tuple[tuple[str, str], ...]:
-        """`map` as pairs (column, what it becomes): a role, a key of a format, or `ignore`."""
-        pairs = []
-        for pair in filter(None, self.map.split(",")):
-            column, _, target = (each.strip() for each in pair.partition("="))
-            if not column or target not in MAP_TARGETS:
-                raise InputError(
-                    f"--data.map is {self.map!r}, but it must be COLUMN=TARGET pairs such as "
-                    f"question=user,answer=assistant; targets are {', '.join(MAP_TARGETS)}"
-                )
-            pairs.append((column, target))
-        columns = [column for column, _ in pairs]
-        for column in columns:
-            if columns.count(column) > 1:
-                raise InputError(
-                    f"--data.map names the column {column!r} twice; give it one target"
-                )
-        return tuple(pairs)
-
-    def system_text(self) -> str:
-        """`system`, or what the file of that name holds, without the white space around it."""
-        if not os.path.isfile(self.system):
-            return self.system
-        try:
-            with open(self.system, encoding="utf-8") as file:
-                return file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--data.system {self.system} cannot be read ({error}); give a text file in UTF-8"
-            ) from None
-
-    def template_variables(self) -> dict[str, Any]:
-        """`template_kwargs` as a dictionary."""
-        try:
-            found = json.loads(self.template_kwargs or "{}")
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or found.keys() & RESERVED:
-            needed = "a JSON object of the template's own variables, such as '{\"thinking\": true}'"
-            raise InputError(
-                f"--data.template-kwargs is {self.template_kwargs!r}, but it must be {needed}"
-            )
-        return found
 
 
 @dataclass(kw_only=True)
@@ -262,7 +120,7 @@ class Train:
             )
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"--train.epochs is {self.epochs}, but it must be above 0")
-        _at_least(
+        at_least(
             self,
             steps=1,
             global_batch_size=1,
@@ -317,7 +175,7 @@ class Router:
     """
 
     def __post_init__(self) -> None:
-        _at_least(self, bias_update_rate=0, aux_loss=0, z_loss=0)
+        at_least(self, bias_update_rate=0, aux_loss=0, z_loss=0)
 
 
 LONGEST_TIMEOUT = 1e9  # seconds, 32 years
@@ -355,9 +213,9 @@ class Parallel:
     """A collective that waits longer than this ends the job."""
 
     def __post_init__(self) -> None:
-        _at_least(self, pp=1, dp_replicate=1, cp=1, tp=1, ep=1)
+        at_least(self, pp=1, dp_replicate=1, cp=1, tp=1, ep=1)
         if self.dp_shard != -1:
-            _at_least(self, dp_shard=1)
+            at_least(self, dp_shard=1)
         if self.pp_layers and min(self.pp_layers) < 0:
             raise InputError(
                 f"--parallel.pp-layers is {self.pp_layers}, but a stage cannot have "
@@ -368,160 +226,6 @@ class Parallel:
                 f"--parallel.timeout-seconds is {self.timeout_seconds}, but it must be above 0 and "
                 f"at most {LONGEST_TIMEOUT:g}"
             )
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters with optimizer options of their own, as --optim.groups says them; None: as all
-    others.
-    """
-
-    pattern: str
-    lr: float | None = None
-    weight_decay: float | None = None
-
-
-BLOCK = 128  # entries of a row whose moments share a scale, with --optim.moments int8
-
-
-@dataclass(kw_only=True)
-class Optim:
-    """The optimizer and its learning-rate schedule."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    """muon: momentum (0.95), orthogonalised, for every matrix of the layers as the files hold it
-    (of each expert gate, up and down; attention, shared experts and routers), AdamW for embeddings,
-    head, norms and biases. An update has the size of AdamW's, whose learning rate so carries over;
-    best for models that Muon has pre-trained (Moonlight, Kimi-K2).
-    """
-    moments: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Both moments of AdamW: 8, 4 or 2.06 bytes a parameter. What is not fp32 is rounded at random,
-    so that the second one decays with any beta2; int8 has a scale for 128 entries of a row.
-    """
-    masters: Literal["fp32", "bf16"] = "fp32"
-    """bf16: parameters and their gradients have 2 bytes, in place of 4; updates are rounded at
-    random, so that small learning rates count in the mean, gradients to the nearest behind each
-    microbatch (with pp behind the last). Routers stay fp32.
-    """
-    offload: bool = False
-    """Keep fp32 parameters, gradients and moments in host memory (16 bytes a parameter), and on the
-    device only what it computes with: 2 bytes. AdamW runs on the CPU, layer by layer, beside the
-    next forward pass; the numbers are those of a run that keeps all on its CPU.
-    """
-    lr: float = 1e-5
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; wsd: stable, then decay at the end."""
-    warmup_steps: int | float = 0
-    """Steps of linear warm-up; below 1: their share of the run's steps, rounded up."""
-    decay_steps: int | float | None = None
-    """Steps at the end over which wsd decays; below 1: their share of the run's steps, rounded up.
-    Absent: 0.1.
-    """
-    decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = None
-    """How wsd decays; absent: linear."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end of the decay (the floor of cosine, linear and wsd), as a share of
-    the peak.
-    """
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Decoupled; applied to matrices only (parameters of two or more dims), not to norms and
-    biases.
-    """
-    clip_norm: float | None = 1.0
-    """Largest global gradient norm (over what is trained); None leaves gradients as they are."""
-    groups: tuple[str, ...] = ()
-    """PATTERN:lr=1e-6,weight_decay=0 (or one of the two): another peak learning rate, on the same
-    schedule, or weight decay for some parameters. Patterns as for --train.freeze; the first one
-    that matches a parameter decides.
-    """
-
-    def __post_init__(self) -> None:
-        for name, plain in {"kind": "adamw", "moments": "fp32", "masters": "fp32"}.items():
-            given = getattr(self, name)
-            if given == plain:
-                continue
-            if self.offload:
-                raise InputError(
-                    "--optim.offload keeps fp32 masters and moments of AdamW on the host, but "
-                    f"--optim.{name} is {given}; leave one of the two out"
-                )
-            if self.kind == "muon" and name != "kind":
-                raise InputError(
-                    f"--optim.{name} is {given}, but --optim.kind muon has fp32; leave one of the "
-                    "two out"
-                )
-        _at_least(self, lr=0, min_lr_ratio=0, eps=0, weight_decay=0, warmup_steps=0, decay_steps=0)
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"--optim.{name} is {getattr(self, name)}, but it must be in [0, 1)"
-                )
-        if not self.min_lr_ratio <= 1:
-            raise InputError(
-                f"--optim.min-lr-ratio is {self.min_lr_ratio}, but it must be at most 1"
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(
-                f"--optim.clip-norm is {self.clip_norm}, but it must be above 0 (or "
-                f"None for no clipping)"
-            )
-        for name in ("warmup_steps", "decay_steps"):
-            number = getattr(self, name)
-            if number is not None and number >= 1 and number != int(min(number, 1e18)):
-                raise InputError(
-                    f"--optim.{name.replace('_', '-')} is {number}, but from 1 on it must be a "
-                    "whole number of steps"
-                )
-        for name in ("decay_steps", "decay_shape"):
-            if getattr(self, name) is not None and self.schedule != "wsd":
-                raise InputError(
-                    f"--optim.{name.replace('_', '-')} is {getattr(self, name)}, but "
-                    f"--optim.schedule {self.schedule} has no decay of its own; set "
-                    "--optim.schedule wsd or leave it out"
-                )
-        self.parameter_groups()
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """`groups`, parsed.
-
-        Raises:
-            InputError: one is not understood.
-        """
-        return [_parameter_group(text) for text in self.groups]
-
-
-def _parameter_group(text: str) -> ParameterGroup:
-    """Read `PATTERN:lr=...,weight_decay=...`."""
-    known = ("lr", "weight_decay")
-    refused = f"--optim.groups has {text!r}, "
-    pattern, _, said = text.rpartition(":")
-    if not pattern or not said:
-        raise InputError(
-            f"{refused}but it must be PATTERN:lr=NUMBER,weight_decay=NUMBER (or one of the two)"
-        )
-    values: dict[str, float] = {}
-    for part in said.split(","):
-        key, _, number = part.partition("=")
-        name = key.strip().replace("-", "_")
-        if name not in known:
-            raise InputError(
-                f"{refused}but a group has no {key.strip()!r}; it can have {' and '.join(known)}"
-            )
-        if name in values:
-            raise InputError(f"{refused}which gives {name} twice; give it once")
-        try:
-            values[name] = float(number)
-        except ValueError:
-            raise InputError(f"{refused}but {name} = {number!r} is not a number") from None
-        if not 0 <= values[name] < math.inf:
-            raise InputError(
-                f"{refused}but {name} is {values[name]}; it must be a finite number of at least 0"
-            )
-    return ParameterGroup(pattern.strip(), **values)
 
 
 @dataclass(kw_only=True)
@@ -608,7 +312,7 @@ class Checkpoint:
     """
 
     def __post_init__(self) -> None:
-        _at_least(self, every=0, keep=0, keep_every=0, keep_best=0, export_every=0)
+        at_least(self, every=0, keep=0, keep_every=0, keep_best=0, export_every=0)
         if self.export_every and self.export == "none":
             raise InputError(
                 f"--checkpoint.export-every is {self.export_every}, but --checkpoint.export is "
@@ -635,7 +339,7 @@ class Eval:
     """Longest generated answer, in tokens."""
 
     def __post_init__(self) -> None:
-        _at_least(self, every=0, answers=0, max_new_tokens=1)
+        at_least(self, every=0, answers=0, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)
