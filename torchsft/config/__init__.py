@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torchsft.config.data import Data
+from torchsft.config.data_options import Data
 from torchsft.config.errors import InputError, at_least
-from torchsft.config.optim import Optim
+from torchsft.config.optim_options import Optim
 
 
 @dataclass(kw_only=True)

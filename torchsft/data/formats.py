@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchsft.config.data import RESERVED
+from torchsft.config.data_options import RESERVED
 from torchsft.data import messages as chat
 from torchsft.data import pretokenised
 from torchsft.data.columns import suggestion

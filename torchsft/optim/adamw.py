@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from torchsft.config.optim import Optim, ParameterGroup
+from torchsft.config.optim_options import Optim, ParameterGroup
 from torchsft.optim.low_precision import LowPrecisionAdamW
 from torchsft.optim.muon import Muon
 from torchsft.optim.offload import OffloadedAdamW

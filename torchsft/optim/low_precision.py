@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchsft.checkpoint.boxes import Box, local_box
-from torchsft.config.optim import BLOCK
+from torchsft.config.optim_options import BLOCK
 from torchsft.models.decoder import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW calls them

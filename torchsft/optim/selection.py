@@ -11,7 +11,7 @@ from fnmatch import translate
 from torch import nn
 
 from torchsft.config import InputError
-from torchsft.config.optim import ParameterGroup
+from torchsft.config.optim_options import ParameterGroup
 
 
 @dataclass(frozen=True)

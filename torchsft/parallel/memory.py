@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchsft.config import Config, InputError, Optim
-from torchsft.config.optim import BLOCK
+from torchsft.config.optim_options import BLOCK
 from torchsft.models.decoder import local
 from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import MoE
