@@ -492,8 +492,8 @@ print(kept, faults() - before > 1000)
 
 @pytest.mark.parametrize("by_user", [True, False])
 def test_freed_memory_is_kept_unless_the_environment_says_how_to_allocate(by_user):
-    """In the end a block of 64 MiB, 16,384 pages, takes the place of one before it (glibc 2.36 needs
-    some of them first: what remains in front of an aligned block is taken by others).
+    """In the end a block of 64 MiB, 16,384 pages, takes the place of one before it. (glibc 2.36
+    needs some of them first: what remains in front of an aligned block is taken by others.)
     """
     environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key}
     environment |= {"MALLOC_ARENA_MAX": "4"} if by_user else {}
