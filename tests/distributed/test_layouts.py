@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
+from torchsft.checkpoint import huggingface
 from torchsft.config import (
     Checkpoint,
     Config,
@@ -634,12 +637,24 @@ def test_impossible_layouts_are_refused_on_every_rank_with_numbers_and_a_neighbo
 
 
 def silent_peer(directory: str) -> tuple[str, float]:
-    """Rank 1 stops answering in the second step; what the other rank meets, and after how many
-    seconds.
+    """Rank 1 loads for longer than a collective may take, and stops answering in the second step;
+    what the other rank meets, and after how many seconds.
     """
     config = config_for(directory, pp=2, pp_schedule="1F1B", timeout_seconds=5)
     world = World(config.parallel, 0)
-    trainer = SilentTrainer(config, world)
+    _set_pg_timeout(timedelta(seconds=1))
+    load_weights = huggingface.load_weights
+
+    def load_late(*arguments: Any) -> None:
+        time.sleep(2 * world.rank)
+        load_weights(*arguments)
+
+    huggingface.load_weights = load_late
+    try:
+        trainer = SilentTrainer(config, world)
+    finally:
+        huggingface.load_weights = load_weights
+    _set_pg_timeout(timedelta(seconds=5))
     trainer.train_step(next(trainer.loader))
     began = time.monotonic()
     if world.rank == 1:
@@ -652,7 +667,9 @@ def silent_peer(directory: str) -> tuple[str, float]:
     return "no error", 0.0
 
 
-def test_a_peer_that_stops_answering_ends_the_step_within_the_timeout(ranks, inputs):
+def test_a_peer_may_load_late_but_not_stop_answering_in_a_step_for_longer_than_the_timeout(
+    ranks, inputs
+):
     error, seconds = ranks(2, silent_peer, directory=inputs)[0]
     assert "imed out" in error or "imeout" in error, error
     assert 4 < seconds < 12  # before the peer is back

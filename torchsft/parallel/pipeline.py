@@ -241,9 +241,6 @@ class Pipeline(Runner):
         self.divisor, self.total = 1.0, self.zero
         self.ends = plan.ranks[0], plan.ranks[-1]
         self.stages = self._stages(training=True)
-        # NCCL sets up a group's communicator in its first call, which all of its ranks must join;
-        # two neighbours do not.
-        dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
         kind = schedule_class(schedule)
         takes_several = issubclass(kind, PipelineScheduleMulti)
         self.schedule = kind(
