@@ -5,7 +5,8 @@ Three interchangeable implementations of the attention itself; each sees a docum
 returns zero for padding:
 
     sdpa      one F.scaled_dot_product_attention per document: CPU path and reference
-    varlen    torch.nn.attention.varlen (flash attention), CUDA only, no host synchronisation
+    varlen    torch.nn.attention.varlen (flash attention: FA3 where it is, else FA2), CUDA only, no
+              host synchronisation
     flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA;
               the mask is made from a T x T comparison per microbatch, so this one is for comparing,
               not for long rows
@@ -25,6 +26,7 @@ make a query or key; values have their own dim, smaller than that.
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,11 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    list_flash_attention_impls,
+)
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -71,6 +78,18 @@ def choose_implementation(
     if name == "flex" and device.type == "cpu" and torch.is_grad_enabled():
         raise InputError("--model.attention flex has no backward pass on CPU; use sdpa or auto")
     return name
+
+
+@functools.cache
+def flash_kernel(device: torch.device) -> str:
+    """Return which flash attention `varlen` runs on a device: FA3 on Hopper where its package
+    flash_attn_interface is installed, which from then on is torch's; else FA2, which torch has.
+    """
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    is_there = "FA3" in list_flash_attention_impls()
+    if is_hopper and is_there and importlib.util.find_spec("flash_attn_interface"):
+        activate_flash_attention_impl("FA3")
+    return current_flash_attention_impl() or "FA2"
 
 
 @dataclass(frozen=True)
@@ -127,6 +146,7 @@ def locate_documents(
     max_seqlen: int | None,
     layout: Layout | None = None,  # of the T tokens; None: all are here
     windows: Collection[int | None] = (None,),  # those that layers look through; None: without one
+    padding: int | None = None,  # tokens of padding; None: any number up to T
 ) -> Documents:
     """Prepare `Documents` for the implementation that will read it."""
     layout = layout or Layout()
@@ -158,10 +178,12 @@ def locate_documents(
         return located(lengths=lengths, near=near)
     if implementation == "varlen":
         # Kernels leave rows beyond the last document uninitialised, in gradients too. So padding
-        # becomes documents, of at most max_seqlen tokens each; how many are needed is bounded
-        # without asking the device.
+        # becomes documents, of at most max_seqlen tokens each; how many are needed is known, or
+        # bounded without asking the device. (FA2's backward pass allocates 128 rows of fp32 for
+        # each document, an empty one too.)
         longest = max_seqlen or tokens
-        numbers = torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32)
+        pieces = -(-(tokens if padding is None else padding) // longest)
+        numbers = torch.arange(1, pieces + 1, device=device, dtype=torch.int32)
         ends = (cu_seqlens[-1] + numbers * longest).clamp(max=tokens)
         return located(cu_seqlens=torch.cat([cu_seqlens, ends]), max_seqlen=longest)
 
@@ -257,7 +279,10 @@ def _varlen(
         else:  # torch 2.11 says nothing of fewer key/value heads than query heads
             copies = q_THd.shape[1] // k_TGd.shape[1]
             k_TGd, v_TGd = (x.repeat_interleave(copies, dim=1) for x in (k_TGd, v_TGd))
-    v_TGd = _as_wide_as(q_THd, v_TGd)
+    # Values are to be as wide as queries, except that FA3 has kernels for these widths, MLA's.
+    has_kernel = 128 < q_THd.shape[-1] <= 192 and 96 < v_TGd.shape[-1] <= 128
+    if flash_kernel(q_THd.device) != "FA3" or not has_kernel:
+        v_TGd = _as_wide_as(q_THd, v_TGd)
     bounds, longest = where.cu_seqlens, where.max_seqlen
     if sinks_H is not None:
         return varlen_with_sinks(q_THd, k_TGd, v_TGd, sinks_H, bounds, longest, options)

@@ -367,6 +367,8 @@ class LanguageModel(nn.Module):
         loss_weights: Tensor | None = None,  # fp32 [T], weight of each target; None means 1
         # longest document; without it the varlen attention stops the host to ask
         max_seqlen: int | None = None,
+        # tokens behind the last document; without it the varlen attention also has empty documents
+        padding: int | None = None,
         # int64 [T], of a part that is not the first, for its MTP layers
         token_ids: Tensor | None = None,
         # int64 [n], the only tokens whose logits are wanted (generation); None means all
@@ -382,7 +384,7 @@ class LanguageModel(nn.Module):
         cos_TP, sin_TP = self.model.rotary_emb(positions)
         windows = {self.config.attention_window(int(layer)) for layer in self.model.layers}
         documents = locate_documents(
-            implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout, windows
+            implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout, windows, padding
         )
         mtp_layers = self.mtp_layers()
         for layer in self.model.layers.values():
