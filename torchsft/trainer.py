@@ -53,6 +53,7 @@ from torchsft.optim.schedule import lr_factor
 from torchsft.optim.selection import select
 from torchsft.output import Exporter, RunOutput, base_configs, end_tokens
 from torchsft.parallel.apply import compute_dtype, parallelize
+from torchsft.parallel.compile import check_compile, compiled_message
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.memory import check_memory
@@ -158,6 +159,7 @@ class Trainer:
         parallel, options, train = config.parallel, config.model, config.train
         compute = compute_dtype(config.precision.compute, world.device)
         choose_implementation(options.attention, world.device, compute)
+        check_compile(config, world.device)
         microbatches = microbatches_per_step(
             train.global_batch_size, train.micro_batch_size, world.data_size
         )
@@ -208,6 +210,7 @@ class Trainer:
             reshard_after_forward=reshard,
             precision=config.precision,
             offload=config.optim.offload,
+            compiled=options.compile,
         )
         in_flight = microbatches_in_flight(parallel, pp_rank, microbatches)
         check_memory(self.model, compute, reshard, config, world, in_flight)
@@ -417,6 +420,8 @@ class Trainer:
                 step = next(self.loader)
             with self.clock("training steps"):
                 record, scalars = self.train_step(step)
+            if config.model.compile and not tokens:
+                self.output.message(compiled_message())
             tokens += record["tokens"]
             seconds += record["step_seconds"]
             evaluation = {}
