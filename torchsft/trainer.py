@@ -53,6 +53,7 @@ from torchsft.optim.schedule import describe_rest, lr_factor
 from torchsft.optim.selection import select
 from torchsft.output import Exporter, RunOutput, base_configs, end_tokens
 from torchsft.parallel.apply import compute_dtype, parallelize
+from torchsft.parallel.compile import check_compile, compiled_message
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.memory import check_memory
@@ -150,6 +151,7 @@ class Trainer:
         parallel, options, train = config.parallel, config.model, config.train
         compute = compute_dtype(config.precision.compute, world.device)
         choose_implementation(options.attention, world.device, compute)
+        check_compile(config, world.device)
         microbatches = microbatches_per_step(
             train.global_batch_size, train.micro_batch_size, world.data_size
         )
@@ -202,6 +204,7 @@ class Trainer:
             reshard_after_forward=reshard,
             precision=config.precision,
             offload=config.optim.offload,
+            compiled=options.compile,
         )
         in_flight = microbatches_in_flight(parallel, pp_rank, microbatches)
         check_memory(self.model, compute, reshard, config, world, in_flight)
@@ -387,7 +390,7 @@ class Trainer:
         # The earlier run may have been ended before the export of its last checkpoint's step.
         self.export_step(repeat=False)
         evaluation: dict[str, float] = {}
-        paused_at = counters.step
+        started_at = paused_at = counters.step
         intervals = config.eval.every, config.checkpoint.every, config.checkpoint.export_every
         while counters.step < self.total_steps and not self.signalled:
             with self.clock("waiting for data"):
@@ -399,6 +402,8 @@ class Trainer:
                 self.output.report_saves()
                 if not (self.signalled and counters.step > paused_at):
                     self.begin_step(step, batch)
+            if config.model.compile and counters.step == started_at + 1:
+                self.output.message(compiled_message())
             pause = self.signalled or any(map(self.at_interval, intervals))
             if pause:
                 evaluation, paused_at = self.pause(), counters.step

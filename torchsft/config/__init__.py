@@ -37,6 +37,10 @@ class Model:
     """plain computes norms, SwiGLU, rotation, token permutation and the loss with ordinary PyTorch:
     slow, for comparing.
     """
+    compile: bool = False
+    """Compile what lies between collectives (projections, norms, rotation, router, dense networks)
+    by torch.compile: fewer and larger kernels; the first step takes about a minute longer.
+    """
     loss_chunk: int | None = None
     """Tokens whose logits exist at the same time in the vocabulary loss; absent: all where that
     takes no more memory than chunks of 2^26 logits, else such chunks.

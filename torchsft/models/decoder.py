@@ -28,6 +28,8 @@ of this table and nowhere else; each stands in its class with the value of one r
     DecoderLayer.stream,    run a layer piece by piece                               stream
     MoE.parts,
     LatentAttention.by_heads
+    methods that a class    compute what lies between collectives, in fewer kernels  compile
+    names as its `regions`
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.
 
@@ -229,6 +231,7 @@ class RMSNorm(nn.Module):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
+    regions = ("forward",)
     # Of tokens, those of all ranks that share the matrices; None: they are not shared.
     gather: Callable[[Tensor], Tensor] | None = None
 
