@@ -19,6 +19,7 @@ of this table and nowhere else; each stands in its class with the value of one r
     Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
     Experts' parameters     DTensors: this rank's experts                            expert
+    Experts.read            gives them in the compute dtype                          fsdp
     MoE.exchange            takes rows to the ranks of their experts and back        expert
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale
@@ -28,6 +29,8 @@ of this table and nowhere else; each stands in its class with the value of one r
     DecoderLayer.stream,    run a layer piece by piece                               stream
     MoE.parts,
     LatentAttention.by_heads
+    methods that a class    compute what lies between collectives, in fewer kernels  compile
+    names as its `regions`
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.
 
@@ -229,6 +232,7 @@ class RMSNorm(nn.Module):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
+    regions = ("forward",)
     # Of tokens, those of all ranks that share the matrices; None: they are not shared.
     gather: Callable[[Tensor], Tensor] | None = None
 
@@ -240,8 +244,12 @@ class SwigluMLP(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """[S, D] to [S, D]."""
+        return self.down_proj(self.hidden(x_SD))
+
+    def hidden(self, x_SD: Tensor) -> Tensor:
+        """Return what the down projection is applied to."""
         x = x_SD if self.gather is None else self.gather(x_SD)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

@@ -3,6 +3,7 @@ of all ranks, and clipping by it.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial
 BUFFER = 2**26  # elements that are summed over `tp` together, 256 MiB; at least one parameter's
 
 
+@torch.no_grad()
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, int]]:
     """Return this rank's part of each gradient, and on how many ranks of its mesh the same part
     lies.
@@ -71,6 +73,16 @@ def _lies_whole(gradient: DTensor, axis: str) -> bool:
     return axis in names and gradient.placements[names.index(axis)].is_replicate()
 
 
+def _alike(parameters: Iterable[nn.Parameter]) -> dict[Any, list[Tensor]]:
+    """Return the parts of `local_gradients` by copies and dtype: torch treats a list of one dtype
+    in few calls, and a number that the host knows need not travel to the device.
+    """
+    lists: dict[Any, list[Tensor]] = {}
+    for gradient, copies in local_gradients(parameters):
+        lists.setdefault((copies, gradient.dtype), []).append(gradient)
+    return lists
+
+
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all gradients over all ranks, float64 scalar; equal on every rank. One
     collective.
@@ -79,15 +91,10 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     weight 1 / n. A rank may hold no gradient, where all of its parameters are frozen.
     """
     parameters = list(parameters)
-    device = parameters[0].device
-    parts = local_gradients(parameters)
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    if parts:
-        norms = torch.stack(
-            torch._foreach_norm([gradient for gradient, _ in parts], 2, torch.float32)
-        )
-        copies = torch.tensor([n for _, n in parts], dtype=torch.float64, device=device)
-        squares = (norms.double().square() / copies).sum()
+    squares = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    for (copies, _), gradients in _alike(parameters).items():
+        norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+        squares += norms.double().square().sum() / copies
     if dist.is_initialized():
         dist.all_reduce(squares)
     return squares.sqrt()
@@ -112,10 +119,8 @@ def sum_with(parameter: nn.Parameter, peer: int, group: dist.ProcessGroup) -> No
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply all gradients in place by a scalar tensor."""
-    gradients = [gradient for gradient, _ in local_gradients(parameters)]
-    if not gradients:
-        return
-    torch._foreach_mul_(gradients, factor.float())
+    for gradients in _alike(parameters).values():
+        torch._foreach_mul_(gradients, factor.float())
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
