@@ -109,7 +109,7 @@ def gradients_of_two_microbatches():
             for _ in range(2):
                 model(torch.full((1, 4), [1, 2**-12][world.rank]).bfloat16()).sum().backward()
         with SentBytes() as summing:
-            sum_summands(model.parameters(), mesh["tp"])
+            sum_summands(model.parameters(), mesh["tp"], world.device)
         gradients = [p.grad.full_tensor() for p in model.parameters()]
         return gradients, passes.calls, (summing.calls, summing.sent)
 

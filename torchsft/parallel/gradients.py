@@ -39,12 +39,15 @@ def _copies(gradient: DTensor) -> int:
     return copies
 
 
-def sum_summands(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+def sum_summands(
+    parameters: Iterable[nn.Parameter], mesh: DeviceMesh, device: torch.device
+) -> None:
     """Sum the gradients of parameters that are replicated over `tp` in place, in fp32; collective.
 
     Each rank of `mesh`, the `tp` axis, has a summand of them (`models/decoder.py::local`), which
     FSDP2 has summed over microbatches, shards and replicas already. Together they are one DTensor
     that is `Partial`, or a few, so that one collective sums them and not one for each parameter.
+    `device`: where that is done, also for parameters on the host.
     """
     if mesh.size() == 1:
         return
@@ -58,9 +61,7 @@ def sum_summands(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
             buffers.append([])
         buffers[-1].append(summand)
     for summands in filter(None, buffers):
-        flat = torch.cat([summand.flatten() for summand in summands])
-        # of parameters on the host, those are too
-        flat = flat.to(mesh.device_type, torch.float32)
+        flat = torch.cat([summand.flatten() for summand in summands]).to(device, torch.float32)
         flat = DTensor.from_local(flat, mesh, [Partial()]).full_tensor().to(summands[0].device)
         parts = flat.split([summand.numel() for summand in summands])
         sums = [part.view_as(summand) for part, summand in zip(parts, summands, strict=True)]

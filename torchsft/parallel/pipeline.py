@@ -113,6 +113,11 @@ class Runner(ABC):
         for module in self.modules:
             yield from module.parameters()
 
+    def sum_summands(self) -> None:
+        """Sum the gradients of what is replicated over `tp`; collective."""
+        parameters = (each for module in self.modules for each in module.parameters())
+        sum_summands(parameters, self.world.parameter["tp"], self.world.device)
+
     @abstractmethod
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
         """Return what the model returns for each microbatch; nothing on ranks without the last
@@ -203,7 +208,7 @@ class OneStage(Runner):
             loss = model(**batch.to(self.world.device).model_inputs())
             (loss / divisor).backward()
             total += loss.detach()
-        sum_summands(model.parameters(), self.world.parameter["tp"])
+        self.sum_summands()
         return total
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
@@ -265,7 +270,7 @@ class Pipeline(Runner):
         self.divisor, self.total = divisor, self.zero.clone()
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)
-        sum_summands(super().parameters(), self.world.parameter["tp"])
+        self.sum_summands()
         if self.shared is not None:
             (peer,) = {*self.ends} - {dist.get_rank(self.group)}
             sum_with(self.shared, peer, self.group)
