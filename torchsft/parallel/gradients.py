@@ -1,4 +1,6 @@
-"""One gradient norm over all parameters of all ranks, and clipping by it."""
+"""Gradients behind the last microbatch of a step: their sum over `tp`, one norm over all parameters
+of all ranks, and clipping by it.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,7 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial
+
+BUFFER = 2**26  # elements that are summed over `tp` together, 256 MiB; at least one parameter's
 
 
 @torch.no_grad()
@@ -32,6 +37,40 @@ def _copies(gradient: DTensor) -> int:
         if placement.is_replicate():
             copies *= size
     return copies
+
+
+def sum_summands(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Sum the gradients of parameters that are replicated over `tp` in place, in fp32; collective.
+
+    Each rank of `mesh`, the `tp` axis, has a summand of them (`models/decoder.py::local`), which
+    FSDP2 has summed over microbatches, shards and replicas already. Together they are one DTensor
+    that is `Partial`, or a few, so that one collective sums them and not one for each parameter.
+    """
+    if mesh.size() == 1:
+        return
+    buffers: list[list[Tensor]] = [[]]
+    for parameter in parameters:
+        gradient = parameter.grad
+        if not isinstance(gradient, DTensor) or not _lies_whole(gradient, "tp"):
+            continue
+        summand = gradient.to_local()
+        if sum(map(torch.numel, [*buffers[-1], summand])) > BUFFER:
+            buffers.append([])
+        buffers[-1].append(summand)
+    for summands in filter(None, buffers):
+        flat = torch.cat([summand.flatten() for summand in summands])
+        # of parameters on the host, those are too
+        flat = flat.to(mesh.device_type, torch.float32)
+        flat = DTensor.from_local(flat, mesh, [Partial()]).full_tensor().to(summands[0].device)
+        parts = flat.split([summand.numel() for summand in summands])
+        sums = [part.view_as(summand) for part, summand in zip(parts, summands, strict=True)]
+        torch._foreach_copy_(summands, sums)
+
+
+def _lies_whole(gradient: DTensor, axis: str) -> bool:
+    """Whether each rank of a mesh axis has all of what its peers on it have."""
+    names = gradient.device_mesh.mesh_dim_names or ()
+    return axis in names and gradient.placements[names.index(axis)].is_replicate()
 
 
 def _alike(parameters: Iterable[nn.Parameter]) -> dict[Any, list[Tensor]]:
