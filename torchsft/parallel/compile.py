@@ -43,24 +43,21 @@ def check_compile(config: Config, device: torch.device) -> None:
     """Refuse what --model.compile is not for.
 
     Raises:
-        InputError: the regions would not be between collectives, or of one shape; the numbers of
-            their products are not for a compiler; the backward pass goes through a graph twice; or
-            a compiler is missing.
+        InputError: the regions would have collectives in them, or tensors of several shapes, or
+            operations that are not for a compiler; a backward pass would go through a graph twice;
+            or a compiler is missing.
     """
     if not config.model.compile:
         return
-    parallel, compute, schedule = (
-        config.parallel,
-        config.precision.compute,
-        config.parallel.pp_schedule,
-    )
-    checkpointing = config.train.activation_checkpointing
+    parallel, precision = config.parallel, config.precision
+    schedule, checkpointing = parallel.pp_schedule, config.train.activation_checkpointing
     is_split = parallel.pp > 1 and schedule in ZERO_BUBBLE and checkpointing == "none"
     compiler = "triton" if device.type == "cuda" else "a C++ compiler"
     refused = {
         "--model.ops plain": config.model.ops == "plain",
         f"--parallel.tp {parallel.tp}": parallel.tp > 1,
-        f"--precision.compute {compute}": compute in ("blockwise", "float8"),
+        "--precision.compute blockwise": precision.compute == "blockwise",
+        "--precision.float8-recipe tensorwise": precision.float8_recipe == "tensorwise",
         "--train.activation-checkpointing stream": checkpointing == "stream",
         f"--parallel.pp-schedule {schedule} without activation checkpointing": is_split,
         f"an installation without {compiler}": not _has_compiler(device),
