@@ -45,7 +45,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from torchsft.ops.rms_norm import rms_norm, rms_norm_of_parts
 from torchsft.ops.swiglu import swiglu
@@ -69,13 +69,13 @@ def local(parameter: Tensor) -> Tensor:
 
     What a rank adds to the gradient of a parameter that is replicated over ranks is one summand,
     since each rank sees other tokens; of a sharded parameter it is this rank's part, whole. The
-    placements say so, and their owner sums.
+    gradient nevertheless has the parameter's placements: of one that is `Partial` FSDP2 would sum
+    each microbatch's at once, in its dtype. It stays a summand, and its owner sums behind the last
+    microbatch (parallel/gradients.py).
     """
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.to_local(
-        grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements]
-    )
+    return parameter.to_local(grad_placements=parameter.placements)
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,14 @@ class MoE(nn.Module):
         for name in ("balance_loss", "z_loss"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
 
+    @property
+    def counters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What counts since it was last zeroed: the load of experts, and both losses."""
+        return self.expert_load, self.balance_loss, self.z_loss
+
     def init_buffers(self) -> None:
         """Zero the counters."""
-        for counter in (self.expert_load, self.balance_loss, self.z_loss):
+        for counter in self.counters:
             counter.zero_()
 
     @property
@@ -187,7 +192,7 @@ class MoE(nn.Module):
         return getattr(self.gate, "e_score_correction_bias", None)
 
     @torch.no_grad()
-    def move_bias(self, load_E: Tensor, rate: float) -> None:
+    def move_bias(self, load_E: Tensor, rate: float | Tensor) -> None:
         """Let the correction bias fall by `rate` where more tokens than the mean were routed, and
         rise where fewer were (arXiv:2412.19437, section 2.1.2).
         """

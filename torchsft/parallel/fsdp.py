@@ -63,8 +63,7 @@ def apply_fsdp(
 ) -> None:
     """Shard `model` in place; forward and backward run in `compute`, gradients are summed in fp32.
 
-    Except over `tp`: what is partial there FSDP2 sums before, in `compute` for each microbatch
-    (with a pipeline once, in fp32).
+    Not over `tp`: `gradients.sum_summands` does that behind the last microbatch.
 
     Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below
     fp32, the router, which stays fp32; the rest (embedding, last norm, head) is the root. While a
