@@ -390,7 +390,7 @@ class Trainer:
         # The earlier run may have been ended before the export of its last checkpoint's step.
         self.export_step(repeat=False)
         evaluation: dict[str, float] = {}
-        paused_at = counters.step
+        started_at = paused_at = counters.step
         intervals = config.eval.every, config.checkpoint.every, config.checkpoint.export_every
         while counters.step < self.total_steps and not self.signalled:
             with self.clock("waiting for data"):
@@ -402,6 +402,8 @@ class Trainer:
                 self.output.report_saves()
                 if not (self.signalled and counters.step > paused_at):
                     self.begin_step(step, batch)
+            if config.model.compile and counters.step == started_at + 1:
+                self.output.message(compiled_message())
             pause = self.signalled or any(map(self.at_interval, intervals))
             if pause:
                 evaluation, paused_at = self.pause(), counters.step

@@ -19,6 +19,7 @@ of this table and nowhere else; each stands in its class with the value of one r
     Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
     Experts' parameters     DTensors: this rank's experts                            expert
+    Experts.read            gives them in the compute dtype                          fsdp
     MoE.exchange            takes rows to the ranks of their experts and back        expert
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale

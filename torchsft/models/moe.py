@@ -66,6 +66,8 @@ class Experts(nn.Module):
 
     # what gate|up and down are multiplied with
     products: ExpertProducts = GROUPED_MM
+    # Gives this rank's part of a parameter, in the dtype of the rows.
+    read: Callable[[nn.Parameter], Tensor] = staticmethod(local)
     # Whether Hugging Face checkpoints hold each expert by itself, or the parameters as they are.
     stored_singly: ClassVar[bool] = True
 
@@ -92,7 +94,7 @@ class Experts(nn.Module):
         """y_RD of rows sorted by local expert, each times its weight (fp32); offs int32, offs[e]
         ends the rows of local expert e, offs[-1] = R.
         """
-        gate_up, down = local(self.gate_up_proj), local(self.down_proj)
+        gate_up, down = self.read(self.gate_up_proj), self.read(self.down_proj)
         return self.compute(x_RD, gate_up, down, weights_R1, offs, self.products)
 
 
