@@ -532,8 +532,6 @@ class Trainer:
         if self.taken is None:
             return
         record, scalars = self.read_step(self.taken)
-        if self.config.model.compile and not self.speed.tokens:
-            self.output.message(compiled_message())
         seconds = self.speed.seconds + record["step_seconds"]
         self.speed = Speed(self.speed.tokens + record["tokens"], seconds)
         counters = self.counters

@@ -52,7 +52,6 @@ def check_compile(config: Config, device: torch.device) -> None:
     parallel, precision = config.parallel, config.precision
     schedule, checkpointing = parallel.pp_schedule, config.train.activation_checkpointing
     is_split = parallel.pp > 1 and schedule in ZERO_BUBBLE and checkpointing == "none"
-    compiler = "triton" if device.type == "cuda" else "a C++ compiler"
     refused = {
         "--model.ops plain": config.model.ops == "plain",
         f"--parallel.tp {parallel.tp}": parallel.tp > 1,
@@ -60,11 +59,13 @@ def check_compile(config: Config, device: torch.device) -> None:
         "--precision.float8-recipe tensorwise": precision.float8_recipe == "tensorwise",
         "--train.activation-checkpointing stream": checkpointing == "stream",
         f"--parallel.pp-schedule {schedule} without activation checkpointing": is_split,
-        f"an installation without {compiler}": not _has_compiler(device),
     }
     for what, given in refused.items():
         if given:
             raise InputError(f"--model.compile is not for {what}; leave one of the two out")
+    if not _has_compiler(device):
+        compiler = "triton" if device.type == "cuda" else "a C++ compiler"
+        raise InputError(f"--model.compile needs {compiler}; install it, or leave the option out")
 
 
 def _has_compiler(device: torch.device) -> bool:
