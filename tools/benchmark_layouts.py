@@ -178,13 +178,28 @@ class SentBytes(TorchDispatchMode):
         if name in ("all_reduce", "all_reduce_"):
             ranks = _group(given["group_name"]).size()
             return "all-reduce", 2 * (ranks - 1) / ranks * given["input"].nbytes
-        if name == "all_to_all_single":
-            x, rows = given["input"], given["input_split_sizes"]
-            own = rows[_group(given["group_name"]).rank()]
+        if name == "allgather_":
+            return "all-gather", sum(x.nbytes for x in given["output_tensors"][0][1:])
+        if name in ("all_to_all_single", "alltoall_base_"):
+            group, x, rows = exchanged(given)
+            own = rows[group.rank()]
             return "all-to-all", x[: len(x) - own].nbytes
         if name == "send":
             return "point-to-point", sum(x.nbytes for x in given["tensors"])
         raise AssertionError(f"{name} is not counted")
+
+
+def exchanged(given: Mapping[str, Any]) -> tuple[dist.ProcessGroup, torch.Tensor, list[int]]:
+    """Return the group of an all-to-all with these arguments, what goes in, and its rows for each
+    rank: without sizes, as many for each.
+    """
+    x = given["input"]
+    if "group_name" in given:
+        group, rows = _group(given["group_name"]), given["input_split_sizes"]
+    else:
+        group = dist.ProcessGroup.unbox(given["process_group"])
+        rows = given["input_split_sizes"]
+    return group, x, rows or [len(x) // group.size()] * group.size()
 
 
 def _group(name: Any) -> dist.ProcessGroup:

@@ -1,15 +1,16 @@
-"""`tools/benchmark.py waits`: where the host of a rank waits for values of tensors in a training step,
-and what the update asks of torch.
+"""`tools/benchmark.py waits`: where the host of a rank waits for values of tensors in a training
+step, and what the update asks of torch.
 
 The step is the real `Trainer.train_step` of a small DeepSeek-V3 with full activation checkpointing,
 two microbatches a rank. On a CPU no device is waited for, but the calls are those that a GPU would
 make: a wait is whatever gives Python a tensor's values (`item`, `tolist`, `bool`, `numpy`, ...), an
-operation whose result has a shape that depends on values (`nonzero`, a boolean index, ...), a copy to
-the CPU that is not told to be asynchronous, and a tensor made on the device from numbers of the
+operation whose result has a shape that depends on values (`nonzero`, a boolean index, ...), a copy
+to the CPU that is not told to be asynchronous, and a tensor made on the device from numbers of the
 host, which goes there from pageable memory.
 
-Not counted is what the host reads of its own numbers: of batches, of sums over hosts, and of results
-that were copied to it. These places are `ON_HOST`, and those that only a CPU takes `ON_CPU`.
+Not counted is what the host reads of its own numbers: of batches, of sums over hosts, and of
+results that were copied to it. These places are `ON_HOST`, and those that only a CPU takes
+`ON_CPU`.
 """
 
 from __future__ import annotations

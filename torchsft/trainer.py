@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchsft import ops
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.hf_directory import check_export
 from torchsft.checkpoint.overwrite import make_way
@@ -22,7 +20,7 @@ from torchsft.checkpoint.weight_files import Weights
 from torchsft.config import Config, InputError, to_dict
 from torchsft.data.background import Background
 from torchsft.data.run_data import DataRank, check_options, load_run_data, with_faults
-from torchsft.data.stream import Step, microbatches_per_step, tokens_per_microbatch
+from torchsft.data.stream import Step
 from torchsft.evaluation import Evaluation
 from torchsft.garbage import Collector
 from torchsft.interruption import Preemption
@@ -44,27 +42,17 @@ from torchsft.metrics.summary import (
     summarise_run,
 )
 from torchsft.metrics.timing import Stopwatch, process_age
-from torchsft.models.attention import choose_implementation
 from torchsft.models.families import family_of, read_model_config
-from torchsft.models.language_model import trained_mtp_layers
-from torchsft.models.moe import frozen_by_router
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.optim.schedule import describe_rest, lr_factor
-from torchsft.optim.selection import select
 from torchsft.output import Exporter, RunOutput, base_configs, end_tokens
-from torchsft.parallel.apply import compute_dtype, parallelize
-from torchsft.parallel.compile import check_compile, compiled_message
+from torchsft.parallel.compile import compiled_message
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.memory import check_memory
-from torchsft.parallel.pipeline import (
-    build_pipeline,
-    first_trained,
-    reshard_after_forward,
-    split,
-)
-from torchsft.parallel.stages import microbatches_in_flight, plan_stages
+from torchsft.parallel.stages import microbatches_in_flight
 from torchsft.parallel.world import World
+from torchsft.planning.model import plan_model
 from torchsft.resolution import resolve
 
 
@@ -148,76 +136,21 @@ class Trainer:
         That takes no memory yet, but refuses everything that does not fit together.
         """
         config, world = self.config, self.world
-        parallel, options, train = config.parallel, config.model, config.train
-        compute = compute_dtype(config.precision.compute, world.device)
-        choose_implementation(options.attention, world.device, compute)
-        check_compile(config, world.device)
-        microbatches = microbatches_per_step(
-            train.global_batch_size, train.micro_batch_size, world.data_size
-        )
-        tokens = tokens_per_microbatch(
-            train.micro_batch_size, config.data.seq_len, parallel.cp, parallel.tp
-        )
-        if options.ops == "plain" and parallel.tp > 1:
-            fault = "--model.ops plain has no loss over a split vocabulary"
-            raise InputError(f"{fault}; set --parallel.tp to 1, not {parallel.tp}")
-        ops.use_plain(options.ops == "plain")
-
-        mtp_layers = trained_mtp_layers(options.mtp, self.model_config)
-        self.plan = plan_stages(parallel, self.model_config, microbatches, mtp_layers)
-        pp_rank = world.dense.get_local_rank("pp")
-        implementations = {
-            "mtp": options.mtp,
-            "attention": options.attention,
-            "experts": options.experts,
-            "loss_chunk": options.loss_chunk,
-        }
+        plan = plan_model(config, self.family, self.model_config, world)
+        self.plan, self.model, self.stages = plan, plan.model, plan.stages
         self.weights: Weights | None = None
-        with torch.device("meta"):
-            whole = self.family(self.model_config, **implementations)
-            self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
-            freeze = [*train.freeze, *whole.untrained]
-            freeze += frozen_by_router(config.router, whole.moe_layers().values())
-            self.selection = select(
-                self.shapes, freeze, config.optim.parameter_groups(), whole.parts
-            )
-            self.selection.apply(whole)
-            # A run that continues, or begins at random, does not read the directory's weights.
-            if self.start.checkpoint is None and not options.random_init:
-                self.weights = huggingface.check_weights(self.source, whole)
-                if note := huggingface.note_on_mtp(self.weights, whole):
-                    self.output.message(note)
-                if config.router.bias_update_rate:
-                    huggingface.check_moving_bias(self.weights, whole)
-            part = self.plan.model_part(pp_rank)
-            self.model = self.family(self.model_config, **implementations, **part)
-            self.selection.apply(self.model)
-            # Stages share the modules of `self.model`, which so has the sharded parameters too.
-            self.stages = split(self.model, self.plan, pp_rank)
-        reshard = reshard_after_forward(parallel)
-        parallelize(
-            self.stages,
-            world,
-            compute,
-            masters=compute_dtype(config.optim.masters, world.device),
-            activations=train,
-            reshard_after_forward=reshard,
-            precision=config.precision,
-            offload=config.optim.offload,
-            compiled=options.compile,
+        # A run that continues, or begins at random, does not read the directory's weights.
+        if self.start.checkpoint is None and not config.model.random_init:
+            self.weights = huggingface.check_weights(self.source, plan.whole)
+            if note := huggingface.note_on_mtp(self.weights, plan.whole):
+                self.output.message(note)
+            if config.router.bias_update_rate:
+                huggingface.check_moving_bias(self.weights, plan.whole)
+        in_flight = microbatches_in_flight(
+            config.parallel, world.dense.get_local_rank("pp"), plan.microbatches
         )
-        in_flight = microbatches_in_flight(parallel, pp_rank, microbatches)
-        check_memory(self.model, compute, reshard, config, world, in_flight)
-        self.pipeline = build_pipeline(
-            self.stages,
-            self.plan,
-            parallel,
-            world,
-            microbatches=microbatches,
-            tokens=tokens,
-            dtype=compute,
-            first_trained=first_trained(whole, self.plan),
-        )
+        check_memory(plan.model, plan.compute, plan.reshard, config, world, in_flight)
+        self.pipeline = plan.pipeline(config, world)
 
     def load_data(self) -> None:
         """Load tokenizer, training rows and evaluation sets, and count the steps."""
@@ -261,7 +194,7 @@ class Trainer:
         """Allocate memory and load weights: no rank ever holds more than its share of the model."""
         config, world = self.config, self.world
         allocate(self.stages, world.device, config.optim.offload)
-        options = config.optim, self.selection.groups
+        options = config.optim, self.plan.selection.groups
         self.optimizer = build_optimizer(self.model, *options, self.stages)
         if self.start.checkpoint:
             self.resume(self.start.checkpoint)
@@ -659,8 +592,8 @@ class Trainer:
 
     def describe(self) -> str:
         """Say what is about to be trained, and how."""
-        numbers = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        frozen = self.selection.frozen
+        numbers = {name: p.numel() for name, p in self.plan.whole.named_parameters()}
+        frozen = self.plan.selection.frozen
         tied = self.model_config.tie_word_embeddings
         parameters = ParameterCounts(
             all=sum(numbers.values()),
@@ -671,7 +604,7 @@ class Trainer:
         config = self.config
         rows = f"{config.train.global_batch_size} rows of {config.data.seq_len} tokens"
         steps = f"steps {self.counters.step} -> {self.total_steps} of {rows}"
-        return describe_run(config, self.world, parameters, self.plan, steps, self.model)
+        return describe_run(config, self.world, parameters, self.plan.layers, steps, self.model)
 
     def describe_early_end(self) -> str:
         """Say where a signal has ended the run."""

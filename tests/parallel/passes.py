@@ -4,6 +4,8 @@ ranks without a pipeline.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,6 +81,13 @@ def microbatch(number: int) -> dict[str, Any]:
         "cu_seqlens": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         "max_seqlen": max(lengths, default=0),
     }
+
+
+def on_nodes(ranks_per_node: int, call: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function, on ranks of a pool as if each machine had some of them."""
+    local_rank = int(os.environ["RANK"]) % ranks_per_node
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks_per_node), "LOCAL_RANK": str(local_rank)}
+    return call(**arguments)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -219,6 +219,11 @@ class Parallel:
     """
     ep: int = 1
     """Ranks over which the experts of a layer are spread; divides dp_shard * cp * tp."""
+    ep_exchange: Literal["auto", "flat", "two-level"] = "auto"
+    """How tokens get to experts on other ranks. flat: once for each expert. two-level: once to each
+    node that holds some of a token's experts, and on from there within the node. auto: two-level
+    where the ranks of ep fill several nodes of several ranks each.
+    """
     timeout_seconds: float = 600.0
     """A collective that waits longer than this ends the job."""
 

@@ -66,7 +66,8 @@ def choose_implementation(
     Raises:
         InputError: the implementation cannot compute there.
     """
-    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    # on the meta device too, which stands for a GPU (planning/simulation.py)
+    flash = device.type != "cpu" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
         return "varlen" if flash else "sdpa"
     if name == "varlen" and not flash:

@@ -244,8 +244,12 @@ class SwigluMLP(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """[S, D] to [S, D]."""
+        return self.down_proj(self.hidden(x_SD))
+
+    def hidden(self, x_SD: Tensor) -> Tensor:
+        """Return what the down projection is applied to."""
         x = x_SD if self.gather is None else self.gather(x_SD)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

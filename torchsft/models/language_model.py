@@ -209,8 +209,15 @@ class MTPLayer(DecoderLayer):
         self.shared_head = nn.Module()
         self.shared_head.norm = RMSNorm(width, norm_eps)
 
+    def forward(self, x_SD: Tensor, documents: Documents, *more_SD: Tensor) -> Tensor:
+        """Return the hidden states that the head reads, behind the layer's last norm; see
+        `compute`.
+        """
+        # Not a part of what is computed again, which must not need what experts return.
+        return self.shared_head.norm(super().forward(x_SD, documents, *more_SD))
+
     def compute(self, x_SD: Tensor, documents: Documents, next_SD: Tensor) -> Tensor:
-        """Return the hidden states that the head reads, behind the layer's last norm.
+        """Return what the last norm is applied to.
 
         Args:
             x_SD: the hidden states before this layer, behind the model's last norm or that of the
@@ -220,7 +227,7 @@ class MTPLayer(DecoderLayer):
             next_SD: the embedding of a token further on.
         """
         both = torch.cat([self.enorm(next_SD), self.hnorm(x_SD)], dim=-1)
-        return self.shared_head.norm(super().compute(self.eh_proj(both), documents))
+        return super().compute(self.eh_proj(both), documents)
 
 
 class LanguageModel(nn.Module):

@@ -13,7 +13,7 @@ from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.blockwise import apply_blockwise
 from torchsft.parallel.compile import apply_compile
 from torchsft.parallel.context import apply_context_parallel
-from torchsft.parallel.expert import apply_expert_parallel
+from torchsft.parallel.expert import apply_expert_parallel, node_groups
 from torchsft.parallel.expert_float8 import apply_expert_float8
 from torchsft.parallel.float8 import apply_float8
 from torchsft.parallel.fsdp import apply_fsdp
@@ -57,10 +57,11 @@ def parallelize(
     Raises:
         InputError: something does not divide over the mesh.
     """
+    groups = node_groups(world)
     for stage in stages:
         if world.dense["tp"].size() > 1:
             apply_tensor_parallel(stage, world)
-        apply_expert_parallel(stage, world.expert)
+        apply_expert_parallel(stage, world, groups)
         if world.dense["cp"].size() > 1:
             apply_context_parallel(stage, world)
         if precision and precision.compute == "blockwise":
