@@ -177,7 +177,6 @@ class MoE(nn.Module):
     through.
     """
 
-    regions = ("sort",)  # see models/decoder.py
     # All since they were last zeroed, over real tokens; not saved.
     expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
     balance_loss: Tensor  # fp32 scalar: sum of the balance loss
