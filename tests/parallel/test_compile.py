@@ -19,8 +19,8 @@ from torchsft.parallel.world import World
 
 CPU = torch.device("cpu")
 # Of a DeepSeek-V3: latents and expand, add_and_norm, hidden of dense networks and of shared
-# experts, score, choose, weigh.
-REGIONS = 8
+# experts, score, choose, weigh, add.
+REGIONS = 9
 
 
 def gradients(compiled: bool, mode: str, family: str, **changes: Any) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def gradients(compiled: bool, mode: str, family: str, **changes: Any) -> dict[st
 
 @pytest.mark.parametrize(
     ("family", "mode", "regions"),
-    [("", "none", REGIONS), ("", "full", REGIONS), ("gpt_oss", "selective", 5)],
+    [("", "none", REGIONS), ("", "full", REGIONS), ("gpt_oss", "selective", 6)],
 )
 def test_layers_share_what_is_compiled_and_compute_the_same(monkeypatch, family, mode, regions):
     """One graph for each region, whole (`fullgraph`), whatever the number of layers and documents;

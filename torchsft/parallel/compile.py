@@ -6,6 +6,7 @@ methods whose tensors have the same shapes in every microbatch.
     DecoderLayer             add_and_norm
     GroupedRouter            score, choose, weigh
     SwigluMLP                hidden, of dense networks and shared experts
+    MoE                      add (routed and shared experts, the stream of hidden states)
 
 Not compiled are attention, what waits for ranks or for the host, rows of routed experts (as many
 as come) and their sums (an `embedding_bag` that keeps nothing, so that a repetition of a layer ends
