@@ -36,6 +36,7 @@ from torchsft.config import (
 )
 from torchsft.ops.repetition import repeating
 from torchsft.parallel import activation_offload
+from torchsft.parallel import compile as compiling
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
@@ -84,12 +85,13 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
     names = {"recipe": "float8_recipe", "experts": "experts"}
     recipe = {name: changes.pop(short) for short, name in names.items() if short in changes}
     train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
+    model_options = {name: changes.pop(name) for name in ("mtp", "compile") if name in changes}
     compute, output = (
         changes.pop("compute", "fp32"),
         changes.pop("output", str(base / "unused-output")),
     )
     return Config(
-        model=Model(path=str(base / model), mtp=changes.pop("mtp", "keep")),
+        model=Model(path=str(base / model), **model_options),
         data=Data(
             train=(str(base / "train.jsonl"),),
             eval=changes.pop("eval", ()),
@@ -190,6 +192,7 @@ def reported(steps: list[Any], records: list[dict[str, Any]]) -> dict[str, Any]:
 def train(directory: str, **options: Any) -> list[dict[str, Any]]:
     """`run` on the calling ranks."""
     activation_offload.LEAST = 0  # what a tiny model keeps goes to the host too
+    compiling.BACKEND = "aot_eager"  # all of torch.compile but the making of kernels
     config = config_for(directory, **options)
     with World(config.parallel, 0) as world:
         return run(config, world)
@@ -312,7 +315,7 @@ def layout(**sizes: Any) -> Any:
     """One row of the matrix; dp_shard 1 where it is not named. `n` ranks follow."""
     sizes = {"dp_shard": 1} | sizes
     n = math.prod(sizes.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
-    name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size is True or size != 1)
     return pytest.param(n, sizes, id=name)
 
 
@@ -393,6 +396,9 @@ MATRIX = [
         activation_offload=True,
         pp_schedule="ZBVZeroBubble",
     ),
+    # compiled
+    layout(dp_shard=2, compile=True),
+    layout(cp=2, ep=2, compile=True, activation_checkpointing="selective"),
     # layers by hand
     layout(pp=2, pp_layers=(5, 3), pp_schedule="GPipe"),
     layout(pp=2, pp_layers=(1, 2, 1, 1, 2, 1), pp_schedule="Interleaved1F1B"),
@@ -464,6 +470,7 @@ QWEN3_MATRIX = [
     layout(cp=2, tp=2, ep=4, micro_batch_size=2),
     layout(pp=2, dp_shard=2, ep=2, pp_schedule="DualPipeV"),
     layout(pp=2, cp=2, ep=2, activation_checkpointing="selective", pp_schedule="Interleaved1F1B"),
+    layout(pp=2, compile=True, pp_schedule="1F1B"),
 ]
 
 
