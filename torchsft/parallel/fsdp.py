@@ -20,7 +20,6 @@ from torch.distributed.tensor import Shard
 from torchsft.config import InputError
 from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import Experts
-from torchsft.ops.repetition import repeating
 from torchsft.parallel.float8 import gather_in_float8
 
 
@@ -52,11 +51,6 @@ def _check_experts(layer: str, experts: Experts, shards: int) -> None:
                 f"divide over the {shards} ranks that share an expert (dp_shard * cp * tp / ep); "
                 "raise --parallel.ep or start another number of ranks"
             )
-
-
-def _reshard_after_first_pass(experts: FSDPModule, _: Any) -> None:
-    """Keep experts that compute again, in the backward pass, gathered for that pass."""
-    experts.set_reshard_after_forward(not repeating(), recurse=False)
 
 
 def apply_fsdp(
@@ -107,8 +101,6 @@ def apply_fsdp(
             if {compute, experts.down_proj.dtype} != {torch.float32}:
                 parts.append(fully_shard(gate, **of_router))
             parts.append(fully_shard(experts, **of_experts))
-            if reshard_after_forward:
-                experts.register_forward_pre_hook(_reshard_after_first_pass)
         units.append([fully_shard(layer, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
     options["reshard_after_forward"] = None if reshard_after_forward else False
