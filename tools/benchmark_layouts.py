@@ -121,8 +121,8 @@ def expected_bytes(
                       pass, where FSDP frees them in between (without a pipeline); the embedding,
                       last norm and head, of which nothing would be saved, once. Gradients are
                       summed over shards for each microbatch (no rank holds whole gradients), over
-                      replicas once. With a pipeline: gathered once, summed once. Replicated over
-                      tp: summed over tp whenever over shards.
+                      replicas once. With a pipeline: gathered once, summed once. Shards of what
+                      is replicated over tp are summed over tp once.
         attention     latents gathered over cp x tp, outputs back: parallel/context.py
         tp            a sum scattered behind the output projection, the dense layers and the
                       embedding, a gather before the dense layers and the head; three numbers a
@@ -164,7 +164,7 @@ def expected_bytes(
         sent["reduce-scatter"] += sums * size * share(shards)
         sent["all-reduce"] += 2 * share(replicas) * size / shards
         if not expert and not split:
-            sent["all-reduce"] += sums * 2 * share(tp) * size
+            sent["all-reduce"] += 2 * share(tp) * size / shards
 
     here = tokens // cp  # of a tensor group
     moved: Counter[str] = Counter()  # values of a microbatch

@@ -22,7 +22,7 @@ from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
 from torchsft.models.loss import Objective
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.gradients import global_norm
+from torchsft.parallel.gradients import global_norm, sum_summands
 from torchsft.parallel.world import World
 
 TOKENS = 96
@@ -128,6 +128,7 @@ def training_pass(
             batch_loss = model(**batch)
             batch_loss.backward()
             loss += batch_loss.detach()
+        sum_summands(model.parameters(), world.parameter["tp"])
         loss /= world.dense["tp"].size()  # the ranks of a tensor group return the same sum
         moes = model.moe_layers().values()
         none = torch.zeros(0)  # of a dense model

@@ -66,7 +66,8 @@ def choose_implementation(
     Raises:
         InputError: the implementation cannot compute there.
     """
-    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    # on the meta device too, which stands for a GPU (planning/simulation.py)
+    flash = device.type != "cpu" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
         return "varlen" if flash else "sdpa"
     if name == "varlen" and not flash:
@@ -428,6 +429,7 @@ class LatentAttention(nn.Module):
     tokens, so that causal and packed work is balanced whatever the documents.
     """
 
+    regions = ("latents", "expand")  # see models/decoder.py
     # by_heads(compute, heads, *inputs) returns what compute(None, *inputs) does, that is, of all of
     # this rank's heads [T, heads, v]; compute(slice, *inputs) is of some.
     by_heads: Callable[..., Tensor] = staticmethod(
@@ -480,10 +482,7 @@ class LatentAttention(nn.Module):
         bias alone.
         """
         layout = documents.layout
-        q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
-        latent_and_rope = self.kv_a_proj_with_mqa(x_SD)
-        latent, k_rope = latent_and_rope.split([self.kv_rank, self.rope.dim], dim=-1)
-        q, latent, k_rope = layout.gather(q, self.kv_a_layernorm(latent), k_rope)
+        q, latent, k_rope = layout.gather(*self.latents(x_SD))
         seen_TT = None
         if self.indexer is not None and documents.longest > self.indexer.top_k:
             seen_TT = self.indexer(x_SD, q, documents)
@@ -491,6 +490,15 @@ class LatentAttention(nn.Module):
         compute = functools.partial(self.attend, documents, seen_TT)
         out_THd = self.by_heads(compute, heads, q, latent, k_rope)
         return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+
+    def latents(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_SD (normed) to what queries are projected from, the latent of keys and values, normed,
+        and keys with position, which are not yet rotated.
+        """
+        q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
+        latent_and_rope = self.kv_a_proj_with_mqa(x_SD)
+        latent, k_rope = latent_and_rope.split([self.kv_rank, self.rope.dim], dim=-1)
+        return q, self.kv_a_layernorm(latent), k_rope
 
     def attend(
         self,
@@ -502,9 +510,21 @@ class LatentAttention(nn.Module):
         k_rope: Tensor,  # [T, rope]
     ) -> Tensor:
         """Return what some heads see, [T, heads, v]."""
-        turn = functools.partial(
-            rotate, cos=documents.cos_TP, sin=documents.sin_TP, pairing=self.rope.pairing
-        )
+        tables = documents.cos_TP, documents.sin_TP
+        q_THd, k_THd, v_THd = self.expand(heads, q, latent, k_rope, *tables)
+        return attend(q_THd, k_THd, v_THd, self.scale, documents, seen_TT=seen_TT)
+
+    def expand(
+        self,
+        heads: slice | None,
+        q: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        cos_TP: Tensor,
+        sin_TP: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of some heads, by the arguments of `attend`."""
+        turn = functools.partial(rotate, cos=cos_TP, sin=sin_TP, pairing=self.rope.pairing)
         q_proj = self.q_proj if self.q_rank is None else self.q_b_proj
         q_THd, kv_THd = (
             linear(x, heads and slice(heads.start * width, heads.stop * width)).unflatten(
@@ -517,8 +537,7 @@ class LatentAttention(nn.Module):
         )
         k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
         k_rope = turn(k_rope).unsqueeze(1).expand(-1, k_nope.shape[1], -1)
-        k_THd = torch.cat([k_nope, k_rope], dim=-1)
-        return attend(turn(q_THd), k_THd, v_THd, self.scale, documents, seen_TT=seen_TT)
+        return turn(q_THd), torch.cat([k_nope, k_rope], dim=-1), v_THd
 
 
 class GroupedQueryAttention(nn.Module):
@@ -528,6 +547,8 @@ class GroupedQueryAttention(nn.Module):
     A tensor group splits the heads. Its ranks project its C tokens; where other groups have the
     rest of the row (context parallelism), the heads are exchanged behind norm and rotation.
     """
+
+    regions = ("project",)  # see models/decoder.py
 
     def __init__(
         self,
@@ -564,7 +585,17 @@ class GroupedQueryAttention(nn.Module):
         that of the output alone.
         """
         layout = documents.layout
-        x_CD = layout.gather_tensor(x_SD)
+        tables = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
+        heads = self.project(layout.gather_tensor(x_SD), *tables)
+        q_THd, k_TGd, v_TGd = layout.tokens_to_heads(*heads)
+        sinks_H = None if self.sinks is None else layout.heads(local(self.sinks))
+        out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents, self.window, sinks_H)
+        return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+
+    def project(
+        self, x_CD: Tensor, cos_CP: Tensor, sin_CP: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_CD (normed) to queries [C, H, d], keys and values [C, G, d], normed and rotated."""
         q, k, v = self.q_proj(x_CD), self.k_proj(x_CD), self.v_proj(x_CD)
         if self.norm_heads_together:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -572,14 +603,9 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and not self.norm_heads_together:
             q_CHd, k_CGd = self.q_norm(q_CHd), self.k_norm(k_CGd)
         if self.rope is not None:
-            cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
             q_CHd = rotate(q_CHd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
             k_CGd = rotate(k_CGd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
-
-        q_THd, k_TGd, v_TGd = layout.tokens_to_heads(q_CHd, k_CGd, v_CGd)
-        sinks_H = None if self.sinks is None else layout.heads(local(self.sinks))
-        out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents, self.window, sinks_H)
-        return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+        return q_CHd, k_CGd, v_CGd
 
 
 Attention = LatentAttention | GroupedQueryAttention

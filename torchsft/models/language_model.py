@@ -155,6 +155,7 @@ class DecoderLayer(nn.Module):
     added after.
     """
 
+    regions = ("add_and_norm",)  # see models/decoder.py
     # recompute(function, *args) runs a function so that little is kept for its backward pass; None:
     # all is kept.
     recompute: Callable[..., Tensor] | None = None
@@ -179,15 +180,16 @@ class DecoderLayer(nn.Module):
         """Return what `forward` returns."""
         if self.stream is not None:
             return self.stream(x_SD, documents)
-        return self.feed(self.attend(x_SD, documents), documents)
+        attention_SD = self.self_attn(self.input_layernorm(x_SD), documents)
+        return self.feed(*self.add_and_norm(x_SD, attention_SD), documents)
 
-    def attend(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """Add what attention returns."""
-        return x_SD + self.self_attn(self.input_layernorm(x_SD), documents)
+    def add_and_norm(self, x_SD: Tensor, attention_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add what attention returns; the sum, and it normed."""
+        attended_SD = x_SD + attention_SD
+        return attended_SD, self.post_attention_layernorm(attended_SD)
 
-    def feed(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """Add what the feed-forward network returns."""
-        normed_SD = self.post_attention_layernorm(x_SD)
+    def feed(self, x_SD: Tensor, normed_SD: Tensor, documents: Documents) -> Tensor:
+        """Add to x_SD what the feed-forward network returns for it, normed."""
         if isinstance(self.mlp, MoE):
             return x_SD + self.mlp(normed_SD, documents)
         return x_SD + self.mlp(normed_SD)

@@ -67,6 +67,8 @@ class Experts(nn.Module):
 
     # what gate|up and down are multiplied with
     products: ExpertProducts = GROUPED_MM
+    # Gives this rank's part of a parameter, in the dtype of the rows.
+    read: Callable[[nn.Parameter], Tensor] = staticmethod(local)
     # Whether Hugging Face checkpoints hold each expert by itself, or the parameters as they are.
     stored_singly: ClassVar[bool] = True
 
@@ -93,7 +95,7 @@ class Experts(nn.Module):
         """y_RD of rows sorted by local expert, each times its weight (fp32); offs int32, offs[e]
         ends the rows of local expert e, offs[-1] = R.
         """
-        gate_up, down = local(self.gate_up_proj), local(self.down_proj)
+        gate_up, down = self.read(self.gate_up_proj), self.read(self.down_proj)
         return self.compute(x_RD, gate_up, down, weights_R1, offs, self.products)
 
 
@@ -175,6 +177,7 @@ class MoE(nn.Module):
     through.
     """
 
+    regions = ("deal",)  # see models/decoder.py
     # All since they were last zeroed, over real tokens; not saved.
     expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
     balance_loss: Tensor  # fp32 scalar: sum of the balance loss
@@ -201,9 +204,14 @@ class MoE(nn.Module):
         for name in ("balance_loss", "z_loss"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
 
+    @property
+    def counters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What counts since it was last zeroed: the load of experts, and both losses."""
+        return self.expert_load, self.balance_loss, self.z_loss
+
     def init_buffers(self) -> None:
         """Zero the counters."""
-        for counter in (self.expert_load, self.balance_loss, self.z_loss):
+        for counter in self.counters:
             counter.zero_()
 
     @property
@@ -212,7 +220,7 @@ class MoE(nn.Module):
         return getattr(self.gate, "e_score_correction_bias", None)
 
     @torch.no_grad()
-    def move_bias(self, load_E: Tensor, rate: float) -> None:
+    def move_bias(self, load_E: Tensor, rate: float | Tensor) -> None:
         """Let the correction bias fall by `rate` where more tokens than the mean were routed, and
         rise where fewer were (arXiv:2412.19437, section 2.1.2).
         """
@@ -234,6 +242,9 @@ class MoE(nn.Module):
             loss_S = logits_SE.logsumexp(-1).square()
             weights_SK = self._minimise(loss_S, documents, self.z_loss, self.z_scale, weights_SK)
         weights_SK = torch.where(valid_S1, weights_SK, 0)
+        if self.training and not repeating():
+            real_SK = valid_S1.expand_as(experts_SK)
+            self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
         chosen_SK = self.deal(experts_SK, valid_S1)
         routed_SD, shared_SD = self.exchange(
             x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
@@ -241,12 +252,9 @@ class MoE(nn.Module):
         return routed_SD if shared_SD is None else routed_SD + shared_SD
 
     def deal(self, experts_SK: Tensor, valid_S1: Tensor) -> Tensor:
-        """Assign padding tokens to experts in turn; count in training mode where real ones go."""
+        """Return the experts of each token, for padding in turn."""
         number_R = torch.arange(experts_SK.numel(), device=experts_SK.device)
         in_turn_SK = number_R.view_as(experts_SK) % len(self.expert_load)
-        if self.training and not repeating():
-            real_SK = valid_S1.expand_as(experts_SK)
-            self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
         return torch.where(valid_S1, experts_SK, in_turn_SK)
 
     def shared(self, x_SD: Tensor) -> Iterator[Tensor | None]:

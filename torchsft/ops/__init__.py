@@ -18,8 +18,10 @@ def use_plain(on: bool) -> None:
 
 
 def plain() -> bool:
-    """Whether the plain twins are to be used."""
-    return _plain
+    """Whether the plain twins are to be used: when asked for, and where torch compiles, which fuses
+    them and chooses itself what is kept for the backward pass.
+    """
+    return _plain or torch.compiler.is_compiling()
 
 
 def gradients_asked_for(ctx: Any) -> list[bool]:
@@ -40,3 +42,14 @@ def gradients_asked_for(ctx: Any) -> list[bool]:
             return True
 
     return [runs(node) for node, _ in ctx.next_functions]
+
+
+def accumulates(ctx: Any) -> bool:
+    """Inside the backward of an autograd Function whose first argument is a leaf: whether this pass
+    adds to its `.grad` (`Tensor.backward`), or returns its gradient (`torch.autograd.grad`).
+    """
+    (leaf, _), *_ = ctx.next_functions
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:
+        return False

@@ -27,7 +27,7 @@ With several microbatches FSDP waits, from the second on, for a layer's gradient
 more, to add it up on the host; with a pipeline it adds up on the device, and copies once.
 
 Beyond FSDP's interface this file uses `FSDPParam.sharded_param`, `.param_dtype` and
-`._sharded_param_data` (see `_gathered_from`).
+`._sharded_param_data` (see `gathered_from`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,7 +61,7 @@ class _Unit:
     done: Future | None = None
 
 
-def _gathered_from(module: FSDPModule) -> list[FSDPParam]:
+def gathered_from(module: FSDPModule) -> list[FSDPParam]:
     """Return FSDP's records of the parameters that it gathers for a module, without those of FSDP
     modules inside.
 
@@ -75,15 +75,15 @@ def _gathered_from(module: FSDPModule) -> list[FSDPParam]:
 
 def _units(stage: FSDPModule) -> list[_Unit]:
     """Return a stage's units: its own parameters, then each layer in order."""
-    units = [_Unit(stage, _gathered_from(stage))]
+    units = [_Unit(stage, gathered_from(stage))]
     inside: set[nn.Module] = set()  # the modules of the last layer
     for module in stage.modules():
         if module is stage or not isinstance(module, FSDPModule):
             continue
         if module in inside:
-            units[-1].parts += _gathered_from(module)
+            units[-1].parts += gathered_from(module)
         else:
-            units.append(_Unit(module, [*_gathered_from(module)]))
+            units.append(_Unit(module, [*gathered_from(module)]))
             inside = set(module.modules())
     return units
 
