@@ -4,11 +4,14 @@
 models/), but for the experts, whose twin is `--model.experts loop`.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _plain = False
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 def use_plain(on: bool) -> None:
@@ -20,6 +23,15 @@ def use_plain(on: bool) -> None:
 def plain() -> bool:
     """Whether the plain twins are to be used."""
     return _plain
+
+
+def kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels compute what begins with this tensor, if there are some: below fp32
+    on CUDA, where triton is installed and neither plain twins are asked for nor the code is being
+    compiled, which makes kernels of its own.
+    """
+    able = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _has_triton
+    return able and not _plain and not torch.compiler.is_compiling()
 
 
 def gradients_asked_for(ctx: Any) -> list[bool]:
