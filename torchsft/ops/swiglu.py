@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for, kernels, plain
 from torchsft.ops.grouped import Products
-from torchsft.ops.repetition import PRODUCTS, once
+from torchsft.ops.repetition import PRODUCTS, once, repeating
 
 # the products of gate|up and of down
 ExpertProducts = tuple[Products, Products]
@@ -243,6 +243,8 @@ class _Down(torch.autograd.Function):
         products: Products,
     ) -> Tensor:
         ctx.shape = both_RG.shape
+        if repeating():  # whose backward pass reads no output
+            return both_RG.new_empty(len(both_RG), down.shape[1])
         hidden_RF = weighted_swiglu(both_RG, weights_R1)
         return products.forward(hidden_RF, down, offs_E)
 

@@ -53,27 +53,42 @@ def held_bytes(
         Bytes that more data ranks would share: weight, gradient and moments, or of a frozen
         parameter the weight. And bytes that they would not: where gathered parameters are
         kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
-        behind the last microbatch (so that they stand in for the sharded ones).
+        behind the last microbatch (so that they stand in for the sharded ones); of experts that are
+        never gathered (parallel/compute_copies.py) the copies alone.
     """
-    sharded = gathered = 0.0
-    matrices = model.matrices() if optim.kind == "muon" else {}
-    for name, parameter in model.named_parameters():
+    sharded = 0 if optim.offload else held_moments(model, optim)
+    gathered = 0
+    for parameter in model.parameters():
         weight = parameter.dtype.itemsize
         trained = parameter.requires_grad
-        keeps_gathered = not reshard_after_forward and isinstance(parameter, DTensor)
+        keeps_gathered = not reshard_after_forward and _is_gathered(parameter)
         each = weight
         if optim.offload:
             each = compute.itemsize
             if not keeps_gathered and trained and has_replicas(parameter):
                 each += FP32
-        elif trained:
-            each += moment_bytes(optim, parameter, name in matrices)
-            each += 0 if keeps_gathered else weight  # the gradient
+        elif trained and not keeps_gathered:
+            each += weight  # the gradient
         sharded += each * local(parameter).numel()
         if keeps_gathered:
             each = compute.itemsize + FP32 * trained + 2 * fp8
             gathered += each * gathered_elements(parameter)
+        elif not reshard_after_forward:
+            each = compute.itemsize * (compute != parameter.dtype) + 2 * fp8
+            gathered += each * local(parameter).numel()
     return math.ceil(sharded), math.ceil(gathered)
+
+
+def held_moments(model: nn.Module, optim: Optim) -> int:
+    """Count the bytes of this rank's moments."""
+    matrices = model.matrices() if optim.kind == "muon" else {}
+    return math.ceil(
+        sum(
+            moment_bytes(optim, parameter, name in matrices) * local(parameter).numel()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        )
+    )
 
 
 def moment_bytes(optim: Optim, parameter: nn.Parameter, is_muons: bool) -> float:
@@ -97,6 +112,11 @@ def check_moments(model: nn.Module) -> None:
                 f"--optim.moments int8 has blocks of {BLOCK} entries of a row, but ranks share "
                 f"rows of {name} in parts of {width}; lower --parallel.tp, or use bf16"
             )
+
+
+def _is_gathered(parameter: nn.Parameter) -> bool:
+    """Whether FSDP2 gathers it: not experts that are split by ep alone."""
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != ("ep",)
 
 
 def has_replicas(parameter: nn.Parameter) -> bool:
