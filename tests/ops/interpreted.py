@@ -41,10 +41,10 @@ def converted_as_devices_do(values: Any, source: Any, target: Any, rounding: Any
 
 def main() -> None:
     interpreter._convert_float = converted_as_devices_do
-    interpreted_rows.swiglu_rows()
-    interpreted_rows.rotation()
-    interpreted_rows.latent_keys()
-    interpreted_rows.rows_in_fp8()
+    interpreted_rows.swiglu_rows("cpu")
+    interpreted_rows.rotation("cpu")
+    interpreted_rows.latent_keys("cpu")
+    interpreted_rows.rows_in_fp8("cpu")
     for power_of_two in (False, True):
         (x, w, dy, offs), (y, dx, dw) = experts(power_of_two)
         products = BlockwiseKernels(power_of_two, keep=True)

@@ -1,5 +1,5 @@
-"""Compares the kernels of SwiGLU, of the rotation and of rows in fp8, run by Triton's interpreter
-on a CPU, with their plain twins; for tests/ops/interpreted.py.
+"""Compares the kernels of SwiGLU, of the rotation and of rows in fp8 with their plain twins: run by
+Triton's interpreter on a CPU by tests/ops/interpreted.py, and on a GPU by tests/gpu.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.checkpoint.sources import same_bits
+from torchsft import ops
 from torchsft.models import rope
 from torchsft.models.rope import Rope, RotaryEmbedding
 from torchsft.ops import blockwise_mm as mm
@@ -24,13 +25,20 @@ def near(found: Tensor, exact: Tensor, ulps: float) -> bool:
     return bool(((found.double() - exact).abs() <= ulps * ULP * exact.abs()).all())
 
 
-def swiglu_rows() -> None:
+def tables_of_3_tokens(device: str) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of 6 pairs, a number that is no power of two."""
+    positions = torch.tensor([0, 3, 700], device=device)
+    return RotaryEmbedding(Rope(dim=12, theta=100.0)).to(device)(positions)
+
+
+def swiglu_rows(device: str) -> None:
     """1,030 columns, which are two programs, the second not full; rows without weight too."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     both, grad = (
-        torch.randn(5, columns, generator=draw).bfloat16() * 3 for columns in (2060, 1030)
+        torch.randn(5, columns, generator=draw, device=device).bfloat16() * 3
+        for columns in (2060, 1030)
     )
-    weights = torch.rand(5, 1, generator=draw)
+    weights = torch.rand(5, 1, generator=draw, device=device)
     weights[2] = 0
     exact = [x.double() for x in (both, weights, grad)]
     hidden = swiglu.weighted_swiglu_reference(*exact[:2])
@@ -49,13 +57,13 @@ def swiglu_rows() -> None:
             assert copies[2].equal(grad)
 
 
-def rotation() -> None:
+def rotation(device: str) -> None:
     """Of 3 heads, a number that is no power of two, and of more than a program has at a time."""
-    draw = torch.Generator().manual_seed(0)
-    cos, sin = RotaryEmbedding(Rope(dim=12, theta=100.0))(torch.tensor([0, 3, 700]))
+    draw = torch.Generator(device).manual_seed(0)
+    cos, sin = tables_of_3_tokens(device)
     for pairing in ("neighbours", "halves"):
         for others, heads in ((5, 3), (0, 3), (8, 19)):
-            wide = torch.randn(3, heads, 40, generator=draw).bfloat16()
+            wide = torch.randn(3, heads, 40, generator=draw, device=device).bfloat16()
             x = wide[..., : others + 12]  # strided
             for place in ("start", "end"):
                 how = {"neighbours": pairing == "neighbours", "at_end": place == "end"}
@@ -65,21 +73,29 @@ def rotation() -> None:
                 assert same_bits(found, rope.rotate_reference(x, cos, -sin, pairing, place))
 
 
-def latent_keys() -> None:
+def latent_keys(device: str) -> None:
     """Forward to the bit; gradients of keys and values too, and the sum over heads, which is in
     fp32, near float64's.
     """
-    draw = torch.Generator().manual_seed(0)
-    cos, sin = RotaryEmbedding(Rope(dim=12, theta=100.0))(torch.tensor([0, 3, 700]))
-    rope.kernels = lambda x: x.dtype == torch.bfloat16
+    draw = torch.Generator(device).manual_seed(0)
+    cos, sin = tables_of_3_tokens(device)
+    rope.kernels = lambda x: x.dtype == torch.bfloat16 and not ops.plain()
     for pairing in ("neighbours", "halves"):
         for nope, v, heads in ((5, 7, 3), (8, 4, 35)):
-            kv = torch.randn(3, heads, nope + v, generator=draw).bfloat16().requires_grad_()
-            k_rope = torch.randn(3, 12, generator=draw).bfloat16().requires_grad_()
+            kv = (
+                torch.randn(3, heads, nope + v, generator=draw, device=device)
+                .bfloat16()
+                .requires_grad_()
+            )
+            k_rope = torch.randn(3, 12, generator=draw, device=device).bfloat16().requires_grad_()
             tables = cos, sin, pairing, nope
             found = rope.latent_keys(kv, k_rope, *tables)
+            ops.use_plain(True)
             expected = rope.latent_keys_reference(kv, k_rope, *tables)
-            upstream = [torch.randn(x.shape, generator=draw).bfloat16() for x in expected]
+            ops.use_plain(False)
+            upstream = [
+                torch.randn(x.shape, generator=draw, device=device).bfloat16() for x in expected
+            ]
             for a, b in zip(found, expected, strict=True):
                 assert same_bits(a.contiguous(), b.contiguous())
             got = torch.autograd.grad(found, (kv, k_rope), upstream)
@@ -91,16 +107,16 @@ def latent_keys() -> None:
             assert ((got[1] - wanted[1]).abs() <= ULP / 2 * wanted[1].abs() + 1e-6 * largest).all()
 
 
-def rows_in_fp8() -> None:
+def rows_in_fp8(device: str) -> None:
     """Rows in the order of their experts, each expert's followed by zeros up to a multiple; to the
     bits of the plain functions, in tiles of 1 x 128 and with a scale for each row.
     """
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     counts, multiple, columns = [5, 0, 16, 3], 16, 1200  # more than a program has at a time
-    offs = torch.tensor(counts).cumsum(0).to(torch.int32)
-    arrived = torch.randn(24, columns, generator=draw).bfloat16()
+    offs = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    arrived = torch.randn(24, columns, generator=draw, device=device).bfloat16()
     arrived[3] = 0
-    order = torch.randperm(24, generator=draw)
+    order = torch.randperm(24, generator=draw, device=device)
     padding = padding_of(offs, 24, multiple)
     padded = padding.pad(arrived[order])
     index = padding.index_M()
