@@ -7,7 +7,7 @@ vocabulary is cut to 32,768 so that memory goes to layers.
 
 Then what one rank of the presets computes (benchmark_stage.py): a pipeline stage of v3_256, whose
 experts receive 1, 2 and 4 times the mean load, and a layer of moonlight. Last the Triton kernels
-beside their plain twins (benchmark_kernels.py).
+beside their plain twins (benchmark_triton.py).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from tools import benchmark_kernels
-from tools.benchmark_kernels import Sizes
+from tools import benchmark_triton
 from tools.benchmark_modes import FULL, MODES, Mode, Side, documents
 from tools.benchmark_stage import Stage, line, measure_stage
+from tools.benchmark_triton import Sizes
 from torchsft import ops
 from torchsft.config import InputError, Parallel, Train
 from torchsft.metrics.throughput import peak_tflops
@@ -310,7 +310,7 @@ def measure_mode(mode: Mode, config: dict[str, Any], world: World, repeats: int)
 def measure_kernels(device: torch.device, sizes: Sizes, repeats: int) -> dict[str, Any]:
     """Time every Triton kernel and its plain twin, and print both."""
     found = {}
-    for name, pair in benchmark_kernels.pairs(device, sizes).items():
+    for name, pair in benchmark_triton.pairs(device, sizes).items():
         ops.use_plain(True)  # a twin that has another kernel in it
         twin = seconds_of(pair.twin, device, repeats, warmup=3)
         ops.use_plain(False)

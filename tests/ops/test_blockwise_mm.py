@@ -1,5 +1,5 @@
 """The Triton kernels: their numbers under Triton's interpreter. That they compile for an H100 is in
-tests/tools/test_benchmark_kernels.py. Skipped where triton is not installed.
+tests/tools/test_benchmark_triton.py. Skipped where triton is not installed.
 """
 
 from __future__ import annotations

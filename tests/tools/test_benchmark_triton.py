@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from tools import benchmark_kernels
-from tools.benchmark_kernels import KERNELS, SHARED, Sizes, compiled, pairs, traffic
+from tools import benchmark_triton
+from tools.benchmark_triton import KERNELS, SHARED, Sizes, compiled, pairs, traffic
 
 SMALL = Sizes(tokens=3, heads=2, nope=8, rope=4, values=8, width=256, expert_width=16, rows=32)
 
@@ -52,5 +52,5 @@ def test_twins_run_on_this_machine():
 
 def test_a_machine_without_triton_is_told_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^error: benchmark\.py kernels compiles by triton; run"):
-        benchmark_kernels.run(tmp_path / "kernels.json")
+    with pytest.raises(SystemExit, match=r"^error: benchmark\.py triton compiles by triton; run"):
+        benchmark_triton.run(tmp_path / "triton.json")

@@ -1,4 +1,4 @@
-"""`tools/benchmark.py kernels`: what the Triton kernels need of an H100, without one.
+"""`tools/benchmark.py triton`: what the Triton kernels need of an H100, without one.
 
 Each kernel is compiled for SM90 by the ptxas of triton's own package: registers of a thread, bytes
 that it spills and shared memory of a block. Beside it the traffic at DeepSeek-V3's sizes: how many
@@ -288,7 +288,7 @@ def traffic(sizes: Sizes) -> dict[str, dict[str, float]]:
 def run(json_path: Path | None) -> dict[str, Any]:
     """Print both tables, and write them as JSON."""
     if importlib.util.find_spec("triton") is None:
-        raise SystemExit("error: benchmark.py kernels compiles by triton; run pip install triton")
+        raise SystemExit("error: benchmark.py triton compiles by triton; run pip install triton")
     report: dict[str, Any] = {"traffic": traffic(Sizes()), "compiled": {}}
     print(f"{'kernel':36} registers  spilled bytes  shared bytes")
     for name in KERNELS:
