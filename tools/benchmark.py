@@ -96,8 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    commands_with_results = (step, gpu, triton, pipeline, layouts, waits, kernels, rows, checkpoint)
-    for command in (*commands_with_results, data):
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 
