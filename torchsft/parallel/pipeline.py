@@ -107,16 +107,12 @@ class Runner(ABC):
         shares_tokens = world.sequence["sequence"].size() > 1
         self.needs_all_tokens = world.dense["pp"].size() > 1 or shares_tokens
         self.zero = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.tp = world.parameter["tp"]  # each such look-up makes a mesh
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield this rank's parameters, of those on several pipeline ranks the first one's."""
         for module in self.modules:
             yield from module.parameters()
-
-    def sum_summands(self) -> None:
-        """Sum the gradients of what is replicated over `tp`; collective."""
-        parameters = (each for module in self.modules for each in module.parameters())
-        sum_summands(parameters, self.world.parameter["tp"], self.world.device)
 
     @abstractmethod
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
@@ -208,7 +204,7 @@ class OneStage(Runner):
             loss = model(**batch.to(self.world.device).model_inputs())
             (loss / divisor).backward()
             total += loss.detach()
-        self.sum_summands()
+        sum_summands(model.parameters(), self.tp, self.world.device)
         return total
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
@@ -270,7 +266,7 @@ class Pipeline(Runner):
         self.divisor, self.total = divisor, self.zero.clone()
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)
-        self.sum_summands()
+        sum_summands(super().parameters(), self.tp, self.world.device)
         if self.shared is not None:
             (peer,) = {*self.ends} - {dist.get_rank(self.group)}
             sum_with(self.shared, peer, self.group)
