@@ -67,7 +67,7 @@ def model_config(layers: int = 8, **changes: Any) -> DeepseekV3Config:
 def batches(count: int, data_rank: int = 0) -> list[Batch]:
     documents = [DOCUMENTS[i % len(DOCUMENTS)] for i in range(count)]
     return [
-        Batch(**packed(d, TOKENS - sum(d), seed=100 * data_rank + i))
+        Batch(**packed(d, TOKENS - sum(d), seed=100 * data_rank + i), padding=TOKENS - sum(d))
         for i, d in enumerate(documents)
     ]
 
