@@ -11,7 +11,9 @@ of memory and precision, beside the plain one (benchmark_modes.py), with memory 
 
 The share of the peak is the FLOPs of matrix products and attention, the same for both sides
 (`ModelConfig.flops`), over the step's time and over what a large fp32 matrix product reaches in the
-same run.
+same run. Beside it stands the share that the step would have if everything but matrix products and
+attention took no time: what these reach themselves, and so the most that is left to gain around
+them.
 
 Memory is what torch's CPU allocator holds at most during a step above what it held before it, so
 above weights and optimizer state; gradients and activations count, scratch space of BLAS libraries
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -108,6 +111,16 @@ def held_peak(function: Callable[[], object]) -> int:
     return peak
 
 
+def seconds_of_products(function: Callable[[], object]) -> float:
+    """Return how long matrix products and attention take during the call."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    # mm, bmm, addmm_ ... and attention's forward and backward kernels
+    computes = re.compile(r"aten::(\w*mm_?|_\w*attention\w*)")
+    rows = profiler.key_averages()
+    return sum(row.self_cpu_time_total for row in rows if computes.fullmatch(row.key)) / 1e6
+
+
 def time_table(function: Callable[[], object], rows: int = 25) -> str:
     """Return where the time of a call goes, by operator."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -140,11 +153,13 @@ def compare(sides: Mapping[str, Side], batches: Tensor, flops: float) -> dict[st
 
     Args:
         sides: by name, transformers first.
-        batches: tokens, [steps, ROWS, ROW]; of the first two steps no time is taken.
+        batches: tokens, [steps, ROWS, ROW]; of the first two steps no time is taken, and the last
+            one is taken once more under a profiler.
         flops: of a step.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     peaks: dict[str, int] = {}
+    products: dict[str, float] = {}
     for index, tokens in enumerate(batches):
         losses = {}
         for name in sides:
@@ -165,6 +180,8 @@ def compare(sides: Mapping[str, Side], batches: Tensor, flops: float) -> dict[st
                 peaks[name] = held_peak(step)
             else:
                 seconds[name].append(step())
+            if index == len(batches) - 1:
+                products[name] = seconds_of_products(step)
         # The same loss, while both learn from the same batches; fp32 sums differ in order.
         torch.testing.assert_close(losses["torchsft"], losses["transformers"], rtol=1e-4, atol=0)
 
@@ -177,13 +194,15 @@ def compare(sides: Mapping[str, Side], batches: Tensor, flops: float) -> dict[st
             "forward_backward_seconds": compute,
             "optimizer_seconds": update,
             "share_of_peak": flops / (compute + update) / peak_flops,
+            "share_of_products_alone": flops / products[name] / peak_flops,
             "peak_bytes": peaks[name],
         }
         print(
             f"{name:13} {numbers['tokens_per_second']:7.0f} tokens/s  (forward + backward "
             f"{compute:.2f} s, optimizer {update:.2f} s)  {numbers['share_of_peak']:.2f} of "
-            f"{peak_flops / 1e9:.0f} GFLOP/s  {peaks[name] / 2**20:7.0f} MiB above weights and "
-            "optimizer state"
+            f"{peak_flops / 1e9:.0f} GFLOP/s, products and attention alone "
+            f"{numbers['share_of_products_alone']:.2f}  {peaks[name] / 2**20:7.0f} MiB above "
+            "weights and optimizer state"
         )
     found, theirs = report["torchsft"], report["transformers"]
     report["speed_ratio"] = found["tokens_per_second"] / theirs["tokens_per_second"]

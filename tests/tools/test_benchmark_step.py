@@ -50,3 +50,4 @@ def test_step_compares_the_same_training_and_writes_its_numbers(tmp_path, monkey
         theirs, ours = (report[setting][side] for side in ("transformers", "torchsft"))
         shares = ours["share_of_peak"] / theirs["share_of_peak"]
         assert shares == pytest.approx(report[setting]["speed_ratio"])
+        assert theirs["share_of_products_alone"] > 0 and ours["share_of_products_alone"] > 0
