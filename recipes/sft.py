@@ -27,7 +27,14 @@ from torchsft.config import (
     Train,
     to_dict,
 )
-from torchsft.launch import check_data, check_model, check_output, model_directory, set_threads
+from torchsft.launch import (
+    check_data,
+    check_model,
+    check_output,
+    keep_freed_memory,
+    model_directory,
+    set_threads,
+)
 
 
 def debug_preset(output: str) -> Config:
@@ -173,4 +180,6 @@ def run(
         World(config.parallel, config.train.seed) as world,
         output_lock(Path(config.output), world.is_main),
     ):
+        if world.device.type == "cpu":
+            keep_freed_memory()
         Trainer(config, world, generate, answer).run()

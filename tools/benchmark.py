@@ -8,6 +8,8 @@ python tools/benchmark.py pipeline        how long pipeline ranks idle under eac
                                           its formula
 python tools/benchmark.py layouts         step time and bytes sent under each parallel layout,
                                           against one process
+python tools/benchmark.py waits           where the host waits for the device in a step, and the
+                                          calls of an update
 python tools/benchmark.py rows            the longest row at a fixed memory, of two modes of
                                           activation checkpointing
 python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the
@@ -33,6 +35,7 @@ from tools import (
     benchmark_pipeline,
     benchmark_rows,
     benchmark_step,
+    benchmark_waits,
 )
 
 
@@ -62,6 +65,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     layouts.add_argument(
         "--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)"
     )
+    waits = commands.add_parser("waits", help="host waits of a step, by place, on CPU ranks")
+    waits.add_argument(
+        "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
+    )
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
         "--repeats", type=int, default=3, help="timed passes of each mode (default: %(default)s)"
@@ -81,7 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    for command in (step, gpu, pipeline, layouts, rows, checkpoint, data):
+    for command in (step, gpu, pipeline, layouts, waits, rows, checkpoint, data):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 
@@ -98,6 +105,7 @@ def main() -> None:
             "gpu": benchmark_gpu,
             "pipeline": benchmark_pipeline,
             "layouts": benchmark_layouts,
+            "waits": benchmark_waits,
             "rows": benchmark_rows,
             "checkpoint": benchmark_checkpoint,
         }

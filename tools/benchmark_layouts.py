@@ -178,13 +178,28 @@ class SentBytes(TorchDispatchMode):
         if name in ("all_reduce", "all_reduce_"):
             ranks = _group(given["group_name"]).size()
             return "all-reduce", 2 * (ranks - 1) / ranks * given["input"].nbytes
-        if name == "all_to_all_single":
-            x, rows = given["input"], given["input_split_sizes"]
-            own = rows[_group(given["group_name"]).rank()]
+        if name == "allgather_":
+            return "all-gather", sum(x.nbytes for x in given["output_tensors"][0][1:])
+        if name in ("all_to_all_single", "alltoall_base_"):
+            group, x, rows = exchanged(given)
+            own = rows[group.rank()]
             return "all-to-all", x[: len(x) - own].nbytes
         if name == "send":
             return "point-to-point", sum(x.nbytes for x in given["tensors"])
         raise AssertionError(f"{name} is not counted")
+
+
+def exchanged(given: Mapping[str, Any]) -> tuple[dist.ProcessGroup, torch.Tensor, list[int]]:
+    """Return the group of an all-to-all with these arguments, what goes in, and its rows for each
+    rank: without sizes, as many for each.
+    """
+    x = given["input"]
+    if "group_name" in given:
+        group, rows = _group(given["group_name"]), given["input_split_sizes"]
+    else:
+        group = dist.ProcessGroup.unbox(given["process_group"])
+        rows = given["input_split_sizes"]
+    return group, x, rows or [len(x) // group.size()] * group.size()
 
 
 def _group(name: Any) -> dist.ProcessGroup:
@@ -206,8 +221,8 @@ def expected_bytes(
                       pass, where FSDP frees them in between (without a pipeline); the embedding,
                       last norm and head, of which nothing would be saved, once. Gradients are
                       summed over shards for each microbatch (no rank holds whole gradients), over
-                      replicas once. With a pipeline: gathered once, summed once. Replicated over
-                      tp: summed over tp whenever over shards.
+                      replicas once. With a pipeline: gathered once, summed once. Shards of what
+                      is replicated over tp are summed over tp once.
         attention     latents gathered over cp x tp, outputs back: parallel/context.py
         tp            a sum scattered behind the output projection, the dense layers and the
                       embedding, a gather before the dense layers and the head; three numbers a
@@ -249,7 +264,7 @@ def expected_bytes(
         sent["reduce-scatter"] += sums * size * share(shards)
         sent["all-reduce"] += 2 * share(replicas) * size / shards
         if not expert and not split:
-            sent["all-reduce"] += sums * 2 * share(tp) * size
+            sent["all-reduce"] += 2 * share(tp) * size / shards
 
     here = tokens // cp  # of a tensor group
     moved: Counter[str] = Counter()  # values of a microbatch

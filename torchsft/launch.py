@@ -1,7 +1,9 @@
-"""What is checked and set before torch is imported: paths, and how many threads a rank may use.
+"""What is checked and set before torch is imported: paths, how many threads a rank may use, what it
+does with memory that it frees.
 
 Nothing slow is imported here."""
 
+import ctypes
 import json
 import os
 import re
@@ -188,3 +190,23 @@ def set_threads(local_ranks: int) -> int | None:
     threads = max(len(os.sched_getaffinity(0)) // local_ranks, 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return threads
+
+
+# mallopt's numbers in glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory of what it frees, which glibc otherwise gives back to the
+    system from 32 MB a block on: a step on the CPU would fault the same pages in again and again.
+
+    Where the environment says how to allocate (MALLOC_..., GLIBC_TUNABLES), that is followed.
+
+    Returns:
+        Whether memory is kept.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    # No block is mapped by itself, and the end of the heap is never given back.
+    return bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -133,6 +133,9 @@ class RunOutput:
         self.last_failure = report.error or ""
         with self.may_fail():
             if self.last_failure:
+                if self.config.checkpoint.on_error == "stop":
+                    # A save that has begun meanwhile ends too, and removes what it leaves.
+                    self.checkpointer.wait()
                 raise OSError(self.last_failure)
             if self.log:
                 scalars = {

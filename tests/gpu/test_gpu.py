@@ -21,6 +21,7 @@ from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from tools.benchmark_modes import MODES, SELECTIVE
 from torchsft import load_model
 from torchsft.config import Train
+from torchsft.models.attention import attend, flash_kernel, locate_documents
 from torchsft.parallel import activation_offload
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.world import World, deterministic
@@ -167,6 +168,26 @@ def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(either, referenc
         if not off_on_gpu <= max(2 * off_on_cpu, 0.03):
             wrong[name] = (off_on_cpu.item(), off_on_gpu.item())
     assert not wrong
+
+
+def test_fa3_computes_latent_attention_with_narrow_values_as_sdpa_does():
+    """Widths of V3 in bf16, documents and padding: outputs and gradients. Never run so far."""
+    if flash_kernel(torch.device("cuda")) != "FA3":
+        pytest.skip("needs Hopper, and the package flash_attn_interface")
+    total, found = sum(LENGTHS) + PADDING, []
+    bounds = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).to(torch.int32)
+    tables = [torch.ones(total, 2, device="cuda")] * 2
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    inputs = [torch.randn(total, 4, width, **options) for width in (192, 192, 128, 128)]
+    *qkv, upstream = [x.requires_grad_() for x in inputs]
+    for implementation in ("varlen", "sdpa"):
+        where = locate_documents(implementation, *tables, bounds, max(LENGTHS), padding=PADDING)
+        out = attend(*qkv, 0.1, where)
+        assert out.shape == upstream.shape
+        found.append([out, *torch.autograd.grad(out, qkv, upstream)])
+    for got, expected in zip(*found, strict=True):
+        assert (got - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_the_step_does_not_wait_for_the_device(either):

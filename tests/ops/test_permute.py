@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.ops.passes import Operations
 from torchsft.ops.permute import combine, combine_reference, permute, permute_reference
 
 T, D, K, E = 13, 6, 3, 5
@@ -43,11 +44,15 @@ def test_combine_equals_its_reference():
 def test_one_choice_per_token_is_a_permutation_also_of_nothing(rows):
     """Expert parallelism reorders received rows with K = 1, and a rank may receive none."""
     order = torch.randperm(rows)
-    x = torch.randn(rows, D, requires_grad=True)
-    y = permute(x, order, order.argsort().unsqueeze(1))
-    assert torch.equal(y, x[order])
-    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert torch.equal(gradient, torch.ones_like(x))
+    x, upstream = torch.randn(2, rows, D)
+    x.requires_grad_()
+    inverse = order.argsort().unsqueeze(1)
+    with Operations() as operations:
+        y, back = permute(x, order, inverse), combine(x[order], order, inverse)
+        (gradient,) = torch.autograd.grad(y, x, upstream)
+    assert torch.equal(y, x[order]) and torch.equal(back, x)
+    assert torch.equal(gradient, upstream[inverse.flatten()])
+    assert operations.count["aten::_embedding_bag"] == 0  # there is nothing to sum
 
 
 def test_bf16_sums_are_accumulated_in_fp32():

@@ -18,8 +18,10 @@ def use_plain(on: bool) -> None:
 
 
 def plain() -> bool:
-    """Whether the plain twins are to be used."""
-    return _plain
+    """Whether the plain twins are to be used: when asked for, and where torch compiles, which fuses
+    them and chooses itself what is kept for the backward pass.
+    """
+    return _plain or torch.compiler.is_compiling()
 
 
 def gradients_asked_for(ctx: Any) -> list[bool]:

@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [D].
         eps: added to the mean square.
     """
-    if x.is_cuda or plain():
+    if x.device.type != "cpu" or plain():
         return rms_norm_reference(x, weight, eps)
     return _RmsNorm.apply(x, weight, eps)
 

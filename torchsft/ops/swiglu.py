@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for, plain
 from torchsft.ops.grouped import Products
-from torchsft.ops.repetition import PRODUCTS, once
+from torchsft.ops.repetition import PRODUCTS, once, repeating
 
 # the products of gate|up and of down
 ExpertProducts = tuple[Products, Products]
@@ -179,6 +179,8 @@ class _Down(torch.autograd.Function):
         products: Products,
     ) -> Tensor:
         ctx.shape = both_RG.shape
+        if repeating():  # whose backward pass reads no output
+            return both_RG.new_empty(len(both_RG), down.shape[1])
         hidden_RF = weighted_swiglu(*both_RG.chunk(2, dim=-1), weights_R1)
         return products.forward(hidden_RF, down, offs_E)
 

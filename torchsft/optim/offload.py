@@ -27,7 +27,7 @@ With several microbatches FSDP waits, from the second on, for a layer's gradient
 more, to add it up on the host; with a pipeline it adds up on the device, and copies once.
 
 Beyond FSDP's interface this file uses `FSDPParam.sharded_param`, `.param_dtype` and
-`._sharded_param_data` (see `_gathered_from`).
+`._sharded_param_data` (see `gathered_from`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,6 +40,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from torchsft.models.language_model import LanguageModel
+from torchsft.optim.fused import FusedAdamW
 
 
 @dataclass(eq=False)
@@ -56,11 +57,11 @@ class _Unit:
     module: FSDPModule
     parts: list[FSDPParam]
     groups: list[dict] = field(default_factory=list)
-    adamw: torch.optim.AdamW | None = None
+    adamw: FusedAdamW | None = None
     done: Future | None = None
 
 
-def _gathered_from(module: FSDPModule) -> list[FSDPParam]:
+def gathered_from(module: FSDPModule) -> list[FSDPParam]:
     """Return FSDP's records of the parameters that it gathers for a module, without those of FSDP
     modules inside.
 
@@ -74,15 +75,15 @@ def _gathered_from(module: FSDPModule) -> list[FSDPParam]:
 
 def _units(stage: FSDPModule) -> list[_Unit]:
     """Return a stage's units: its own parameters, then each layer in order."""
-    units = [_Unit(stage, _gathered_from(stage))]
+    units = [_Unit(stage, gathered_from(stage))]
     inside: set[nn.Module] = set()  # the modules of the last layer
     for module in stage.modules():
         if module is stage or not isinstance(module, FSDPModule):
             continue
         if module in inside:
-            units[-1].parts += _gathered_from(module)
+            units[-1].parts += gathered_from(module)
         else:
-            units.append(_Unit(module, [*_gathered_from(module)]))
+            units.append(_Unit(module, [*gathered_from(module)]))
             inside = set(module.modules())
     return units
 
@@ -114,7 +115,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         for unit in self.units:
             if unit.groups:
                 copies = [dict(group) for group in unit.groups]
-                unit.adamw = torch.optim.AdamW(copies, fused=True)
+                unit.adamw = FusedAdamW(copies, fused=True)
         self.device = next(stages[0].buffers()).device
         is_cuda = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if is_cuda else None
@@ -154,6 +155,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         for unit in self.units:
             if unit.adamw is not None:
                 unit.adamw.state = self.state
+                unit.adamw.found_inf = getattr(self, "found_inf", None)
                 for own, group in zip(unit.adamw.param_groups, unit.groups, strict=True):
                     own.update(group)  # this step's learning rate
             unit.done = self.thread.submit(self._update, unit, not is_first)

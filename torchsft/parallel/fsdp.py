@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from torchsft.config import InputError
 from torchsft.models.language_model import DecoderLayer, LanguageModel
 from torchsft.models.moe import Experts
+from torchsft.ops.repetition import repeating
 from torchsft.parallel.compute_copies import ComputeCopies
 from torchsft.parallel.float8 import gather_in_float8
 
@@ -68,6 +69,11 @@ def _own(layer: DecoderLayer, experts: Experts, compute: torch.dtype, *, keep: b
         experts.read.save_none(experts)
 
 
+def _reshard_after_first_pass(experts: FSDPModule, _: Any) -> None:
+    """Keep experts that compute again, in the backward pass, gathered for that pass."""
+    experts.set_reshard_after_forward(not repeating(), recurse=False)
+
+
 def apply_fsdp(
     model: LanguageModel,
     parameter_mesh: DeviceMesh,
@@ -78,8 +84,7 @@ def apply_fsdp(
 ) -> None:
     """Shard `model` in place; forward and backward run in `compute`, gradients are summed in fp32.
 
-    Except over `tp`: what is partial there FSDP2 sums before, in `compute` for each microbatch
-    (with a pipeline once, in fp32).
+    Not over `tp`: `gradients.sum_summands` does that behind the last microbatch.
 
     Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below
     fp32, the router, which stays fp32; the rest (embedding, last norm, head) is the root. While a
@@ -125,6 +130,8 @@ def apply_fsdp(
                 _own(layer, experts, compute, keep=not reshard_after_forward)
             else:
                 parts.append(fully_shard(experts, **of_experts))
+                if reshard_after_forward:
+                    experts.register_forward_pre_hook(_reshard_after_first_pass)
         units.append([fully_shard(layer, ignored_params=ignored, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
     options["reshard_after_forward"] = None if reshard_after_forward else False

@@ -56,9 +56,9 @@ def held_bytes(
         behind the last microbatch (so that they stand in for the sharded ones); of experts that are
         never gathered (parallel/compute_copies.py) the copies alone.
     """
-    sharded = gathered = 0.0
-    matrices = model.matrices() if optim.kind == "muon" else {}
-    for name, parameter in model.named_parameters():
+    sharded = 0 if optim.offload else held_moments(model, optim)
+    gathered = 0
+    for parameter in model.parameters():
         weight = parameter.dtype.itemsize
         trained = parameter.requires_grad
         keeps_gathered = not reshard_after_forward and _is_gathered(parameter)
@@ -67,9 +67,8 @@ def held_bytes(
             each = compute.itemsize
             if not keeps_gathered and trained and has_replicas(parameter):
                 each += FP32
-        elif trained:
-            each += moment_bytes(optim, parameter, name in matrices)
-            each += 0 if keeps_gathered else weight  # the gradient
+        elif trained and not keeps_gathered:
+            each += weight  # the gradient
         sharded += each * local(parameter).numel()
         if keeps_gathered:
             each = compute.itemsize + FP32 * trained + 2 * fp8
@@ -78,6 +77,18 @@ def held_bytes(
             each = compute.itemsize * (compute != parameter.dtype) + 2 * fp8
             gathered += each * local(parameter).numel()
     return math.ceil(sharded), math.ceil(gathered)
+
+
+def held_moments(model: nn.Module, optim: Optim) -> int:
+    """Count the bytes of this rank's moments."""
+    matrices = model.matrices() if optim.kind == "muon" else {}
+    return math.ceil(
+        sum(
+            moment_bytes(optim, parameter, name in matrices) * local(parameter).numel()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        )
+    )
 
 
 def moment_bytes(optim: Optim, parameter: nn.Parameter, is_muons: bool) -> float:

@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.language_model import LanguageModel
-from torchsft.parallel.gradients import sum_with
+from torchsft.parallel.gradients import sum_summands, sum_with
 from torchsft.parallel.stages import StagePlan, schedule_class
 from torchsft.parallel.torch_pipelining import Stage, forward_only_schedule, run_schedule
 from torchsft.parallel.world import World
@@ -203,6 +203,7 @@ class OneStage(Runner):
             loss = model(**batch.to(self.world.device).model_inputs())
             (loss / divisor).backward()
             total += loss.detach()
+        sum_summands(model.parameters(), self.world.parameter["tp"])
         return total
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
@@ -266,6 +267,7 @@ class Pipeline(Runner):
         self.divisor, self.total = divisor, self.zero.clone()
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)
+        sum_summands(super().parameters(), self.world.parameter["tp"])
         if self.shared is not None:
             (peer,) = {*self.ends} - {dist.get_rank(self.group)}
             sum_with(self.shared, peer, self.group)

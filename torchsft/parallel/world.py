@@ -94,6 +94,27 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
     }
 
 
+def nodes_of_experts(parallel: Parallel, ranks_per_node: int) -> int:
+    """Return over how many nodes the ranks of an ep group exchange rows at two levels; 1: they do
+    so at one level.
+
+    Raises:
+        InputError: --parallel.ep-exchange two-level cannot be followed.
+    """
+    ep = parallel.ep
+    if parallel.ep_exchange == "flat":
+        return 1
+    if ranks_per_node > 1 and ep > ranks_per_node and ep % ranks_per_node == 0:
+        return ep // ranks_per_node
+    if parallel.ep_exchange == "two-level":
+        raise InputError(
+            f"--parallel.ep-exchange two-level needs an ep of several nodes, with several ranks on "
+            f"each, but --parallel.ep is {ep} and a node has {ranks_per_node} (LOCAL_WORLD_SIZE); "
+            f"set the exchange to flat or auto, or ep to a larger multiple of the ranks per node"
+        )
+    return 1
+
+
 def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
     """Return a part of `store` that only the ranks of this start have; every rank calls it.
 
@@ -161,7 +182,9 @@ class World:
         self.is_main = self.rank == 0  # the one rank that prints and writes single files
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         sizes = mesh_sizes(parallel, self.size)  # before anything is started
+        self.expert_nodes = nodes_of_experts(parallel, self.ranks_per_node)
         cuda = torch.cuda.is_available()
         if cuda and self.local_rank >= torch.cuda.device_count():
             raise InputError(
@@ -171,7 +194,7 @@ class World:
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        timeout = timedelta(seconds=parallel.timeout_seconds)
+        self.timeout = timeout = timedelta(seconds=parallel.timeout_seconds)
         if "RANK" in os.environ:
             store, rank, size = _meet(timeout)
             store = fresh_store(store, rank, size, timeout)
@@ -199,7 +222,21 @@ class World:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         # a rank that refuses its input and leaves does not disturb others that still build groups
-        self.barrier()
+        if not self._nodes_are_alike() and self.expert_nodes > 1:
+            if parallel.ep_exchange == "two-level":
+                raise InputError(
+                    "--parallel.ep-exchange two-level needs as many ranks on every node, numbered "
+                    f"node by node, but rank {self.rank} is local rank {self.local_rank} of "
+                    f"{self.ranks_per_node} (LOCAL_WORLD_SIZE) or others are so; set it to flat"
+                )
+            self.expert_nodes = 1
+
+    def _nodes_are_alike(self) -> bool:
+        """Whether ranks are numbered node by node, with as many on each; a barrier."""
+        count = self.ranks_per_node
+        is_other = self.size % count > 0 or self.rank % count != self.local_rank
+        others, total, squares = self.sum([is_other, count, count * count]).tolist()
+        return not others and total * total == self.size * squares
 
     def _mesh(self, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
         mesh = init_device_mesh(

@@ -1,0 +1,160 @@
+"""How much memory a step takes on a GPU, and for what: the step itself runs, of any rank of a run
+of any size, on tensors without memory (simulation.py), with the real model, layout, schedule and
+loss.
+
+What it cannot know is stated: how unevenly tokens choose experts, how long documents are, and what
+a device keeps for itself.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchsft.config import Config
+from torchsft.data.batch import Batch
+from torchsft.models.decoder import local
+from torchsft.models.families import family_of, read_model_config
+from torchsft.optim.offload import gathered_from
+from torchsft.parallel.memory import held_moments
+from torchsft.planning.model import ModelPlan, plan_model
+from torchsft.planning.simulation import (
+    META,
+    MOMENTS,
+    PARAMETERS,
+    LiveMemory,
+    SimulatedWorld,
+    simulated_rank,
+)
+
+IMBALANCE = 1.5  # rows that a rank's experts receive, over the mean
+DOCUMENT = 512  # tokens of each document of a packed row
+# Bytes beside torch's tensors: CUDA's context, kernels and NCCL's communicators.
+CONTEXT = 3_500_000_000
+# Bytes between torch's tensors: what its allocator has reserved and cannot give.
+FRAGMENTS = 2_000_000_000
+RESERVE = CONTEXT + FRAGMENTS
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank when it holds most.
+
+    Attributes:
+        pp_rank: which pipeline rank it is.
+        held: bytes by purpose (names in simulation.py).
+    """
+
+    pp_rank: int
+    held: Mapping[str, int]
+
+    @property
+    def allocated(self) -> int:
+        """What torch's tensors take: `torch.cuda.max_memory_allocated`."""
+        return sum(self.held.values())
+
+    @property
+    def needed(self) -> int:
+        """The same and the reserve: what a device must have."""
+        return self.allocated + RESERVE
+
+
+def predict(
+    config: Config,
+    model_config: Mapping[str, Any],
+    size: int,
+    pp_rank: int = 0,
+    imbalance: float = IMBALANCE,
+) -> Memory:
+    """Predict the memory of a pipeline rank's first data rank through a step behind the first one.
+
+    Args:
+        config: of the run; resolved but for `auto` in --precision.compute, which is bf16.
+        model_config: config.json of the model.
+        size: ranks.
+        pp_rank: of `--parallel.pp`.
+        imbalance: rows that the rank's experts receive, in all layers and microbatches, over the
+            mean.
+
+    Raises:
+        InputError: options, model and ranks do not fit together.
+    """
+    if config.precision.compute == "auto":
+        precision = dataclasses.replace(config.precision, compute="bf16")
+        config = dataclasses.replace(config, precision=precision)
+    rank = pp_rank * (size // config.parallel.pp)
+    with simulated_rank(config.parallel, rank, size) as world:
+        family = family_of(model_config)
+        plan = plan_model(config, family, read_model_config(model_config), world)
+        memory = run_step(plan, config, world, imbalance)
+    return Memory(pp_rank, memory.at_peak)
+
+
+def run_step(
+    plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance: float
+) -> LiveMemory:
+    """Run a step's passes, behind an update that has made moments."""
+    ranks = world.sequence["sequence"].size()
+    tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
+    rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
+
+    def ask(integers: Tensor) -> Tensor:
+        """Tell the host how long documents are, or how many rows go to and come from each rank."""
+        shape = integers.shape
+        if len(shape) == 1:
+            documents = shape[0] - 1
+            return torch.tensor([plan.tokens // documents] * documents + [0])
+        sent = torch.full(shape, rows // shape[1])
+        sent[1] = int(rows * imbalance) // shape[1]
+        return sent
+
+    memory = LiveMemory(ask)
+    on_host = config.optim.offload
+    for tensor in (*plan.model.parameters(), *plan.model.buffers()):
+        with_memory = not (on_host and isinstance(tensor, nn.Parameter))
+        storage = local(tensor.detach()).untyped_storage()
+        memory.hold(storage, PARAMETERS if with_memory else None)
+    if not on_host:
+        memory.add(held_moments(plan.model, config.optim), MOMENTS)
+    for layer in plan.model.model.layers.values():
+        layer.compute = _counted(layer.compute, memory, plan.model)
+    with memory:
+        if on_host:
+            for stage in plan.stages:
+                stage.register_forward_pre_hook(_put_copies_on_device)
+        # Without a pipeline one microbatch after the other has the same memory.
+        several = plan.microbatches if config.parallel.pp > 1 else min(plan.microbatches, 2)
+        batches = [_batch(plan.tokens) for _ in range(several)]
+        pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
+        plan.model.train()
+        pipeline.step(batches, 1.0)
+    return memory
+
+
+def _counted(compute: Callable[..., Tensor], memory: LiveMemory, model: nn.Module) -> Any:
+    """Return a layer's `compute` that says when it begins, also when it is computed again."""
+
+    def compute_and_count(*args: Any) -> Tensor:
+        memory.begin_layer(local(p.grad) for p in model.parameters() if p.grad is not None)
+        return compute(*args)
+
+    return compute_and_count
+
+
+def _put_copies_on_device(stage: FSDPModule, _: Any) -> None:
+    """Let FSDP gather from copies in the dtype to gather in, as optim/offload.py does."""
+    for module in stage.modules():
+        for part in gathered_from(module) if isinstance(module, FSDPModule) else ():
+            part._sharded_param_data = part._sharded_param_data.to(part.param_dtype)
+
+
+def _batch(tokens: int) -> Batch:
+    """Return a microbatch that is full."""
+    integers = torch.empty(tokens, dtype=torch.int64, device=META)
+    bounds = torch.empty(max(1, tokens // DOCUMENT) + 1, dtype=torch.int32, device=META)
+    weights = torch.empty(tokens, device=META)
+    return Batch(integers, integers, weights, integers, bounds, tokens)

@@ -1,0 +1,299 @@
+"""One rank of a run of any size, in one process, without memory: tensors are on the meta device,
+the process group is torch's fake one, whose collectives do nothing.
+
+The meta device stands for a GPU: code that asks whether a tensor is on the CPU takes the other way
+there. What a meta tensor cannot answer is answered here (`LiveMemory`).
+
+Private names of torch, all of which are in this file: `FakeStore`; of FSDP2 `_get_device_from_mesh`
+and two checks of `FSDPParamGroup` that parameters have memory; `torch.meta`, which FSDP2 and
+pipeline schedules look for by the name of the device.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from sys import _getframe
+from types import CodeType, SimpleNamespace
+from typing import Any, Self
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchsft.config import Parallel
+from torchsft.parallel.world import mesh_sizes
+
+META = torch.device("meta")
+BLOCK = 512  # bytes; torch's CUDA allocator gives whole ones
+
+
+@dataclass(frozen=True)
+class SimulatedWorld:
+    """What planning asks of a `World`."""
+
+    rank: int
+    size: int
+    data_size: int
+    dense: DeviceMesh
+    parameter: DeviceMesh
+    expert: DeviceMesh
+    sequence: DeviceMesh
+    device: torch.device = META
+
+
+@contextmanager
+def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[SimulatedWorld]:
+    """Be one rank of `size`, as far as torch.distributed goes; no process group may exist.
+
+    Raises:
+        InputError: the layout does not have that many ranks.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    sizes = mesh_sizes(parallel, size)
+    streams = {name: getattr(torch.cpu, name) for name in ("Stream", "stream", "current_stream")}
+    streams |= {"Event": torch.cpu.Event, "get_rng_state": lambda _: None}
+    streams |= {"set_rng_state": lambda *_: None}
+    group = _fsdp_param_group.FSDPParamGroup
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    with ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        stack.enter_context(patch.object(torch, "meta", SimpleNamespace(**streams), create=True))
+        stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: META))
+        for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
+            stack.enter_context(patch.object(group, check, lambda _: None))
+        meshes = {
+            name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+            for name, axes in sizes.items()
+        }
+        data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
+        yield SimulatedWorld(rank, size, data_size, **meshes)
+
+
+# What memory is for.
+PARAMETERS, MOMENTS, GATHERED, GRADIENTS = "parameters", "moments", "gathered copies", "gradients"
+RECEIVED, IN_FLIGHT, LAYER = "receive buffers", "activations in flight", "layer at work"
+EXCHANGE, LOSS, SHAPES = "expert exchange", "loss", "shapes alone"
+# Who asked for memory says what it is for: the innermost function on the stack that is named here,
+# by the end of its file's name and its own name ("": any other).
+PURPOSES = {
+    "torch/distributed/pipelining/_utils.py": {"_make_tensor_from_meta": RECEIVED},
+    "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py": {
+        "foreach_reduce": GRADIENTS,
+        "foreach_all_gather": GATHERED,
+        "foreach_all_gather_copy_out": GATHERED,
+    },
+    "torch/distributed/fsdp/_fully_shard/_fsdp_param.py": {
+        "accumulate_unsharded_grad_if_needed": GRADIENTS,
+        "to_accumulated_grad_if_needed": GRADIENTS,
+    },
+    "torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py": {
+        "post_backward": GRADIENTS,
+        "unshard": GATHERED,
+        "wait_for_unshard": GATHERED,
+    },
+    "torch/distributed/tensor/_sharding_prop.py": {"": SHAPES},
+    "torchsft/models/loss.py": {"": LOSS},
+    "torchsft/models/moe.py": {"": LAYER},
+    "torchsft/parallel/compute_copies.py": {"": GATHERED},
+    "torchsft/parallel/expert.py": {"": EXCHANGE},
+    "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
+}
+
+
+@cache
+def _purpose_of(code: CodeType) -> str | None:
+    for file, functions in PURPOSES.items():
+        if code.co_filename.replace("\\", "/").endswith(file):
+            return functions.get(code.co_name, functions.get(""))
+    return None
+
+
+def _purpose() -> str:
+    """Return what memory is for that is asked for now."""
+    frame = _getframe(2)
+    while frame is not None:
+        if purpose := _purpose_of(frame.f_code):
+            return purpose
+        frame = frame.f_back
+    return LAYER
+
+
+@cache
+def _makes_new_tensors(function: Any) -> bool:
+    """Whether an operation returns none of its arguments, nor views of them."""
+    schema = function._schema
+    return not any(each.alias_info for each in (*schema.arguments, *schema.returns))
+
+
+def _signature(value: Any) -> Any:
+    """Return what the shapes of results depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return tuple(map(_signature, value))
+    return type(value), value
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    """Memory of a storage."""
+
+    size: int  # bytes
+    purpose: str | None  # None: it is on the host
+    storage: weakref.ref
+
+
+class LiveMemory(TorchDispatchMode):
+    """Runs what is computed on meta tensors and counts the memory of storages that are alive.
+
+    What the host asks of the device has no answer on the meta device: `ask` gives copies of
+    integers; a single number is 1. Other tensors that go to the host are there, and not counted.
+
+    Attributes:
+        held: bytes by purpose, now.
+        at_peak: the same, when all together were most.
+    """
+
+    def __init__(self, ask: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.ask = ask
+        self.held: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.now = self.peak = 0  # bytes
+        self.storages: dict[int, _Held] = {}  # by address
+        self.recent: list[_Held] = []  # of the layer at work
+        self.known: dict[Any, list[Any]] = {}  # operation and arguments -> shapes of results
+        self.patch = patch.object(torch.UntypedStorage, "resize_", self._resizing())
+
+    def __enter__(self) -> Self:
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patch.stop()
+
+    def add(self, size: int, purpose: str) -> None:
+        """Count bytes more (or fewer) for a purpose."""
+        self.held[purpose] += size
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, self.held.copy()
+
+    def hold(self, storage: torch.UntypedStorage, purpose: str | None) -> None:
+        """Count a storage, if it is not counted yet, or has another size than it had."""
+        address, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
+        held = self.storages.get(address)
+        if held is None:
+
+            def freed(_: weakref.ref) -> None:
+                held = self.storages.pop(address)
+                if held.purpose is not None:
+                    self.add(-held.size, held.purpose)
+
+            held = self.storages[address] = _Held(0, purpose, weakref.ref(storage, freed))
+            if purpose == LAYER:
+                self.recent.append(held)
+        if held.purpose is not None and size != held.size:
+            self.add(size - held.size, held.purpose)
+        held.size = size
+
+    def begin_layer(self, gradients: Iterable[Tensor]) -> None:
+        """Let what earlier layers hold be activations in flight, but for `gradients`."""
+        addresses = {gradient.untyped_storage()._cdata for gradient in gradients}
+        for held in self.recent:
+            storage = held.storage()
+            if storage is not None:
+                purpose = GRADIENTS if storage._cdata in addresses else IN_FLIGHT
+                self.held[held.purpose] -= held.size
+                self.held[purpose] += held.size
+                held.purpose = purpose
+        self.recent = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, and count what it returns and what its kernel needs besides."""
+        kwargs, purpose = kwargs or {}, _purpose()
+        if purpose == SHAPES:
+            return function(*args, **kwargs)
+        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented  # it comes again, as operations on this rank's parts
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if function is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as it does on devices; that of the meta device makes a copy
+        to_host = kwargs.get("device") == torch.device("cpu")
+        on_host = to_host and isinstance(args[0], Tensor) and args[0].is_meta
+        if on_host and args[0].dtype in (torch.int32, torch.int64):
+            return self.ask(args[0])
+        if on_host:
+            kwargs, purpose = {**kwargs, "device": META, "pin_memory": False}, None
+        result = self.shapes(function, args, kwargs)
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor) and each.is_meta:
+                self.hold(each.untyped_storage(), purpose)
+        if workspace := WORKSPACES.get(function.name()):
+            size = workspace(*args)
+            self.add(size, purpose)
+            self.add(-size, purpose)
+        return result
+
+    def shapes(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Return what an operation returns, or for the same shapes returned before: torch's Python
+        functions for meta tensors take most of the time.
+        """
+        if not _makes_new_tensors(function):
+            return function(*args, **kwargs)
+        key = function, _signature(args), _signature(tuple(kwargs.items()))
+        known = self.known.get(key)
+        if known is not None:
+            made = [
+                torch.empty_strided(*sizes, dtype=dtype, device=META) for *sizes, dtype in known
+            ]
+            return made[0] if len(made) == 1 else tuple(made)
+        result = function(*args, **kwargs)
+        results = result if isinstance(result, tuple) else (result,)
+        if all(isinstance(x, Tensor) and x.is_meta for x in results):
+            self.known[key] = [(x.shape, x.stride(), x.dtype) for x in results]
+        return result
+
+    def _resizing(self) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            resize(storage, size)
+            if storage._cdata in self.storages:
+                self.hold(storage, None)
+            return storage
+
+        return resize_and_count
+
+
+def _flash_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *more: Any
+) -> int:
+    """Return bytes that FlashAttention 2's backward pass over documents of any lengths allocates
+    besides its results (torch, mha_varlen_bwd in flash_api.cpp): an fp32 sum of the gradient of
+    queries, with 128 rows more for each document, and of shared heads keys and values of their own.
+    """
+    tokens, heads, width = query.shape
+    documents = more[0].numel() - 1
+    rows, wide = tokens + 128 * documents, 4
+    size = wide * rows * heads * (-(-width // 32) * 32 + 1)
+    if key.shape[1] != heads:
+        size += 2 * tokens * heads * width * query.element_size()
+    return size
+
+
+WORKSPACES: dict[str, Callable[..., int]] = {
+    "torch_attn::_varlen_attn_backward": _flash_attention_backward,
+}
