@@ -10,6 +10,8 @@ python tools/benchmark.py layouts         step time and bytes sent under each pa
                                           against one process
 python tools/benchmark.py waits           where the host waits for the device in a step, and the
                                           calls of an update
+python tools/benchmark.py memory          what a step of DeepSeek-V3's widths holds, predicted, with
+                                          and without what saves memory
 python tools/benchmark.py rows            the longest row at a fixed memory, of two modes of
                                           activation checkpointing
 python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the
@@ -32,6 +34,7 @@ from tools import (
     benchmark_data,
     benchmark_gpu,
     benchmark_layouts,
+    benchmark_memory,
     benchmark_pipeline,
     benchmark_rows,
     benchmark_step,
@@ -69,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     waits.add_argument(
         "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
     )
+    memory = commands.add_parser("memory", help="what a step holds, on meta tensors")
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
         "--repeats", type=int, default=3, help="timed passes of each mode (default: %(default)s)"
@@ -88,7 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    for command in (step, gpu, pipeline, layouts, waits, rows, checkpoint, data):
+    for command in (step, gpu, pipeline, layouts, waits, memory, rows, checkpoint, data):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 
@@ -98,6 +102,8 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
+    elif options.command == "memory":
+        benchmark_memory.run(options.json)
     elif options.command == "data":
         benchmark_data.run(options.json, options.conversations, not options.no_trl)
     else:

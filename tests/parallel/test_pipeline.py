@@ -68,7 +68,7 @@ def model_config(layers: int = 8, **changes: Any) -> DeepseekV3Config:
 def batches(count: int, data_rank: int = 0) -> list[Batch]:
     documents = [DOCUMENTS[i % len(DOCUMENTS)] for i in range(count)]
     return [
-        Batch(**packed(d, TOKENS - sum(d), seed=100 * data_rank + i))
+        Batch(**packed(d, TOKENS - sum(d), seed=100 * data_rank + i), padding=TOKENS - sum(d))
         for i, d in enumerate(documents)
     ]
 
@@ -323,10 +323,10 @@ def watch_receive_buffers(stages: list[Stage]) -> dict[str, int]:
     counted = {"most": 0, "all": 0}
     for stage in stages:
 
-        def place(infos: Any, device: Any, before: Any = stage._place) -> None:
-            before(infos, device)
+        def place(infos: Any, *, fresh: bool, before: Any = stage._place) -> None:
+            before(infos, fresh=fresh)
             for info in infos:
-                if device != "meta" and info.buffer is not None:
+                if fresh and info.buffer is not None:
                     alive[counted["all"]] = info.buffer
                     counted["all"] += info.buffer.nbytes
             sizes = [buffer.nbytes for buffer in alive.values()]

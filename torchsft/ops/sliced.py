@@ -7,9 +7,10 @@ are as many rows as came under an even load, wherever experts begin; where they 
 is found on the device. Nothing of gate|up is kept, but computed again in the backward pass; the
 repetition of a layer (activation checkpointing), which only that pass needs, computes nothing.
 
-Outputs and gradients of rows are those of `grouped_swiglu`, bit by bit; gradients of weights are
-the slices' gradients, each as `Products` rounds it, added up in fp32 and rounded once. (Tiles of
-fp8 that run along rows begin with each slice, so that those gradients round otherwise.)
+Outputs and gradients of rows are those of `grouped_swiglu` (bit by bit, where a row's product does
+not depend on how many rows there are: on a CPU it does); gradients of weights are the slices'
+gradients, each as `Products` rounds it, added up in fp32 and rounded once. (Tiles of fp8 that run
+along rows begin with each slice, so that those gradients round otherwise.)
 
 Shape suffixes: R rows, D width, F expert width, E experts held here.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
+from torchsft.ops.out_of_memory import current_note, explained
 from torchsft.ops.repetition import repeating
 from torchsft.ops.swiglu import ExpertProducts, _first_traversal, weighted_swiglu
 
@@ -58,11 +60,11 @@ class _Sliced(torch.autograd.Function):
         size: int,
     ) -> Tensor:
         ctx.save_for_backward(x_RD, gate_up, down, weights_R1, offs_E)
-        ctx.products, ctx.size = products, size
+        ctx.products, ctx.size, ctx.note = products, size, current_note()
         of_both, of_down = products
-        if repeating():  # nothing reads it; who did would see
-            return torch.full_like(x_RD, torch.nan)
         y_RD = torch.empty_like(x_RD)
+        if repeating():  # whose backward pass reads no output
+            return y_RD
         for some, offs in _slices(offs_E, len(x_RD), size):
             both = of_both.forward(x_RD[some], gate_up, offs)
             hidden = weighted_swiglu(*both.chunk(2, dim=-1), weights_R1[some])
@@ -71,6 +73,7 @@ class _Sliced(torch.autograd.Function):
         return y_RD
 
     @staticmethod
+    @explained
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, gate_up, down, weights_R1, offs_E = ctx.saved_tensors
         of_both, of_down = ctx.products

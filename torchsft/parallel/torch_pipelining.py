@@ -30,8 +30,7 @@ Shape suffixes: T tokens of a microbatch, S of them on this rank between blocks,
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,7 +157,7 @@ class Stage(PipelineStage):
         self.microbatch = fwd_chunk_id
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         # The input is kept for the backward pass elsewhere, until that is done.
-        self._place(self.args_recv_info[fwd_chunk_id], "meta")
+        self._place(self.args_recv_info[fwd_chunk_id], fresh=False)
         return output
 
     def backward_one_chunk(
@@ -168,41 +167,46 @@ class Stage(PipelineStage):
         ends at the stage's input: the schedule keeps losses to the end of the step.
         """
         super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
-        self._place(self.grad_recv_info.get(bwd_chunk_id, ()), "meta")
+        self._place(self.grad_recv_info.get(bwd_chunk_id, ()), fresh=False)
         if loss is not None:
             loss.detach_()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Allocate what an input is received into."""
-        self._place(self.args_recv_info[fwd_chunk_id], self.device)
+        self._place(self.args_recv_info[fwd_chunk_id], fresh=True)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Allocate what a gradient is received into."""
-        self._place(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        self._place(self.grad_recv_info.get(bwd_chunk_id, ()), fresh=True)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
-    def _place(self, infos: Sequence[Any], device: torch.device | str) -> None:
-        """Let receive buffers be fresh ones on a device; on "meta" they hold nothing."""
+    def _place(self, infos: Sequence[Any], *, fresh: bool) -> None:
+        """Let receive buffers be fresh ones, or hold nothing and have the shape alone."""
         for info in infos:
             buffer = getattr(info, "buffer", None)  # a first stage receives nothing
-            if buffer is not None:
-                kind = {"device": device, "requires_grad": buffer.requires_grad}
-                info.buffer = torch.empty_like(buffer, **kind)
+            if buffer is None:
+                continue
+            if fresh:
+                new = torch.empty(buffer.shape, dtype=buffer.dtype, device=self.device)
+            else:
+                new = torch.empty((), dtype=buffer.dtype, device="meta").expand(buffer.shape)
+            info.buffer = new.requires_grad_(buffer.requires_grad)
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        with self._buffers_on_meta():
-            return super()._prepare_forward_infra(*args, **kwargs)
+        return self._without_buffers(super()._prepare_forward_infra, *args, **kwargs)
 
     def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        with self._buffers_on_meta():
-            return super()._prepare_backward_infra(*args, **kwargs)
+        return self._without_buffers(super()._prepare_backward_infra, *args, **kwargs)
 
-    @contextmanager
-    def _buffers_on_meta(self) -> Iterator[None]:
+    def _without_buffers(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let torch make its receive buffers on the meta device."""
         device, self.device = self.device, torch.device("meta")
-        yield
+        result = prepare(*args, **kwargs)
         self.device = device
+        for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+            self._place(infos, fresh=False)
+        return result
 
     def forward_maybe_with_nosync(self, x: Tensor) -> Tensor:
         """Call the module with all that belongs to the microbatch."""

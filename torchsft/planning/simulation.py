@@ -84,7 +84,7 @@ EXCHANGE, LOSS, SHAPES = "expert exchange", "loss", "shapes alone"
 # Who asked for memory says what it is for: the innermost function on the stack that is named here,
 # by the end of its file's name and its own name ("": any other).
 PURPOSES = {
-    "torch/distributed/pipelining/_utils.py": {"_make_tensor_from_meta": RECEIVED},
+    "torchsft/parallel/torch_pipelining.py": {"_place": RECEIVED, "_without_buffers": RECEIVED},
     "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py": {
         "foreach_reduce": GRADIENTS,
         "foreach_all_gather": GATHERED,
