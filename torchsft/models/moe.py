@@ -189,7 +189,7 @@ class MoE(nn.Module):
     through.
     """
 
-    regions = ("sort",)  # see models/decoder.py
+    regions = ("add",)  # see models/decoder.py
     layer = "?"  # its number, for messages
     # All since they were last zeroed, over real tokens; not saved.
     expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
@@ -240,9 +240,11 @@ class MoE(nn.Module):
         bias = self.correction_bias
         bias += rate * (load_E.mean() - load_E).sign().to(bias)
 
-    def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """x_SD to y_SD. Padding tokens are assigned to experts in turn, so that none is overloaded,
-        weigh 0 and are not counted.
+    def forward(
+        self, x_SD: Tensor, documents: Documents, before_SD: Tensor | None = None
+    ) -> Tensor:
+        """x_SD to y_SD, to which `before_SD` is added. Padding tokens are assigned to experts in
+        turn, so that none is overloaded, weigh 0 and are not counted.
         """
         gate, experts = self.parts or (self.gate, self.experts)
         weights_SK, experts_SK, scores_SE, logits_SE = gate(x_SD)
@@ -255,13 +257,20 @@ class MoE(nn.Module):
             loss_S = logits_SE.logsumexp(-1).square()
             weights_SK = self._minimise(loss_S, documents, self.z_loss, self.z_scale, weights_SK)
         weights_SK = torch.where(valid_S1, weights_SK, 0)
+        if self.training and not repeating():
+            real_SK = valid_S1.expand_as(experts_SK)
+            self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
         chosen_SK = self.deal(experts_SK, valid_S1)
         self.experts.even_rows = chosen_SK.numel()
         with explaining(self.load):
             routed_SD, shared_SD = self.exchange(
                 x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
             )
-        return routed_SD if shared_SD is None else routed_SD + shared_SD
+        return self.add(routed_SD, shared_SD, before_SD)
+
+    def add(self, y_SD: Tensor, *others: Tensor | None) -> Tensor:
+        """Return the sum of what is there."""
+        return sum((other for other in others if other is not None), y_SD)
 
     def load(self) -> str:
         """Say how many rows the experts of this rank have."""
@@ -272,12 +281,9 @@ class MoE(nn.Module):
         )
 
     def deal(self, experts_SK: Tensor, valid_S1: Tensor) -> Tensor:
-        """Assign padding tokens to experts in turn; count in training mode where real ones go."""
+        """Return the experts of each token, for padding in turn."""
         number_R = torch.arange(experts_SK.numel(), device=experts_SK.device)
         in_turn_SK = number_R.view_as(experts_SK) % len(self.expert_load)
-        if self.training and not repeating():
-            real_SK = valid_S1.expand_as(experts_SK)
-            self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
         return torch.where(valid_S1, experts_SK, in_turn_SK)
 
     def shared(self, x_SD: Tensor) -> Iterator[Tensor | None]:
