@@ -1,7 +1,7 @@
 """`tools/benchmark.py memory`: what parts of the memory of a step are saved by, predicted.
 
 A pipeline rank of DeepSeek-V3's widths takes a step on meta tensors (torchsft/planning/memory.py),
-with its experts' rows at 1, 2 and 4 times the mean, and each saving switched off in turn:
+with its experts' rows at 1, 2 or 4 times the mean, and each saving switched off in turn:
 
     all            as it is
     FSDP2 experts  experts that one rank holds are in FSDP2, on a mesh of size 1
@@ -77,6 +77,11 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "whole rows": lambda: patch.object(moe, "MOST", 1000),
     "all buffers": all_buffers,
 }
+# and rows of the rank's experts, over the mean
+RUNS = [
+    *(("all", 1), ("all", 2), ("all", 4), ("whole rows", 4)),
+    *(("FSDP2 experts", 1), ("all buffers", 1)),
+]
 
 
 def config() -> Config:
@@ -88,16 +93,15 @@ def config() -> Config:
     )
 
 
-def run(path: Path | None, imbalances: tuple[float, ...] = (1, 2, 4)) -> None:
+def run(path: Path | None) -> None:
     """Predict and print each variant, and write all to `path`."""
     results = []
-    for name, variant in VARIANTS.items():
-        for imbalance in imbalances:
-            with variant():
-                memory = predict(config(), MODEL, 64, pp_rank=1, imbalance=imbalance)
-            held = {purpose: size / 1e9 for purpose, size in memory.held.items()}
-            results.append({"variant": name, "imbalance": imbalance, "gigabytes": held})
-            parts = ", ".join(f"{purpose} {size:.2f}" for purpose, size in held.items())
-            print(f"{name:14} x {imbalance}: {memory.allocated / 1e9:.2f} GB ({parts})", flush=True)
+    for name, imbalance in RUNS:
+        with VARIANTS[name]():
+            memory = predict(config(), MODEL, 64, pp_rank=1, imbalance=imbalance)
+        held = {purpose: size / 1e9 for purpose, size in memory.held.items()}
+        results.append({"variant": name, "imbalance": imbalance, "gigabytes": held})
+        parts = ", ".join(f"{purpose} {size:.2f}" for purpose, size in held.items())
+        print(f"{name:14} x {imbalance}: {memory.allocated / 1e9:.2f} GB ({parts})", flush=True)
     if path:
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -67,7 +67,7 @@ class _Sliced(torch.autograd.Function):
             return y_RD
         for some, offs in _slices(offs_E, len(x_RD), size):
             both = of_both.forward(x_RD[some], gate_up, offs)
-            hidden = weighted_swiglu(*both.chunk(2, dim=-1), weights_R1[some])
+            hidden = weighted_swiglu(both, weights_R1[some])
             del both
             y_RD[some] = of_down.forward(hidden, down, offs)
         return y_RD

@@ -157,4 +157,4 @@ def _batch(tokens: int) -> Batch:
     integers = torch.empty(tokens, dtype=torch.int64, device=META)
     bounds = torch.empty(max(1, tokens // DOCUMENT) + 1, dtype=torch.int32, device=META)
     weights = torch.empty(tokens, device=META)
-    return Batch(integers, integers, weights, integers, bounds, tokens)
+    return Batch(integers, integers, weights, integers, bounds, tokens, padding=0)

@@ -68,6 +68,8 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
         stack.callback(dist.destroy_process_group)
         stack.enter_context(patch.object(torch, "meta", SimpleNamespace(**streams), create=True))
         stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: META))
+        # The fake group has no backend of meta tensors to ask whether it takes several at once.
+        stack.enter_context(patch.object(dist, "batch_isend_irecv", lambda _: []))
         for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
             stack.enter_context(patch.object(group, check, lambda _: None))
         meshes = {
