@@ -105,7 +105,7 @@ PURPOSES = {
     "torch/distributed/tensor/_sharding_prop.py": {"": SHAPES},
     "torchsft/models/loss.py": {"": LOSS},
     "torchsft/models/moe.py": {"": LAYER},
-    "torchsft/parallel/compute_copies.py": {"": GATHERED},
+    "torchsft/parallel/compute_copies.py": {"_copy": GATHERED, "backward": GRADIENTS},
     "torchsft/parallel/expert.py": {"": EXCHANGE},
     "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
 }
