@@ -12,6 +12,8 @@ python tools/benchmark.py layouts         step time and bytes sent under each pa
                                           against one process
 python tools/benchmark.py waits           where the host waits for the device in a step, and the
                                           calls of an update
+python tools/benchmark.py memory          what a step of DeepSeek-V3's widths holds, predicted, with
+                                          and without what saves memory
 python tools/benchmark.py kernels         what a layer launches and keeps, with and without
                                           compilation
 python tools/benchmark.py rows            the longest row at a fixed memory, of two modes of
@@ -37,6 +39,7 @@ from tools import (
     benchmark_gpu,
     benchmark_kernels,
     benchmark_layouts,
+    benchmark_memory,
     benchmark_pipeline,
     benchmark_rows,
     benchmark_step,
@@ -76,6 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     waits.add_argument(
         "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
     )
+    commands.add_parser("memory", help="what a step holds, on meta tensors")
     commands.add_parser("kernels", help="launches of a layer, with and without compiling")
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
@@ -106,6 +110,8 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
+    elif options.command == "memory":
+        benchmark_memory.run(options.json)
     elif options.command == "kernels":
         benchmark_kernels.run(options.json)
     elif options.command == "triton":

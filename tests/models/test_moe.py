@@ -1,7 +1,11 @@
 """The router against a plain loop over tokens, and padding in the MoE layer."""
 
+import traceback
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.parallel.passes import build
 from torchsft.config import InputError, Router
@@ -9,6 +13,7 @@ from torchsft.models.attention import locate_documents
 from torchsft.models.decoder import SwigluMLP
 from torchsft.models.moe import Experts, MoE, frozen_by_router
 from torchsft.models.routers import GroupedSigmoidRouter
+from torchsft.ops.grouped import Products
 from torchsft.ops.repetition import Pass
 
 T, D, E = 50, 12, 8
@@ -223,3 +228,36 @@ def test_router_options_are_refused_where_nothing_could_follow_them():
         frozen_by_router(Router(train=False), moes(qwen3=True, dense=True))
     with pytest.raises(InputError, match=r"rate is 0\.1, but this model's routers have no correct"):
         frozen_by_router(Router(bias_update_rate=0.1), moes(qwen3=True))
+
+
+@pytest.mark.parametrize("where", ["forward", "grad_rows"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_full_device_is_reported_with_the_layer_and_its_rows(monkeypatch, where, again):
+    """In the forward pass, in its repetition and in the backward pass."""
+    gate = GroupedSigmoidRouter(16, E, top_k=3, groups=4, top_groups=2, normalise=True, scale=2.5)
+    moe = MoE(gate, Experts(E, 16, 8, "grouped_mm"))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    moe.layer = "5"
+    moe.init_buffers()
+    factors = torch.ones(T, 1)
+    documents = locate_documents("sdpa", factors, factors, torch.tensor([0, T]), None)
+    x_SD = torch.randn(T, 16, requires_grad=True)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def passes():
+        run = partial(checkpoint, moe, use_reentrant=False) if again else moe
+        y_SD = run(x_SD, documents)
+        monkeypatch.setattr(Products, where, full)
+        (y_SD if again or where == "grad_rows" else moe(x_SD, documents)).sum().backward()
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        passes()
+    (note,) = raised.value.__notes__
+    assert note in "".join(traceback.format_exception(raised.value))
+    assert note == (
+        "this was in the experts of layer 5: 150 rows have come to this rank, 150 would under an "
+        "even load; lower --train.micro-batch-size or --data.seq-len, or raise --parallel.ep"
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import Mock
@@ -34,7 +35,7 @@ from torchsft.parallel.stages import (
     plan_stages,
     schedule_class,
 )
-from torchsft.parallel.torch_pipelining import _single_actions
+from torchsft.parallel.torch_pipelining import Stage, _single_actions
 from torchsft.parallel.world import World
 
 SCHEDULES = [
@@ -311,8 +312,28 @@ def step_in_bf16(schedules: list[str]) -> list[dict[str, Any]]:
     with World(parallel_of(schedules[0]), 0) as world:
         for schedule in schedules:
             model, pipeline, _ = build(Case(parallel_of(schedule), 12, dtype=torch.bfloat16), world)
-            results.append(step(model, pipeline, batches(12)))
+            buffers = watch_receive_buffers(pipeline.stages)
+            results.append(step(model, pipeline, batches(12)) | buffers)
     return results
+
+
+def watch_receive_buffers(stages: list[Stage]) -> dict[str, int]:
+    """Count the bytes that stages receive into, of what is alive at one time the most."""
+    alive: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+    counted = {"most": 0, "all": 0}
+    for stage in stages:
+
+        def place(infos: Any, *, fresh: bool, before: Any = stage._place) -> None:
+            before(infos, fresh=fresh)
+            for info in infos:
+                if fresh and info.buffer is not None:
+                    alive[counted["all"]] = info.buffer
+                    counted["all"] += info.buffer.nbytes
+            sizes = [buffer.nbytes for buffer in alive.values()]
+            counted["most"] = max(counted["most"], sum(sizes))
+
+        stage._place = place
+    return counted
 
 
 def test_weight_gradients_in_bf16_are_summed_in_fp32(ranks):
@@ -324,6 +345,15 @@ def test_weight_gradients_in_bf16_are_summed_in_fp32(ranks):
     whole, split_in_two = zip(*ranks(2, step_in_bf16, schedules=["1F1B", "DualPipeV"]), strict=True)
     error, name = largest_error(merged(split_in_two), merged(whole))
     assert error <= 1e-6, name
+    # By 1F1B rank 1 receives 12 inputs of microbatches, rank 0 as many gradients. What is alive:
+    # the one at work and the one that comes.
+    hidden = TOKENS * model_config().hidden_size * 2
+    for result in whole:
+        assert result["all"] == 12 * hidden and result["most"] <= 2 * hidden
+    # By DualPipeV each rank receives both for its two stages, but the turn is on one rank.
+    for result in split_in_two:
+        print({name: result[name] / hidden for name in ("most", "all")})
+        assert result["most"] <= result["all"] / 3
 
 
 def steps_of_lone_experts(parallel: Parallel, modes: list[str]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ of this table and nowhere else; each stands in its class with the value of one r
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
     Experts' parameters     DTensors: this rank's experts                            expert
     Experts.read            gives them in the compute dtype                          fsdp
+    MoE.layer               its number, for messages                                 apply
     MoE.exchange            takes rows to the ranks of their experts and back        expert
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale

@@ -5,6 +5,7 @@ Shape suffixes: S tokens on this rank, D width, F expert width, E experts, K cho
 S * K routed rows, N documents.
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -16,8 +17,10 @@ from torchsft.config import InputError
 from torchsft.config import Router as RouterOptions
 from torchsft.models.attention import Documents
 from torchsft.models.decoder import Piece, SwigluMLP, local
+from torchsft.ops.out_of_memory import explaining
 from torchsft.ops.permute import combine, inverse, permute
 from torchsft.ops.repetition import once, repeating
+from torchsft.ops.sliced import sliced_swiglu
 from torchsft.ops.swiglu import (
     GROUPED_MM,
     ExpertProducts,
@@ -25,9 +28,12 @@ from torchsft.ops.swiglu import (
     grouped_swiglu_reference,
 )
 
+MOST = 2  # times an even load: more rows are computed a slice of an even load at a time
+
 # exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile) -> (routed_SD, shared_SD): the weighted
 # sum of what a token's chosen experts return, and the second value of `meanwhile`, which has two:
-# one is computed while rows travel to their experts, one while they travel back.
+# one is computed while rows travel to their experts, one while they travel back. Its attribute
+# `rows` says how many rows the experts of this rank have.
 Exchange = Callable[
     [Tensor, Tensor, Tensor, Callable[..., Tensor], Iterator[Tensor | None]],
     tuple[Tensor, Tensor | None],
@@ -69,6 +75,8 @@ class Experts(nn.Module):
     products: ExpertProducts = GROUPED_MM
     # Gives this rank's part of a parameter, in the dtype of the rows.
     read: Callable[[nn.Parameter], Tensor] = staticmethod(local)
+    # How many rows each rank would have under an even load.
+    even_rows = sys.maxsize
     # Whether Hugging Face checkpoints hold each expert by itself, or the parameters as they are.
     stored_singly: ClassVar[bool] = True
 
@@ -96,7 +104,10 @@ class Experts(nn.Module):
         ends the rows of local expert e, offs[-1] = R.
         """
         gate_up, down = self.read(self.gate_up_proj), self.read(self.down_proj)
-        return self.compute(x_RD, gate_up, down, weights_R1, offs, self.products)
+        inputs = x_RD, gate_up, down, weights_R1, offs, self.products
+        if self.compute is grouped_swiglu and len(x_RD) > MOST * self.even_rows:
+            return sliced_swiglu(*inputs, self.even_rows)
+        return self.compute(*inputs)
 
 
 def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -139,7 +150,7 @@ class LocalExchange:
     """A MoE layer's `exchange` where all experts are on this rank."""
 
     def __init__(self, experts: int) -> None:
-        self.experts = experts
+        self.experts, self.rows = experts, 0
 
     def __call__(
         self,
@@ -150,6 +161,7 @@ class LocalExchange:
         meanwhile: Iterator[Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """See `Exchange`."""
+        self.rows = chosen_SK.numel()
         _, shared_SD = meanwhile  # first: a repetition of the layer ends within the experts
         counts_E, order_R, row_SK = once(
             "exchange", lambda: sort_by_expert(chosen_SK, self.experts)
@@ -178,6 +190,7 @@ class MoE(nn.Module):
     """
 
     regions = ("add",)  # see models/decoder.py
+    layer = "?"  # its number, for messages
     # All since they were last zeroed, over real tokens; not saved.
     expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
     balance_loss: Tensor  # fp32 scalar: sum of the balance loss
@@ -248,14 +261,24 @@ class MoE(nn.Module):
             real_SK = valid_S1.expand_as(experts_SK)
             self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
         chosen_SK = self.deal(experts_SK, valid_S1)
-        routed_SD, shared_SD = self.exchange(
-            x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
-        )
+        self.experts.even_rows = chosen_SK.numel()
+        with explaining(self.load):
+            routed_SD, shared_SD = self.exchange(
+                x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
+            )
         return self.add(routed_SD, shared_SD, before_SD)
 
     def add(self, y_SD: Tensor, *others: Tensor | None) -> Tensor:
         """Return the sum of what is there."""
         return sum((other for other in others if other is not None), y_SD)
+
+    def load(self) -> str:
+        """Say how many rows the experts of this rank have."""
+        return (
+            f"this was in the experts of layer {self.layer}: {self.exchange.rows} rows have come "
+            f"to this rank, {self.experts.even_rows} would under an even load; lower "
+            "--train.micro-batch-size or --data.seq-len, or raise --parallel.ep"
+        )
 
     def deal(self, experts_SK: Tensor, valid_S1: Tensor) -> Tensor:
         """Return the experts of each token, for padding in turn."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for, kernels, plain
 from torchsft.ops.grouped import Products
+from torchsft.ops.out_of_memory import current_note, explained
 from torchsft.ops.repetition import PRODUCTS, once, repeating
 
 # the products of gate|up and of down
@@ -195,7 +196,7 @@ class _GroupedSwiglu(torch.autograd.Function):
         offs_E: Tensor,
         products: ExpertProducts,
     ) -> Tensor:
-        ctx.products = products
+        ctx.products, ctx.note = products, current_note()
         both_RG = once(PRODUCTS, lambda: products[0].forward(x_RD, gate_up, offs_E))
         # Only the gradient of gate_up reads x: frozen experts do not keep it.
         x_to_keep = x_RD if ctx.needs_input_grad[1] else None
@@ -205,6 +206,7 @@ class _GroupedSwiglu(torch.autograd.Function):
         return both_RG
 
     @staticmethod
+    @explained
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         of_both, of_down = ctx.products
         asked = gradients_asked_for(ctx)

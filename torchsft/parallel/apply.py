@@ -59,6 +59,8 @@ def parallelize(
     """
     groups = node_groups(world)
     for stage in stages:
+        for number, moe in stage.moe_layers().items():
+            moe.layer = number
         if world.dense["tp"].size() > 1:
             apply_tensor_parallel(stage, world)
         apply_expert_parallel(stage, world, groups)

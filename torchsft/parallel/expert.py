@@ -195,6 +195,7 @@ class FlatExchange:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
         order_R, row_SK, route, arrival = plan
+        self.rows = len(arrival.order_M)
         arrived, _ = carry(
             self.group,
             (permute(x_SD, order_R, row_SK), route),
@@ -314,6 +315,7 @@ class TwoLevelExchange:
             (permute(weights_Q1, plan.order_Q, plan.on_node.row_R.unsqueeze(1)), plan.node_route),
         )
         del x_ID
+        self.rows = len(plan.arrival.order_M)
         y_MD = plan.arrival.run(experts, arrived)
         (y_QD,), _ = carry(self.node, (y_MD, plan.node_route), back=True)
         y_ID = sum_rows(y_QD, plan.on_node)

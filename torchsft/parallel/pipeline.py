@@ -262,7 +262,6 @@ class Pipeline(Runner):
         """
         expected = f"{len(batches)} microbatches, the schedule has {self.microbatches}"
         assert len(batches) == self.microbatches, expected
-        self.forward_only.clear()  # with their receive buffers
         self.divisor, self.total = divisor, self.zero.clone()
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)

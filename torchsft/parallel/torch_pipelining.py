@@ -15,6 +15,7 @@ gradients. Its work-arounds, and the versions of torch in which each was seen to
     Stage: gradient_ends           2.11 - 2.13  a stage without anything to train still has to send
                                                 a gradient
     Stage: scalar for logits       2.11         outputs of other shapes than the first are refused
+    Stage: receive buffers         2.11 - 2.13  there is one for each microbatch of a step, always
     Stage: clone of views          2.11 - 2.13  outputs are detached in place, which views refuse
     backward_weight_one_chunk      2.11 - 2.13  sums over microbatches stay in the compute dtype
     _get_init_p2p_neighbors_ops    2.11         a rank greets itself where both neighbours are its
@@ -154,7 +155,58 @@ class Stage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Note which microbatch it is."""
         self.microbatch = fwd_chunk_id
-        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        # The input is kept for the backward pass elsewhere, until that is done.
+        self._place(self.args_recv_info[fwd_chunk_id], fresh=False)
+        return output
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Free what the gradient was received into and, on the last stage, the loss's graph, which
+        ends at the stage's input: the schedule keeps losses to the end of the step.
+        """
+        super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
+        self._place(self.grad_recv_info.get(bwd_chunk_id, ()), fresh=False)
+        if loss is not None:
+            loss.detach_()
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Allocate what an input is received into."""
+        self._place(self.args_recv_info[fwd_chunk_id], fresh=True)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Allocate what a gradient is received into."""
+        self._place(self.grad_recv_info.get(bwd_chunk_id, ()), fresh=True)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _place(self, infos: Sequence[Any], *, fresh: bool) -> None:
+        """Let receive buffers be fresh ones, or hold nothing and have the shape alone."""
+        for info in infos:
+            buffer = getattr(info, "buffer", None)  # a first stage receives nothing
+            if buffer is None:
+                continue
+            if fresh:
+                new = torch.empty(buffer.shape, dtype=buffer.dtype, device=self.device)
+            else:
+                new = torch.empty((), dtype=buffer.dtype, device="meta").expand(buffer.shape)
+            info.buffer = new.requires_grad_(buffer.requires_grad)
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_buffers(super()._prepare_forward_infra, *args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_buffers(super()._prepare_backward_infra, *args, **kwargs)
+
+    def _without_buffers(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let torch make its receive buffers on the meta device."""
+        device, self.device = self.device, torch.device("meta")
+        result = prepare(*args, **kwargs)
+        self.device = device
+        for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+            self._place(infos, fresh=False)
+        return result
 
     def forward_maybe_with_nosync(self, x: Tensor) -> Tensor:
         """Call the module with all that belongs to the microbatch."""

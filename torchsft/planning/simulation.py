@@ -68,6 +68,8 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
         stack.callback(dist.destroy_process_group)
         stack.enter_context(patch.object(torch, "meta", SimpleNamespace(**streams), create=True))
         stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: META))
+        # The fake group has no backend of meta tensors to ask whether it takes several at once.
+        stack.enter_context(patch.object(dist, "batch_isend_irecv", lambda _: []))
         for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
             stack.enter_context(patch.object(group, check, lambda _: None))
         meshes = {
@@ -85,7 +87,7 @@ EXCHANGE, LOSS, SHAPES = "expert exchange", "loss", "shapes alone"
 # Who asked for memory says what it is for: the innermost function on the stack that is named here,
 # by the end of its file's name and its own name ("": any other).
 PURPOSES = {
-    "torch/distributed/pipelining/_utils.py": {"_make_tensor_from_meta": RECEIVED},
+    "torchsft/parallel/torch_pipelining.py": {"_place": RECEIVED, "_without_buffers": RECEIVED},
     "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py": {
         "foreach_reduce": GRADIENTS,
         "foreach_all_gather": GATHERED,
@@ -103,7 +105,7 @@ PURPOSES = {
     "torch/distributed/tensor/_sharding_prop.py": {"": SHAPES},
     "torchsft/models/loss.py": {"": LOSS},
     "torchsft/models/moe.py": {"": LAYER},
-    "torchsft/parallel/compute_copies.py": {"": GATHERED},
+    "torchsft/parallel/compute_copies.py": {"_copy": GATHERED, "backward": GRADIENTS},
     "torchsft/parallel/expert.py": {"": EXCHANGE},
     "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
 }

@@ -1,0 +1,23 @@
+"""The prediction of what is saved, on a model that takes seconds."""
+
+import json
+
+from tests.tiny import tiny_config
+from tools import benchmark_memory
+
+
+def test_each_saving_saves(tmp_path, monkeypatch):
+    """Experts alone, slices under 4 times the mean load, and receive buffers in flight."""
+    tiny = tiny_config(num_hidden_layers=4, n_routed_experts=32, moe_intermediate_size=64).to_dict()
+    known = benchmark_memory.MODEL
+    sizes = {key: tiny.get(key, known[key]) for key in known if key != "architectures"}
+    monkeypatch.setattr(benchmark_memory, "MODEL", known | sizes)
+    monkeypatch.setattr(benchmark_memory, "TOKENS", 512)
+    monkeypatch.setattr(benchmark_memory, "RUNS", [(name, 4) for name in benchmark_memory.VARIANTS])
+    benchmark_memory.run(tmp_path / "memory.json")
+    results = json.loads((tmp_path / "memory.json").read_text())
+    held = {each["variant"]: each["gigabytes"] for each in results}
+    total = {variant: sum(parts.values()) for variant, parts in held.items()}
+    assert total["whole rows"] > total["all"]
+    assert total["all buffers"] > total["all"]
+    assert total["FSDP2 experts"] >= total["all"]  # it holds more behind this peak
