@@ -87,7 +87,7 @@ def test_tokens_of_any_routing_get_what_experts_on_one_rank_return(ranks):
     [
         (4, {"tp": 2, "cp": 2, "ep": 4}, ""),
         (4, {"dp_shard": 4, "ep": 4}, "gpt_oss"),
-        (8, {"dp_shard": 8, "ep": 8}, ""),  # 4 nodes
+        (8, {"dp_shard": 4, "tp": 2, "ep": 8}, ""),  # 4 nodes
     ],
     ids=str,
 )

@@ -78,7 +78,9 @@ def _axes(world: World) -> list[str]:
     """Name the mesh axes that have more than one rank, and dp_shard."""
     sizes = {axis: world.dense[axis].size() for axis in world.dense.mesh_dim_names or ()}
     sizes |= {axis: world.expert[axis].size() for axis in ("ep", "edp")}
-    return [f"{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "dp_shard"]
+    axes = [f"{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "dp_shard"]
+    nodes = world.expert_nodes
+    return axes + ([f"two-level exchange over {nodes} nodes"] if nodes > 1 else [])
 
 
 def _pipeline(config: Config, plan: StagePlan) -> list[str]:
