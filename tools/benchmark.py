@@ -4,6 +4,8 @@ python tools/benchmark.py step            a small model on CPU against a plain t
                                           loop
 python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU, in
                                           every mode
+python tools/benchmark.py triton          registers, spills and shared memory of the Triton kernels
+                                          on an H100, and their traffic; needs triton, no GPU
 python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside
                                           its formula
 python tools/benchmark.py layouts         step time and bytes sent under each parallel layout,
@@ -38,6 +40,7 @@ from tools import (
     benchmark_pipeline,
     benchmark_rows,
     benchmark_step,
+    benchmark_triton,
     benchmark_waits,
 )
 
@@ -58,6 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     gpu = commands.add_parser("gpu", help="real widths, one NVIDIA GPU")
     gpu.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
+    commands.add_parser("triton", help="Triton kernels, compiled for an H100")
     pipeline = commands.add_parser(
         "pipeline", help="bubbles of the pipeline schedules, without arithmetic"
     )
@@ -72,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     waits.add_argument(
         "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
     )
-    kernels = commands.add_parser("kernels", help="launches of a layer, with and without compiling")
+    commands.add_parser("kernels", help="launches of a layer, with and without compiling")
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
         "--repeats", type=int, default=3, help="timed passes of each mode (default: %(default)s)"
@@ -92,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    for command in (step, gpu, pipeline, layouts, waits, kernels, rows, checkpoint, data):
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 
@@ -104,6 +108,8 @@ def main() -> None:
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
     elif options.command == "kernels":
         benchmark_kernels.run(options.json)
+    elif options.command == "triton":
+        benchmark_triton.run(options.json)
     elif options.command == "data":
         benchmark_data.run(options.json, options.conversations, not options.no_trl)
     else:

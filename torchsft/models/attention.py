@@ -49,7 +49,7 @@ from torch.nn.attention.flex_attention import (
 
 from torchsft.config import InputError
 from torchsft.models.decoder import Layout, Linear, RMSNorm, local
-from torchsft.models.rope import Rope, rotate, softmax_scale
+from torchsft.models.rope import Rope, latent_keys, rotate, softmax_scale
 from torchsft.ops.repetition import keeping_attention
 from torchsft.ops.sinks import varlen_with_sinks, with_sinks
 
@@ -524,7 +524,7 @@ class LatentAttention(nn.Module):
         sin_TP: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of some heads, by the arguments of `attend`."""
-        turn = functools.partial(rotate, cos=cos_TP, sin=sin_TP, pairing=self.rope.pairing)
+        turn = cos_TP, sin_TP, self.rope.pairing
         q_proj = self.q_proj if self.q_rank is None else self.q_b_proj
         q_THd, kv_THd = (
             linear(x, heads and slice(heads.start * width, heads.stop * width)).unflatten(
@@ -535,9 +535,8 @@ class LatentAttention(nn.Module):
                 (self.kv_b_proj, latent, self.nope_dim + self.v_dim),
             )
         )
-        k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
-        k_rope = turn(k_rope).unsqueeze(1).expand(-1, k_nope.shape[1], -1)
-        return turn(q_THd), torch.cat([k_nope, k_rope], dim=-1), v_THd
+        k_THd, v_THd = latent_keys(kv_THd, k_rope, *turn, self.nope_dim)
+        return rotate(q_THd, *turn), k_THd, v_THd
 
 
 class GroupedQueryAttention(nn.Module):

@@ -4,11 +4,14 @@
 models/), but for the experts, whose twin is `--model.experts loop`.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _plain = False
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 def use_plain(on: bool) -> None:
@@ -22,6 +25,14 @@ def plain() -> bool:
     them and chooses itself what is kept for the backward pass.
     """
     return _plain or torch.compiler.is_compiling()
+
+
+def kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels compute what begins with this tensor, if there are some: below fp32
+    on CUDA, where triton is installed, unless the plain twins are to be used.
+    """
+    able = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _has_triton
+    return able and not plain()
 
 
 def gradients_asked_for(ctx: Any) -> list[bool]:

@@ -27,6 +27,7 @@ from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import sort_by_expert
 from torchsft.ops.permute import Rows, combine, copy_rows, inverse, permute, sum_rows
 from torchsft.ops.repetition import once, repeating
+from torchsft.parallel.groups import connect
 from torchsft.parallel.world import World
 
 
@@ -254,16 +255,17 @@ class TwoLevelExchange:
         copies = every[:, self.experts :].view(nodes, ranks, nodes)
         node, place = divmod(self.group.rank(), ranks)
         local_ppe = rows[:, :, node].sum(0)  # from place to place within this node
-        numbers = [
-            *(copies[node, place], copies[:, place, node]),
-            *(rows[node, place].sum((1, 2)), rows[:, place, node].sum((1, 2))),
-            *(local_ppe[place].sum(1), local_ppe[:, place].sum(1)),
-        ]
-        sizes = [len(number) for number in numbers]
-        split = iter(torch.cat(numbers).tolist())
-        lists = [[next(split) for _ in range(size)] for size in sizes]
-        copies_route, rows_route, node_route = (Route(*lists[i : i + 2]) for i in (0, 2, 4))
-
+        sent = copies[node, place], rows[node, place].sum((1, 2)), local_ppe[place].sum(1)
+        received = (
+            copies[:, place, node],
+            rows[:, place, node].sum((1, 2)),
+            local_ppe[:, place].sum(1),
+        )
+        both = torch.stack([torch.cat(sent), torch.cat(received)]).tolist()
+        copies_route, rows_route, node_route = (
+            Route(*(numbers[first : first + size] for numbers in both))
+            for first, size in ((0, nodes), (nodes, nodes), (2 * nodes, ranks))
+        )
         numbered = partial(torch.arange, device=device)
         copy_R = begins_R.cumsum(0) - 1
         token_C = token_R[torch.searchsorted(copy_R, numbered(sum(copies_route.sent)))]
@@ -333,6 +335,7 @@ def node_groups(world: World) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | N
         dist.new_group(some, timeout=world.timeout, backend=backend, use_local_synchronization=True)
         for some in (ranks[place::size], ranks[node * size :][:size])
     )
+    connect((rail, neighbours), world.device)
     return rail, neighbours
 
 
