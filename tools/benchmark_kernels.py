@@ -35,7 +35,8 @@ COUNTS = ("num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor
 NONE = """view reshape as_strided slice select transpose permute t expand squeeze unsqueeze
 unflatten flatten split split_with_sizes chunk detach alias narrow unbind view_as expand_as mT empty
 empty_like empty_strided new_empty new_empty_strided to contiguous resize_ result_type _unsafe_view
-is_nonzero lift_fresh item _local_scalar_dense set_ numpy_T matmul linear""".split()
+is_nonzero lift_fresh item _local_scalar_dense set_ numpy_T matmul linear resolve_conj
+resolve_neg""".split()
 WAYS = ("forward", "backward")
 
 
