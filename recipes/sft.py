@@ -33,7 +33,9 @@ from torchsft.launch import (
     check_output,
     keep_freed_memory,
     model_directory,
+    record_collectives,
     set_threads,
+    use_expandable_segments,
 )
 
 
@@ -161,6 +163,8 @@ def run(
         if is_main():
             print(json.dumps(to_dict(resolved), indent=2))
         return
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    use_expandable_segments()
     if preset == "debug" and config.model.path is None:
         check_data(config.data)
         check_output(config.output)
@@ -168,7 +172,7 @@ def run(
     else:
         config = checked(config)
         check_family(config.model.path, architectures)
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    record_collectives(config.parallel.flight_recorder, config.output)
 
     from answers import answer
     from torchsft.checkpoint.publish import output_lock

@@ -12,6 +12,8 @@ python tools/benchmark.py layouts         step time and bytes sent under each pa
                                           against one process
 python tools/benchmark.py waits           where the host waits for the device in a step, and the
                                           calls of an update
+python tools/benchmark.py kernels         what a layer launches and keeps, with and without
+                                          compilation
 python tools/benchmark.py rows            the longest row at a fixed memory, of two modes of
                                           activation checkpointing
 python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the
@@ -33,6 +35,7 @@ from tools import (
     benchmark_checkpoint,
     benchmark_data,
     benchmark_gpu,
+    benchmark_kernels,
     benchmark_layouts,
     benchmark_pipeline,
     benchmark_rows,
@@ -73,6 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     waits.add_argument(
         "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
     )
+    kernels = commands.add_parser("kernels", help="launches of a layer, with and without compiling")
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
         "--repeats", type=int, default=3, help="timed passes of each mode (default: %(default)s)"
@@ -92,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    for command in (step, gpu, triton, pipeline, layouts, waits, rows, checkpoint, data):
+    for command in (step, gpu, triton, pipeline, layouts, waits, kernels, rows, checkpoint, data):
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 
@@ -102,6 +106,8 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
+    elif options.command == "kernels":
+        benchmark_kernels.run(options.json)
     elif options.command == "triton":
         benchmark_triton.run(options.json)
     elif options.command == "data":

@@ -1,16 +1,20 @@
 """`tools/benchmark.py waits`: where the host of a rank waits for values of tensors in a training
 step, and what the update asks of torch.
 
-The step is the real `Trainer.train_step` of a small DeepSeek-V3 with full activation checkpointing,
-two microbatches a rank. On a CPU no device is waited for, but the calls are those that a GPU would
-make: a wait is whatever gives Python a tensor's values (`item`, `tolist`, `bool`, `numpy`, ...), an
-operation whose result has a shape that depends on values (`nonzero`, a boolean index, ...), a copy
-to the CPU that is not told to be asynchronous, and a tensor made on the device from numbers of the
-host, which goes there from pageable memory.
+The step is the real `Trainer.train_step` of a small DeepSeek-V3 with full activation checkpointing.
+On a CPU no device is waited for, but the calls are those that a GPU would see: a wait is whatever
+gives Python a tensor's values (`item`, `tolist`, `bool`, `numpy`, ...), an operation whose result
+has a shape that depends on values (`nonzero`, a boolean index, ...), a copy to the CPU that is not
+told to be asynchronous, and a tensor made on the device from numbers of the host, which would go
+there from pageable memory.
 
 Not counted is what the host reads of its own numbers: of batches, of sums over hosts, and of
 results that were copied to it. These places are `ON_HOST`, and those that only a CPU takes
 `ON_CPU`.
+
+Calls of the update (norm, clipping, optimizer) are those that Python makes: a list of tensors in
+one call counts once, as torch treats it in few kernels on a GPU. Views, which compute nothing, are
+counted by themselves.
 """
 
 from __future__ import annotations
@@ -18,17 +22,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.benchmark_layouts import ROW, QuietTrainer, config_for, layout, write_inputs
@@ -92,8 +95,9 @@ class Waits(TorchDispatchMode):
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             if name == "to":
-                waits = "cpu" in map(str, (*args[1:], *kwargs.values()))
-                waits &= not kwargs.get("non_blocking")
+                given = (*args[1:], *kwargs.values())
+                places = [str(x) for x in given if isinstance(x, str | torch.device)]
+                waits = "cpu" in places and not kwargs.get("non_blocking")
             elif name in self.MAKERS:
                 waits = kwargs.get("device") is not None and not isinstance(args[0], Tensor)
             else:
@@ -106,10 +110,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            torch.Tag.data_dependent_output in func.tags
-            or (torch.Tag.dynamic_output_shape in func.tags and self._depends(func, args, kwargs))
-            or (func.name().startswith("aten::index_put") and self._depends(func, args, kwargs))
+        by_shape = torch.Tag.dynamic_output_shape in func.tags or "index_put" in func.name()
+        if torch.Tag.data_dependent_output in func.tags or (
+            by_shape and self._depends(func, args, kwargs)
         ):
             self._note()
         return func(*args, **kwargs)
@@ -123,15 +126,17 @@ class Waits(TorchDispatchMode):
         return kwargs.get("output_size") is None  # of repeat_interleave
 
     def _note(self) -> None:
-        frames = list(traceback.walk_stack(None))
-        names = [frame.f_code.co_name for frame, _ in frames]
-        files = [frame.f_code.co_filename for frame, _ in frames]
+        names, files, frame = [], [], sys._getframe(1)
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            files.append(frame.f_code.co_filename)
+            frame = frame.f_back
         inside = str(ROOT / "torchsft") + "/"
         place = next(
             (
                 f"{file.removeprefix(inside)} {name}"
                 for file, name in zip(files, names, strict=True)
-                if file.startswith(inside)
+                if file.startswith(inside) and not name.startswith("<")
             ),
             "elsewhere",
         )
@@ -146,32 +151,16 @@ class Waits(TorchDispatchMode):
         return Counter({key: n for key, n in self.found.items() if not key[1].startswith(known)})
 
 
-@contextlib.contextmanager
-def recording(trainer: Any) -> Iterator[dict[str, Any]]:
-    """Record what `update_weights` calls, in the context."""
-    update, found = trainer.update_weights, {}
+class Calls(TorchDispatchMode):
+    """Counts calls of operations by name, within its context."""
 
-    def recorded(*args: Any) -> Any:
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            result = update(*args)
-        events = profiler.events()
-        # those that call no other operation of torch: on a GPU about a kernel each
-        leaves = [
-            event.name
-            for event in events
-            if event.name.startswith("aten::")
-            and not any(child.name.startswith("aten::") for child in event.cpu_children)
-        ]
-        found["operations"] = len([event for event in events if event.name.startswith("aten::")])
-        found["leaves"] = len(leaves)
-        found["fused"] = leaves.count("aten::_fused_adamw_")
-        return result
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
 
-    trainer.update_weights = recorded
-    try:
-        yield found
-    finally:
-        trainer.update_weights = update
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def steps(config: Config, repeats: int) -> dict[str, Any]:
@@ -183,9 +172,11 @@ def steps(config: Config, repeats: int) -> dict[str, Any]:
         step = next(trainer.loader)
         with Waits() as waits:
             trainer.train_step(step)
-        with recording(trainer) as calls:
-            trainer.train_step(next(trainer.loader))
-        update, seconds = trainer.update_weights, []
+        update, seconds, calls = trainer.update_weights, [], Calls()
+
+        def counted(*args: Any) -> Any:
+            with calls:
+                return update(*args)
 
         def timed(*args: Any) -> Any:
             began = time.perf_counter()
@@ -193,6 +184,8 @@ def steps(config: Config, repeats: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
             return result
 
+        trainer.update_weights = counted
+        trainer.train_step(next(trainer.loader))
         trainer.update_weights = timed
         for _ in range(repeats):
             trainer.train_step(next(trainer.loader))
@@ -205,7 +198,8 @@ def steps(config: Config, repeats: int) -> dict[str, Any]:
         "moe_layers": moe_layers,
         "microbatches": microbatches,
         "update_seconds": min(seconds),
-        **calls,
+        "groups": len(trainer.optimizer.param_groups),
+        "calls": dict(calls.calls),
     }
 
 
@@ -218,8 +212,8 @@ def run(
 ) -> dict[str, Any]:
     """Count in each layout, print a table of rank 0, and write all as JSON."""
     report: dict[str, Any] = {"torch": torch.__version__, "results": []}
-    print("| layout | waits | update: operations | leaves | fused calls | shortest |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| layout | waits | calls of the update | views | groups of the optimizer | shortest |")
+    print("|" + " --- |" * 6)
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(Path(directory), **sizes)
         for one in layouts:
@@ -235,7 +229,8 @@ def run(
             waits = "; ".join(f"{n} {phase}: {place}" for phase, place, n in first["waits"])
             shape = f"{first['moe_layers']} MoE layers x {first['microbatches']} microbatches"
             cells = [f"{name} ({shape}, {first['parameters']} parameters)", waits or "none"]
-            cells += [str(first[key]) for key in ("operations", "leaves", "fused")]
+            views = first["calls"].get("aten::view", 0)
+            cells += [str(sum(first["calls"].values()) - views), str(views), str(first["groups"])]
             print(f"| {' | '.join(cells)} | {1e3 * first['update_seconds']:.1f} ms |", flush=True)
     if json_path:
         json_path.write_text(json.dumps(report, indent=2) + "\n")

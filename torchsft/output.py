@@ -197,6 +197,7 @@ class Exporter:
         place = f"{self.output.root}/{name}"
         stops = about(*self.base, end_tokens, self.tokenizer)
         self.output.message(f"exporting {self.options.export} weights to {place}{stops}")
+        torch.cuda.empty_cache()  # tensors of an export have other sizes than those of a step
         try:
             huggingface.export(
                 model,

@@ -225,10 +225,14 @@ class Parallel:
     where the ranks of ep fill several nodes of several ranks each.
     """
     timeout_seconds: float = 600.0
-    """A collective that waits longer than this ends the job."""
+    """A collective of a step that waits longer than this ends the job."""
+    flight_recorder: int = 0
+    """Collectives of each rank that torch keeps, to write the last ones to
+    OUTPUT/flight-recorder/rank_N when one waits too long; 0: none. 2000 are some 2 MB a rank.
+    """
 
     def __post_init__(self) -> None:
-        at_least(self, pp=1, dp_replicate=1, cp=1, tp=1, ep=1)
+        at_least(self, pp=1, dp_replicate=1, cp=1, tp=1, ep=1, flight_recorder=0)
         if self.dp_shard != -1:
             at_least(self, dp_shard=1)
         if self.pp_layers and min(self.pp_layers) < 0:

@@ -232,7 +232,7 @@ class RMSNorm(nn.Module):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
-    regions = ("forward",)
+    regions = ("hidden",)
     # Of tokens, those of all ranks that share the matrices; None: they are not shared.
     gather: Callable[[Tensor], Tensor] | None = None
 

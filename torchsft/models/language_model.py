@@ -191,7 +191,7 @@ class DecoderLayer(nn.Module):
     def feed(self, x_SD: Tensor, normed_SD: Tensor, documents: Documents) -> Tensor:
         """Add to x_SD what the feed-forward network returns for it, normed."""
         if isinstance(self.mlp, MoE):
-            return x_SD + self.mlp(normed_SD, documents)
+            return self.mlp(normed_SD, documents, x_SD)
         return x_SD + self.mlp(normed_SD)
 
 

@@ -177,7 +177,7 @@ class MoE(nn.Module):
     through.
     """
 
-    regions = ("sort",)  # see models/decoder.py
+    regions = ("add",)  # see models/decoder.py
     # All since they were last zeroed, over real tokens; not saved.
     expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
     balance_loss: Tensor  # fp32 scalar: sum of the balance loss
@@ -227,9 +227,11 @@ class MoE(nn.Module):
         bias = self.correction_bias
         bias += rate * (load_E.mean() - load_E).sign().to(bias)
 
-    def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """x_SD to y_SD. Padding tokens are assigned to experts in turn, so that none is overloaded,
-        weigh 0 and are not counted.
+    def forward(
+        self, x_SD: Tensor, documents: Documents, before_SD: Tensor | None = None
+    ) -> Tensor:
+        """x_SD to y_SD, to which `before_SD` is added. Padding tokens are assigned to experts in
+        turn, so that none is overloaded, weigh 0 and are not counted.
         """
         gate, experts = self.parts or (self.gate, self.experts)
         weights_SK, experts_SK, scores_SE, logits_SE = gate(x_SD)
@@ -246,7 +248,11 @@ class MoE(nn.Module):
         routed_SD, shared_SD = self.exchange(
             x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
         )
-        return routed_SD if shared_SD is None else routed_SD + shared_SD
+        return self.add(routed_SD, shared_SD, before_SD)
+
+    def add(self, y_SD: Tensor, *others: Tensor | None) -> Tensor:
+        """Return the sum of what is there."""
+        return sum((other for other in others if other is not None), y_SD)
 
     def deal(self, experts_SK: Tensor, valid_S1: Tensor) -> Tensor:
         """Assign padding tokens to experts in turn; count in training mode where real ones go."""

@@ -1,18 +1,21 @@
 """`torch.compile` of the regions between collectives: what a module's class names as its `regions`,
 methods whose tensors have the same shapes in every microbatch.
 
-    LatentAttention      latents (projections and norms), expand (projections, rotation, heads)
-    GroupedQueryAttention  project (projections, norms, rotation)
-    DecoderLayer         add_and_norm
-    GroupedRouter        score, choose, weigh
-    MoE                  sort
-    SwigluMLP            forward, of dense networks and shared experts
+    LatentAttention          latents (projections and norms), expand (projections, rotation)
+    GroupedQueryAttention    project (projections, norms, rotation)
+    DecoderLayer             add_and_norm
+    GroupedRouter            score, choose, weigh
+    SwigluMLP                hidden, of dense networks and shared experts
+    MoE                      add (routed and shared experts, the stream of hidden states)
 
-Not compiled are what waits for ranks or for the host, attention, rows of routed experts (which are
-as many as come), what FSDP2 shards by itself (it calls its hooks around these modules, and so
-outside of every region), and passes without gradients, whose number of tokens may differ. Within a
-region `ops.plain()` holds: the functions with gradients of their own, which exist to keep little,
-are left to the compiler, which decides itself what it keeps.
+Not compiled are attention, what waits for ranks or for the host, rows of routed experts (as many
+as come) and their sums (an `embedding_bag` that keeps nothing, so that a repetition of a layer ends
+before it), a layer's first norm (a kernel of its own either way), and passes without gradients,
+whose number of tokens may differ. FSDP2 calls its hooks around modules, so outside of regions.
+
+Within a region `ops.plain()` holds: the functions with gradients of their own, which exist to keep
+little, make way for their twins, which the compiler fuses, and of which it keeps as little
+(tools/benchmarks.md).
 """
 
 import functools
@@ -23,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor, wait_tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from torchsft.config import Config, InputError
 from torchsft.models.language_model import LanguageModel
@@ -43,31 +46,29 @@ def check_compile(config: Config, device: torch.device) -> None:
     """Refuse what --model.compile is not for.
 
     Raises:
-        InputError: the regions would not be between collectives, or of one shape; the numbers of
-            their products are not for a compiler; the backward pass goes through a graph twice; or
-            a compiler is missing.
+        InputError: the regions would have collectives in them, or tensors of several shapes, or
+            operations that are not for a compiler; a backward pass would go through a graph twice;
+            or a compiler is missing.
     """
     if not config.model.compile:
         return
-    parallel, compute, schedule = (
-        config.parallel,
-        config.precision.compute,
-        config.parallel.pp_schedule,
-    )
-    checkpointing = config.train.activation_checkpointing
+    parallel, precision = config.parallel, config.precision
+    schedule, checkpointing = parallel.pp_schedule, config.train.activation_checkpointing
     is_split = parallel.pp > 1 and schedule in ZERO_BUBBLE and checkpointing == "none"
-    compiler = "triton" if device.type == "cuda" else "a C++ compiler"
     refused = {
         "--model.ops plain": config.model.ops == "plain",
         f"--parallel.tp {parallel.tp}": parallel.tp > 1,
-        f"--precision.compute {compute}": compute in ("blockwise", "float8"),
+        "--precision.compute blockwise": precision.compute == "blockwise",
+        "--precision.float8-recipe tensorwise": precision.float8_recipe == "tensorwise",
         "--train.activation-checkpointing stream": checkpointing == "stream",
         f"--parallel.pp-schedule {schedule} without activation checkpointing": is_split,
-        f"an installation without {compiler}": not _has_compiler(device),
     }
     for what, given in refused.items():
         if given:
             raise InputError(f"--model.compile is not for {what}; leave one of the two out")
+    if not _has_compiler(device):
+        compiler = "triton" if device.type == "cuda" else "a C++ compiler"
+        raise InputError(f"--model.compile needs {compiler}; install it, or leave the option out")
 
 
 def _has_compiler(device: torch.device) -> bool:
@@ -92,13 +93,8 @@ def _compiled(region: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return region(*args)
-        return fast(*map(_arrived, args))
+        # The gradient of one that is still on its way from other ranks would be lost.
+        assert not any(isinstance(value, AsyncCollectiveTensor) for value in args)
+        return fast(*args)
 
     return run
-
-
-def _arrived(value: Any) -> Any:
-    """Wait for a tensor that is on its way from other ranks: a compiled region would lose its
-    gradient.
-    """
-    return wait_tensor(value) if isinstance(value, AsyncCollectiveTensor) else value

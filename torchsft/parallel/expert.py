@@ -27,6 +27,7 @@ from torchsft.models.language_model import LanguageModel
 from torchsft.models.moe import sort_by_expert
 from torchsft.ops.permute import Rows, combine, copy_rows, inverse, permute, sum_rows
 from torchsft.ops.repetition import once, repeating
+from torchsft.parallel.groups import connect
 from torchsft.parallel.world import World
 
 
@@ -333,6 +334,7 @@ def node_groups(world: World) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | N
         dist.new_group(some, timeout=world.timeout, backend=backend, use_local_synchronization=True)
         for some in (ranks[place::size], ranks[node * size :][:size])
     )
+    connect((rail, neighbours), world.device)
     return rail, neighbours
 
 

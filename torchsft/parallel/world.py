@@ -24,12 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchsft.config import InputError, Parallel
-
-WRITERS_TIMEOUT = timedelta(days=1)
+from torchsft.parallel.cluster import (
+    check_interface,
+    files_needed,
+    raise_file_limit,
+    write_record,
+)
+from torchsft.parallel.collectives import PATIENCE, patient
+from torchsft.parallel.groups import connect, groups_of, make_meshes
 
 
 @contextmanager
@@ -194,6 +198,8 @@ class World:
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
+        check_interface()
+        raise_file_limit(files_needed(sizes, self.size, cuda))
         self.timeout = timeout = timedelta(seconds=parallel.timeout_seconds)
         if "RANK" in os.environ:
             store, rank, size = _meet(timeout)
@@ -202,16 +208,13 @@ class World:
             store, rank, size = dist.HashStore(), 0, 1
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-        self.dense, self.parameter, self.expert, self.sequence = (
-            self._mesh(axes, timeout) for axes in sizes.values()
-        )
+        meshes = make_meshes(sizes, self.device.type, timeout).values()
+        self.dense, self.parameter, self.expert, self.sequence = meshes
         shard = sizes["dense"]["dp_shard"]
         # A gloo group of all ranks for the thread that writes checkpoints, None on a world of one:
         # this thread's talk must not mix with the step's, and waits for the slowest rank's file
         # system.
-        self.writers = (
-            dist.new_group(backend="gloo", timeout=WRITERS_TIMEOUT) if self.size > 1 else None
-        )
+        self.writers = dist.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
         # among how many the rows are shared; `data_rank` is this rank's share
         self.data_size = parallel.dp_replicate * shard
         replica, share = map(self.dense.get_local_rank, ("dp_replicate", "dp_shard"))
@@ -221,6 +224,7 @@ class World:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
+        connect([dist.group.WORLD, *groups_of(meshes)], self.device)
         # a rank that refuses its input and leaves does not disturb others that still build groups
         if not self._nodes_are_alike() and self.expert_nodes > 1:
             if parallel.ep_exchange == "two-level":
@@ -238,16 +242,6 @@ class World:
         others, total, squares = self.sum([is_other, count, count * count]).tolist()
         return not others and total * total == self.size * squares
 
-    def _mesh(self, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
-        mesh = init_device_mesh(
-            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
-        )
-        # A mesh makes groups with torch's default timeout of 10 to 30 minutes, whatever the world's
-        # is; only this private function changes it.
-        for group in mesh.get_all_groups():
-            _set_pg_timeout(timeout, group)
-        return mesh
-
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
         """float64 sums over all ranks of a short vector; [n] -> [n]. One collective.
 
@@ -259,8 +253,9 @@ class World:
         return total
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        self.sum([0.0])
+        """Wait until every rank has come here, however long others tokenise, load or write."""
+        with patient():
+            self.sum([0.0])
 
     def __enter__(self) -> "World":
         return self
@@ -270,3 +265,5 @@ class World:
         # them, leaving does not.
         if kind is None:
             dist.destroy_process_group()
+        elif self.device.type == "cpu":
+            write_record(self.rank)
