@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     gpu = commands.add_parser("gpu", help="real widths, one NVIDIA GPU")
     gpu.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
-    triton = commands.add_parser("triton", help="Triton kernels, compiled for an H100")
+    commands.add_parser("triton", help="Triton kernels, compiled for an H100")
     pipeline = commands.add_parser(
         "pipeline", help="bubbles of the pipeline schedules, without arithmetic"
     )
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     waits.add_argument(
         "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
     )
-    kernels = commands.add_parser("kernels", help="launches of a layer, with and without compiling")
+    commands.add_parser("kernels", help="launches of a layer, with and without compiling")
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
         "--repeats", type=int, default=3, help="timed passes of each mode (default: %(default)s)"
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    for command in (step, gpu, triton, pipeline, layouts, waits, kernels, rows, checkpoint, data):
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
+from tests.parallel.passes import on_nodes
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from torchsft.checkpoint import huggingface
 from torchsft.config import (
@@ -189,8 +190,10 @@ def reported(steps: list[Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def train(directory: str, **options: Any) -> list[dict[str, Any]]:
-    """`run` on the calling ranks."""
+def train(directory: str, ranks_per_node: int = 0, **options: Any) -> list[dict[str, Any]]:
+    """`run` on the calling ranks, of which a machine has some; 0: all."""
+    if ranks_per_node:
+        return on_nodes(ranks_per_node, train, directory=directory, **options)
     activation_offload.LEAST = 0  # what a tiny model keeps goes to the host too
     compiling.BACKEND = "aot_eager"  # all of torch.compile but the making of kernels
     config = config_for(directory, **options)
@@ -320,7 +323,7 @@ def layout(**sizes: Any) -> Any:
 
 
 # Several rows a microbatch where ranks share its tokens: each of them computes every microbatch,
-# which takes the test's time.
+# which takes the test's time. With `ranks_per_node` tokens go to experts at two levels.
 MATRIX = [
     # one axis alone
     *(layout(pp=pp, pp_schedule=schedule) for pp in (2, 4) for schedule in SCHEDULES),
@@ -345,7 +348,7 @@ MATRIX = [
     layout(dp_shard=2, ep=2),
     layout(dp_shard=4, ep=2),
     layout(dp_shard=4, ep=4),
-    layout(dp_shard=8, ep=4),
+    layout(dp_shard=8, ep=4, ranks_per_node=2),
     layout(cp=2, ep=2),
     layout(tp=2, ep=2, micro_batch_size=2),
     # three and more
@@ -355,14 +358,14 @@ MATRIX = [
     layout(tp=2, dp_shard=2, ep=2, micro_batch_size=2),
     layout(tp=2, dp_shard=2, ep=4),
     layout(cp=2, dp_shard=2, ep=2),
-    layout(cp=2, dp_shard=2, ep=4),
+    layout(cp=2, dp_shard=2, ep=4, ranks_per_node=2),
     layout(dp_replicate=2, dp_shard=2, ep=2),
     layout(dp_replicate=2, dp_shard=2, tp=2, ep=4, micro_batch_size=2),
     layout(pp=2, dp_replicate=2, dp_shard=2, ep=2),
     layout(pp=2, tp=2, ep=2),
     layout(pp=2, tp=2, ep=2, pp_schedule="ZBVZeroBubble"),
     layout(pp=2, tp=2, dp_shard=2, ep=2),
-    layout(pp=2, tp=2, dp_shard=2, ep=4, pp_schedule="DualPipeV"),
+    layout(pp=2, tp=2, dp_shard=2, ep=4, pp_schedule="DualPipeV", ranks_per_node=2),
     layout(pp=2, cp=2, tp=2, ep=4, micro_batch_size=2),
     layout(pp=2, cp=2, dp_shard=2, ep=2, pp_schedule="InterleavedZeroBubble"),
     # microbatches
@@ -374,7 +377,14 @@ MATRIX = [
     layout(tp=2, cp=2, micro_batch_size=8, ep=2),
     # activation checkpointing
     layout(activation_checkpointing="full", activation_checkpointing_every=2),
-    layout(dp_shard=2, tp=2, ep=4, micro_batch_size=4, activation_checkpointing="full"),
+    layout(
+        dp_shard=2,
+        tp=2,
+        ep=4,
+        micro_batch_size=4,
+        activation_checkpointing="full",
+        ranks_per_node=2,
+    ),
     layout(pp=2, cp=2, ep=2, activation_checkpointing="full", pp_schedule="Interleaved1F1B"),
     layout(
         pp=2,
@@ -500,7 +510,7 @@ def test_neither_does_that_of_a_dense_model_with_biases(ranks, inputs, n, sizes)
 @pytest.mark.parametrize(
     ("n", "sizes"),
     [
-        layout(dp_shard=4, ep=2),
+        layout(dp_shard=4, ep=4, ranks_per_node=2),
         layout(pp=2, dp_shard=2, ep=2, pp_schedule="Interleaved1F1B"),
         layout(pp=2, tp=2, pp_schedule="ZBVZeroBubble"),
         layout(cp=2, tp=2, ep=2, micro_batch_size=8),

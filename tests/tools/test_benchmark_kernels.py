@@ -1,4 +1,4 @@
-"""The count of what a layer launches, without compiling: that is tests/parallel/test_compile.py's."""
+"""What a layer launches is counted, without compiling: that is tests/parallel/test_compile.py's."""
 
 import json
 

@@ -244,6 +244,9 @@ class MoE(nn.Module):
             loss_S = logits_SE.logsumexp(-1).square()
             weights_SK = self._minimise(loss_S, documents, self.z_loss, self.z_scale, weights_SK)
         weights_SK = torch.where(valid_S1, weights_SK, 0)
+        if self.training and not repeating():
+            real_SK = valid_S1.expand_as(experts_SK)
+            self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
         chosen_SK = self.deal(experts_SK, valid_S1)
         routed_SD, shared_SD = self.exchange(
             x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
@@ -255,12 +258,9 @@ class MoE(nn.Module):
         return sum((other for other in others if other is not None), y_SD)
 
     def deal(self, experts_SK: Tensor, valid_S1: Tensor) -> Tensor:
-        """Assign padding tokens to experts in turn; count in training mode where real ones go."""
+        """Return the experts of each token, for padding in turn."""
         number_R = torch.arange(experts_SK.numel(), device=experts_SK.device)
         in_turn_SK = number_R.view_as(experts_SK) % len(self.expert_load)
-        if self.training and not repeating():
-            real_SK = valid_S1.expand_as(experts_SK)
-            self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
         return torch.where(valid_S1, experts_SK, in_turn_SK)
 
     def shared(self, x_SD: Tensor) -> Iterator[Tensor | None]:

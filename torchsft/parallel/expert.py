@@ -255,16 +255,17 @@ class TwoLevelExchange:
         copies = every[:, self.experts :].view(nodes, ranks, nodes)
         node, place = divmod(self.group.rank(), ranks)
         local_ppe = rows[:, :, node].sum(0)  # from place to place within this node
-        numbers = [
-            *(copies[node, place], copies[:, place, node]),
-            *(rows[node, place].sum((1, 2)), rows[:, place, node].sum((1, 2))),
-            *(local_ppe[place].sum(1), local_ppe[:, place].sum(1)),
-        ]
-        sizes = [len(number) for number in numbers]
-        split = iter(torch.cat(numbers).tolist())
-        lists = [[next(split) for _ in range(size)] for size in sizes]
-        copies_route, rows_route, node_route = (Route(*lists[i : i + 2]) for i in (0, 2, 4))
-
+        sent = copies[node, place], rows[node, place].sum((1, 2)), local_ppe[place].sum(1)
+        received = (
+            copies[:, place, node],
+            rows[:, place, node].sum((1, 2)),
+            local_ppe[:, place].sum(1),
+        )
+        both = torch.stack([torch.cat(sent), torch.cat(received)]).tolist()
+        copies_route, rows_route, node_route = (
+            Route(*(numbers[first : first + size] for numbers in both))
+            for first, size in ((0, nodes), (nodes, nodes), (2 * nodes, ranks))
+        )
         numbered = partial(torch.arange, device=device)
         copy_R = begins_R.cumsum(0) - 1
         token_C = token_R[torch.searchsorted(copy_R, numbered(sum(copies_route.sent)))]

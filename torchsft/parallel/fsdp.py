@@ -20,7 +20,6 @@ from torch.distributed.tensor import Shard
 from torchsft.config import InputError
 from torchsft.models.language_model import DecoderLayer, LanguageModel
 from torchsft.models.moe import Experts
-from torchsft.ops.repetition import repeating
 from torchsft.parallel.compute_copies import ComputeCopies
 from torchsft.parallel.float8 import gather_in_float8
 
@@ -67,11 +66,6 @@ def _own(layer: DecoderLayer, experts: Experts, compute: torch.dtype, *, keep: b
     experts.read = ComputeCopies(compute, keep)
     if not keep and layer.recompute is None:
         experts.read.save_none(experts)
-
-
-def _reshard_after_first_pass(experts: FSDPModule, _: Any) -> None:
-    """Keep experts that compute again, in the backward pass, gathered for that pass."""
-    experts.set_reshard_after_forward(not repeating(), recurse=False)
 
 
 def apply_fsdp(
@@ -130,8 +124,6 @@ def apply_fsdp(
                 _own(layer, experts, compute, keep=not reshard_after_forward)
             else:
                 parts.append(fully_shard(experts, **of_experts))
-                if reshard_after_forward:
-                    experts.register_forward_pre_hook(_reshard_after_first_pass)
         units.append([fully_shard(layer, ignored_params=ignored, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
     options["reshard_after_forward"] = None if reshard_after_forward else False
