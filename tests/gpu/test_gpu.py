@@ -23,6 +23,7 @@ from torchsft import load_model, ops
 from torchsft.config import Train
 from torchsft.models import rope
 from torchsft.models.attention import attend, flash_kernel, locate_documents
+from torchsft.ops import swiglu
 from torchsft.parallel import activation_offload
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.world import World, deterministic
@@ -327,13 +328,16 @@ def test_block_wise_kernels_compute_what_the_plain_products_do(power_of_two, dty
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
     reason="e4m3 in Triton needs compute capability 9.0",
 )
-@pytest.mark.parametrize("kernels", ["swiglu_rows", "rotation", "latent_keys", "rows_in_fp8"])
+@pytest.mark.parametrize(
+    "kernels", ["swiglu_rows", "grouped_swiglu", "rotation", "latent_keys", "rows_in_fp8"]
+)
 def test_triton_kernels_compute_what_their_plain_twins_do(kernels, monkeypatch):
     """What is asserted of them under Triton's interpreter. Never run so far."""
     pytest.importorskip("triton")
     from tests.ops import interpreted_rows
 
-    monkeypatch.setattr(rope, "kernels", rope.kernels)  # put back afterwards
+    for module in (rope, swiglu):  # put back afterwards
+        monkeypatch.setattr(module, "kernels", module.kernels)
     getattr(interpreted_rows, kernels)("cuda")
 
 

@@ -42,6 +42,7 @@ def converted_as_devices_do(values: Any, source: Any, target: Any, rounding: Any
 def main() -> None:
     interpreter._convert_float = converted_as_devices_do
     interpreted_rows.swiglu_rows("cpu")
+    interpreted_rows.grouped_swiglu("cpu")
     interpreted_rows.rotation("cpu")
     interpreted_rows.latent_keys("cpu")
     interpreted_rows.rows_in_fp8("cpu")

@@ -121,12 +121,12 @@ def weighted_swiglu_backward(
     Returns:
         The gradient of the weights.
     """
+    arguments = both_RG, weights_R1.contiguous(), grad_RF, keep_hidden
     if kernels(both_RG):
         from torchsft.ops import swiglu_kernels
 
-        weights_R1 = weights_R1.contiguous()
-        return swiglu_kernels.weighted_swiglu_backward(both_RG, weights_R1, grad_RF, keep_hidden)
-    return weighted_swiglu_backward_reference(both_RG, weights_R1, grad_RF, keep_hidden)
+        return swiglu_kernels.weighted_swiglu_backward(*arguments)
+    return weighted_swiglu_backward_reference(*arguments)
 
 
 def weighted_swiglu_backward_reference(

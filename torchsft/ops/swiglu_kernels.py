@@ -19,20 +19,35 @@ WIDTH = 1024  # columns at a time: 16 bytes of bf16 for each of 128 threads
 
 
 @triton.jit
+def _load(place, inside):
+    """Return what lies at these places, fp32, and zeros where they are not inside."""
+    return tl.load(place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(place, values, inside):
+    """Put values, rounded to the dtype that lies there, where places are inside."""
+    rounded = values.to(place.dtype.element_ty)
+    tl.store(place, rounded, mask=inside)
+
+
+@triton.jit
 def _forward_kernel(both, weights, hidden, F, width: tl.constexpr):
     """Compute `width` columns of a row; see `weighted_swiglu`.
 
-    both is [R, 2F], weights [R], hidden [R, F]. Program (r, n) has the n-th columns of row r.
+    both is [R, 2F], weights fp32 [R], hidden [R, F]. Program (r, n) has the n-th columns of row r.
     """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * width + tl.arange(0, width)
+    first = tl.program_id(1) * width
+    column = first + tl.arange(0, width)
     inside = column < F
     place = both + row * 2 * F + column
-    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(place + F, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weights + row).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up * weight
-    tl.store(hidden + row * F + column, value.to(hidden.dtype.element_ty), mask=inside)
+    gate = _load(place, inside)
+    up = _load(place + F, inside)
+    weight = tl.load(weights + row)
+    activated = gate * tl.sigmoid(gate)
+    value = activated * up * weight
+    _store(hidden + row * F + column, value, inside)
 
 
 @triton.jit
@@ -41,37 +56,36 @@ def _backward_kernel(
 ):
     """Go back through a row; see `weighted_swiglu_backward`.
 
-    both is [R, 2F], weights [R], grad [R, F], grad_weights [R]. Program r has row r.
+    both is [R, 2F], weights fp32 [R], grad [R, F], grad_weights fp32 [R]. Program r has row r.
     """
     row = tl.program_id(0).to(tl.int64)
-    weight = tl.load(weights + row).to(tl.float32)
+    weight = tl.load(weights + row)
     total = tl.zeros((width,), tl.float32)
     for begin in range(0, F, width):
         column = begin + tl.arange(0, width)
         inside = column < F
         place = both + row * 2 * F + column
         grad_place = grad + row * F + column
-        gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(place + F, mask=inside, other=0.0).to(tl.float32)
-        upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
+        gate = _load(place, inside)
+        up = _load(place + F, inside)
+        upstream = _load(grad_place, inside)
         share = tl.sigmoid(gate)
         activated = gate * share
         slope = share * (1 + gate * (1 - share))  # of silu
         total += upstream * activated * up
         upstream *= weight
-        grad_gate = upstream * up * slope
-        grad_up = upstream * activated
-        tl.store(place, grad_gate.to(both.dtype.element_ty), mask=inside)
-        tl.store(place + F, grad_up.to(both.dtype.element_ty), mask=inside)
+        grad_activated = upstream * up
+        _store(place, grad_activated * slope, inside)
+        _store(place + F, upstream * activated, inside)
         if keep_hidden:
             hidden = activated * up * weight
-            tl.store(grad_place, hidden.to(grad.dtype.element_ty), mask=inside)
+            _store(grad_place, hidden, inside)
     dot = tl.sum(total, 0)
-    tl.store(grad_weights + row, dot.to(grad_weights.dtype.element_ty))
+    tl.store(grad_weights + row, dot)
 
 
 def weighted_swiglu(both_RG: Tensor, weights_R1: Tensor) -> Tensor:
-    """Return hidden_RF of contiguous gate|up and weights."""
+    """Return hidden_RF of contiguous gate|up and fp32 weights."""
     rows, columns = both_RG.shape
     width = columns // 2
     hidden_RF = both_RG.new_empty(rows, width)
