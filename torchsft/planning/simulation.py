@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,12 +70,48 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
         stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: META))
         for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
             stack.enter_context(patch.object(group, check, lambda _: None))
+        for module, name, replacement in (
+            (F, "scaled_dot_product_attention", _fused_attention),
+            (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
+            (dist, "batch_isend_irecv", lambda _: []),  # fake groups do not know the device
+        ):
+            stack.enter_context(patch.object(module, name, replacement))
         meshes = {
             name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
             for name, axes in sizes.items()
         }
         data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
         yield SimulatedWorld(rank, size, data_size, **meshes)
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention that does not keep scores; for meta tensors torch chooses one that does."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm as one kernel each way, which keeps its input and a number of each row; for meta
+    tensors torch composes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 # What memory is for.
@@ -260,7 +297,12 @@ class LiveMemory(TorchDispatchMode):
                 torch.empty_strided(*sizes, dtype=dtype, device=META) for *sizes, dtype in known
             ]
             return made[0] if len(made) == 1 else tuple(made)
-        result = function(*args, **kwargs)
+        if function is torch.ops.aten._grouped_mm.default:
+            # torch's function for meta tensors knows bf16 alone
+            result = function(*(x.to(torch.bfloat16) for x in args[:2]), *args[2:], **kwargs)
+            result = result.to(args[0].dtype)
+        else:
+            result = function(*args, **kwargs)
         results = result if isinstance(result, tuple) else (result,)
         if all(isinstance(x, Tensor) and x.is_meta for x in results):
             self.known[key] = [(x.shape, x.stride(), x.dtype) for x in results]
