@@ -27,7 +27,16 @@ from torchsft.config import (
     Train,
     to_dict,
 )
-from torchsft.launch import check_data, check_model, check_output, model_directory, set_threads
+from torchsft.launch import (
+    check_data,
+    check_model,
+    check_output,
+    keep_freed_memory,
+    model_directory,
+    record_collectives,
+    set_threads,
+    use_expandable_segments,
+)
 
 
 def debug_preset(output: str) -> Config:
@@ -154,6 +163,8 @@ def run(
         if is_main():
             print(json.dumps(to_dict(resolved), indent=2))
         return
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    use_expandable_segments()
     if preset == "debug" and config.model.path is None:
         check_data(config.data)
         check_output(config.output)
@@ -161,7 +172,7 @@ def run(
     else:
         config = checked(config)
         check_family(config.model.path, architectures)
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    record_collectives(config.parallel.flight_recorder, config.output)
 
     from answers import answer
     from torchsft.checkpoint.publish import output_lock
@@ -173,4 +184,6 @@ def run(
         World(config.parallel, config.train.seed) as world,
         output_lock(Path(config.output), world.is_main),
     ):
+        if world.device.type == "cpu":
+            keep_freed_memory()
         Trainer(config, world, generate, answer).run()

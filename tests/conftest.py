@@ -1,5 +1,5 @@
-"""Shared by all tests: one thread per process, no network, and a pool of ranks that lives as long
-as the session.
+"""Shared by all tests: one thread per process that keeps what memory it frees, no network, and a
+pool of ranks that lives as long as the session.
 """
 
 import os
@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from tests.ranks import RankPool
+from torchsft.launch import keep_freed_memory
 
 torch.set_num_threads(1)
+keep_freed_memory()
 POOL = RankPool()
 
 

@@ -37,7 +37,10 @@ def _serve(pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from torchsft.launch import keep_freed_memory
+
     torch.set_num_threads(1)
+    keep_freed_memory()
     while (job := pipe.recv()) is not None:
         with tempfile.TemporaryFile("w+") as trace:
             child = os.fork()

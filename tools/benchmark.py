@@ -4,10 +4,16 @@ python tools/benchmark.py step            a small model on CPU against a plain t
                                           loop
 python tools/benchmark.py gpu --json OUT  a training step at real widths on an NVIDIA GPU, in
                                           every mode
+python tools/benchmark.py triton          registers, spills and shared memory of the Triton kernels
+                                          on an H100, and their traffic; needs triton, no GPU
 python tools/benchmark.py pipeline        how long pipeline ranks idle under each schedule, beside
                                           its formula
 python tools/benchmark.py layouts         step time and bytes sent under each parallel layout,
                                           against one process
+python tools/benchmark.py waits           where the host waits for the device in a step, and the
+                                          calls of an update
+python tools/benchmark.py kernels         what a layer launches and keeps, with and without
+                                          compilation
 python tools/benchmark.py rows            the longest row at a fixed memory, of two modes of
                                           activation checkpointing
 python tools/benchmark.py checkpoint      conversion, loading and saving, against `cp -r` and the
@@ -29,10 +35,13 @@ from tools import (
     benchmark_checkpoint,
     benchmark_data,
     benchmark_gpu,
+    benchmark_kernels,
     benchmark_layouts,
     benchmark_pipeline,
     benchmark_rows,
     benchmark_step,
+    benchmark_triton,
+    benchmark_waits,
 )
 
 
@@ -52,6 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     gpu = commands.add_parser("gpu", help="real widths, one NVIDIA GPU")
     gpu.add_argument("--repeats", type=int, default=10, help="timed steps (default: %(default)s)")
+    commands.add_parser("triton", help="Triton kernels, compiled for an H100")
     pipeline = commands.add_parser(
         "pipeline", help="bubbles of the pipeline schedules, without arithmetic"
     )
@@ -62,6 +72,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     layouts.add_argument(
         "--repeats", type=int, default=3, help="timed steps of each layout (default: %(default)s)"
     )
+    waits = commands.add_parser("waits", help="host waits of a step, by place, on CPU ranks")
+    waits.add_argument(
+        "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
+    )
+    commands.add_parser("kernels", help="launches of a layer, with and without compiling")
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
         "--repeats", type=int, default=3, help="timed passes of each mode (default: %(default)s)"
@@ -81,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    for command in (step, gpu, pipeline, layouts, rows, checkpoint, data):
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
 
@@ -91,6 +106,10 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
+    elif options.command == "kernels":
+        benchmark_kernels.run(options.json)
+    elif options.command == "triton":
+        benchmark_triton.run(options.json)
     elif options.command == "data":
         benchmark_data.run(options.json, options.conversations, not options.no_trl)
     else:
@@ -98,6 +117,7 @@ def main() -> None:
             "gpu": benchmark_gpu,
             "pipeline": benchmark_pipeline,
             "layouts": benchmark_layouts,
+            "waits": benchmark_waits,
             "rows": benchmark_rows,
             "checkpoint": benchmark_checkpoint,
         }

@@ -4,6 +4,10 @@ of memory and precision (benchmark_modes.py), beside that device's matrix produc
 Two models, each with a dense layer and as many MoE layers and experts as fit: DeepSeek-V3's own
 widths, and the widths of Qwen3-30B-A3B (2048 wide, 128 experts of 768, top-8) with MLA. The
 vocabulary is cut to 32,768 so that memory goes to layers.
+
+Then what one rank of the presets computes (benchmark_stage.py): a pipeline stage of v3_256, whose
+experts receive 1, 2 and 4 times the mean load, and a layer of moonlight. Last the Triton kernels
+beside their plain twins (benchmark_triton.py).
 """
 
 from __future__ import annotations
@@ -19,8 +23,12 @@ from typing import Any
 
 import torch
 
-from tools.benchmark_modes import MODES, Mode, Side, documents
-from torchsft.config import InputError, Parallel
+from tools import benchmark_triton
+from tools.benchmark_modes import FULL, MODES, Mode, Side, documents
+from tools.benchmark_stage import Stage, line, measure_stage
+from tools.benchmark_triton import Sizes
+from torchsft import ops
+from torchsft.config import InputError, Parallel, Train
 from torchsft.metrics.throughput import peak_tflops
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
@@ -93,6 +101,25 @@ QWEN3 = Case(
 )
 
 
+MOONLIGHT_SIZES = dict(
+    hidden_size=2048,
+    intermediate_size=11264,
+    moe_intermediate_size=1408,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    q_lora_rank=None,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    num_experts_per_tok=6,
+    n_group=1,
+    topk_group=1,
+    vocab_size=163840,
+    routed_scaling_factor=2.446,
+)
+
+
 def hf_config(sizes: dict[str, Any], experts: int, moe_layers: int) -> dict[str, Any]:
     """config.json of a DeepSeek-V3 with 1 dense layer and `moe_layers` MoE layers."""
     return sizes | {
@@ -108,6 +135,19 @@ def hf_config(sizes: dict[str, Any], experts: int, moe_layers: int) -> dict[str,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     }
+
+
+def stages() -> list[Stage]:
+    """Return what a rank of v3_256 has (8 of 256 experts of 8 layers), and a layer of moonlight
+    with 8 of 64; activations as in the presets.
+    """
+    moonlight = hf_config(MOONLIGHT_SIZES, 64, 1) | {"n_shared_experts": 2}
+    v3 = hf_config(V3.sizes, V3.experts, 8)
+    sizes = ("v3 stage", v3, 8, 4096), ("moonlight layer", moonlight, 1, 8192)
+    return [
+        Stage(name, config, layers, 8, tokens, document_lengths(tokens), Train(**FULL))
+        for name, config, layers, tokens in sizes
+    ]
 
 
 def build(config: dict[str, Any], **options: Any) -> LanguageModel:
@@ -267,6 +307,20 @@ def measure_mode(mode: Mode, config: dict[str, Any], world: World, repeats: int)
         torch.cuda.empty_cache()
 
 
+def measure_kernels(device: torch.device, sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """Time every Triton kernel and its plain twin, and print both."""
+    found = {}
+    for name, pair in benchmark_triton.pairs(device, sizes).items():
+        ops.use_plain(True)  # a twin that has another kernel in it
+        twin = seconds_of(pair.twin, device, repeats, warmup=3)
+        ops.use_plain(False)
+        kernel = seconds_of(pair.kernel, device, repeats, warmup=3)
+        speed = pair.bytes / kernel / 1e12
+        found[name] = {"twin_ms": twin * 1e3, "kernel_ms": kernel * 1e3, "tb_per_second": speed}
+        print(f"{name:42} {twin * 1e3:8.3f} {kernel * 1e3:8.3f} ms  {speed:5.2f} TB/s", flush=True)
+    return found
+
+
 def summary(result: dict[str, Any], peak: float) -> str:
     """Return a step's numbers in one line; `peak` are the device's TFLOP/s."""
     if "refused" in result:
@@ -276,6 +330,12 @@ def summary(result: dict[str, Any], peak: float) -> str:
         f"({result['tflops'] / peak:.0%} of the peak)  {result['peak_memory_gib']:5.1f} GiB  "
         f"{result['bytes_per_parameter']:5.2f} bytes a parameter"
     )
+
+
+def write(json_path: Path | None, report: dict[str, Any]) -> None:
+    """Write what has been measured so far."""
+    if json_path:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:
@@ -294,7 +354,14 @@ def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:
             for name, mode in MODES.items():
                 report[f"{case.name} {name}"] = result = measure_mode(mode, config, world, repeats)
                 print(f"{case.name} {name:47} {summary(result, peak)}", flush=True)
-                if json_path:
-                    json_path.write_text(json.dumps(report, indent=2) + "\n")
+                write(json_path, report)
+        for stage in stages():
+            for imbalance in (1, 2, 4):
+                name = f"{stage.name} {imbalance} x"
+                report[name] = result = measure_stage(stage, world, imbalance, repeats)
+                print(f"{name:20} {line(result)}", flush=True)
+                write(json_path, report)
+        report["kernels"] = measure_kernels(world.device, Sizes(), repeats)
+        write(json_path, report)
     print(f"plain bf16 matrix product: {peak:.0f} TFLOP/s")
     return report

@@ -2,14 +2,8 @@
 against one process.
 
 The step is the real `Trainer.train_step` of a small DeepSeek-V3 in fp32 over gloo, the same global
-batch in every layout. Bytes are counted at the collectives themselves (`SentBytes`), as what a rank
-has to send:
-
-    all-gather        the output less the rank's own input
-    reduce-scatter    the input less the rank's own output
-    all-reduce        2 (n - 1) / n of the tensor
-    all-to-all        the rows for other ranks
-    point-to-point    the tensors sent
+batch in every layout. Bytes are counted at the collectives themselves (`tools/sent_bytes.py`), as
+what a rank has to send.
 
 Beside them stands what the layout has to send (`expected_bytes`); where it sends something else,
 the table shows both (1 %; 5 % for all-to-alls, since these depend on the routing and are expected
@@ -34,18 +28,17 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.debug_task import write_debug_data, write_debug_model
+from tools import benchmark_exchange
 from tools.benchmark_pipeline import on_ranks
+from tools.sent_bytes import SentBytes
 from torchsft.config import (
     Checkpoint,
     Config,
@@ -118,84 +111,6 @@ LAYOUTS = [
 ]
 
 
-class SentBytes(TorchDispatchMode):
-    """Counts the bytes that this rank sends to others, and the calls, by kind; refuses collectives
-    that it does not know.
-
-    Attributes:
-        sent, calls: Counters by kind. A collective of one rank counts as nothing.
-        multiply_adds: of matrix products, those over groups of rows too.
-    """
-
-    IGNORED = ("wait_tensor", "recv_", "_wrap_tensor_autograd")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
-        self.multiply_adds = 0
-
-    def __torch_dispatch__(
-        self,
-        function: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run the operation and count what it sends or multiplies."""
-        if DTensor in types:
-            # it comes again, as operations on the parts and collectives between them
-            return NotImplemented
-        result = function(*args, **(kwargs or {}))
-        namespace, _, name = function._schema.name.partition("::")
-        if namespace in ("c10d", "_c10d_functional") and name not in self.IGNORED:
-            given = {
-                argument.name: value
-                for argument, value in zip(function._schema.arguments, args, strict=False)
-            }
-            kind, sent = self.measured(name, given, result)
-            if sent:
-                self.sent[kind] += sent
-                self.calls[kind] += 1
-        elif name in ("mm", "addmm", "addmm_", "_grouped_mm"):
-            x, y = args[1:3] if name.startswith("add") else args[:2]
-            self.multiply_adds += x.numel() * y.shape[-1]
-        return result
-
-    def measured(self, name: str, given: Mapping[str, Any], result: Any) -> tuple[str, float]:
-        """Kind and bytes of an operation with the arguments `given`."""
-        if name == "_allgather_base_":
-            return "all-gather", given["output_tensor"].nbytes - given["input_tensor"].nbytes
-        if name == "_reduce_scatter_base_":
-            return "reduce-scatter", given["input_tensor"].nbytes - given["output_tensor"].nbytes
-        if name == "all_gather_into_tensor":
-            return "all-gather", result.nbytes - given["input"].nbytes
-        if name == "reduce_scatter_tensor":
-            return "reduce-scatter", given["input"].nbytes - result.nbytes
-        if name == "allreduce_":
-            ranks = dist.ProcessGroup.unbox(given["process_group"]).size()
-            return "all-reduce", 2 * (ranks - 1) / ranks * sum(x.nbytes for x in given["tensors"])
-        if name in ("all_reduce", "all_reduce_"):
-            ranks = _group(given["group_name"]).size()
-            return "all-reduce", 2 * (ranks - 1) / ranks * given["input"].nbytes
-        if name == "all_to_all_single":
-            x, rows = given["input"], given["input_split_sizes"]
-            own = rows[_group(given["group_name"]).rank()]
-            return "all-to-all", x[: len(x) - own].nbytes
-        if name == "send":
-            return "point-to-point", sum(x.nbytes for x in given["tensors"])
-        raise AssertionError(f"{name} is not counted")
-
-
-def _group(name: Any) -> dist.ProcessGroup:
-    """Return a functional collective's argument: a group, or (before torch 2.13) its name."""
-    return (
-        name
-        if isinstance(name, dist.ProcessGroup)
-        else dist.distributed_c10d._resolve_process_group(name)
-    )
-
-
 def expected_bytes(
     model: LanguageModel, parallel: Parallel, train: Train, row: int, world_size: int
 ) -> dict[str, float]:
@@ -206,8 +121,8 @@ def expected_bytes(
                       pass, where FSDP frees them in between (without a pipeline); the embedding,
                       last norm and head, of which nothing would be saved, once. Gradients are
                       summed over shards for each microbatch (no rank holds whole gradients), over
-                      replicas once. With a pipeline: gathered once, summed once. Replicated over
-                      tp: summed over tp whenever over shards.
+                      replicas once. With a pipeline: gathered once, summed once. Shards of what
+                      is replicated over tp are summed over tp once.
         attention     latents gathered over cp x tp, outputs back: parallel/context.py
         tp            a sum scattered behind the output projection, the dense layers and the
                       embedding, a gather before the dense layers and the head; three numbers a
@@ -249,7 +164,7 @@ def expected_bytes(
         sent["reduce-scatter"] += sums * size * share(shards)
         sent["all-reduce"] += 2 * share(replicas) * size / shards
         if not expert and not split:
-            sent["all-reduce"] += sums * 2 * share(tp) * size
+            sent["all-reduce"] += 2 * share(tp) * size / shards
 
     here = tokens // cp  # of a tensor group
     moved: Counter[str] = Counter()  # values of a microbatch
@@ -419,9 +334,12 @@ def run(
     repeats: int,
     layouts: Sequence[dict[str, Any]] = LAYOUTS,
     row: int = ROW,
+    exchange: bool = True,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """Measure layouts, the first of them on one process; print the table, and write it as JSON."""
+    """Measure layouts, the first of them on one process, and how tokens get to experts on several
+    nodes, if `exchange`; print the tables, and write them as JSON.
+    """
     report: dict[str, Any] = {
         "torch": torch.__version__,
         "cores": os.cpu_count(),
@@ -434,6 +352,8 @@ def run(
         for one in layouts:
             report["results"].append(measure(Path(directory), model, row, repeats, one))
             print(table(report["results"]).splitlines()[-1], flush=True)
+    if exchange:
+        report["exchange"] = benchmark_exchange.run()
     report["load_after"] = os.getloadavg()
     if json_path:
         json_path.write_text(json.dumps(report, indent=2) + "\n")

@@ -5,8 +5,13 @@ Both sides start from the same weights, see the same batches (rows of one docume
 both compute the same loss, which is asserted), run in fp32 in this one process and take turns. The
 plain side is what one would write: `DeepseekV3ForCausalLM` with its default attention (sdpa) and
 experts, `loss.backward()`, `torch.optim.AdamW`. Ours is the model and the optimizer that the
-trainer uses. Then every mode of memory and precision, beside the plain one
-(benchmark_modes.py).
+trainer uses. They do so twice: in a process that gives freed memory back to the system, as glibc
+does, and in one that keeps it (`launch.keep_freed_memory`), as recipes do on a CPU. Then every mode
+of memory and precision, beside the plain one (benchmark_modes.py), with memory kept.
+
+The share of the peak is the FLOPs of matrix products and attention, the same for both sides
+(`ModelConfig.flops`), over the step's time and over what a large fp32 matrix product reaches in the
+same run.
 
 Memory is what torch's CPU allocator holds at most during a step above what it held before it, so
 above weights and optimizer state; gradients and activations count, scratch space of BLAS libraries
@@ -19,7 +24,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +34,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from tools import benchmark_modes
 from torchsft.config import Parallel
+from torchsft.launch import keep_freed_memory
 from torchsft.parallel.world import World
 
 ROWS, ROW = 4, 1024
+PEAK_SIZE = 4096  # of the matrices whose product shows what the machine can do
 SMALL = {
     "vocab_size": 8192,
     "hidden_size": 512,
@@ -117,15 +124,25 @@ def run(json_path: Path | None, repeats: int, threads: int, show_profile: bool) 
         return _run(world, json_path, repeats, threads, show_profile)
 
 
-def _run(
-    world: World, json_path: Path | None, repeats: int, threads: int, show_profile: bool
-) -> dict[str, Any]:
-    plain, weights, config = transformers_side()
-    ours = benchmark_modes.Side(benchmark_modes.MODES["plain"], world, config, weights)
-    sides = {"transformers": plain, "torchsft": (ours.compute, ours.update)}
-    batches = torch.randint(
-        0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
-    )
+def matmul_peak(size: int) -> float:
+    """FLOPs a second of an fp32 matrix product of `size` x `size`: the best of 5."""
+    left, right = torch.randn(2, size, size)
+    seconds = []
+    for _ in range(6):  # the first one is not used to anything
+        began = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def compare(sides: Mapping[str, Side], batches: Tensor, flops: float) -> dict[str, Any]:
+    """Let both sides train on the same batches in turns; print and return their numbers.
+
+    Args:
+        sides: by name, transformers first.
+        batches: tokens, [steps, ROWS, ROW]; of the first two steps no time is taken.
+        flops: of a step.
+    """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     peaks: dict[str, int] = {}
     for index, tokens in enumerate(batches):
@@ -151,26 +168,22 @@ def _run(
         # The same loss, while both learn from the same batches; fp32 sums differ in order.
         torch.testing.assert_close(losses["torchsft"], losses["transformers"], rtol=1e-4, atol=0)
 
-    report: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": threads,
-        "tokens": ROWS * ROW,
-        "config": SMALL,
-    }
+    peak_flops = matmul_peak(PEAK_SIZE)
+    report: dict[str, Any] = {"peak_gflops": peak_flops / 1e9}
     for name in sides:
         compute, update = map(statistics.median, zip(*seconds[name], strict=True))
-        report[name] = {
+        numbers = report[name] = {
             "tokens_per_second": ROWS * ROW / (compute + update),
             "forward_backward_seconds": compute,
             "optimizer_seconds": update,
+            "share_of_peak": flops / (compute + update) / peak_flops,
             "peak_bytes": peaks[name],
         }
         print(
-            f"{name:13} {report[name]['tokens_per_second']:7.0f} tokens/s  (forward + backward "
-            f"{compute:.2f} s,"
-            f" optimizer {update:.2f} s)  {peaks[name] / 2**20:7.0f} MiB above weights and "
-            f"optimizer state"
+            f"{name:13} {numbers['tokens_per_second']:7.0f} tokens/s  (forward + backward "
+            f"{compute:.2f} s, optimizer {update:.2f} s)  {numbers['share_of_peak']:.2f} of "
+            f"{peak_flops / 1e9:.0f} GFLOP/s  {peaks[name] / 2**20:7.0f} MiB above weights and "
+            "optimizer state"
         )
     found, theirs = report["torchsft"], report["transformers"]
     report["speed_ratio"] = found["tokens_per_second"] / theirs["tokens_per_second"]
@@ -179,6 +192,33 @@ def _run(
         f"torchsft / transformers: {report['speed_ratio']:.2f} x the tokens/s, "
         f"{report['memory_ratio']:.2f} x the memory"
     )
+    return report
+
+
+def _run(
+    world: World, json_path: Path | None, repeats: int, threads: int, show_profile: bool
+) -> dict[str, Any]:
+    plain, weights, config = transformers_side()
+    ours = benchmark_modes.Side(benchmark_modes.MODES["plain"], world, config, weights)
+    sides = {"transformers": plain, "torchsft": (ours.compute, ours.update)}
+    batches = torch.randint(
+        0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
+    )
+    flops = ours.model.config.flops([ROW] * ROWS)
+    report: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": threads,
+        "tokens": ROWS * ROW,
+        "config": SMALL,
+    }
+    print("freed memory goes back to the system:")
+    report["given_back"] = compare(sides, batches, flops)
+    if keep_freed_memory():
+        print("freed memory is kept:")
+        report["kept"] = compare(sides, batches, flops)
+    else:
+        print("freed memory cannot be kept here: another C library than glibc, or MALLOC_ is set")
     report["modes"] = benchmark_modes.measure(world, weights, config, batches, held_peak)
     if show_profile:
         for name, (compute, _) in sides.items():

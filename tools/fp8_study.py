@@ -67,9 +67,9 @@ class SilentTrainer(Trainer):
     def save(self, score: float | None = None) -> None:
         """Write nothing."""
 
-    def train_step(self, step: Any) -> Any:
-        """Take a step."""
-        record, scalars = super().train_step(step)
+    def read_step(self, taken: Any) -> Any:
+        """Read the results of a step."""
+        record, scalars = super().read_step(taken)
         self.losses = [*self.losses, record["loss"]]
         return record, scalars
 

@@ -1,7 +1,9 @@
-"""What is checked and set before torch is imported: paths, and how many threads a rank may use.
+"""What is checked and set before torch is imported: paths, how many threads a rank may use, what it
+does with memory that it frees, what it records of its collectives.
 
 Nothing slow is imported here."""
 
+import ctypes
 import json
 import os
 import re
@@ -188,3 +190,62 @@ def set_threads(local_ranks: int) -> int | None:
     threads = max(len(os.sched_getaffinity(0)) // local_ranks, 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return threads
+
+
+# What torch reads, and the older names that it still knows (2.11 to 2.13).
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+RECORDED = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+RECORD_PLACE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+RECORD_ON_TIMEOUT = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
+
+
+def use_expandable_segments() -> None:
+    """Let torch's allocator of GPU memory grow its blocks in place, unless the environment says how
+    it works: the rows of experts have other sizes in each step, for which fixed blocks leave gaps.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def record_collectives(entries: int, output: str) -> None:
+    """Let torch keep the last `entries` collectives of this rank, and write them to
+    `output`/flight-recorder/rank_N when one waits too long (0: not).
+
+    Call it before the process group is made; see `parallel/cluster.py::write_record` for gloo.
+
+    Raises:
+        InputError: the environment says otherwise.
+    """
+    if not entries:
+        return
+    place = Path(os.path.abspath(output), "flight-recorder")
+    wanted = {RECORDED: str(entries), RECORD_PLACE: f"{place}/rank_", RECORD_ON_TIMEOUT: "1"}
+    for names, value in wanted.items():
+        for name in names:
+            if (given := os.environ.get(name, value)) != value:
+                raise InputError(
+                    f"--parallel.flight-recorder {entries} needs {name} to be {value}, but it is "
+                    f"{given}; unset it, or set the option to 0"
+                )
+        os.environ[names[0]] = value
+    place.mkdir(parents=True, exist_ok=True)
+
+
+# mallopt's numbers in glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory of what it frees, which glibc otherwise gives back to the
+    system from 32 MB a block on: a step on the CPU would fault the same pages in again and again.
+
+    Where the environment says how to allocate (MALLOC_..., GLIBC_TUNABLES), that is followed.
+
+    Returns:
+        Whether memory is kept.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    # No block is mapped by itself, and the end of the heap is never given back.
+    return bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -133,6 +133,9 @@ class RunOutput:
         self.last_failure = report.error or ""
         with self.may_fail():
             if self.last_failure:
+                if self.config.checkpoint.on_error == "stop":
+                    # A save that has begun meanwhile ends too, and removes what it leaves.
+                    self.checkpointer.wait()
                 raise OSError(self.last_failure)
             if self.log:
                 scalars = {
@@ -194,6 +197,7 @@ class Exporter:
         place = f"{self.output.root}/{name}"
         stops = about(*self.base, end_tokens, self.tokenizer)
         self.output.message(f"exporting {self.options.export} weights to {place}{stops}")
+        torch.cuda.empty_cache()  # tensors of an export have other sizes than those of a step
         try:
             huggingface.export(
                 model,

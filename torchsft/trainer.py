@@ -4,11 +4,12 @@ import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from torchsft.checkpoint import huggingface, state
 from torchsft.checkpoint.hf_directory import check_export
@@ -21,16 +22,17 @@ from torchsft.data.background import Background
 from torchsft.data.run_data import DataRank, check_options, load_run_data, with_faults
 from torchsft.data.stream import Step
 from torchsft.evaluation import Evaluation
+from torchsft.garbage import Collector
 from torchsft.interruption import Preemption
+from torchsft.metrics.late import Counters, Mark, TakenStep, describe_step
 from torchsft.metrics.logger import MetricsLogger, bars_can_be_drawn
 from torchsft.metrics.step import (
     GlobalBatch,
     StepResults,
-    count_global_batch,
-    further_losses,
-    load_scalars,
-    reduce_results,
+    count_rows,
+    expert_loads,
     set_loss_scales,
+    sum_results,
 )
 from torchsft.metrics.summary import (
     Answers,
@@ -39,12 +41,12 @@ from torchsft.metrics.summary import (
     describe_run,
     summarise_run,
 )
-from torchsft.metrics.throughput import memory_gib, mfu, peak_tflops
 from torchsft.metrics.timing import Stopwatch, process_age
 from torchsft.models.families import family_of, read_model_config
 from torchsft.optim.adamw import build_optimizer, set_lr
-from torchsft.optim.schedule import lr_factor
+from torchsft.optim.schedule import describe_rest, lr_factor
 from torchsft.output import Exporter, RunOutput, base_configs, end_tokens
+from torchsft.parallel.compile import compiled_message
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradients
 from torchsft.parallel.memory import check_memory
@@ -52,18 +54,6 @@ from torchsft.parallel.stages import microbatches_in_flight
 from torchsft.parallel.world import World
 from torchsft.planning.model import plan_model
 from torchsft.resolution import resolve
-
-
-@dataclass
-class Counters:
-    """How far a run is; saved in its checkpoints, and the same on every rank."""
-
-    step: int = 0  # steps taken, skipped ones included
-    updates: int = 0  # steps that changed the weights: what the learning-rate schedule counts
-    skipped: int = 0  # steps that changed nothing: gradient not finite, or nothing supervised
-    skipped_in_a_row: int = 0
-    first_loss: float = math.nan
-    last_loss: float = math.nan
 
 
 class Trainer:
@@ -104,6 +94,10 @@ class Trainer:
         self.preemption = Preemption(announce=world.is_main)
         self.signalled = False  # a rank has been told to end; as all ranks know it
         self.counters = Counters()
+        self.taken: TakenStep | None = None  # the last step, while its results are not yet read
+        self.ended: Mark | None = None  # where the last step ended
+        self.speed = Speed(0.0, 0.0)  # of the steps whose results are read
+        self.collector = Collector(config.train.collect_garbage_every)
         # Tokens that ended turns which the run trained before the checkpoint that it continues.
         self.earlier_end_tokens: list[int] = []
         if generate:
@@ -176,7 +170,10 @@ class Trainer:
         self.evaluation = Evaluation(
             self.pipeline, self.run_data.eval_sets, self.model.layer_experts(), self.world
         )
-        self.loader = Background(self.run_data.loader, config.data.workers, self.world.device)
+        count = partial(count_rows, flops=model_config.flops)
+        workers, device = config.data.workers, self.world.device
+        self.loader = Background(self.run_data.loader, workers, device, count)
+        self.data_state = self.loader.state_dict()  # behind the last step that was taken
         if self.start.checkpoint:
             self.check_length(self.start.checkpoint)
         lr_factor(0, config.optim, self.total_steps)  # refuses a schedule that does not fit
@@ -221,23 +218,15 @@ class Trainer:
             )
         self.counters = Counters(**{name: extra[name] for name in names})
         self.loader.load_state_dict(extra["data"])
+        self.data_state = self.loader.state_dict()
         self.earlier_end_tokens = extra.get("end_tokens", [])  # older checkpoints have none
         self.evaluation.base_routing = extra.get("base_routing")
         step = self.counters.step
         self.output.message(f"continuing from {checkpoint} at step {step} of {self.total_steps}")
         if self.start.longer and step < self.total_steps:
-            self.describe_new_schedule(self.start.longer)
-
-    def describe_new_schedule(self, difference: str) -> None:
-        """Print the learning rates of a run that is longer or shorter than before."""
-        optim, updates = self.config.optim, self.counters.updates
-        last_update = updates + self.total_steps - self.counters.step - 1
-        now = optim.lr * lr_factor(updates, optim, self.total_steps)
-        end = optim.lr * lr_factor(last_update, optim, self.total_steps)
-        self.output.message(
-            f"{difference}: its {optim.schedule} schedule now ends at step {self.total_steps}; "
-            f"the learning rate goes on at {now:.3g} and ends at {end:.3g}"
-        )
+            taken = step, self.counters.updates
+            changed = describe_rest(*taken, self.config.optim, self.total_steps)
+            self.output.message(f"{self.start.longer}: {changed}")
 
     def open_output(self) -> MetricsLogger:
         """Write the resolved configuration and open the metric files, where an earlier run makes
@@ -285,8 +274,8 @@ class Trainer:
                 "--train.steps or --train.epochs; to train anew, choose another --output or delete "
                 "this one"
             )
-        with self.preemption:
-            evaluation, speed = self.train()
+        with self.preemption, self.collector:
+            evaluation = self.train()
         answers = None
         if self.signalled:
             self.output.message(self.describe_early_end())
@@ -307,18 +296,22 @@ class Trainer:
             with self.output.may_fail():
                 self.output.log.close()
             if not self.signalled:
-                self.output.message(self.summarise(evaluation, answers, speed))
+                self.output.message(self.summarise(evaluation, answers))
         if self.config.data.streaming:
             # What has been read of it, some steps ahead of what was trained.
             for source in self.run_data.loader.sources:
                 report = source.report
                 self.output.message(with_faults(f"streamed {report}", report.faults))
 
-    def train(self) -> tuple[dict[str, float], Speed]:
+    def train(self) -> dict[str, float]:
         """Take steps, with evaluations and checkpoints, to the last one or until a signal comes.
 
+        The results of a step are read in the middle of the next one, or where something is due
+        behind it. Of a signal all ranks learn before a step begins, which then is not taken; but
+        one step is always saved before the run ends.
+
         Returns:
-            What the last step's evaluation found, if there was one; and how fast the steps were.
+            What the last step's evaluation found, if there was one.
         """
         config, counters = self.config, self.counters
         if counters.step == 0:
@@ -326,39 +319,54 @@ class Trainer:
                 self.evaluation.base_routing = self.evaluation.routing()
         if config.eval.answers and counters.step == 0:
             self.generate_answers("before")
-            self.share_signal()
+            self.share()
         # The earlier run may have been ended before the export of its last checkpoint's step.
         self.export_step(repeat=False)
         evaluation: dict[str, float] = {}
-        tokens = seconds = 0.0
+        started_at = paused_at = counters.step
+        intervals = config.eval.every, config.checkpoint.every, config.checkpoint.export_every
         while counters.step < self.total_steps and not self.signalled:
             with self.clock("waiting for data"):
                 step = next(self.loader)
             with self.clock("training steps"):
-                record, scalars = self.train_step(step)
-            tokens += record["tokens"]
-            seconds += record["step_seconds"]
-            evaluation = {}
-            if self.evaluates_now():
-                evaluation = self.evaluate()
-                self.share_signal()
-            with self.output.may_fail():
-                if self.output.log:
-                    self.output.log.step(counters.step, record | evaluation, scalars)
-            self.output.report_saves()
-            if counters.skipped_in_a_row >= config.train.max_nonfinite_steps:
-                raise InputError(
-                    f"{counters.skipped_in_a_row} steps in a row changed nothing, the last with "
-                    f"norm {record['grad_norm']} at step {counters.step}; lower --optim.lr, look "
-                    "at the data or raise --train.max-nonfinite-steps"
-                )
-            if self.at_interval(config.checkpoint.every) or self.signalled:
-                with self.clock("checkpoints"):
-                    self.save(evaluation.get("eval_loss"))
-            with self.clock("export"):
-                self.export_step()
-        self.share_signal()
-        return evaluation, Speed(tokens, seconds)
+                batch = self.count(step)
+                if self.output.save_failed:
+                    self.finish_step()  # before `report_saves` ends the run
+                self.output.report_saves()
+                if not (self.signalled and counters.step > paused_at):
+                    self.begin_step(step, batch)
+            if config.model.compile and counters.step == started_at + 1:
+                self.output.message(compiled_message())
+            pause = self.signalled or any(map(self.at_interval, intervals))
+            if pause:
+                evaluation, paused_at = self.pause(), counters.step
+            self.collector.behind_step(counters.step, pause)
+        self.share()
+        return evaluation
+
+    def pause(self) -> dict[str, float]:
+        """Evaluate, log, save and export behind a step, as far as it is due.
+
+        Returns:
+            What the evaluation found, if there was one.
+        """
+        with self.clock("training steps"):
+            if self.taken:
+                self.taken.ended.wait()
+            if not self.signalled:
+                self.share()
+        evaluation: dict[str, float] = {}
+        if self.evaluates_now():
+            evaluation = self.evaluate()
+            self.share()
+        self.finish_step(evaluation)
+        self.output.report_saves()
+        if self.at_interval(self.config.checkpoint.every) or self.signalled:
+            with self.clock("checkpoints"):
+                self.save(evaluation.get("eval_loss"))
+        with self.clock("export"):
+            self.export_step()
+        return evaluation
 
     def at_interval(self, every: int) -> bool:
         """Whether this is an `every`-th step (0: no step is), or the last one."""
@@ -371,10 +379,19 @@ class Trainer:
             return False
         return self.at_interval(self.config.eval.every)
 
-    def share_signal(self) -> None:
-        """Learn whether a signal has come to any rank; collective, for where no step ends."""
-        received = self.preemption.received is not None
-        self.signalled = bool(self.world.sum([float(received)]))
+    def share(self, *numbers: float) -> list[float]:
+        """Sum numbers that hosts know over all ranks. With them all ranks learn whether a signal
+        has come to any, and whether any knows of a save that failed.
+
+        One collective, among hosts: none waits for a device.
+        """
+        self.output.collect_reports()
+        received, failed = self.preemption.received is not None, self.output.knows_of_failed_save
+        signals, failures, *sums = self.world.sum(
+            [float(received), float(failed), *numbers]
+        ).tolist()
+        self.signalled, self.output.save_failed = signals > 0, failures > 0
+        return sums
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the evaluation sets; see `Evaluation`."""
@@ -390,108 +407,112 @@ class Trainer:
     # step
 
     def train_step(self, step: Step) -> tuple[dict[str, Any], dict[str, float]]:
-        """Take one optimizer step on this rank's microbatches of a global batch.
-
-        Every microbatch gives a *sum* of weighted token losses, which is divided by the loss weight
-        of the whole global batch, known before the first backward pass. So neither accumulation nor
-        the number of ranks can change a gradient.
+        """Take one step and read its results, for who takes steps one by one.
 
         Returns:
             What metrics.jsonl says of the step, and further TensorBoard scalars; the same on every
             rank.
         """
-        began = time.perf_counter()
-        batch = count_global_batch(step.microbatches, self.model_config.flops, self.world)
+        self.begin_step(step, self.count(step))
+        return self.read_step(self.taken)
+
+    def count(self, step: Step) -> GlobalBatch:
+        """Sum a step's rows over all ranks; of those that share rows, one counts them. With it the
+        step begins.
+        """
+        self.begun = Mark(self.world.device)
+        return GlobalBatch(*self.share(*(n * self.world.is_reader for n in step.sums)))
+
+    def begin_step(self, step: Step, batch: GlobalBatch) -> None:
+        """Launch one optimizer step on this rank's microbatches of a global batch, and meanwhile
+        read the results of the step before.
+
+        Every microbatch gives a *sum* of weighted token losses, which is divided by the loss weight
+        of the whole global batch, known before the first backward pass. So neither accumulation nor
+        the number of ranks can change a gradient.
+        """
+        waited = self.loader.waited
         layer_experts, moe_layers = self.model.layer_experts(), self.model.moe_layers()
         set_loss_scales(self.pipeline.modules, self.config, batch, len(layer_experts))
         loss_sum = self.pipeline.step(step.microbatches, batch.divisor)
+        self.finish_step()  # whether it counted decides the learning rate
         lr_scale = lr_factor(self.counters.updates, self.config.optim, self.total_steps)
-        updates = self.counters.updates
-        norm = self.update_weights(batch.loss_weight, lr_scale)
-        self.counters.step += 1
-        self.output.collect_reports()
-        results = reduce_results(
-            loss_sum,
-            self.pipeline.modules[-1],
-            moe_layers,
-            layer_experts,
-            signalled=self.preemption.received is not None,
-            save_failed=self.output.knows_of_failed_save,
-            world=self.world,
-        )
-        self.signalled, self.output.save_failed = results.signalled, results.save_failed
+        norm, found_inf = self.update_weights(batch.loss_weight, lr_scale)
+        last = self.pipeline.modules[-1]
+        sums = sum_results(loss_sum, last, moe_layers, layer_experts, self.world)
         rate = self.config.router.bias_update_rate
-        if rate and self.counters.updates > updates:
+        if rate and batch.loss_weight > 0:
+            loads = expert_loads(sums, layer_experts)
             for name, moe in moe_layers.items():
-                moe.move_bias(results.expert_load[int(name)], rate)
-        seconds = time.perf_counter() - began
-        self.counters.last_loss = results.loss_sum / batch.divisor
-        if math.isnan(self.counters.first_loss):
-            self.counters.first_loss = self.counters.last_loss
-        return self.describe_step(step, batch, results, norm, lr_scale, seconds)
+                moe.move_bias(loads[int(name)], rate * (1 - found_inf))
+        self.counters.step += 1
+        self.data_state = step.state
+        norm, sums = (tensor.to("cpu", non_blocking=True) for tensor in (norm, sums))
+        before, self.ended = self.ended, Mark(self.world.device)
+        marks = before, self.begun, self.ended
+        self.taken = TakenStep(step.epoch, step.state, batch, lr_scale, waited, norm, sums, *marks)
 
-    def update_weights(self, loss_weight: float, lr_scale: float) -> float:
-        """Clip the gradients and step the optimizer; a step whose norm is not finite, or that has
-        nothing supervised, changes neither weights nor moments nor schedule.
+    def finish_step(self, evaluation: dict[str, float] | None = None) -> None:
+        """Read and log the results of the last step, if that is still to be done.
+
+        Args:
+            evaluation: what was found behind it.
+
+        Raises:
+            InputError: too many steps in a row changed nothing.
+            OSError: the log cannot be written and --checkpoint.on-error is stop.
+        """
+        if self.taken is None:
+            return
+        record, scalars = self.read_step(self.taken)
+        seconds = self.speed.seconds + record["step_seconds"]
+        self.speed = Speed(self.speed.tokens + record["tokens"], seconds)
+        counters = self.counters
+        with self.output.may_fail():
+            if self.output.log:
+                self.output.log.step(counters.step, record | (evaluation or {}), scalars)
+        if counters.skipped_in_a_row >= self.config.train.max_nonfinite_steps:
+            raise InputError(
+                f"{counters.skipped_in_a_row} steps in a row changed nothing, the last with "
+                f"norm {record['grad_norm']} at step {counters.step}; lower --optim.lr, look "
+                "at the data or raise --train.max-nonfinite-steps"
+            )
+
+    def read_step(self, taken: TakenStep) -> tuple[dict[str, Any], dict[str, float]]:
+        """Wait for a step, count it, and return what `train_step` does."""
+        self.taken = None
+        taken.ended.wait()
+        results = StepResults.of(taken.norm, taken.sums, self.model.layer_experts())
+        batch = taken.batch
+        updated = math.isfinite(results.norm) and batch.loss_weight > 0
+        self.counters.add(results.loss_sum / batch.divisor, updated)
+        mtp_layers = self.model.depth - self.model_config.num_hidden_layers
+        record, scalars = describe_step(taken, results, self.config, mtp_layers, self.world.device)
+        scalars["optim/skipped_steps"] = self.counters.skipped
+        for name, epochs in self.run_data.loader.source_epochs(taken.data_state).items():
+            scalars[f"data/epochs/{name}"] = epochs
+        return record, scalars
+
+    def update_weights(self, loss_weight: float, lr_scale: float) -> tuple[Tensor, Tensor]:
+        """Clip the gradients and step the optimizer. A step whose norm is not finite, as the device
+        alone knows, or that has nothing supervised, changes neither weights nor moments.
 
         Returns:
-            The norm of the gradients before clipping.
+            The norm of the gradients before clipping, and 1.0 where it is not finite, else 0.0:
+            scalars on the device of the gradients.
         """
-        optim, counters = self.config.optim, self.counters
+        optim = self.config.optim
         norm = global_norm(self.pipeline.parameters())
-        finite = math.isfinite(norm.item())
-        if finite and loss_weight > 0:
+        found_inf = 1 - norm.isfinite().float()
+        if loss_weight > 0:
             if optim.clip_norm is not None:
                 factor = clip_factor(norm, optim.clip_norm)
                 scale_gradients(self.model.parameters(), factor)
             set_lr(self.optimizer, lr_scale)
+            self.optimizer.found_inf = found_inf
             self.optimizer.step()
-            counters.updates += 1
-            counters.skipped_in_a_row = 0
-        else:
-            counters.skipped += 1
-            counters.skipped_in_a_row += 1
         self.optimizer.zero_grad()
-        return norm.item()
-
-    def describe_step(
-        self,
-        step: Step,
-        batch: GlobalBatch,
-        results: StepResults,
-        norm: float,
-        lr_scale: float,
-        seconds: float,
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Return the step's line of metrics.jsonl, and what only TensorBoard shows, by tag."""
-        record = {
-            "loss": self.counters.last_loss,
-            "grad_norm": norm,
-            "lr": self.config.optim.lr * lr_scale,
-            "tokens": int(batch.tokens),
-            "supervised_tokens": int(batch.supervised_tokens),
-            "tokens_per_second": batch.tokens / seconds,
-            "step_seconds": seconds,
-            "epoch": step.epoch,
-            "data_wait_share": self.loader.waited / (self.loader.waited + seconds),
-        }
-        mtp_layers = self.model.depth - self.model_config.num_hidden_layers
-        record |= further_losses(results, self.config, batch, mtp_layers)
-        scalars = {
-            "speed/supervised_tokens_per_second": batch.supervised_tokens / seconds,
-            "optim/skipped_steps": self.counters.skipped,
-        }
-        for name, epochs in self.run_data.loader.source_epochs(step.state).items():
-            scalars[f"data/epochs/{name}"] = epochs
-        for group in self.config.optim.parameter_groups():
-            if group.lr is not None:
-                scalars[f"optim/lr/{group.pattern}"] = lr_scale * group.lr
-        scalars |= memory_gib(self.world.device)
-        scalars |= load_scalars(results.expert_load)
-        peak = self.config.metrics.peak_tflops or peak_tflops(self.world.device)
-        if peak:
-            scalars["speed/mfu"] = mfu(batch.flops / self.world.size, seconds, peak)
-        return record, scalars
+        return norm, found_inf
 
     # ------------------------------------------------------------------------------------------
     # save and export
@@ -503,7 +524,7 @@ class Trainer:
             score: its eval loss, if known.
         """
         extra = dataclasses.asdict(self.counters)
-        extra["data"] = self.loader.state_dict()
+        extra["data"] = self.data_state
         extra["end_tokens"] = self.end_tokens()
         extra["base_routing"] = self.evaluation.base_routing
         self.output.save(
@@ -592,7 +613,7 @@ class Trainer:
             done = f"after step {self.counters.step} of {self.total_steps} and its checkpoint"
         return f"ended by {self.preemption}, {done}; the same command continues from there"
 
-    def summarise(self, evaluation: dict[str, float], answers: Answers | None, speed: Speed) -> str:
+    def summarise(self, evaluation: dict[str, float], answers: Answers | None) -> str:
         """Say what a run has done."""
         counters = self.counters
         return summarise_run(
@@ -601,7 +622,7 @@ class Trainer:
             evaluation=evaluation,
             answers=answers,
             output_faults=self.output.faults,
-            speed=speed,
+            speed=self.speed,
             time=self.clock.shown(),
             output=self.output.directory,
             tensorboard=self.config.metrics.tensorboard,

@@ -66,15 +66,15 @@ def steps(output: Path) -> list[int]:
 
 
 def interrupt(monkeypatch, step):
-    """The run breaks in this step."""
-    train_step = Trainer.train_step
+    """The run breaks in this step, when the results of the one before have been read."""
+    update_weights = Trainer.update_weights
 
     def broken(self, *arguments):
         if self.counters.step + 1 == step:
             raise ArithmeticError("broken")
-        return train_step(self, *arguments)
+        return update_weights(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "train_step", broken)
+    monkeypatch.setattr(Trainer, "update_weights", broken)
 
 
 def test_where_no_checkpoint_was_left_the_same_output_starts_anew_with_other_options(

@@ -21,7 +21,7 @@ def test_a_batch_by_hand():
     assert batch.loss_weights.tolist() == [1, 0, 0, 1, 0, 0, 0.5, 1, 0, 0, 0, 0]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 9]
-    assert batch.max_seqlen == 4
+    assert (batch.max_seqlen, batch.padding) == (4, 3)
     types = [
         batch.tokens.dtype,
         batch.labels.dtype,
@@ -38,7 +38,7 @@ def test_a_batch_without_documents_is_padding_alone():
     assert batch.labels.tolist() == [-100] * 6
     assert batch.loss_weights.sum() == 0
     assert batch.cu_seqlens.tolist() == [0]
-    assert batch.max_seqlen == 0
+    assert (batch.max_seqlen, batch.padding) == (0, 6)
 
 
 samples = st.lists(

@@ -227,7 +227,7 @@ def _rank(
     torch.set_num_threads(1)
     for owner, name, phase in (
         (trainer.Trainer, "train", "between"),
-        (trainer.Trainer, "train_step", "step"),
+        (trainer.Trainer, "begin_step", "step"),
         (evaluation, "evaluate_loss", "evaluation"),
         (huggingface, "export", "export"),
         (state.Checkpointer, "save", "save"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
+from tests.parallel.passes import on_nodes
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
+from torchsft.checkpoint import huggingface
 from torchsft.config import (
     Checkpoint,
     Config,
@@ -33,6 +37,7 @@ from torchsft.config import (
 )
 from torchsft.ops.repetition import repeating
 from torchsft.parallel import activation_offload
+from torchsft.parallel import compile as compiling
 from torchsft.parallel.world import World
 from torchsft.trainer import Trainer
 
@@ -81,12 +86,13 @@ def config_for(directory: str, model: str = "model", **changes: Any) -> Config:
     names = {"recipe": "float8_recipe", "experts": "experts"}
     recipe = {name: changes.pop(short) for short, name in names.items() if short in changes}
     train |= {name: changes.pop(name) for name in train.keys() & changes.keys()}
+    model_options = {name: changes.pop(name) for name in ("mtp", "compile") if name in changes}
     compute, output = (
         changes.pop("compute", "fp32"),
         changes.pop("output", str(base / "unused-output")),
     )
     return Config(
-        model=Model(path=str(base / model), mtp=changes.pop("mtp", "keep")),
+        model=Model(path=str(base / model), **model_options),
         data=Data(
             train=(str(base / "train.jsonl"),),
             eval=changes.pop("eval", ()),
@@ -184,9 +190,12 @@ def reported(steps: list[Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def train(directory: str, **options: Any) -> list[dict[str, Any]]:
-    """`run` on the calling ranks."""
+def train(directory: str, ranks_per_node: int = 0, **options: Any) -> list[dict[str, Any]]:
+    """`run` on the calling ranks, of which a machine has some; 0: all."""
+    if ranks_per_node:
+        return on_nodes(ranks_per_node, train, directory=directory, **options)
     activation_offload.LEAST = 0  # what a tiny model keeps goes to the host too
+    compiling.BACKEND = "aot_eager"  # all of torch.compile but the making of kernels
     config = config_for(directory, **options)
     with World(config.parallel, 0) as world:
         return run(config, world)
@@ -309,12 +318,12 @@ def layout(**sizes: Any) -> Any:
     """One row of the matrix; dp_shard 1 where it is not named. `n` ranks follow."""
     sizes = {"dp_shard": 1} | sizes
     n = math.prod(sizes.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
-    name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    name = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size is True or size != 1)
     return pytest.param(n, sizes, id=name)
 
 
 # Several rows a microbatch where ranks share its tokens: each of them computes every microbatch,
-# which takes the test's time.
+# which takes the test's time. With `ranks_per_node` tokens go to experts at two levels.
 MATRIX = [
     # one axis alone
     *(layout(pp=pp, pp_schedule=schedule) for pp in (2, 4) for schedule in SCHEDULES),
@@ -339,7 +348,7 @@ MATRIX = [
     layout(dp_shard=2, ep=2),
     layout(dp_shard=4, ep=2),
     layout(dp_shard=4, ep=4),
-    layout(dp_shard=8, ep=4),
+    layout(dp_shard=8, ep=4, ranks_per_node=2),
     layout(cp=2, ep=2),
     layout(tp=2, ep=2, micro_batch_size=2),
     # three and more
@@ -349,14 +358,14 @@ MATRIX = [
     layout(tp=2, dp_shard=2, ep=2, micro_batch_size=2),
     layout(tp=2, dp_shard=2, ep=4),
     layout(cp=2, dp_shard=2, ep=2),
-    layout(cp=2, dp_shard=2, ep=4),
+    layout(cp=2, dp_shard=2, ep=4, ranks_per_node=2),
     layout(dp_replicate=2, dp_shard=2, ep=2),
     layout(dp_replicate=2, dp_shard=2, tp=2, ep=4, micro_batch_size=2),
     layout(pp=2, dp_replicate=2, dp_shard=2, ep=2),
     layout(pp=2, tp=2, ep=2),
     layout(pp=2, tp=2, ep=2, pp_schedule="ZBVZeroBubble"),
     layout(pp=2, tp=2, dp_shard=2, ep=2),
-    layout(pp=2, tp=2, dp_shard=2, ep=4, pp_schedule="DualPipeV"),
+    layout(pp=2, tp=2, dp_shard=2, ep=4, pp_schedule="DualPipeV", ranks_per_node=2),
     layout(pp=2, cp=2, tp=2, ep=4, micro_batch_size=2),
     layout(pp=2, cp=2, dp_shard=2, ep=2, pp_schedule="InterleavedZeroBubble"),
     # microbatches
@@ -368,7 +377,14 @@ MATRIX = [
     layout(tp=2, cp=2, micro_batch_size=8, ep=2),
     # activation checkpointing
     layout(activation_checkpointing="full", activation_checkpointing_every=2),
-    layout(dp_shard=2, tp=2, ep=4, micro_batch_size=4, activation_checkpointing="full"),
+    layout(
+        dp_shard=2,
+        tp=2,
+        ep=4,
+        micro_batch_size=4,
+        activation_checkpointing="full",
+        ranks_per_node=2,
+    ),
     layout(pp=2, cp=2, ep=2, activation_checkpointing="full", pp_schedule="Interleaved1F1B"),
     layout(
         pp=2,
@@ -390,6 +406,9 @@ MATRIX = [
         activation_offload=True,
         pp_schedule="ZBVZeroBubble",
     ),
+    # compiled
+    layout(dp_shard=2, compile=True),
+    layout(cp=2, ep=2, compile=True, activation_checkpointing="selective"),
     # layers by hand
     layout(pp=2, pp_layers=(5, 3), pp_schedule="GPipe"),
     layout(pp=2, pp_layers=(1, 2, 1, 1, 2, 1), pp_schedule="Interleaved1F1B"),
@@ -461,6 +480,7 @@ QWEN3_MATRIX = [
     layout(cp=2, tp=2, ep=4, micro_batch_size=2),
     layout(pp=2, dp_shard=2, ep=2, pp_schedule="DualPipeV"),
     layout(pp=2, cp=2, ep=2, activation_checkpointing="selective", pp_schedule="Interleaved1F1B"),
+    layout(pp=2, compile=True, pp_schedule="1F1B"),
 ]
 
 
@@ -490,7 +510,7 @@ def test_neither_does_that_of_a_dense_model_with_biases(ranks, inputs, n, sizes)
 @pytest.mark.parametrize(
     ("n", "sizes"),
     [
-        layout(dp_shard=4, ep=2),
+        layout(dp_shard=4, ep=4, ranks_per_node=2),
         layout(pp=2, dp_shard=2, ep=2, pp_schedule="Interleaved1F1B"),
         layout(pp=2, tp=2, pp_schedule="ZBVZeroBubble"),
         layout(cp=2, tp=2, ep=2, micro_batch_size=8),
@@ -634,12 +654,24 @@ def test_impossible_layouts_are_refused_on_every_rank_with_numbers_and_a_neighbo
 
 
 def silent_peer(directory: str) -> tuple[str, float]:
-    """Rank 1 stops answering in the second step; what the other rank meets, and after how many
-    seconds.
+    """Rank 1 loads for longer than a collective may take, and stops answering in the second step;
+    what the other rank meets, and after how many seconds.
     """
     config = config_for(directory, pp=2, pp_schedule="1F1B", timeout_seconds=5)
     world = World(config.parallel, 0)
-    trainer = SilentTrainer(config, world)
+    _set_pg_timeout(timedelta(seconds=1))
+    load_weights = huggingface.load_weights
+
+    def load_late(*arguments: Any) -> None:
+        time.sleep(2 * world.rank)
+        load_weights(*arguments)
+
+    huggingface.load_weights = load_late
+    try:
+        trainer = SilentTrainer(config, world)
+    finally:
+        huggingface.load_weights = load_weights
+    _set_pg_timeout(timedelta(seconds=5))
     trainer.train_step(next(trainer.loader))
     began = time.monotonic()
     if world.rank == 1:
@@ -652,7 +684,9 @@ def silent_peer(directory: str) -> tuple[str, float]:
     return "no error", 0.0
 
 
-def test_a_peer_that_stops_answering_ends_the_step_within_the_timeout(ranks, inputs):
+def test_a_peer_may_load_late_but_not_stop_answering_in_a_step_for_longer_than_the_timeout(
+    ranks, inputs
+):
     error, seconds = ranks(2, silent_peer, directory=inputs)[0]
     assert "imed out" in error or "imeout" in error, error
     assert 4 < seconds < 12  # before the peer is back

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.distributed.kill import (
     Phases,
@@ -19,7 +22,9 @@ from tests.distributed.kill import (
     until,
     write_inputs,
 )
-from torchsft.checkpoint import state
+from torchsft.checkpoint import state, writer
+from torchsft.config import Config
+from torchsft.output import RunOutput
 
 STEPS = 14
 
@@ -165,3 +170,26 @@ def test_continue_recovers_when_the_directory_comes_back(inputs, ranks, tmp_path
     assert codes == [0, 0], log.read_text()[-3000:]
     assert "warning: checkpoint" in log.read_text()
     assert_same_run(output, inputs / "undisturbed", STEPS)
+
+
+def test_a_save_that_began_before_the_fault_was_told_ends_with_the_run(tmp_path, monkeypatch):
+    """One process; the second save is still writing when the first one's failure is reported."""
+
+    def full_disk(*_):
+        time.sleep(0.3 * saves.index(checkpointer._current.step))
+        raise OSError("disk full")
+
+    saves = [2, 4]
+    monkeypatch.setattr(writer, "write_archive", full_disk)
+    alone = SimpleNamespace(writers=None, is_main=True)
+    output = RunOutput(Config(output=str(tmp_path)), alone)
+    checkpointer = output.checkpointer
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    for step in saves:
+        output.save(step, model, optimizer, extra={}, score=None, last=False)
+        output.collect_reports()
+    output.save_failed = True
+    with pytest.raises(OSError, match="step-00000002 could not be written"):
+        output.report_saves()
+    assert list((tmp_path / "checkpoints").iterdir()) == []

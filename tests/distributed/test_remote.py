@@ -64,18 +64,18 @@ def in_memory(argv: list[str], output: str, copy: str) -> None:
     """On one rank: train to step 5, continue from memory:// to the end, and copy what is there to
     `copy`.
     """
-    take_step = Trainer.train_step
+    begin_step = Trainer.begin_step
 
-    def step_and_signal(self, step):
+    def step_and_signal(self, *arguments):
         if self.counters.step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return take_step(self, step)
+        return begin_step(self, *arguments)
 
     sys.argv = ["deepseek_v3_sft.py", *argv]
-    Trainer.train_step = step_and_signal
+    Trainer.begin_step = step_and_signal
     deepseek_v3_sft.main()
     assert steps_in(Path(output)) in (5, 6)  # the listening thread may hear of it a moment later
-    Trainer.train_step = take_step
+    Trainer.begin_step = begin_step
     for other, found in (
         (argv[: argv.index("--checkpoint.remote")], "memory://bucket/run/checkpoints"),
         (argv, None),

@@ -19,8 +19,10 @@ from tests.precision.test_blockwise_compute import experts
 from tests.ranks import RankPool
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from tools.benchmark_modes import MODES, SELECTIVE
-from torchsft import load_model
+from torchsft import load_model, ops
 from torchsft.config import Train
+from torchsft.models import rope
+from torchsft.models.attention import attend, flash_kernel, locate_documents
 from torchsft.parallel import activation_offload
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.world import World, deterministic
@@ -169,6 +171,26 @@ def test_bf16_on_the_gpu_is_as_close_to_fp32_as_bf16_on_the_cpu(either, referenc
     assert not wrong
 
 
+def test_fa3_computes_latent_attention_with_narrow_values_as_sdpa_does():
+    """Widths of V3 in bf16, documents and padding: outputs and gradients. Never run so far."""
+    if flash_kernel(torch.device("cuda")) != "FA3":
+        pytest.skip("needs Hopper, and the package flash_attn_interface")
+    total, found = sum(LENGTHS) + PADDING, []
+    bounds = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).to(torch.int32)
+    tables = [torch.ones(total, 2, device="cuda")] * 2
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    inputs = [torch.randn(total, 4, width, **options) for width in (192, 192, 128, 128)]
+    *qkv, upstream = [x.requires_grad_() for x in inputs]
+    for implementation in ("varlen", "sdpa"):
+        where = locate_documents(implementation, *tables, bounds, max(LENGTHS), padding=PADDING)
+        out = attend(*qkv, 0.1, where)
+        assert out.shape == upstream.shape
+        found.append([out, *torch.autograd.grad(out, qkv, upstream)])
+    for got, expected in zip(*found, strict=True):
+        assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
 def test_the_step_does_not_wait_for_the_device(either):
     """No host synchronisation in forward and backward: torch raises on each."""
     model = with_attention(either, "varlen", torch.bfloat16, "cuda").train()
@@ -299,6 +321,38 @@ def test_block_wise_kernels_compute_what_the_plain_products_do(power_of_two, dty
         found = getattr(kernels, name)(*arguments, offs).float()
         bound = 1e-3 if dtype == torch.float32 else 1e-2
         assert (found - expected).abs().max() <= bound * expected.abs().max(), name
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="e4m3 in Triton needs compute capability 9.0",
+)
+@pytest.mark.parametrize("kernels", ["swiglu_rows", "rotation", "latent_keys", "rows_in_fp8"])
+def test_triton_kernels_compute_what_their_plain_twins_do(kernels, monkeypatch):
+    """What is asserted of them under Triton's interpreter. Never run so far."""
+    pytest.importorskip("triton")
+    from tests.ops import interpreted_rows
+
+    monkeypatch.setattr(rope, "kernels", rope.kernels)  # put back afterwards
+    getattr(interpreted_rows, kernels)("cuda")
+
+
+def test_a_step_by_kernels_is_as_close_to_fp32_as_one_without(directory):
+    """Gradients of all weights, in bf16: by the kernels at most twice as far from fp32's as those
+    of the plain twins. Never run so far.
+    """
+    pytest.importorskip("triton")
+    exact = results(load_model(directory, device="cuda"), "cuda")
+    far = {}
+    for plain in (False, True):
+        ops.use_plain(plain)
+        try:
+            found = results(with_attention(directory, "varlen", torch.bfloat16, "cuda"), "cuda")
+        finally:
+            ops.use_plain(False)
+        differences = [(found[2][name] - value).norm() for name, value in exact[2].items()]
+        far[plain] = torch.stack(differences).norm()
+    assert far[False] <= 2 * far[True]
 
 
 @pytest.mark.parametrize(("name", "major"), [("float8", 9), ("mxfp8", 10)])

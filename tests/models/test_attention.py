@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsft.config import InputError
+from torchsft.models import attention
 from torchsft.models.attention import attend, choose_implementation, locate_documents
 from torchsft.ops import sinks as sinks_module
 
@@ -18,8 +19,9 @@ def pack(implementation, lengths, padding, max_seqlen=None, window=None):
     total = sum(lengths) + padding
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     factors = torch.ones(total, 2)
+    known = None if max_seqlen is None else padding
     return locate_documents(
-        implementation, factors, factors, cu_seqlens, max_seqlen, windows=(window,)
+        implementation, factors, factors, cu_seqlens, max_seqlen, None, (window,), known
     )
 
 
@@ -135,13 +137,15 @@ def test_a_window_needs_memory_for_its_own_length_not_the_documents():
 def test_varlen_bounds_cover_every_token_with_documents_no_longer_than_the_longest(
     lengths, padding, known
 ):
-    """Rows outside every document would be left uninitialised by the kernel."""
+    """Rows outside every document would be left uninitialised by the kernel; where the padding is
+    known there is no empty document, for which its backward pass would allocate memory.
+    """
     described = pack("varlen", lengths, padding, max(lengths, default=0) if known else None)
     bounds = described.cu_seqlens
     assert bounds.dtype == torch.int32
     assert bounds[: len(lengths) + 1].tolist() == torch.tensor([0, *lengths]).cumsum(0).tolist()
     assert bounds[-1] == sum(lengths) + padding
-    assert (bounds.diff() >= 0).all() and bounds.diff().max() <= described.max_seqlen
+    assert bounds.diff().min() >= known and bounds.diff().max() <= described.max_seqlen
     assert described.max_seqlen == (max(lengths) if lengths else padding)
 
 
@@ -215,6 +219,38 @@ def test_varlen_calls_its_kernel_as_torch_defines_it(
     upstream = torch.randn_like(got)
     gradients = [torch.autograd.grad(out, inputs, upstream) for out in (got, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("kernel", "width"), [("FA2", 136), ("FA3", 104)])
+def test_fa3_takes_the_values_of_latent_attention_as_they_are(monkeypatch, kernel, width):
+    """Widths that FA3 has kernels for, of keys 129 to 192 and of values 97 to 128; other values are
+    padded for it too.
+    """
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(attention, "flash_kernel", lambda _: kernel)
+    widths = []
+    monkeypatch.setattr(module, "varlen_attn", lambda q, k, v, *_, **__: widths.append(v) or v)
+    for v_dim in (104, 80):
+        q, k, v = (torch.randn(4, H, entries) for entries in (136, 136, v_dim))
+        attend(q, k, v, 0.3, pack("varlen", [4], 0, 4))
+    assert [v.shape[-1] for v in widths] == [width, 136]
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "kernel"),
+    [((9, 0), True, "FA3"), ((9, 0), False, "FA2"), ((8, 0), True, "FA2"), ((10, 0), True, "FA2")],
+)
+def test_fa3_is_activated_on_hopper_where_it_is_installed(
+    monkeypatch, capability, installed, kernel
+):
+    active = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: installed or None)
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: next(iter(active), None))
+    assert attention.flash_kernel.__wrapped__(torch.device("cuda")) == kernel
+    assert active == ["FA3"] * (kernel == "FA3")
+    assert "FA3" in attention.list_flash_attention_impls()  # torch has it under this name
 
 
 def flash_backward(grad, q, k, v, out, lse, bounds, longest, options):

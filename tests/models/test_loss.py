@@ -30,7 +30,8 @@ def inputs(dtype=torch.float64):
 
 @pytest.mark.parametrize("chunk", [1, 8, 37, 100])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_loss_and_gradients_equal_full_logits(chunk, weighted):
+def test_loss_and_gradients_equal_full_logits(chunk, weighted, monkeypatch):
+    monkeypatch.setattr("torchsft.models.loss.LOGITS_IN_CACHE", 3 * V)  # three tokens at a time
     hidden, weight, labels, loss_weights = inputs()
     loss_weights = loss_weights.double() if weighted else None
     got = vocabulary_loss(hidden, weight, labels, loss_weights, chunk)
@@ -45,8 +46,11 @@ def test_loss_and_gradients_equal_full_logits(chunk, weighted):
 
 @pytest.mark.parametrize("objective", [(0.2, 0.0), (0.0, 0.03), (0.2, 0.03)])
 @pytest.mark.parametrize("function", ["chunks", "reference"])
-def test_label_smoothing_and_z_loss_change_the_gradients_and_are_summed_apart(objective, function):
+def test_label_smoothing_and_z_loss_change_the_gradients_and_are_summed_apart(
+    objective, function, monkeypatch
+):
     """Against F.cross_entropy(label_smoothing=) and PaLM's formula on full logits."""
+    monkeypatch.setattr("torchsft.models.loss.LOGITS_IN_CACHE", 3 * V)
     hidden, weight, labels, loss_weights = inputs()
     loss_weights, (smoothing, z) = loss_weights.double(), objective
     logits = hidden @ weight.T

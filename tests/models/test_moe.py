@@ -78,9 +78,10 @@ def test_padding_gets_the_shared_experts_alone_and_goes_round_the_experts():
         torch.nn.init.normal_(parameter)
     seen = []
 
-    def exchange(x_RD, weights_R1, counts_E, experts, meanwhile):
-        seen.append(counts_E)
-        return torch.ones_like(x_RD) * weights_R1, meanwhile()
+    def exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile):
+        seen.append(chosen_SK.flatten().bincount(minlength=E))
+        _, shared_SD = meanwhile
+        return weights_SK.sum(1, keepdim=True).expand_as(x_SD), shared_SD
 
     layer.exchange = exchange
     x, factors = torch.randn(T, 16), torch.ones(T, 4)

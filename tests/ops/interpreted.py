@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from tests.checkpoint.sources import same_bits
+from tests.ops import interpreted_rows
 from tests.precision.test_blockwise_compute import assert_equal_sums, experts, numbers
 from torchsft.ops import blockwise_mm as mm
 from torchsft.precision.blockwise import quantise
@@ -21,16 +22,29 @@ from torchsft.precision.blockwise_kernels import BlockwiseKernels
 converted = interpreter._convert_float
 
 
+NARROW = {
+    tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+    tl.bfloat16: (torch.bfloat16, torch.int16),
+}
+
+
 def converted_as_devices_do(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """The interpreter's own conversion loses the carry: 31.9 becomes 16, not 32."""
-    if (source, target) != (tl.float32, tl.float8e4nv):
+    """The interpreter's own conversion loses the carry, so that 31.9 becomes 16 in e4m3, not 32,
+    and cuts bf16 off.
+    """
+    if source != tl.float32 or target not in NARROW:
         return converted(values, source, target, rounding)
     exact = torch.from_numpy(numpy.ascontiguousarray(values).view(numpy.float32))
-    return exact.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    dtype, bits = NARROW[target]
+    return exact.to(dtype).view(bits).numpy()
 
 
 def main() -> None:
     interpreter._convert_float = converted_as_devices_do
+    interpreted_rows.swiglu_rows("cpu")
+    interpreted_rows.rotation("cpu")
+    interpreted_rows.latent_keys("cpu")
+    interpreted_rows.rows_in_fp8("cpu")
     for power_of_two in (False, True):
         (x, w, dy, offs), (y, dx, dw) = experts(power_of_two)
         products = BlockwiseKernels(power_of_two, keep=True)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from torchsft.ops import grouped
+from torchsft.ops.grouped import leaves_gradients_without_rows
 from torchsft.ops.grouped_linear import grouped_linear, grouped_linear_reference
 
 INPUTS, OUTPUTS = 16, 8
@@ -38,6 +41,22 @@ def test_a_bias_gets_the_sum_over_many_rows_in_bf16():
     offs = torch.tensor([1024, 4096], dtype=torch.int32)
     grouped_linear(x, weight, bias, offs).sum().backward()
     assert bias.grad.tolist() == [[1024.0] * OUTPUTS, [3072.0] * OUTPUTS]
+
+
+@pytest.mark.parametrize(("capability", "zeroed"), [((9, 0), False), ((10, 0), True)])
+def test_gradients_of_experts_without_rows_are_zeroed_where_kernels_do_not_write_them(
+    monkeypatch, capability, zeroed
+):
+    """GPUs from SM100 on (pytorch issue 172439); played by a CPU that leaves what memory held."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda")
+    monkeypatch.setattr(grouped, "leaves_gradients_without_rows", lambda _: played)
+    played = leaves_gradients_without_rows(device)
+    assert played == zeroed and not leaves_gradients_without_rows(torch.device("cpu"))
+    monkeypatch.setattr(F, "grouped_mm", lambda *_, **__: torch.full((3, 4, 4), 7.0))
+    offs = torch.tensor([2, 2, 3], dtype=torch.int32)
+    gradient = grouped.Products().grad_weight(torch.ones(3, 4), torch.ones(3, 4), offs)
+    assert gradient[:, 0, 0].tolist() == [7, 0 if zeroed else 7, 7]
 
 
 @pytest.mark.parametrize("passes", [[[0], [1, 2]], [[1, 2], [0]]])

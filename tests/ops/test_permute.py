@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from torchsft.ops.permute import combine, combine_reference, permute, permute_reference
+from tests.ops.passes import Operations
+from torchsft import ops
+from torchsft.ops.permute import (
+    Rows,
+    combine,
+    combine_reference,
+    copy_rows,
+    permute,
+    permute_reference,
+    sum_rows,
+)
 
 T, D, K, E = 13, 6, 3, 5
 
@@ -39,15 +49,37 @@ def test_combine_equals_its_reference():
     assert torch.autograd.gradcheck(lambda y: combine(y, order_R, row_TK), (y,))
 
 
+def test_tokens_with_any_number_of_rows_equal_the_plain_twins(monkeypatch):
+    """Sums by hand too, and no rows and no tokens at all."""
+    rows = Rows(*map(torch.tensor, ([1, 0, 1, 2, 1], [1, 0, 2, 4, 3], [0, 1, 4])))
+    nothing = Rows(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
+    found = []
+    for plain in (False, True):
+        monkeypatch.setattr(ops, "_plain", plain)
+        for some, tokens in ((rows, 3), (nothing, 0)):
+            x = torch.randn(tokens, D, dtype=torch.float64, requires_grad=True)
+            y = torch.randn(len(some.token_R), D, dtype=torch.float64, requires_grad=True)
+            assert torch.equal(copy_rows(x, some), x[some.token_R])
+            assert torch.autograd.gradcheck(lambda x, some=some: copy_rows(x, some), (x,))
+            assert torch.autograd.gradcheck(lambda y, some=some: sum_rows(y, some), (y,))
+        ones = torch.arange(5, dtype=torch.float64)[:, None].expand(5, D).contiguous()
+        found.append(sum_rows(ones, rows)[:, 0].tolist())
+    assert found == [[1.0, 0.0 + 2.0 + 4.0, 3.0]] * 2
+
+
 @pytest.mark.parametrize("rows", [0, 7])
 def test_one_choice_per_token_is_a_permutation_also_of_nothing(rows):
     """Expert parallelism reorders received rows with K = 1, and a rank may receive none."""
     order = torch.randperm(rows)
-    x = torch.randn(rows, D, requires_grad=True)
-    y = permute(x, order, order.argsort().unsqueeze(1))
-    assert torch.equal(y, x[order])
-    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert torch.equal(gradient, torch.ones_like(x))
+    x, upstream = torch.randn(2, rows, D)
+    x.requires_grad_()
+    inverse = order.argsort().unsqueeze(1)
+    with Operations() as operations:
+        y, back = permute(x, order, inverse), combine(x[order], order, inverse)
+        (gradient,) = torch.autograd.grad(y, x, upstream)
+    assert torch.equal(y, x[order]) and torch.equal(back, x)
+    assert torch.equal(gradient, upstream[inverse.flatten()])
+    assert operations.count["aten::_embedding_bag"] == 0  # there is nothing to sum
 
 
 def test_bf16_sums_are_accumulated_in_fp32():
@@ -55,4 +87,6 @@ def test_bf16_sums_are_accumulated_in_fp32():
     order_R = torch.arange(3)
     y = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     got = combine(y, order_R, order_R.view(1, 3))
+    rows = Rows(torch.zeros(3, dtype=torch.int64), order_R, torch.tensor([0]))
+    assert torch.equal(sum_rows(y, rows), got)
     assert got.item() == 258 and got.dtype == torch.bfloat16

@@ -1,8 +1,10 @@
 """AdamW against its definition in float64."""
 
 import copy
+import math
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -21,11 +23,15 @@ class Small(nn.Module):
         self.norm = nn.Parameter(torch.randn(5, generator=generator))
         self.bias = nn.Parameter(torch.randn(4, generator=generator))
 
+    def matrices(self):
+        return {"experts": 4, "matrix": 4}  # and the rows of each
+
 
 def set_gradients(model, step):
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient.to(parameter.dtype)
 
 
 def adamw_float64(values, gradients, optim, decay):
@@ -84,6 +90,56 @@ def test_frozen_parameters_are_left_out():
     set_gradients(model, 0)
     optimizer.step()
     assert torch.equal(model.matrix, before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moments": "bf16"},
+        {"moments": "int8"},
+        {"masters": "bf16", "moments": "bf16"},
+        {"kind": "muon"},
+    ],
+    ids=str,
+)
+def test_a_step_with_found_inf_changes_nothing_and_the_next_is_the_one_it_would_have_been(options):
+    """Bit by bit, also as the very first step; gradients of skipped steps are not finite."""
+    ends = []
+    for skipped in ([False, False], [True, False, True, True, False]):
+        model = Small().to(torch.bfloat16 if "masters" in options else torch.float32)
+        optimizer = build_optimizer(model, Optim(lr=0.01, weight_decay=0.3, **options))
+        updates = 0
+        for skip in skipped:
+            set_gradients(model, updates)
+            if len(skipped) > 2:
+                optimizer.found_inf = torch.tensor(float(skip))
+            before = held(model, optimizer)
+            for number, parameter in enumerate(model.parameters()):
+                if skip:
+                    parameter.grad.fill_((math.nan, math.inf)[number % 2])
+            optimizer.step()
+            after = held(model, optimizer)
+            if skip:
+                same({name: after[name] for name in before}, before)
+            updates += not skip
+        ends.append(held(model, optimizer))
+    same(*ends)
+
+
+def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters and state, copied."""
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name} {key}"] = value.clone()
+    return tensors
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
 
 
 def test_a_part_of_which_nothing_is_trained_has_an_optimizer_that_does_nothing():

@@ -4,6 +4,8 @@ ranks without a pipeline.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
 from torchsft.models.loss import Objective
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.gradients import global_norm
+from torchsft.parallel.gradients import global_norm, sum_summands
 from torchsft.parallel.world import World
 
 TOKENS = 96
@@ -81,6 +83,13 @@ def microbatch(number: int) -> dict[str, Any]:
     }
 
 
+def on_nodes(ranks_per_node: int, call: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function, on ranks of a pool as if each machine had some of them."""
+    local_rank = int(os.environ["RANK"]) % ranks_per_node
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks_per_node), "LOCAL_RANK": str(local_rank)}
+    return call(**arguments)
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the whole tensor, on every rank."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
@@ -119,6 +128,7 @@ def training_pass(
             batch_loss = model(**batch)
             batch_loss.backward()
             loss += batch_loss.detach()
+        sum_summands(model.parameters(), world.parameter["tp"])
         loss /= world.dense["tp"].size()  # the ranks of a tensor group return the same sum
         moes = model.moe_layers().values()
         none = torch.zeros(0)  # of a dense model

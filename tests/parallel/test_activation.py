@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.ops.passes import Operations
-from tests.parallel.passes import TOKENS, build, fill, full, microbatch
+from tests.parallel.passes import TOKENS, build, fill, full, microbatch, on_nodes
 from torchsft.config import Config, Data, InputError, Parallel, Precision, Train
 from torchsft.ops.repetition import repeating
 from torchsft.parallel import activation_offload
@@ -38,7 +38,7 @@ STREAMED = {
 }
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 PRODUCT = "aten::_grouped_mm"
-EXCHANGE = "_c10d_functional::all_to_all_single"
+EXCHANGE = "c10d::alltoall_base_"
 REDUCE = "_c10d_functional::all_reduce"
 FSDP = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
 WAYS = ("forward", "backward")
@@ -165,18 +165,30 @@ def test_experts_with_biases_and_sinks_too(ranks):
     assert again(found, "products", ATTENTION) == 0 < again(found, "full", ATTENTION)
 
 
-@pytest.mark.parametrize("parallel", [{"dp_shard": 2, "ep": 2}, {"tp": 2, "ep": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("n", "parallel", "levels"),
+    [
+        (2, {"dp_shard": 2, "ep": 2}, 1),
+        (2, {"tp": 2, "ep": 2}, 1),
+        (4, {"dp_shard": 4, "ep": 4}, 2),
+    ],
+    ids=str,
+)
 def test_ranks_exchange_rows_and_weights_again_but_no_counts_and_nothing_comes_back(
-    ranks, parallel
+    ranks, n, parallel, levels
 ):
     """Nor does the host read anything, nor are the counts of the balance loss summed."""
     modes = ("none", "full", "products")
-    for found in ranks(2, all_modes, parallel=parallel, modes=modes):
-        assert found["none"]["forward"][EXCHANGE] >= 4 * EXPERT_LAYERS
+    arguments = {"ranks_per_node": 2, "call": all_modes, "parallel": parallel, "modes": modes}
+    for found in ranks(n, on_nodes, **arguments):
+        # rows, weights, one exchange of counts or experts; rows back
+        assert found["none"]["forward"][EXCHANGE] == (1 + 3 * levels) * EXPERT_LAYERS
+        assert found["none"]["backward"][EXCHANGE] == 3 * levels * EXPERT_LAYERS
         for mode in modes:
             layers = 0 if mode == "none" else EXPERT_LAYERS
             assert found[mode]["read"] == 0 < found[mode]["forward_read"]
-            assert again(found, mode, EXCHANGE) == 2 * layers
+            assert again(found, mode, EXCHANGE) == 2 * levels * layers
+            assert again(found, mode, PRODUCT) == (layers if mode == "full" else 0)
 
 
 def perturbed(mode: str) -> bool:
@@ -277,7 +289,7 @@ def test_streaming_in_fp8_is_refused(compute):
     ("parallel", "family"),
     [
         ({}, ""),
-        ({"dp_shard": 2, "ep": 2}, ""),
+        ({"dp_shard": 4, "ep": 4}, ""),  # at two levels
         ({"dp_replicate": 2}, ""),
         ({"tp": 2, "ep": 2}, ""),
         ({"tp": 2}, "minimax_m2"),
@@ -293,8 +305,8 @@ def test_streamed_layers_have_the_same_gradients_and_gather_and_reduce_no_more_o
 ):
     """Nor do they route or ask the host again. (An indexer chooses again, as with `full`.)"""
     n = math.prod(size for axis, size in parallel.items() if axis != "ep")
-    modes = list(STREAMED)
-    for none, *found in ranks(n, streamed, parallel=parallel, modes=modes, family=family):
+    arguments = {"ranks_per_node": 2, "call": streamed, "parallel": parallel, "family": family}
+    for none, *found in ranks(n, on_nodes, modes=list(STREAMED), **arguments):
         for each in found:
             assert each["read"] == 0 < none["forward_read"]
             for operation in FSDP:

@@ -22,8 +22,10 @@ from torchsft.checkpoint.huggingface import initialise_weights
 from torchsft.config import InputError, Parallel, Train
 from torchsft.data.batch import Batch
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from torchsft.parallel import fsdp
 from torchsft.parallel import stages as planning
 from torchsft.parallel.apply import parallelize
+from torchsft.parallel.compute_copies import ComputeCopies
 from torchsft.parallel.pipeline import build_pipeline, reshard_after_forward, split
 from torchsft.parallel.stages import (
     StagePlan,
@@ -122,7 +124,7 @@ class Case:
     parallel: Parallel
     microbatches: int
     dtype: torch.dtype = torch.float32
-    recompute: bool = False
+    checkpointing: str = "none"
 
 
 def build(case: Case, world: World) -> tuple[DeepseekV3, Any, StagePlan]:
@@ -136,7 +138,7 @@ def build(case: Case, world: World) -> tuple[DeepseekV3, Any, StagePlan]:
         stages,
         world,
         case.dtype,
-        activations=Train(activation_checkpointing="full" if case.recompute else "none"),
+        activations=Train(activation_checkpointing=case.checkpointing),
         reshard_after_forward=reshard_after_forward(case.parallel),
     )
     sizes = {"microbatches": case.microbatches, "tokens": TOKENS, "dtype": case.dtype}
@@ -296,7 +298,7 @@ def test_layers_that_are_computed_again_are_so_once(ranks):
     here).
     """
     cases = [
-        Case(parallel_of(schedule), 4, recompute=True)
+        Case(parallel_of(schedule), 4, checkpointing="full")
         for schedule in ("1F1B", "ZBVZeroBubble", "DualPipeV")
     ]
     for case, results in zip(cases, check(ranks, cases), strict=True):
@@ -322,6 +324,58 @@ def test_weight_gradients_in_bf16_are_summed_in_fp32(ranks):
     whole, split_in_two = zip(*ranks(2, step_in_bf16, schedules=["1F1B", "DualPipeV"]), strict=True)
     error, name = largest_error(merged(split_in_two), merged(whole))
     assert error <= 1e-6, name
+
+
+def steps_of_lone_experts(parallel: Parallel, modes: list[str]) -> list[dict[str, Any]]:
+    """Gradients in bf16 of two steps, an evaluation and an update between, as it is and with all
+    experts in FSDP2; and how many copies of experts then outlive the step.
+    """
+    results = []
+    with World(parallel, 0) as world:
+        for mode in modes:
+            for is_alone in (fsdp._is_alone, lambda *_: False):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(fsdp, "_is_alone", is_alone)
+                    case = Case(parallel, 2 * parallel.pp, torch.bfloat16, mode)
+                    model, pipeline, _ = build(case, world)
+                rows, gradients = batches(case.microbatches, world.data_rank), {}
+                for when in ("first", "again"):
+                    found = step(model, pipeline, rows)["gradients"]
+                    gradients |= {f"{when} {name}": g.clone() for name, g in found.items()}
+                    pipeline.evaluate(rows[:1])
+                    update(model)
+                reads = [moe.experts.read for moe in model.moe_layers().values()]
+                alone = [each for each in reads if isinstance(each, ComputeCopies)]
+                assert not any(each.kept for each in alone)
+                results.append({"mode": mode, "alone": len(alone), "gradients": gradients})
+    return results
+
+
+@pytest.mark.parametrize(
+    ("parallel", "modes"),
+    [
+        (Parallel(dp_shard=2, ep=2, timeout_seconds=60), ["none", "stream"]),
+        (parallel_of("DualPipeV"), ["none", "full"]),
+        (parallel_of("1F1B"), ["none"]),
+    ],
+    ids=["ep", "DualPipeV", "1F1B"],
+)
+def test_experts_of_one_rank_have_the_gradients_that_fsdp_gives_them(ranks, parallel, modes):
+    """Bit by bit: sums over microbatches are in fp32 in both. Of `stream`, whose pieces FSDP gets
+    as one sum that is rounded, but for that (2^-8 of the largest entry).
+    """
+    for results in ranks(2, steps_of_lone_experts, parallel=parallel, modes=modes):
+        for own, gathered in zip(results[::2], results[1::2], strict=True):
+            assert own["alone"] > 0 and gathered["alone"] == 0
+            assert own["gradients"].keys() == gathered["gradients"].keys()
+            for name, gradient in own["gradients"].items():
+                expected = gathered["gradients"][name]
+                assert gradient.dtype == torch.float32
+                if own["mode"] == "stream":
+                    error = (gradient - expected).abs().max()
+                    assert error <= 2**-8 * expected.abs().max(), name
+                else:
+                    assert gradient.equal(expected), (own["mode"], name)
 
 
 # ---------------------------------------------------------------- plans

@@ -83,7 +83,7 @@ def share_of_a_rank(name, rank, changes):
         stages = split(model, plan, pp_rank)
     parallelize(
         stages,
-        SimpleNamespace(**meshes, device=torch.device("cuda")),
+        SimpleNamespace(**meshes, device=torch.device("cuda"), expert_nodes=1),
         torch.bfloat16,
         reshard_after_forward=reshard_after_forward(parallel),
         offload=optim.offload,

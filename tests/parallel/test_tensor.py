@@ -8,11 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.parallel.passes import build, compare, training_pass
+from tools.benchmark_layouts import SentBytes
 from torchsft.config import InputError, Parallel
+from torchsft.models.decoder import Linear
 from torchsft.parallel.apply import parallelize
+from torchsft.parallel.gradients import sum_summands
 from torchsft.parallel.sequence import gather_tokens, scatter_sum
 from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
@@ -75,6 +80,47 @@ def test_bf16_gradients_have_the_right_size(ranks, one_process):
         got = result["gradients"][name]
         assert got.dtype == torch.float32
         assert (got * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.15), name
+
+
+class TwoMaps(nn.Module):
+    """a(x) + b(x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Linear(4, 4), Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+def gradients_of_two_microbatches():
+    """Computed in bf16, on replicated weights whose gradients are 1 on one rank and 2**-12 on the
+    other; what was sent in the passes and for the sum.
+    """
+    with World(Parallel(tp=2, timeout_seconds=60), 0) as world:
+        mesh, model = world.parameter, TwoMaps()
+        for part in model.children():
+            part.bias = None
+            part.weight = nn.Parameter(distribute_tensor(part.weight, mesh["tp"], [Replicate()]))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        fully_shard(model, mesh=mesh["fsdp"], mp_policy=policy)
+        model.set_force_sum_reduction_for_comms(True)
+        with SentBytes() as passes:
+            for _ in range(2):
+                model(torch.full((1, 4), [1, 2**-12][world.rank]).bfloat16()).sum().backward()
+        with SentBytes() as summing:
+            sum_summands(model.parameters(), mesh["tp"])
+        gradients = [p.grad.full_tensor() for p in model.parameters()]
+        return gradients, passes.calls, (summing.calls, summing.sent)
+
+
+def test_gradients_of_replicated_weights_are_summed_once_a_step_together_in_fp32(ranks):
+    for gradients, in_passes, for_sum in ranks(2, gradients_of_two_microbatches):
+        for gradient in gradients:
+            assert torch.equal(gradient, torch.full((4, 4), 2 + 2**-11))  # bf16 has 2 or 2 + 2**-6
+        assert not in_passes
+        # 2 (n - 1) / n of 32 numbers
+        assert for_sum == ({"all-reduce": 1}, {"all-reduce": 128})
 
 
 def placements():

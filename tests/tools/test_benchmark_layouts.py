@@ -12,7 +12,9 @@ from torch.distributed._functional_collectives import (
 )
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
 
-from tools.benchmark_layouts import SentBytes, layout, run
+from tools import benchmark_exchange
+from tools.benchmark_layouts import layout, run
+from tools.sent_bytes import SentBytes
 from torchsft.config import Parallel
 from torchsft.parallel.world import World
 
@@ -46,6 +48,9 @@ def single_collectives():
                 all_to_all_single_autograd(y, taken, given, dist.group.WORLD)
             ).sum().backward()
 
+        def plain():
+            dist.all_to_all_single(torch.empty(sum(taken), 5), x[: sum(given)], taken, given)
+
         def neighbours():
             send, receive = (
                 dist.isend(x, 1 - world.rank),
@@ -59,6 +64,8 @@ def single_collectives():
             "reduce": lambda: dist.all_reduce(x),
             "exchange": lambda: wait_tensor(all_to_all_single(x, None, None, dist.group.WORLD)),
             "uneven": there_and_back,
+            "plain": plain,
+            "list": lambda: dist.all_gather([torch.empty(6, 5), torch.empty(6, 5)], x),
             "send": neighbours,
             "placements": lambda: DTensor.from_local(x, mesh, [Shard(0)]).redistribute(
                 placements=[Replicate()]
@@ -81,6 +88,7 @@ def test_what_a_collective_sends_is_counted(ranks):
     first, second = ranks(2, single_collectives)
     for result in (first, second):
         assert result["gather"] == ({"all-gather": 120}, {"all-gather": 1})
+        assert result["list"] == result["gather"]
         assert result["scatter"] == ({"reduce-scatter": 60}, {"reduce-scatter": 1})
         assert result["reduce"] == ({"all-reduce": 120}, {"all-reduce": 1})  # 2 (n - 1) / n = 1
         assert result["exchange"] == ({"all-to-all": 60}, {"all-to-all": 1})
@@ -91,6 +99,8 @@ def test_what_a_collective_sends_is_counted(ranks):
         assert result["nobody"] == ({}, {})
     # Forward the rows for the other rank, backward those that came from there: 2 and 1 rows of 20
     # bytes.
+    assert first["plain"] == ({"all-to-all": 40}, {"all-to-all": 1})
+    assert second["plain"] == ({"all-to-all": 20}, {"all-to-all": 1})
     assert first["uneven"] == second["uneven"] == ({"all-to-all": 60}, {"all-to-all": 2})
 
 
@@ -106,6 +116,18 @@ def test_what_is_not_known_is_not_passed_over(ranks):
     assert ranks(1, unknown_collective) == ["broadcast_ is not counted"]
 
 
+@pytest.mark.parametrize(("exchange", "calls"), [("flat", [4, 3]), ("two-level", [8, 6])], ids=str)
+def test_ways_to_experts_send_what_the_routing_says_and_the_host_waits_once(ranks, exchange, calls):
+    """Between nodes and within, by every byte; on 2 nodes of 2 ranks."""
+    sizes = {"width": 64, "experts": 16, "groups": 4, "top_groups": 2, "top_k": 4}
+    arguments = {"ranks_per_node": 2, "exchange": exchange}
+    found = ranks(4, benchmark_exchange.layer_pass, **arguments, tokens=10, sizes=sizes)
+    chosen = [result["chosen"] for result in found]
+    expected = benchmark_exchange.expected_bytes(chosen, **arguments, width=64, experts=16)
+    assert benchmark_exchange.summed(found) == expected
+    assert all(r["calls"] == calls and r["waits"] == [1, 0] for r in found)
+
+
 def test_layouts_send_what_they_have_to(tmp_path):
     """Numbers of a 4-layer model by hand, and those of `expected_bytes`."""
     layouts = [
@@ -115,7 +137,13 @@ def test_layouts_send_what_they_have_to(tmp_path):
         layout(pp=2, tp=2, pp_schedule="1F1B"),
     ]
     report = run(
-        tmp_path / "layouts.json", 1, layouts, row=128, num_hidden_layers=4, first_k_dense_replace=1
+        tmp_path / "layouts.json",
+        1,
+        layouts,
+        row=128,
+        exchange=False,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
     )
     assert json.loads((tmp_path / "layouts.json").read_text()) == json.loads(json.dumps(report))
     one, sharded, expert, both = report["results"]

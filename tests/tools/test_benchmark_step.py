@@ -27,6 +27,7 @@ def test_step_compares_the_same_training_and_writes_its_numbers(tmp_path, monkey
     sizes = {key: getattr(tiny_config(**SIZES), key) for key in benchmark_step.SMALL}
     monkeypatch.setattr(benchmark_step, "SMALL", sizes)
     monkeypatch.setattr(benchmark_step, "ROW", 32)
+    monkeypatch.setattr(benchmark_step, "PEAK_SIZE", 64)
     threads = torch.get_num_threads()
     report = benchmark_step.run(tmp_path / "step.json", repeats=1, threads=1, show_profile=False)
     torch.set_num_threads(threads)
@@ -43,4 +44,9 @@ def test_step_compares_the_same_training_and_writes_its_numbers(tmp_path, monkey
         difference = abs(numbers["loss"] - modes["plain"]["loss"])
         is_exact = name.startswith(exact) and "smoothing" not in name
         assert difference < (1e-5 if is_exact else 0.05), name
-    assert report["speed_ratio"] > 0 and report["memory_ratio"] > 0 and report["tokens"] == 4 * 32
+    assert report["tokens"] == 4 * 32
+    for setting in ("given_back", "kept"):
+        assert report[setting]["speed_ratio"] > 0 and report[setting]["memory_ratio"] > 0
+        theirs, ours = (report[setting][side] for side in ("transformers", "torchsft"))
+        shares = ours["share_of_peak"] / theirs["share_of_peak"]
+        assert shares == pytest.approx(report[setting]["speed_ratio"])

@@ -47,7 +47,7 @@ from torchsft.config import InputError
 from torchsft.models.decoder import Piece, local
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
-from torchsft.parallel.collectives import gather_objects, rank_and_size
+from torchsft.parallel.collectives import gather_objects, patient, rank_and_size
 from torchsft.precision.formats import Format, Fp8Blocks
 
 
@@ -363,11 +363,6 @@ def _write_files(
 ) -> None:
     """Gather one tensor after another on the rank that writes it, which does; collective."""
     rank, _ = rank_and_size()
-    if dist.is_initialized():
-        # NCCL sets up its communicator in the first collective: all ranks must join that, while
-        # transfers need few (with --optim.offload of buffers alone).
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dist.all_reduce(torch.zeros(1, device=device))
     file_of = {tensor.key: file for file in files for tensor in file.tensors}
 
     def gathered() -> Iterator[tuple[_Tensor, Tensor | None]]:
@@ -377,7 +372,7 @@ def _write_files(
             yield tensor, None if own is None else _gather(tensor, own, writer)
 
     arriving = gathered()
-    with together():
+    with together(), patient():  # senders wait for what their writer writes before
         try:
             with ExitStack() as stack:
                 current = None

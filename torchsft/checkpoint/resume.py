@@ -21,8 +21,8 @@ FREE_TO_CHANGE = (
     "output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
     "data.cache data.workers optim.offload train.micro_batch_size train.activation_checkpointing "
     "train.max_nonfinite_steps train.activation_checkpointing_every train.selective_products "
-    "train.stream_pieces train.activation_offload train.deterministic model.loss_chunk "
-    "model.attention model.experts model.ops"
+    "train.stream_pieces train.activation_offload train.deterministic train.collect_garbage_every "
+    "model.loss_chunk model.attention model.experts model.ops model.compile"
 ).split()
 LENGTH = ("train.steps:", "train.epochs:")  # of a run: may change when it is continued
 

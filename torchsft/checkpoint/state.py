@@ -60,7 +60,7 @@ from torchsft.checkpoint.storage import Folder, in_one_line
 from torchsft.checkpoint.writer import PublishingWriter, WriteError
 from torchsft.config import InputError
 from torchsft.models.decoder import local
-from torchsft.parallel.collectives import gather_objects, rank_and_size
+from torchsft.parallel.collectives import gather_objects, patient, rank_and_size
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -407,7 +407,7 @@ def _load_tensors(tensors: dict[str, Tensor], reader: RangeReader) -> None:
         local_box(tensor)  # a TypeError: this rank's part is not one box
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), patient():  # for those that read longest
             dcp.load(tensors, storage_reader=reader, planner=planner)
     except CheckpointException as failure:
         error, _ = failure.failures[min(failure.failures)]

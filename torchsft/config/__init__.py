@@ -37,6 +37,10 @@ class Model:
     """plain computes norms, SwiGLU, rotation, token permutation and the loss with ordinary PyTorch:
     slow, for comparing.
     """
+    compile: bool = False
+    """Compile what lies between collectives (projections, norms, rotation, router, dense networks)
+    by torch.compile: fewer and larger kernels; the first step takes about a minute longer.
+    """
     loss_chunk: int | None = None
     """Tokens whose logits exist at the same time in the vocabulary loss; absent: all where that
     takes no more memory than chunks of 2^26 logits, else such chunks.
@@ -111,6 +115,11 @@ class Train:
     """Steps in a row whose gradient norm may be inf or nan, or that supervise nothing (each is
     skipped whole), before the run stops.
     """
+    collect_garbage_every: int = 50
+    """Steps between two runs of Python's garbage collector, the same ones on all ranks; where
+    training pauses (evaluations, checkpoints) it runs too. 0: when Python likes, while other ranks
+    wait.
+    """
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -127,6 +136,7 @@ class Train:
             micro_batch_size=1,
             seed=0,
             max_nonfinite_steps=1,
+            collect_garbage_every=0,
             activation_checkpointing_every=1,
             stream_pieces=1,
             label_smoothing=0,
@@ -209,11 +219,20 @@ class Parallel:
     """
     ep: int = 1
     """Ranks over which the experts of a layer are spread; divides dp_shard * cp * tp."""
+    ep_exchange: Literal["auto", "flat", "two-level"] = "auto"
+    """How tokens get to experts on other ranks. flat: once for each expert. two-level: once to each
+    node that holds some of a token's experts, and on from there within the node. auto: two-level
+    where the ranks of ep fill several nodes of several ranks each.
+    """
     timeout_seconds: float = 600.0
-    """A collective that waits longer than this ends the job."""
+    """A collective of a step that waits longer than this ends the job."""
+    flight_recorder: int = 0
+    """Collectives of each rank that torch keeps, to write the last ones to
+    OUTPUT/flight-recorder/rank_N when one waits too long; 0: none. 2000 are some 2 MB a rank.
+    """
 
     def __post_init__(self) -> None:
-        at_least(self, pp=1, dp_replicate=1, cp=1, tp=1, ep=1)
+        at_least(self, pp=1, dp_replicate=1, cp=1, tp=1, ep=1, flight_recorder=0)
         if self.dp_shard != -1:
             at_least(self, dp_shard=1)
         if self.pp_layers and min(self.pp_layers) < 0:

@@ -2,12 +2,13 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
+from torchsft.data.batch import Batch
 from torchsft.data.stream import Step, StepPlan, StreamLoader, TrainLoader
 
 
@@ -18,14 +19,24 @@ class Background(Iterator[Step]):
     On a CUDA device they come in pinned memory. What a thread raises is raised by the `next` that
     waits for its step.
 
+    Args:
+        loader: of the steps.
+        workers: threads that build them.
+        device: where they go.
+        count: sums up a step's microbatches.
+
     Attributes:
         waited: seconds that the last step was waited for.
     """
 
     def __init__(
-        self, loader: TrainLoader | StreamLoader, workers: int, device: torch.device | str = "cpu"
+        self,
+        loader: TrainLoader | StreamLoader,
+        workers: int,
+        device: torch.device | str = "cpu",
+        count: Callable[[list[Batch]], list[float]] = lambda _: [],
     ) -> None:
-        self.loader = loader
+        self.loader, self.count = loader, count
         self.device = torch.device(device)
         self.ahead = max(2, workers) if workers else 0
         self.waited = 0.0
@@ -53,6 +64,7 @@ class Background(Iterator[Step]):
 
     def _build(self, plan: StepPlan) -> Step:
         step = self.loader.build(plan)
+        step.sums = self.count(step.microbatches)
         if self.device.type == "cuda":
             # of this thread; else every rank's pinning would make a context on GPU 0
             torch.cuda.set_device(self.device)

@@ -32,6 +32,7 @@ class Batch:
             last entry is the number of real tokens. `[0]` where there is no document at all.
         max_seqlen: tokens of the longest document, 0 where there is none; on the host, so that no
             device is asked.
+        padding: tokens behind the last document, likewise.
     """
 
     tokens: Tensor
@@ -40,6 +41,7 @@ class Batch:
     positions: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    padding: int
 
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, from which a GPU copies beside its work
@@ -102,4 +104,4 @@ def collate(rows: Sequence[Sequence[Sample]], seq_len: int, pad_token_id: int) -
             labels[start : end - 1] = np.where(weights != 0, sample.tokens[1:], NO_LABEL)
     longest = max((len(sample.tokens) for row in rows for sample in row), default=0)
     arrays = map(torch.from_numpy, (tokens, labels, loss_weights, positions))
-    return Batch(*arrays, torch.tensor(ends, dtype=torch.int32), longest)
+    return Batch(*arrays, torch.tensor(ends, dtype=torch.int32), longest, size - ends[-1])

@@ -44,12 +44,14 @@ class Step:
         sample_ids: in order; without `cost`, those of ranks 0, 1, ... in a row are the global
             order.
         state: of the loader behind this step.
+        sums: of the microbatches, as who prepares steps counts them (`Background`).
     """
 
     microbatches: list[Batch]
     epoch: int
     sample_ids: list[str]
     state: dict[str, Any]
+    sums: list[float] = field(default_factory=list)
 
 
 class SampleRef(NamedTuple):
@@ -143,6 +145,22 @@ def microbatches_per_step(global_batch_size: int, micro_batch_size: int, data_si
             f"ranks ({data_size}); set it to {rounds * rows_per_round}"
         )
     return global_batch_size // rows_per_round
+
+
+def tokens_per_microbatch(micro_batch_size: int, seq_len: int, cp: int, tp: int) -> int:
+    """Return the tokens of a microbatch, padding included.
+
+    Raises:
+        InputError: they do not divide over the cp * tp ranks that share them.
+    """
+    tokens = micro_batch_size * seq_len
+    ranks = cp * tp
+    if tokens % ranks:
+        raise InputError(
+            f"the {tokens} tokens of a microbatch do not divide over cp {cp} x tp {tp} ranks; set "
+            f"--data.seq-len to {-(-seq_len // ranks) * ranks}"
+        )
+    return tokens
 
 
 @dataclass(eq=False)

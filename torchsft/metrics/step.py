@@ -33,26 +33,21 @@ class GlobalBatch:
         return max(self.loss_weight, SMALLEST_WEIGHT)
 
 
-def count_global_batch(
-    microbatches: Sequence[Batch], flops: Callable[[list[int]], float], world: World
-) -> GlobalBatch:
-    """Count the rows of all ranks. One collective.
+def count_rows(microbatches: Sequence[Batch], flops: Callable[[list[int]], float]) -> list[float]:
+    """Return the numbers of a `GlobalBatch`, of these microbatches alone; beside training, by the
+    threads that make them.
 
     Args:
-        microbatches: of this rank.
+        microbatches: on the host.
         flops: of documents of these lengths.
-        world: of ranks that share rows, one counts them.
     """
-    sums = [0.0, 0.0, 0.0, 0.0]
-    if world.is_reader:
-        lengths = [batch.cu_seqlens.diff().tolist() for batch in microbatches]
-        sums = [
-            float(sum(batch.loss_weights.double().sum() for batch in microbatches)),
-            float(sum((batch.loss_weights != 0).sum() for batch in microbatches)),
-            float(sum(sum(documents) for documents in lengths)),
-            sum(flops(documents) for documents in lengths),
-        ]
-    return GlobalBatch(*world.sum(sums).tolist())
+    lengths = [batch.cu_seqlens.diff().tolist() for batch in microbatches]
+    return [
+        float(sum(batch.loss_weights.double().sum() for batch in microbatches)),
+        float(sum((batch.loss_weights != 0).sum() for batch in microbatches)),
+        float(sum(sum(documents) for documents in lengths)),
+        sum(flops(documents) for documents in lengths),
+    ]
 
 
 def set_loss_scales(
@@ -72,10 +67,14 @@ def set_loss_scales(
         module.objective = Objective(config.train.label_smoothing, config.train.z_loss)
 
 
+LOSSES = 4  # that are summed besides those of routing
+
+
 @dataclass(frozen=True)
 class StepResults:
     """What a step's passes found, over all ranks; the same on every rank."""
 
+    norm: float  # of the gradients before clipping
     loss_sum: float  # of weighted token losses
     mtp_loss: float  # likewise, of MTP layers
     smoothed_loss: float  # likewise, of the model with --train.label-smoothing
@@ -83,65 +82,72 @@ class StepResults:
     balance_loss: float  # summed over layers and documents' tokens, not yet scaled
     z_loss: float  # likewise
     expert_load: Mapping[int, Tensor]  # layer -> tokens of each of its experts, float64
-    signalled: bool  # a rank has been told to end
-    save_failed: bool  # a rank knows of a checkpoint that failed
+
+    @classmethod
+    def of(cls, norm: Tensor, sums: Tensor, layer_experts: Mapping[int, int]) -> "StepResults":
+        """Read what `sum_results` has summed, on the host."""
+        of_routing = of_layers(sums, layer_experts)[:, :2].sum(0)
+        expert_load = expert_loads(sums, layer_experts)
+        return cls(norm.item(), *sums[:LOSSES].tolist(), *of_routing.tolist(), expert_load)
 
 
-def reduce_results(
+def sum_results(
     loss_sum: Tensor,
     last: LanguageModel,
     moe_layers: Mapping[str, MoE],
     layer_experts: Mapping[int, int],
-    *,
-    signalled: bool,
-    save_failed: bool,
     world: World,
-) -> StepResults:
-    """Sum a step's results over all ranks; the counters of MoE and MTP layers start anew.
+) -> Tensor:
+    """Sum a step's results over all ranks, on their devices; the counters of MoE and MTP layers
+    start anew.
 
-    One collective, that the host waits for. Every rank has the same places for all layers, and
-    fills in those of its own.
+    One collective. Every rank has the same places for all layers, and fills in those of its own.
 
     Args:
         loss_sum: float64 scalar; all ranks of a tensor group have that of all of its tokens.
         last: the module of this rank's last stage, which has further sums of losses.
         moe_layers: this rank's, by number in the whole model.
         layer_experts: number of experts of every MoE layer of the whole model.
-        signalled: whether this rank has been told to end.
-        save_failed: whether this rank knows of a checkpoint that failed.
         world: the ranks.
+
+    Returns:
+        float64, the losses and `of_layers`, flat.
     """
-    shape = (len(layer_experts), 2 + max(layer_experts.values(), default=0))
-    counted = torch.zeros(shape, dtype=torch.float64, device=world.device)
-    rows = {layer: row for row, layer in enumerate(layer_experts)}
-    for name, moe in moe_layers.items():
-        row = counted[rows[int(name)]]
-        row[0], row[1] = moe.balance_loss, moe.z_loss
-        row[2 : 2 + moe.expert_load.numel()] = moe.expert_load
-        moe.init_buffers()
     further = torch.cat([last.mtp_loss.unsqueeze(0), last.objective_sums])
     losses = torch.cat([loss_sum.unsqueeze(0), further.double()])
     if world.dense.get_local_rank("tp") > 0:
         losses.zero_()
     last.mtp_loss.zero_()
     last.objective_sums.zero_()
-    flags = counted.new_tensor([signalled, save_failed])
-    summed = world.sum(torch.cat([losses, flags, counted.flatten()])).cpu()
-    *losses_of_tokens, any_signalled, any_failed = summed[:6].tolist()
-    of_layers = summed[6:].view(shape)
-    balance_loss, z_loss = of_layers[:, :2].sum(0).tolist()
-    expert_load = {
-        layer: of_layers[row, 2 : 2 + experts]
-        for row, (layer, experts) in enumerate(layer_experts.items())
-    }
-    return StepResults(
-        *losses_of_tokens,
-        balance_loss,
-        z_loss,
-        expert_load,
-        any_signalled > 0,
-        any_failed > 0,
-    )
+    shape = _shape(layer_experts)
+    counted = losses.new_zeros(shape)
+    if moe_layers:
+        rows = {layer: row for row, layer in enumerate(layer_experts)}
+        places = [counted[rows[int(name)]] for name in moe_layers]
+        loads, *both = zip(*(moe.counters for moe in moe_layers.values()), strict=True)
+        ends = [2 + len(load_E) for load_E in loads]
+        to_loads = [row[2:end] for row, end in zip(places, ends, strict=True)]
+        torch._foreach_copy_(to_loads, loads)
+        for number, of_one in enumerate(both):
+            torch._foreach_copy_([row[number] for row in places], of_one)
+        for counters in (loads, *both):
+            torch._foreach_zero_(counters)
+    return world.sum(torch.cat([losses, counted.flatten()]))
+
+
+def _shape(layer_experts: Mapping[int, int]) -> tuple[int, int]:
+    return len(layer_experts), 2 + max(layer_experts.values(), default=0)
+
+
+def of_layers(sums: Tensor, layer_experts: Mapping[int, int]) -> Tensor:
+    """Return a row for each MoE layer: balance loss, z-loss, and the load of its experts."""
+    return sums[LOSSES:].view(_shape(layer_experts))
+
+
+def expert_loads(sums: Tensor, layer_experts: Mapping[int, int]) -> dict[int, Tensor]:
+    """Return how many tokens each expert got, by layer; see `sum_results`."""
+    rows = zip(layer_experts.items(), of_layers(sums, layer_experts), strict=True)
+    return {layer: row[2 : 2 + experts] for (layer, experts), row in rows}
 
 
 def load_scalars(expert_load: Mapping[int, Tensor]) -> dict[str, float]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from torchsft.config import Config
+from torchsft.models.attention import choose_implementation, flash_kernel
 from torchsft.models.language_model import LanguageModel
+from torchsft.parallel.apply import compute_dtype
 from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.stages import ZERO_BUBBLE, StagePlan
 from torchsft.parallel.torch_pipelining import weight_pass_possible
@@ -46,6 +48,9 @@ def describe_run(
     layout = ", ".join([*_axes(world), *_pipeline(config, plan)])
     ranks = f"{world.size} x {world.device.type}"
     compute = f"{config.precision.compute} compute"
+    dtype = compute_dtype(config.precision.compute, world.device)
+    if choose_implementation(config.model.attention, world.device, dtype) == "varlen":
+        compute += f", attention by {flash_kernel(world.device)}"
     experts = config.precision.experts
     if config.precision.compute in ("blockwise", "float8") or experts != "same":
         compute += f" (not in fp8: {', '.join(not_in_fp8(part))})"

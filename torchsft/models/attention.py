@@ -5,7 +5,8 @@ Three interchangeable implementations of the attention itself; each sees a docum
 returns zero for padding:
 
     sdpa      one F.scaled_dot_product_attention per document: CPU path and reference
-    varlen    torch.nn.attention.varlen (flash attention), CUDA only, no host synchronisation
+    varlen    torch.nn.attention.varlen (flash attention: FA3 where it is, else FA2), CUDA only, no
+              host synchronisation
     flex      torch.nn.attention.flex_attention with a document-causal block mask, compiled on CUDA;
               the mask is made from a T x T comparison per microbatch, so this one is for comparing,
               not for long rows
@@ -25,6 +26,7 @@ make a query or key; values have their own dim, smaller than that.
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,11 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    list_flash_attention_impls,
+)
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -42,7 +49,7 @@ from torch.nn.attention.flex_attention import (
 
 from torchsft.config import InputError
 from torchsft.models.decoder import Layout, Linear, RMSNorm, local
-from torchsft.models.rope import Rope, rotate, softmax_scale
+from torchsft.models.rope import Rope, latent_keys, rotate, softmax_scale
 from torchsft.ops.repetition import keeping_attention
 from torchsft.ops.sinks import varlen_with_sinks, with_sinks
 
@@ -72,6 +79,18 @@ def choose_implementation(
     if name == "flex" and device.type == "cpu" and torch.is_grad_enabled():
         raise InputError("--model.attention flex has no backward pass on CPU; use sdpa or auto")
     return name
+
+
+@functools.cache
+def flash_kernel(device: torch.device) -> str:
+    """Return which flash attention `varlen` runs on a device: FA3 on Hopper where its package
+    flash_attn_interface is installed, which from then on is torch's; else FA2, which torch has.
+    """
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    is_there = "FA3" in list_flash_attention_impls()
+    if is_hopper and is_there and importlib.util.find_spec("flash_attn_interface"):
+        activate_flash_attention_impl("FA3")
+    return current_flash_attention_impl() or "FA2"
 
 
 @dataclass(frozen=True)
@@ -128,6 +147,7 @@ def locate_documents(
     max_seqlen: int | None,
     layout: Layout | None = None,  # of the T tokens; None: all are here
     windows: Collection[int | None] = (None,),  # those that layers look through; None: without one
+    padding: int | None = None,  # tokens of padding; None: any number up to T
 ) -> Documents:
     """Prepare `Documents` for the implementation that will read it."""
     layout = layout or Layout()
@@ -159,10 +179,12 @@ def locate_documents(
         return located(lengths=lengths, near=near)
     if implementation == "varlen":
         # Kernels leave rows beyond the last document uninitialised, in gradients too. So padding
-        # becomes documents, of at most max_seqlen tokens each; how many are needed is bounded
-        # without asking the device.
+        # becomes documents, of at most max_seqlen tokens each; how many are needed is known, or
+        # bounded without asking the device. (FA2's backward pass allocates 128 rows of fp32 for
+        # each document, an empty one too.)
         longest = max_seqlen or tokens
-        numbers = torch.arange(1, -(-tokens // longest) + 1, device=device, dtype=torch.int32)
+        pieces = -(-(tokens if padding is None else padding) // longest)
+        numbers = torch.arange(1, pieces + 1, device=device, dtype=torch.int32)
         ends = (cu_seqlens[-1] + numbers * longest).clamp(max=tokens)
         return located(cu_seqlens=torch.cat([cu_seqlens, ends]), max_seqlen=longest)
 
@@ -258,7 +280,10 @@ def _varlen(
         else:  # torch 2.11 says nothing of fewer key/value heads than query heads
             copies = q_THd.shape[1] // k_TGd.shape[1]
             k_TGd, v_TGd = (x.repeat_interleave(copies, dim=1) for x in (k_TGd, v_TGd))
-    v_TGd = _as_wide_as(q_THd, v_TGd)
+    # Values are to be as wide as queries, except that FA3 has kernels for these widths, MLA's.
+    has_kernel = 128 < q_THd.shape[-1] <= 192 and 96 < v_TGd.shape[-1] <= 128
+    if flash_kernel(q_THd.device) != "FA3" or not has_kernel:
+        v_TGd = _as_wide_as(q_THd, v_TGd)
     bounds, longest = where.cu_seqlens, where.max_seqlen
     if sinks_H is not None:
         return varlen_with_sinks(q_THd, k_TGd, v_TGd, sinks_H, bounds, longest, options)
@@ -404,6 +429,7 @@ class LatentAttention(nn.Module):
     tokens, so that causal and packed work is balanced whatever the documents.
     """
 
+    regions = ("latents", "expand")  # see models/decoder.py
     # by_heads(compute, heads, *inputs) returns what compute(None, *inputs) does, that is, of all of
     # this rank's heads [T, heads, v]; compute(slice, *inputs) is of some.
     by_heads: Callable[..., Tensor] = staticmethod(
@@ -456,10 +482,7 @@ class LatentAttention(nn.Module):
         bias alone.
         """
         layout = documents.layout
-        q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
-        latent_and_rope = self.kv_a_proj_with_mqa(x_SD)
-        latent, k_rope = latent_and_rope.split([self.kv_rank, self.rope.dim], dim=-1)
-        q, latent, k_rope = layout.gather(q, self.kv_a_layernorm(latent), k_rope)
+        q, latent, k_rope = layout.gather(*self.latents(x_SD))
         seen_TT = None
         if self.indexer is not None and documents.longest > self.indexer.top_k:
             seen_TT = self.indexer(x_SD, q, documents)
@@ -467,6 +490,15 @@ class LatentAttention(nn.Module):
         compute = functools.partial(self.attend, documents, seen_TT)
         out_THd = self.by_heads(compute, heads, q, latent, k_rope)
         return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+
+    def latents(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_SD (normed) to what queries are projected from, the latent of keys and values, normed,
+        and keys with position, which are not yet rotated.
+        """
+        q = x_SD if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x_SD))
+        latent_and_rope = self.kv_a_proj_with_mqa(x_SD)
+        latent, k_rope = latent_and_rope.split([self.kv_rank, self.rope.dim], dim=-1)
+        return q, self.kv_a_layernorm(latent), k_rope
 
     def attend(
         self,
@@ -478,9 +510,21 @@ class LatentAttention(nn.Module):
         k_rope: Tensor,  # [T, rope]
     ) -> Tensor:
         """Return what some heads see, [T, heads, v]."""
-        turn = functools.partial(
-            rotate, cos=documents.cos_TP, sin=documents.sin_TP, pairing=self.rope.pairing
-        )
+        tables = documents.cos_TP, documents.sin_TP
+        q_THd, k_THd, v_THd = self.expand(heads, q, latent, k_rope, *tables)
+        return attend(q_THd, k_THd, v_THd, self.scale, documents, seen_TT=seen_TT)
+
+    def expand(
+        self,
+        heads: slice | None,
+        q: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        cos_TP: Tensor,
+        sin_TP: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of some heads, by the arguments of `attend`."""
+        turn = cos_TP, sin_TP, self.rope.pairing
         q_proj = self.q_proj if self.q_rank is None else self.q_b_proj
         q_THd, kv_THd = (
             linear(x, heads and slice(heads.start * width, heads.stop * width)).unflatten(
@@ -491,10 +535,8 @@ class LatentAttention(nn.Module):
                 (self.kv_b_proj, latent, self.nope_dim + self.v_dim),
             )
         )
-        k_nope, v_THd = kv_THd.split([self.nope_dim, self.v_dim], dim=-1)
-        k_rope = turn(k_rope).unsqueeze(1).expand(-1, k_nope.shape[1], -1)
-        k_THd = torch.cat([k_nope, k_rope], dim=-1)
-        return attend(turn(q_THd), k_THd, v_THd, self.scale, documents, seen_TT=seen_TT)
+        k_THd, v_THd = latent_keys(kv_THd, k_rope, *turn, self.nope_dim)
+        return rotate(q_THd, *turn), k_THd, v_THd
 
 
 class GroupedQueryAttention(nn.Module):
@@ -504,6 +546,8 @@ class GroupedQueryAttention(nn.Module):
     A tensor group splits the heads. Its ranks project its C tokens; where other groups have the
     rest of the row (context parallelism), the heads are exchanged behind norm and rotation.
     """
+
+    regions = ("project",)  # see models/decoder.py
 
     def __init__(
         self,
@@ -540,7 +584,17 @@ class GroupedQueryAttention(nn.Module):
         that of the output alone.
         """
         layout = documents.layout
-        x_CD = layout.gather_tensor(x_SD)
+        tables = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
+        heads = self.project(layout.gather_tensor(x_SD), *tables)
+        q_THd, k_TGd, v_TGd = layout.tokens_to_heads(*heads)
+        sinks_H = None if self.sinks is None else layout.heads(local(self.sinks))
+        out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents, self.window, sinks_H)
+        return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+
+    def project(
+        self, x_CD: Tensor, cos_CP: Tensor, sin_CP: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_CD (normed) to queries [C, H, d], keys and values [C, G, d], normed and rotated."""
         q, k, v = self.q_proj(x_CD), self.k_proj(x_CD), self.v_proj(x_CD)
         if self.norm_heads_together:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -548,14 +602,9 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and not self.norm_heads_together:
             q_CHd, k_CGd = self.q_norm(q_CHd), self.k_norm(k_CGd)
         if self.rope is not None:
-            cos_CP, sin_CP = layout.context(documents.cos_TP), layout.context(documents.sin_TP)
             q_CHd = rotate(q_CHd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
             k_CGd = rotate(k_CGd, cos_CP, sin_CP, self.rope.pairing, self.rope.place)
-
-        q_THd, k_TGd, v_TGd = layout.tokens_to_heads(q_CHd, k_CGd, v_CGd)
-        sinks_H = None if self.sinks is None else layout.heads(local(self.sinks))
-        out_THd = attend(q_THd, k_TGd, v_TGd, self.scale, documents, self.window, sinks_H)
-        return self.o_proj(layout.heads_to_tokens(out_THd).flatten(1))
+        return q_CHd, k_CGd, v_CGd
 
 
 Attention = LatentAttention | GroupedQueryAttention

@@ -19,6 +19,7 @@ of this table and nowhere else; each stands in its class with the value of one r
     Embedding.reduce        sums the ranks' lookups, of which all but one are zero   tensor
     SwigluMLP.gather        the tokens of all ranks that share the matrices          tensor
     Experts' parameters     DTensors: this rank's experts                            expert
+    Experts.read            gives them in the compute dtype                          fsdp
     MoE.exchange            takes rows to the ranks of their experts and back        expert
     MoE.balance_scale,      factors of the losses of routing, before each step       trainer
     MoE.z_scale
@@ -28,6 +29,8 @@ of this table and nowhere else; each stands in its class with the value of one r
     DecoderLayer.stream,    run a layer piece by piece                               stream
     MoE.parts,
     LatentAttention.by_heads
+    methods that a class    compute what lies between collectives, in fewer kernels  compile
+    names as its `regions`
 
 The MoE layers of a model are found by `LanguageModel.moe_layers()`.
 
@@ -43,7 +46,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from torchsft.ops.rms_norm import rms_norm, rms_norm_of_parts
 from torchsft.ops.swiglu import swiglu
@@ -67,13 +70,13 @@ def local(parameter: Tensor) -> Tensor:
 
     What a rank adds to the gradient of a parameter that is replicated over ranks is one summand,
     since each rank sees other tokens; of a sharded parameter it is this rank's part, whole. The
-    placements say so, and their owner sums.
+    gradient nevertheless has the parameter's placements: of one that is `Partial` FSDP2 would sum
+    each microbatch's at once, in its dtype. It stays a summand, and its owner sums behind the last
+    microbatch (parallel/gradients.py).
     """
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.to_local(
-        grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements]
-    )
+    return parameter.to_local(grad_placements=parameter.placements)
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ class RMSNorm(nn.Module):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
+    regions = ("hidden",)
     # Of tokens, those of all ranks that share the matrices; None: they are not shared.
     gather: Callable[[Tensor], Tensor] | None = None
 
@@ -240,8 +244,12 @@ class SwigluMLP(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """[S, D] to [S, D]."""
+        return self.down_proj(self.hidden(x_SD))
+
+    def hidden(self, x_SD: Tensor) -> Tensor:
+        """Return what the down projection is applied to."""
         x = x_SD if self.gather is None else self.gather(x_SD)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

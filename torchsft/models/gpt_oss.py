@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from torchsft.models.config_json import refuse_if
-from torchsft.models.decoder import local
 from torchsft.models.grouped_query import GroupedQueryModel, SparseGroupedQueryConfig
 from torchsft.models.language_model import ExpertImplementation
 from torchsft.models.moe import Experts, MoE
@@ -115,8 +114,8 @@ class ClampedExperts(Experts):
 
     def forward(self, x_RD: Tensor, weights_R1: Tensor, offs: Tensor) -> Tensor:
         """See `Experts.forward`."""
-        gate_up = local(self.gate_up_proj), local(self.gate_up_proj_bias)
-        down = local(self.down_proj), local(self.down_proj_bias)
+        gate_up = self.read(self.gate_up_proj), self.read(self.gate_up_proj_bias)
+        down = self.read(self.down_proj), self.read(self.down_proj_bias)
         if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
             # no rows, but a gradient (of 0) for each parameter
             unused = sum(parameter.sum() for parameter in (*gate_up, *down))

@@ -155,6 +155,7 @@ class DecoderLayer(nn.Module):
     added after.
     """
 
+    regions = ("add_and_norm",)  # see models/decoder.py
     # recompute(function, *args) runs a function so that little is kept for its backward pass; None:
     # all is kept.
     recompute: Callable[..., Tensor] | None = None
@@ -179,17 +180,18 @@ class DecoderLayer(nn.Module):
         """Return what `forward` returns."""
         if self.stream is not None:
             return self.stream(x_SD, documents)
-        return self.feed(self.attend(x_SD, documents), documents)
+        attention_SD = self.self_attn(self.input_layernorm(x_SD), documents)
+        return self.feed(*self.add_and_norm(x_SD, attention_SD), documents)
 
-    def attend(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """Add what attention returns."""
-        return x_SD + self.self_attn(self.input_layernorm(x_SD), documents)
+    def add_and_norm(self, x_SD: Tensor, attention_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add what attention returns; the sum, and it normed."""
+        attended_SD = x_SD + attention_SD
+        return attended_SD, self.post_attention_layernorm(attended_SD)
 
-    def feed(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """Add what the feed-forward network returns."""
-        normed_SD = self.post_attention_layernorm(x_SD)
+    def feed(self, x_SD: Tensor, normed_SD: Tensor, documents: Documents) -> Tensor:
+        """Add to x_SD what the feed-forward network returns for it, normed."""
         if isinstance(self.mlp, MoE):
-            return x_SD + self.mlp(normed_SD, documents)
+            return self.mlp(normed_SD, documents, x_SD)
         return x_SD + self.mlp(normed_SD)
 
 
@@ -207,8 +209,15 @@ class MTPLayer(DecoderLayer):
         self.shared_head = nn.Module()
         self.shared_head.norm = RMSNorm(width, norm_eps)
 
+    def forward(self, x_SD: Tensor, documents: Documents, *more_SD: Tensor) -> Tensor:
+        """Return the hidden states that the head reads, behind the layer's last norm; see
+        `compute`.
+        """
+        # Not a part of what is computed again, which must not need what experts return.
+        return self.shared_head.norm(super().forward(x_SD, documents, *more_SD))
+
     def compute(self, x_SD: Tensor, documents: Documents, next_SD: Tensor) -> Tensor:
-        """Return the hidden states that the head reads, behind the layer's last norm.
+        """Return what the last norm is applied to.
 
         Args:
             x_SD: the hidden states before this layer, behind the model's last norm or that of the
@@ -218,7 +227,7 @@ class MTPLayer(DecoderLayer):
             next_SD: the embedding of a token further on.
         """
         both = torch.cat([self.enorm(next_SD), self.hnorm(x_SD)], dim=-1)
-        return self.shared_head.norm(super().compute(self.eh_proj(both), documents))
+        return super().compute(self.eh_proj(both), documents)
 
 
 class LanguageModel(nn.Module):
@@ -367,6 +376,8 @@ class LanguageModel(nn.Module):
         loss_weights: Tensor | None = None,  # fp32 [T], weight of each target; None means 1
         # longest document; without it the varlen attention stops the host to ask
         max_seqlen: int | None = None,
+        # tokens behind the last document; without it the varlen attention also has empty documents
+        padding: int | None = None,
         # int64 [T], of a part that is not the first, for its MTP layers
         token_ids: Tensor | None = None,
         # int64 [n], the only tokens whose logits are wanted (generation); None means all
@@ -382,7 +393,7 @@ class LanguageModel(nn.Module):
         cos_TP, sin_TP = self.model.rotary_emb(positions)
         windows = {self.config.attention_window(int(layer)) for layer in self.model.layers}
         documents = locate_documents(
-            implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout, windows
+            implementation, cos_TP, sin_TP, cu_seqlens, max_seqlen, layout, windows, padding
         )
         mtp_layers = self.mtp_layers()
         for layer in self.model.layers.values():

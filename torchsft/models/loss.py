@@ -20,6 +20,8 @@ from torchsft.ops import gradients_asked_for, plain
 
 IGNORE = -100  # label of a position that predicts nothing
 LOGITS_AT_ONCE = 2**26  # of a chunk; each takes up to 6 bytes
+# Of these, on a CPU, those that go through the softmax and its gradient at a time, in its cache.
+LOGITS_IN_CACHE = 2**19
 
 
 class Objective(NamedTuple):
@@ -171,24 +173,25 @@ class _VocabularyLoss(torch.autograd.Function):
             hidden_CD, weights_C = hidden_TD[rows], weights_T[rows]
             if weights_C.device.type == "cpu" and not weights_C.any():
                 continue  # free to know on CPU; on CUDA it would stop the host
-            found = _log_softmax(
-                _logits(hidden_CD, weight_VD, wide),
-                labels_T[rows].clamp(min=0),
-                vocabulary,
-                with_mean=smoothing > 0,
-            )
-            total -= _weighted_sum(found.target_C1, weights_C)
-            if sums is not None and objective != PLAIN:
-                smoothed_C1 = found.target_C1
-                if found.mean_C1 is not None:
-                    smoothed_C1 = smoothed_C1.lerp(found.mean_C1, smoothing)
-                smoothed = _weighted_sum(smoothed_C1, weights_C)
-                squares = _weighted_sum(found.log_sum_C1.square(), weights_C)
-                sums += torch.stack([-smoothed, squares])
+            logits_CV = _logits(hidden_CD, weight_VD, wide)
+            at_once = _rows_at_once(logits_CV, vocabulary)
+            parts = (x.split(at_once) for x in (logits_CV, labels_T[rows], weights_C))
+            for logits, labels, weights in zip(*parts, strict=True):
+                found = _softmax(logits, labels.clamp(min=0), vocabulary, with_mean=smoothing > 0)
+                total -= _weighted_sum(found.target_C1, weights)
+                if sums is not None and objective != PLAIN:
+                    smoothed_C1 = found.target_C1
+                    if found.mean_C1 is not None:
+                        smoothed_C1 = smoothed_C1.lerp(found.mean_C1, smoothing)
+                    smoothed = _weighted_sum(smoothed_C1, weights)
+                    squares = _weighted_sum(found.log_sum_C1.square(), weights)
+                    sums += torch.stack([-smoothed, squares])
+                if gradients:
+                    _gradient_of_logits(found, weights, objective)
             if not gradients:
                 continue
-            grad_CV = _gradient_of_logits(found, weights_C, objective).to(weight_VD.dtype)
-            del found
+            grad_CV = logits_CV.to(weight_VD.dtype)
+            del logits_CV, logits, found
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -245,11 +248,22 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-class _LogProbabilities(NamedTuple):
+def _rows_at_once(logits_CV: Tensor, part: VocabularyPart | None) -> int:
+    """Return how many tokens' logits go through the softmax together: with a part of the vocabulary
+    all, since the ranks talk each time, and on a GPU, where each time costs launches.
+    """
+    if part is not None or logits_CV.device.type != "cpu":
+        return len(logits_CV)
+    return max(1, LOGITS_IN_CACHE // logits_CV.shape[1])
+
+
+class _Softmax(NamedTuple):
     """Of the tokens of a chunk."""
 
-    log_probs_CV: Tensor  # of this rank's part of the vocabulary
-    column_C1: Tensor  # of the target in log_probs_CV; 0 where it is not among them
+    # exp(logit - the token's largest one), of this rank's part of the vocabulary
+    exp_CV: Tensor
+    exp_sum_C1: Tensor  # sum of these over the whole vocabulary
+    column_C1: Tensor  # of the target in exp_CV; 0 where it is not among them
     here_C1: Tensor  # whether it is among them
     target_C1: Tensor  # the target's log-probability, wherever it is
     mean_C1: Tensor | None  # mean log-probability of the whole vocabulary; None: not asked for
@@ -257,60 +271,58 @@ class _LogProbabilities(NamedTuple):
     size: int  # of the whole vocabulary
 
 
-def _log_softmax(
+def _softmax(
     logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart | None, *, with_mean: bool
-) -> _LogProbabilities:
-    """Log-probabilities, in the place of the logits; with a part of the vocabulary, of its tokens,
+) -> _Softmax:
+    """Exponentiate logits in their place, each once; with a part of the vocabulary, of its tokens,
     with two collectives.
     """
-    column_C1, size = targets_C.unsqueeze(-1), logits_CV.shape[1]
-    if part is None:
-        logit_C1 = logits_CV.gather(1, column_C1)
-        for rows in logits_CV.chunk(4):  # so that a quarter of it exists twice
-            rows.copy_(rows.log_softmax(-1))
-        target_C1 = logits_CV.gather(1, column_C1)
-        here_C1 = torch.ones_like(column_C1)
-        mean_C1 = logits_CV.mean(-1, keepdim=True) if with_mean else None
-        log_sum_C1 = logit_C1 - target_C1
-        return _LogProbabilities(
-            logits_CV, column_C1, here_C1, target_C1, mean_C1, log_sum_C1, size
-        )
-    column_C1 = column_C1 - part.first
-    here_C1 = (column_C1 >= 0) & (column_C1 < size)
-    column_C1 = torch.where(here_C1, column_C1, 0)
-    largest_C1 = part.max(logits_CV.amax(-1, keepdim=True))
+    column_C1, here_size = targets_C.unsqueeze(-1), logits_CV.shape[1]
+    here_C1 = torch.ones_like(column_C1, dtype=torch.bool)
+    largest_C1 = logits_CV.amax(-1, keepdim=True)
+    if part is not None:
+        column_C1 = column_C1 - part.first
+        here_C1 = (column_C1 >= 0) & (column_C1 < here_size)
+        column_C1 = torch.where(here_C1, column_C1, 0)
+        largest_C1 = part.max(largest_C1)
     logits_CV -= largest_C1
-    target_C1 = torch.where(here_C1, logits_CV.gather(1, column_C1), 0)
-    exp_sum_C1 = torch.cat([rows.exp().sum(-1, keepdim=True) for rows in logits_CV.chunk(4)])
-    terms = [exp_sum_C1, target_C1]
+    terms = [torch.where(here_C1, logits_CV.gather(1, column_C1), 0)]
     if with_mean:
         terms.append(logits_CV.sum(-1, keepdim=True))
-    exp_sum_C1, target_C1, *sum_C1 = part.sum(torch.cat(terms, dim=-1)).split(1, dim=-1)
+    exp_CV = logits_CV.exp_()
+    terms.append(exp_CV.sum(-1, keepdim=True))
+    if part is not None:
+        terms = part.sum(torch.cat(terms, dim=-1)).split(1, dim=-1)
+    target_C1, *sum_C1, exp_sum_C1 = terms
     log_sum_C1 = exp_sum_C1.log()
-    return _LogProbabilities(
-        logits_CV.sub_(log_sum_C1),
+    size = here_size if part is None else part.size
+    return _Softmax(
+        exp_CV,
+        exp_sum_C1,
         column_C1,
         here_C1,
         target_C1 - log_sum_C1,
-        sum_C1[0] / part.size - log_sum_C1 if with_mean else None,
+        sum_C1[0] / size - log_sum_C1 if with_mean else None,
         largest_C1 + log_sum_C1,
-        part.size,
+        size,
     )
 
 
-def _gradient_of_logits(
-    found: _LogProbabilities, weights_C: Tensor, objective: Objective
-) -> Tensor:
-    """Return the gradient of the objective, weighted, in the place of the log-probabilities:
-    softmax - target of each token, and of z * logsumexp^2 2 z logsumexp * softmax.
+def _gradient_of_logits(found: _Softmax, weights_C: Tensor, objective: Objective) -> None:
+    """Put the gradient of the objective, weighted, in the place of the exponentials: softmax -
+    target of each token, and of z * logsumexp^2 2 z logsumexp * softmax.
     """
     smoothing, z = objective
-    grad_CV = found.log_probs_CV.exp_()
+    weights_C1 = weights_C.unsqueeze(-1).to(found.exp_CV.dtype)
+    of_softmax_C1 = weights_C1 / found.exp_sum_C1
     if z:
-        grad_CV.mul_(1 + 2 * z * found.log_sum_C1)
+        of_softmax_C1 *= 1 + 2 * z * found.log_sum_C1
+    grad_CV = found.exp_CV.mul_(of_softmax_C1)
     if smoothing:
-        grad_CV.sub_(smoothing / found.size)
-    target_C1 = found.here_C1.to(grad_CV.dtype) * (1 - smoothing)
+        grad_CV.sub_(weights_C1 * (smoothing / found.size))
+    target_C1 = found.here_C1 * weights_C1 * (1 - smoothing)
     grad_CV.scatter_add_(1, found.column_C1, -target_C1)
-    weights_C1 = weights_C.unsqueeze(-1)
-    return grad_CV.mul_(weights_C1).masked_fill_(weights_C1 == 0, 0)
+    unweighted_C1 = weights_C1 == 0
+    # 0 times inf is nan. That there is no such token is free to know on CPU.
+    if unweighted_C1.device.type != "cpu" or unweighted_C1.any():
+        grad_CV.masked_fill_(unweighted_C1, 0)

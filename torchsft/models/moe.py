@@ -5,7 +5,7 @@ Shape suffixes: S tokens on this rank, D width, F expert width, E experts, K cho
 S * K routed rows, N documents.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torchsft.config import InputError
 from torchsft.config import Router as RouterOptions
 from torchsft.models.attention import Documents
 from torchsft.models.decoder import Piece, SwigluMLP, local
-from torchsft.ops.permute import combine, permute
+from torchsft.ops.permute import combine, inverse, permute
 from torchsft.ops.repetition import once, repeating
 from torchsft.ops.swiglu import (
     GROUPED_MM,
@@ -25,10 +25,11 @@ from torchsft.ops.swiglu import (
     grouped_swiglu_reference,
 )
 
-# exchange(x_RD, weights_R1, counts_E, experts, meanwhile) -> (y_RD, meanwhile()), rows sorted by
-# global expert; `meanwhile` may be computed while rows travel.
+# exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile) -> (routed_SD, shared_SD): the weighted
+# sum of what a token's chosen experts return, and the second value of `meanwhile`, which has two:
+# one is computed while rows travel to their experts, one while they travel back.
 Exchange = Callable[
-    [Tensor, Tensor, Tensor, "Experts", Callable[[], Tensor | None]],
+    [Tensor, Tensor, Tensor, Callable[..., Tensor], Iterator[Tensor | None]],
     tuple[Tensor, Tensor | None],
 ]
 
@@ -66,6 +67,8 @@ class Experts(nn.Module):
 
     # what gate|up and down are multiplied with
     products: ExpertProducts = GROUPED_MM
+    # Gives this rank's part of a parameter, in the dtype of the rows.
+    read: Callable[[nn.Parameter], Tensor] = staticmethod(local)
     # Whether Hugging Face checkpoints hold each expert by itself, or the parameters as they are.
     stored_singly: ClassVar[bool] = True
 
@@ -92,7 +95,7 @@ class Experts(nn.Module):
         """y_RD of rows sorted by local expert, each times its weight (fp32); offs int32, offs[e]
         ends the rows of local expert e, offs[-1] = R.
         """
-        gate_up, down = local(self.gate_up_proj), local(self.down_proj)
+        gate_up, down = self.read(self.gate_up_proj), self.read(self.down_proj)
         return self.compute(x_RD, gate_up, down, weights_R1, offs, self.products)
 
 
@@ -119,18 +122,42 @@ def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     ]
 
 
-def local_exchange(
-    x_RD: Tensor,
-    weights_R1: Tensor,
-    counts_E: Tensor,
-    experts: Experts,
-    meanwhile: Callable[[], Tensor | None],
-) -> tuple[Tensor, Tensor | None]:
-    """Run the rows (sorted by expert, counts_E of each) through experts that are all on this
-    rank.
+def sort_by_expert(chosen_SK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort rows by their expert.
+
+    Returns:
+        The rows of each expert, int64 [E], and `order_R` and `row_SK` of `ops.permute`.
     """
-    result = meanwhile()  # first: a repetition of the layer ends within the experts
-    return experts(x_RD, weights_R1, counts_E.cumsum(0).to(torch.int32)), result
+    chosen_R = chosen_SK.flatten()
+    # Counted by scatter: bincount asks the device for its largest value.
+    counts_E = chosen_R.new_zeros(experts).scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
+    order_R = chosen_R.argsort(stable=True)
+    return counts_E, order_R, inverse(order_R).view_as(chosen_SK)
+
+
+class LocalExchange:
+    """A MoE layer's `exchange` where all experts are on this rank."""
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+
+    def __call__(
+        self,
+        x_SD: Tensor,
+        weights_SK: Tensor,
+        chosen_SK: Tensor,
+        experts: Callable[..., Tensor],
+        meanwhile: Iterator[Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Exchange`."""
+        _, shared_SD = meanwhile  # first: a repetition of the layer ends within the experts
+        counts_E, order_R, row_SK = once(
+            "exchange", lambda: sort_by_expert(chosen_SK, self.experts)
+        )
+        x_RD = permute(x_SD, order_R, row_SK)
+        weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
+        y_RD = experts(x_RD, weights_R1, counts_E.cumsum(0).to(torch.int32))
+        return combine(y_RD, order_R, row_SK), shared_SD
 
 
 class AddLoss(torch.autograd.Function):
@@ -150,6 +177,7 @@ class MoE(nn.Module):
     through.
     """
 
+    regions = ("add",)  # see models/decoder.py
     # All since they were last zeroed, over real tokens; not saved.
     expert_load: Tensor  # int64 [E]: tokens routed to each expert in training mode
     balance_loss: Tensor  # fp32 scalar: sum of the balance loss
@@ -169,15 +197,21 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
-        self.exchange: Exchange = local_exchange  # expert parallelism puts its all-to-all here
         load = torch.zeros(gate.weight.shape[0], dtype=torch.int64)
+        # expert parallelism puts its all-to-all here
+        self.exchange: Exchange = LocalExchange(len(load))
         self.register_buffer("expert_load", load, persistent=False)
         for name in ("balance_loss", "z_loss"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
 
+    @property
+    def counters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What counts since it was last zeroed: the load of experts, and both losses."""
+        return self.expert_load, self.balance_loss, self.z_loss
+
     def init_buffers(self) -> None:
         """Zero the counters."""
-        for counter in (self.expert_load, self.balance_loss, self.z_loss):
+        for counter in self.counters:
             counter.zero_()
 
     @property
@@ -186,16 +220,18 @@ class MoE(nn.Module):
         return getattr(self.gate, "e_score_correction_bias", None)
 
     @torch.no_grad()
-    def move_bias(self, load_E: Tensor, rate: float) -> None:
+    def move_bias(self, load_E: Tensor, rate: float | Tensor) -> None:
         """Let the correction bias fall by `rate` where more tokens than the mean were routed, and
         rise where fewer were (arXiv:2412.19437, section 2.1.2).
         """
         bias = self.correction_bias
         bias += rate * (load_E.mean() - load_E).sign().to(bias)
 
-    def forward(self, x_SD: Tensor, documents: Documents) -> Tensor:
-        """x_SD to y_SD. Padding tokens are assigned to experts in turn, so that none is overloaded,
-        weigh 0 and are not counted.
+    def forward(
+        self, x_SD: Tensor, documents: Documents, before_SD: Tensor | None = None
+    ) -> Tensor:
+        """x_SD to y_SD, to which `before_SD` is added. Padding tokens are assigned to experts in
+        turn, so that none is overloaded, weigh 0 and are not counted.
         """
         gate, experts = self.parts or (self.gate, self.experts)
         weights_SK, experts_SK, scores_SE, logits_SE = gate(x_SD)
@@ -208,38 +244,33 @@ class MoE(nn.Module):
             loss_S = logits_SE.logsumexp(-1).square()
             weights_SK = self._minimise(loss_S, documents, self.z_loss, self.z_scale, weights_SK)
         weights_SK = torch.where(valid_S1, weights_SK, 0)
-        counts_E, order_R, row_SK = once("order", lambda: self.sort(experts_SK, valid_S1))
-        x_RD = permute(x_SD, order_R, row_SK)
-        weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
-        y_RD, shared_SD = self.exchange(
-            x_RD, weights_R1, counts_E, experts, lambda: self.shared(x_SD)
+        if self.training and not repeating():
+            real_SK = valid_S1.expand_as(experts_SK)
+            self.expert_load.scatter_add_(0, experts_SK.flatten(), real_SK.flatten().long())
+        chosen_SK = self.deal(experts_SK, valid_S1)
+        routed_SD, shared_SD = self.exchange(
+            x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
         )
-        routed_SD = combine(y_RD, order_R, row_SK)
-        return routed_SD if shared_SD is None else routed_SD + shared_SD
+        return self.add(routed_SD, shared_SD, before_SD)
 
-    def sort(self, experts_SK: Tensor, valid_S1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sort rows by expert, and count those of real tokens in training mode.
+    def add(self, y_SD: Tensor, *others: Tensor | None) -> Tensor:
+        """Return the sum of what is there."""
+        return sum((other for other in others if other is not None), y_SD)
 
-        Returns:
-            The rows of each expert, [E], and `order_R` and `row_SK` of `ops.permute`.
-        """
+    def deal(self, experts_SK: Tensor, valid_S1: Tensor) -> Tensor:
+        """Return the experts of each token, for padding in turn."""
         number_R = torch.arange(experts_SK.numel(), device=experts_SK.device)
         in_turn_SK = number_R.view_as(experts_SK) % len(self.expert_load)
-        chosen_R = torch.where(valid_S1, experts_SK, in_turn_SK).flatten()
-        # Counted by scatter: bincount asks the device for its largest value.
-        counts_E = torch.zeros_like(self.expert_load)
-        counts_E.scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
-        if self.training:
-            real_R = valid_S1.expand_as(experts_SK).flatten().long()
-            self.expert_load.scatter_add_(0, chosen_R, real_R)
-        order_R = chosen_R.argsort(stable=True)
-        row_R = torch.empty_like(order_R)
-        row_R[order_R] = number_R
-        return counts_E, order_R, row_R.view_as(experts_SK)
+        return torch.where(valid_S1, experts_SK, in_turn_SK)
 
-    def shared(self, x_SD: Tensor) -> Tensor | None:
-        """Return what the shared experts return, if there are any."""
-        return None if self.shared_experts is None else self.shared_experts(x_SD)
+    def shared(self, x_SD: Tensor) -> Iterator[Tensor | None]:
+        """Compute the shared experts in two steps, of which the second gives their output; None
+        where there are none.
+        """
+        experts = self.shared_experts
+        hidden_SF = None if experts is None else experts.hidden(x_SD)
+        yield hidden_SF
+        yield None if experts is None else experts.down_proj(hidden_SF)
 
     def add_balance_loss(
         self, weights_SK: Tensor, experts_SK: Tensor, scores_SE: Tensor, documents: Documents

@@ -6,7 +6,10 @@ without position stand before or behind them (`Place`):
     neighbours    (x0, x1), (x2, x3), ...                 DeepSeek
     halves        (x0, xP), (x1, xP+1), ...               Llama, Qwen, gpt-oss
 
-Shape suffixes: T tokens, P = rope dim / 2 pairs.
+Kernels of `rotate` and `latent_keys` are in ops/rotation_kernels.py.
+
+Shape suffixes: T tokens, P = rope dim / 2 pairs; H heads, w entries of a head before the attention,
+d of its key, v of its value.
 """
 
 import math
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchsft.models.decoder import Float32Buffers
-from torchsft.ops import plain
+from torchsft.ops import kernels, plain
 
 Pairing = Literal["neighbours", "halves"]
 # Where the rotated entries of a head lie, if these are not all of it.
@@ -213,10 +216,82 @@ class _Rotate(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.how = pairing, place
-        return rotate_reference(x, cos, sin, pairing, place)
+        return _turned(x, cos, sin, pairing, place, back=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        grad_x = rotate_reference(grad, cos, -sin, *ctx.how)
+        grad_x = _turned(grad, *ctx.saved_tensors, *ctx.how, back=True)
         return grad_x, None, None, None, None
+
+
+def _turned(
+    x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, place: Place, *, back: bool
+) -> Tensor:
+    """Rotate without a gradient, by the angles or, back, by the opposite ones."""
+    if not kernels(x):
+        return rotate_reference(x, cos, -sin if back else sin, pairing, place)
+    from torchsft.ops import rotation_kernels
+
+    how = {"neighbours": pairing == "neighbours", "at_end": place == "end", "back": back}
+    return rotation_kernels.rotate(x, cos.contiguous(), sin.contiguous(), **how)
+
+
+def latent_keys(
+    kv_THw: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, nope_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Make the keys and values of latent attention (arXiv:2405.04434, section 2.1.3).
+
+    Args:
+        kv_THw: of each head `nope_dim` entries of its key, and then its value.
+        k_rope: [T, 2P], the last entries of all keys, not rotated yet.
+        cos: fp32 [T, P].
+        sin: likewise.
+        pairing: which of the 2P entries are rotated together.
+        nope_dim: as above.
+
+    Returns:
+        k_THd, d = nope_dim + 2P, and v_THv, a part of kv_THw.
+    """
+    if kernels(kv_THw):
+        return _LatentKeys.apply(kv_THw, k_rope, cos, sin, pairing, nope_dim)
+    return latent_keys_reference(kv_THw, k_rope, cos, sin, pairing, nope_dim)
+
+
+def latent_keys_reference(
+    kv_THw: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, nope_dim: int
+) -> tuple[Tensor, Tensor]:
+    """`latent_keys` in plain PyTorch."""
+    k_nope, v_THv = kv_THw.tensor_split([nope_dim], dim=-1)
+    turned = rotate(k_rope, cos, sin, pairing).unsqueeze(1).expand(-1, kv_THw.shape[1], -1)
+    return torch.cat([k_nope, turned], dim=-1), v_THv
+
+
+class _LatentKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kv_THw: Tensor,
+        k_rope: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        pairing: Pairing,
+        nope_dim: int,
+    ) -> tuple[Tensor, Tensor]:
+        from torchsft.ops import rotation_kernels
+
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.neighbours = pairing == "neighbours"
+        inputs = kv_THw.contiguous(), k_rope.contiguous(), cos, sin
+        k_THd = rotation_kernels.keys(*inputs, nope_dim, ctx.neighbours)
+        return k_THd, kv_THw[..., nope_dim:]
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_k_THd: Tensor, grad_v_THv: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        from torchsft.ops import rotation_kernels
+
+        grads = grad_k_THd.contiguous(), grad_v_THv.contiguous()
+        found = rotation_kernels.keys_backward(*grads, *ctx.saved_tensors, ctx.neighbours)
+        return *found, None, None, None, None

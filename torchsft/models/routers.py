@@ -3,6 +3,7 @@
 Shape suffixes: S tokens on this rank, E experts, G expert groups, K choices per token.
 """
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,7 @@ class GroupedRouter(Float32Buffers):
     that.
     """
 
+    regions = ("score", "choose", "weigh")  # see models/decoder.py
     rivals: ClassVar[int]  # by the sum of how many of its best scores a group competes
 
     def __init__(
@@ -57,21 +59,28 @@ class GroupedRouter(Float32Buffers):
         self.normalise, self.scale = normalise, scale
         self.weight = nn.Parameter(torch.empty(experts, width))
 
-    def route(self, logits_SE: Tensor, scores_SE: Tensor, choice_SE: Tensor) -> Routing:
-        """Choose the experts with the largest `choice_SE` in open groups, which has no gradient;
-        where a layer is computed again, those of the first pass. Weights are their scores.
-        """
+    @abstractmethod
+    def score(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, scores and, without a gradient, what the choice follows; each [S, E]."""
 
-        def choose() -> Tensor:
-            open_SE = within_open_groups(choice_SE, self.groups, self.top_groups, self.rivals)
-            return open_SE.topk(self.top_k, dim=-1, sorted=False).indices
+    def forward(self, x_SD: Tensor) -> Routing:
+        """Choose experts; where a layer is computed again, those of the first pass."""
+        logits_SE, scores_SE, choice_SE = self.score(x_SD)
+        experts_SK = once("choice", lambda: self.choose(choice_SE))
+        return Routing(self.weigh(scores_SE, experts_SK), experts_SK, scores_SE, logits_SE)
 
-        experts_SK = once("choice", choose)
+    def choose(self, choice_SE: Tensor) -> Tensor:
+        """Return the experts with the largest `choice_SE` in open groups, int64 [S, K]."""
+        open_SE = within_open_groups(choice_SE, self.groups, self.top_groups, self.rivals)
+        return open_SE.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def weigh(self, scores_SE: Tensor, experts_SK: Tensor) -> Tensor:
+        """Return the weights of the chosen experts, fp32 [S, K], which are their scores."""
         weights_SK = scores_SE.gather(1, experts_SK)
         if self.normalise:
             # sigmoid scores of a token can all be 0
             weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(weights_SK * self.scale, experts_SK, scores_SE, logits_SE)
+        return weights_SK * self.scale
 
 
 class GroupedSigmoidRouter(GroupedRouter):
@@ -86,12 +95,11 @@ class GroupedSigmoidRouter(GroupedRouter):
         super().__init__(width, experts, **options)
         self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
 
-    def forward(self, x_SD: Tensor) -> Routing:
-        """Choose experts."""
+    def score(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, scores and biased scores."""
         logits_SE = router_logits(x_SD, self.weight)
         scores_SE = logits_SE.sigmoid()
-        choice_SE = scores_SE.detach() + self.e_score_correction_bias
-        return self.route(logits_SE, scores_SE, choice_SE)
+        return logits_SE, scores_SE, scores_SE.detach() + self.e_score_correction_bias
 
 
 class SoftmaxRouter(GroupedRouter):
@@ -105,8 +113,8 @@ class SoftmaxRouter(GroupedRouter):
         super().__init__(width, experts, **options)
         self.bias = nn.Parameter(torch.empty(experts)) if bias else None
 
-    def forward(self, x_SD: Tensor) -> Routing:
-        """Choose experts."""
+    def score(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, and scores twice."""
         logits_SE = router_logits(x_SD, self.weight, self.bias)
         scores_SE = logits_SE.softmax(-1)
-        return self.route(logits_SE, scores_SE, scores_SE.detach())
+        return logits_SE, scores_SE, scores_SE.detach()

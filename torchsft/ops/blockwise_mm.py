@@ -1,7 +1,8 @@
 """Triton kernels for products in block-wise fp8, for GPUs of SM90 on. Their plain twin is
 `precision/blockwise_compute.py`, which says what is multiplied.
 
-    quantise_rows      x in tiles of 1 x 128
+    quantise_rows      x in tiles of 1 x 128, or whole rows, in the order and with the zeros between
+                       them that a product needs
     quantise_columns   x^T, in tiles of 128 rows of x; each expert's rows begin with a tile
     quantise_weight    w in blocks of 128 x 128, or its transpose
     rows_product       x w^T, each row by its expert's matrix
@@ -12,7 +13,8 @@ scaled and added in fp32 registers (arXiv:2412.19437, section 3.3.2). Tensor cor
 only with the inner dim contiguous; hence the transposes.
 
 Shape suffixes: R rows sorted by expert, C columns, I inner dim, O outputs, E experts, T tiles of up
-to 128 rows of one expert, M = 128 T; i, o, c: blocks of 128 of I, O, C.
+to 128 rows of one expert, M rows with zeros between them (128 T where there are tiles); i, o, c:
+blocks of 128 of I, O, C.
 """
 
 # ruff: noqa: ANN001, E741 (Triton's arguments have no Python types; sizes are capitals)
@@ -93,24 +95,50 @@ def _load(place, inside):
 
 
 @triton.jit
-def _rows_kernel(x, q, scales, R, C, power_of_two: tl.constexpr, height: tl.constexpr):
+def _rows_kernel(x, index, q, scales, M, C, power_of_two: tl.constexpr, height: tl.constexpr):
     """Quantise `height` rows of 128 columns; see `quantise_rows`.
 
-    x is [R, C], q e4m3 [R, C], scales fp32 [c, R]. Program (n, c) has the n-th rows and the c-th
-    columns.
+    x is [R, C], index [M] or None, q e4m3 [M, C], scales fp32 [c, M]. Program (n, c) has the n-th
+    rows and the c-th columns of q.
     """
     block = tl.program_id(1)
     row = _span(tl.program_id(0).to(tl.int64) * height, height)
     column = _span(block * 128, 128)
-    place = _places(row, column, C)
-    inside = _inside(row, R, column, C)
-    values = _load(x + place, inside).to(tl.float32)
+    inside = _inside(row, M, column, C)
+    source, there = row, inside
+    if index is not None:
+        source = tl.load(index + row, mask=row < M, other=-1).to(tl.int64)
+        there = inside & (source >= 0)[:, None]
+    values = _load(x + _places(source, column, C), there).to(tl.float32)
     largest = tl.max(tl.abs(values), 1)
     scale = _scale(largest, power_of_two)  # [height]
     encoded = _encode(values, scale[:, None])
-    tl.store(q + place, encoded, mask=inside)
-    scale_place = block.to(tl.int64) * R + row
-    tl.store(scales + scale_place, scale, mask=row < R)
+    tl.store(q + _places(row, column, C), encoded, mask=inside)
+    scale_place = block.to(tl.int64) * M + row
+    tl.store(scales + scale_place, scale, mask=row < M)
+
+
+@triton.jit
+def _whole_rows_kernel(x, index, q, scales, C, power_of_two: tl.constexpr, width: tl.constexpr):
+    """Quantise one row, `width` columns at a time; see `quantise_whole_rows`.
+
+    x is [R, C], index [M], q e4m3 [M, C], scales fp32 [M]. Program m has row m of q.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(index + row).to(tl.int64)
+    end = tl.where(source >= 0, C, 0)  # a row of zeros reads nothing
+    largest = tl.zeros((width,), tl.float32)
+    for begin in range(0, C, width):
+        column = _span(begin, width)
+        values = _load(x + source * C + column, column < end)
+        largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
+    scale = _scale(tl.max(largest, 0), power_of_two)
+    for begin in range(0, C, width):  # from the cache
+        column = _span(begin, width)
+        values = _load(x + source * C + column, column < end)
+        encoded = _encode(values.to(tl.float32), scale)
+        tl.store(q + row * C + column, encoded, mask=column < C)
+    tl.store(scales + row, scale)
 
 
 @triton.jit
@@ -261,23 +289,39 @@ def _columns_product_kernel(a, a_scales, b, b_scales, y, bounds, O, I, M):
     tl.store(y_place, result, mask=_inside(row, O, column, I))
 
 
-def quantise_rows(x_RC: Tensor, power_of_two: bool) -> Quantised:
+def quantise_rows(x_RC: Tensor, power_of_two: bool, index_M: Tensor | None = None) -> Quantised:
     """Quantise in tiles of 1 x 128, for `rows_product`.
 
     Args:
         x_RC: contiguous, of any floating dtype.
         power_of_two: round scales up to powers of two.
+        index_M: integers, which row of x each row of the result is; -1: zeros. None: M = R, in the
+            same order.
 
     Returns:
-        e4m3 [R, C], and fp32 scales [c, R].
+        e4m3 [M, C], and fp32 scales [c, M].
     """
-    rows, columns = x_RC.shape
+    rows, columns = len(x_RC) if index_M is None else len(index_M), x_RC.shape[1]
     blocks = triton.cdiv(columns, SIZE)
     height = 16  # rows of a program
-    q = torch.empty_like(x_RC, dtype=torch.float8_e4m3fn)
+    q = x_RC.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
     scales = x_RC.new_empty(blocks, rows, dtype=torch.float32)
     grid = triton.cdiv(rows, height), blocks
-    _rows_kernel[grid](x_RC, q, scales, rows, columns, power_of_two, height)
+    _rows_kernel[grid](x_RC, index_M, q, scales, rows, columns, power_of_two, height)
+    return Quantised(q, scales)
+
+
+def quantise_whole_rows(x_RC: Tensor, power_of_two: bool, index_M: Tensor) -> Quantised:
+    """Quantise rows with one scale each; see `quantise_rows` for the arguments.
+
+    Returns:
+        e4m3 [M, C], and fp32 scales [M].
+    """
+    rows, columns = len(index_M), x_RC.shape[1]
+    q = x_RC.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = x_RC.new_empty(rows, dtype=torch.float32)
+    width = 1024
+    _whole_rows_kernel[(rows,)](x_RC, index_M, q, scales, columns, power_of_two, width)
     return Quantised(q, scales)
 
 

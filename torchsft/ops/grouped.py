@@ -3,8 +3,11 @@
 Shape suffixes: R rows sorted by expert, I inputs, O outputs, E experts held here.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLACKWELL = 10, 0  # compute capability
 
 
 class Products:
@@ -25,13 +28,21 @@ class Products:
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI."""
         grad_EOI = F.grouped_mm(grad_RO.mT, x_RI, offs=offs_E)
-        zero_gradients_without_rows(offs_E, grad_EOI)
+        if leaves_gradients_without_rows(offs_E.device):
+            zero_gradients_without_rows(offs_E, grad_EOI)
         return grad_EOI
+
+
+def leaves_gradients_without_rows(device: torch.device) -> bool:
+    """Whether `F.grouped_mm` leaves the gradient of an expert without rows as it was in memory
+    (pytorch issue 172439).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BLACKWELL
 
 
 def zero_gradients_without_rows(offs_E: Tensor, *gradients: Tensor | None) -> None:
     """Zero what an expert without rows gets: it has no terms to add up, and some kernels leave its
-    gradient as it was in memory (pytorch issue 172439).
+    gradient as it was in memory.
     """
     rows_E = offs_E.diff(prepend=offs_E.new_zeros(1))
     empty_E11 = (rows_E == 0).view(-1, 1, 1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
-from torchsft.ops.grouped import zero_gradients_without_rows
+from torchsft.ops.grouped import leaves_gradients_without_rows, zero_gradients_without_rows
 from torchsft.ops.repetition import once
 
 
@@ -79,5 +79,6 @@ class _GroupedLinear(torch.autograd.Function):
             grad_x_RI = F.grouped_mm(grad_RO, weight_EIO.mT, offs=offs_E)
         if want_weight:
             grad_weight = F.grouped_mm(x_RI.mT, grad_RO, offs=offs_E)
-        zero_gradients_without_rows(offs_E, grad_weight)
+            if leaves_gradients_without_rows(grad_weight.device):
+                zero_gradients_without_rows(offs_E, grad_weight)
         return grad_x_RI, grad_weight, None, None

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 Result = TypeVar("Result")
 # Where tokens go, and what that asks of other ranks and of the host: kept by every layer that is
 # computed again, which so cannot route otherwise.
-ROUTING = frozenset({"choice", "order", "exchange", "frequency"})
+ROUTING = frozenset({"choice", "exchange", "frequency"})
 ATTENTION, PRODUCTS = "attention", "products"
 
 

@@ -4,6 +4,7 @@
     grouped_swiglu    down(silu(gate(x)) * up(x) * weight) for rows sorted by expert, with
                       `F.grouped_mm`; saves x, gate|up and weights, recomputes the rest. Its plain
                       twin is `grouped_swiglu_reference`, one matrix product per expert.
+    weighted_swiglu   what is between its products; the kernels are in ops/swiglu_kernels.py
 
 The routing weight of a row stands before the down projection, which is linear: so its gradient
 needs no output of the experts, which then need not be kept, nor computed again and sent back.
@@ -19,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchsft.ops import gradients_asked_for, plain
+from torchsft.ops import gradients_asked_for, kernels, plain
 from torchsft.ops.grouped import Products
-from torchsft.ops.repetition import PRODUCTS, once
+from torchsft.ops.repetition import PRODUCTS, once, repeating
 
 # the products of gate|up and of down
 ExpertProducts = tuple[Products, Products]
@@ -70,21 +71,84 @@ def grouped_swiglu_reference(
     rows = zip(x_RD.split(lengths), weights_R1.split(lengths), gate_up, down, strict=True)
     outputs = []
     for x, weights, expert_gate_up, expert_down in rows:
-        gate, up = products[0].linear(x, expert_gate_up, None).chunk(2, dim=-1)
-        hidden = weighted_swiglu(gate, up, weights)
+        both = products[0].linear(x, expert_gate_up, None)
+        hidden = weighted_swiglu_reference(both, weights)
         outputs.append(products[1].linear(hidden, expert_down, None))
     return torch.cat(outputs)
 
 
-def weighted_swiglu(gate_RF: Tensor, up_RF: Tensor, weights_R1: Tensor) -> Tensor:
-    """silu(gate) * up * weight, computed in fp32 (float64 stays float64) and rounded once."""
-    if gate_RF.dtype.itemsize >= 4:
-        return swiglu_reference(gate_RF, up_RF) * weights_R1
+def weighted_swiglu(both_RG: Tensor, weights_R1: Tensor) -> Tensor:
+    """silu(gate) * up * weight of gate|up, [R, F], computed in fp32 (float64 stays float64) and
+    rounded once.
+    """
+    if kernels(both_RG):
+        from torchsft.ops import swiglu_kernels
+
+        return swiglu_kernels.weighted_swiglu(both_RG.contiguous(), weights_R1.contiguous())
+    return weighted_swiglu_reference(both_RG, weights_R1)
+
+
+def weighted_swiglu_reference(both_RG: Tensor, weights_R1: Tensor) -> Tensor:
+    """`weighted_swiglu` in plain PyTorch."""
+    if both_RG.dtype.itemsize >= 4:
+        return _weighted_swiglu_at_once(both_RG, weights_R1)
     # in pieces: the whole of it in fp32 would need twice its memory
-    pieces = zip(gate_RF.chunk(16), up_RF.chunk(16), weights_R1.chunk(16), strict=True)
-    return torch.cat(
-        [(swiglu_reference(gate.float(), up) * w).to(gate.dtype) for gate, up, w in pieces]
-    )
+    pieces = zip(both_RG.chunk(16), weights_R1.chunk(16), strict=True)
+    return torch.cat([_weighted_swiglu_at_once(*piece) for piece in pieces])
+
+
+def _weighted_swiglu_at_once(both_RG: Tensor, weights_R1: Tensor) -> Tensor:
+    """Compute a piece, or all of it."""
+    gate_RF, up_RF = both_RG.chunk(2, dim=-1)
+    if both_RG.dtype.itemsize < 4:
+        gate_RF = gate_RF.float()
+    return (swiglu_reference(gate_RF, up_RF) * weights_R1).to(both_RG.dtype)
+
+
+def weighted_swiglu_backward(
+    both_RG: Tensor, weights_R1: Tensor, grad_RF: Tensor, keep_hidden: bool
+) -> Tensor:
+    """Go back through `weighted_swiglu`.
+
+    Args:
+        both_RG: gate|up, contiguous; replaced by its gradient.
+        weights_R1: as they were.
+        grad_RF: gradient of the result, contiguous; replaced by that result if `keep_hidden`, else
+            undefined afterwards.
+        keep_hidden: whether the result is wanted again.
+
+    Returns:
+        The gradient of the weights.
+    """
+    if kernels(both_RG):
+        from torchsft.ops import swiglu_kernels
+
+        weights_R1 = weights_R1.contiguous()
+        return swiglu_kernels.weighted_swiglu_backward(both_RG, weights_R1, grad_RF, keep_hidden)
+    return weighted_swiglu_backward_reference(both_RG, weights_R1, grad_RF, keep_hidden)
+
+
+def weighted_swiglu_backward_reference(
+    both_RG: Tensor, weights_R1: Tensor, grad_RF: Tensor, keep_hidden: bool
+) -> Tensor:
+    """`weighted_swiglu_backward` in plain PyTorch."""
+    dots = []
+    # In pieces that stay in the cache.
+    pieces = (x.chunk(16) for x in (both_RG, weights_R1, grad_RF))
+    for both, weights, grad in zip(*pieces, strict=True):
+        hidden = _weighted_swiglu_at_once(both, weights) if keep_hidden else None
+        gate, up = both.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        dots.append((grad.to(weights.dtype) * activated * up).sum(-1, keepdim=True))
+        grad.mul_(weights)
+        grad_activated = grad * up
+        torch.mul(grad, activated, out=up)
+        # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a
+        # second backward through the same graph is refused by autograd's version check).
+        torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
+        if hidden is not None:
+            grad.copy_(hidden)
+    return torch.cat(dots)
 
 
 class _Swiglu(torch.autograd.Function):
@@ -179,7 +243,9 @@ class _Down(torch.autograd.Function):
         products: Products,
     ) -> Tensor:
         ctx.shape = both_RG.shape
-        hidden_RF = weighted_swiglu(*both_RG.chunk(2, dim=-1), weights_R1)
+        if repeating():  # whose backward pass reads no output
+            return both_RG.new_empty(len(both_RG), down.shape[1])
+        hidden_RF = weighted_swiglu(both_RG, weights_R1)
         return products.forward(hidden_RF, down, offs_E)
 
     @staticmethod
@@ -202,26 +268,10 @@ def _first_traversal(
     later: bool,  # whether another traversal follows
 ) -> tuple[_Kept, Tensor | None]:
     """Go back to gate|up, and give the gradient of the down projection, if it is wanted."""
-    gate, up = both_RG.chunk(2, dim=-1)
-    grad_hidden = of_down.grad_rows(grad_RD, down, offs_E)
-    hidden_RF = grad_down = None
-    if want_down or later:
-        hidden_RF = weighted_swiglu(gate, up, weights_R1)
-    if want_down:
-        grad_down = of_down.grad_weight(grad_RD, hidden_RF, offs_E)
-    if not later:
-        hidden_RF = None
-    activated = F.silu(gate)
-    # In pieces that stay in the cache.
-    pieces = zip(grad_hidden.chunk(16), activated.chunk(16), up.chunk(16), strict=True)
-    wide = weights_R1.dtype
-    dots = [(g.to(wide) * a * u).sum(-1, keepdim=True) for g, a, u in pieces]
-    grad_hidden.mul_(weights_R1)
-    grad_activated = grad_hidden * up
-    grad_up = grad_hidden.mul_(activated)
-    del activated
-    # The gradient of gate|up takes the place of gate|up, which nothing reads after this (a second
-    # backward through the same graph is refused by autograd's version check).
-    torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
-    up.copy_(grad_up)
-    return _Kept(x_RD, gate_up, offs_E, hidden_RF, both_RG, torch.cat(dots)), grad_down
+    grad_RF = of_down.grad_rows(grad_RD, down, offs_E)
+    wanted = want_down or later
+    grad_weights_R1 = weighted_swiglu_backward(both_RG, weights_R1, grad_RF, wanted)
+    hidden_RF = grad_RF  # in whose place it is, if it is wanted
+    grad_down = of_down.grad_weight(grad_RD, hidden_RF, offs_E) if want_down else None
+    kept_RF = hidden_RF if later else None
+    return _Kept(x_RD, gate_up, offs_E, kept_RF, both_RG, grad_weights_R1), grad_down

@@ -59,6 +59,13 @@ class Padding(NamedTuple):
         x_MC[self.place_R] = x_RC
         return x_MC
 
+    def index_M(self) -> Tensor:
+        """Return which row each padded row is, int32; -1: zeros."""
+        rows = len(self.place_R)
+        index_M = self.place_R.new_full((self.count,), -1, dtype=torch.int32)
+        index_M[self.place_R] = torch.arange(rows, device=index_M.device, dtype=torch.int32)
+        return index_M
+
 
 def padding_of(offs_E: Tensor, rows: int, multiple: int) -> Padding:
     """Pad the rows of each expert to a multiple.

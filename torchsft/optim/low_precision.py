@@ -16,10 +16,9 @@ run that continues needs no state of a generator. Everything between is fp32.
 
 import functools
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +32,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW calls them
 CHUNK_ELEMENTS = 2**24  # the most that are in fp32 at a time, but at least one entry of dim 0
 
 
-def hashed(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def hashed(seed: int | Tensor, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Return random bits for each element of a box of a tensor.
 
     They depend on the element's place in the whole tensor and on `seed` alone (both modulo 2^32:
-    elements that lie 2^32 apart have the same). The hash is the finaliser "lowbias32" of
-    https://nullprogram.com/blog/2018/07/31.
+    elements that lie 2^32 apart have the same).
 
     Args:
-        seed: any whole number.
+        seed: any whole number; or an int32 scalar on the device.
         box: the part of the tensor.
         shape: of the whole tensor.
         device: on which they are computed.
@@ -58,7 +56,13 @@ def hashed(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) ->
         along = along * _int32(stride) + _int32(start * stride)
         place = along.view(-1, *[1] * place.ndim) + place
         stride *= size
-    bits = place ^ _int32(seed)
+    return _mix(place ^ (seed if isinstance(seed, Tensor) else _int32(seed)))
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Hash int32 numbers, in place: the finaliser "lowbias32" of
+    https://nullprogram.com/blog/2018/07/31.
+    """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         # `>>` of a negative int32 brings in ones, which are not among the bits that move
         moved = 2 ** (32 - shift) - 1
@@ -184,8 +188,34 @@ class _Chunk:
             )
 
 
+class _Factors(NamedTuple):
+    """What depends on the number of a step; scalars, or a vector of each for many parameters.
+
+    Attributes:
+        number: from 1, int32.
+        of_root: of the root of the second moment, 1 / sqrt(1 - beta2^number).
+        of_change: of the change of a parameter, lr / (1 - beta1^number).
+    """
+
+    number: Tensor
+    of_root: Tensor
+    of_change: Tensor
+
+    @classmethod
+    def of(cls, number_n: Tensor, group: dict[str, Any]) -> "_Factors":
+        """Compute those of n parameters of a group, in float64 and rounded to fp32."""
+        beta1, beta2 = group["betas"]
+        exponent_n = number_n.double()
+        of_root_n = (1 - beta2**exponent_n).rsqrt()
+        of_change_n = group["lr"] / (1 - beta1**exponent_n)
+        return cls(number_n.int(), of_root_n.float(), of_change_n.float())
+
+
 class LowPrecisionAdamW(torch.optim.Optimizer):
     """AdamW as torch has it, with `moments` fp32, bf16 or int8, and parameters of fp32 or bf16.
+
+    The number of a step lies on the device, where its bias corrections and random bits are made:
+    the host does not know whether a step before counted (`found_inf`, see `FusedAdamW`).
 
     Args:
         groups: of parameters.
@@ -210,17 +240,21 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Update all parameters that have gradients."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state |= self._zero_moments(parameter)
-                state["step"] += 1
-                step = int(state["step"])
-                for chunk in _Chunk.all_of(parameter, state):
-                    self._update(chunk, group, parameter, step)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+                    self.state[parameter] |= self._zero_moments(parameter)
+            if not parameters:
+                continue
+            numbers = [self.state[parameter]["step"] for parameter in parameters]
+            found_inf = getattr(self, "found_inf", numbers[0].new_zeros(()))
+            torch._foreach_add_(numbers, 1)
+            factors = _Factors.of(torch.stack(numbers), group)
+            torch._foreach_sub_(numbers, [found_inf] * len(numbers))
+            for parameter, *of_step in zip(parameters, *factors, strict=True):
+                for chunk in _Chunk.all_of(parameter, self.state[parameter]):
+                    self._update(chunk, group, parameter, _Factors(*of_step), found_inf > 0)
 
     def _zero_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return both moments of a parameter, placed as it is."""
@@ -238,7 +272,12 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         return moments
 
     def _update(
-        self, chunk: _Chunk, group: dict[str, Any], parameter: nn.Parameter, step: int
+        self,
+        chunk: _Chunk,
+        group: dict[str, Any],
+        parameter: nn.Parameter,
+        factors: _Factors,
+        skip: Tensor,
     ) -> None:
         """Update some entries of a parameter and their moments.
 
@@ -246,35 +285,39 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             chunk: the entries.
             group: of the optimizer, with the options.
             parameter: which they are of.
-            step: its number, from 1.
+            factors: of this step.
+            skip: bool scalar: all shall stay as it is.
         """
         (beta1, beta2), lr = group["betas"], group["lr"]
         average, square = (_read(chunk.state, moment) for moment in MOMENTS)
-        average.lerp_(chunk.gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(chunk.gradient, chunk.gradient, value=1 - beta2)
-        weight = chunk.weight.float()
-        weight.mul_(1 - lr * group["weight_decay"])
-        root = square.sqrt() / math.sqrt(1 - beta2**step)
-        divisor = root.add_(group["eps"])
-        weight.addcdiv_(average, divisor, value=-lr / (1 - beta1**step))
+        average = average.lerp(chunk.gradient, 1 - beta1)
+        square = square.mul(beta2).addcmul_(chunk.gradient, chunk.gradient, value=1 - beta2)
+        weight = chunk.weight.float().mul(1 - lr * group["weight_decay"])
+        divisor = square.sqrt().mul_(factors.of_root).add_(group["eps"])
+        weight.sub_(average.div(divisor).mul_(factors.of_change))
 
         def bits(what: str) -> Tensor:
-            text = f"{self.names[parameter]} {what} {step}"
+            text = f"{self.names[parameter]} {what}"
             digest = hashlib.sha256(text.encode()).digest()
-            seed = int.from_bytes(digest[:4], "little")
+            seed = _mix(factors.number ^ _int32(int.from_bytes(digest[:4], "little")))
             return hashed(seed, chunk.box, tuple(parameter.shape), weight.device)
+
+        def store(where: Tensor, values: Tensor) -> None:
+            torch.where(skip, where, values, out=where)
 
         for moment, values in zip(MOMENTS, (average, square), strict=True):
             stored = chunk.state[moment]
             if stored.dtype == torch.uint8:
                 codes, scales = to_int8(values, bits(moment), signed=_is_signed(moment))
-                stored.copy_(codes)
-                chunk.state[f"{moment}_scale"].copy_(scales)
+                store(chunk.state[f"{moment}_scale"], scales)
+                store(stored, codes)
             elif stored.dtype == torch.bfloat16:
-                stored.copy_(to_bf16(values, bits(moment)))
+                store(stored, to_bf16(values, bits(moment)))
+            else:
+                store(stored, values)
         if chunk.weight.dtype == torch.bfloat16:
             weight = to_bf16(weight, bits("weight"))
-        chunk.weight.copy_(weight)
+        store(chunk.weight, weight)
 
 
 def _is_signed(moment: str) -> bool:

@@ -153,6 +153,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all parameters that have gradients; collective."""
+        found_inf = self.adamw.found_inf = getattr(self, "found_inf", None)  # see `FusedAdamW`
+        skip = None if found_inf is None else found_inf > 0
         self.adamw.step()
         for group in self.matrix_groups:
             # Those of one shape are orthogonalised together, over all layers.
@@ -160,13 +162,19 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                key = parameter.shape, getattr(parameter, "placements", ())
+                key = parameter.shape, None, ()
+                if isinstance(parameter, DTensor):
+                    key = parameter.shape, parameter.device_mesh, parameter.placements
                 alike.setdefault(key, []).append(parameter)
             for parameters in alike.values():
-                self._update(parameters, group)
+                self._update(parameters, group, skip)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update parameters of one shape that are placed alike."""
+    def _update(
+        self, parameters: list[nn.Parameter], group: dict[str, Any], skip: Tensor | None
+    ) -> None:
+        """Update parameters of one shape that are placed alike, where not `skip` (a bool scalar on
+        their device, or None).
+        """
         like, rows, lr = parameters[0], group["rows"], group["lr"]
         splits = splits_of(like)
         height, width = like.shape[-2:]
@@ -179,11 +187,18 @@ class Muon(torch.optim.Optimizer):
         for first in range(0, len(parts), at_once):
             batch = parts[first : first + at_once]
             weights, gradients, momenta = zip(*batch, strict=True)
-            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-            x_nAB = torch.stack(ahead).to(dtype)
-            x_nAB = orthogonalise_parts(x_nAB, splits, rows)
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            gradient_nAB, momentum_nAB = torch.stack(gradients), torch.stack(momenta)
+            kept_share = 1 - lr * group["weight_decay"]
+            if skip is not None:  # the momentum moves to itself
+                gradient_nAB = torch.where(skip, momentum_nAB, gradient_nAB)
+                kept_share = torch.where(skip, 1.0, kept_share)
+            momentum_nAB.lerp_(gradient_nAB, 1 - MOMENTUM)
+            torch._foreach_copy_(momenta, momentum_nAB.unbind())
+            ahead_nAB = gradient_nAB.lerp_(momentum_nAB, MOMENTUM)
+            x_nAB = orthogonalise_parts(ahead_nAB.to(dtype), splits, rows)
+            if skip is not None:
+                x_nAB = torch.where(skip, 0, x_nAB)
+            torch._foreach_mul_(weights, kept_share)
             torch._foreach_add_(weights, x_nAB.unbind(), alpha=-lr * scale)
 
     def _parts(self, parameters: list[nn.Parameter]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -40,6 +40,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from torchsft.models.language_model import LanguageModel
+from torchsft.optim.fused import FusedAdamW
 
 
 @dataclass(eq=False)
@@ -56,7 +57,7 @@ class _Unit:
     module: FSDPModule
     parts: list[FSDPParam]
     groups: list[dict] = field(default_factory=list)
-    adamw: torch.optim.AdamW | None = None
+    adamw: FusedAdamW | None = None
     done: Future | None = None
 
 
@@ -114,7 +115,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         for unit in self.units:
             if unit.groups:
                 copies = [dict(group) for group in unit.groups]
-                unit.adamw = torch.optim.AdamW(copies, fused=True)
+                unit.adamw = FusedAdamW(copies, fused=True)
         self.device = next(stages[0].buffers()).device
         is_cuda = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if is_cuda else None
@@ -154,6 +155,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         for unit in self.units:
             if unit.adamw is not None:
                 unit.adamw.state = self.state
+                unit.adamw.found_inf = getattr(self, "found_inf", None)
                 for own, group in zip(unit.adamw.param_groups, unit.groups, strict=True):
                     own.update(group)  # this step's learning rate
             unit.done = self.thread.submit(self._update, unit, not is_first)

@@ -58,6 +58,25 @@ def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share
 
 
+def describe_rest(step: int, updates: int, optim: Optim, total_steps: int) -> str:
+    """Say where the learning rate stands and ends, of a run that is longer or shorter than before.
+
+    Args:
+        step: steps taken.
+        updates: those of them that counted.
+        optim: of the run.
+        total_steps: of the run.
+    """
+    last_update = updates + total_steps - step - 1
+    now, end = (
+        optim.lr * lr_factor(update, optim, total_steps) for update in (updates, last_update)
+    )
+    return (
+        f"its {optim.schedule} schedule now ends at step {total_steps}; the learning rate goes on "
+        f"at {now:.3g} and ends at {end:.3g}"
+    )
+
+
 def warmup_steps(optim: Optim, total_steps: int) -> int:
     """Return steps of the warm-up.
 

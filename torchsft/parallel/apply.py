@@ -1,5 +1,5 @@
-"""The one place that orders what is done to a model: tensor, expert, context parallelism,
-activation checkpointing, FSDP2.
+"""The one place that orders what is done to a model: tensor, expert, context parallelism, number
+formats, activation checkpointing, compilation, FSDP2.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from torchsft.config import Precision, Train
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.activation import apply_activation_checkpointing
 from torchsft.parallel.blockwise import apply_blockwise
+from torchsft.parallel.compile import apply_compile
 from torchsft.parallel.context import apply_context_parallel
-from torchsft.parallel.expert import apply_expert_parallel
+from torchsft.parallel.expert import apply_expert_parallel, node_groups
 from torchsft.parallel.expert_float8 import apply_expert_float8
 from torchsft.parallel.float8 import apply_float8
 from torchsft.parallel.fsdp import apply_fsdp
@@ -45,6 +46,7 @@ def parallelize(
     reshard_after_forward: bool = True,  # see `apply_fsdp`
     precision: Precision | None = None,  # of products; None: that of `compute`
     offload: bool = False,  # keep parameters and gradients in host memory
+    compiled: bool = False,  # compile what lies between collectives
 ) -> None:
     """Distribute this rank's part of a model, built on the meta device, over `world`, in place; no
     memory is allocated.
@@ -55,10 +57,11 @@ def parallelize(
     Raises:
         InputError: something does not divide over the mesh.
     """
+    groups = node_groups(world)
     for stage in stages:
         if world.dense["tp"].size() > 1:
             apply_tensor_parallel(stage, world)
-        apply_expert_parallel(stage, world.expert)
+        apply_expert_parallel(stage, world, groups)
         if world.dense["cp"].size() > 1:
             apply_context_parallel(stage, world)
         if precision and precision.compute == "blockwise":
@@ -73,6 +76,8 @@ def parallelize(
         if precision and precision.experts != "same":
             apply_expert_float8(stage, world.device, precision.experts, compute)
         apply_activation_checkpointing(stage, activations or Train(), world.device)
+        if compiled:
+            apply_compile(stage)
         if masters != torch.float32:
             cast_parameters(stage, masters)
         if world.dense.size() > 1 or {compute, masters} != {torch.float32} or offload:

@@ -18,8 +18,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from torchsft.config import InputError
-from torchsft.models.language_model import LanguageModel
+from torchsft.models.language_model import DecoderLayer, LanguageModel
 from torchsft.models.moe import Experts
+from torchsft.parallel.compute_copies import ComputeCopies
 from torchsft.parallel.float8 import gather_in_float8
 
 
@@ -53,6 +54,20 @@ def _check_experts(layer: str, experts: Experts, shards: int) -> None:
             )
 
 
+def _is_alone(edp: DeviceMesh, masters: torch.dtype, offload: bool) -> bool:
+    """Whether experts are left out of FSDP2; see `apply_fsdp`."""
+    return edp.size() == 1 and masters == torch.float32 and not offload
+
+
+def _own(layer: DecoderLayer, experts: Experts, compute: torch.dtype, *, keep: bool) -> None:
+    """Leave experts as they are, and let them compute in a dtype."""
+    if compute == torch.float32:
+        return
+    experts.read = ComputeCopies(compute, keep)
+    if not keep and layer.recompute is None:
+        experts.read.save_none(experts)
+
+
 def apply_fsdp(
     model: LanguageModel,
     parameter_mesh: DeviceMesh,
@@ -63,13 +78,16 @@ def apply_fsdp(
 ) -> None:
     """Shard `model` in place; forward and backward run in `compute`, gradients are summed in fp32.
 
-    Except over `tp`: what is partial there FSDP2 sums before, in `compute` for each microbatch
-    (with a pipeline once, in fp32).
+    Not over `tp`: `gradients.sum_summands` does that behind the last microbatch.
 
     Units: each layer; inside it the experts (dim 1 over `edp`, as dim 0 belongs to `ep`) and, below
     fp32, the router, which stays fp32; the rest (embedding, last norm, head) is the root. While a
     layer computes, the next one is gathered; its experts are named, since FSDP2 by itself looks one
     unit ahead, which would be this layer's own experts.
+
+    Experts that no other rank has a part of (edp 1, no replicas) are left out, as they have nothing
+    to gather and nothing to sum: see parallel/compute_copies.py. Not with `offload`, which copies
+    what FSDP2 has summed, nor with masters in bf16, whose gradients FSDP2 sums in fp32 beside them.
 
     `model` is all of it, or the part that one pipeline stage holds; the meshes are
     `World.parameter` and `World.expert`. `reshard_after_forward` frees the gathered parameters
@@ -94,14 +112,19 @@ def apply_fsdp(
     units: list[list[FSDPModule]] = []  # of each layer, in the order in which they are needed
     moe_layers = model.moe_layers()
     for name, layer in model.model.layers.items():
-        parts = []
+        parts, ignored = [], None
         if name in moe_layers:
             gate, experts = moe_layers[name].gate, moe_layers[name].experts
             _check_experts(name, experts, expert_mesh["edp"].size())
-            if {compute, experts.down_proj.dtype} != {torch.float32}:
+            masters = experts.down_proj.dtype
+            if {compute, masters} != {torch.float32}:
                 parts.append(fully_shard(gate, **of_router))
-            parts.append(fully_shard(experts, **of_experts))
-        units.append([fully_shard(layer, **options), *parts])
+            if _is_alone(edp, masters, offload):
+                ignored = set(experts.parameters())
+                _own(layer, experts, compute, keep=not reshard_after_forward)
+            else:
+                parts.append(fully_shard(experts, **of_experts))
+        units.append([fully_shard(layer, ignored_params=ignored, **options), *parts])
     # The root is needed again as soon as the backward pass begins: FSDP2's default (None) keeps it.
     options["reshard_after_forward"] = None if reshard_after_forward else False
     fully_shard(model, **options)

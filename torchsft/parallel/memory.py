@@ -53,14 +53,15 @@ def held_bytes(
         Bytes that more data ranks would share: weight, gradient and moments, or of a frozen
         parameter the weight. And bytes that they would not: where gathered parameters are
         kept for a whole step, these, in `compute`, and their fp32 gradients, which are scattered
-        behind the last microbatch (so that they stand in for the sharded ones).
+        behind the last microbatch (so that they stand in for the sharded ones); of experts that are
+        never gathered (parallel/compute_copies.py) the copies alone.
     """
     sharded = 0 if optim.offload else held_moments(model, optim)
     gathered = 0
     for parameter in model.parameters():
         weight = parameter.dtype.itemsize
         trained = parameter.requires_grad
-        keeps_gathered = not reshard_after_forward and isinstance(parameter, DTensor)
+        keeps_gathered = not reshard_after_forward and _is_gathered(parameter)
         each = weight
         if optim.offload:
             each = compute.itemsize
@@ -72,7 +73,10 @@ def held_bytes(
         if keeps_gathered:
             each = compute.itemsize + FP32 * trained + 2 * fp8
             gathered += each * gathered_elements(parameter)
-    return sharded, gathered
+        elif not reshard_after_forward:
+            each = compute.itemsize * (compute != parameter.dtype) + 2 * fp8
+            gathered += each * local(parameter).numel()
+    return math.ceil(sharded), math.ceil(gathered)
 
 
 def held_moments(model: nn.Module, optim: Optim) -> int:
@@ -108,6 +112,11 @@ def check_moments(model: nn.Module) -> None:
                 f"--optim.moments int8 has blocks of {BLOCK} entries of a row, but ranks share "
                 f"rows of {name} in parts of {width}; lower --parallel.tp, or use bf16"
             )
+
+
+def _is_gathered(parameter: nn.Parameter) -> bool:
+    """Whether FSDP2 gathers it: not experts that are split by ep alone."""
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != ("ep",)
 
 
 def has_replicas(parameter: nn.Parameter) -> bool:

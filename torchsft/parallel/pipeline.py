@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.language_model import LanguageModel
-from torchsft.parallel.gradients import sum_with
+from torchsft.parallel.gradients import sum_summands, sum_with
 from torchsft.parallel.stages import StagePlan, schedule_class
 from torchsft.parallel.torch_pipelining import Stage, forward_only_schedule, run_schedule
 from torchsft.parallel.world import World
@@ -107,6 +107,7 @@ class Runner(ABC):
         shares_tokens = world.sequence["sequence"].size() > 1
         self.needs_all_tokens = world.dense["pp"].size() > 1 or shares_tokens
         self.zero = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.tp = world.parameter["tp"]  # each such look-up makes a mesh
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield this rank's parameters, of those on several pipeline ranks the first one's."""
@@ -203,6 +204,7 @@ class OneStage(Runner):
             loss = model(**batch.to(self.world.device).model_inputs())
             (loss / divisor).backward()
             total += loss.detach()
+        sum_summands(model.parameters(), self.tp)
         return total
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
@@ -240,9 +242,6 @@ class Pipeline(Runner):
         self.divisor, self.total = 1.0, self.zero
         self.ends = plan.ranks[0], plan.ranks[-1]
         self.stages = self._stages(training=True)
-        # NCCL sets up a group's communicator in its first call, which all of its ranks must join;
-        # two neighbours do not.
-        dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
         kind = schedule_class(schedule)
         takes_several = issubclass(kind, PipelineScheduleMulti)
         self.schedule = kind(
@@ -267,6 +266,7 @@ class Pipeline(Runner):
         self.divisor, self.total = divisor, self.zero.clone()
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)
+        sum_summands(super().parameters(), self.tp)
         if self.shared is not None:
             (peer,) = {*self.ends} - {dist.get_rank(self.group)}
             sum_with(self.shared, peer, self.group)

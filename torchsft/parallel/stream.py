@@ -102,6 +102,16 @@ def _stream(
     return run(x_SD, layer, documents, _slices(len(x_SD), pieces), moves)
 
 
+def _attend(layer: DecoderLayer, x_SD: Tensor, documents: Documents) -> Tensor:
+    """Add what attention returns."""
+    return x_SD + layer.self_attn(layer.input_layernorm(x_SD), documents)
+
+
+def _feed(layer: DecoderLayer, x_SD: Tensor, documents: Documents) -> Tensor:
+    """Add what the feed-forward network returns."""
+    return layer.feed(x_SD, layer.post_attention_layernorm(x_SD), documents)
+
+
 class _Streamed(torch.autograd.Function):
     """A layer, of whose first pass the input [S, D] is kept, and the routing of each piece."""
 
@@ -114,7 +124,7 @@ class _Streamed(torch.autograd.Function):
         parts: list[slice],
         moves: tuple[Callable[[Any], Any], ...],
     ) -> Tensor:
-        attended_SD = layer.attend(x_SD, documents)
+        attended_SD = _attend(layer, x_SD, documents)
         kept: list[dict[str, Any]] = [{} for _ in parts]
         if isinstance(layer.mlp, MoE) and layer.mlp.is_balanced():
             frequency_NE = _frequency(layer, attended_SD, documents, parts)
@@ -122,7 +132,7 @@ class _Streamed(torch.autograd.Function):
         y_SD = torch.empty_like(attended_SD)
         for part, routing in zip(parts, kept, strict=True):
             with Pass(ROUTING, routing, False, *moves[:1]):
-                y_SD[part] = layer.feed(attended_SD[part], documents.part(part))
+                y_SD[part] = _feed(layer, attended_SD[part], documents.part(part))
         ctx.save_for_backward(x_SD)
         ctx.layer, ctx.documents, ctx.moves = layer, documents, moves
         ctx.pieces = list(zip(parts, kept, strict=True))
@@ -134,13 +144,13 @@ class _Streamed(torch.autograd.Function):
         x_SD = ctx.saved_tensors[0].detach().requires_grad_()
         # Attention first, whose output the pieces begin with; its backward pass comes last.
         with torch.enable_grad():
-            attended_SD = layer.attend(x_SD, documents)
+            attended_SD = _attend(layer, x_SD, documents)
         grad_attended_SD = torch.empty_like(grad_SD)
         sums = _Sums(layer.post_attention_layernorm, layer.mlp)
         for part, routing in ctx.pieces:
             piece_SD = attended_SD.detach()[part].requires_grad_()
             with torch.enable_grad(), Pass(ROUTING, routing, True, *ctx.moves[1:]):
-                y_SD = layer.feed(piece_SD, documents.part(part))
+                y_SD = _feed(layer, piece_SD, documents.part(part))
             torch.autograd.backward(y_SD, grad_SD[part])
             grad_attended_SD[part] = piece_SD.grad
             sums.take()

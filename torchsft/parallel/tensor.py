@@ -17,9 +17,9 @@ name -> style:
                   of the tensor group
 
 Every other parameter is replicated and meets this rank's tokens alone, so that its gradient is a
-summand (`Partial`); experts belong to the expert mesh and are not split here. All of it is DTensor
-placements: `local` (models/decoder.py) names those of the gradients, and FSDP2 sums what is
-partial.
+summand; experts belong to the expert mesh and are not split here. The parameters' placements say
+which is which: behind the last microbatch `gradients.sum_summands` sums the gradients of what is
+`Replicate` over `tp`.
 """
 
 from collections.abc import Mapping

@@ -40,6 +40,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from torchsft.models.language_model import LanguageModel
+from torchsft.parallel.compute_copies import free_copies
 from torchsft.parallel.world import World
 
 # It logs the whole schedule, a line for each of its steps, on every rank behind every error.
@@ -220,6 +221,7 @@ def run_schedule(
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
+    free_copies(stage.submod for stage in stages)
     results = [result for stage in stages for result in stage.results]
     for stage in stages:
         stage.clear_runtime_states()

@@ -24,12 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchsft.config import InputError, Parallel
-
-WRITERS_TIMEOUT = timedelta(days=1)
+from torchsft.parallel.cluster import (
+    check_interface,
+    files_needed,
+    raise_file_limit,
+    write_record,
+)
+from torchsft.parallel.collectives import PATIENCE, patient
+from torchsft.parallel.groups import connect, groups_of, make_meshes
 
 
 @contextmanager
@@ -92,6 +96,27 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
         "expert": {**outer, "edp": inner // parallel.ep, "ep": parallel.ep},
         "sequence": {"data": world_size // sequence, "sequence": sequence},
     }
+
+
+def nodes_of_experts(parallel: Parallel, ranks_per_node: int) -> int:
+    """Return over how many nodes the ranks of an ep group exchange rows at two levels; 1: they do
+    so at one level.
+
+    Raises:
+        InputError: --parallel.ep-exchange two-level cannot be followed.
+    """
+    ep = parallel.ep
+    if parallel.ep_exchange == "flat":
+        return 1
+    if ranks_per_node > 1 and ep > ranks_per_node and ep % ranks_per_node == 0:
+        return ep // ranks_per_node
+    if parallel.ep_exchange == "two-level":
+        raise InputError(
+            f"--parallel.ep-exchange two-level needs an ep of several nodes, with several ranks on "
+            f"each, but --parallel.ep is {ep} and a node has {ranks_per_node} (LOCAL_WORLD_SIZE); "
+            f"set the exchange to flat or auto, or ep to a larger multiple of the ranks per node"
+        )
+    return 1
 
 
 def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -161,7 +186,9 @@ class World:
         self.is_main = self.rank == 0  # the one rank that prints and writes single files
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         sizes = mesh_sizes(parallel, self.size)  # before anything is started
+        self.expert_nodes = nodes_of_experts(parallel, self.ranks_per_node)
         cuda = torch.cuda.is_available()
         if cuda and self.local_rank >= torch.cuda.device_count():
             raise InputError(
@@ -171,7 +198,9 @@ class World:
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        timeout = timedelta(seconds=parallel.timeout_seconds)
+        check_interface()
+        raise_file_limit(files_needed(sizes, self.size, cuda))
+        self.timeout = timeout = timedelta(seconds=parallel.timeout_seconds)
         if "RANK" in os.environ:
             store, rank, size = _meet(timeout)
             store = fresh_store(store, rank, size, timeout)
@@ -179,16 +208,13 @@ class World:
             store, rank, size = dist.HashStore(), 0, 1
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-        self.dense, self.parameter, self.expert, self.sequence = (
-            self._mesh(axes, timeout) for axes in sizes.values()
-        )
+        meshes = make_meshes(sizes, self.device.type, timeout).values()
+        self.dense, self.parameter, self.expert, self.sequence = meshes
         shard = sizes["dense"]["dp_shard"]
         # A gloo group of all ranks for the thread that writes checkpoints, None on a world of one:
         # this thread's talk must not mix with the step's, and waits for the slowest rank's file
         # system.
-        self.writers = (
-            dist.new_group(backend="gloo", timeout=WRITERS_TIMEOUT) if self.size > 1 else None
-        )
+        self.writers = dist.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
         # among how many the rows are shared; `data_rank` is this rank's share
         self.data_size = parallel.dp_replicate * shard
         replica, share = map(self.dense.get_local_rank, ("dp_replicate", "dp_shard"))
@@ -198,18 +224,23 @@ class World:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
+        connect([dist.group.WORLD, *groups_of(meshes)], self.device)
         # a rank that refuses its input and leaves does not disturb others that still build groups
-        self.barrier()
+        if not self._nodes_are_alike() and self.expert_nodes > 1:
+            if parallel.ep_exchange == "two-level":
+                raise InputError(
+                    "--parallel.ep-exchange two-level needs as many ranks on every node, numbered "
+                    f"node by node, but rank {self.rank} is local rank {self.local_rank} of "
+                    f"{self.ranks_per_node} (LOCAL_WORLD_SIZE) or others are so; set it to flat"
+                )
+            self.expert_nodes = 1
 
-    def _mesh(self, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
-        mesh = init_device_mesh(
-            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
-        )
-        # A mesh makes groups with torch's default timeout of 10 to 30 minutes, whatever the world's
-        # is; only this private function changes it.
-        for group in mesh.get_all_groups():
-            _set_pg_timeout(timeout, group)
-        return mesh
+    def _nodes_are_alike(self) -> bool:
+        """Whether ranks are numbered node by node, with as many on each; a barrier."""
+        count = self.ranks_per_node
+        is_other = self.size % count > 0 or self.rank % count != self.local_rank
+        others, total, squares = self.sum([is_other, count, count * count]).tolist()
+        return not others and total * total == self.size * squares
 
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
         """float64 sums over all ranks of a short vector; [n] -> [n]. One collective.
@@ -222,8 +253,9 @@ class World:
         return total
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        self.sum([0.0])
+        """Wait until every rank has come here, however long others tokenise, load or write."""
+        with patient():
+            self.sum([0.0])
 
     def __enter__(self) -> "World":
         return self
@@ -233,3 +265,5 @@ class World:
         # them, leaving does not.
         if kind is None:
             dist.destroy_process_group()
+        elif self.device.type == "cpu":
+            write_record(self.rank)

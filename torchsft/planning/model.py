@@ -8,12 +8,13 @@ import torch
 
 from torchsft import ops
 from torchsft.config import Config, InputError
-from torchsft.data.stream import microbatches_per_step
+from torchsft.data.stream import microbatches_per_step, tokens_per_microbatch
 from torchsft.models.attention import choose_implementation
 from torchsft.models.language_model import LanguageModel, ModelConfig, trained_mtp_layers
 from torchsft.models.moe import frozen_by_router
 from torchsft.optim.selection import Selection, select
 from torchsft.parallel.apply import compute_dtype, parallelize
+from torchsft.parallel.compile import check_compile
 from torchsft.parallel.pipeline import (
     OneStage,
     Pipeline,
@@ -65,10 +66,13 @@ def plan_model(
     parallel, options, train = config.parallel, config.model, config.train
     compute = compute_dtype(config.precision.compute, world.device)
     choose_implementation(options.attention, world.device, compute)
+    check_compile(config, world.device)
     microbatches = microbatches_per_step(
         train.global_batch_size, train.micro_batch_size, world.data_size
     )
-    tokens = tokens_per_microbatch(config)
+    tokens = tokens_per_microbatch(
+        train.micro_batch_size, config.data.seq_len, parallel.cp, parallel.tp
+    )
     if options.ops == "plain" and parallel.tp > 1:
         fault = "--model.ops plain has no loss over a split vocabulary"
         raise InputError(f"{fault}; set --parallel.tp to 1, not {parallel.tp}")
@@ -103,25 +107,8 @@ def plan_model(
         reshard_after_forward=reshard,
         precision=config.precision,
         offload=config.optim.offload,
+        compiled=options.compile,
     )
     return ModelPlan(
         whole, selection, layers, model, stages, compute, reshard, microbatches, tokens
     )
-
-
-def tokens_per_microbatch(config: Config) -> int:
-    """Return the tokens of a microbatch, padding included.
-
-    Raises:
-        InputError: they do not divide over the ranks that share them.
-    """
-    parallel, seq_len = config.parallel, config.data.seq_len
-    tokens = config.train.micro_batch_size * seq_len
-    ranks = parallel.cp * parallel.tp
-    if tokens % ranks:
-        fault = (
-            f"the {tokens} tokens of a microbatch do not divide over cp {parallel.cp} x tp "
-            f"{parallel.tp} ranks"
-        )
-        raise InputError(f"{fault}; set --data.seq-len to {-(-seq_len // ranks) * ranks}")
-    return tokens

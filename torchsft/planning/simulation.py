@@ -46,6 +46,7 @@ class SimulatedWorld:
     expert: DeviceMesh
     sequence: DeviceMesh
     device: torch.device = META
+    expert_nodes: int = 1  # rows go to experts at one level
 
 
 @contextmanager

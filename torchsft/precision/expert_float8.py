@@ -16,18 +16,19 @@ O outputs, E experts held here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchsft.ops.grouped import Products, zero_gradients_without_rows
-from torchsft.ops.tiles import padding_of
+from torchsft.ops.tiles import Padding, padding_of
 from torchsft.precision.blockwise_compute import BlockwiseProducts, grouped, rounded
 
 BLOCK = 32  # of MXFP8
 
 # of padded rows, a weight or rows, and where each expert's padded rows end
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+Product = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class ExpertFloat8(Products):
     y: Product  # of x_MI and weight_EIO
     dx: Product  # of grad_MO and weight_EIO
     dw: Product  # [E, I, O], of grad_MO and x_MI
+    # of rows, what y and dx are given as padded rows
+    pad: Callable[[Padding, Tensor], Any] = Padding.pad
 
     linear = BlockwiseProducts.linear  # by the three products below
 
@@ -60,7 +63,7 @@ class ExpertFloat8(Products):
         self, product: Product, rows: Tensor, weight_EOI: Tensor, offs_E: Tensor
     ) -> Tensor:
         padding = padding_of(offs_E, len(rows), self.multiple)
-        padded = product(padding.pad(rows), weight_EOI.mT, padding.offs_E)
+        padded = product(self.pad(padding, rows), weight_EOI.mT, padding.offs_E)
         return padded[padding.place_R].to(rows.dtype)
 
 
