@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,9 +56,8 @@ def documents(tokens):
     """A microbatch of documents of one length."""
     bounds = torch.arange(0, tokens + 1, DOCUMENT, dtype=torch.int32)
     ids = torch.randint(0, SIZES["vocab_size"], (tokens,))
-    return Batch(
-        ids, ids.clone(), torch.ones(tokens), torch.arange(tokens) % DOCUMENT, bounds, DOCUMENT
-    )
+    ones, places = torch.ones(tokens), torch.arange(tokens) % DOCUMENT
+    return Batch(ids, ids.clone(), ones, places, bounds, max_seqlen=DOCUMENT, padding=0)
 
 
 class Storages(TorchDispatchMode):
@@ -68,11 +68,12 @@ class Storages(TorchDispatchMode):
         self.sizes, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
-            return NotImplemented
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again, as operations on parts
         result = function(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.sizes:
+            has_memory = type(x) is torch.Tensor and not x.is_meta
+            if has_memory and x.untyped_storage()._cdata not in self.sizes:
                 self.begin(x.untyped_storage())
         return result
 
@@ -108,14 +109,14 @@ def really(config, family):
 
         with storages:
             step()
-        parameters = list(plan.model.parameters())
+        parameters, buffers = list(plan.model.parameters()), plan.model.buffers()
         gradients = sum(local(p.grad).nbytes for p in parameters)
         optimizer.step()
         optimizer.zero_grad()
         allocated = held_peak(step) if world.size == 1 else None
         states = [local(x).nbytes for s in optimizer.state.values() for x in s.values() if x.ndim]
         return {
-            PARAMETERS: sum(local(p).nbytes for p in parameters),
+            PARAMETERS: sum(local(p).nbytes for p in (*parameters, *buffers)),
             MOMENTS: sum(states),
             GRADIENTS: gradients,
             "storages": storages.peak,
@@ -127,54 +128,34 @@ def each(configs, families):
     return [really(*one) for one in zip(configs, families, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("size", "layouts"),
-    [
-        (
-            1,
-            [
-                ("deepseek_v3", {}, {}),
-                ("deepseek_v3", {}, {"activation_checkpointing": "full"}),
-                ("qwen3", {}, {"activation_checkpointing": "selective"}),
-            ],
-        ),
-        (
-            2,
-            [
-                ("deepseek_v3", {"dp_shard": 2, "ep": 2}, {"activation_checkpointing": "full"}),
-                ("qwen3", {"dp_shard": 2}, {}),
-                (
-                    "deepseek_v3",
-                    {"pp": 2, "pp_schedule": "1F1B"},
-                    {"activation_checkpointing": "full"},
-                ),
-                ("qwen3", {"pp": 2, "pp_schedule": "Interleaved1F1B"}, {}),
-            ],
-        ),
-    ],
-)
+FULL = {"activation_checkpointing": "full"}
+ONE_RANK = [
+    ("deepseek_v3", {}, {}),
+    ("deepseek_v3", {}, FULL),
+    ("qwen3", {}, {"activation_checkpointing": "selective"}),
+]
+TWO_RANKS = [
+    ("deepseek_v3", {"dp_shard": 2, "ep": 2}, FULL),
+    ("deepseek_v3", {"pp": 2, "pp_schedule": "1F1B"}, FULL),
+    ("qwen3", {"pp": 2, "pp_schedule": "Interleaved1F1B"}, {}),
+]
+
+
+@pytest.mark.parametrize(("size", "layouts"), [(1, ONE_RANK), (2, TWO_RANKS)])
 def test_a_real_step_takes_what_is_predicted(ranks, monkeypatch, size, layouts):
+    """Parameters, moments and gradients to the byte; all at the peak within a tenth."""
+    monkeypatch.setattr(simulation, "BLOCK", 1)
     configs = [config_of(1024, layout, **train) for _, layout, train in layouts]
     families = [family for family, _, _ in layouts]
-    of_ranks = ranks(size, each, configs=configs, families=families)
-    for rank, found in enumerate(of_ranks):
+    for rank, found in enumerate(ranks(size, each, configs=configs, families=families)):
         for config, family, real in zip(configs, families, found, strict=True):
-            monkeypatch.setattr(simulation, "BLOCK", 1)
             with simulated_rank(config.parallel, rank, size) as world:
-                js = model_json(family)
-                plan = plan_model(config, family_of(js), read_model_config(js), world)
+                model = model_json(family)
+                plan = plan_model(config, family_of(model), read_model_config(model), world)
                 memory = run_step(plan, config, world, imbalance=1.0)
-            peak = memory.peak - memory.at_peak[PARAMETERS] - memory.at_peak[MOMENTS]
-            print(
-                rank,
-                size,
-                family,
-                config.parallel.pp,
-                config.train.activation_checkpointing,
-                peak,
-                real,
-                dict(memory.held),
-                dict(memory.at_peak),
-                peak / real["storages"],
-                real["allocated"] and peak / real["allocated"],
-            )
+            for purpose in (PARAMETERS, MOMENTS, GRADIENTS):
+                assert memory.held[purpose] == real[purpose]
+            peak = memory.peak - memory.held[PARAMETERS] - memory.held[MOMENTS]
+            assert peak == pytest.approx(real["storages"], rel=0.1)
+            if size == 1:
+                assert peak == pytest.approx(real["allocated"], rel=0.1)

@@ -28,10 +28,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsft.config import Parallel
-from torchsft.parallel.world import mesh_sizes
+from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
 META = torch.device("meta")
 BLOCK = 512  # bytes; torch's CUDA allocator gives whole ones
+RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class SimulatedWorld:
     parameter: DeviceMesh
     expert: DeviceMesh
     sequence: DeviceMesh
+    expert_nodes: int
     device: torch.device = META
-    expert_nodes: int = 1  # rows go to experts at one level
+    timeout: None = None
 
 
 @contextmanager
@@ -59,7 +61,8 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    sizes = mesh_sizes(parallel, size)
+    sizes, new_group = mesh_sizes(parallel, size), dist.new_group
+    nodes = nodes_of_experts(parallel, min(size, RANKS_PER_NODE))
     streams = {name: getattr(torch.cpu, name) for name in ("Stream", "stream", "current_stream")}
     streams |= {"Event": torch.cpu.Event, "get_rng_state": lambda _: None}
     streams |= {"set_rng_state": lambda *_: None}
@@ -67,6 +70,10 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
+        meshes = {
+            name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+            for name, axes in sizes.items()
+        }
         stack.enter_context(patch.object(torch, "meta", SimpleNamespace(**streams), create=True))
         stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: META))
         for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
@@ -75,14 +82,11 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
             (F, "scaled_dot_product_attention", _fused_attention),
             (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
             (dist, "batch_isend_irecv", lambda _: []),  # fake groups do not know the device
+            (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
         ):
             stack.enter_context(patch.object(module, name, replacement))
-        meshes = {
-            name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
-            for name, axes in sizes.items()
-        }
         data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
-        yield SimulatedWorld(rank, size, data_size, **meshes)
+        yield SimulatedWorld(rank, size, data_size, **meshes, expert_nodes=nodes)
 
 
 def _fused_attention(
@@ -140,7 +144,7 @@ PURPOSES = {
     "torch/distributed/tensor/_sharding_prop.py": {"": SHAPES},
     "torchsft/models/loss.py": {"": LOSS},
     "torchsft/models/moe.py": {"": LAYER},
-    "torchsft/parallel/compute_copies.py": {"": GATHERED},
+    "torchsft/parallel/compute_copies.py": {"_copy": GATHERED, "backward": GRADIENTS},
     "torchsft/parallel/expert.py": {"": EXCHANGE},
     "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
 }
@@ -207,7 +211,7 @@ class LiveMemory(TorchDispatchMode):
         self.at_peak: Counter[str] = Counter()
         self.now = self.peak = 0  # bytes
         self.storages: dict[int, _Held] = {}  # by address
-        self.recent: list[_Held] = []  # of the layer at work
+        self.recent: list[_Held] = []  # of the layer or the loss at work
         self.known: dict[Any, list[Any]] = {}  # operation and arguments -> shapes of results
         self.patch = patch.object(torch.UntypedStorage, "resize_", self._resizing())
 
@@ -238,7 +242,7 @@ class LiveMemory(TorchDispatchMode):
                     self.add(-held.size, held.purpose)
 
             held = self.storages[address] = _Held(0, purpose, weakref.ref(storage, freed))
-            if purpose == LAYER:
+            if purpose in (LAYER, LOSS):
                 self.recent.append(held)
         if held.purpose is not None and size != held.size:
             self.add(size - held.size, held.purpose)
