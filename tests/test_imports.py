@@ -15,6 +15,7 @@ ROOMS = {
     "optim": {"checkpoint", "config", "models"},
     "parallel": {"config", "data", "models", "ops", "precision"},
     "metrics": {"config", "data", "models", "parallel"},
+    "planning": {"config", "data", "models", "ops", "optim", "parallel"},
     "checkpoint": {"config", "data", "models", "parallel", "precision"},
 }
 

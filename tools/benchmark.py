@@ -12,7 +12,7 @@ python tools/benchmark.py layouts         step time and bytes sent under each pa
                                           against one process
 python tools/benchmark.py waits           where the host waits for the device in a step, and the
                                           calls of an update
-python tools/benchmark.py memory          what a step of DeepSeek-V3's widths holds, predicted, with
+python tools/benchmark.py savings         what a step of DeepSeek-V3's widths holds, predicted, with
                                           and without what saves memory
 python tools/benchmark.py kernels         what a layer launches and keeps, with and without
                                           compilation
@@ -22,6 +22,8 @@ python tools/benchmark.py checkpoint      conversion, loading and saving, agains
                                           obvious script
 python tools/benchmark.py data            tokenising, packing, starting, against the bare tokenizer
                                           and TRL
+python tools/benchmark.py memory          what a step of presets takes on a GPU, and for what,
+                                          predicted without one
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from tools import (
     benchmark_checkpoint,
@@ -42,6 +45,7 @@ from tools import (
     benchmark_memory,
     benchmark_pipeline,
     benchmark_rows,
+    benchmark_savings,
     benchmark_step,
     benchmark_triton,
     benchmark_waits,
@@ -79,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     waits.add_argument(
         "--repeats", type=int, default=3, help="timed updates of each layout (default: %(default)s)"
     )
-    commands.add_parser("memory", help="what a step holds, on meta tensors")
+    commands.add_parser("savings", help="what a step holds without what saves memory, predicted")
     commands.add_parser("kernels", help="launches of a layer, with and without compiling")
     rows = commands.add_parser("rows", help="longest row at a fixed memory, CPU")
     rows.add_argument(
@@ -100,6 +104,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
+    memory = commands.add_parser("memory", help="memory of presets on GPUs, predicted")
+    memory.add_argument("presets", nargs="*", help="default: all, which takes some minutes")
+    memory.add_argument(
+        "--imbalance",
+        type=float,
+        default=1.5,
+        help="rows that a rank receives, over the mean (default: %(default)s)",
+    )
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
@@ -110,8 +122,10 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if options.command == "step":
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
+    elif options.command == "savings":
+        benchmark_savings.run(options.json)
     elif options.command == "memory":
-        benchmark_memory.run(options.json)
+        benchmark_memory.run(options.json, options.presets, options.imbalance)
     elif options.command == "kernels":
         benchmark_kernels.run(options.json)
     elif options.command == "triton":

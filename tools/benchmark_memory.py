@@ -1,107 +1,57 @@
-"""`tools/benchmark.py memory`: what parts of the memory of a step are saved by, predicted.
-
-A pipeline rank of DeepSeek-V3's widths takes a step on meta tensors (torchsft/planning/memory.py),
-with its experts' rows at 1, 2 or 4 times the mean, and each saving switched off in turn:
-
-    all            as it is
-    FSDP2 experts  experts that one rank holds are in FSDP2, on a mesh of size 1
-    whole rows     an overloaded rank computes all of its rows at once
-    all buffers    a receive buffer for each microbatch, for the whole step
+"""`tools/benchmark.py memory`: the memory of a step of presets, predicted without a GPU
+(torchsft/planning/memory.py), of the pipeline ranks that hold most, and what it is for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from torchsft.config import Config, Data, Parallel, Train
-from torchsft.models import moe
-from torchsft.parallel import fsdp
-from torchsft.parallel.torch_pipelining import Stage
-from torchsft.planning.memory import predict
+from tools.published import PRESETS, model_config
+from torchsft.config import Config, InputError
+from torchsft.planning.memory import CONTEXT, FRAGMENTS, Memory, predict
+from torchsft.resolution import smallest_number_of_ranks
 
-# 8 layers of V3 on each of 2 pipeline ranks, 8 experts of each on a rank.
-MODEL = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 0,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-}
-TOKENS = 4096
-MICROBATCHES = 8
+# Bytes that torch finds on an H100 of 80 GB (`total_memory`: 79.1 GiB).
+H100 = 84_900_000_000
 
 
-@contextmanager
-def all_buffers() -> Iterator[None]:
-    """Let stages keep what torch makes: a receive buffer for each microbatch."""
-    names = ("_prepare_forward_infra", "_prepare_backward_infra")
-    with patch.object(Stage, "_place", lambda *_, **__: None):
-        kept = {name: getattr(Stage.__base__, name) for name in names}
-        with patch.multiple(Stage, **kept):
-            yield
+def roles(config: Config) -> list[int]:
+    """Return the pipeline ranks that may hold most: the first has the embedding, the second most
+    microbatches of whole layers, the last the loss.
+    """
+    pp = config.parallel.pp
+    return sorted({0, min(1, pp - 1), pp // 2, pp - 1})
 
 
-VARIANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "all": nullcontext,
-    "FSDP2 experts": lambda: patch.object(fsdp, "_is_alone", lambda *_: False),
-    "whole rows": lambda: patch.object(moe, "MOST", 1000),
-    "all buffers": all_buffers,
-}
-# and rows of the rank's experts, over the mean
-RUNS = [
-    *(("all", 1), ("all", 2), ("all", 4), ("whole rows", 4)),
-    *(("FSDP2 experts", 1), ("all buffers", 1)),
-]
+def predict_preset(preset: str, imbalance: float) -> list[Memory]:
+    """Return the memory of a preset's `roles`."""
+    config = PRESETS[preset]()
+    size = smallest_number_of_ranks(config.parallel)
+    return [predict(config, model_config(preset), size, rank, imbalance) for rank in roles(config)]
 
 
-def config() -> Config:
-    """Return the run: 2 pipeline ranks of 32 data ranks, one row a microbatch."""
-    return Config(
-        data=Data(seq_len=TOKENS),
-        train=Train(global_batch_size=32 * MICROBATCHES, activation_checkpointing="full"),
-        parallel=Parallel(pp=2, pp_schedule="1F1B", dp_shard=32, ep=32),
-    )
-
-
-def run(path: Path | None) -> None:
-    """Predict and print each variant, and write all to `path`."""
-    results = []
-    for name, imbalance in RUNS:
-        with VARIANTS[name]():
-            memory = predict(config(), MODEL, 64, pp_rank=1, imbalance=imbalance)
-        held = {purpose: size / 1e9 for purpose, size in memory.held.items()}
-        results.append({"variant": name, "imbalance": imbalance, "gigabytes": held})
-        parts = ", ".join(f"{purpose} {size:.2f}" for purpose, size in held.items())
-        print(f"{name:14} x {imbalance}: {memory.allocated / 1e9:.2f} GB ({parts})", flush=True)
-    if path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
+def run(json_path: Path | None, presets: Sequence[str], imbalance: float) -> dict[str, Any]:
+    """Predict presets (none: all that are for published models), print a table in GB, and write it
+    as JSON.
+    """
+    names = presets or [name for name in PRESETS if name not in ("debug", "finetune")]
+    for name in names:
+        if name not in PRESETS or name in ("debug", "finetune"):
+            raise InputError(f"{name} is no preset of a published model; those are {list(PRESETS)}")
+    print(f"rows that a rank receives: {imbalance} x the mean; reserve: {CONTEXT / 1e9} + ", end="")
+    print(f"{FRAGMENTS / 1e9} GB; an H100 has {H100 / 1e9} GB")
+    report: dict[str, Any] = {"imbalance": imbalance, "reserve": CONTEXT + FRAGMENTS}
+    for name in names:
+        report[name] = []
+        for memory in predict_preset(name, imbalance):
+            held = {purpose: size for purpose, size in memory.held.items() if size}
+            report[name].append({"pp_rank": memory.pp_rank, "needed": memory.needed, "held": held})
+            parts = "  ".join(f"{key} {size / 1e9:.1f}" for key, size in held.items())
+            fits = "fits" if memory.needed <= H100 else "DOES NOT FIT"
+            print(f"{name} rank {memory.pp_rank}: {memory.needed / 1e9:.1f} GB {fits}  {parts}")
+        if json_path:
+            json_path.write_text(json.dumps(report, indent=2) + "\n")
+    return report

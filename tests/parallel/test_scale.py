@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recipes import deepseek_v3_sft
-from tests.families import PUBLISHED
-from tools.benchmark_gpu import V3, hf_config
+from tools.published import PRESETS, PUBLISHED, model_config
 from torchsft.config import InputError, Parallel
 from torchsft.data.stream import microbatches_per_step
 from torchsft.models.families import build_model, read_model_config
@@ -20,39 +18,9 @@ from torchsft.parallel.pipeline import reshard_after_forward, split
 from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import mesh_sizes
 
-PRESETS = {name: model.recipe.PRESETS[name] for name, model in PUBLISHED.items()}
-PRESETS |= deepseek_v3_sft.PRESETS
 # Published numbers; V3 without MTP.
 PARAMETERS = {"v3": 671_026_404_352}
 PARAMETERS |= {name: model.parameters for name, model in PUBLISHED.items()}
-# Published sizes (config.json of moonshotai/Moonlight-16B-A3B).
-MOONLIGHT = dict(
-    hidden_size=2048,
-    intermediate_size=11264,
-    moe_intermediate_size=1408,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    q_lora_rank=None,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    num_experts_per_tok=6,
-    n_group=1,
-    topk_group=1,
-    vocab_size=163840,
-    routed_scaling_factor=2.446,
-)
-
-
-def model_config(name):
-    """config.json of the model that a preset is for."""
-    if name == "moonlight":
-        return hf_config(MOONLIGHT, experts=64, moe_layers=26) | {"n_shared_experts": 2}
-    if name in PUBLISHED:
-        return PUBLISHED[name].config
-    config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=58)
-    return config | {"num_hidden_layers": 61, "first_k_dense_replace": 3}
 
 
 def plan_of(name, parallel):

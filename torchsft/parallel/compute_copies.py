@@ -39,7 +39,8 @@ class ComputeCopies:
     def __init__(self, dtype: torch.dtype, keep: bool) -> None:
         self.dtype, self.keep = dtype, keep
         self.kept: dict[nn.Parameter, Tensor] = {}
-        # Of the forward pass that runs: whose copy lies in the storage at an address.
+        # Of the forward pass that runs: whose copy lies in which storage (meta
+        # tensors have one too, but no address of data).
         self.made: dict[int, nn.Parameter] = {}
 
     def __call__(self, parameter: nn.Parameter) -> Tensor:
@@ -49,7 +50,7 @@ class ComputeCopies:
             copy = self._copy(parameter)
             if self.keep:
                 self.kept[parameter] = copy
-        self.made[copy.untyped_storage().data_ptr()] = parameter
+        self.made[copy.untyped_storage()._cdata] = parameter
         return _Copy.apply(parameter, copy)
 
     def _copy(self, parameter: nn.Parameter) -> Tensor:
@@ -67,7 +68,7 @@ class ComputeCopies:
         experts.register_forward_hook(lambda *_: hooks.__exit__(), always_call=True)
 
     def _pack(self, saved: Tensor) -> Any:
-        parameter = self.made.get(saved.untyped_storage().data_ptr())
+        parameter = self.made.get(saved.untyped_storage()._cdata)
         if parameter is None:
             return saved
         return parameter, saved.shape, saved.stride(), saved.storage_offset()

@@ -9,6 +9,7 @@ a device keeps for itself.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,10 +109,16 @@ def run_step(
         if len(shape) == 1:
             documents = shape[0] - 1
             return torch.tensor([plan.tokens // documents] * documents + [0])
-        sent = torch.full(shape, rows // shape[1])
-        sent[1] = int(rows * imbalance) // shape[1]
-        return sent
+        counts = torch.full(shape, rows // ep)
+        if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
+            counts[:, :nodes] = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
+            counts[:, nodes:] = rows // torch.tensor(
+                [nodes] * nodes + [ep // nodes] * (ep // nodes)
+            )
+        counts[1, 2 * nodes * (nodes > 1) :] = int(imbalance * counts[0, -1])
+        return counts
 
+    ep, nodes = world.expert["ep"].size(), world.expert_nodes
     memory = LiveMemory(ask)
     on_host = config.optim.offload
     for tensor in (*plan.model.parameters(), *plan.model.buffers()):
@@ -120,8 +127,9 @@ def run_step(
         memory.hold(storage, PARAMETERS if with_memory else None)
     if not on_host:
         memory.add(held_moments(plan.model, config.optim), MOMENTS)
+    begin_layer = partial(_begin_layer, memory, plan.model)
     for layer in plan.model.model.layers.values():
-        layer.compute = _counted(layer.compute, memory, plan.model)
+        layer.compute = _counted(layer.compute, begin_layer)
     with memory:
         if on_host:
             for stage in plan.stages:
@@ -132,14 +140,19 @@ def run_step(
         pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
         plan.model.train()
         pipeline.step(batches, 1.0)
+        begin_layer()
     return memory
 
 
-def _counted(compute: Callable[..., Tensor], memory: LiveMemory, model: nn.Module) -> Any:
+def _begin_layer(memory: LiveMemory, model: nn.Module) -> None:
+    memory.begin_layer(local(p.grad) for p in model.parameters() if p.grad is not None)
+
+
+def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) -> Any:
     """Return a layer's `compute` that says when it begins, also when it is computed again."""
 
     def compute_and_count(*args: Any) -> Tensor:
-        memory.begin_layer(local(p.grad) for p in model.parameters() if p.grad is not None)
+        begin_layer()
         return compute(*args)
 
     return compute_and_count
@@ -157,4 +170,4 @@ def _batch(tokens: int) -> Batch:
     integers = torch.empty(tokens, dtype=torch.int64, device=META)
     bounds = torch.empty(max(1, tokens // DOCUMENT) + 1, dtype=torch.int32, device=META)
     weights = torch.empty(tokens, device=META)
-    return Batch(integers, integers, weights, integers, bounds, tokens, padding=0)
+    return Batch(integers, integers, weights, integers, bounds, max_seqlen=tokens, padding=0)

@@ -22,15 +22,17 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsft.config import Parallel
-from torchsft.parallel.world import mesh_sizes
+from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
 META = torch.device("meta")
 BLOCK = 512  # bytes; torch's CUDA allocator gives whole ones
+RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class SimulatedWorld:
     parameter: DeviceMesh
     expert: DeviceMesh
     sequence: DeviceMesh
+    expert_nodes: int
     device: torch.device = META
-    expert_nodes: int = 1  # rows go to experts at one level
+    timeout: None = None
 
 
 @contextmanager
@@ -58,7 +61,8 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    sizes = mesh_sizes(parallel, size)
+    sizes, new_group = mesh_sizes(parallel, size), dist.new_group
+    nodes = nodes_of_experts(parallel, min(size, RANKS_PER_NODE))
     streams = {name: getattr(torch.cpu, name) for name in ("Stream", "stream", "current_stream")}
     streams |= {"Event": torch.cpu.Event, "get_rng_state": lambda _: None}
     streams |= {"set_rng_state": lambda *_: None}
@@ -66,18 +70,53 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
-        stack.enter_context(patch.object(torch, "meta", SimpleNamespace(**streams), create=True))
-        stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: META))
-        # The fake group has no backend of meta tensors to ask whether it takes several at once.
-        stack.enter_context(patch.object(dist, "batch_isend_irecv", lambda _: []))
-        for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
-            stack.enter_context(patch.object(group, check, lambda _: None))
         meshes = {
             name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
             for name, axes in sizes.items()
         }
+        stack.enter_context(patch.object(torch, "meta", SimpleNamespace(**streams), create=True))
+        stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: META))
+        for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
+            stack.enter_context(patch.object(group, check, lambda _: None))
+        for module, name, replacement in (
+            (F, "scaled_dot_product_attention", _fused_attention),
+            (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
+            (dist, "batch_isend_irecv", lambda _: []),  # fake groups do not know the device
+            (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
+        ):
+            stack.enter_context(patch.object(module, name, replacement))
         data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
-        yield SimulatedWorld(rank, size, data_size, **meshes)
+        yield SimulatedWorld(rank, size, data_size, **meshes, expert_nodes=nodes)
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention that does not keep scores; for meta tensors torch chooses one that does."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm as one kernel each way, which keeps its input and a number of each row; for meta
+    tensors torch composes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 # What memory is for.
@@ -172,7 +211,7 @@ class LiveMemory(TorchDispatchMode):
         self.at_peak: Counter[str] = Counter()
         self.now = self.peak = 0  # bytes
         self.storages: dict[int, _Held] = {}  # by address
-        self.recent: list[_Held] = []  # of the layer at work
+        self.recent: list[_Held] = []  # of the layer or the loss at work
         self.known: dict[Any, list[Any]] = {}  # operation and arguments -> shapes of results
         self.patch = patch.object(torch.UntypedStorage, "resize_", self._resizing())
 
@@ -203,7 +242,7 @@ class LiveMemory(TorchDispatchMode):
                     self.add(-held.size, held.purpose)
 
             held = self.storages[address] = _Held(0, purpose, weakref.ref(storage, freed))
-            if purpose == LAYER:
+            if purpose in (LAYER, LOSS):
                 self.recent.append(held)
         if held.purpose is not None and size != held.size:
             self.add(size - held.size, held.purpose)
@@ -263,7 +302,12 @@ class LiveMemory(TorchDispatchMode):
                 torch.empty_strided(*sizes, dtype=dtype, device=META) for *sizes, dtype in known
             ]
             return made[0] if len(made) == 1 else tuple(made)
-        result = function(*args, **kwargs)
+        if function is torch.ops.aten._grouped_mm.default:
+            # torch's function for meta tensors knows bf16 alone
+            result = function(*(x.to(torch.bfloat16) for x in args[:2]), *args[2:], **kwargs)
+            result = result.to(args[0].dtype)
+        else:
+            result = function(*args, **kwargs)
         results = result if isinstance(result, tuple) else (result,)
         if all(isinstance(x, Tensor) and x.is_meta for x in results):
             self.known[key] = [(x.shape, x.stride(), x.dtype) for x in results]
