@@ -53,7 +53,7 @@ ON_HOST = {
 ON_CPU = {
     "models/attention.py locate_documents": "--model.attention sdpa, CUDA has varlen",
     "models/loss.py forward": "chunks without supervised tokens, on a CPU only",
-    "parallel/gradients.py sum_summands": "to the ranks' device, where gradients lie but with offload",
+    "parallel/gradients.py sum_summands": "to the device of the ranks, where gradients lie",
 }
 LAYOUTS = [
     layout(activation_checkpointing="full", micro_batch_size=4),
