@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsft.config import Parallel
+from torchsft.models import attention
 from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
 META = torch.device("meta")
@@ -80,8 +81,11 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
             stack.enter_context(patch.object(group, check, lambda _: None))
         for module, name, replacement in (
             (F, "scaled_dot_product_attention", _fused_attention),
+            (attention, "flex_attention", _flex_attention),
+            (attention, "create_block_mask", lambda *_, **options: None),
             (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
-            (dist, "batch_isend_irecv", lambda _: []),  # fake groups do not know the device
+            # fake groups do not know the device
+            (dist, "batch_isend_irecv", lambda operations: [_Travel(operations)]),
             (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
         ):
             stack.enter_context(patch.object(module, name, replacement))
@@ -101,6 +105,23 @@ def _fused_attention(
     """Attention that does not keep scores; for meta tensors torch chooses one that does."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _Travel:
+    """Keeps what is sent and received until it is waited for, as NCCL's and gloo's work does: the
+    schedules of several stages a rank wait for what they send at the end of a step.
+    """
+
+    def __init__(self, operations: list[dist.P2POp]) -> None:
+        self.tensors = [each.tensor for each in operations]
+
+    def wait(self) -> None:
+        self.tensors = []
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
+    """The same of torch's flex attention, which is compiled."""
+    return _fused_attention(q, k, v, scale=scale)
 
 
 class _RmsNorm(torch.autograd.Function):
