@@ -52,7 +52,7 @@ from torchsft.parallel.gradients import clip_factor, global_norm, scale_gradient
 from torchsft.parallel.memory import check_memory
 from torchsft.parallel.stages import microbatches_in_flight
 from torchsft.parallel.world import World
-from torchsft.planning.model import plan_model
+from torchsft.planning.build import plan_model
 from torchsft.resolution import resolve
 
 

@@ -14,8 +14,8 @@ from torchsft.models.families import family_of, read_model_config
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.world import World
+from torchsft.planning.build import plan_model
 from torchsft.planning.memory import CONTEXT, DOCUMENT, FRAGMENTS, predict
-from torchsft.planning.model import plan_model
 
 pytestmark = pytest.mark.gpu
 ROW = 4096

@@ -22,8 +22,8 @@ from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.world import World
 from torchsft.planning import simulation
+from torchsft.planning.build import plan_model
 from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step
-from torchsft.planning.model import plan_model
 from torchsft.planning.simulation import GRADIENTS, MOMENTS, PARAMETERS, simulated_rank
 
 SIZES = dict(

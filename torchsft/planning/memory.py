@@ -22,7 +22,7 @@ from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
 from torchsft.optim.offload import gathered_from
 from torchsft.parallel.memory import held_moments
-from torchsft.planning.model import ModelPlan, plan_model
+from torchsft.planning.build import ModelPlan, plan_model
 from torchsft.planning.simulation import (
     META,
     MOMENTS,
