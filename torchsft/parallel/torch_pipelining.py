@@ -16,6 +16,9 @@ gradients. Its work-arounds, and the versions of torch in which each was seen to
                                                 a gradient
     Stage: scalar for logits       2.11         outputs of other shapes than the first are refused
     Stage: receive buffers         2.11 - 2.13  there is one for each microbatch of a step, always
+    Stage: sends                   2.11 - 2.13  schedules of several stages a rank keep what is sent
+                                                to the end of a step: NCCL's and gloo's works hold
+                                                the tensor, and are waited for there
     Stage: clone of views          2.11 - 2.13  outputs are detached in place, which views refuse
     backward_weight_one_chunk      2.11 - 2.13  sums over microbatches stay in the compute dtype
     _get_init_p2p_neighbors_ops    2.11         a rank greets itself where both neighbours are its
@@ -48,6 +51,9 @@ from torchsft.parallel.world import World
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+# Of each stage and direction. The order of sends and receives is one in which each send could be
+# waited for at once, so that waiting for earlier ones cannot hang.
+SENDS_ON_THEIR_WAY = 2
 
 
 class _Probe(torch.autograd.Function):
@@ -151,6 +157,10 @@ class Stage(PipelineStage):
         # If it only evaluates: what the last stage's module returned for each microbatch.
         self.results: list[Tensor] = []
         self.microbatch = 0  # the one whose forward pass runs
+        # Whether the schedule waits for what it sends at the end of a step only.
+        self.waits = False
+        self.outputs_sent: list[list[dist.Work]] = []
+        self.gradients_sent: list[list[dist.Work]] = []
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Note which microbatch it is."""
@@ -180,6 +190,27 @@ class Stage(PipelineStage):
         """Allocate what a gradient is received into."""
         self._place(self.grad_recv_info.get(bwd_chunk_id, ()), fresh=True)
         return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send an output, or let the schedule do it."""
+        return self._send(super().get_fwd_send_ops(fwd_chunk_id), self.outputs_sent)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send a gradient, or let the schedule do it."""
+        return self._send(super().get_bwd_send_ops(bwd_chunk_id), self.gradients_sent)
+
+    def _send(self, operations: list[dist.P2POp], sent: list[list[dist.Work]]) -> list[dist.P2POp]:
+        """Send, and let go of what was sent earlier."""
+        if not self.waits:
+            return operations
+        sent.append(schedules._batch_p2p(operations))
+        self.wait_for(sent, SENDS_ON_THEIR_WAY)
+        return []
+
+    def wait_for(self, sent: list[list[dist.Work]], left: int = 0) -> None:
+        """Wait for sends, but for the last ones."""
+        while len(sent) > left:
+            schedules._wait_batch_p2p(sent.pop(0))
 
     def _place(self, infos: Sequence[Any], *, fresh: bool) -> None:
         """Let receive buffers be fresh ones, or hold nothing and have the shape alone."""
@@ -264,6 +295,7 @@ def run_schedule(
     for stage in stages:
         stage.clear_runtime_states()
         stage.inputs_of = beside_tokens
+        stage.waits = isinstance(schedule, schedules._PipelineScheduleRuntime)
     tokens = [(of_one["tokens"],) for of_one in inputs]
     # The targets are among the inputs; torch asks for one of each.
     targets = [None] * len(inputs)
@@ -273,6 +305,9 @@ def run_schedule(
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
+    for stage in stages:
+        stage.wait_for(stage.outputs_sent)
+        stage.wait_for(stage.gradients_sent)
     free_copies(stage.submod for stage in stages)
     results = [result for stage in stages for result in stage.results]
     for stage in stages:

@@ -120,7 +120,7 @@ def run_step(
 
     ep, nodes = world.expert["ep"].size(), world.expert_nodes
     memory = LiveMemory(ask)
-    on_host = config.optim.offload
+    on_host, parallel = config.optim.offload, config.parallel
     for tensor in (*plan.model.parameters(), *plan.model.buffers()):
         with_memory = not (on_host and isinstance(tensor, nn.Parameter))
         storage = local(tensor.detach()).untyped_storage()
@@ -134,8 +134,9 @@ def run_step(
         if on_host:
             for stage in plan.stages:
                 stage.register_forward_pre_hook(_put_copies_on_device)
-        # Without a pipeline one microbatch after the other has the same memory.
-        several = plan.microbatches if config.parallel.pp > 1 else min(plan.microbatches, 2)
+        # No other schedule has more in flight, and none keeps anything of those that are done.
+        most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
+        several = min(plan.microbatches, most)
         batches = [_batch(plan.tokens) for _ in range(several)]
         pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
         plan.model.train()

@@ -6,7 +6,7 @@ there. What a meta tensor cannot answer is answered here (`LiveMemory`).
 
 Private names of torch, all of which are in this file: `FakeStore`; of FSDP2 `_get_device_from_mesh`
 and two checks of `FSDPParamGroup` that parameters have memory; `torch.meta`, which FSDP2 and
-pipeline schedules look for by the name of the device.
+pipeline schedules look for by the name of the device; and `_batch_p2p` of these schedules.
 """
 
 import weakref
@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.pipelining import schedules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchsft.config import Parallel
@@ -85,7 +86,7 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
             (attention, "create_block_mask", lambda *_, **options: None),
             (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
             # fake groups do not know the device
-            (dist, "batch_isend_irecv", lambda operations: [_Travel(operations)]),
+            (schedules, "_batch_p2p", lambda operations, desc=None: [_Travel(operations)]),
             (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
         ):
             stack.enter_context(patch.object(module, name, replacement))
@@ -108,9 +109,7 @@ def _fused_attention(
 
 
 class _Travel:
-    """Keeps what is sent and received until it is waited for, as NCCL's and gloo's work does: the
-    schedules of several stages a rank wait for what they send at the end of a step.
-    """
+    """Keeps what is sent and received until it is waited for, as NCCL's and gloo's work does."""
 
     def __init__(self, operations: list[dist.P2POp]) -> None:
         self.tensors = [each.tensor for each in operations]
