@@ -80,14 +80,14 @@ def finetune() -> Config:
 
 
 def v32_256() -> Config:
-    """DeepSeek-V3.2 on 256 H100-80GB (32 nodes of 8): 8 pipeline ranks, 8 experts of each layer on
-    a GPU; weights, gradients and moments take up to 63 GB a GPU, activations the rest.
+    """DeepSeek-V3.2 on 256 H100-80GB (32 nodes of 8): 16 pipeline ranks, 16 experts of each layer
+    on a GPU; weights, gradients and moments take up to 57 GB a GPU, activations the rest.
     """
     return Config(
         data=Data(seq_len=4096),
         train=Train(epochs=1, global_batch_size=512, activation_checkpointing="full"),
         parallel=Parallel(
-            pp=8, pp_schedule="Interleaved1F1B", dp_shard=32, ep=32, timeout_seconds=1800.0
+            pp=16, pp_schedule="Interleaved1F1B", dp_shard=16, ep=16, timeout_seconds=1800.0
         ),
         optim=Optim(lr=5e-6, warmup_steps=0.03),
         output="outputs/deepseek_v32",
@@ -96,10 +96,10 @@ def v32_256() -> Config:
 
 def glm_5_512() -> Config:
     """GLM-5 on 512 H100-80GB (64 nodes of 8): as v32_256, with twice its data ranks; weights,
-    gradients and moments take up to 40 GB a GPU, activations the rest.
+    gradients and moments take up to 34 GB a GPU, activations the rest.
     """
     config = v32_256()
-    parallel = dataclasses.replace(config.parallel, dp_shard=64, ep=64)
+    parallel = dataclasses.replace(config.parallel, dp_shard=32, ep=32)
     train = dataclasses.replace(config.train, global_batch_size=1024)
     return dataclasses.replace(config, parallel=parallel, train=train, output="outputs/glm_5")
 

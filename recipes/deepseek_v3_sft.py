@@ -44,19 +44,19 @@ def finetune() -> Config:
 
 
 def v3_256() -> Config:
-    """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8): 8 pipeline ranks, 8 experts of each layer on a
-    GPU.
+    """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8): 16 pipeline ranks, 16 experts of each layer on
+    a GPU.
 
-    Weights, gradients and moments take up to 63 GB a GPU, activations the rest. A pipeline rank has
-    about 8 layers in two stages; its 32 GPUs, on 4 nodes, read other rows and exchange tokens by
-    expert. 16 microbatches fill the pipeline. 81 GB are predicted in all where a rank's experts
-    receive 1.5 times the mean, the reserve among them.
+    Weights, gradients and moments take up to 57 GB a GPU, activations the rest. A pipeline rank has
+    about 4 layers in two stages; its 16 GPUs, on 2 nodes, read other rows and exchange tokens by
+    expert. 32 microbatches fill the pipeline. 75 GB are predicted in all where a rank's experts
+    receive 1.5 or 2 times the mean, the reserve among them; more microbatches take no more.
     """
     return Config(
         data=Data(seq_len=4096),
         train=Train(epochs=1, global_batch_size=512, activation_checkpointing="full"),
         parallel=Parallel(
-            pp=8, pp_schedule="Interleaved1F1B", dp_shard=32, ep=32, timeout_seconds=1800.0
+            pp=16, pp_schedule="Interleaved1F1B", dp_shard=16, ep=16, timeout_seconds=1800.0
         ),
         optim=Optim(lr=5e-6, warmup_steps=0.03),
         output="outputs/deepseek_v3",
@@ -67,13 +67,13 @@ def v3_128() -> Config:
     """DeepSeek-V3 on 128 H100-80GB (16 nodes of 8): as v3_256, with half its data ranks and the
     optimizer on the host.
 
-    Gathered parameters, their gradients and the copies that are gathered take up to 57 GB a GPU,
+    Gathered parameters, their gradients and the copies that are gathered take up to 51 GB a GPU,
     activations the rest; masters, moments and gradients up to 0.8 TB of a node's memory.
     """
     config = v3_256()
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, dp_shard=16, ep=16),
+        parallel=dataclasses.replace(config.parallel, dp_shard=8, ep=8),
         train=dataclasses.replace(config.train, global_batch_size=256),
         optim=dataclasses.replace(config.optim, offload=True),
     )
@@ -111,12 +111,12 @@ def moonlight() -> Config:
 
 
 def kimi_k2() -> Config:
-    """Kimi-K2, K2-Thinking or K2.5 on 512 H100-80GB (64 nodes of 8): 8 pipeline ranks, 6 experts of
-    each layer on a GPU; weights, gradients and moments take up to 45 GB a GPU, activations the
-    rest.
+    """Kimi-K2, K2-Thinking or K2.5 on 512 H100-80GB (64 nodes of 8): 16 pipeline ranks, 12
+    experts of each layer on a GPU; weights, gradients and moments take up to 42 GB a GPU,
+    activations the rest.
     """
     config = v3_256()
-    parallel = dataclasses.replace(config.parallel, dp_shard=64, ep=64)
+    parallel = dataclasses.replace(config.parallel, dp_shard=32, ep=32)
     train = dataclasses.replace(config.train, global_batch_size=1024)
     return dataclasses.replace(config, parallel=parallel, train=train, output="outputs/kimi_k2")
 

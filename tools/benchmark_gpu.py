@@ -5,7 +5,7 @@ Two models, each with a dense layer and as many MoE layers and experts as fit: D
 widths, and the widths of Qwen3-30B-A3B (2048 wide, 128 experts of 768, top-8) with MLA. The
 vocabulary is cut to 32,768 so that memory goes to layers.
 
-Then what one rank of the presets computes (benchmark_stage.py): a pipeline stage of v3_256, whose
+Then what one rank of large layouts computes (benchmark_stage.py): a pipeline rank of V3, whose
 experts receive 1, 2 and 4 times the mean load, and a layer of moonlight. Last the Triton kernels
 beside their plain twins (benchmark_triton.py).
 """
@@ -138,8 +138,8 @@ def hf_config(sizes: dict[str, Any], experts: int, moe_layers: int) -> dict[str,
 
 
 def stages() -> list[Stage]:
-    """Return what a rank of v3_256 has (8 of 256 experts of 8 layers), and a layer of moonlight
-    with 8 of 64; activations as in the presets.
+    """Return what a rank of V3 with pp 8 and ep 32 has (8 of 256 experts of 8 layers), and a layer
+    of moonlight with 8 of 64; activations as in the presets.
     """
     moonlight = hf_config(MOONLIGHT_SIZES, 64, 1) | {"n_shared_experts": 2}
     v3 = hf_config(V3.sizes, V3.experts, 8)

@@ -5,12 +5,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools.published import PRESETS, model_config
 from torchsft.config import Config, InputError
+from torchsft.models.families import build_model, read_model_config
+from torchsft.parallel.stages import plan_stages
 from torchsft.planning.memory import CONTEXT, FRAGMENTS, Memory, predict
 from torchsft.resolution import smallest_number_of_ranks
 
@@ -18,19 +22,26 @@ from torchsft.resolution import smallest_number_of_ranks
 H100 = 84_900_000_000
 
 
-def roles(config: Config) -> list[int]:
-    """Return the pipeline ranks that may hold most: the first has the embedding, the second most
-    microbatches of whole layers, the last the loss.
+def roles(config: Config, found: Mapping[str, Any]) -> list[int]:
+    """Return the pipeline ranks that may hold most: the first has the embedding, the last the loss;
+    of those with most parameters the first one has most microbatches in flight.
     """
-    pp = config.parallel.pp
-    return sorted({0, min(1, pp - 1), pp // 2, pp - 1})
+    pp, described = config.parallel.pp, read_model_config(found)
+    plan = plan_stages(config.parallel, described, 2 * pp)
+    counts = []
+    with torch.device("meta"):
+        for rank in range(pp):
+            part = build_model(found, **plan.model_part(rank))
+            counts.append(sum(p.numel() for p in part.parameters()))
+    return sorted({0, counts.index(max(counts)), pp - 1})
 
 
 def predict_preset(preset: str, imbalance: float) -> list[Memory]:
     """Return the memory of a preset's `roles`."""
-    config = PRESETS[preset]()
+    config, found = PRESETS[preset](), model_config(preset)
     size = smallest_number_of_ranks(config.parallel)
-    return [predict(config, model_config(preset), size, rank, imbalance) for rank in roles(config)]
+    ranks = roles(config, found)
+    return [predict(config, found, size, rank, imbalance) for rank in ranks]
 
 
 def run(json_path: Path | None, presets: Sequence[str], imbalance: float) -> dict[str, Any]:

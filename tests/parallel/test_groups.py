@@ -62,7 +62,7 @@ def test_on_gpus_no_mesh_has_a_group_of_gloo_and_layers_none_with_fsdp(ranks):
     assert {backend for _, backend, _, _ in made} == {"nccl"}
     assert {timeout for *_, timeout in made} == {parallel.timeout_seconds}
     # pp, dp_shard (no collective), fsdp and ep; a group of each kind for all axes of one rank
-    assert sorted(n for _, _, n, _ in made) == [1, 8, 32, 32, 32]
+    assert sorted(n for _, _, n, _ in made) == [1, 16, 16, 16, 16]
     # gloo's connections: two groups of all ranks (with one for each axis besides they were 624)
     assert cluster.files_needed(sizes, size, on_gpus=True) - cluster.OTHER_FILES == 510
     for axes in shared:

@@ -52,8 +52,8 @@ def test_the_gpu_benchmark_measures_a_step_wherever_it_runs(world):
 
 
 def test_a_stage_of_the_gpu_benchmark_receives_its_rows_wherever_it_runs(world):
-    """Of a rank of v3_256, by hand: 3 x 7168 x 2048 parameters an expert and as many FLOPs / 6 for
-    each row; what it receives at 4 x the mean load, and gradients of every parameter.
+    """Of V3 with pp 8 and ep 32, by hand: 3 x 7168 x 2048 parameters an expert and as many FLOPs /
+    6 for each row; what it receives at 4 x the mean load, and gradients of every parameter.
     """
     stage = stages()[0]
     expert = 3 * 7168 * 2048
