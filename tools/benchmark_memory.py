@@ -22,26 +22,26 @@ from torchsft.resolution import smallest_number_of_ranks
 H100 = 84_900_000_000
 
 
-def roles(config: Config, found: Mapping[str, Any]) -> list[int]:
-    """Return the pipeline ranks that may hold most: the first has the embedding, the last the loss;
-    of those with most parameters the first one has most microbatches in flight.
+def fullest_rank(config: Config, found: Mapping[str, Any]) -> int:
+    """Return the pipeline rank with most parameters; of several the first one, which has most
+    microbatches in flight.
     """
-    pp, described = config.parallel.pp, read_model_config(found)
-    plan = plan_stages(config.parallel, described, 2 * pp)
-    counts = []
+    pp = config.parallel.pp
+    plan = plan_stages(config.parallel, read_model_config(found), 2 * pp)
     with torch.device("meta"):
-        for rank in range(pp):
-            part = build_model(found, **plan.model_part(rank))
-            counts.append(sum(p.numel() for p in part.parameters()))
-    return sorted({0, counts.index(max(counts)), pp - 1})
+        parts = [build_model(found, **plan.model_part(rank)) for rank in range(pp)]
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    return counts.index(max(counts))
 
 
-def predict_preset(preset: str, imbalance: float) -> list[Memory]:
-    """Return the memory of a preset's `roles`."""
+def predict_preset(preset: str, imbalance: float, *, ends: bool = True) -> list[Memory]:
+    """Return the memory of a preset's fullest pipeline rank, and of the two at the ends, which have
+    the embedding and the loss.
+    """
     config, found = PRESETS[preset](), model_config(preset)
     size = smallest_number_of_ranks(config.parallel)
-    ranks = roles(config, found)
-    return [predict(config, found, size, rank, imbalance) for rank in ranks]
+    ranks = {fullest_rank(config, found)} | ({0, config.parallel.pp - 1} if ends else set())
+    return [predict(config, found, size, rank, imbalance) for rank in sorted(ranks)]
 
 
 def run(json_path: Path | None, presets: Sequence[str], imbalance: float) -> dict[str, Any]:
