@@ -139,7 +139,7 @@ def test_the_file_limit_is_raised_or_refused_with_both_numbers(monkeypatch, limi
         assert changes == ([] if now is None else [now])
 
 
-def test_a_host_name_that_leads_to_itself_is_refused_on_several_nodes(monkeypatch):
+def test_an_interface_that_other_nodes_cannot_reach_is_refused(monkeypatch):
     def check(address, **environment):
         with monkeypatch.context() as patch:
             patch.delenv("GLOO_SOCKET_IFNAME", raising=False)
@@ -165,7 +165,14 @@ def test_a_host_name_that_leads_to_itself_is_refused_on_several_nodes(monkeypatc
     with pytest.raises(InputError, match="node7, does not resolve"):
         check(None)
     check("0.0.0.0")  # an address of this machine that is no loopback address
-    check("127.0.0.1", GLOO_SOCKET_IFNAME="eth0")
+    for asked in ("eth0", "eth0,ib0"):
+        check("127.0.0.1", GLOO_SOCKET_IFNAME=asked)
+    with pytest.raises(InputError, match="does not resolve"):
+        check(None, GLOO_SOCKET_IFNAME="")  # gloo takes it for none
+    for asked in ("eth7", "eth0,eth7", "lo"):
+        with pytest.raises(InputError, match=f"IFNAME is {asked}, but .* node7, .* are eth0, ib0;"):
+            check("0.0.0.0", GLOO_SOCKET_IFNAME=asked)
+    check("127.0.0.1", GLOO_SOCKET_IFNAME="lo", LOCAL_WORLD_SIZE="16")
     check("127.0.0.1", LOCAL_WORLD_SIZE="16")
     check("127.0.0.1", MASTER_ADDR="localhost")
 
