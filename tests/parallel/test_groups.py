@@ -209,20 +209,22 @@ def test_the_flight_recorder_is_torchs_and_other_settings_of_it_are_refused(monk
             record_collectives(2000, str(tmp_path))
 
 
-def failing_world(place):
-    """Leave a world with an error."""
-    settings = {"TORCH_FR_BUFFER_SIZE": "10", "TORCH_FR_DUMP_TEMP_FILE": f"{place}/rank_"}
-    os.environ.update(settings)
-    try:
-        with World(Parallel(), 0):
-            raise RuntimeError("a fault")
-    except RuntimeError:
-        dist.destroy_process_group()
+def failing_world(places):
+    """Leave a world with an error, once for each place of its record."""
+    for place in places:
+        settings = {"TORCH_FR_BUFFER_SIZE": "10", "TORCH_FR_DUMP_TEMP_FILE": f"{place}/rank_"}
+        os.environ.update(settings)
+        try:
+            with World(Parallel(), 0):
+                raise RuntimeError("a fault")
+        except RuntimeError:
+            dist.destroy_process_group()
     for name in settings:
         del os.environ[name]
 
 
 def test_a_rank_that_fails_leaves_what_was_recorded(ranks, tmp_path):
-    ranks(1, failing_world, place=str(tmp_path))
+    """Its fault is told also where the record cannot be written."""
+    ranks(1, failing_world, places=[str(tmp_path / "gone"), str(tmp_path)])
     record = pickle.loads((tmp_path / "rank_0").read_bytes())
     assert {"version", "pg_config", "entries"} <= record.keys()

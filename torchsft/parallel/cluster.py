@@ -5,6 +5,7 @@ what it leaves there when that fails.
 import os
 import resource
 import socket
+import sys
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -115,4 +116,8 @@ def write_record(rank: int) -> None:
     place = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
     if place and "TORCH_FR_BUFFER_SIZE" in os.environ:
         # torch has no public name for it; a pickled dict, which torchfrtrace reads
-        Path(f"{place}{rank}").write_bytes(torch._C._distributed_c10d._dump_fr_trace())
+        record = torch._C._distributed_c10d._dump_fr_trace()
+        try:
+            Path(f"{place}{rank}").write_bytes(record)
+        except OSError as error:  # what has ended the run shall be told, and not this
+            print(f"warning: {error}: the flight recorder's record", file=sys.stderr, flush=True)
