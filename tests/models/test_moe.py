@@ -261,3 +261,23 @@ def test_a_full_device_is_reported_with_the_layer_and_its_rows(monkeypatch, wher
         "this was in the experts of layer 5: 150 rows have come to this rank, 150 would under an "
         "even load; lower --train.micro-batch-size or --data.seq-len, or raise --parallel.ep"
     )
+
+
+def test_many_more_rows_than_an_even_load_are_computed_in_few_slices(monkeypatch):
+    """As where a rank with one token in a pass for answers gets the rows of all the others."""
+    experts, rows = Experts(E, 16, 8, "grouped_mm"), 5 * E
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    offs = torch.arange(5, rows + 1, 5, dtype=torch.int32)
+    inputs = torch.randn(rows, 16), torch.rand(rows, 1), offs
+    whole = experts(*inputs)
+    products, sizes = Products.forward, []
+
+    def forward(self: Products, x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return products(self, x, *args)
+
+    monkeypatch.setattr(Products, "forward", forward)
+    experts.even_rows = 3
+    torch.testing.assert_close(experts(*inputs), whole)
+    assert len(sizes) <= 2 * 8 and sum(sizes) == 2 * rows  # gate|up and down

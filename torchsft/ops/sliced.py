@@ -3,9 +3,10 @@ time.
 
 `sliced_swiglu` is `grouped_swiglu` (ops/swiglu.py) whose temporaries are those of a slice: of all
 rows there are inputs, outputs and their gradients, [R, D] each, but nothing that is F wide. Slices
-are as many rows as came under an even load, wherever experts begin; where they end within a slice
-is found on the device. Nothing of gate|up is kept, but computed again in the backward pass; the
-repetition of a layer (activation checkpointing), which only that pass needs, computes nothing.
+are as many rows as came under an even load, or an eighth of all where that is more, wherever
+experts begin; where they end within a slice is found on the device. Nothing of gate|up is kept, but
+computed again in the backward pass; the repetition of a layer (activation checkpointing), which
+only that pass needs, computes nothing.
 
 Outputs and gradients of rows are those of `grouped_swiglu` (bit by bit, where a row's product does
 not depend on how many rows there are: on a CPU it does); gradients of weights are the slices'
