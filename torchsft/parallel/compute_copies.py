@@ -70,7 +70,7 @@ class ComputeCopies:
     def _pack(self, saved: Tensor) -> Any:
         parameter = self.made.get(saved.untyped_storage()._cdata)
         if parameter is None:
-            return saved
+            return saved.detach()  # the tensor itself may be of the node that keeps it
         return parameter, saved.shape, saved.stride(), saved.storage_offset()
 
     def _unpack(self, packed: Any) -> Tensor:
