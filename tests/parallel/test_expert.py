@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.passes import build, compare, fill, microbatch, on_nodes, training_pass
 from torchsft.config import InputError, Parallel, Train
+from torchsft.models import moe
 from torchsft.models.moe import LocalExchange
 from torchsft.ops.out_of_memory import explaining
 from torchsft.ops.swiglu import grouped_swiglu_reference
@@ -146,8 +147,11 @@ class Journal(TorchDispatchMode):
 
 
 def journals(exchange: str, mode: str) -> list[list[tuple[int, Counter[str]]]]:
-    """On 4 ranks, or 3 nodes of 2: of a forward and a backward pass."""
-    with World(Parallel(ep=6, ep_exchange=exchange, timeout_seconds=60), 0) as world:
+    """On 4 ranks, or 3 nodes of 2: of a forward and a backward pass. Experts compute all rows at
+    once, also on a rank that receives many.
+    """
+    parallel = Parallel(ep=6, ep_exchange=exchange, timeout_seconds=60)
+    with World(parallel, 0) as world, mock.patch.object(moe, "MOST", 100):
         model = build(n_routed_experts=12)
         options = Train(activation_checkpointing=mode)
         parallelize([model], world, torch.float32, activations=options)
