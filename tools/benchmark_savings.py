@@ -7,6 +7,8 @@ with its experts' rows at 1, 2 or 4 times the mean, and each saving switched off
     FSDP2 experts  experts that one rank holds are in FSDP2, on a mesh of size 1
     whole rows     an overloaded rank computes all of its rows at once
     all buffers    a receive buffer for each microbatch, for the whole step
+
+Beside the peak stands what the step allocates for gradients from its beginning to its end.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torchsft.models import moe
 from torchsft.parallel import fsdp
 from torchsft.parallel.torch_pipelining import Stage
 from torchsft.planning.memory import predict
+from torchsft.planning.simulation import GRADIENTS, LiveMemory
 
 # 8 layers of V3 on each of 2 pipeline ranks, 8 experts of each on a rank.
 MODEL = {
@@ -71,6 +74,20 @@ def all_buffers() -> Iterator[None]:
             yield
 
 
+@contextmanager
+def counted(sizes: list[int]) -> Iterator[None]:
+    """Add the bytes of each allocation for gradients to `sizes`."""
+    add = LiveMemory.add
+
+    def count(memory: LiveMemory, size: int, purpose: str) -> None:
+        if purpose == GRADIENTS and size > 0:
+            sizes.append(size)
+        add(memory, size, purpose)
+
+    with patch.object(LiveMemory, "add", count):
+        yield
+
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "all": nullcontext,
     "FSDP2 experts": lambda: patch.object(fsdp, "_is_alone", lambda *_: False),
@@ -97,11 +114,24 @@ def run(path: Path | None) -> None:
     """Predict and print each variant, and write all to `path`."""
     results = []
     for name, imbalance in RUNS:
-        with VARIANTS[name]():
+        sizes: list[int] = []
+        with VARIANTS[name](), counted(sizes):
             memory = predict(config(), MODEL, 64, pp_rank=1, imbalance=imbalance)
         held = {purpose: size / 1e9 for purpose, size in memory.held.items()}
-        results.append({"variant": name, "imbalance": imbalance, "gigabytes": held})
+        gradients = {"allocations": len(sizes), "gigabytes": sum(sizes) / 1e9}
+        results.append(
+            {
+                "variant": name,
+                "imbalance": imbalance,
+                "gigabytes": held,
+                "allocated_for_gradients": gradients,
+            }
+        )
         parts = ", ".join(f"{purpose} {size:.2f}" for purpose, size in held.items())
-        print(f"{name:14} x {imbalance}: {memory.allocated / 1e9:.2f} GB ({parts})", flush=True)
+        print(
+            f"{name:14} x {imbalance}: {memory.allocated / 1e9:.2f} GB ({parts}); for gradients "
+            f"{len(sizes)} allocations, {sum(sizes) / 1e9:.1f} GB in all",
+            flush=True,
+        )
     if path:
         path.write_text(json.dumps(results, indent=1) + "\n")

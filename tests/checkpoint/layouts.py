@@ -17,6 +17,7 @@ from torchsft.config import Optim, Parallel
 from torchsft.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from torchsft.optim.adamw import build_optimizer
 from torchsft.parallel.apply import parallelize
+from torchsft.parallel.groups import make_meshes
 from torchsft.parallel.world import World
 
 RANKS = 4
@@ -25,9 +26,8 @@ LAYOUTS = (1, 2, 4)  # sizes of ep
 
 def build(source, world, ep):
     """A materialised model whose memory is garbage."""
-    world.expert = world._mesh(
-        {"pp": 1, "dp_replicate": 1, "edp": RANKS // ep, "ep": ep}, timedelta(seconds=60)
-    )
+    sizes = {"expert": {"pp": 1, "dp_replicate": 1, "edp": RANKS // ep, "ep": ep}}
+    world.expert = make_meshes(sizes, "cpu", timedelta(seconds=60))["expert"]
     with torch.device("meta"):
         model = DeepseekV3(DeepseekV3Config.from_hf(huggingface.read_config(source)))
     parallelize([model], world, torch.float32)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
@@ -35,6 +36,7 @@ from torchsft.config import (
     Precision,
     Train,
 )
+from torchsft.models.decoder import local
 from torchsft.ops.repetition import repeating
 from torchsft.parallel import activation_offload
 from torchsft.parallel import compile as compiling
@@ -553,10 +555,12 @@ def poison_one_rank(directory: str) -> dict[str, Any]:
         trainer = SilentTrainer(config, world)
         before = {name: full(t) for name, t in trainer.model.state_dict().items()}
         weight = trainer.model.model.layers["2"].mlp.experts.down_proj
+
+        def poison(parameter: nn.Parameter) -> None:
+            local(parameter.grad).view(-1)[:1].fill_(float("nan"))
+
         if world.rank == world.size - 1:
-            weight.register_post_accumulate_grad_hook(
-                lambda p: p.grad.to_local().view(-1)[:1].fill_(float("nan"))
-            )
+            weight.register_post_accumulate_grad_hook(poison)
         record, _ = trainer.train_step(next(trainer.loader))
         unchanged = all(
             torch.equal(full(t), before[name]) for name, t in trainer.model.state_dict().items()
@@ -565,7 +569,11 @@ def poison_one_rank(directory: str) -> dict[str, Any]:
             "norm": record["grad_norm"],
             "unchanged": unchanged,
             "counters": (trainer.counters.step, trainer.counters.updates, trainer.counters.skipped),
-            "moments": len(trainer.optimizer.state),
+            "moments": max(
+                local(value).abs().max().item()
+                for state in trainer.optimizer.state.values()
+                for value in state.values()
+            ),
         }
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.families import QWEN3_30B
 from tests.models.oracle import packed
 from tests.models.test_config import V3
 from tests.models.test_qwen3 import QWEN3_8B
+from tools.published import QWEN3_30B
 from torchsft.config import InputError
 from torchsft.models.attention import GroupedQueryAttention, LatentAttention
 from torchsft.models.decoder import RMSNorm, SwigluMLP

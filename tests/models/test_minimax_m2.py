@@ -7,8 +7,9 @@ import torch
 
 import torchsft
 from tests.checkpoint.sources import read_tensors, same_bits
-from tests.families import MINIMAX_M2, tiny
+from tests.families import tiny
 from tests.tiny import write_tiny_model
+from tools.published import MINIMAX_M2
 from torchsft.checkpoint.huggingface import export
 from torchsft.config import InputError
 from torchsft.models.families import build_model, read_model_config

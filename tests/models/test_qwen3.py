@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.families import QWEN3_30B, QWEN3_235B
 from tests.models.oracle import hf_logits, hf_loss, hf_qwen3, logits_of, our_model, packed
+from tools.published import QWEN3_30B, QWEN3_235B
 from torchsft import ops
 from torchsft.config import InputError
 from torchsft.models.families import build_model, read_model_config

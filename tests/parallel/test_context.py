@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.families import QWEN3_30B
 from tests.parallel.passes import compare, training_pass
 from tools.benchmark_gpu import V3, hf_config
+from tools.published import QWEN3_30B
 from torchsft.config import InputError, Parallel
 from torchsft.models.attention import locate_documents
 from torchsft.models.families import build_model

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.passes import build, compare, fill, microbatch, on_nodes, training_pass
 from torchsft.config import InputError, Parallel, Train
+from torchsft.models import moe
 from torchsft.models.moe import LocalExchange
+from torchsft.ops.out_of_memory import explaining
 from torchsft.ops.swiglu import grouped_swiglu_reference
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.expert import FlatExchange, Transfer, TwoLevelExchange, node_groups
@@ -98,6 +100,17 @@ def test_two_levels_give_the_gradients_of_one_process(ranks, n, parallel, family
     compare(ranks(n, on_nodes, parallel=parallel, **call, **balance), expected)
 
 
+@pytest.mark.parametrize(
+    "exchange", [FlatExchange(E, None), TwoLevelExchange(E, None, None, None)], ids=["flat", "two"]
+)
+def test_a_full_device_is_reported_before_any_row_has_come(exchange):
+    moe = next(iter(build().moe_layers().values()))
+    moe.exchange = exchange
+    with pytest.raises(torch.OutOfMemoryError) as raised, explaining(moe.load):
+        raise torch.OutOfMemoryError
+    assert "0 rows have come to this rank" in raised.value.__notes__[0]
+
+
 class Journal(TorchDispatchMode):
     """What ran while rows were on their way, one Counter for each exchange of rows or gradients."""
 
@@ -134,8 +147,11 @@ class Journal(TorchDispatchMode):
 
 
 def journals(exchange: str, mode: str) -> list[list[tuple[int, Counter[str]]]]:
-    """On 4 ranks, or 3 nodes of 2: of a forward and a backward pass."""
-    with World(Parallel(ep=6, ep_exchange=exchange, timeout_seconds=60), 0) as world:
+    """On 4 ranks, or 3 nodes of 2: of a forward and a backward pass. Experts compute all rows at
+    once, also on a rank that receives many.
+    """
+    parallel = Parallel(ep=6, ep_exchange=exchange, timeout_seconds=60)
+    with World(parallel, 0) as world, mock.patch.object(moe, "MOST", 100):
         model = build(n_routed_experts=12)
         options = Train(activation_checkpointing=mode)
         parallelize([model], world, torch.float32, activations=options)

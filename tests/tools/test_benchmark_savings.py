@@ -23,3 +23,6 @@ def test_each_saving_saves(tmp_path, monkeypatch):
     assert total["whole rows"] > total["all"]
     assert total["all buffers"] > total["all"]
     assert total["FSDP2 experts"] >= total["all"]  # it holds more behind this peak
+    allocated = {each["variant"]: each["allocated_for_gradients"] for each in results}
+    for number in ("allocations", "gigabytes"):
+        assert allocated["FSDP2 experts"][number] > allocated["all"][number]

@@ -2,10 +2,13 @@
 time.
 
 `sliced_swiglu` is `grouped_swiglu` (ops/swiglu.py) whose temporaries are those of a slice: of all
-rows there are inputs, outputs and their gradients, [R, D] each, but nothing that is F wide. Slices
-are as many rows as came under an even load, wherever experts begin; where they end within a slice
-is found on the device. Nothing of gate|up is kept, but computed again in the backward pass; the
-repetition of a layer (activation checkpointing), which only that pass needs, computes nothing.
+rows there are inputs and outputs, [R, D] each, but nothing that is F wide, and in the backward pass
+inputs and one gradient: that of inputs takes the place of that of outputs, which nobody else may
+read (behind a gather of rows it is new, as in every exchange). Slices are as many rows as
+came under an even load, or an eighth of all where that is more, wherever experts begin; where they
+end within a slice is found on the device. Nothing of gate|up is kept, but computed again in the
+backward pass; the repetition of a layer (activation checkpointing), which only that pass needs,
+computes nothing.
 
 Outputs and gradients of rows are those of `grouped_swiglu` (bit by bit, where a row's product does
 not depend on how many rows there are: on a CPU it does); gradients of weights are the slices'
@@ -77,9 +80,12 @@ class _Sliced(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, gate_up, down, weights_R1, offs_E = ctx.saved_tensors
         of_both, of_down = ctx.products
-        want_x, want_gate_up, want_down, want_weights, _ = gradients_asked_for(ctx)
+        asked = gradients_asked_for(ctx)
+        want_x, want_gate_up, want_down, want_weights, _ = asked
+        # The weight pass of a zero-bubble schedule, which comes later, reads it again.
+        is_last_reader = asked == list(ctx.needs_input_grad[:5])
         grad_RD = grad_RD.contiguous()
-        grad_x_RD = torch.empty_like(x_RD) if want_x else None
+        grad_x_RD = grad_RD if is_last_reader else torch.empty_like(grad_RD)
         grad_weights_R1 = torch.empty_like(weights_R1) if want_weights else None
         sum_gate_up = sum_down = None
         for some, offs in _slices(offs_E, len(x_RD), ctx.size):
@@ -94,8 +100,17 @@ class _Sliced(torch.autograd.Function):
             if want_gate_up:
                 grad_gate_up = of_both.grad_weight(kept.grad_both_RG, x_RD[some], offs)
                 sum_gate_up = _add(sum_gate_up, grad_gate_up)
-        sums = [None if each is None else each.to(x_RD.dtype) for each in (sum_gate_up, sum_down)]
-        return grad_x_RD, *sums, grad_weights_R1, None, None, None
+        sum_gate_up = _round(sum_gate_up, gate_up)
+        sum_down = _round(sum_down, down)
+        return (
+            grad_x_RD if want_x else None,
+            sum_gate_up,
+            sum_down,
+            grad_weights_R1,
+            None,
+            None,
+            None,
+        )
 
 
 def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -105,3 +120,8 @@ def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     if total is None:
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return total.add_(gradient)
+
+
+def _round(total: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Return a sum of gradients of a weight, if there is one, in the weight's dtype."""
+    return None if total is None else total.to(weight.dtype)
