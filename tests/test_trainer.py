@@ -215,6 +215,25 @@ def test_a_run_ends_after_some_skipped_steps_in_a_row_and_all_are_in_the_metrics
     )
 
 
+def test_data_that_fails_behind_a_step_leaves_its_line_in_the_metrics(inputs, tmp_path):
+    config = trainer_for(inputs, tmp_path)
+    with World(config.parallel, 0) as world:
+        trainer = Trainer(config, world)
+        plan, planned = trainer.run_data.loader.plan, []
+
+        def plan_two():
+            if len(planned) == 2:
+                raise InputError("row 7 is broken")
+            planned.append(plan())
+            return planned[-1]
+
+        trainer.run_data.loader.plan = plan_two
+        with pytest.raises(InputError, match="row 7"):
+            trainer.run()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 def choices(trainer):
     """(token, layer, expert) of each choice in the first row of the first evaluation set."""
     (samples,) = trainer.run_data.eval_sets["train"].rows[:1]

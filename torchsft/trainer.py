@@ -327,7 +327,11 @@ class Trainer:
         intervals = config.eval.every, config.checkpoint.every, config.checkpoint.export_every
         while counters.step < self.total_steps and not self.signalled:
             with self.clock("waiting for data"):
-                step = next(self.loader)
+                try:
+                    step = next(self.loader)
+                except (InputError, OSError):  # of the data
+                    self.finish_step()  # which metrics.jsonl would lack
+                    raise
             with self.clock("training steps"):
                 batch = self.count(step)
                 if self.output.save_failed:

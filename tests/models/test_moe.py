@@ -1,6 +1,7 @@
 """The router against a plain loop over tokens, and padding in the MoE layer."""
 
 import traceback
+import weakref
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from torchsft.models.moe import Experts, MoE, frozen_by_router
 from torchsft.models.routers import GroupedSigmoidRouter
 from torchsft.ops.grouped import Products
 from torchsft.ops.repetition import Pass
+from torchsft.parallel.compute_copies import ComputeCopies
 
 T, D, E = 50, 12, 8
 
@@ -261,3 +263,41 @@ def test_a_full_device_is_reported_with_the_layer_and_its_rows(monkeypatch, wher
         "this was in the experts of layer 5: 150 rows have come to this rank, 150 would under an "
         "even load; lower --train.micro-batch-size or --data.seq-len, or raise --parallel.ep"
     )
+
+
+def test_many_more_rows_than_an_even_load_are_computed_in_few_slices(monkeypatch):
+    """As where a rank with one token in a pass for answers gets the rows of all the others."""
+    experts, rows = Experts(E, 16, 8, "grouped_mm"), 5 * E
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    offs = torch.arange(5, rows + 1, 5, dtype=torch.int32)
+    inputs = torch.randn(rows, 16), torch.rand(rows, 1), offs
+    whole = experts(*inputs)
+    products, sizes = Products.forward, []
+
+    def forward(self: Products, x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return products(self, x, *args)
+
+    monkeypatch.setattr(Products, "forward", forward)
+    experts.even_rows = 3
+    torch.testing.assert_close(experts(*inputs), whole)
+    assert len(sizes) <= 2 * 8 and sum(sizes) == 2 * rows  # gate|up and down
+
+
+def test_a_graph_without_copies_is_freed_when_it_is_dropped(monkeypatch):
+    """Without Python's garbage collector, which runs at chosen steps."""
+    experts = Experts(2, 16, 8, "grouped_mm")
+    experts.read = ComputeCopies(torch.bfloat16, keep=False)
+    experts.read.save_none(experts)
+    products, outputs = Products.forward, []
+
+    def forward(*args: torch.Tensor) -> torch.Tensor:
+        y = products(*args)
+        outputs.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(Products, "forward", forward)
+    x = torch.randn(6, 16, dtype=torch.bfloat16, requires_grad=True)
+    experts(x, torch.rand(6, 1), torch.tensor([2, 6], dtype=torch.int32))
+    assert [output() for output in outputs] == [None, None]

@@ -19,6 +19,7 @@ from tests.parallel.passes import build, compare, fill, microbatch, on_nodes, tr
 from torchsft.config import InputError, Parallel, Train
 from torchsft.models import moe
 from torchsft.models.moe import LocalExchange
+from torchsft.ops.out_of_memory import explaining
 from torchsft.ops.swiglu import grouped_swiglu_reference
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.expert import FlatExchange, Transfer, TwoLevelExchange, node_groups
@@ -97,6 +98,17 @@ def test_two_levels_give_the_gradients_of_one_process(ranks, n, parallel, family
     expected = ranks(1, training_pass, parallel={}, **balance)[0]
     call = {"ranks_per_node": 2, "call": training_pass}
     compare(ranks(n, on_nodes, parallel=parallel, **call, **balance), expected)
+
+
+@pytest.mark.parametrize(
+    "exchange", [FlatExchange(E, None), TwoLevelExchange(E, None, None, None)], ids=["flat", "two"]
+)
+def test_a_full_device_is_reported_before_any_row_has_come(exchange):
+    moe = next(iter(build().moe_layers().values()))
+    moe.exchange = exchange
+    with pytest.raises(torch.OutOfMemoryError) as raised, explaining(moe.load):
+        raise torch.OutOfMemoryError
+    assert "0 rows have come to this rank" in raised.value.__notes__[0]
 
 
 class Journal(TorchDispatchMode):

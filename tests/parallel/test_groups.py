@@ -139,7 +139,7 @@ def test_the_file_limit_is_raised_or_refused_with_both_numbers(monkeypatch, limi
         assert changes == ([] if now is None else [now])
 
 
-def test_a_host_name_that_leads_to_itself_is_refused_on_several_nodes(monkeypatch):
+def test_an_interface_that_other_nodes_cannot_reach_is_refused(monkeypatch):
     def check(address, **environment):
         with monkeypatch.context() as patch:
             patch.delenv("GLOO_SOCKET_IFNAME", raising=False)
@@ -165,7 +165,14 @@ def test_a_host_name_that_leads_to_itself_is_refused_on_several_nodes(monkeypatc
     with pytest.raises(InputError, match="node7, does not resolve"):
         check(None)
     check("0.0.0.0")  # an address of this machine that is no loopback address
-    check("127.0.0.1", GLOO_SOCKET_IFNAME="eth0")
+    for asked in ("eth0", "eth0,ib0"):
+        check("127.0.0.1", GLOO_SOCKET_IFNAME=asked)
+    with pytest.raises(InputError, match="does not resolve"):
+        check(None, GLOO_SOCKET_IFNAME="")  # gloo takes it for none
+    for asked in ("eth7", "eth0,eth7", "lo"):
+        with pytest.raises(InputError, match=f"IFNAME is {asked}, but .* node7, .* are eth0, ib0;"):
+            check("0.0.0.0", GLOO_SOCKET_IFNAME=asked)
+    check("127.0.0.1", GLOO_SOCKET_IFNAME="lo", LOCAL_WORLD_SIZE="16")
     check("127.0.0.1", LOCAL_WORLD_SIZE="16")
     check("127.0.0.1", MASTER_ADDR="localhost")
 
@@ -202,20 +209,22 @@ def test_the_flight_recorder_is_torchs_and_other_settings_of_it_are_refused(monk
             record_collectives(2000, str(tmp_path))
 
 
-def failing_world(place):
-    """Leave a world with an error."""
-    settings = {"TORCH_FR_BUFFER_SIZE": "10", "TORCH_FR_DUMP_TEMP_FILE": f"{place}/rank_"}
-    os.environ.update(settings)
-    try:
-        with World(Parallel(), 0):
-            raise RuntimeError("a fault")
-    except RuntimeError:
-        dist.destroy_process_group()
+def failing_world(places):
+    """Leave a world with an error, once for each place of its record."""
+    for place in places:
+        settings = {"TORCH_FR_BUFFER_SIZE": "10", "TORCH_FR_DUMP_TEMP_FILE": f"{place}/rank_"}
+        os.environ.update(settings)
+        try:
+            with World(Parallel(), 0):
+                raise RuntimeError("a fault")
+        except RuntimeError:
+            dist.destroy_process_group()
     for name in settings:
         del os.environ[name]
 
 
 def test_a_rank_that_fails_leaves_what_was_recorded(ranks, tmp_path):
-    ranks(1, failing_world, place=str(tmp_path))
+    """Its fault is told also where the record cannot be written."""
+    ranks(1, failing_world, places=[str(tmp_path / "gone"), str(tmp_path)])
     record = pickle.loads((tmp_path / "rank_0").read_bytes())
     assert {"version", "pg_config", "entries"} <= record.keys()

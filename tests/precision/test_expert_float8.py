@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import Shard, distribute_tensor
 from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 from torchao.prototype.moe_training import _to_mxfp8_then_scaled_grouped_mm
@@ -29,8 +30,12 @@ from tests.precision.test_float8 import SIZES, first_step
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint.resume import differences
 from torchsft.config import Config, InputError, Parallel, Precision, to_dict
+from torchsft.models.decoder import local, seeded_normal
+from torchsft.models.moe import Experts
 from torchsft.ops.tiles import padding_of
+from torchsft.optim.fused import FusedAdamW
 from torchsft.parallel.apply import parallelize
+from torchsft.parallel.compute_copies import ComputeCopies
 from torchsft.parallel.expert_float8 import check_device
 from torchsft.parallel.world import World
 from torchsft.precision import expert_float8_kernels as kernels
@@ -275,6 +280,28 @@ def test_a_layout_changes_a_step_by_less_than_rounding_does(ranks, tmp_path):
             assert whole.keys() == exact[1].keys()
             assert found[0][0] == pytest.approx(loss, rel=1e-4), layout
             assert distance(whole, gradients) < 0.25 * rounding, layout
+
+
+@pytest.mark.parametrize("products", [FLOAT8, MXFP8], ids=["float8", "mxfp8"])
+def test_the_optimizer_moves_experts_of_one_rank_by_their_gradients(products):
+    """Plain ones, and on a mesh, whose gradients came transposed, as torchao's kernels leave
+    them.
+    """
+    x, offs, updated = numbers(12, 32).bfloat16(), torch.tensor([5, 12]).int(), []
+    with World(Parallel(), 0) as world:
+        for is_split in (False, True):
+            experts = Experts(2, 32, 64, "grouped_mm")
+            experts.products, experts.read = (products, products), ComputeCopies(x.dtype, True)
+            for name, parameter in list(experts.named_parameters()):
+                value = seeded_normal(name, tuple(parameter.shape), 0.1, seed=0)
+                if is_split:
+                    value = distribute_tensor(value, world.expert["ep"], [Shard(0)])
+                experts.register_parameter(name, torch.nn.Parameter(value))
+            experts(x, torch.ones(12, 1), offs).float().square().sum().backward()
+            FusedAdamW(experts.parameters(), lr=1e-2, fused=True).step()
+            updated.append([local(parameter).detach() for parameter in experts.parameters()])
+    for plain, split in zip(*updated, strict=True):
+        assert torch.equal(plain, split)
 
 
 def refused_in_a_pipeline() -> str:

@@ -29,6 +29,8 @@ from torchsft.ops.swiglu import (
 )
 
 MOST = 2  # times an even load: more rows are computed a slice of an even load at a time
+# Of these at most. (In a pass for answers a rank with few tokens may get many rows of others.)
+MOST_SLICES = 8
 
 # exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile) -> (routed_SD, shared_SD): the weighted
 # sum of what a token's chosen experts return, and the second value of `meanwhile`, which has two:
@@ -106,7 +108,7 @@ class Experts(nn.Module):
         gate_up, down = self.read(self.gate_up_proj), self.read(self.down_proj)
         inputs = x_RD, gate_up, down, weights_R1, offs, self.products
         if self.compute is grouped_swiglu and len(x_RD) > MOST * self.even_rows:
-            return sliced_swiglu(*inputs, self.even_rows)
+            return sliced_swiglu(*inputs, max(self.even_rows, -(-len(x_RD) // MOST_SLICES)))
         return self.compute(*inputs)
 
 

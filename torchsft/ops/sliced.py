@@ -5,9 +5,10 @@ time.
 rows there are inputs and outputs, [R, D] each, but nothing that is F wide, and in the backward pass
 inputs and one gradient: that of inputs takes the place of that of outputs, which nobody else may
 read (behind a gather of rows it is new, as in every exchange). Slices are as many rows as
-came under an even load, wherever experts begin; where they end within a slice is found on the
-device. Nothing of gate|up is kept, but computed again in the backward pass; the repetition of a
-layer (activation checkpointing), which only that pass needs, computes nothing.
+came under an even load, or an eighth of all where that is more, wherever experts begin; where they
+end within a slice is found on the device. Nothing of gate|up is kept, but computed again in the
+backward pass; the repetition of a layer (activation checkpointing), which only that pass needs,
+computes nothing.
 
 Outputs and gradients of rows are those of `grouped_swiglu` (bit by bit, where a row's product does
 not depend on how many rows there are: on a CPU it does); gradients of weights are the slices'

@@ -5,6 +5,7 @@ what it leaves there when that fails.
 import os
 import resource
 import socket
+import sys
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,28 +19,35 @@ OTHER_FILES = 512
 
 
 def check_interface() -> None:
-    """Refuse a start on several machines where gloo would listen on an address that only this one
-    reaches.
+    """Refuse a start where gloo would listen on no interface or, on several machines, on an address
+    that only this one reaches.
 
-    gloo takes the first address of the host's name that this machine has, which on many is that of
-    the loopback interface (/etc/hosts).
+    Where GLOO_SOCKET_IFNAME does not say another interface, gloo takes the first address of the
+    host's name that this machine has, which on many is that of the loopback interface (/etc/hosts).
 
     Raises:
         InputError: it would.
     """
     ranks, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if ranks == here or "GLOO_SOCKET_IFNAME" in os.environ:
+    several = ranks != here and not _is_loopback(os.environ.get("MASTER_ADDR", ""))
+    usable = [name for _, name in socket.if_nameindex() if not (several and name == "lo")]
+    listed = ", ".join(usable)
+    if asked := os.environ.get("GLOO_SOCKET_IFNAME"):
+        if not {*asked.split(",")} <= {*usable}:
+            raise InputError(
+                f"GLOO_SOCKET_IFNAME is {asked}, but the interfaces of this host, "
+                f"{socket.gethostname()}, that ranks can reach are {listed}; set it to one of them"
+            )
         return
-    if _is_loopback(os.environ.get("MASTER_ADDR", "")):
-        return  # all ranks are on this machine
+    if not several:
+        return
     host = socket.gethostname()
     address = _own_address(host)
     if address is None or _is_loopback(address):
         found = f"resolves to {address}, a loopback address" if address else "does not resolve"
-        others = ", ".join(name for _, name in socket.if_nameindex() if name != "lo")
         raise InputError(
             f"the name of this host, {host}, {found}, where gloo would wait for ranks of other "
-            f"nodes; set GLOO_SOCKET_IFNAME to the interface that they reach (here are {others}), "
+            f"nodes; set GLOO_SOCKET_IFNAME to the interface that they reach (here are {listed}), "
             "or mend /etc/hosts"
         )
 
@@ -108,4 +116,8 @@ def write_record(rank: int) -> None:
     place = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
     if place and "TORCH_FR_BUFFER_SIZE" in os.environ:
         # torch has no public name for it; a pickled dict, which torchfrtrace reads
-        Path(f"{place}{rank}").write_bytes(torch._C._distributed_c10d._dump_fr_trace())
+        record = torch._C._distributed_c10d._dump_fr_trace()
+        try:
+            Path(f"{place}{rank}").write_bytes(record)
+        except OSError as error:  # what has ended the run shall be told, and not this
+            print(f"warning: {error}: the flight recorder's record", file=sys.stderr, flush=True)

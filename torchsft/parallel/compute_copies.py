@@ -70,7 +70,7 @@ class ComputeCopies:
     def _pack(self, saved: Tensor) -> Any:
         parameter = self.made.get(saved.untyped_storage()._cdata)
         if parameter is None:
-            return saved
+            return saved.detach()  # the tensor itself may be of the node that keeps it
         return parameter, saved.shape, saved.stride(), saved.storage_offset()
 
     def _unpack(self, packed: Any) -> Tensor:
@@ -94,7 +94,10 @@ class _Copy(torch.autograd.Function):
         if parameter.grad is not None and accumulates(ctx):
             local(parameter.grad).add_(grad)
             return None, None
-        return _like(parameter, grad.to(parameter.dtype)), None
+        # In a DTensor autograd would leave other strides than the parameter's (those of fp8), and
+        # fused optimizers go through memory.
+        grad = grad.to(parameter.dtype, memory_format=torch.contiguous_format)
+        return _like(parameter, grad), None
 
 
 def _like(parameter: nn.Parameter, part: Tensor) -> Tensor:

@@ -170,6 +170,8 @@ class FlatExchange:
     layer and microbatch; a layer that is computed again exchanges the same rows without.
     """
 
+    rows = 0  # until a first plan is made
+
     def __init__(self, experts: int, group: dist.ProcessGroup) -> None:
         self.experts, self.group = experts, group
 
@@ -222,6 +224,8 @@ class TwoLevelPlan(NamedTuple):
 
 class TwoLevelExchange:
     """A MoE layer's `exchange` over nodes, then within each; see the top of this file."""
+
+    rows = 0  # until a first plan is made
 
     def __init__(
         self,
@@ -302,6 +306,7 @@ class TwoLevelExchange:
     ) -> tuple[Tensor, Tensor | None]:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
+        self.rows = len(plan.arrival.order_M)
         inverse_R1 = inverse(plan.order_R).unsqueeze(1)
         (x_ID, weights_Q1), _ = carry(
             self.rail,
@@ -315,7 +320,6 @@ class TwoLevelExchange:
             (permute(weights_Q1, plan.order_Q, plan.on_node.row_R.unsqueeze(1)), plan.node_route),
         )
         del x_ID
-        self.rows = len(plan.arrival.order_M)
         y_MD = plan.arrival.run(experts, arrived)
         (y_QD,), _ = carry(self.node, (y_MD, plan.node_route), back=True)
         y_ID = sum_rows(y_QD, plan.on_node)
