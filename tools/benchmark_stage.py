@@ -49,7 +49,7 @@ class ForcedExchange:
     """
 
     def __init__(self, local_experts: int, imbalance: int) -> None:
-        self.local_experts, self.imbalance = local_experts, imbalance
+        self.local_experts, self.imbalance, self.rows = local_experts, imbalance, 0
 
     def __call__(
         self,
@@ -62,6 +62,7 @@ class ForcedExchange:
         """Return what the experts make of the copies, added up, and the shared experts' output."""
         _, shared_SD = meanwhile
         counts_E, order_R, row_SK = once("exchange", lambda: self.plan(chosen_SK))
+        self.rows = len(order_R)
         weights_SK = weights_SK.repeat(1, self.imbalance) / self.imbalance
         x_RD = permute(x_SD, order_R, row_SK)
         weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
