@@ -233,7 +233,8 @@ def record_steps(
         SMALL | {"architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 2 * size}
     )
     nothing = torch.zeros(TOKENS, dtype=torch.int64)
-    batch = Batch(nothing, nothing, nothing.float(), nothing, torch.zeros(1, dtype=torch.int32), 0)
+    bounds = torch.zeros(1, dtype=torch.int32)
+    batch = Batch(nothing, nothing, nothing.float(), nothing, bounds, max_seqlen=0, padding=TOKENS)
     results = []
     with World(Parallel(pp=size, timeout_seconds=60), 0) as world:
         for schedule, microbatches in cases:

@@ -53,6 +53,7 @@ ON_HOST = {
 ON_CPU = {
     "models/attention.py locate_documents": "--model.attention sdpa, CUDA has varlen",
     "models/loss.py forward": "chunks without supervised tokens, on a CPU only",
+    "models/loss.py _gradient_of_logits": "whether some tokens are not supervised, likewise",
     "parallel/gradients.py sum_summands": "to the device of the ranks, where gradients lie",
 }
 LAYOUTS = [
