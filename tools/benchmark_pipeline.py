@@ -177,6 +177,10 @@ class StandIn(nn.Module):
         y_TD = _Work.apply(x_TD, self.weight, self.unit)
         return y_TD.sum() if self.last else y_TD
 
+    def moe_layers(self) -> dict[str, nn.Module]:
+        """Return nothing: there are no experts."""
+        return {}
+
 
 def _record(stage: Any, actions: list[Timed]) -> None:
     """Let a stage of a pipeline note when it begins and ends to compute."""
