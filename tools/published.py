@@ -17,7 +17,7 @@ from recipes import (
     minimax_m2_sft,
     qwen3_sft,
 )
-from tools.benchmark_gpu import V3, hf_config
+from tools.benchmark_gpu import MOONLIGHT_SIZES, V3, hf_config
 
 
 @dataclass(frozen=True)
@@ -412,30 +412,11 @@ PUBLISHED = {
 PRESETS = {name: model.recipe.PRESETS[name] for name, model in PUBLISHED.items()}
 PRESETS |= deepseek_v3_sft.PRESETS
 
-# Published sizes (config.json of moonshotai/Moonlight-16B-A3B).
-MOONLIGHT = dict(
-    hidden_size=2048,
-    intermediate_size=11264,
-    moe_intermediate_size=1408,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    q_lora_rank=None,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    num_experts_per_tok=6,
-    n_group=1,
-    topk_group=1,
-    vocab_size=163840,
-    routed_scaling_factor=2.446,
-)
-
 
 def model_config(preset: str) -> Mapping[str, Any]:
     """Return config.json of the model that a preset is for."""
     if preset == "moonlight":
-        return hf_config(MOONLIGHT, experts=64, moe_layers=26) | {"n_shared_experts": 2}
+        return hf_config(MOONLIGHT_SIZES, experts=64, moe_layers=26) | {"n_shared_experts": 2}
     if preset in PUBLISHED:
         return PUBLISHED[preset].config
     config = hf_config(V3.sizes | {"vocab_size": 129280}, experts=256, moe_layers=58)
