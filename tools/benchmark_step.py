@@ -217,13 +217,20 @@ def compare(sides: Mapping[str, Side], batches: Tensor, flops: float) -> dict[st
 def _run(
     world: World, json_path: Path | None, repeats: int, threads: int, show_profile: bool
 ) -> dict[str, Any]:
-    plain, weights, config = transformers_side()
-    ours = benchmark_modes.Side(benchmark_modes.MODES["plain"], world, config, weights)
-    sides = {"transformers": plain, "torchsft": (ours.compute, ours.update)}
     batches = torch.randint(
         0, SMALL["vocab_size"], (repeats + 2, ROWS, ROW), generator=torch.Generator().manual_seed(1)
     )
-    flops = ours.model.config.flops([ROW] * ROWS)
+
+    def both() -> tuple[dict[str, Side], dict[str, Tensor], dict[str, Any], float]:
+        """Return sides that have not trained, their weights, config and FLOPs of a step: the longer
+        they learn, the further their losses are from each other.
+        """
+        plain, weights, config = transformers_side()
+        ours = benchmark_modes.Side(benchmark_modes.MODES["plain"], world, config, weights)
+        sides = {"transformers": plain, "torchsft": (ours.compute, ours.update)}
+        return sides, weights, config, ours.model.config.flops([ROW] * ROWS)
+
+    sides, weights, config, flops = both()
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -235,6 +242,7 @@ def _run(
     report["given_back"] = compare(sides, batches, flops)
     if keep_freed_memory():
         print("freed memory is kept:")
+        sides, *_ = both()
         report["kept"] = compare(sides, batches, flops)
     else:
         print("freed memory cannot be kept here: another C library than glibc, or MALLOC_ is set")
