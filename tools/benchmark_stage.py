@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,7 @@ from torchsft.config import Train
 from torchsft.models.decoder import local
 from torchsft.models.families import build_model
 from torchsft.models.language_model import LanguageModel
-from torchsft.models.moe import sort_by_expert
-from torchsft.ops.permute import combine, permute
-from torchsft.ops.repetition import once
+from torchsft.models.moe import LocalExchange
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.world import World
@@ -43,38 +40,22 @@ class Stage:
     train: Train  # how activations are kept
 
 
-class ForcedExchange:
+class ForcedExchange(LocalExchange):
     """A MoE layer's `exchange` that sends nothing: local experts get `imbalance` rows for each
     choice of a token, of that token, in turn. See `models.moe.Exchange`.
     """
 
     def __init__(self, local_experts: int, imbalance: int) -> None:
-        self.local_experts, self.imbalance, self.rows = local_experts, imbalance, 0
+        super().__init__(local_experts)
+        self.imbalance = imbalance
 
     def __call__(
-        self,
-        x_SD: Tensor,
-        weights_SK: Tensor,
-        chosen_SK: Tensor,
-        experts: Callable[..., Tensor],
-        meanwhile: Iterator[Tensor | None],
+        self, x_SD: Tensor, weights_SK: Tensor, chosen_SK: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the experts make of the copies, added up, and the shared experts' output."""
-        _, shared_SD = meanwhile
-        counts_E, order_R, row_SK = once("exchange", lambda: self.plan(chosen_SK))
-        self.rows = len(order_R)
         weights_SK = weights_SK.repeat(1, self.imbalance) / self.imbalance
-        x_RD = permute(x_SD, order_R, row_SK)
-        weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
-        y_RD = experts(x_RD, weights_R1, counts_E.cumsum(0).to(torch.int32))
-        return combine(y_RD, order_R, row_SK), shared_SD
-
-    def plan(self, chosen_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Deal the copies; see `sort_by_expert`."""
-        tokens, choices = chosen_SK.shape
-        rows = tokens * choices * self.imbalance
-        in_turn_R = torch.arange(rows, device=chosen_SK.device) % self.local_experts
-        return sort_by_expert(in_turn_R.view(tokens, -1), self.local_experts)
+        in_turn_R = torch.arange(weights_SK.numel(), device=x_SD.device) % self.experts
+        return super().__call__(x_SD, weights_SK, in_turn_R.view_as(weights_SK), *rest)
 
 
 def build_stage(stage: Stage, world: World, imbalance: int, compute: torch.dtype) -> LanguageModel:
