@@ -352,7 +352,7 @@ def test_help_says_all_of_a_presets_first_sentence(capsys):
     for name in PRESETS:
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert line.endswith("."), line
-    assert any(line.endswith("8 experts of each layer on a GPU.") for line in lines)
+    assert any(line.endswith(" 16 experts of each layer on a GPU.") for line in lines)
 
 
 def test_every_option_says_what_it_is():

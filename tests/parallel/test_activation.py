@@ -340,8 +340,9 @@ def rounding(pieces: int) -> dict[str, float]:
 
 def test_gradients_of_pieces_are_added_up_in_fp32(ranks):
     """The gradient of the whole is rounded once, by 2^-9 of an element at most; of pieces, each is,
-    and their sum; in attention and of norms, products with what was rounded so are rounded again.
-    One piece is the whole.
+    and their sum: 3 x 2^-9 in all, where one entry makes most of a gradient, as of norms. Of
+    matrices, whose many entries are not all rounded one way, it stays below 2. In attention,
+    products with what was rounded so are rounded again. One piece is the whole.
     """
     (errors,) = ranks(1, rounding, pieces=48)
     for name, error in errors.items():
