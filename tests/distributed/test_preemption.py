@@ -130,11 +130,14 @@ def test_an_evaluation_that_a_signal_meets_is_finished(inputs, ranks, tmp_path):
 
 def send_at_once(pids: list[int], phases: Phases) -> None:
     """Ctrl-C while rank 0 tokenises and the others wait for it, or while they load; then they are
-    alive for some seconds.
+    alive for some seconds. Each is left to end by itself: `end` would send SIGTERM to the slower
+    one, which on a busy machine has not yet heard its SIGINT.
     """
     time.sleep(1.0)
     for pid in pids:
         os.kill(pid, signal.SIGINT)
+    for pid in pids:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def test_ctrl_c_before_training_is_one_line(inputs, ranks, tmp_path):
