@@ -18,14 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from tools.planning.gpus import GPUS, read_gpu
 from torchsft.cli import parse, refusals
 from torchsft.config import Config, InputError
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # presets that are for no published model
 GENERAL = ("debug", "finetune")
 
@@ -73,7 +73,7 @@ def load_recipe(path: str) -> ModuleType:
     """
     file = Path(path)
     if not file.is_file():
-        known = ", ".join(f"recipes/{each.name}" for each in (ROOT / "recipes").glob("*_sft.py"))
+        known = ", ".join(f"recipes/{each.name}" for each in sorted(RECIPES.glob("*_sft.py")))
         raise InputError(f"recipe {path} does not exist; those that exist are {known}")
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
