@@ -32,6 +32,7 @@ from torchsft import ops
 from torchsft.config import Parallel
 from torchsft.models import attention, rope
 from torchsft.ops import swiglu
+from torchsft.parallel.memory import pinned_bytes
 from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
 META = torch.device("meta")
@@ -56,7 +57,9 @@ class SimulatedWorld:
 
 
 @contextmanager
-def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[SimulatedWorld]:
+def simulated_rank(
+    parallel: Parallel, rank: int, size: int, ranks_per_node: int = RANKS_PER_NODE
+) -> Iterator[SimulatedWorld]:
     """Be one rank of `size`, as far as torch.distributed goes; no process group may exist.
 
     Raises:
@@ -66,7 +69,7 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sizes, new_group = mesh_sizes(parallel, size), dist.new_group
-    nodes = nodes_of_experts(parallel, min(size, RANKS_PER_NODE))
+    nodes = nodes_of_experts(parallel, min(size, ranks_per_node))
     streams = {name: getattr(torch.cpu, name) for name in ("Event", "stream")}
     streams |= {"Stream": _Stream, "current_stream": lambda *_: _Stream()}
     streams |= {"get_rng_state": lambda _: None, "set_rng_state": lambda *_: None}
@@ -232,6 +235,18 @@ def _makes_new_tensors(function: Any) -> bool:
     return not any(each.alias_info for each in (*schema.arguments, *schema.returns))
 
 
+@cache
+def _written(function: Any) -> int | str | None:
+    """Return which argument an operation writes and returns, by its place or name; None: it does
+    something else.
+    """
+    schema = function._schema
+    written = [each for each in schema.arguments if each.alias_info and each.alias_info.is_write]
+    if len(written) != 1 or len(schema.returns) != 1 or torch.Tag.inplace_view in function.tags:
+        return None
+    return written[0].name if written[0].kwarg_only else schema.arguments.index(written[0])
+
+
 def _signature(value: Any) -> Any:
     """Return what the shapes of results depend on."""
     if isinstance(value, Tensor):
@@ -259,6 +274,7 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         held: bytes by purpose, now.
         at_peak: the same, when all together were most.
+        host_peak: bytes of what was on the host at most, all of which is pinned.
     """
 
     def __init__(self, ask: Callable[[Tensor], Tensor]) -> None:
@@ -266,7 +282,7 @@ class LiveMemory(TorchDispatchMode):
         self.ask = ask
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self.now = self.peak = 0  # bytes
+        self.now = self.peak = self.host = self.host_peak = 0  # bytes
         self.storages: dict[int, _Held] = {}  # by address
         self.recent: list[_Held] = []  # of the layer or the loss at work
         self.known: dict[Any, list[Any]] = {}  # operation and arguments -> shapes of results
@@ -280,8 +296,12 @@ class LiveMemory(TorchDispatchMode):
         super().__exit__(*error)
         self.patch.stop()
 
-    def add(self, size: int, purpose: str) -> None:
-        """Count bytes more (or fewer) for a purpose."""
+    def add(self, size: int, purpose: str | None) -> None:
+        """Count bytes more (or fewer) for a purpose; None: on the host."""
+        if purpose is None:
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+            return
         self.held[purpose] += size
         self.now += size
         if self.now > self.peak:
@@ -291,17 +311,18 @@ class LiveMemory(TorchDispatchMode):
         """Count a storage, if it is not counted yet, or has another size than it had."""
         address, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
         held = self.storages.get(address)
+        if (purpose if held is None else held.purpose) is None:
+            size = pinned_bytes(storage.nbytes(), True)
         if held is None:
 
             def freed(_: weakref.ref) -> None:
                 held = self.storages.pop(address)
-                if held.purpose is not None:
-                    self.add(-held.size, held.purpose)
+                self.add(-held.size, held.purpose)
 
             held = self.storages[address] = _Held(0, purpose, weakref.ref(storage, freed))
             if purpose in (LAYER, LOSS):
                 self.recent.append(held)
-        if held.purpose is not None and size != held.size:
+        if size != held.size:
             self.add(size - held.size, held.purpose)
         held.size = size
 
@@ -321,10 +342,15 @@ class LiveMemory(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, and count what it returns and what its kernel needs besides."""
-        kwargs, purpose = kwargs or {}, _purpose()
+        kwargs, other = (
+            kwargs or {},
+            any(kind not in (Tensor, torch.nn.Parameter) for kind in types),
+        )
+        # the stack is slow to walk; a view's storage is known
+        purpose = _purpose() if other or _makes_new_tensors(function) else ""
         if purpose == SHAPES:
             return function(*args, **kwargs)
-        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
+        if other:
             return NotImplemented  # it comes again, as operations on this rank's parts
         if function is torch.ops.aten._local_scalar_dense.default:
             return 1
@@ -339,7 +365,11 @@ class LiveMemory(TorchDispatchMode):
         result = self.shapes(function, args, kwargs)
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor) and each.is_meta:
-                self.hold(each.untyped_storage(), purpose)
+                storage = each.untyped_storage()
+                if purpose == "" and storage._cdata not in self.storages:
+                    purpose = _purpose()
+                if purpose not in ("", SHAPES):
+                    self.hold(storage, purpose)
         if workspace := WORKSPACES.get(function.name()):
             size = workspace(*args)
             self.add(size, purpose)
@@ -350,10 +380,13 @@ class LiveMemory(TorchDispatchMode):
         """Return what an operation returns, or for the same shapes returned before: torch's Python
         functions for meta tensors take most of the time.
         """
-        if not _makes_new_tensors(function):
+        is_new, written = _makes_new_tensors(function), _written(function)
+        if not is_new and written is None:
             return function(*args, **kwargs)
         key = function, _signature(args), _signature(tuple(kwargs.items()))
         known = self.known.get(key)
+        if known is not None and not is_new:
+            return kwargs[written] if isinstance(written, str) else args[written]
         if known is not None:
             made = [
                 torch.empty_strided(*sizes, dtype=dtype, device=META) for *sizes, dtype in known
