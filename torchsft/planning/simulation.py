@@ -206,7 +206,7 @@ PURPOSES = {
     "torchsft/models/moe.py": {"": LAYER},
     "torchsft/parallel/compute_copies.py": {"_copy": GATHERED, "backward": GRADIENTS},
     "torchsft/parallel/expert.py": {"": EXCHANGE},
-    "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
+    "torchsft/planning/memory.py": {"put_copies_on_device": PARAMETERS},
 }
 
 
