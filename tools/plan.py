@@ -11,6 +11,7 @@ is read. Exit code 1: it does not fit, or cannot be (the sentence says why); 2: 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -125,11 +126,20 @@ def model_of(recipe: ModuleType, preset: str, config: Config) -> tuple[str, Mapp
 
 def run(recipe: ModuleType, preset: str, options: Options) -> int:
     """Plan and print; the exit code."""
-    gpu = read_gpu(options.gpu)
-    config = options.config()
+    gpu, config = read_gpu(options.gpu), options.config()
     where, model_config = model_of(recipe, preset, config)
-    print(f"{preset}: {where} ({model_config['architectures'][0]}), on {gpu.name}")
-    return 0
+    from tools.planning import report
+    from torchsft.resolution import smallest_number_of_ranks
+
+    size = options.world_size or smallest_number_of_ranks(config.parallel)
+    planned = report.run_of(config, model_config, size, gpu, options.imbalance)
+    architecture = ", ".join(model_config.get("architectures", ()))
+    print(f"{Path(recipe.__file__).stem} {preset}: {architecture}, config.json of {where}")
+    plan = report.make_plan(planned)
+    print(*report.lines_of(plan), sep="\n")
+    if options.json:
+        Path(options.json).write_text(json.dumps(report.to_json(plan), indent=2) + "\n")
+    return 0 if plan.fits else 1
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from torchsft.config import InputError
 
 MEASURED, PUBLISHED, ASSUMED = "measured", "published", "assumed"
 TABLES = ("peak_flops", "latency_seconds", "efficiency")  # fields that are tables of numbers
+WHOLE = ("memory", "ranks_per_node", "host_memory")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Gpu:
     Attributes:
         name: as the command line has it, or the file that says it.
         memory: bytes that torch finds (`total_memory`).
+        compute_capability: NVIDIA's, such as 9.0.
         peak_flops: dense, per second, by dtype: "bf16", "fp8" (a GPU that has none lacks it),
             "fp32".
         memory_bandwidth: bytes per second.
@@ -49,6 +51,7 @@ class Gpu:
 
     name: str
     memory: int
+    compute_capability: float
     peak_flops: Mapping[str, float]
     memory_bandwidth: float
     node_bandwidth: float
@@ -60,6 +63,12 @@ class Gpu:
     efficiency: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """As torch has it, (9, 0)."""
+        major = int(self.compute_capability)
+        return major, round(10 * (self.compute_capability - major))
+
     def source(self, name: str) -> str:
         """Return where a figure comes from; `name` is a field, or FIELD.KEY of a table."""
         return self.sources.get(name) or self.sources[name.partition(".")[0]]
@@ -68,6 +77,7 @@ class Gpu:
 H100 = Gpu(
     "h100-80g",
     memory=84_900_000_000,
+    compute_capability=9.0,
     peak_flops={"bf16": 989.4e12, "fp8": 1978.9e12, "fp32": 66.9e12},
     memory_bandwidth=3.35e12,
     node_bandwidth=450e9,
@@ -78,6 +88,7 @@ H100 = Gpu(
     price=2.5,
     sources={
         "memory": f"{MEASURED}: torch finds 79.1 GiB",
+        "compute_capability": f"{PUBLISHED}: NVIDIA",
         "peak_flops": f"{PUBLISHED}: NVIDIA H100 SXM data sheet, without sparsity",
         "memory_bandwidth": f"{PUBLISHED}: NVIDIA H100 SXM data sheet",
         "node_bandwidth": f"{PUBLISHED}: half of NVLink 4's 900 GB/s, which count both ways",
@@ -106,6 +117,7 @@ A100 = dataclasses.replace(
     H100,
     name="a100-80g",
     memory=84_900_000_000,
+    compute_capability=8.0,
     peak_flops={"bf16": 312e12, "fp32": 19.5e12},
     memory_bandwidth=2.039e12,
     node_bandwidth=300e9,
@@ -126,6 +138,7 @@ B200 = dataclasses.replace(
     H100,
     name="b200-192g",
     memory=191_500_000_000,
+    compute_capability=10.0,
     peak_flops={"bf16": 2250e12, "fp8": 4500e12, "fp32": 75e12},
     memory_bandwidth=8e12,
     node_bandwidth=900e9,
@@ -173,6 +186,8 @@ def _read_file(path: str) -> Gpu:
         positive = isinstance(value, str) or (0 < value < math.inf)
         if not positive and not (name == "price" and value == 0):
             raise InputError(f"{name} in {path} is {value}, but it must be above 0 and finite")
+        if name in WHOLE:
+            given[name] = round(value)  # YAML has no whole number 80e9
     values = {} if like is None else {each: getattr(GPUS[like], each) for each in _fields()}
     sources = dict(values.get("sources", {"efficiency": ASSUMED}))
     values["name"] = path
@@ -211,5 +226,5 @@ def _options() -> dict[str, Option]:
         if name in TABLES:
             kinds |= {f"{name}.{key}": float for key in getattr(H100, name)}
         elif name != "sources":
-            kinds[name] = type(getattr(H100, name))
+            kinds[name] = str if name == "name" else float
     return {name: Option(name, kind, "", None) for name, kind in kinds.items()}

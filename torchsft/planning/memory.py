@@ -7,6 +7,7 @@ a device keeps for itself.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,7 +170,10 @@ def run_step(
         memory.hold(storage, PARAMETERS if with_memory else None)
     if not on_host:
         memory.add(held_moments(plan.model, config.optim), MOMENTS)
-    begin_layer = partial(_begin_layer, memory, plan.model)
+    # FSDP replaces parameters in these dictionaries
+    begin_layer = partial(
+        _begin_layer, memory, [module._parameters for module in plan.model.modules()]
+    )
     for layer in plan.model.model.layers.values():
         layer.compute = _counted(layer.compute, begin_layer)
     with memory:
@@ -187,8 +191,10 @@ def run_step(
     return memory
 
 
-def _begin_layer(memory: LiveMemory, model: nn.Module) -> None:
-    memory.begin_layer(local(p.grad) for p in model.parameters() if p.grad is not None)
+@torch.no_grad()  # in which `local` costs little
+def _begin_layer(memory: LiveMemory, of_modules: list[dict[str, nn.Parameter | None]]) -> None:
+    parameters = itertools.chain.from_iterable(each.values() for each in of_modules)
+    memory.begin_layer(local(p.grad) for p in parameters if p is not None and p.grad is not None)
 
 
 def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) -> Any:

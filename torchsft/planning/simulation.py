@@ -28,8 +28,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import schedules
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchsft import ops
 from torchsft.config import Parallel
-from torchsft.models import attention
+from torchsft.models import attention, rope
+from torchsft.ops import swiglu
 from torchsft.parallel.memory import pinned_bytes
 from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
@@ -88,11 +90,15 @@ def simulated_rank(
             (attention, "flex_attention", _flex_attention),
             (attention, "create_block_mask", lambda *_, **options: None),
             (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
+            (swiglu, "kernels", _has_kernels),
+            (rope, "kernels", _has_kernels),
             # fake groups do not know the device
             (schedules, "_batch_p2p", lambda operations, desc=None: [_Travel(operations)]),
             (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
         ):
             stack.enter_context(patch.object(module, name, replacement))
+        for name, kernels in KERNELS.items():
+            stack.enter_context(patch.object(ops, name, kernels, create=True))
         data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
         yield SimulatedWorld(rank, size, data_size, **meshes, expert_nodes=nodes)
 
@@ -124,6 +130,30 @@ class _Travel:
 def _flex_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
     """The same of torch's flex attention, which is compiled."""
     return _fused_attention(q, k, v, scale=scale)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """What `ops.kernels` says on a GPU with triton."""
+    return x.dtype in (torch.bfloat16, torch.float16) and not ops.plain()
+
+
+# What Triton kernels return, by their module in ops/; they allocate nothing else.
+KERNELS = {
+    "swiglu_kernels": SimpleNamespace(
+        weighted_swiglu=lambda both, _: both.new_empty(len(both), both.shape[1] // 2),
+        weighted_swiglu_backward=lambda both, weights, *_: torch.empty_like(weights),
+    ),
+    "rotation_kernels": SimpleNamespace(
+        rotate=lambda x, *_, **options: x.new_empty(x.shape),
+        keys=lambda kv, rope, cos, sin, others, _: kv.new_empty(
+            *kv.shape[:2], others + rope.shape[1]
+        ),
+        keys_backward=lambda keys, values, cos, *_: (
+            keys.new_empty(*keys.shape[:2], keys.shape[2] - 2 * cos.shape[1] + values.shape[2]),
+            keys.new_empty(len(keys), 2 * cos.shape[1]),
+        ),
+    ),
+}
 
 
 class _RmsNorm(torch.autograd.Function):
