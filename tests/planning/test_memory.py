@@ -186,7 +186,7 @@ def predicted(config, family, rank, size, imbalance):
         plan = plan_model(config, family_of(found), read_model_config(found), world)
         memory = run_step(plan, config, world, imbalance)
     held = {purpose: memory.held[purpose] for purpose in (PARAMETERS, MOMENTS, GRADIENTS)}
-    return held | {"peak": memory.peak - held[PARAMETERS] - held[MOMENTS]}
+    return held | {"peak": memory.at_peak.total() - held[PARAMETERS] - held[MOMENTS]}
 
 
 def each_predicted(configs, families, imbalances):

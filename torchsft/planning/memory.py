@@ -8,7 +8,7 @@ a device keeps for itself.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,11 +52,13 @@ class Memory:
         pp_rank: which pipeline rank it is.
         held: bytes by purpose (names in simulation.py).
         host: bytes on the host at most (--optim.offload, --train.activation-offload), pinned.
+        timeline: as `held`, at the worst moment of each layer's passes, in their order.
     """
 
     pp_rank: int
     held: Mapping[str, int]
     host: int
+    timeline: Sequence[Mapping[str, int]] = ()
 
     @property
     def allocated(self) -> int:
@@ -133,7 +135,7 @@ def memory_of(plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance:
     host = memory.host_peak
     if config.optim.offload:
         host += held_moments(plan.model, config.optim)
-    return Memory(world.dense.get_local_rank("pp"), memory.at_peak, host)
+    return Memory(world.dense.get_local_rank("pp"), memory.at_peak, host, memory.timeline)
 
 
 def run_step(
