@@ -20,6 +20,7 @@ from torchsft.config import InputError, Parallel, Train
 from torchsft.models import moe
 from torchsft.models.moe import LocalExchange
 from torchsft.ops.out_of_memory import explaining
+from torchsft.ops.permute import Order, combine_reference, permute_reference
 from torchsft.ops.swiglu import grouped_swiglu_reference
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.expert import FlatExchange, Transfer, TwoLevelExchange, node_groups
@@ -53,8 +54,12 @@ def layer(exchange: Any, chosen_SK: Tensor, of: slice, rank: int) -> list[Tensor
     inputs = [x.clone().requires_grad_() for x in inputs]
     x_SD, weights_SK, *matrices = inputs
 
-    def experts(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
-        return grouped_swiglu_reference(x, *matrices, weights, offs)
+    def experts(given: list[Tensor], order: Order, offs: Tensor) -> Tensor:
+        x, weights = given
+        order_R, row_TK = order
+        weights = permute_reference(weights, order_R, row_TK.view(-1, 1))
+        x = permute_reference(x, *order)
+        return combine_reference(grouped_swiglu_reference(x, *matrices, weights, offs), *order)
 
     meanwhile = iter([None, x_SD * 2])
     y_SD, shared_SD = exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile)

@@ -13,7 +13,7 @@ levels, N nodes of m ranks: C copies of tokens that this rank sends to nodes, I 
 receives, Q rows that it makes of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchsft.config import InputError
 from torchsft.models.language_model import LanguageModel
-from torchsft.models.moe import sort_by_expert
-from torchsft.ops.permute import Rows, combine, copy_rows, inverse, permute, sum_rows
+from torchsft.models.moe import ComputeRows, sort_by_expert
+from torchsft.ops.permute import Order, Rows, combine, copy_rows, inverse, permute, sum_rows
 from torchsft.ops.repetition import once, repeating
 from torchsft.parallel.groups import connect
 from torchsft.parallel.world import World
@@ -131,8 +131,7 @@ def carry(
 class Arrival(NamedTuple):
     """How rows that come sorted by sender, then expert, are sorted by expert."""
 
-    order_M: Tensor
-    inverse_M: Tensor
+    order: Order
     offs_e: Tensor  # int32, where the rows of each local expert end
 
     @classmethod
@@ -143,15 +142,12 @@ class Arrival(NamedTuple):
         expert_M = expert_M.repeat_interleave(counts_ne.flatten(), output_size=rows)
         order_M = expert_M.argsort(stable=True)
         offs_e = counts_ne.sum(0).cumsum(0).to(torch.int32)
-        return cls(order_M, inverse(order_M), offs_e)
+        return cls(Order(order_M, inverse(order_M).unsqueeze(1)), offs_e)
 
-    def run(self, experts: Callable[..., Tensor], arrived: list[Tensor]) -> Tensor:
-        """Return the experts' outputs for the rows and weights in `arrived`, in their order, and
-        empty the list, so that its memory is free while the experts run.
-        """
-        order_M1, inverse_M1 = self.order_M.unsqueeze(1), self.inverse_M.unsqueeze(1)
-        weights_M1, x_MD = (permute(arrived.pop(), self.order_M, inverse_M1) for _ in range(2))
-        return permute(experts(x_MD, weights_M1, self.offs_e), self.inverse_M, order_M1)
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.order.order_R)
 
 
 class FlatPlan(NamedTuple):
@@ -191,20 +187,20 @@ class FlatExchange:
         x_SD: Tensor,
         weights_SK: Tensor,
         chosen_SK: Tensor,
-        experts: Callable[..., Tensor],
+        experts: ComputeRows,
         meanwhile: Iterator[Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
         order_R, row_SK, route, arrival = plan
-        self.rows = len(arrival.order_M)
+        self.rows = arrival.rows
         arrived, _ = carry(
             self.group,
             (permute(x_SD, order_R, row_SK), route),
             (permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1)), route),
             meanwhile=meanwhile,
         )
-        y_MD = arrival.run(experts, arrived)
+        y_MD = experts(arrived, *arrival)
         (y_RD,), result = carry(self.group, (y_MD, route), meanwhile=meanwhile, back=True)
         return combine(y_RD, order_R, row_SK), result
 
@@ -301,12 +297,12 @@ class TwoLevelExchange:
         x_SD: Tensor,
         weights_SK: Tensor,
         chosen_SK: Tensor,
-        experts: Callable[..., Tensor],
+        experts: ComputeRows,
         meanwhile: Iterator[Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
-        self.rows = len(plan.arrival.order_M)
+        self.rows = plan.arrival.rows
         inverse_R1 = inverse(plan.order_R).unsqueeze(1)
         (x_ID, weights_Q1), _ = carry(
             self.rail,
@@ -320,7 +316,7 @@ class TwoLevelExchange:
             (permute(weights_Q1, plan.order_Q, plan.on_node.row_R.unsqueeze(1)), plan.node_route),
         )
         del x_ID
-        y_MD = plan.arrival.run(experts, arrived)
+        y_MD = experts(arrived, *plan.arrival)
         (y_QD,), _ = carry(self.node, (y_MD, plan.node_route), back=True)
         y_ID = sum_rows(y_QD, plan.on_node)
         (y_CD,), result = carry(
