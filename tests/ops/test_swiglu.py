@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.passes import Operations
-from torchsft.ops.sliced import sliced
+from torchsft.ops.sliced import cut, sliced
 from torchsft.ops.swiglu import (
     grouped_swiglu,
     grouped_swiglu_reference,
@@ -141,14 +141,15 @@ def test_bf16_outputs_are_rounded_before_and_after_the_down_projection_alone():
 @pytest.mark.parametrize(("size", "is_sorted"), [(4, True), (7, False), (20, False)])
 @pytest.mark.parametrize("passes", [[[0, 1, 2, 3]], [[0, 3], [1, 2]], [[0, 3]]])
 def test_slices_of_rows_compute_what_all_of_them_do(size, is_sorted, passes):
-    """Experts begin and end within slices, fill several, or have no rows. Rows that come in another
-    order leave in it. In one pass, and in the two of zero-bubble pipelines. A CPU multiplies few
-    rows in another order than many, and sums over slices are in another order too: 1e-5 of the
-    largest entry.
+    """Experts fill several slices, share one, or have no rows. Rows that come in another order
+    leave in it. In one pass, and in the two of zero-bubble pipelines. A CPU multiplies few rows in
+    another order than many, and sums over slices are in another order too: 1e-5 of the largest
+    entry.
     """
     torch.manual_seed(0)
     inputs = arguments(19, 4)
-    offs, upstream = torch.tensor([3, 3, 15, 19], dtype=torch.int32), torch.randn(19, D)
+    ends = [3, 3, 15, 19]
+    offs, upstream = torch.tensor(ends, dtype=torch.int32), torch.randn(19, D)
     y = grouped_swiglu(*inputs, offs)
     expected = torch.autograd.grad(y, inputs, upstream)
     x, gate_up, down, weights = inputs
@@ -156,7 +157,8 @@ def test_slices_of_rows_compute_what_all_of_them_do(size, is_sorted, passes):
     came = order.argsort()
     given = x.detach()[came].requires_grad_()
     inputs = given, gate_up, down, weights
-    some = sliced(network, size, None if is_sorted else order, given, weights, offs, *inputs[1:3])
+    how = network, size, ends, None if is_sorted else order
+    some = sliced(*how, given, weights, offs, gate_up, down)
     assert ((some - y[came]).abs() <= 1e-5 * y.abs().max()).all()
     upstream = upstream[came]
     for wanted in passes:
@@ -169,8 +171,22 @@ def test_slices_of_rows_compute_what_all_of_them_do(size, is_sorted, passes):
             assert (error <= 1e-5 * expected[i].abs().max()).all()
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([3, 3, 15, 19], "0-2: 0-3, 2-3: 3-8, 2-3: 8-13, 2-3: 13-15, 3-4: 15-19"),
+        ([0, 7, 8, 8], "0-1: 0-0, 1-2: 0-5, 1-2: 5-7, 2-4: 7-8"),
+        ([2, 4, 5, 9], "0-3: 0-5, 3-4: 5-9"),
+    ],
+)
+def test_slices_are_whole_experts_or_a_part_of_one(ends, expected):
+    """Of at most 5 rows."""
+    found = [f"{e.start}-{e.stop}: {rows.start}-{rows.stop}" for e, rows in cut(ends, 5)]
+    assert ", ".join(found) == expected
+
+
 def test_slices_sum_gradients_of_weights_in_fp32():
-    """40 slices in bf16: as far from float64 as all rows at once, where sums in bf16 would be
+    """41 slices in bf16: as far from float64 as all rows at once, where sums in bf16 would be
     several times as far.
     """
     torch.manual_seed(0)
@@ -185,7 +201,7 @@ def test_slices_sum_gradients_of_weights_in_fp32():
     )
     errors = []
     x, gate_up, down, weights = inputs
-    in_slices = sliced(network, 16, None, x, weights, offs, gate_up, down)
+    in_slices = sliced(network, 16, [400, 640], None, x, weights, offs, gate_up, down)
     for y in (grouped_swiglu(*inputs, offs), in_slices):
         gradients = torch.autograd.grad(y, inputs[1:3], upstream.bfloat16())
         errors.append(

@@ -6,7 +6,7 @@ S * K routed rows, N documents.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -30,15 +30,17 @@ from torchsft.ops.swiglu import (
     grouped_swiglu,
     grouped_swiglu_reference,
 )
+from torchsft.ops.tiles import SIZE
 
 MOST = 2  # times an even load: more rows are computed a slice of an even load at a time
 # Of these at most. (In a pass for answers a rank with few tokens may get many rows of others.)
 MOST_SLICES = 8
 
-# experts([x_TD, weights_R1], order, offs_E) -> y_TD: the sums of what a token's rows get of this
-# rank's experts; weights are in the order of tokens and choices, and offs_E (int32) ends the rows
-# of each expert, once they are sorted. It empties the list.
-ComputeRows = Callable[[list[Tensor], Order, Tensor], Tensor]
+# experts([x_TD, weights_R1], order, offs_E, ends) -> y_TD: the sums of what a token's rows get of
+# this rank's experts; weights are in the order of tokens and choices; offs_E (int32) and `ends`
+# end the rows of each expert, once they are sorted, on the device and on the host (None: it has not
+# been told). It empties the list.
+ComputeRows = Callable[[list[Tensor], Order, Tensor, list[int] | None], Tensor]
 # exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile) -> (routed_SD, shared_SD): the weighted
 # sum of what a token's chosen experts return, and the second value of `meanwhile`, which has two:
 # one is computed while rows travel to their experts, one while they travel back. Its attribute
@@ -108,7 +110,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
     def forward(
-        self, x_RD: Tensor, weights_R1: Tensor, offs: Tensor, order: Order | None = None
+        self,
+        x_RD: Tensor,
+        weights_R1: Tensor,
+        offs: Tensor,
+        ends: Sequence[int] | None = None,
+        order: Order | None = None,
     ) -> Tensor:
         """Compute rows sorted by local expert, or tokens.
 
@@ -116,18 +123,19 @@ class Experts(nn.Module):
             x_RD: the rows; with an order, the tokens.
             weights_R1: fp32, factors of the rows' outputs.
             offs: int32, offs[e] ends the rows of local expert e, offs[-1] = R.
+            ends: the same; without it rows are not computed in slices.
             order: how tokens are sorted, if `sorts` says that they may come.
 
         Returns:
             y_RD; with an order, the sums of tokens' rows.
         """
         parameters = [self.read(parameter) for parameter in self.stacked()]
-        rows = len(weights_R1)
-        if not self.is_sliced(rows):
+        if not self.is_sliced(ends):
             return self.network(x_RD, weights_R1, offs, *parameters, order=order)
-        size = max(self.even_rows, -(-rows // MOST_SLICES))
+        size = max(self.even_rows, -(-ends[-1] // MOST_SLICES))
+        size += -size % SIZE  # whole tiles of fp8
         order_R = None if order is None else order.order_R
-        return sliced(self.network, size, order_R, x_RD, weights_R1, offs, *parameters)
+        return sliced(self.network, size, ends, order_R, x_RD, weights_R1, offs, *parameters)
 
     def stacked(self) -> list[nn.Parameter]:
         """Return the parameters, as `network` takes them."""
@@ -152,15 +160,15 @@ class Experts(nn.Module):
         compute = grouped_swiglu if self.is_grouped else grouped_swiglu_reference
         return compute(x_RD, gate_up, down, weights_R1, offs, (of_both, of_down))
 
-    def is_sliced(self, rows: int) -> bool:
-        """Whether so many rows are computed in slices."""
-        return self.is_grouped and rows > MOST * self.even_rows
+    def is_sliced(self, ends: Sequence[int] | None) -> bool:
+        """Whether rows of experts that end there are computed in slices."""
+        return self.is_grouped and ends is not None and ends[-1] > MOST * self.even_rows
 
-    def sorts(self, order: Order) -> bool:
+    def sorts(self, order: Order, ends: Sequence[int] | None) -> bool:
         """Whether `forward` may have tokens: each slice of rows is copied when it is computed, and
         some products quantise tokens without sorting them before.
         """
-        if self.is_sliced(len(order.order_R)):
+        if self.is_sliced(ends):
             return order.is_one_to_one()
         return self.is_grouped and not plain() and all(each.sorts for each in self.products)
 
@@ -220,8 +228,12 @@ class LocalExchange:
         _, shared_SD = meanwhile  # first: a repetition of the layer ends within the experts
         counts_E, *order = once("exchange", lambda: sort_by_expert(chosen_SK, self.experts))
         given = [x_SD, weights_SK.view(-1, 1)]
-        y_SD = experts(given, Order(*order), counts_E.cumsum(0).to(torch.int32))
-        return y_SD, shared_SD
+        offs_E, ends = counts_E.cumsum(0).to(torch.int32), self.ends(self.rows)
+        return experts(given, Order(*order), offs_E, ends), shared_SD
+
+    def ends(self, rows: int) -> list[int] | None:
+        """Return where each expert's rows end, if the host knows."""
+        return None
 
 
 class AddLoss(torch.autograd.Function):
@@ -321,7 +333,12 @@ class MoE(nn.Module):
         return self.add(routed_SD, shared_SD, before_SD)
 
     def run(
-        self, experts: Callable[..., Tensor], given: list[Tensor], order: Order, offs_E: Tensor
+        self,
+        experts: Callable[..., Tensor],
+        given: list[Tensor],
+        order: Order,
+        offs_E: Tensor,
+        ends: Sequence[int] | None,
     ) -> Tensor:
         """See `ComputeRows`: sort rows, where `experts` do not.
 
@@ -329,9 +346,9 @@ class MoE(nn.Module):
         """
         order_R, row_TK = order
         weights_R1 = permute(given.pop(), order_R, row_TK.view(-1, 1))
-        if self.experts.sorts(order):
-            return experts(given.pop(), weights_R1, offs_E, order)
-        y_RD = experts(permute(given.pop(), order_R, row_TK), weights_R1, offs_E)
+        if self.experts.sorts(order, ends):
+            return experts(given.pop(), weights_R1, offs_E, ends, order)
+        y_RD = experts(permute(given.pop(), order_R, row_TK), weights_R1, offs_E, ends)
         return combine(y_RD, order_R, row_TK)
 
     def add(self, y_SD: Tensor, *others: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ receives, Q rows that it makes of them.
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -133,21 +134,29 @@ class Arrival(NamedTuple):
 
     order: Order
     offs_e: Tensor  # int32, where the rows of each local expert end
+    ends: list[int]  # the same
 
     @classmethod
-    def of(cls, counts_ne: Tensor, rows: int) -> "Arrival":
-        """Of the numbers of rows from each sender for each local expert, `rows` together."""
+    def of(cls, counts_ne: Tensor, ends: list[int]) -> "Arrival":
+        """Of the numbers of rows from each sender for each local expert, and their `ends`."""
         senders, experts = counts_ne.shape
         expert_M = torch.arange(experts, device=counts_ne.device).repeat(senders)
-        expert_M = expert_M.repeat_interleave(counts_ne.flatten(), output_size=rows)
+        expert_M = expert_M.repeat_interleave(counts_ne.flatten(), output_size=ends[-1])
         order_M = expert_M.argsort(stable=True)
-        offs_e = counts_ne.sum(0).cumsum(0).to(torch.int32)
-        return cls(Order(order_M, inverse(order_M).unsqueeze(1)), offs_e)
+        order = Order(order_M, inverse(order_M).unsqueeze(1))
+        return cls(order, ends_of(counts_ne).to(torch.int32), ends)
 
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-        return len(self.order.order_R)
+
+def ends_of(counts_ne: Tensor) -> Tensor:
+    """Return where each expert's rows end, int64 [e], of those from each sender."""
+    return counts_ne.sum(0).cumsum(0)
+
+
+def told(*numbers: Tensor) -> list[list[int]]:
+    """Tell the host vectors of numbers, for which it waits once."""
+    (every,) = torch.cat(numbers).unsqueeze(0).tolist()
+    rest = iter(every)
+    return [list(islice(rest, len(each))) for each in numbers]
 
 
 class FlatPlan(NamedTuple):
@@ -179,8 +188,8 @@ class FlatExchange:
         dist.all_to_all_single(received_E, counts_E, group=self.group)
         ranks = self.group.size()
         counts_ne, local_ne = counts_E.view(ranks, -1), received_E.view(ranks, -1)
-        route = Route(*torch.stack([counts_ne.sum(1), local_ne.sum(1)]).tolist())
-        return FlatPlan(order_R, row_SK, route, Arrival.of(local_ne, sum(route.received)))
+        *route, ends = told(counts_ne.sum(1), local_ne.sum(1), ends_of(local_ne))
+        return FlatPlan(order_R, row_SK, Route(*route), Arrival.of(local_ne, ends))
 
     def __call__(
         self,
@@ -193,7 +202,7 @@ class FlatExchange:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
         order_R, row_SK, route, arrival = plan
-        self.rows = arrival.rows
+        self.rows = arrival.ends[-1]
         arrived, _ = carry(
             self.group,
             (permute(x_SD, order_R, row_SK), route),
@@ -262,11 +271,8 @@ class TwoLevelExchange:
             rows[:, place, node].sum((1, 2)),
             local_ppe[:, place].sum(1),
         )
-        both = torch.stack([torch.cat(sent), torch.cat(received)]).tolist()
-        copies_route, rows_route, node_route = (
-            Route(*(numbers[first : first + size] for numbers in both))
-            for first, size in ((0, nodes), (nodes, nodes), (2 * nodes, ranks))
-        )
+        *both, ends = told(*sent, *received, ends_of(local_ppe[:, place]))
+        copies_route, rows_route, node_route = map(Route, both[:3], both[3:])
         numbered = partial(torch.arange, device=device)
         copy_R = begins_R.cumsum(0) - 1
         token_C = token_R[torch.searchsorted(copy_R, numbered(sum(copies_route.sent)))]
@@ -289,7 +295,7 @@ class TwoLevelExchange:
             Rows(copy_Q[order_Q], inverse(order_Q), first_I),
             order_Q,
             node_route,
-            Arrival.of(local_ppe[:, place], sum(node_route.received)),
+            Arrival.of(local_ppe[:, place], ends),
         )
 
     def __call__(
@@ -302,7 +308,7 @@ class TwoLevelExchange:
     ) -> tuple[Tensor, Tensor | None]:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
-        self.rows = plan.arrival.rows
+        self.rows = plan.arrival.ends[-1]
         inverse_R1 = inverse(plan.order_R).unsqueeze(1)
         (x_ID, weights_Q1), _ = carry(
             self.rail,
