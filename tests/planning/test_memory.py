@@ -1,6 +1,7 @@
 """Predicted memory, against torch's allocator during real steps on CPU ranks."""
 
 import weakref
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
 from tools.benchmark_memory import H100, predict_preset
 from tools.benchmark_step import held_peak
@@ -36,15 +38,19 @@ SIZES = dict(
 )
 
 
-FAMILIES = {
-    "deepseek_v3": (tiny_config, "DeepseekV3ForCausalLM"),
-    "qwen3": (tiny_qwen3_config, "Qwen3MoeForCausalLM"),
+TINY = {
+    "deepseek_v3": partial(tiny_config, **SIZES),
+    "qwen3": partial(tiny_qwen3_config, **SIZES),
+    "gpt_oss": partial(tiny, "gpt_oss", vocab_size=1024, hidden_size=64, intermediate_size=32),
+    "llama": partial(tiny, "llama", vocab_size=1024, hidden_size=64, intermediate_size=96),
 }
+ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
 
 
 def model_json(family):
-    config, architecture = FAMILIES[family]
-    return config(**SIZES).to_dict() | {"architectures": [architecture]}
+    config = TINY[family]()
+    architectures = config.architectures or [ARCHITECTURES[family]]
+    return config.to_dict() | {"architectures": architectures}
 
 
 def config_of(seq_len, parallel, **train):

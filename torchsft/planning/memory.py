@@ -7,7 +7,9 @@ a device keeps for itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from torchsft.planning.simulation import (
     META,
     MOMENTS,
     PARAMETERS,
+    RANKS_PER_NODE,
     LiveMemory,
     SimulatedWorld,
     simulated_rank,
@@ -48,10 +51,12 @@ class Memory:
     Attributes:
         pp_rank: which pipeline rank it is.
         held: bytes by purpose (names in simulation.py).
+        host: bytes on the host at most (--optim.offload, --train.activation-offload), pinned.
     """
 
     pp_rank: int
     held: Mapping[str, int]
+    host: int
 
     @property
     def allocated(self) -> int:
@@ -74,25 +79,61 @@ def predict(
     """Predict the memory of a pipeline rank's first data rank through a step behind the first one.
 
     Args:
-        config: of the run; resolved but for `auto` in --precision.compute, which is bf16.
-        model_config: config.json of the model.
-        size: ranks.
-        pp_rank: of `--parallel.pp`.
+        config, model_config, size, pp_rank: see `planned_rank`.
         imbalance: rows that the rank's experts receive, in all layers and microbatches, over the
             mean.
 
     Raises:
         InputError: options, model and ranks do not fit together.
     """
-    if config.precision.compute == "auto":
-        precision = dataclasses.replace(config.precision, compute="bf16")
-        config = dataclasses.replace(config, precision=precision)
+    config = on_gpus(config)
+    with planned_rank(config, model_config, size, pp_rank) as (plan, world):
+        return memory_of(plan, config, world, imbalance)
+
+
+def on_gpus(config: Config) -> Config:
+    """Return the configuration with what `auto` in --precision.compute is on a GPU."""
+    if config.precision.compute != "auto":
+        return config
+    precision = dataclasses.replace(config.precision, compute="bf16")
+    return dataclasses.replace(config, precision=precision)
+
+
+@contextmanager
+def planned_rank(
+    config: Config,
+    model_config: Mapping[str, Any],
+    size: int,
+    pp_rank: int = 0,
+    ranks_per_node: int = RANKS_PER_NODE,
+) -> Iterator[tuple[ModelPlan, SimulatedWorld]]:
+    """Be a pipeline rank's first data rank, and spread the model over the ranks.
+
+    Args:
+        config: of the run; resolved, see `on_gpus`.
+        model_config: config.json of the model.
+        size: ranks.
+        pp_rank: of `--parallel.pp`.
+        ranks_per_node: GPUs of a node.
+
+    Raises:
+        InputError: options, model and ranks do not fit together.
+    """
     rank = pp_rank * (size // config.parallel.pp)
-    with simulated_rank(config.parallel, rank, size) as world:
-        family = family_of(model_config)
-        plan = plan_model(config, family, read_model_config(model_config), world)
-        memory = run_step(plan, config, world, imbalance)
-    return Memory(pp_rank, memory.at_peak)
+    with simulated_rank(config.parallel, rank, size, ranks_per_node) as world:
+        yield (
+            plan_model(config, family_of(model_config), read_model_config(model_config), world),
+            world,
+        )
+
+
+def memory_of(plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance: float) -> Memory:
+    """Return what a rank holds through a step; it leaves the plan's model changed."""
+    memory = run_step(plan, config, world, imbalance)
+    host = memory.host_peak
+    if config.optim.offload:
+        host += held_moments(plan.model, config.optim)
+    return Memory(world.dense.get_local_rank("pp"), memory.at_peak, host)
 
 
 def run_step(
@@ -134,7 +175,10 @@ def run_step(
         memory.hold(storage, PARAMETERS if with_memory else None)
     if not on_host:
         memory.add(held_moments(plan.model, config.optim), MOMENTS)
-    begin_layer = partial(_begin_layer, memory, plan.model)
+    # FSDP replaces parameters in these dictionaries
+    begin_layer = partial(
+        _begin_layer, memory, [module._parameters for module in plan.model.modules()]
+    )
     for layer in plan.model.model.layers.values():
         layer.compute = _counted(layer.compute, begin_layer)
     with memory:
@@ -152,8 +196,10 @@ def run_step(
     return memory
 
 
-def _begin_layer(memory: LiveMemory, model: nn.Module) -> None:
-    memory.begin_layer(local(p.grad) for p in model.parameters() if p.grad is not None)
+@torch.no_grad()  # in which `local` costs little
+def _begin_layer(memory: LiveMemory, of_modules: list[dict[str, nn.Parameter | None]]) -> None:
+    parameters = itertools.chain.from_iterable(each.values() for each in of_modules)
+    memory.begin_layer(local(p.grad) for p in parameters if p is not None and p.grad is not None)
 
 
 def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) -> Any:
