@@ -181,19 +181,26 @@ def answers(
     rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
 
     def ask(integers: Tensor) -> Tensor:
-        """Tell the host how long documents are, or how many rows go to and come from each rank."""
-        shape = integers.shape
-        if len(shape) == 1:
-            documents = shape[0] - 1
+        """Tell the host how long documents are, or how many rows go to and come from each rank, and
+        where those of each expert here end.
+        """
+        count = integers.numel()
+        if integers.ndim == 1:
+            documents = count - 1
             return torch.tensor([plan.tokens // documents] * documents + [0])
-        counts = torch.full(shape, rows // ep)
+        counts = torch.full((ep,), rows // ep)
         if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
-            counts[:, :nodes] = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
-            counts[:, nodes:] = rows // torch.tensor(
-                [nodes] * nodes + [ep // nodes] * (ep // nodes)
+            copies = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
+            each = rows // nodes, rows // (ep // nodes)
+            counts = torch.tensor([copies, *each]).repeat_interleave(
+                torch.tensor([nodes, nodes, ep // nodes])
             )
-        counts[1, 2 * nodes * (nodes > 1) :] = int(imbalance * counts[0, -1])
-        return counts
+        received = counts.clone()
+        received[2 * nodes * (nodes > 1) :] = int(imbalance * counts[-1])
+        experts = count - 2 * len(counts)
+        here = received[2 * nodes * (nodes > 1) :].sum()
+        ends = torch.arange(1, experts + 1) * here // experts
+        return torch.cat([counts, received, ends]).unsqueeze(0)
 
     return ask
 
