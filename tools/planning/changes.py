@@ -6,7 +6,6 @@ How much speed a change costs is assumed here, as a share of a step's time; bubb
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
 import time
@@ -196,7 +195,6 @@ class Search:
         self.plan, self.run = plan, plan.run
         self.changes = [each for each in candidates(plan.run) if self.can_help(each)]
         self.saved: dict[int, float] = {}  # number of a change -> bytes that it saves alone
-        self.tried: dict[tuple[int, ...], Plan | None] = {}  # None: not possible
 
     def can_help(self, change: Change) -> bool:
         """Whether a change is of what is lacking, and of what is held at all."""
@@ -208,16 +206,10 @@ class Search:
     def cheapest(self, count: int) -> list[Remedy]:
         """Return the changes that cost least, as far as they are found in SECONDS."""
         until, found = time.process_time() + SECONDS, {}
-        for number in sorted(range(len(self.changes)), key=lambda each: self.loss([each])):
-            plan = self.try_out((number,))
-            if plan is not None and time.process_time() < until - SECONDS / 2:
-                saved = self.plan.fullest.memory.needed - plan.fullest.memory.needed
-                if saved > 0 or self.changes[number].on_host:
-                    self.saved[number] = saved
         for numbers in self.by_loss():
             if len(found) == count or time.process_time() > until:
                 break
-            if any(each <= set(numbers) for each in found):
+            if any(each <= set(numbers) for each in found) or not self.may_be_enough(numbers):
                 continue
             plan = self.try_out(numbers)
             if plan is not None and plan.fits:
@@ -225,15 +217,23 @@ class Search:
         return list(found.values())
 
     def by_loss(self) -> list[tuple[int, ...]]:
-        """Return the numbers of changes that together may save enough."""
+        """Return the numbers of changes that go together, none before its parts."""
+        numbers = range(len(self.changes))
         sets = [
-            numbers
-            for together in range(1, MOST_TOGETHER + 1)
-            for numbers in itertools.combinations(self.saved, together)
-            if self.go_together(numbers)
-            and MARGIN * sum(self.saved[number] for number in numbers) >= self.plan.lacking
+            together
+            for count in range(1, MOST_TOGETHER + 1)
+            for together in itertools.combinations(numbers, count)
+            if self.go_together(together)
         ]
-        return sorted(sets, key=lambda numbers: (self.loss(numbers), len(numbers)))
+        return sorted(sets, key=lambda together: (self.loss(together), len(together)))
+
+    def may_be_enough(self, numbers: Sequence[int]) -> bool:
+        """Whether several changes may save enough, by what each has saved alone."""
+        if len(numbers) == 1:
+            return True
+        if any(number not in self.saved for number in numbers):
+            return False
+        return MARGIN * sum(self.saved[number] for number in numbers) >= self.plan.lacking
 
     def go_together(self, numbers: Sequence[int]) -> bool:
         """Whether no two changes are of the same option."""
@@ -245,13 +245,18 @@ class Search:
         return sum(max(0.0, self.changes[number].loss) for number in numbers)
 
     def try_out(self, numbers: tuple[int, ...]) -> Plan | None:
-        """Return the plan with changes, as far as it fits; None where they are not possible."""
-        if numbers not in self.tried:
-            self.tried[numbers] = None
-            with contextlib.suppress(InputError):
-                run = changed(self.run, [self.changes[number] for number in numbers])
-                self.tried[numbers] = make_plan(run, whole=False)
-        return self.tried[numbers]
+        """Return the plan with changes, as far as it fits; None where they are not possible. Of one
+        alone, what it saves is remembered.
+        """
+        changes = [self.changes[number] for number in numbers]
+        try:
+            plan = make_plan(changed(self.run, changes), whole=False)
+        except InputError:
+            return None
+        saved = self.plan.fullest.memory.needed - plan.fullest.memory.needed
+        if len(numbers) == 1 and (saved > 0 or changes[0].on_host):
+            self.saved[numbers[0]] = saved
+        return plan
 
     def remedy(self, numbers: Sequence[int], plan: Plan) -> Remedy:
         """Return what is printed of changes that make the run fit."""
