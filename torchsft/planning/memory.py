@@ -140,9 +140,7 @@ def run_step(
     plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance: float
 ) -> LiveMemory:
     """Run a step's passes, behind an update that has made moments."""
-    ranks = world.sequence["sequence"].size()
-    tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
-    rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
+    chosen = [torch.Size()]  # of the exchange that is planned: tokens and choices
 
     def ask(integers: Tensor) -> Tensor:
         """Tell the host how long documents are, or how many rows go to and come from each rank."""
@@ -150,9 +148,11 @@ def run_step(
         if len(shape) == 1:
             documents = shape[0] - 1
             return torch.tensor([plan.tokens // documents] * documents + [0])
+        tokens, choices = chosen[0]
+        rows = tokens * choices
         counts = torch.full(shape, rows // ep)
         if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
-            counts[:, :nodes] = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
+            counts[:, :nodes] = int(tokens * (1 - (1 - 1 / nodes) ** choices))
             counts[:, nodes:] = rows // torch.tensor(
                 [nodes] * nodes + [ep // nodes] * (ep // nodes)
             )
@@ -174,6 +174,9 @@ def run_step(
     )
     for layer in plan.model.model.layers.values():
         layer.compute = _counted(layer.compute, begin_layer)
+    for moe in plan.model.moe_layers().values():
+        if ep > 1:
+            moe.exchange.plan = _noted(moe.exchange.plan, chosen)
     with memory:
         if on_host:
             for stage in plan.stages:
@@ -203,6 +206,18 @@ def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) ->
         return compute(*args)
 
     return compute_and_count
+
+
+def _noted(plan: Callable[[Tensor], Any], chosen: list[torch.Size]) -> Any:
+    """Return an exchange's `plan` that says how many tokens choose how many experts: where a layer
+    is streamed, those of a piece.
+    """
+
+    def note_and_plan(chosen_SK: Tensor) -> Any:
+        chosen[0] = chosen_SK.shape
+        return plan(chosen_SK)
+
+    return note_and_plan
 
 
 def _put_copies_on_device(stage: FSDPModule, _: Any) -> None:
