@@ -198,7 +198,7 @@ def predicted(config, family):
         plan = plan_model(config, family_of(found), read_model_config(found), world)
         memory = run_step(plan, config, world, imbalance(rank, config.parallel.ep))
     held = {purpose: memory.held[purpose] for purpose in (PARAMETERS, MOMENTS, GRADIENTS)}
-    return held | {"peak": memory.peak - held[PARAMETERS] - held[MOMENTS]}
+    return held | {"peak": memory.at_peak.total() - held[PARAMETERS] - held[MOMENTS]}
 
 
 def each(measure, cases):
