@@ -171,9 +171,7 @@ def run_step(
     return memory
 
 
-def answers(
-    plan: ModelPlan, world: SimulatedWorld, imbalance: float
-) -> Callable[[Tensor], Tensor]:
+def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callable[[Tensor], Tensor]:
     """Return what the host is told of the device's integers, see `LiveMemory`."""
     ep, nodes = world.expert["ep"].size(), world.expert_nodes
     ranks = world.sequence["sequence"].size()
