@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 # Axes of meshes that no collective goes over: their sizes alone are asked for.
@@ -56,25 +57,61 @@ def make_meshes(
     return meshes
 
 
-def groups_of(meshes: Iterable[DeviceMesh]) -> list[dist.ProcessGroup]:
-    """Return this rank's groups over which something travels: of several ranks, each once, in the
-    same order on all ranks.
+def groups_of(meshes: Iterable[DeviceMesh]) -> dict[dist.ProcessGroup, set[str]]:
+    """Return this rank's groups over which something travels: of several ranks, in the same order
+    on all ranks, each with the names of its axes.
     """
-    groups = [
-        mesh.get_group(axis)
-        for mesh in meshes
-        for axis in mesh.mesh_dim_names or ()
-        if mesh[axis].size() > 1 and axis not in SIZES_ALONE
-    ]
-    return list(dict.fromkeys(groups))
+    groups: dict[dist.ProcessGroup, set[str]] = {}
+    for mesh in meshes:
+        for axis in mesh.mesh_dim_names or ():
+            if mesh[axis].size() > 1 and axis not in SIZES_ALONE:
+                groups.setdefault(mesh.get_group(axis), set()).add(axis)
+    return groups
 
 
-def connect(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
+def _gather(group: dist.ProcessGroup, one: Tensor, each: Tensor) -> None:
+    dist.all_gather_into_tensor(each, one, group=group)
+    dist.reduce_scatter_tensor(one, each, group=group)
+
+
+def _exchange(group: dist.ProcessGroup, one: Tensor, each: Tensor) -> None:
+    dist.all_to_all_single(torch.empty_like(each), each, group=group)
+
+
+def _pass_on(group: dist.ProcessGroup, one: Tensor, each: Tensor) -> None:
+    """Let neighbours, the first and the last rank too, send each other a number."""
+    rank, size, operations = group.rank(), group.size(), []
+    for step in (1, -1):
+        to, source = (rank + step) % size, (rank - step) % size
+        operations += [
+            dist.P2POp(dist.isend, one, group=group, group_peer=to),
+            dist.P2POp(dist.irecv, torch.empty_like(one), group=group, group_peer=source),
+        ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+# What goes over an axis besides all-reduces.
+TRAFFIC = {
+    "pp": _pass_on,
+    **dict.fromkeys(("fsdp", "edp", "tp"), _gather),
+    **dict.fromkeys(("ep", "cp", "rail", "node"), _exchange),
+}
+
+
+def connect(groups: Mapping[dist.ProcessGroup, Iterable[str]], device: torch.device) -> None:
     """Let all ranks of each group send each other a number; collective.
 
     NCCL makes a group's communicator, and takes memory for it, in its first collective, which all
-    of its ranks must join: here, while memory is free, and not where two neighbours of a pipeline
-    talk.
+    of its ranks must join, and the channels of a kind of traffic in the first one of that kind:
+    here, while memory is free, and not where two neighbours of a pipeline talk.
+
+    Args:
+        groups: and the axes that say what goes over them (`TRAFFIC`).
+        device: of what travels.
     """
-    for group in groups:
-        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    for group, axes in groups.items():
+        one = torch.zeros(1, device=device)
+        dist.all_reduce(one, group=group)
+        for travel in {TRAFFIC[axis]: None for axis in sorted(axes) if axis in TRAFFIC}:
+            travel(group, one, one.new_zeros(group.size()))
