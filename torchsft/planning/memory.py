@@ -8,7 +8,7 @@ a device keeps for itself.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,11 +52,13 @@ class Memory:
         pp_rank: which pipeline rank it is.
         held: bytes by purpose (names in simulation.py).
         host: bytes on the host at most (--optim.offload, --train.activation-offload), pinned.
+        timeline: as `held`, at the worst moment of each layer's passes, in their order.
     """
 
     pp_rank: int
     held: Mapping[str, int]
     host: int
+    timeline: Sequence[Mapping[str, int]] = ()
 
     @property
     def allocated(self) -> int:
@@ -133,13 +135,45 @@ def memory_of(plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance:
     host = memory.host_peak
     if config.optim.offload:
         host += held_moments(plan.model, config.optim)
-    return Memory(world.dense.get_local_rank("pp"), memory.at_peak, host)
+    return Memory(world.dense.get_local_rank("pp"), memory.at_peak, host, memory.timeline)
 
 
 def run_step(
     plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance: float
 ) -> LiveMemory:
     """Run a step's passes, behind an update that has made moments."""
+    memory = LiveMemory(answers(plan, world, imbalance))
+    on_host, parallel = config.optim.offload, config.parallel
+    for tensor in (*plan.model.parameters(), *plan.model.buffers()):
+        with_memory = not (on_host and isinstance(tensor, nn.Parameter))
+        storage = local(tensor.detach()).untyped_storage()
+        memory.hold(storage, PARAMETERS if with_memory else None)
+    if not on_host:
+        memory.add(held_moments(plan.model, config.optim), MOMENTS)
+    # FSDP replaces parameters in these dictionaries
+    begin_layer = partial(
+        _begin_layer, memory, [module._parameters for module in plan.model.modules()]
+    )
+    for layer in plan.model.model.layers.values():
+        layer.compute = _counted(layer.compute, begin_layer)
+    with memory:
+        if on_host:
+            for stage in plan.stages:
+                stage.register_forward_pre_hook(put_copies_on_device)
+        # No other schedule has more in flight, and none keeps anything of those that are done.
+        most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
+        several = min(plan.microbatches, most)
+        batches = [full_batch(plan.tokens) for _ in range(several)]
+        pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
+        plan.model.train()
+        pipeline.step(batches, 1.0)
+        begin_layer()
+    return memory
+
+
+def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callable[[Tensor], Tensor]:
+    """Return what the host is told of the device's integers, see `LiveMemory`."""
+    ep, nodes = world.expert["ep"].size(), world.expert_nodes
     ranks = world.sequence["sequence"].size()
     tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
     rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
@@ -166,34 +200,7 @@ def run_step(
         ends = torch.arange(1, experts + 1) * here // experts
         return torch.cat([counts, received, ends]).unsqueeze(0)
 
-    ep, nodes = world.expert["ep"].size(), world.expert_nodes
-    memory = LiveMemory(ask)
-    on_host, parallel = config.optim.offload, config.parallel
-    for tensor in (*plan.model.parameters(), *plan.model.buffers()):
-        with_memory = not (on_host and isinstance(tensor, nn.Parameter))
-        storage = local(tensor.detach()).untyped_storage()
-        memory.hold(storage, PARAMETERS if with_memory else None)
-    if not on_host:
-        memory.add(held_moments(plan.model, config.optim), MOMENTS)
-    # FSDP replaces parameters in these dictionaries
-    begin_layer = partial(
-        _begin_layer, memory, [module._parameters for module in plan.model.modules()]
-    )
-    for layer in plan.model.model.layers.values():
-        layer.compute = _counted(layer.compute, begin_layer)
-    with memory:
-        if on_host:
-            for stage in plan.stages:
-                stage.register_forward_pre_hook(_put_copies_on_device)
-        # No other schedule has more in flight, and none keeps anything of those that are done.
-        most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
-        several = min(plan.microbatches, most)
-        batches = [_batch(plan.tokens) for _ in range(several)]
-        pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
-        plan.model.train()
-        pipeline.step(batches, 1.0)
-        begin_layer()
-    return memory
+    return ask
 
 
 @torch.no_grad()  # in which `local` costs little
@@ -212,14 +219,14 @@ def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) ->
     return compute_and_count
 
 
-def _put_copies_on_device(stage: FSDPModule, _: Any) -> None:
+def put_copies_on_device(stage: FSDPModule, _: Any) -> None:
     """Let FSDP gather from copies in the dtype to gather in, as optim/offload.py does."""
     for module in stage.modules():
         for part in gathered_from(module) if isinstance(module, FSDPModule) else ():
             part._sharded_param_data = part._sharded_param_data.to(part.param_dtype)
 
 
-def _batch(tokens: int) -> Batch:
+def full_batch(tokens: int) -> Batch:
     """Return a microbatch that is full."""
     integers = torch.empty(tokens, dtype=torch.int64, device=META)
     bounds = torch.empty(max(1, tokens // DOCUMENT) + 1, dtype=torch.int32, device=META)

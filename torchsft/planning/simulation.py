@@ -70,9 +70,9 @@ def simulated_rank(
 
     sizes, new_group = mesh_sizes(parallel, size), dist.new_group
     nodes = nodes_of_experts(parallel, min(size, ranks_per_node))
-    streams = {name: getattr(torch.cpu, name) for name in ("Stream", "stream", "current_stream")}
-    streams |= {"Event": torch.cpu.Event, "get_rng_state": lambda _: None}
-    streams |= {"set_rng_state": lambda *_: None}
+    streams = {name: getattr(torch.cpu, name) for name in ("Event", "stream")}
+    streams |= {"Stream": _Stream, "current_stream": lambda *_: _Stream()}
+    streams |= {"get_rng_state": lambda _: None, "set_rng_state": lambda *_: None}
     group = _fsdp_param_group.FSDPParamGroup
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with ExitStack() as stack:
@@ -101,6 +101,13 @@ def simulated_rank(
             stack.enter_context(patch.object(ops, name, kernels, create=True))
         data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
         yield SimulatedWorld(rank, size, data_size, **meshes, expert_nodes=nodes)
+
+
+class _Stream(torch.cpu.Stream):
+    """Does nothing, but has events, which FSDP2 asks for where gradients of replicas are summed."""
+
+    def record_event(self) -> torch.cpu.Event:
+        return torch.cpu.Event()
 
 
 def _fused_attention(
@@ -199,7 +206,7 @@ PURPOSES = {
     "torchsft/models/moe.py": {"": LAYER},
     "torchsft/parallel/compute_copies.py": {"_copy": GATHERED, "backward": GRADIENTS},
     "torchsft/parallel/expert.py": {"": EXCHANGE},
-    "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
+    "torchsft/planning/memory.py": {"put_copies_on_device": PARAMETERS},
 }
 
 
@@ -266,7 +273,8 @@ class LiveMemory(TorchDispatchMode):
 
     Attributes:
         held: bytes by purpose, now.
-        at_peak: the same, when all together were most.
+        timeline: the same, when all together were most: before the first layer began, and of each
+            time that a layer begins (again) until the next one does.
         host_peak: bytes of what was on the host at most, all of which is pinned.
     """
 
@@ -274,8 +282,8 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.ask = ask
         self.held: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
-        self.now = self.peak = self.host = self.host_peak = 0  # bytes
+        self.timeline: list[Counter[str]] = [Counter()]
+        self.now = self.most = self.host = self.host_peak = 0  # bytes; most: of the layer at work
         self.storages: dict[int, _Held] = {}  # by address
         self.recent: list[_Held] = []  # of the layer or the loss at work
         self.known: dict[Any, list[Any]] = {}  # operation and arguments -> shapes of results
@@ -297,8 +305,13 @@ class LiveMemory(TorchDispatchMode):
             return
         self.held[purpose] += size
         self.now += size
-        if self.now > self.peak:
-            self.peak, self.at_peak = self.now, self.held.copy()
+        if self.now > self.most:
+            self.most, self.timeline[-1] = self.now, self.held.copy()
+
+    @property
+    def at_peak(self) -> Counter[str]:
+        """What was held when all together were most."""
+        return max(self.timeline, key=Counter.total)
 
     def hold(self, storage: torch.UntypedStorage, purpose: str | None) -> None:
         """Count a storage, if it is not counted yet, or has another size than it had."""
@@ -330,6 +343,8 @@ class LiveMemory(TorchDispatchMode):
                 self.held[purpose] += held.size
                 held.purpose = purpose
         self.recent = []
+        self.timeline.append(self.held.copy())
+        self.most = self.now
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
