@@ -40,7 +40,7 @@ def groups_made(parallel, size, device_type):
         return new_group(ranks, timeout, "fake", group_desc=group_desc)
 
     def record(name):
-        return lambda *tensors, group: connected.setdefault(group, []).append(name)
+        return lambda *_, group: connected.setdefault(group, []).append(name)
 
     def record_sent(operations):
         for each in operations:
@@ -48,7 +48,7 @@ def groups_made(parallel, size, device_type):
             connected[each.group].append(name)
         return []
 
-    names = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
+    names = "all_reduce", "all_gather", "reduce_scatter", "all_to_all_single"
     recorded = {name: record(name) for name in names}
     recorded |= {"new_group": record_group, "batch_isend_irecv": record_sent}
     with mock.patch.multiple(dist, **recorded):
@@ -83,7 +83,7 @@ def test_on_gpus_no_mesh_has_a_group_of_gloo_and_layers_none_with_fsdp(ranks):
     # All that something travels over, by what will travel (rank 77 is the fifth of a pipeline).
     assert connected == {
         "dense pp parameter pp expert pp": ["all_reduce", *neighbours],
-        "parameter fsdp": ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"],
+        "parameter fsdp": ["all_reduce", "all_gather", "reduce_scatter"],
         "expert ep": ["all_reduce", "all_to_all_single"],
     }
 

@@ -69,24 +69,28 @@ def groups_of(meshes: Iterable[DeviceMesh]) -> dict[dist.ProcessGroup, set[str]]
     return groups
 
 
-def _gather(group: dist.ProcessGroup, one: Tensor, each: Tensor) -> None:
-    dist.all_gather_into_tensor(each, one, group=group)
-    dist.reduce_scatter_tensor(one, each, group=group)
+def _gather(group: dist.ProcessGroup, numbers: Tensor) -> None:
+    """Gather, and sum parts, as FSDP2 does (torch renames the functions that it does so by)."""
+    parts = list(numbers.split(1))
+    dist.all_gather(parts, parts[group.rank()].clone(), group=group)
+    dist.reduce_scatter(torch.empty_like(parts[0]), parts, group=group)
 
 
-def _exchange(group: dist.ProcessGroup, one: Tensor, each: Tensor) -> None:
-    dist.all_to_all_single(torch.empty_like(each), each, group=group)
+def _exchange(group: dist.ProcessGroup, numbers: Tensor) -> None:
+    """Exchange a number with each rank."""
+    received = torch.empty_like(numbers)
+    dist.all_to_all_single(received, numbers, group=group)
 
 
-def _pass_on(group: dist.ProcessGroup, one: Tensor, each: Tensor) -> None:
-    """Let neighbours, the first and the last rank too, send each other a number."""
-    rank, size, operations = group.rank(), group.size(), []
+def _pass_on(group: dist.ProcessGroup, numbers: Tensor) -> None:
+    """Exchange numbers with both neighbours, in a ring."""
+    operations = []
     for step in (1, -1):
-        to, source = (rank + step) % size, (rank - step) % size
-        operations += [
-            dist.P2POp(dist.isend, one, group=group, group_peer=to),
-            dist.P2POp(dist.irecv, torch.empty_like(one), group=group, group_peer=source),
-        ]
+        to = (group.rank() + step) % group.size()
+        source = (group.rank() - step) % group.size()
+        received = torch.empty_like(numbers)
+        operations.append(dist.P2POp(dist.isend, numbers, group=group, group_peer=to))
+        operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=source))
     for work in dist.batch_isend_irecv(operations):
         work.wait()
 
@@ -111,7 +115,8 @@ def connect(groups: Mapping[dist.ProcessGroup, Iterable[str]], device: torch.dev
         device: of what travels.
     """
     for group, axes in groups.items():
-        one = torch.zeros(1, device=device)
-        dist.all_reduce(one, group=group)
-        for travel in {TRAFFIC[axis]: None for axis in sorted(axes) if axis in TRAFFIC}:
-            travel(group, one, one.new_zeros(group.size()))
+        numbers = torch.zeros(group.size(), device=device)
+        dist.all_reduce(numbers, group=group)
+        kinds = [TRAFFIC[axis] for axis in sorted(axes) if axis in TRAFFIC]
+        for travel in dict.fromkeys(kinds):
+            travel(group, numbers)
