@@ -353,7 +353,7 @@ class LiveMemory(TorchDispatchMode):
             return function(*args, **kwargs)
         if other:
             return NotImplemented  # it comes again, as operations on this rank's parts
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1
         if function is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as it does on devices; that of the meta device makes a copy
