@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,9 +74,10 @@ def documents(tokens):
 class Storages(TorchDispatchMode):
     """The most bytes at once of the storages that operations have returned and that are alive."""
 
-    def __init__(self):
+    def __init__(self, known):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes = {storage._cdata: None for storage in known}
+        self.now, self.peak = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -93,9 +95,25 @@ class Storages(TorchDispatchMode):
         def end(_):
             self.now -= self.sizes.pop(key)[0]
 
-        self.sizes[key] = storage.nbytes(), weakref.ref(storage, end)
-        self.now += storage.nbytes()
+        self.sizes[key] = 0, weakref.ref(storage, end)
+        self.resized(storage)
+
+    def resized(self, storage):
+        size, reference = self.sizes[storage._cdata]
+        self.sizes[storage._cdata] = storage.nbytes(), reference
+        self.now += storage.nbytes() - size
         self.peak = max(self.peak, self.now)
+
+    def watch_resizing(self):
+        """FSDP frees what it has gathered by resizing it to 0."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage, size):
+            resize(storage, size)
+            if self.sizes.get(storage._cdata):
+                self.resized(storage)
+
+        return patch.object(torch.UntypedStorage, "resize_", resize_and_count)
 
 
 def imbalance(model, world):
@@ -121,19 +139,20 @@ def really(config, family):
         optimizer = build_optimizer(plan.model.train(), config.optim, None, plan.stages)
         set_lr(optimizer, 1e-3)
         pipeline = plan.pipeline(config, world)
-        storages = Storages()
+        batches = [documents(plan.tokens) for _ in range(plan.microbatches)]
 
         def step():
-            pipeline.step([documents(plan.tokens) for _ in range(plan.microbatches)], 1.0)
+            pipeline.step(batches, 1.0)
 
         parameters, buffers = list(plan.model.parameters()), list(plan.model.buffers())
-        before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers)]
-        storages.sizes |= {storage._cdata: None for storage in before}
+        inputs = [x for batch in batches for x in vars(batch).values() if isinstance(x, Tensor)]
+        before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers, *inputs)]
+        storages = Storages(before)
         peaks = []
         for _ in range(3 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
             optimizer.zero_grad()
             storages.peak = storages.now
-            with storages:
+            with storages, storages.watch_resizing():
                 step()
             peaks.append(storages.peak)
         gradients = sum(local(p.grad).nbytes for p in parameters)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from torch import nn
+
 from tools.planning.gpus import Gpu
 from tools.planning.storage import (
     checkpoint_bytes,
@@ -21,13 +23,12 @@ from tools.planning.storage import (
 )
 from torchsft.config import Config, to_dict
 from torchsft.data.stream import microbatches_per_step
-from torchsft.models.families import read_model_config
-from torchsft.models.language_model import LanguageModel, trained_mtp_layers
+from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.apply import compute_dtype
 from torchsft.parallel.blockwise import check_device as check_blockwise
 from torchsft.parallel.expert_float8 import check_device as check_expert_float8
 from torchsft.parallel.float8 import check_device as check_float8
-from torchsft.parallel.stages import ZERO_BUBBLE, plan_stages
+from torchsft.parallel.stages import ZERO_BUBBLE
 from torchsft.parallel.world import mesh_sizes
 from torchsft.planning import simulation
 from torchsft.planning.memory import (
@@ -123,7 +124,6 @@ class Role:
         memory: of that one's GPU.
         host: bytes of a GPU's share of its host, by what they are for.
         state: bytes of a checkpoint that all ranks of one of `pp_ranks` write together.
-        parameters: of the whole model; and those of them that are trained.
     """
 
     pp_ranks: list[int]
@@ -131,23 +131,58 @@ class Role:
     memory: Memory
     host: Mapping[str, int]
     state: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which pipeline ranks have equal layers.
+
+    Attributes:
+        parameters: of the whole model; and those of them that are trained.
+        alike: pipeline ranks, those with most parameters first.
+    """
+
     parameters: tuple[int, int]
+    alike: list[list[int]]
 
 
-def group_ranks(run: Run) -> list[list[int]]:
-    """Return pipeline ranks with equal layers together."""
-    config, model_config = run.config, read_model_config(run.model_config)
-    mtp_layers = trained_mtp_layers(config.model.mtp, model_config)
-    stages = plan_stages(config.parallel, model_config, run.microbatches, mtp_layers)
-    costs, groups = model_config.layer_costs(), {}
-    for rank in range(config.parallel.pp):
-        alike = []
-        for stage in stages.local(rank):
-            part = stages.part([stage])
-            layers = [costs[layer] for layer in part["layers"]]
-            alike.append((tuple(layers), part["first"], part["last"]))
-        groups.setdefault(tuple(alike), []).append(rank)
-    return list(groups.values())
+def parts_of(run: Run) -> Parts:
+    """Look which pipeline ranks have equal layers: as many parameters, and as many of them trained.
+
+    Raises:
+        InputError: options, model and ranks do not fit together.
+    """
+    node = run.gpu.ranks_per_node
+    with planned_rank(run.config, run.model_config, run.size, 0, node) as (plan, _):
+        layers = {int(name): _count(layer) for name, layer in plan.whole.model.layers.items()}
+        ends, stages = _count(plan.whole.model.embed_tokens), plan.layers
+        groups: dict[Any, list[int]] = {}
+        for rank in range(run.config.parallel.pp):
+            parts = [stages.part([stage]) for stage in stages.local(rank)]
+            alike = tuple(
+                (part["first"], part["last"], *(layers[layer] for layer in part["layers"]))
+                for part in parts
+            )
+            groups.setdefault(alike, []).append(rank)
+        parameters = _count(plan.whole)
+
+    def size(alike: tuple) -> int:
+        return sum(
+            count
+            for first, last, *counts in alike
+            for count, _ in [*counts, *[ends] * (first + last)]
+        )
+
+    return Parts(parameters, [groups[alike] for alike in sorted(groups, key=size, reverse=True)])
+
+
+def _count(module: nn.Module) -> tuple[int, int]:
+    """Count a module's parameters, and those of them that are trained."""
+    parameters = list(module.parameters())
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )
 
 
 def describe_part(model: LanguageModel) -> str:
@@ -177,8 +212,6 @@ def role_of(run: Run, pp_ranks: list[int]) -> Role:
 def _role_by(run: Run, pp_ranks: list[int], rank: int) -> Role:
     config, node = run.config, run.gpu.ranks_per_node
     with planned_rank(config, run.model_config, run.size, rank, node) as (plan, world):
-        whole = list(plan.whole.parameters())
-        parameters = sum(p.numel() for p in whole), sum(p.numel() for p in whole if p.requires_grad)
         layers = describe_part(plan.model)
         state = checkpoint_bytes(plan.model, config.optim)
         sharing = run.size // config.parallel.pp
@@ -189,7 +222,7 @@ def _role_by(run: Run, pp_ranks: list[int], rank: int) -> Role:
         host["optimizer and activations offloaded"] = memory.host
     if config.checkpoint.mode == "async":
         host["copy of a checkpoint"] = copied
-    return Role(pp_ranks, layers, memory, host, state, parameters)
+    return Role(pp_ranks, layers, memory, host, state)
 
 
 @dataclass(frozen=True)
@@ -198,6 +231,7 @@ class Plan:
 
     Attributes:
         run: what is planned.
+        parameters: of the model; and those of them that are trained.
         roles: pipeline ranks.
         host: bytes of the fullest node, by what they are for.
         checkpoint: bytes of one.
@@ -208,6 +242,7 @@ class Plan:
     """
 
     run: Run
+    parameters: tuple[int, int]
     roles: list[Role]
     host: Mapping[str, int]
     checkpoint: int
@@ -250,20 +285,29 @@ def fullest_node(run: Run, roles: list[Role]) -> dict[str, int]:
     return max(nodes, key=lambda held: sum(held.values()))
 
 
-def make_plan(run: Run) -> Plan:
+def make_plan(run: Run, *, whole: bool = True) -> Plan:
     """Plan all but time.
+
+    Args:
+        whole: False: stop at the first pipeline ranks that do not fit.
 
     Raises:
         InputError: options, model and ranks do not fit together.
     """
     began = time.perf_counter()
-    export = export_bytes(run.config, run.model_config)
-    roles = [role_of(run, ranks) for ranks in group_ranks(run)]
+    export, parts, roles = export_bytes(run.config, run.model_config), parts_of(run), []
+    for ranks in parts.alike:
+        roles.append(role_of(run, ranks))
+        if not whole and roles[-1].memory.needed > run.gpu.memory:
+            break
+    roles.sort(key=lambda role: role.pp_ranks)
+    complete = len(roles) == len(parts.alike)
     state = sum(len(role.pp_ranks) * role.state for role in roles)
     return Plan(
         run,
+        parts.parameters,
         roles,
-        fullest_node(run, roles),
+        fullest_node(run, roles) if complete else {},
         checkpoint=state,
         kept=checkpoints_kept(run.config.checkpoint, run.config.train.steps),
         export=export,
@@ -348,7 +392,7 @@ def lines_of(plan: Plan) -> list[str]:
     parallel, train = config.parallel, config.train
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
     sizes = [f"{axis} {getattr(parallel, axis)}" for axis in axes if getattr(parallel, axis) > 1]
-    count, trained = plan.roles[0].parameters
+    count, trained = plan.parameters
     rows = f"{train.micro_batch_size} x {config.data.seq_len:,} tokens"
     schedule = f", {parallel.pp_schedule}" if parallel.pp > 1 else ""
     return [
@@ -368,7 +412,7 @@ def lines_of(plan: Plan) -> list[str]:
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON-able nested dictionaries; sizes are bytes."""
-    run, parameters = plan.run, plan.roles[0].parameters
+    run, parameters = plan.run, plan.parameters
     roles = []
     for role in plan.roles:
         memory = role.memory

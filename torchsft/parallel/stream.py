@@ -1,8 +1,8 @@
 """Longest rows at a fixed memory: layers whose backward pass runs piece by piece.
 
 Of a layer are kept its input and where its tokens are routed. Forward and backward, attention is
-computed for some heads at a time, and what follows it (norm, router, experts or the dense network)
-for some tokens at a time; gradients of parameters are added up. So what a whole row has at the same
+computed for some heads at a time, and what follows it (norm, router, experts or the dense network;
+the norm forward alone) for some tokens at a time; gradients of parameters are added up. So what a whole row has at the same
 time is hidden states and latents, and what the heads return; everything wide exists for one piece.
 
 StreamBP (arXiv:2506.03077), after which this is made, cuts attention by tokens too: each piece sees
@@ -142,20 +142,25 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None, None, None]:
         layer, documents = ctx.layer, ctx.documents
         x_SD = ctx.saved_tensors[0].detach().requires_grad_()
-        # Attention first, whose output the pieces begin with; its backward pass comes last.
+        # Attention and the norm of what it returns come first; their backward passes last. The norm
+        # is not cut, so that the gradient of its weight is rounded once.
         with torch.enable_grad():
             attended_SD = _attend(layer, x_SD, documents)
-        grad_attended_SD = torch.empty_like(grad_SD)
-        sums = _Sums(layer.post_attention_layernorm, layer.mlp)
+            between_SD = attended_SD.detach().requires_grad_()
+            normed_SD = layer.post_attention_layernorm(between_SD)
+        grad_normed_SD = normed_SD.detach()  # a piece makes way for its gradient
+        sums = _Sums(layer.mlp)
         for part, routing in ctx.pieces:
-            piece_SD = attended_SD.detach()[part].requires_grad_()
+            piece_SD = grad_normed_SD[part].requires_grad_()
             with torch.enable_grad(), Pass(ROUTING, routing, True, *ctx.moves[1:]):
-                y_SD = _feed(layer, piece_SD, documents.part(part))
+                y_SD = layer.feed(attended_SD.detach()[part], piece_SD, documents.part(part))
             torch.autograd.backward(y_SD, grad_SD[part])
-            grad_attended_SD[part] = piece_SD.grad
+            grad_normed_SD[part] = piece_SD.grad
             sums.take()
         sums.give()
-        torch.autograd.backward(attended_SD, grad_attended_SD)
+        torch.autograd.backward(normed_SD, grad_normed_SD)
+        del normed_SD, grad_normed_SD, piece_SD, y_SD
+        torch.autograd.backward(attended_SD, between_SD.grad.add_(grad_SD))
         return x_SD.grad, None, None, None, None
 
 
@@ -178,13 +183,8 @@ class _Sums:
     rounded once, as that of one pass.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
-        self.parameters = [
-            parameter
-            for module in modules
-            for parameter in module.parameters()
-            if parameter.dtype != torch.float32
-        ]
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = [p for p in module.parameters() if p.dtype != torch.float32]
         self.sums: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}  # a gradient, and the sum
 
     def take(self) -> None:

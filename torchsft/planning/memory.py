@@ -142,27 +142,7 @@ def run_step(
     plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance: float
 ) -> LiveMemory:
     """Run a step's passes, behind an update that has made moments."""
-    ranks = world.sequence["sequence"].size()
-    tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
-    rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
-
-    def ask(integers: Tensor) -> Tensor:
-        """Tell the host how long documents are, or how many rows go to and come from each rank."""
-        shape = integers.shape
-        if len(shape) == 1:
-            documents = shape[0] - 1
-            return torch.tensor([plan.tokens // documents] * documents + [0])
-        counts = torch.full(shape, rows // ep)
-        if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
-            counts[:, :nodes] = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
-            counts[:, nodes:] = rows // torch.tensor(
-                [nodes] * nodes + [ep // nodes] * (ep // nodes)
-            )
-        counts[1, 2 * nodes * (nodes > 1) :] = int(imbalance * counts[0, -1])
-        return counts
-
-    ep, nodes = world.expert["ep"].size(), world.expert_nodes
-    memory = LiveMemory(ask)
+    memory = LiveMemory(answers(plan, world, imbalance))
     on_host, parallel = config.optim.offload, config.parallel
     for tensor in (*plan.model.parameters(), *plan.model.buffers()):
         with_memory = not (on_host and isinstance(tensor, nn.Parameter))
@@ -179,16 +159,48 @@ def run_step(
     with memory:
         if on_host:
             for stage in plan.stages:
-                stage.register_forward_pre_hook(_put_copies_on_device)
+                stage.register_forward_pre_hook(put_copies_on_device)
         # No other schedule has more in flight, and none keeps anything of those that are done.
         most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
         several = min(plan.microbatches, most)
-        batches = [_batch(plan.tokens) for _ in range(several)]
+        batches = [full_batch(plan.tokens) for _ in range(several)]
         pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
         plan.model.train()
         pipeline.step(batches, 1.0)
         begin_layer()
     return memory
+
+
+def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callable[[Tensor], Tensor]:
+    """Return what the host is told of the device's integers, see `LiveMemory`."""
+    ep, nodes = world.expert["ep"].size(), world.expert_nodes
+    ranks = world.sequence["sequence"].size()
+    tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
+    rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
+
+    def ask(integers: Tensor) -> Tensor:
+        """Tell the host how long documents are, or how many rows go to and come from each rank, and
+        where those of each expert here end.
+        """
+        count = integers.numel()
+        if integers.ndim == 1:
+            documents = count - 1
+            return torch.tensor([plan.tokens // documents] * documents + [0])
+        counts = torch.full((ep,), rows // ep)
+        if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
+            copies = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
+            each = rows // nodes, rows // (ep // nodes)
+            counts = torch.tensor([copies, *each]).repeat_interleave(
+                torch.tensor([nodes, nodes, ep // nodes])
+            )
+        received = counts.clone()
+        received[2 * nodes * (nodes > 1) :] = int(imbalance * counts[-1])
+        experts = count - 2 * len(counts)
+        here = received[2 * nodes * (nodes > 1) :].sum()
+        ends = torch.arange(1, experts + 1) * here // experts
+        return torch.cat([counts, received, ends]).unsqueeze(0)
+
+    return ask
 
 
 @torch.no_grad()  # in which `local` costs little
@@ -207,14 +219,14 @@ def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) ->
     return compute_and_count
 
 
-def _put_copies_on_device(stage: FSDPModule, _: Any) -> None:
+def put_copies_on_device(stage: FSDPModule, _: Any) -> None:
     """Let FSDP gather from copies in the dtype to gather in, as optim/offload.py does."""
     for module in stage.modules():
         for part in gathered_from(module) if isinstance(module, FSDPModule) else ():
             part._sharded_param_data = part._sharded_param_data.to(part.param_dtype)
 
 
-def _batch(tokens: int) -> Batch:
+def full_batch(tokens: int) -> Batch:
     """Return a microbatch that is full."""
     integers = torch.empty(tokens, dtype=torch.int64, device=META)
     bounds = torch.empty(max(1, tokens // DOCUMENT) + 1, dtype=torch.int32, device=META)

@@ -70,9 +70,9 @@ def simulated_rank(
 
     sizes, new_group = mesh_sizes(parallel, size), dist.new_group
     nodes = nodes_of_experts(parallel, min(size, ranks_per_node))
-    streams = {name: getattr(torch.cpu, name) for name in ("Stream", "stream", "current_stream")}
-    streams |= {"Event": torch.cpu.Event, "get_rng_state": lambda _: None}
-    streams |= {"set_rng_state": lambda *_: None}
+    streams = {name: getattr(torch.cpu, name) for name in ("Event", "stream")}
+    streams |= {"Stream": _Stream, "current_stream": lambda *_: _Stream()}
+    streams |= {"get_rng_state": lambda _: None, "set_rng_state": lambda *_: None}
     group = _fsdp_param_group.FSDPParamGroup
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with ExitStack() as stack:
@@ -101,6 +101,13 @@ def simulated_rank(
             stack.enter_context(patch.object(ops, name, kernels, create=True))
         data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
         yield SimulatedWorld(rank, size, data_size, **meshes, expert_nodes=nodes)
+
+
+class _Stream(torch.cpu.Stream):
+    """Does nothing, but has events, which FSDP2 asks for where gradients of replicas are summed."""
+
+    def record_event(self) -> torch.cpu.Event:
+        return torch.cpu.Event()
 
 
 def _fused_attention(
@@ -199,7 +206,7 @@ PURPOSES = {
     "torchsft/models/moe.py": {"": LAYER},
     "torchsft/parallel/compute_copies.py": {"_copy": GATHERED, "backward": GRADIENTS},
     "torchsft/parallel/expert.py": {"": EXCHANGE},
-    "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
+    "torchsft/planning/memory.py": {"put_copies_on_device": PARAMETERS},
 }
 
 
