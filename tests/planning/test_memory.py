@@ -209,6 +209,7 @@ ONE_RANK = [
 ]
 TWO_RANKS = [
     ("deepseek_v3", {"dp_shard": 2, "ep": 2}, FULL),
+    ("deepseek_v3", {"tp": 2}, FULL),
     ("deepseek_v3", {"pp": 2, "pp_schedule": "1F1B"}, FULL),
     ("deepseek_v3", {"pp": 2, "pp_schedule": "Interleaved1F1B"}, {}),
 ]
