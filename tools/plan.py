@@ -128,7 +128,7 @@ def run(recipe: ModuleType, preset: str, options: Options) -> int:
     """Plan and print; the exit code."""
     gpu, config = read_gpu(options.gpu), options.config()
     where, model_config = model_of(recipe, preset, config)
-    from tools.planning import report
+    from tools.planning import changes, report
     from torchsft.resolution import smallest_number_of_ranks
 
     size = options.world_size or smallest_number_of_ranks(config.parallel)
@@ -136,9 +136,13 @@ def run(recipe: ModuleType, preset: str, options: Options) -> int:
     architecture = ", ".join(model_config.get("architectures", ()))
     print(f"{Path(recipe.__file__).stem} {preset}: {architecture}, config.json of {where}")
     plan = report.make_plan(planned)
-    print(*report.lines_of(plan), sep="\n")
+    print(*report.lines_of(plan), sep="\n", flush=True)
+    remedies = [] if plan.fits else changes.Search(plan).cheapest(3)
+    if not plan.fits:
+        print(*changes.lines_of(plan, remedies), sep="\n")
     if options.json:
-        Path(options.json).write_text(json.dumps(report.to_json(plan), indent=2) + "\n")
+        content = report.to_json(plan) | {"remedies": [vars(each) for each in remedies]}
+        Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
     return 0 if plan.fits else 1
 
 

@@ -83,8 +83,9 @@ class Operation:
             that of a collective.
         bytes: that a kernel reads and writes, or that a rank sends or receives, what is more.
         flops: 2 for each multiply-add.
-        shape: of a product [M, K] x [K, N] M, N and K, of a grouped one the number of experts too;
-            of attention heads, width of queries, width of values.
+        shape: of a product [M, K] x [K, N] M, N and K, of a grouped one those of an expert, and
+            the number of experts; of attention heads, width of queries, width of values, and length
+            of the documents, or twice that of the window.
         dtype: of a product: "bf16", "fp32" or "fp8".
         ranks: of a collective, by number within the pipeline rank's group.
         flight: number of the exchange that is under way meanwhile, or that it is; 0: none.
@@ -449,9 +450,9 @@ class Recorder(LiveMemory):
     def product(self, x: Tensor, y: Tensor, result: Tensor) -> dict[str, Any]:
         """Describe a matrix product: `Operation`'s fields."""
         if x.ndim == 2 and y.ndim == 3:  # rows of experts
-            shape = len(x), y.shape[2], x.shape[1], len(y)
+            shape = len(x) // len(y), y.shape[2], x.shape[1], len(y)
         elif result.ndim == 3 and x.ndim == 2:  # gradient of the experts' weights
-            shape = len(x), y.shape[1], x.shape[1], len(result)
+            shape = len(x), y.shape[1], x.shape[1] // len(result), len(result)
         elif x.ndim == 3:  # a batch of products
             shape = x.shape[1], y.shape[2], x.shape[2]
         else:
@@ -473,8 +474,9 @@ class Recorder(LiveMemory):
             tokens, heads, width = q.shape
         of_queries, of_values = (3, 2) if backward else (1, 1)
         widths = of_queries * width + of_values * v.shape[-1]
-        flops = 2.0 * self.pairs(tokens) * heads * widths
-        return {"flops": flops, "shape": (heads, width, v.shape[-1]), "dtype": "bf16"}
+        pairs = self.pairs(tokens)
+        shape = heads, width, v.shape[-1], round(2 * pairs / tokens)
+        return {"flops": 2.0 * pairs * heads * widths, "shape": shape, "dtype": "bf16"}
 
     def note_collective(self, function: Any, name: str, args: Any, result: Any) -> None:
         """Record a collective."""
@@ -640,11 +642,12 @@ class Recorder(LiveMemory):
             experts = max(x.ndim, y.ndim, result.ndim) == 3 and len(offs) > 1
             for factor in (x, y):
                 self.record(Operation(MEMORY, held(factor) + factor.numel()))
-            rows, outputs, inputs = len(x), result.shape[-1], x.shape[-1]
+            count = len(offs) if experts else 1
+            shape = len(x) // count, result.shape[-1], x.shape[-1]
             if result.ndim == 3:  # the gradient of the weight
-                rows, outputs, inputs = x.shape[-1], result.shape[-1], len(x)
-            flops = 2.0 * rows * outputs * inputs
-            shape = (rows, outputs, inputs) + ((len(offs),) if experts else ())
+                shape = x.shape[-1], result.shape[-1], len(x) // count
+            flops = 2.0 * len(x) * x.shape[-1] * result.shape[-1]
+            shape += (count,) if experts else ()
             size = x.numel() + y.numel() + held(result)
             weights = result.ndim == 3
             kind = GROUPED if experts else PRODUCT

@@ -7,12 +7,16 @@ that it names as `like`:
     network_bandwidth: 12.5e9
     peak_flops:
       bf16: 800e12
+    products: gpu.json
+
+`products` is what `tools/benchmark.py gpu --json gpu.json` has written on such a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +29,23 @@ from torchsft.config import InputError
 MEASURED, PUBLISHED, ASSUMED = "measured", "published", "assumed"
 TABLES = ("peak_flops", "latency_seconds", "efficiency")  # fields that are tables of numbers
 WHOLE = ("memory", "ranks_per_node", "host_memory")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A matrix product [m, k] x [k, n] that was measured, or one of each of `experts` (0: one).
+
+    Attributes:
+        dtype: "bf16", "fp8" or "fp32".
+        share: of the peak that it reaches.
+    """
+
+    dtype: str
+    m: int
+    n: int
+    k: int
+    experts: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,11 @@ class Gpu:
         ranks_per_node: GPUs of a node.
         host_memory: bytes of a node.
         price: USD an hour.
-        efficiency: share of a peak that is reached, by kind of work.
+        efficiency: share of a peak that is reached, by kind of work: of large products by dtype,
+            what grouped ones have of that; of attention in long documents by FlashAttention 2, and
+            by its third version (fa3); of memory, node and network by large messages, what rows to
+            experts have of that (exchange), and DeepEP's of the links' own speed.
+        products: those that were measured.
         sources: by field (of tables FIELD.KEY, or FIELD for all): MEASURED, PUBLISHED or ASSUMED,
             and from where.
     """
@@ -60,7 +85,8 @@ class Gpu:
     ranks_per_node: int
     host_memory: int
     price: float
-    efficiency: Mapping[str, float] = field(default_factory=dict)
+    efficiency: Mapping[str, float]
+    products: tuple[Measured, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -86,6 +112,21 @@ H100 = Gpu(
     ranks_per_node=8,
     host_memory=2_000_000_000_000,
     price=2.5,
+    efficiency={
+        "product_bf16": 0.72,
+        "product_fp8": 0.6,
+        "product_fp32": 0.8,
+        "grouped": 0.85,
+        "attention_forward": 0.36,
+        "attention_backward": 0.3,
+        "fa3_forward": 0.62,
+        "fa3_backward": 0.5,
+        "memory": 0.85,
+        "node": 0.75,
+        "network": 0.8,
+        "exchange": 0.85,
+        "deepep": 0.9,
+    },
     sources={
         "memory": f"{MEASURED}: torch finds 79.1 GiB",
         "compute_capability": f"{PUBLISHED}: NVIDIA",
@@ -98,6 +139,9 @@ H100 = Gpu(
         "host_memory": f"{PUBLISHED}: DGX H100, 2 TB",
         "price": f"{ASSUMED}: rented by the hour in 2026",
         "efficiency": ASSUMED,
+        "efficiency.attention_forward": f"{PUBLISHED}: 370 TFLOP/s, Shah et al. 2024, figure 5",
+        "efficiency.fa3_forward": f"{PUBLISHED}: 648 TFLOP/s, the same; less with a causal mask",
+        "efficiency.deepep": f"{PUBLISHED}: 43 to 47 GB/s over 50 GB/s ports, DeepEP's README",
     },
 )
 H200 = dataclasses.replace(
@@ -123,8 +167,11 @@ A100 = dataclasses.replace(
     node_bandwidth=300e9,
     network_bandwidth=25e9,
     price=1.5,
+    efficiency=H100.efficiency
+    | {"product_bf16": 0.82, "attention_forward": 0.62, "attention_backward": 0.52},
     sources={
         **H100.sources,
+        "efficiency.attention_forward": f"{PUBLISHED}: 50 to 73 %, Dao 2023",
         "memory": f"{PUBLISHED}: torch finds 79.1 GiB",
         "peak_flops": f"{PUBLISHED}: NVIDIA A100 SXM data sheet, without sparsity; it has no fp8",
         "memory_bandwidth": f"{PUBLISHED}: NVIDIA A100 80GB SXM data sheet",
@@ -143,8 +190,10 @@ B200 = dataclasses.replace(
     memory_bandwidth=8e12,
     node_bandwidth=900e9,
     price=5.0,
+    efficiency=H100.efficiency | {"attention_forward": 0.2, "attention_backward": 0.16},
     sources={
         **H100.sources,
+        "efficiency.attention_forward": f"{ASSUMED}: FlashAttention 2 does not know Blackwell",
         "memory": f"{PUBLISHED}: torch finds 178.4 GiB",
         "peak_flops": f"{PUBLISHED}: NVIDIA HGX B200 data sheet, without sparsity",
         "memory_bandwidth": f"{PUBLISHED}: NVIDIA B200 data sheet",
@@ -182,15 +231,21 @@ def _read_file(path: str) -> Gpu:
     like = given.pop("like", None)
     if like is not None and like not in GPUS:
         raise InputError(f"like in {path} is {like!r}, but it must be one of {', '.join(GPUS)}")
+    products = given.pop("products", None)
     for name, value in given.items():
         positive = isinstance(value, str) or (0 < value < math.inf)
         if not positive and not (name == "price" and value == 0):
             raise InputError(f"{name} in {path} is {value}, but it must be above 0 and finite")
         if name in WHOLE:
             given[name] = round(value)  # YAML has no whole number 80e9
-    values = {} if like is None else {each: getattr(GPUS[like], each) for each in _fields()}
+    values = {"efficiency": H100.efficiency}
+    if like is not None:
+        values = {each: getattr(GPUS[like], each) for each in _fields()}
     sources = dict(values.get("sources", {"efficiency": ASSUMED}))
     values["name"] = path
+    if products is not None:
+        values["products"] = read_products(Path(path).parent / products)
+        sources["products"] = f"{MEASURED}: {products}"
     for name, value in given.items():
         table, dot, key = name.partition(".")
         values[table] = {**values.get(table, {}), key: value} if dot else value
@@ -198,7 +253,7 @@ def _read_file(path: str) -> Gpu:
     lacking = [
         name
         for name in options
-        if name not in ("like", "name", "peak_flops.fp8")
+        if name not in ("like", "name", "products", "peak_flops.fp8")
         and not name.startswith("efficiency.")
         and not _has(values, name)
     ]
@@ -208,6 +263,21 @@ def _read_file(path: str) -> Gpu:
             f"as in (like: {H100.name})"
         )
     return Gpu(**values | {"sources": sources})
+
+
+def read_products(path: Path) -> tuple[Measured, ...]:
+    """Return the products that `tools/benchmark.py gpu` has measured.
+
+    Raises:
+        InputError: the file has none.
+    """
+    try:
+        return tuple(Measured(**each) for each in json.loads(path.read_text())["products"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"products {path} cannot be read ({type(error).__name__}: {error}); give a file that "
+            "tools/benchmark.py gpu --json has written"
+        ) from None
 
 
 def _fields() -> list[str]:
@@ -226,5 +296,5 @@ def _options() -> dict[str, Option]:
         if name in TABLES:
             kinds |= {f"{name}.{key}": float for key in getattr(H100, name)}
         elif name != "sources":
-            kinds[name] = str if name == "name" else float
+            kinds[name] = str if name in ("name", "products") else float
     return {name: Option(name, kind, "", None) for name, kind in kinds.items()}

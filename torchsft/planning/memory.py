@@ -174,9 +174,10 @@ def run_step(
 def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callable[[Tensor], Tensor]:
     """Return what the host is told of the device's integers, see `LiveMemory`."""
     ep, nodes = world.expert["ep"].size(), world.expert_nodes
-    ranks = world.sequence["sequence"].size()
-    tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
-    rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
+    chosen = [torch.Size()]  # of the exchange that is planned: tokens and choices
+    for moe in plan.model.moe_layers().values():
+        if ep > 1:
+            moe.exchange.plan = _noted(moe.exchange.plan, chosen)
 
     def ask(integers: Tensor) -> Tensor:
         """Tell the host how long documents are, or how many rows go to and come from each rank, and
@@ -186,9 +187,11 @@ def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callabl
         if integers.ndim == 1:
             documents = count - 1
             return torch.tensor([plan.tokens // documents] * documents + [0])
+        tokens, choices = chosen[0]
+        rows = tokens * choices
         counts = torch.full((ep,), rows // ep)
         if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
-            copies = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
+            copies = int(tokens * (1 - (1 - 1 / nodes) ** choices))
             each = rows // nodes, rows // (ep // nodes)
             counts = torch.tensor([copies, *each]).repeat_interleave(
                 torch.tensor([nodes, nodes, ep // nodes])
@@ -217,6 +220,18 @@ def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) ->
         return compute(*args)
 
     return compute_and_count
+
+
+def _noted(plan: Callable[[Tensor], Any], chosen: list[torch.Size]) -> Any:
+    """Return an exchange's `plan` that says how many tokens choose how many experts: where a layer
+    is streamed, those of a piece.
+    """
+
+    def note_and_plan(chosen_SK: Tensor) -> Any:
+        chosen[0] = chosen_SK.shape
+        return plan(chosen_SK)
+
+    return note_and_plan
 
 
 def put_copies_on_device(stage: FSDPModule, _: Any) -> None:

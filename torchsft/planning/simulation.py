@@ -9,13 +9,13 @@ and two checks of `FSDPParamGroup` that parameters have memory; `torch.meta`, wh
 pipeline schedules look for by the name of the device; and `_batch_p2p` of these schedules.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from sys import _getframe
 from types import CodeType, SimpleNamespace
 from typing import Any, Self
 from unittest.mock import patch
@@ -74,8 +74,11 @@ def simulated_rank(
     streams |= {"Stream": _Stream, "current_stream": lambda *_: _Stream()}
     streams |= {"get_rng_state": lambda _: None, "set_rng_state": lambda *_: None}
     group = _fsdp_param_group.FSDPParamGroup
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(sys, "excepthook", sys.excepthook)
+        )  # which torch replaces each time
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         stack.callback(dist.destroy_process_group)
         meshes = {
             name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -220,7 +223,7 @@ def _purpose_of(code: CodeType) -> str | None:
 
 def _purpose() -> str:
     """Return what memory is for that is asked for now."""
-    frame = _getframe(2)
+    frame = sys._getframe(2)
     while frame is not None:
         if purpose := _purpose_of(frame.f_code):
             return purpose
@@ -360,7 +363,7 @@ class LiveMemory(TorchDispatchMode):
             return function(*args, **kwargs)
         if other:
             return NotImplemented  # it comes again, as operations on this rank's parts
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1
         if function is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as it does on devices; that of the meta device makes a copy
