@@ -117,7 +117,7 @@ def test_one_rank_waits_for_nothing(inputs):
 def test_the_host_waits_once_per_moe_layer_and_microbatch(inputs, ranks, layout):
     """For the sizes of the all-to-all; with 2 ranks, each of which has 4 rows of a step."""
     config = config_for(str(inputs), global_batch_size=8, **sizes(**layout))
-    expected = {("forward", "parallel/expert.py plan"): MOE_LAYERS * 2} if "ep" in layout else {}
+    expected = {("forward", "parallel/expert.py told"): MOE_LAYERS * 2} if "ep" in layout else {}
     assert ranks(2, waits_of_a_step, config=config) == [expected] * 2
 
 

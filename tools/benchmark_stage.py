@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class ForcedExchange(LocalExchange):
         weights_SK = weights_SK.repeat(1, self.imbalance) / self.imbalance
         in_turn_R = torch.arange(weights_SK.numel(), device=x_SD.device) % self.experts
         return super().__call__(x_SD, weights_SK, in_turn_R.view_as(weights_SK), *rest)
+
+    def ends(self, rows: int) -> list[int]:
+        """Return where each expert's rows end."""
+        counts = [len(range(expert, rows, self.experts)) for expert in range(self.experts)]
+        return list(accumulate(counts))
 
 
 def build_stage(stage: Stage, world: World, imbalance: int, compute: torch.dtype) -> LanguageModel:

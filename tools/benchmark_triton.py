@@ -42,17 +42,19 @@ class Kernel(NamedTuple):
     fp8: str = ""  # arguments that are pointers to e4m3
     fp32: str = ""
     int32: str = ""
+    int64: str = ""
     bf16: str = ""  # other arguments are integers
     launch: str = ""  # options with which it is launched, by their name in the module
 
 
 _FP8 = "blockwise_mm"
-_ROWS = dict(fp8="q", fp32="scales", bf16="x w", int32="index first end")
+_ROWS = dict(fp8="q", fp32="scales", bf16="x w", int32="first end", int64="index")
 _PRODUCT = dict(
     fp8="x w a b",
     fp32="x_scales w_scales a_scales b_scales",
     bf16="y",
     int32="first expert_of end bounds",
+    int64="target",
     launch="LAUNCH",
 )
 _TABLES = dict(fp32="cos sin", launch="LAUNCH")
@@ -104,7 +106,8 @@ def compiled(name: str) -> Usage:
     given = KERNELS[name]
     module = importlib.import_module(f"torchsft.ops.{given.module}")
     kernel = getattr(module, f"{name.partition('.')[2]}_kernel")
-    kinds = {"*fp8e4nv": given.fp8, "*fp32": given.fp32, "*i32": given.int32, "*bf16": given.bf16}
+    kinds = {"*fp8e4nv": given.fp8, "*fp32": given.fp32, "*bf16": given.bf16}
+    kinds |= {"*i32": given.int32, "*i64": given.int64}
     types = {argument: kind for kind, names in kinds.items() for argument in names.split()}
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(kernel.arg_names):

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.debug_task import write_debug_data, write_debug_model
 from tools.inspection.terminal import STYLES
+from tools.markup import picture, rectangle, word
 from torchsft.config import Parallel
 from torchsft.parallel.world import mesh_sizes
 
@@ -63,50 +63,6 @@ LETTERS = {
     "157": "#afffaf",
 }
 BEHIND = {"22": "#005f00"}
-
-
-# ---------------------------------------------------------------- SVG
-
-
-def element(tag: str, content: str = "", **attributes: object) -> str:
-    """Return an element; in names of attributes an underscore stands for a hyphen."""
-    given = []
-    for name, value in attributes.items():
-        name = name.replace("_", "-")
-        if isinstance(value, float):
-            value = f"{value:.1f}"
-        given.append(f'{name}="{value}"')
-    start = " ".join([tag, *given])
-    return f"<{start}>{content}</{tag}>"
-
-
-def rectangle(x: float, y: float, width: float, height: float, **attributes: object) -> str:
-    """Return a filled rectangle."""
-    place = {"x": float(x), "y": float(y)}
-    size = {"width": float(width), "height": float(height)}
-    return element("rect", **place, **size, **attributes)
-
-
-def word(x: float, y: float, text: str, **attributes: object) -> str:
-    """Return text whose line stands at `y`."""
-    return element("text", escape(text), x=float(x), y=float(y), **attributes)
-
-
-def picture(
-    width: float, height: float, background: str, parts: Sequence[str], **attributes: object
-) -> str:
-    """Return an SVG file; `attributes` are those of all parts."""
-    ground = rectangle(0, 0, width, height, fill=background)
-    group = element("g", "\n" + "\n".join(parts) + "\n", **attributes)
-    svg = element(
-        "svg",
-        f"\n{ground}\n{group}\n",
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width:.0f} {height:.0f}",
-        width=float(width),
-        height=float(height),
-    )
-    return svg + "\n"
 
 
 # ---------------------------------------------------------------- layouts

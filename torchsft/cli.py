@@ -155,7 +155,8 @@ def parse(
     choose: Callable[[Values], str],
     argv: Sequence[str],
     doc: str,
-) -> tuple[str, Config]:
+    kind: type[Options] = Config,
+) -> tuple[str, Options]:
     """Read `[PRESET] [--config FILE] [--option value ...]`: options override the file, and the file
     the preset.
 
@@ -165,6 +166,7 @@ def parse(
             that are given.
         argv: without the program's name.
         doc: text above the options in the help.
+        kind: `Config`, or a dataclass derived from it, which adds options of a tool.
 
     Returns:
         The preset's name and the configuration.
@@ -173,7 +175,7 @@ def parse(
         InputError: one sentence about what is not understood.
         SystemExit: the help was asked for and printed.
     """
-    options = options_of(Config)
+    options = options_of(kind)
     named = bool(argv) and not argv[0].startswith("-")
     if named and argv[0] not in presets:
         raise InputError(f"preset {argv[0]!r} does not exist; choose one of: {', '.join(presets)}")
@@ -187,7 +189,7 @@ def parse(
         )
     name = argv[0] if named else choose(from_file | given)
     preset = presets[name]()
-    values = {option: operator.attrgetter(option)(preset) for option in options}
+    values = {option: operator.attrgetter(option)(preset) for option in options_of(Config)}
     if wants_help:
         first = {key: inspect.getdoc(build).split("\n\n")[0] for key, build in presets.items()}
         lines = [f"  {key:<10} {' '.join(text.split())}" for key, text in first.items()]
@@ -195,10 +197,10 @@ def parse(
         show_help(
             f"{doc.strip()}\n\n{listing}\n\nDefaults below are those of {name!r}.",
             options,
-            values,
+            {name: option.default for name, option in options.items()} | values,
             wants_help,
         )
-    return name, build(Config, override(override(values, from_file), given))
+    return name, build(kind, override(override(values, from_file), given))
 
 
 def parse_tool(kind: type[Options], argv: Sequence[str], doc: str) -> Options:
@@ -231,7 +233,9 @@ def override(below: Values, above: Values) -> Values:
 def options_of(kind: type, prefix: str = "") -> dict[str, Option]:
     """Return the options of a dataclass and those nested in it, by name."""
     found = {}
-    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    hints, docs = typing.get_type_hints(kind), {}
+    for each in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        docs |= field_docs(each)
     for field in dataclasses.fields(kind):
         name, hint = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -437,16 +441,16 @@ def suggestion(name: str, known: Mapping[str, Option]) -> str:
 # Files
 
 
-def read_file(path: str, options: Mapping[str, Option]) -> Values:
-    """Return the values in a YAML, TOML or JSON file of these options.
+def read_file(path: str, options: Mapping[str, Option], flag: str = CONFIG_FILE.flag) -> Values:
+    """Return the values in a YAML, TOML or JSON file of these options, which was given as `flag`.
 
     Raises:
         InputError: it is none, or says what cannot be.
     """
-    content = _load(Path(path))
+    content = _load(Path(path), flag)
     if not isinstance(content, dict):
         raise InputError(
-            f"--config {path} does not hold options, but {_shown(content)[:60]}; write them as in "
+            f"{flag} {path} does not hold options, but {_shown(content)[:60]}; write them as in "
             f"a run's config.json"
         )
     values = {}
@@ -481,7 +485,7 @@ def _flat(
             yield name, value
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, flag: str) -> Any:
     """Return the value that a file holds.
 
     Raises:
@@ -493,7 +497,7 @@ def _load(path: Path) -> Any:
             f"give the file, {inside}" if inside.is_file() else "name a YAML, TOML or JSON file"
         )
         raise InputError(
-            f"--config {path} {'is a directory' if path.is_dir() else 'does not exist'}; {remedy}"
+            f"{flag} {path} {'is a directory' if path.is_dir() else 'does not exist'}; {remedy}"
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -505,10 +509,10 @@ def _load(path: Path) -> Any:
             return _load_yaml(text)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"--config {path} cannot be read ({' '.join(str(error).split())}); mend or rename it"
+            f"{flag} {path} cannot be read ({' '.join(str(error).split())}); mend or rename it"
         ) from None
     raise InputError(
-        f"--config {path} has none of the endings .json, .yaml, .yml and .toml; rename it"
+        f"{flag} {path} has none of the endings .json, .yaml, .yml and .toml; rename it"
     )
 
 

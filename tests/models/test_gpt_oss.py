@@ -10,6 +10,7 @@ from torchsft.config import InputError
 from torchsft.models.families import build_model, read_model_config
 from torchsft.models.gpt_oss import ClampedExperts, clamped_swiglu, clamped_swiglu_reference
 from torchsft.models.rope import Yarn
+from torchsft.ops.permute import Order, combine, inverse, permute
 
 
 def model(**changes):
@@ -69,6 +70,26 @@ def test_experts_without_rows_get_zero_gradients(implementation):
         for parameter in experts.parameters():
             has_gradient = parameter.grad.flatten(1).abs().amax(1) > 0
             assert has_gradient.tolist() == [count > 0 for count in counts]
+
+
+def test_slices_of_rows_give_what_all_of_them_do():
+    """Outputs and gradients, of rows that the slices sort; fp32 sums in another order: 1e-5."""
+    torch.manual_seed(0)
+    experts = ClampedExperts(4, 16, 8, "grouped_mm", alpha=1.702, limit=7.0)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    ends, order_R = [130, 130, 530, 600], torch.randperm(600)
+    order = Order(order_R, inverse(order_R).unsqueeze(1))
+    x, weights = torch.randn(600, 16, requires_grad=True), torch.rand(600, 1, requires_grad=True)
+    given, leaves = (weights, torch.tensor(ends).int(), ends), [x, weights, *experts.parameters()]
+    y, upstream = combine(experts(permute(x, *order), *given), *order), torch.randn(600, 16)
+    expected = [y, *torch.autograd.grad(y, leaves, upstream)]
+    experts.even_rows = 200
+    assert experts.sorts(order, ends)
+    y = experts(x, *given, order)
+    found = [y, *torch.autograd.grad(y, leaves, upstream)]
+    for got, wanted in zip(found, expected, strict=True):
+        assert ((got - wanted).abs() <= 1e-5 * wanted.abs().max()).all()
 
 
 def test_a_microbatch_of_padding_alone_gives_zero_gradients():

@@ -267,11 +267,11 @@ def test_a_full_device_is_reported_with_the_layer_and_its_rows(monkeypatch, wher
 
 def test_many_more_rows_than_an_even_load_are_computed_in_few_slices(monkeypatch):
     """As where a rank with one token in a pass for answers gets the rows of all the others."""
-    experts, rows = Experts(E, 16, 8, "grouped_mm"), 5 * E
+    experts, rows = Experts(E, 16, 8, "grouped_mm"), 100 * E
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
-    offs = torch.arange(5, rows + 1, 5, dtype=torch.int32)
-    inputs = torch.randn(rows, 16), torch.rand(rows, 1), offs
+    ends = list(range(100, rows + 1, 100))
+    inputs = torch.randn(rows, 16), torch.rand(rows, 1), torch.tensor(ends, dtype=torch.int32), ends
     whole = experts(*inputs)
     products, sizes = Products.forward, []
 

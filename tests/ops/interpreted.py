@@ -14,7 +14,12 @@ from triton.runtime import interpreter
 
 from tests.checkpoint.sources import same_bits
 from tests.ops import interpreted_rows
-from tests.precision.test_blockwise_compute import assert_equal_sums, experts, numbers
+from tests.precision.test_blockwise_compute import (
+    assert_equal_sums,
+    assert_no_sorted_copy_is_needed,
+    experts,
+    numbers,
+)
 from torchsft.ops import blockwise_mm as mm
 from torchsft.precision.blockwise import quantise
 from torchsft.precision.blockwise_kernels import BlockwiseKernels
@@ -58,6 +63,8 @@ def main() -> None:
                 values = found.values[expert]
                 assert same_bits((values.mT if transposed else values).contiguous(), q)
                 assert same_bits(found.scales[expert], scale)
+
+    assert_no_sorted_copy_is_needed(BlockwiseKernels(True))
 
     # What is kept is kept until the optimizer's step, or a change of the weight itself.
     weight, x = torch.nn.Parameter(numbers(96, 40)), numbers(7, 40).requires_grad_()

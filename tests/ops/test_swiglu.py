@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from tests.ops.passes import Operations
-from torchsft.ops.sliced import sliced_swiglu
+from torchsft.ops.sliced import cut, sliced
 from torchsft.ops.swiglu import (
-    GROUPED_MM,
     grouped_swiglu,
     grouped_swiglu_reference,
     swiglu,
@@ -20,6 +19,11 @@ def arguments(rows, experts):
     """Rows, gate|up, down and the rows' weights."""
     shapes = [(rows, D), (experts, 2 * F, D), (experts, D, F), (rows, 1)]
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def network(x, weights, offs, gate_up, down):
+    """`grouped_swiglu`, as `sliced` calls it."""
+    return grouped_swiglu(x, gate_up, down, weights, offs)
 
 
 def test_swiglu_equals_its_reference():
@@ -134,32 +138,55 @@ def test_bf16_outputs_are_rounded_before_and_after_the_down_projection_alone():
     assert error < 0.9 * error_of_twice
 
 
-@pytest.mark.parametrize("size", [4, 7, 20])
+@pytest.mark.parametrize(("size", "is_sorted"), [(4, True), (7, False), (20, False)])
 @pytest.mark.parametrize("passes", [[[0, 1, 2, 3]], [[0, 3], [1, 2]], [[0, 3]]])
-def test_slices_of_rows_compute_what_all_of_them_do(size, passes):
-    """Experts begin and end within slices, fill several, or have no rows. In one pass, and in the
-    two of zero-bubble pipelines. A CPU multiplies few rows in another order than many, and sums
-    over slices are in another order too: 1e-5 of the largest entry.
+def test_slices_of_rows_compute_what_all_of_them_do(size, is_sorted, passes):
+    """Experts fill several slices, share one, or have no rows. Rows that come in another order
+    leave in it. In one pass, and in the two of zero-bubble pipelines. A CPU multiplies few rows in
+    another order than many, and sums over slices are in another order too: 1e-5 of the largest
+    entry.
     """
     torch.manual_seed(0)
     inputs = arguments(19, 4)
-    offs, upstream = torch.tensor([3, 3, 15, 19], dtype=torch.int32), torch.randn(19, D)
+    ends = [3, 3, 15, 19]
+    offs, upstream = torch.tensor(ends, dtype=torch.int32), torch.randn(19, D)
     y = grouped_swiglu(*inputs, offs)
     expected = torch.autograd.grad(y, inputs, upstream)
-    sliced = sliced_swiglu(*inputs, offs, GROUPED_MM, size)
-    assert ((sliced - y).abs() <= 1e-5 * y.abs().max()).all()
-    given = upstream.clone()
+    x, gate_up, down, weights = inputs
+    order = torch.arange(19) if is_sorted else torch.randperm(19)
+    came = order.argsort()
+    given = x.detach()[came].requires_grad_()
+    inputs = given, gate_up, down, weights
+    how = network, size, ends, None if is_sorted else order
+    some = sliced(*how, given, weights, offs, gate_up, down)
+    assert ((some - y[came]).abs() <= 1e-5 * y.abs().max()).all()
+    upstream = upstream[came]
     for wanted in passes:
         gradients = torch.autograd.grad(
-            sliced, [inputs[i] for i in wanted], given, retain_graph=True
+            some, [inputs[i] for i in wanted], upstream, retain_graph=True
         )
         for i, gradient in zip(wanted, gradients, strict=True):
+            gradient = gradient[order] if i == 0 else gradient
             error = (gradient - expected[i]).abs()
             assert (error <= 1e-5 * expected[i].abs().max()).all()
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([3, 3, 15, 19], "0-2: 0-3, 2-3: 3-8, 2-3: 8-13, 2-3: 13-15, 3-4: 15-19"),
+        ([0, 7, 8, 8], "0-1: 0-0, 1-2: 0-5, 1-2: 5-7, 2-4: 7-8"),
+        ([2, 4, 5, 9], "0-3: 0-5, 3-4: 5-9"),
+    ],
+)
+def test_slices_are_whole_experts_or_a_part_of_one(ends, expected):
+    """Of at most 5 rows."""
+    found = [f"{e.start}-{e.stop}: {rows.start}-{rows.stop}" for e, rows in cut(ends, 5)]
+    assert ", ".join(found) == expected
+
+
 def test_slices_sum_gradients_of_weights_in_fp32():
-    """40 slices in bf16: as far from float64 as all rows at once, where sums in bf16 would be
+    """41 slices in bf16: as far from float64 as all rows at once, where sums in bf16 would be
     several times as far.
     """
     torch.manual_seed(0)
@@ -173,10 +200,12 @@ def test_slices_sum_gradients_of_weights_in_fp32():
         grouped_swiglu_reference(*exact, offs), exact[1:3], upstream.double()
     )
     errors = []
-    for y in (grouped_swiglu(*inputs, offs), sliced_swiglu(*inputs, offs, GROUPED_MM, 16)):
+    x, gate_up, down, weights = inputs
+    in_slices = sliced(network, 16, [400, 640], None, x, weights, offs, gate_up, down)
+    for y in (grouped_swiglu(*inputs, offs), in_slices):
         gradients = torch.autograd.grad(y, inputs[1:3], upstream.bfloat16())
         errors.append(
             [(g - r).norm() / r.norm() for g, r in zip(gradients, reference, strict=True)]
         )
-    for whole, sliced in zip(*errors, strict=True):
-        assert sliced < 1.3 * whole
+    for whole, of_slices in zip(*errors, strict=True):
+        assert of_slices < 1.3 * whole

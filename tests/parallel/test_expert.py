@@ -20,6 +20,7 @@ from torchsft.config import InputError, Parallel, Train
 from torchsft.models import moe
 from torchsft.models.moe import LocalExchange
 from torchsft.ops.out_of_memory import explaining
+from torchsft.ops.permute import Order, combine_reference, permute_reference
 from torchsft.ops.swiglu import grouped_swiglu_reference
 from torchsft.parallel.apply import parallelize
 from torchsft.parallel.expert import FlatExchange, Transfer, TwoLevelExchange, node_groups
@@ -53,8 +54,12 @@ def layer(exchange: Any, chosen_SK: Tensor, of: slice, rank: int) -> list[Tensor
     inputs = [x.clone().requires_grad_() for x in inputs]
     x_SD, weights_SK, *matrices = inputs
 
-    def experts(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
-        return grouped_swiglu_reference(x, *matrices, weights, offs)
+    def experts(given: list[Tensor], order: Order, offs: Tensor, _: Any) -> Tensor:
+        x, weights = given
+        order_R, row_TK = order
+        weights = permute_reference(weights, order_R, row_TK.view(-1, 1))
+        x = permute_reference(x, *order)
+        return combine_reference(grouped_swiglu_reference(x, *matrices, weights, offs), *order)
 
     meanwhile = iter([None, x_SD * 2])
     y_SD, shared_SD = exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile)
@@ -84,19 +89,26 @@ def test_tokens_of_any_routing_get_what_experts_on_one_rank_return(ranks):
     ranks(4, on_nodes, ranks_per_node=2, call=each_exchange)
 
 
+def in_slices(**arguments: Any) -> dict[str, Any]:
+    """`training_pass`, whose experts compute slices of rows, however few there are."""
+    with mock.patch.object(moe, "MOST", 0):
+        return training_pass(**arguments)
+
+
 @pytest.mark.parametrize(
-    ("n", "parallel", "family"),
+    ("n", "parallel", "family", "call"),
     [
-        (4, {"tp": 2, "cp": 2, "ep": 4}, ""),
-        (4, {"dp_shard": 4, "ep": 4}, "gpt_oss"),
-        (8, {"dp_shard": 4, "tp": 2, "ep": 8}, ""),  # 4 nodes
+        (4, {"tp": 2, "cp": 2, "ep": 4}, "", training_pass),
+        (4, {"dp_shard": 4, "ep": 4}, "gpt_oss", in_slices),
+        (8, {"dp_shard": 4, "tp": 2, "ep": 8}, "", in_slices),  # 4 nodes
     ],
     ids=str,
 )
-def test_two_levels_give_the_gradients_of_one_process(ranks, n, parallel, family):
+def test_two_levels_give_the_gradients_of_one_process(ranks, n, parallel, family, call):
+    """Where experts have sorted rows, and where they sort slices of rows themselves."""
     balance = {"balance": 0.1, "family": family}
     expected = ranks(1, training_pass, parallel={}, **balance)[0]
-    call = {"ranks_per_node": 2, "call": training_pass}
+    call = {"ranks_per_node": 2, "call": call}
     compare(ranks(n, on_nodes, parallel=parallel, **call, **balance), expected)
 
 

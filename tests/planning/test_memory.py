@@ -1,15 +1,19 @@
 """Predicted memory, against torch's allocator during real steps on CPU ranks."""
 
+import os
 import weakref
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
 from tools.benchmark_memory import H100, predict_preset
 from tools.benchmark_step import held_peak
@@ -17,6 +21,7 @@ from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
+from torchsft.models.moe import MoE
 from torchsft.ops.rms_norm import _RmsNorm
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.parallel.fsdp import allocate
@@ -36,22 +41,31 @@ SIZES = dict(
 )
 
 
-FAMILIES = {
-    "deepseek_v3": (tiny_config, "DeepseekV3ForCausalLM"),
-    "qwen3": (tiny_qwen3_config, "Qwen3MoeForCausalLM"),
+TINY = {
+    "deepseek_v3": partial(tiny_config, **SIZES),
+    "qwen3": partial(tiny_qwen3_config, **SIZES),
+    "gpt_oss": partial(tiny, "gpt_oss", vocab_size=1024, hidden_size=64, intermediate_size=32),
+    "llama": partial(tiny, "llama", vocab_size=1024, hidden_size=64, intermediate_size=96),
 }
+ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
 
 
 def model_json(family):
-    config, architecture = FAMILIES[family]
-    return config(**SIZES).to_dict() | {"architectures": [architecture]}
+    config = TINY[family]()
+    architectures = config.architectures or [ARCHITECTURES[family]]
+    return config.to_dict() | {"architectures": architectures}
 
 
-def config_of(seq_len, parallel, **train):
+def config_of(layout, checkpointing):
+    """A step has two microbatches, with a pipeline of two three times as many: more than are run to
+    predict it.
+    """
+    parallel = Parallel(**{"dp_shard": 1} | layout)
+    rows = (2 if parallel.pp == 1 else 6) * parallel.dp_replicate * parallel.dp_shard
     return Config(
-        data=Data(seq_len=seq_len),
-        train=Train(global_batch_size=8, **train),
-        parallel=Parallel(**{"dp_shard": 1} | parallel),
+        data=Data(seq_len=DOCUMENT),
+        train=Train(global_batch_size=rows, activation_checkpointing=checkpointing),
+        parallel=parallel,
         precision=Precision(compute="fp32"),
     )
 
@@ -67,9 +81,10 @@ def documents(tokens):
 class Storages(TorchDispatchMode):
     """The most bytes at once of the storages that operations have returned and that are alive."""
 
-    def __init__(self):
+    def __init__(self, known):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes = {storage._cdata: None for storage in known}
+        self.now, self.peak = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -87,25 +102,50 @@ class Storages(TorchDispatchMode):
         def end(_):
             self.now -= self.sizes.pop(key)[0]
 
-        self.sizes[key] = storage.nbytes(), weakref.ref(storage, end)
-        self.now += storage.nbytes()
+        self.sizes[key] = 0, weakref.ref(storage, end)
+        self.resized(storage)
+
+    def resized(self, storage):
+        size, reference = self.sizes[storage._cdata]
+        self.sizes[storage._cdata] = storage.nbytes(), reference
+        self.now += storage.nbytes() - size
         self.peak = max(self.peak, self.now)
 
+    def watch_resizing(self):
+        """FSDP frees what it has gathered by resizing it to 0."""
+        resize = torch.UntypedStorage.resize_
 
-def imbalance(model, world):
-    """Rows that this rank's experts have received over the mean, in the layer with most."""
-    ranks, most = world.expert["ep"].size(), 1.0
-    for moe in model.moe_layers().values() if ranks > 1 else ():
-        rows = world.sum(moe.expert_load).view(ranks, -1).sum(1)
-        most = max(most, (rows[world.rank] / rows.mean()).item())
-    return most
+        def resize_and_count(storage, size):
+            resize(storage, size)
+            if self.sizes.get(storage._cdata):
+                self.resized(storage)
+
+        return patch.object(torch.UntypedStorage, "resize_", resize_and_count)
+
+
+def imbalance(rank, ep):
+    """Rows that a rank's experts receive over the mean: 1.5 times it on the first rank of `ep`, and
+    on the others the rest.
+    """
+    if ep == 1:
+        return 1.0
+    return IMBALANCE if rank % ep == 0 else (ep - IMBALANCE) / (ep - 1)
+
+
+def deal_unevenly(moe, experts_SK, _):
+    """In place of what routers choose."""
+    experts, mine = len(moe.expert_load), len(local(moe.experts.down_proj))
+    ep, number_R = experts // mine, torch.arange(experts_SK.numel())
+    to_first = round(len(number_R) * imbalance(0, ep) / ep)
+    others_R = mine + (number_R - to_first) % max(1, experts - mine)
+    return torch.where(number_R < to_first, number_R % mine, others_R).view_as(experts_SK)
 
 
 def really(config, family):
     """Bytes of this rank's parameters, moments, gradients and receive buffers; and the most above
     the first two during a step, of storages and of what torch's allocator gave out.
     """
-    with World(config.parallel, seed=0) as world:
+    with patch.object(MoE, "deal", deal_unevenly), World(config.parallel, seed=0) as world:
         found = model_json(family)
         plan = plan_model(config, family_of(found), read_model_config(found), world)
         allocate(plan.stages, world.device, offload=False)
@@ -115,19 +155,20 @@ def really(config, family):
         optimizer = build_optimizer(plan.model.train(), config.optim, None, plan.stages)
         set_lr(optimizer, 1e-3)
         pipeline = plan.pipeline(config, world)
-        storages = Storages()
+        batches = [documents(plan.tokens) for _ in range(plan.microbatches)]
 
         def step():
-            pipeline.step([documents(plan.tokens) for _ in range(plan.microbatches)], 1.0)
+            pipeline.step(batches, 1.0)
 
         parameters, buffers = list(plan.model.parameters()), list(plan.model.buffers())
-        before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers)]
-        storages.sizes |= {storage._cdata: None for storage in before}
+        inputs = [x for batch in batches for x in vars(batch).values() if isinstance(x, Tensor)]
+        before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers, *inputs)]
+        storages = Storages(before)
         peaks = []
         for _ in range(3 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
             optimizer.zero_grad()
             storages.peak = storages.now
-            with storages:
+            with storages, storages.watch_resizing():
                 step()
             peaks.append(storages.peak)
         gradients = sum(local(p.grad).nbytes for p in parameters)
@@ -139,19 +180,15 @@ def really(config, family):
             PARAMETERS: sum(local(p).nbytes for p in (*parameters, *buffers)),
             MOMENTS: sum(states),
             GRADIENTS: gradients,
-            "imbalance": imbalance(plan.model, world),
             "storages": min(peaks),
             "allocated": allocated,
         }
 
 
-def each(configs, families):
-    return [really(*one) for one in zip(configs, families, strict=True)]
-
-
-def predicted(config, family, rank, size, imbalance):
+def predicted(config, family):
     """The same without memory. GPUs have a kernel for norms, a CPU the formulas of ops."""
     norm = SimpleNamespace(apply=lambda x, weight: _RmsNorm.apply(x, weight, 1e-6))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = model_json(family)
     with (
         patch.object(simulation, "BLOCK", 1),
@@ -159,52 +196,57 @@ def predicted(config, family, rank, size, imbalance):
         simulated_rank(config.parallel, rank, size) as world,
     ):
         plan = plan_model(config, family_of(found), read_model_config(found), world)
-        memory = run_step(plan, config, world, imbalance)
+        memory = run_step(plan, config, world, imbalance(rank, config.parallel.ep))
     held = {purpose: memory.held[purpose] for purpose in (PARAMETERS, MOMENTS, GRADIENTS)}
-    return held | {"peak": memory.peak - held[PARAMETERS] - held[MOMENTS]}
+    return held | {"peak": memory.at_peak.total() - held[PARAMETERS] - held[MOMENTS]}
 
 
-def each_predicted(configs, families, imbalances):
-    """Of each, what every rank is predicted to have."""
-    size = len(imbalances)
-    return [
-        [
-            predicted(*one, rank, size, more)
-            for *one, more in zip(configs, families, mine, strict=True)
-        ]
-        for rank, mine in enumerate(imbalances)
-    ]
+def each(measure, cases):
+    return [measure(config_of(layout, mode), family) for family, mode, layout in cases]
 
 
-FULL = {"activation_checkpointing": "full"}
-ONE_RANK = [
-    ("deepseek_v3", {}, {}),
-    ("deepseek_v3", {}, FULL),
-    ("qwen3", {}, {"activation_checkpointing": "selective"}),
-]
-TWO_RANKS = [
-    ("deepseek_v3", {"dp_shard": 2, "ep": 2}, FULL),
-    ("deepseek_v3", {"pp": 2, "pp_schedule": "1F1B"}, FULL),
-    ("deepseek_v3", {"pp": 2, "pp_schedule": "Interleaved1F1B"}, {}),
-]
+# Ranks: family, checkpointing and layout.
+CASES = {
+    1: [
+        ("deepseek_v3", "none", {}),
+        ("qwen3", "selective", {}),
+        ("gpt_oss", "full", {}),
+        ("llama", "stream", {}),
+    ],
+    2: [
+        ("deepseek_v3", "full", {"dp_shard": 2, "ep": 2}),
+        ("qwen3", "none", {"tp": 2, "ep": 2}),
+        ("llama", "selective", {"cp": 2}),
+        ("gpt_oss", "none", {"pp": 2, "pp_schedule": "1F1B"}),
+        ("deepseek_v3", "full", {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
+    ],
+    4: [
+        ("deepseek_v3", "stream", {"tp": 2, "cp": 2, "ep": 4}),
+        ("gpt_oss", "full", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
+        ("qwen3", "full", {"pp": 2, "pp_schedule": "Interleaved1F1B", "dp_shard": 2, "ep": 2}),
+        ("llama", "none", {"pp": 2, "pp_schedule": "InterleavedZeroBubble", "tp": 2}),
+    ],
+    8: [
+        (
+            "deepseek_v3",
+            "full",
+            {"pp": 2, "pp_schedule": "DualPipeV"} | {"dp_shard": 2, "tp": 2, "ep": 2},
+        )
+    ],
+}
 
 
-@pytest.mark.parametrize(("size", "layouts"), [(1, ONE_RANK), (2, TWO_RANKS)])
-def test_a_real_step_takes_what_is_predicted(ranks, size, layouts):
+@pytest.mark.parametrize("size", CASES)
+def test_a_real_step_takes_what_is_predicted(ranks, size):
     """Parameters, moments and gradients to the byte; all at the peak within a tenth."""
-    configs = [config_of(1024, layout, **train) for _, layout, train in layouts]
-    options = {"configs": configs, "families": [family for family, _, _ in layouts]}
-    of_ranks = ranks(size, each, **options)
-    imbalances = [[real["imbalance"] for real in found] for found in of_ranks]
-    (expected_of_ranks,) = ranks(1, each_predicted, **options, imbalances=imbalances)
-    # [layout][rank]
-    measured, expected = zip(*of_ranks, strict=True), zip(*expected_of_ranks, strict=True)
-    for real, memory in zip(measured, expected, strict=True):
+    measured = zip(*ranks(size, each, measure=really, cases=CASES[size]), strict=True)
+    expected = zip(*ranks(size, each, measure=predicted, cases=CASES[size]), strict=True)
+    for case, real, memory in zip(CASES[size], measured, expected, strict=True):
         for purpose in (PARAMETERS, MOMENTS, GRADIENTS):
-            assert [m[purpose] for m in memory] == [r[purpose] for r in real]
+            assert [m[purpose] for m in memory] == [r[purpose] for r in real], case
         for which in ("storages", "allocated") if size == 1 else ("storages",):
             peaks = [r[which] for r in real], [m["peak"] for m in memory]
-            assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
+            assert peaks[1] == pytest.approx(peaks[0], rel=0.1), case
 
 
 @pytest.mark.parametrize(

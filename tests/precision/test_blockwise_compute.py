@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.checkpoint.deepseek_format import quantised
 from tests.checkpoint.sources import same_bits
+from torchsft.ops.permute import Order, combine, permute
 from torchsft.ops.swiglu import grouped_swiglu, grouped_swiglu_reference
 from torchsft.precision.blockwise import dequantise, quantise
 from torchsft.precision.blockwise_compute import BlockwiseProducts, rounded
@@ -67,6 +70,32 @@ def test_products_of_experts_are_those_of_the_definition(power_of_two):
     assert_equal_sums(products.forward(x, w, offs), y)
     assert_equal_sums(products.grad_rows(dy, w, offs), dx)
     assert_equal_sums(products.grad_weight(dy, x, offs), dw)
+
+
+def assert_no_sorted_copy_is_needed(products: BlockwiseProducts) -> None:
+    """Experts' networks that sort tokens while they quantise them, with one row each and with two,
+    give the bits of those behind `permute`.
+    """
+    offs = torch.tensor([5, 5, 150, 156]).to(torch.int32)
+    for tokens in (156, 78):
+        order_R = torch.randperm(156, generator=torch.Generator().manual_seed(0))
+        order = Order(order_R, order_R.argsort().view(tokens, -1))
+        inputs = numbers(tokens, 160), numbers(4, 256, 160), numbers(4, 160, 128)
+        leaves = [x.bfloat16().requires_grad_() for x in inputs] + [torch.rand(156, 1)]
+        leaves[-1].requires_grad_()
+        upstream = numbers(tokens, 160, seed=1).bfloat16()
+        x, *rest = leaves
+        y = combine(grouped_swiglu(permute(x, *order), *rest, offs, (products,) * 2), *order)
+        both = replace(products, input_order=order), replace(products, output_order=order)
+        fused = grouped_swiglu(x, *rest, offs, both)
+        assert same_bits(fused, y)
+        expected = torch.autograd.grad(y, leaves, upstream)
+        for got, wanted in zip(torch.autograd.grad(fused, leaves, upstream), expected, strict=True):
+            assert same_bits(got, wanted)
+
+
+def test_rows_are_quantised_in_any_order():
+    assert_no_sorted_copy_is_needed(BlockwiseProducts(power_of_two=True))
 
 
 def test_a_linear_map_has_the_products_of_one_expert():

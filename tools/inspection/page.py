@@ -4,11 +4,8 @@ text.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 from tools.inspection.lint import Finding, title
 from tools.inspection.report import NOTES, Inspection, as_dict, notes, plural, weight_runs
+from tools.markup import policy
 from torchsft.data.template import Sample
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -36,27 +34,7 @@ def render(inspection: Inspection) -> str:
     # No end tag can stand in the data: without "<", nothing that HTML knows can.
     harmless = written.replace("<", "\\u003c")
     template = TEMPLATE.read_text(encoding="utf-8")
-    return template.replace("__POLICY__", _policy(template)).replace("__DATA__", harmless)
-
-
-def _policy(template: str) -> str:
-    """Return a content security policy.
-
-    Under it the page's own style and script run, and nothing else does or is loaded.
-    """
-    style = _digest_of("style", template)
-    script = _digest_of("script", template)
-    return (
-        f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; "
-        f"form-action 'none'"
-    )
-
-
-def _digest_of(tag: str, template: str) -> str:
-    """Return the hash of the content of a tag, as a policy names it."""
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return template.replace("__POLICY__", policy(template)).replace("__DATA__", harmless)
 
 
 # ---------------------------------------------------------------- which samples are shown

@@ -104,26 +104,37 @@ class ClampedExperts(Experts):
         limit: float,  # of the gate from above, of up from both sides
     ) -> None:
         super().__init__(experts, width, expert_width, implementation)
-        grouped = implementation == "grouped_mm"
-        self.linear = grouped_linear if grouped else grouped_linear_reference
+        self.linear = grouped_linear if self.is_grouped else grouped_linear_reference
         self.alpha, self.limit = alpha, limit
         self.gate_up_proj = nn.Parameter(torch.empty(experts, width, 2 * expert_width))
         self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * expert_width))
         self.down_proj = nn.Parameter(torch.empty(experts, expert_width, width))
         self.down_proj_bias = nn.Parameter(torch.empty(experts, width))
 
-    def forward(self, x_RD: Tensor, weights_R1: Tensor, offs: Tensor) -> Tensor:
-        """See `Experts.forward`."""
-        gate_up = self.read(self.gate_up_proj), self.read(self.gate_up_proj_bias)
-        down = self.read(self.down_proj), self.read(self.down_proj_bias)
+    def stacked(self) -> list[nn.Parameter]:
+        """See `Experts.stacked`."""
+        return [
+            *(self.gate_up_proj, self.gate_up_proj_bias),
+            *(self.down_proj, self.down_proj_bias),
+        ]
+
+    def network(
+        self,
+        x_RD: Tensor,
+        weights_R1: Tensor,
+        offs: Tensor,
+        *parameters: Tensor,
+        order: None = None,
+    ) -> Tensor:
+        """See `Experts.network`."""
         if x_RD.shape[0] == 0:  # a rank that receives no rows: kernels need not support that
             # no rows, but a gradient (of 0) for each parameter
-            unused = sum(parameter.sum() for parameter in (*gate_up, *down))
+            unused = sum(parameter.sum() for parameter in parameters)
             return x_RD * weights_R1.to(x_RD.dtype) + 0 * unused
-        both_RG = self.linear(x_RD, *gate_up, offs, name=PRODUCTS)
+        both_RG = self.linear(x_RD, *parameters[:2], offs, name=PRODUCTS)
         hidden_RF = clamped_swiglu(both_RG, self.alpha, self.limit)
         weighted_RF = (hidden_RF * weights_R1).to(hidden_RF.dtype)
-        return self.linear(weighted_RF, *down, offs, weights_R1)
+        return self.linear(weighted_RF, *parameters[2:], offs, weights_R1)
 
 
 def clamped_swiglu(both_RG: Tensor, alpha: float, limit: float) -> Tensor:

@@ -6,7 +6,9 @@ S * K routed rows, N documents.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -17,27 +19,34 @@ from torchsft.config import InputError
 from torchsft.config import Router as RouterOptions
 from torchsft.models.attention import Documents
 from torchsft.models.decoder import Piece, SwigluMLP, local
+from torchsft.ops import plain
 from torchsft.ops.out_of_memory import explaining
-from torchsft.ops.permute import combine, inverse, permute
+from torchsft.ops.permute import Order, combine, inverse, permute
 from torchsft.ops.repetition import once, repeating
-from torchsft.ops.sliced import sliced_swiglu
+from torchsft.ops.sliced import sliced
 from torchsft.ops.swiglu import (
     GROUPED_MM,
     ExpertProducts,
     grouped_swiglu,
     grouped_swiglu_reference,
 )
+from torchsft.ops.tiles import SIZE
 
 MOST = 2  # times an even load: more rows are computed a slice of an even load at a time
 # Of these at most. (In a pass for answers a rank with few tokens may get many rows of others.)
 MOST_SLICES = 8
 
+# experts([x_TD, weights_R1], order, offs_E, ends) -> y_TD: the sums of what a token's rows get of
+# this rank's experts; weights are in the order of tokens and choices; offs_E (int32) and `ends`
+# end the rows of each expert, once they are sorted, on the device and on the host (None: it has not
+# been told). It empties the list.
+ComputeRows = Callable[[list[Tensor], Order, Tensor, list[int] | None], Tensor]
 # exchange(x_SD, weights_SK, chosen_SK, experts, meanwhile) -> (routed_SD, shared_SD): the weighted
 # sum of what a token's chosen experts return, and the second value of `meanwhile`, which has two:
 # one is computed while rows travel to their experts, one while they travel back. Its attribute
 # `rows` says how many rows the experts of this rank have.
 Exchange = Callable[
-    [Tensor, Tensor, Tensor, Callable[..., Tensor], Iterator[Tensor | None]],
+    [Tensor, Tensor, Tensor, ComputeRows, Iterator[Tensor | None]],
     tuple[Tensor, Tensor | None],
 ]
 
@@ -96,20 +105,72 @@ class Experts(nn.Module):
                 f"({expert_width}) to be multiples of 8 (16 bytes of bf16); use --model.experts "
                 "loop"
             )
-        grouped = implementation == "grouped_mm"
-        self.compute = grouped_swiglu if grouped else grouped_swiglu_reference
+        self.is_grouped = implementation == "grouped_mm"
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
-    def forward(self, x_RD: Tensor, weights_R1: Tensor, offs: Tensor) -> Tensor:
-        """y_RD of rows sorted by local expert, each times its weight (fp32); offs int32, offs[e]
-        ends the rows of local expert e, offs[-1] = R.
+    def forward(
+        self,
+        x_RD: Tensor,
+        weights_R1: Tensor,
+        offs: Tensor,
+        ends: Sequence[int] | None = None,
+        order: Order | None = None,
+    ) -> Tensor:
+        """Compute rows sorted by local expert, or tokens.
+
+        Args:
+            x_RD: the rows; with an order, the tokens.
+            weights_R1: fp32, factors of the rows' outputs.
+            offs: int32, offs[e] ends the rows of local expert e, offs[-1] = R.
+            ends: the same; without it rows are not computed in slices.
+            order: how tokens are sorted, if `sorts` says that they may come.
+
+        Returns:
+            y_RD; with an order, the sums of tokens' rows.
         """
-        gate_up, down = self.read(self.gate_up_proj), self.read(self.down_proj)
-        inputs = x_RD, gate_up, down, weights_R1, offs, self.products
-        if self.compute is grouped_swiglu and len(x_RD) > MOST * self.even_rows:
-            return sliced_swiglu(*inputs, max(self.even_rows, -(-len(x_RD) // MOST_SLICES)))
-        return self.compute(*inputs)
+        parameters = [self.read(parameter) for parameter in self.stacked()]
+        if not self.is_sliced(ends):
+            return self.network(x_RD, weights_R1, offs, *parameters, order=order)
+        size = max(self.even_rows, -(-ends[-1] // MOST_SLICES))
+        size += -size % SIZE  # whole tiles of fp8
+        order_R = None if order is None else order.order_R
+        return sliced(self.network, size, ends, order_R, x_RD, weights_R1, offs, *parameters)
+
+    def stacked(self) -> list[nn.Parameter]:
+        """Return the parameters, as `network` takes them."""
+        return [self.gate_up_proj, self.down_proj]
+
+    def network(
+        self,
+        x_RD: Tensor,
+        weights_R1: Tensor,
+        offs: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        order: Order | None = None,
+    ) -> Tensor:
+        """Return what `forward` does, of parameters in the dtype of the rows."""
+        of_both, of_down = self.products
+        if order is not None:
+            of_both, of_down = (
+                replace(of_both, input_order=order),
+                replace(of_down, output_order=order),
+            )
+        compute = grouped_swiglu if self.is_grouped else grouped_swiglu_reference
+        return compute(x_RD, gate_up, down, weights_R1, offs, (of_both, of_down))
+
+    def is_sliced(self, ends: Sequence[int] | None) -> bool:
+        """Whether rows of experts that end there are computed in slices."""
+        return self.is_grouped and ends is not None and ends[-1] > MOST * self.even_rows
+
+    def sorts(self, order: Order, ends: Sequence[int] | None) -> bool:
+        """Whether `forward` may have tokens: each slice of rows is copied when it is computed, and
+        some products quantise tokens without sorting them before.
+        """
+        if self.is_sliced(ends):
+            return order.is_one_to_one()
+        return self.is_grouped and not plain() and all(each.sorts for each in self.products)
 
 
 def expert_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -159,19 +220,20 @@ class LocalExchange:
         x_SD: Tensor,
         weights_SK: Tensor,
         chosen_SK: Tensor,
-        experts: Callable[..., Tensor],
+        experts: ComputeRows,
         meanwhile: Iterator[Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """See `Exchange`."""
         self.rows = chosen_SK.numel()
         _, shared_SD = meanwhile  # first: a repetition of the layer ends within the experts
-        counts_E, order_R, row_SK = once(
-            "exchange", lambda: sort_by_expert(chosen_SK, self.experts)
-        )
-        x_RD = permute(x_SD, order_R, row_SK)
-        weights_R1 = permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1))
-        y_RD = experts(x_RD, weights_R1, counts_E.cumsum(0).to(torch.int32))
-        return combine(y_RD, order_R, row_SK), shared_SD
+        counts_E, *order = once("exchange", lambda: sort_by_expert(chosen_SK, self.experts))
+        given = [x_SD, weights_SK.view(-1, 1)]
+        offs_E, ends = counts_E.cumsum(0).to(torch.int32), self.ends(self.rows)
+        return experts(given, Order(*order), offs_E, ends), shared_SD
+
+    def ends(self, rows: int) -> list[int] | None:
+        """Return where each expert's rows end, if the host knows."""
+        return None
 
 
 class AddLoss(torch.autograd.Function):
@@ -266,9 +328,28 @@ class MoE(nn.Module):
         self.experts.even_rows = chosen_SK.numel()
         with explaining(self.load):
             routed_SD, shared_SD = self.exchange(
-                x_SD, weights_SK, chosen_SK, experts, self.shared(x_SD)
+                x_SD, weights_SK, chosen_SK, partial(self.run, experts), self.shared(x_SD)
             )
         return self.add(routed_SD, shared_SD, before_SD)
+
+    def run(
+        self,
+        experts: Callable[..., Tensor],
+        given: list[Tensor],
+        order: Order,
+        offs_E: Tensor,
+        ends: Sequence[int] | None,
+    ) -> Tensor:
+        """See `ComputeRows`: sort rows, where `experts` do not.
+
+        The list is emptied, so that tokens, if nobody else has them, are free once they are sorted.
+        """
+        order_R, row_TK = order
+        weights_R1 = permute(given.pop(), order_R, row_TK.view(-1, 1))
+        if self.experts.sorts(order, ends):
+            return experts(given.pop(), weights_R1, offs_E, ends, order)
+        y_RD = experts(permute(given.pop(), order_R, row_TK), weights_R1, offs_E, ends)
+        return combine(y_RD, order_R, row_TK)
 
     def add(self, y_SD: Tensor, *others: Tensor | None) -> Tensor:
         """Return the sum of what is there."""

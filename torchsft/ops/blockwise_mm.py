@@ -3,9 +3,9 @@
 
     quantise_rows      x in tiles of 1 x 128, or whole rows, in the order and with the zeros between
                        them that a product needs
-    quantise_columns   x^T, in tiles of 128 rows of x; each expert's rows begin with a tile
+    quantise_columns   x^T, in tiles of 128 rows of x, likewise; each expert's begin with a tile
     quantise_weight    w in blocks of 128 x 128, or its transpose
-    rows_product       x w^T, each row by its expert's matrix
+    rows_product       x w^T, each row by its expert's matrix, to any place
     columns_product    dy^T x, each expert's rows
 
 Each product of 128 x 128 x 128 begins at 0 in the tensor cores, whose sums have 14 bits, and is
@@ -143,12 +143,12 @@ def _whole_rows_kernel(x, index, q, scales, C, power_of_two: tl.constexpr, width
 
 @triton.jit
 def _columns_kernel(
-    x, q, scales, first, end, C, M, power_of_two: tl.constexpr, width: tl.constexpr
+    x, index, q, scales, first, end, C, M, power_of_two: tl.constexpr, width: tl.constexpr
 ):
     """Quantise one tile's rows of `width` columns, and transpose them; see `quantise_columns`.
 
-    x is [R, C], q e4m3 [C, M], scales fp32 [T, C]; first and end are those of `Tiles`. Program
-    (t, n) has the t-th tile and the n-th columns.
+    x is [N, C], index [R] or None, q e4m3 [C, M], scales fp32 [T, C]; first and end are those of
+    `Tiles`. Program (t, n) has the t-th tile and the n-th columns.
     """
     tile = tl.program_id(0).to(tl.int64)
     begin = tl.load(first + tile).to(tl.int64)
@@ -158,7 +158,10 @@ def _columns_kernel(
     row = _span(begin, 128)
     column = _span(tl.program_id(1).to(tl.int64) * width, width)
     inside = _inside(row, stop, column, C)
-    values = _load(x + _places(row, column, C), inside)
+    source = row
+    if index is not None:
+        source = tl.load(index + row, mask=row < stop, other=0).to(tl.int64)
+    values = _load(x + _places(source, column, C), inside)
     values = values.to(tl.float32)
     largest = tl.max(tl.abs(values), 0)
     scale = _scale(largest, power_of_two)  # [width]
@@ -204,6 +207,7 @@ def _rows_product_kernel(
     w,
     w_scales,
     y,
+    target,
     first,
     expert_of,
     end,
@@ -217,8 +221,8 @@ def _rows_product_kernel(
     """Multiply one tile's rows with 128 outputs of its expert's matrix; see `rows_product`.
 
     x is e4m3 [R, I] with scales [i, R], w e4m3 [E, O, I] with scales [E, o, i] of the strides
-    given, y [R, O]; first, expert_of and end are those of `Tiles`. Program (t, o) has the t-th tile
-    and the o-th outputs.
+    given, y [R, O], target [R] or None; first, expert_of and end are those of `Tiles`. Program
+    (t, o) has the t-th tile and the o-th outputs.
     """
     tile, output = tl.program_id(0), tl.program_id(1)
     begin = tl.load(first + tile).to(tl.int64)
@@ -249,7 +253,10 @@ def _rows_product_kernel(
         # those of the next block
         x_scale_place += R
         w_scale_place += scale_stride_i
-    y_place = y + _places(row, column, O)
+    y_row = row
+    if target is not None:
+        y_row = tl.load(target + row, mask=row < stop, other=0).to(tl.int64)
+    y_place = y + _places(y_row, column, O)
     result = total.to(y.dtype.element_ty)
     tl.store(y_place, result, mask=_inside(row, stop, column, O))
 
@@ -325,13 +332,16 @@ def quantise_whole_rows(x_RC: Tensor, power_of_two: bool, index_M: Tensor) -> Qu
     return Quantised(q, scales)
 
 
-def quantise_columns(x_RC: Tensor, tiles: Tiles, power_of_two: bool) -> Quantised:
+def quantise_columns(
+    x_RC: Tensor, tiles: Tiles, power_of_two: bool, index_R: Tensor | None = None
+) -> Quantised:
     """Quantise in tiles of 128 rows x 1, for `columns_product`.
 
     Args:
         x_RC: contiguous, of any floating dtype.
         tiles: of the rows.
         power_of_two: round scales up to powers of two.
+        index_R: integers, which row of x each row is. None: the same.
 
     Returns:
         e4m3 [C, M], the transposed, and fp32 scales [T, C]; what lies in empty tiles is undefined.
@@ -342,7 +352,7 @@ def quantise_columns(x_RC: Tensor, tiles: Tiles, power_of_two: bool) -> Quantise
     scales = x_RC.new_empty(count, columns, dtype=torch.float32)
     grid = count, triton.cdiv(columns, width)
     bounds = tiles.first_T, tiles.end_T
-    _columns_kernel[grid](x_RC, q, scales, *bounds, columns, rows, power_of_two, width)
+    _columns_kernel[grid](x_RC, index_R, q, scales, *bounds, columns, rows, power_of_two, width)
     return Quantised(q, scales)
 
 
@@ -367,7 +377,13 @@ def quantise_weight(w_EOI: Tensor, power_of_two: bool, transposed: bool) -> Quan
     return Quantised(q, scales)
 
 
-def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -> Tensor:
+def rows_product(
+    x: Quantised,
+    w: Quantised,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    target_R: Tensor | None = None,
+) -> Tensor:
     """Multiply each row with the matrix of its expert: x w^T.
 
     Args:
@@ -375,6 +391,7 @@ def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -
         w: of `quantise_weight`, [E, O, I] with scales [E, o, i] of any strides.
         tiles: of the rows.
         dtype: of the result; sums are fp32.
+        target_R: integers, a permutation: which row of the result each row is. None: the same.
 
     Returns:
         [R, O].
@@ -384,7 +401,7 @@ def rows_product(x: Quantised, w: Quantised, tiles: Tiles, dtype: torch.dtype) -
     y = x.values.new_empty(rows, outputs, dtype=dtype)
     grid = len(tiles.first_T), triton.cdiv(outputs, SIZE)
     sizes, strides = (rows, outputs, inner), w.scales.stride()
-    _rows_product_kernel[grid](*x, *w, y, *tiles[:3], *sizes, *strides, **LAUNCH)
+    _rows_product_kernel[grid](*x, *w, y, target_R, *tiles[:3], *sizes, *strides, **LAUNCH)
     return y
 
 

@@ -7,13 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchsft.ops.permute import Order
+
 BLACKWELL = 10, 0  # compute capability
 
 
 class Products:
     """What a stacked weight [E, O, I] is multiplied with; expert e has the rows offs_E[e - 1] to
     offs_E[e] (int32), of R, at least 1, in all. Here by `F.grouped_mm`.
+
+    Some take inputs (x, and give their gradients), or give outputs (and take their gradients), in
+    another order than sorted by expert: no sorted copy is then made before they quantise.
     """
+
+    # How they are sorted; None: they are.
+    input_order: Order | None = None
+    output_order: Order | None = None
+    sorts = False  # whether there may be such orders
 
     linear = staticmethod(F.linear)  # of one expert alone, differentiable
 

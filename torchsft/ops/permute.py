@@ -78,6 +78,32 @@ def inverse(order_R: Tensor) -> Tensor:
     return inverse_R
 
 
+class Order(NamedTuple):
+    """How tokens are sorted into rows, K of each: arguments of `permute` and `combine`."""
+
+    order_R: Tensor
+    row_TK: Tensor
+
+    def is_one_to_one(self) -> bool:
+        """Whether each token has one row."""
+        return self.row_TK.shape[1] == 1
+
+    def token_R(self) -> Tensor:
+        """Return the token of each row, int64."""
+        order_R, row_TK = self
+        return order_R if self.is_one_to_one() else order_R // row_TK.shape[1]
+
+
+def rows_of(x_TD: Tensor, order: Order | None) -> Tensor:
+    """`permute` without a gradient; None: what is given is sorted."""
+    return x_TD if order is None else x_TD.index_select(0, order.token_R())
+
+
+def tokens_of(y_RD: Tensor, order: Order | None) -> Tensor:
+    """`combine` without a gradient; None: what is given stays sorted."""
+    return y_RD if order is None else _sums(y_RD, order.row_TK)
+
+
 class Rows(NamedTuple):
     """Rows that are copies of tokens, any number of each token; int64."""
 

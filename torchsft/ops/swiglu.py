@@ -244,9 +244,10 @@ class _Down(torch.autograd.Function):
         offs_E: Tensor,
         products: Products,
     ) -> Tensor:
-        ctx.shape = both_RG.shape
+        ctx.shape, order = both_RG.shape, products.output_order
         if repeating():  # whose backward pass reads no output
-            return both_RG.new_empty(len(both_RG), down.shape[1])
+            count = len(both_RG) if order is None else len(order.row_TK)
+            return both_RG.new_empty(()).expand(count, down.shape[1])
         hidden_RF = weighted_swiglu(both_RG, weights_R1)
         return products.forward(hidden_RF, down, offs_E)
 

@@ -13,8 +13,9 @@ levels, N nodes of m ranks: C copies of tokens that this rank sends to nodes, I 
 receives, Q rows that it makes of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchsft.config import InputError
 from torchsft.models.language_model import LanguageModel
-from torchsft.models.moe import sort_by_expert
-from torchsft.ops.permute import Rows, combine, copy_rows, inverse, permute, sum_rows
+from torchsft.models.moe import ComputeRows, sort_by_expert
+from torchsft.ops.permute import Order, Rows, combine, copy_rows, inverse, permute, sum_rows
 from torchsft.ops.repetition import once, repeating
 from torchsft.parallel.groups import connect
 from torchsft.parallel.world import World
@@ -131,27 +132,31 @@ def carry(
 class Arrival(NamedTuple):
     """How rows that come sorted by sender, then expert, are sorted by expert."""
 
-    order_M: Tensor
-    inverse_M: Tensor
+    order: Order
     offs_e: Tensor  # int32, where the rows of each local expert end
+    ends: list[int]  # the same
 
     @classmethod
-    def of(cls, counts_ne: Tensor, rows: int) -> "Arrival":
-        """Of the numbers of rows from each sender for each local expert, `rows` together."""
+    def of(cls, counts_ne: Tensor, ends: list[int]) -> "Arrival":
+        """Of the numbers of rows from each sender for each local expert, and their `ends`."""
         senders, experts = counts_ne.shape
         expert_M = torch.arange(experts, device=counts_ne.device).repeat(senders)
-        expert_M = expert_M.repeat_interleave(counts_ne.flatten(), output_size=rows)
+        expert_M = expert_M.repeat_interleave(counts_ne.flatten(), output_size=ends[-1])
         order_M = expert_M.argsort(stable=True)
-        offs_e = counts_ne.sum(0).cumsum(0).to(torch.int32)
-        return cls(order_M, inverse(order_M), offs_e)
+        order = Order(order_M, inverse(order_M).unsqueeze(1))
+        return cls(order, ends_of(counts_ne).to(torch.int32), ends)
 
-    def run(self, experts: Callable[..., Tensor], arrived: list[Tensor]) -> Tensor:
-        """Return the experts' outputs for the rows and weights in `arrived`, in their order, and
-        empty the list, so that its memory is free while the experts run.
-        """
-        order_M1, inverse_M1 = self.order_M.unsqueeze(1), self.inverse_M.unsqueeze(1)
-        weights_M1, x_MD = (permute(arrived.pop(), self.order_M, inverse_M1) for _ in range(2))
-        return permute(experts(x_MD, weights_M1, self.offs_e), self.inverse_M, order_M1)
+
+def ends_of(counts_ne: Tensor) -> Tensor:
+    """Return where each expert's rows end, int64 [e], of those from each sender."""
+    return counts_ne.sum(0).cumsum(0)
+
+
+def told(*numbers: Tensor) -> list[list[int]]:
+    """Tell the host vectors of numbers, for which it waits once."""
+    (every,) = torch.cat(numbers).unsqueeze(0).tolist()
+    rest = iter(every)
+    return [list(islice(rest, len(each))) for each in numbers]
 
 
 class FlatPlan(NamedTuple):
@@ -183,28 +188,28 @@ class FlatExchange:
         dist.all_to_all_single(received_E, counts_E, group=self.group)
         ranks = self.group.size()
         counts_ne, local_ne = counts_E.view(ranks, -1), received_E.view(ranks, -1)
-        route = Route(*torch.stack([counts_ne.sum(1), local_ne.sum(1)]).tolist())
-        return FlatPlan(order_R, row_SK, route, Arrival.of(local_ne, sum(route.received)))
+        *route, ends = told(counts_ne.sum(1), local_ne.sum(1), ends_of(local_ne))
+        return FlatPlan(order_R, row_SK, Route(*route), Arrival.of(local_ne, ends))
 
     def __call__(
         self,
         x_SD: Tensor,
         weights_SK: Tensor,
         chosen_SK: Tensor,
-        experts: Callable[..., Tensor],
+        experts: ComputeRows,
         meanwhile: Iterator[Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
         order_R, row_SK, route, arrival = plan
-        self.rows = len(arrival.order_M)
+        self.rows = arrival.ends[-1]
         arrived, _ = carry(
             self.group,
             (permute(x_SD, order_R, row_SK), route),
             (permute(weights_SK.view(-1, 1), order_R, row_SK.view(-1, 1)), route),
             meanwhile=meanwhile,
         )
-        y_MD = arrival.run(experts, arrived)
+        y_MD = experts(arrived, *arrival)
         (y_RD,), result = carry(self.group, (y_MD, route), meanwhile=meanwhile, back=True)
         return combine(y_RD, order_R, row_SK), result
 
@@ -266,11 +271,8 @@ class TwoLevelExchange:
             rows[:, place, node].sum((1, 2)),
             local_ppe[:, place].sum(1),
         )
-        both = torch.stack([torch.cat(sent), torch.cat(received)]).tolist()
-        copies_route, rows_route, node_route = (
-            Route(*(numbers[first : first + size] for numbers in both))
-            for first, size in ((0, nodes), (nodes, nodes), (2 * nodes, ranks))
-        )
+        *both, ends = told(*sent, *received, ends_of(local_ppe[:, place]))
+        copies_route, rows_route, node_route = map(Route, both[:3], both[3:])
         numbered = partial(torch.arange, device=device)
         copy_R = begins_R.cumsum(0) - 1
         token_C = token_R[torch.searchsorted(copy_R, numbered(sum(copies_route.sent)))]
@@ -293,7 +295,7 @@ class TwoLevelExchange:
             Rows(copy_Q[order_Q], inverse(order_Q), first_I),
             order_Q,
             node_route,
-            Arrival.of(local_ppe[:, place], sum(node_route.received)),
+            Arrival.of(local_ppe[:, place], ends),
         )
 
     def __call__(
@@ -301,12 +303,12 @@ class TwoLevelExchange:
         x_SD: Tensor,
         weights_SK: Tensor,
         chosen_SK: Tensor,
-        experts: Callable[..., Tensor],
+        experts: ComputeRows,
         meanwhile: Iterator[Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """See `models.moe.Exchange`."""
         plan = once("exchange", lambda: self.plan(chosen_SK))
-        self.rows = len(plan.arrival.order_M)
+        self.rows = plan.arrival.ends[-1]
         inverse_R1 = inverse(plan.order_R).unsqueeze(1)
         (x_ID, weights_Q1), _ = carry(
             self.rail,
@@ -320,7 +322,7 @@ class TwoLevelExchange:
             (permute(weights_Q1, plan.order_Q, plan.on_node.row_R.unsqueeze(1)), plan.node_route),
         )
         del x_ID
-        y_MD = plan.arrival.run(experts, arrived)
+        y_MD = experts(arrived, *plan.arrival)
         (y_QD,), _ = carry(self.node, (y_MD, plan.node_route), back=True)
         y_ID = sum_rows(y_QD, plan.on_node)
         (y_CD,), result = carry(
@@ -341,7 +343,7 @@ def node_groups(world: World) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | N
         dist.new_group(some, timeout=world.timeout, backend=backend, use_local_synchronization=True)
         for some in (ranks[place::size], ranks[node * size :][:size])
     )
-    connect((rail, neighbours), world.device)
+    connect({rail: ["rail"], neighbours: ["node"]}, world.device)
     return rail, neighbours
 
 

@@ -56,9 +56,22 @@ class ModelPlan:
 
 
 def plan_model(
-    config: Config, family: type[LanguageModel], model_config: ModelConfig, world: World
+    config: Config,
+    family: type[LanguageModel],
+    model_config: ModelConfig,
+    world: World,
+    layers: StagePlan | None = None,
+    reshard: bool | None = None,
 ) -> ModelPlan:
     """Spread a model over the ranks on the meta device, which takes no memory.
+
+    Args:
+        config: resolved.
+        family: of the model.
+        model_config: of the whole model.
+        world: the ranks.
+        layers: which ones, and where; None: all, as the options say.
+        reshard: whether gathered parameters are freed between the passes; None: as the options say.
 
     Raises:
         InputError: options, model and ranks do not fit together.
@@ -79,7 +92,7 @@ def plan_model(
     ops.use_plain(options.ops == "plain")
 
     mtp_layers = trained_mtp_layers(options.mtp, model_config)
-    layers = plan_stages(parallel, model_config, microbatches, mtp_layers)
+    layers = layers or plan_stages(parallel, model_config, microbatches, mtp_layers)
     pp_rank = world.dense.get_local_rank("pp")
     implementations = {
         "mtp": options.mtp,
@@ -97,7 +110,8 @@ def plan_model(
         model = family(model_config, **implementations, **layers.model_part(pp_rank))
         selection.apply(model)
         stages = split(model, layers, pp_rank)
-    reshard = reshard_after_forward(parallel)
+    if reshard is None:
+        reshard = reshard_after_forward(parallel)
     parallelize(
         stages,
         world,

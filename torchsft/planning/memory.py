@@ -7,7 +7,9 @@ a device keeps for itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from torchsft.planning.simulation import (
     META,
     MOMENTS,
     PARAMETERS,
+    RANKS_PER_NODE,
     LiveMemory,
     SimulatedWorld,
     simulated_rank,
@@ -48,10 +51,14 @@ class Memory:
     Attributes:
         pp_rank: which pipeline rank it is.
         held: bytes by purpose (names in simulation.py).
+        host: bytes on the host at most (--optim.offload, --train.activation-offload), pinned.
+        timeline: as `held`, at the worst moment of each layer's passes, in their order.
     """
 
     pp_rank: int
     held: Mapping[str, int]
+    host: int
+    timeline: Sequence[Mapping[str, int]] = ()
 
     @property
     def allocated(self) -> int:
@@ -74,52 +81,68 @@ def predict(
     """Predict the memory of a pipeline rank's first data rank through a step behind the first one.
 
     Args:
-        config: of the run; resolved but for `auto` in --precision.compute, which is bf16.
-        model_config: config.json of the model.
-        size: ranks.
-        pp_rank: of `--parallel.pp`.
+        config, model_config, size, pp_rank: see `planned_rank`.
         imbalance: rows that the rank's experts receive, in all layers and microbatches, over the
             mean.
 
     Raises:
         InputError: options, model and ranks do not fit together.
     """
-    if config.precision.compute == "auto":
-        precision = dataclasses.replace(config.precision, compute="bf16")
-        config = dataclasses.replace(config, precision=precision)
+    config = on_gpus(config)
+    with planned_rank(config, model_config, size, pp_rank) as (plan, world):
+        return memory_of(plan, config, world, imbalance)
+
+
+def on_gpus(config: Config) -> Config:
+    """Return the configuration with what `auto` in --precision.compute is on a GPU."""
+    if config.precision.compute != "auto":
+        return config
+    precision = dataclasses.replace(config.precision, compute="bf16")
+    return dataclasses.replace(config, precision=precision)
+
+
+@contextmanager
+def planned_rank(
+    config: Config,
+    model_config: Mapping[str, Any],
+    size: int,
+    pp_rank: int = 0,
+    ranks_per_node: int = RANKS_PER_NODE,
+) -> Iterator[tuple[ModelPlan, SimulatedWorld]]:
+    """Be a pipeline rank's first data rank, and spread the model over the ranks.
+
+    Args:
+        config: of the run; resolved, see `on_gpus`.
+        model_config: config.json of the model.
+        size: ranks.
+        pp_rank: of `--parallel.pp`.
+        ranks_per_node: GPUs of a node.
+
+    Raises:
+        InputError: options, model and ranks do not fit together.
+    """
     rank = pp_rank * (size // config.parallel.pp)
-    with simulated_rank(config.parallel, rank, size) as world:
-        family = family_of(model_config)
-        plan = plan_model(config, family, read_model_config(model_config), world)
-        memory = run_step(plan, config, world, imbalance)
-    return Memory(pp_rank, memory.at_peak)
+    with simulated_rank(config.parallel, rank, size, ranks_per_node) as world:
+        yield (
+            plan_model(config, family_of(model_config), read_model_config(model_config), world),
+            world,
+        )
+
+
+def memory_of(plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance: float) -> Memory:
+    """Return what a rank holds through a step; it leaves the plan's model changed."""
+    memory = run_step(plan, config, world, imbalance)
+    host = memory.host_peak
+    if config.optim.offload:
+        host += held_moments(plan.model, config.optim)
+    return Memory(world.dense.get_local_rank("pp"), memory.at_peak, host, memory.timeline)
 
 
 def run_step(
     plan: ModelPlan, config: Config, world: SimulatedWorld, imbalance: float
 ) -> LiveMemory:
     """Run a step's passes, behind an update that has made moments."""
-    ranks = world.sequence["sequence"].size()
-    tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
-    rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
-
-    def ask(integers: Tensor) -> Tensor:
-        """Tell the host how long documents are, or how many rows go to and come from each rank."""
-        shape = integers.shape
-        if len(shape) == 1:
-            documents = shape[0] - 1
-            return torch.tensor([plan.tokens // documents] * documents + [0])
-        counts = torch.full(shape, rows // ep)
-        if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
-            counts[:, :nodes] = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
-            counts[:, nodes:] = rows // torch.tensor(
-                [nodes] * nodes + [ep // nodes] * (ep // nodes)
-            )
-        counts[1, 2 * nodes * (nodes > 1) :] = int(imbalance * counts[0, -1])
-        return counts
-
-    ep, nodes = world.expert["ep"].size(), world.expert_nodes
-    memory = LiveMemory(ask)
+    memory = LiveMemory(answers(plan, world, imbalance))
     on_host, parallel = config.optim.offload, config.parallel
     for tensor in (*plan.model.parameters(), *plan.model.buffers()):
         with_memory = not (on_host and isinstance(tensor, nn.Parameter))
@@ -127,17 +150,20 @@ def run_step(
         memory.hold(storage, PARAMETERS if with_memory else None)
     if not on_host:
         memory.add(held_moments(plan.model, config.optim), MOMENTS)
-    begin_layer = partial(_begin_layer, memory, plan.model)
+    # FSDP replaces parameters in these dictionaries
+    begin_layer = partial(
+        _begin_layer, memory, [module._parameters for module in plan.model.modules()]
+    )
     for layer in plan.model.model.layers.values():
         layer.compute = _counted(layer.compute, begin_layer)
     with memory:
         if on_host:
             for stage in plan.stages:
-                stage.register_forward_pre_hook(_put_copies_on_device)
+                stage.register_forward_pre_hook(put_copies_on_device)
         # No other schedule has more in flight, and none keeps anything of those that are done.
         most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
         several = min(plan.microbatches, most)
-        batches = [_batch(plan.tokens) for _ in range(several)]
+        batches = [full_batch(plan.tokens) for _ in range(several)]
         pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
         plan.model.train()
         pipeline.step(batches, 1.0)
@@ -145,8 +171,45 @@ def run_step(
     return memory
 
 
-def _begin_layer(memory: LiveMemory, model: nn.Module) -> None:
-    memory.begin_layer(local(p.grad) for p in model.parameters() if p.grad is not None)
+def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callable[[Tensor], Tensor]:
+    """Return what the host is told of the device's integers, see `LiveMemory`."""
+    ep, nodes = world.expert["ep"].size(), world.expert_nodes
+    chosen = [torch.Size()]  # of the exchange that is planned: tokens and choices
+    for moe in plan.model.moe_layers().values():
+        if ep > 1:
+            moe.exchange.plan = _noted(moe.exchange.plan, chosen)
+
+    def ask(integers: Tensor) -> Tensor:
+        """Tell the host how long documents are, or how many rows go to and come from each rank, and
+        where those of each expert here end.
+        """
+        count = integers.numel()
+        if integers.ndim == 1:
+            documents = count - 1
+            return torch.tensor([plan.tokens // documents] * documents + [0])
+        tokens, choices = chosen[0]
+        rows = tokens * choices
+        counts = torch.full((ep,), rows // ep)
+        if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
+            copies = int(tokens * (1 - (1 - 1 / nodes) ** choices))
+            each = rows // nodes, rows // (ep // nodes)
+            counts = torch.tensor([copies, *each]).repeat_interleave(
+                torch.tensor([nodes, nodes, ep // nodes])
+            )
+        received = counts.clone()
+        received[2 * nodes * (nodes > 1) :] = int(imbalance * counts[-1])
+        experts = count - 2 * len(counts)
+        here = received[2 * nodes * (nodes > 1) :].sum()
+        ends = torch.arange(1, experts + 1) * here // experts
+        return torch.cat([counts, received, ends]).unsqueeze(0)
+
+    return ask
+
+
+@torch.no_grad()  # in which `local` costs little
+def _begin_layer(memory: LiveMemory, of_modules: list[dict[str, nn.Parameter | None]]) -> None:
+    parameters = itertools.chain.from_iterable(each.values() for each in of_modules)
+    memory.begin_layer(local(p.grad) for p in parameters if p is not None and p.grad is not None)
 
 
 def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) -> Any:
@@ -159,14 +222,26 @@ def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) ->
     return compute_and_count
 
 
-def _put_copies_on_device(stage: FSDPModule, _: Any) -> None:
+def _noted(plan: Callable[[Tensor], Any], chosen: list[torch.Size]) -> Any:
+    """Return an exchange's `plan` that says how many tokens choose how many experts: where a layer
+    is streamed, those of a piece.
+    """
+
+    def note_and_plan(chosen_SK: Tensor) -> Any:
+        chosen[0] = chosen_SK.shape
+        return plan(chosen_SK)
+
+    return note_and_plan
+
+
+def put_copies_on_device(stage: FSDPModule, _: Any) -> None:
     """Let FSDP gather from copies in the dtype to gather in, as optim/offload.py does."""
     for module in stage.modules():
         for part in gathered_from(module) if isinstance(module, FSDPModule) else ():
             part._sharded_param_data = part._sharded_param_data.to(part.param_dtype)
 
 
-def _batch(tokens: int) -> Batch:
+def full_batch(tokens: int) -> Batch:
     """Return a microbatch that is full."""
     integers = torch.empty(tokens, dtype=torch.int64, device=META)
     bounds = torch.empty(max(1, tokens // DOCUMENT) + 1, dtype=torch.int32, device=META)

@@ -9,13 +9,13 @@ and two checks of `FSDPParamGroup` that parameters have memory; `torch.meta`, wh
 pipeline schedules look for by the name of the device; and `_batch_p2p` of these schedules.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from sys import _getframe
 from types import CodeType, SimpleNamespace
 from typing import Any, Self
 from unittest.mock import patch
@@ -28,8 +28,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import schedules
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchsft import ops
 from torchsft.config import Parallel
-from torchsft.models import attention
+from torchsft.models import attention, rope
+from torchsft.ops import swiglu
+from torchsft.parallel.memory import pinned_bytes
 from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
 META = torch.device("meta")
@@ -54,7 +57,9 @@ class SimulatedWorld:
 
 
 @contextmanager
-def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[SimulatedWorld]:
+def simulated_rank(
+    parallel: Parallel, rank: int, size: int, ranks_per_node: int = RANKS_PER_NODE
+) -> Iterator[SimulatedWorld]:
     """Be one rank of `size`, as far as torch.distributed goes; no process group may exist.
 
     Raises:
@@ -64,13 +69,16 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sizes, new_group = mesh_sizes(parallel, size), dist.new_group
-    nodes = nodes_of_experts(parallel, min(size, RANKS_PER_NODE))
-    streams = {name: getattr(torch.cpu, name) for name in ("Stream", "stream", "current_stream")}
-    streams |= {"Event": torch.cpu.Event, "get_rng_state": lambda _: None}
-    streams |= {"set_rng_state": lambda *_: None}
+    nodes = nodes_of_experts(parallel, min(size, ranks_per_node))
+    streams = {name: getattr(torch.cpu, name) for name in ("Event", "stream")}
+    streams |= {"Stream": _Stream, "current_stream": lambda *_: _Stream()}
+    streams |= {"get_rng_state": lambda _: None, "set_rng_state": lambda *_: None}
     group = _fsdp_param_group.FSDPParamGroup
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(sys, "excepthook", sys.excepthook)
+        )  # which torch replaces each time
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         stack.callback(dist.destroy_process_group)
         meshes = {
             name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -85,13 +93,24 @@ def simulated_rank(parallel: Parallel, rank: int, size: int) -> Iterator[Simulat
             (attention, "flex_attention", _flex_attention),
             (attention, "create_block_mask", lambda *_, **options: None),
             (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
+            (swiglu, "kernels", _has_kernels),
+            (rope, "kernels", _has_kernels),
             # fake groups do not know the device
             (schedules, "_batch_p2p", lambda operations, desc=None: [_Travel(operations)]),
             (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
         ):
             stack.enter_context(patch.object(module, name, replacement))
+        for name, kernels in KERNELS.items():
+            stack.enter_context(patch.object(ops, name, kernels, create=True))
         data_size = parallel.dp_replicate * sizes["dense"]["dp_shard"]
         yield SimulatedWorld(rank, size, data_size, **meshes, expert_nodes=nodes)
+
+
+class _Stream(torch.cpu.Stream):
+    """Does nothing, but has events, which FSDP2 asks for where gradients of replicas are summed."""
+
+    def record_event(self) -> torch.cpu.Event:
+        return torch.cpu.Event()
 
 
 def _fused_attention(
@@ -121,6 +140,30 @@ class _Travel:
 def _flex_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
     """The same of torch's flex attention, which is compiled."""
     return _fused_attention(q, k, v, scale=scale)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """What `ops.kernels` says on a GPU with triton."""
+    return x.dtype in (torch.bfloat16, torch.float16) and not ops.plain()
+
+
+# What Triton kernels return, by their module in ops/; they allocate nothing else.
+KERNELS = {
+    "swiglu_kernels": SimpleNamespace(
+        weighted_swiglu=lambda both, _: both.new_empty(len(both), both.shape[1] // 2),
+        weighted_swiglu_backward=lambda both, weights, *_: torch.empty_like(weights),
+    ),
+    "rotation_kernels": SimpleNamespace(
+        rotate=lambda x, *_, **options: x.new_empty(x.shape),
+        keys=lambda kv, rope, cos, sin, others, _: kv.new_empty(
+            *kv.shape[:2], others + rope.shape[1]
+        ),
+        keys_backward=lambda keys, values, cos, *_: (
+            keys.new_empty(*keys.shape[:2], keys.shape[2] - 2 * cos.shape[1] + values.shape[2]),
+            keys.new_empty(len(keys), 2 * cos.shape[1]),
+        ),
+    ),
+}
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -166,7 +209,7 @@ PURPOSES = {
     "torchsft/models/moe.py": {"": LAYER},
     "torchsft/parallel/compute_copies.py": {"_copy": GATHERED, "backward": GRADIENTS},
     "torchsft/parallel/expert.py": {"": EXCHANGE},
-    "torchsft/planning/memory.py": {"_put_copies_on_device": PARAMETERS},
+    "torchsft/planning/memory.py": {"put_copies_on_device": PARAMETERS},
 }
 
 
@@ -180,7 +223,7 @@ def _purpose_of(code: CodeType) -> str | None:
 
 def _purpose() -> str:
     """Return what memory is for that is asked for now."""
-    frame = _getframe(2)
+    frame = sys._getframe(2)
     while frame is not None:
         if purpose := _purpose_of(frame.f_code):
             return purpose
@@ -193,6 +236,18 @@ def _makes_new_tensors(function: Any) -> bool:
     """Whether an operation returns none of its arguments, nor views of them."""
     schema = function._schema
     return not any(each.alias_info for each in (*schema.arguments, *schema.returns))
+
+
+@cache
+def _written(function: Any) -> int | str | None:
+    """Return which argument an operation writes and returns, by its place or name; None: it does
+    something else.
+    """
+    schema = function._schema
+    written = [each for each in schema.arguments if each.alias_info and each.alias_info.is_write]
+    if len(written) != 1 or len(schema.returns) != 1 or torch.Tag.inplace_view in function.tags:
+        return None
+    return written[0].name if written[0].kwarg_only else schema.arguments.index(written[0])
 
 
 def _signature(value: Any) -> Any:
@@ -221,15 +276,17 @@ class LiveMemory(TorchDispatchMode):
 
     Attributes:
         held: bytes by purpose, now.
-        at_peak: the same, when all together were most.
+        timeline: the same, when all together were most: before the first layer began, and of each
+            time that a layer begins (again) until the next one does.
+        host_peak: bytes of what was on the host at most, all of which is pinned.
     """
 
     def __init__(self, ask: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.ask = ask
         self.held: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
-        self.now = self.peak = 0  # bytes
+        self.timeline: list[Counter[str]] = [Counter()]
+        self.now = self.most = self.host = self.host_peak = 0  # bytes; most: of the layer at work
         self.storages: dict[int, _Held] = {}  # by address
         self.recent: list[_Held] = []  # of the layer or the loss at work
         self.known: dict[Any, list[Any]] = {}  # operation and arguments -> shapes of results
@@ -243,28 +300,38 @@ class LiveMemory(TorchDispatchMode):
         super().__exit__(*error)
         self.patch.stop()
 
-    def add(self, size: int, purpose: str) -> None:
-        """Count bytes more (or fewer) for a purpose."""
+    def add(self, size: int, purpose: str | None) -> None:
+        """Count bytes more (or fewer) for a purpose; None: on the host."""
+        if purpose is None:
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+            return
         self.held[purpose] += size
         self.now += size
-        if self.now > self.peak:
-            self.peak, self.at_peak = self.now, self.held.copy()
+        if self.now > self.most:
+            self.most, self.timeline[-1] = self.now, self.held.copy()
+
+    @property
+    def at_peak(self) -> Counter[str]:
+        """What was held when all together were most."""
+        return max(self.timeline, key=Counter.total)
 
     def hold(self, storage: torch.UntypedStorage, purpose: str | None) -> None:
         """Count a storage, if it is not counted yet, or has another size than it had."""
         address, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
         held = self.storages.get(address)
+        if (purpose if held is None else held.purpose) is None:
+            size = pinned_bytes(storage.nbytes(), True)
         if held is None:
 
             def freed(_: weakref.ref) -> None:
                 held = self.storages.pop(address)
-                if held.purpose is not None:
-                    self.add(-held.size, held.purpose)
+                self.add(-held.size, held.purpose)
 
             held = self.storages[address] = _Held(0, purpose, weakref.ref(storage, freed))
             if purpose in (LAYER, LOSS):
                 self.recent.append(held)
-        if held.purpose is not None and size != held.size:
+        if size != held.size:
             self.add(size - held.size, held.purpose)
         held.size = size
 
@@ -279,17 +346,24 @@ class LiveMemory(TorchDispatchMode):
                 self.held[purpose] += held.size
                 held.purpose = purpose
         self.recent = []
+        self.timeline.append(self.held.copy())
+        self.most = self.now
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, and count what it returns and what its kernel needs besides."""
-        kwargs, purpose = kwargs or {}, _purpose()
+        kwargs, other = (
+            kwargs or {},
+            any(kind not in (Tensor, torch.nn.Parameter) for kind in types),
+        )
+        # the stack is slow to walk; a view's storage is known
+        purpose = _purpose() if other or _makes_new_tensors(function) else ""
         if purpose == SHAPES:
             return function(*args, **kwargs)
-        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
+        if other:
             return NotImplemented  # it comes again, as operations on this rank's parts
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1
         if function is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as it does on devices; that of the meta device makes a copy
@@ -302,7 +376,11 @@ class LiveMemory(TorchDispatchMode):
         result = self.shapes(function, args, kwargs)
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor) and each.is_meta:
-                self.hold(each.untyped_storage(), purpose)
+                storage = each.untyped_storage()
+                if purpose == "" and storage._cdata not in self.storages:
+                    purpose = _purpose()
+                if purpose not in ("", SHAPES):
+                    self.hold(storage, purpose)
         if workspace := WORKSPACES.get(function.name()):
             size = workspace(*args)
             self.add(size, purpose)
@@ -313,10 +391,13 @@ class LiveMemory(TorchDispatchMode):
         """Return what an operation returns, or for the same shapes returned before: torch's Python
         functions for meta tensors take most of the time.
         """
-        if not _makes_new_tensors(function):
+        is_new, written = _makes_new_tensors(function), _written(function)
+        if not is_new and written is None:
             return function(*args, **kwargs)
         key = function, _signature(args), _signature(tuple(kwargs.items()))
         known = self.known.get(key)
+        if known is not None and not is_new:
+            return kwargs[written] if isinstance(written, str) else args[written]
         if known is not None:
             made = [
                 torch.empty_strided(*sizes, dtype=dtype, device=META) for *sizes, dtype in known

@@ -14,7 +14,7 @@ with zeros between them, so that each expert's begin with a tile.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchsft.ops import gradients_asked_for
 from torchsft.ops.grouped import Products
+from torchsft.ops.permute import Order, rows_of, tokens_of
 from torchsft.ops.tiles import SIZE, padding_of
 from torchsft.precision.blockwise import BLOCK, encode, scale_of
 
@@ -59,23 +60,29 @@ class BlockwiseProducts(Products):
     power_of_two: bool = False  # scales
     # matrices [O / parts, I], each with blocks of its own, that a weight of an expert consists of
     parts: int = 1
+    input_order: Order | None = None
+    output_order: Order | None = None
+    sorts: ClassVar[bool] = True
 
     def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return y_RO."""
-        x = rounded(x_RI, INNER, self.power_of_two)
+        x = rounded(rows_of(x_RI, self.input_order), INNER, self.power_of_two)
         weight = self.held(weight_EOI)
-        return grouped(x, weight.mT, offs_E).to(x_RI.dtype)
+        y_RO = grouped(x, weight.mT, offs_E).to(x_RI.dtype)
+        return tokens_of(y_RO, self.output_order)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
-        grad = rounded(grad_RO, INNER, self.power_of_two)
+        grad = rounded(rows_of(grad_RO, self.output_order), INNER, self.power_of_two)
         weight = self.held(weight_EOI)
-        return grouped(grad, weight, offs_E).to(grad_RO.dtype)
+        grad_x_RI = grouped(grad, weight, offs_E).to(grad_RO.dtype)
+        return tokens_of(grad_x_RI, self.input_order)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI: the inner dim is that of the rows, so that an expert's
         rows must fill whole tiles.
         """
+        grad_RO, x_RI = rows_of(grad_RO, self.output_order), rows_of(x_RI, self.input_order)
         padding = padding_of(offs_E, len(x_RI), SIZE)
         grad_MO = rounded(padding.pad(grad_RO), ROWS, self.power_of_two)
         x_MI = rounded(padding.pad(x_RI), ROWS, self.power_of_two)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torchsft.ops import blockwise_mm as mm
+from torchsft.ops.permute import Order, tokens_of
 from torchsft.ops.tiles import tiles_of
 from torchsft.precision.blockwise_compute import BlockwiseProducts
 
@@ -38,32 +39,45 @@ class BlockwiseKernels(BlockwiseProducts):
     def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return y_RO."""
         weight = self._quantised(weight_EOI, transposed=False)
-        return self._by_rows(x_RI, weight, offs_E)
+        return self._by_rows(x_RI, self.input_order, weight, offs_E, self.output_order)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
         values, scales = self._quantised(weight_EOI, transposed=True)
         weight = mm.Quantised(values, scales.mT)  # e4m3 [E, I, O] with scales [E, i, o]
-        return self._by_rows(grad_RO, weight, offs_E)
+        return self._by_rows(grad_RO, self.output_order, weight, offs_E, self.input_order)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI."""
-        tiles = tiles_of(offs_E, len(x_RI))
-        grad = mm.quantise_columns(grad_RO.contiguous(), tiles, self.power_of_two)
-        x = mm.quantise_columns(x_RI.contiguous(), tiles, self.power_of_two)
+        of_grad, of_x = _index(self.output_order), _index(self.input_order)
+        rows = len(grad_RO if of_grad is None else of_grad)
+        tiles = tiles_of(offs_E, rows)
+        grad = mm.quantise_columns(grad_RO.contiguous(), tiles, self.power_of_two, of_grad)
+        x = mm.quantise_columns(x_RI.contiguous(), tiles, self.power_of_two, of_x)
         return mm.columns_product(grad, x, tiles, x_RI.dtype)
 
-    def _by_rows(self, x_RI: Tensor, weight: mm.Quantised, offs_E: Tensor) -> Tensor:
+    def _by_rows(
+        self,
+        x_RI: Tensor,
+        order: Order | None,
+        weight: mm.Quantised,
+        offs_E: Tensor,
+        result_order: Order | None,
+    ) -> Tensor:
         """Return the product of each row, or of its gradient, with the matrix of its expert.
 
         Args:
             x_RI: in the dtype that the result has too.
+            order: how it is sorted by expert; None: it is.
             weight: [E, O, I] or, for gradients, [E, I, O].
             offs_E: int32, where each expert's rows end.
+            result_order: how the result would be sorted; None: it is.
         """
-        tiles = tiles_of(offs_E, len(x_RI))
-        x = mm.quantise_rows(x_RI.contiguous(), self.power_of_two)
-        return mm.rows_product(x, weight, tiles, x_RI.dtype)
+        x = mm.quantise_rows(x_RI.contiguous(), self.power_of_two, _index(order))
+        tiles = tiles_of(offs_E, len(x.values))
+        if result_order is not None and result_order.is_one_to_one():
+            return mm.rows_product(x, weight, tiles, x_RI.dtype, result_order.order_R)
+        return tokens_of(mm.rows_product(x, weight, tiles, x_RI.dtype), result_order)
 
     def _quantised(self, weight_EOI: Tensor, *, transposed: bool) -> mm.Quantised:
         """Return the weight in fp8: what is kept, where nothing has changed the weight since.
@@ -82,3 +96,8 @@ class BlockwiseKernels(BlockwiseProducts):
         if self.keep:
             self.kept[transposed] = now, quantised
         return quantised
+
+
+def _index(order: Order | None) -> Tensor | None:
+    """Return what each sorted row is of what is given, int64; None: it is sorted."""
+    return None if order is None else order.token_R()

@@ -1,0 +1,164 @@
+"""Plan a run before renting GPUs: what a step holds, fits or not, how long it takes, what it costs;
+from the real code, in one process, without a GPU.
+
+python tools/plan.py recipes/deepseek_v3_sft.py v3_256 --world-size 256 --gpu h100-80g
+python tools/plan.py recipes/deepseek_v3_sft.py --world-size 64 --gpu h100-80g --search
+
+The recipe, its preset and all its options are those of training; of --model.path only config.json
+is read. Exit code 1: it does not fit, or cannot be (the sentence says why); 2: a wrong option.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from tools.planning.gpus import GPUS, read_gpu
+from torchsft.cli import parse, refusals
+from torchsft.config import Config, InputError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# presets that are for no published model
+GENERAL = ("debug", "finetune")
+
+
+@dataclass(kw_only=True)
+class Options(Config):
+    """A run, and what is asked of its plan."""
+
+    world_size: int | None = None
+    """GPUs, one rank on each; absent: the smallest number that the layout has."""
+    gpu: str = next(iter(GPUS))
+    """h100-80g, h200-141g, a100-80g, b200-192g, or a YAML file that describes another one."""
+    imbalance: float = 1.5
+    """Rows that a rank's experts receive, over the mean."""
+    search: bool = False
+    """Look for the fastest layouts and modes that fit these GPUs; what the command line gives
+    stays.
+    """
+    trace: str | None = None
+    """File for a Chrome trace of the step, one track for each pipeline rank."""
+    html: str | None = None
+    """File for a page with the pipeline, memory over time and the search; it loads nothing."""
+    json: str | None = None
+    """File for the plan as JSON."""
+    backtest: bool = False
+    """Compare the estimate with published runs, and print the errors."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.world_size is not None and self.world_size < 1:
+            raise InputError(f"--world-size is {self.world_size}, but it must be at least 1")
+        if not 1 <= self.imbalance < float("inf"):
+            raise InputError(f"--imbalance is {self.imbalance}, but it must be at least 1")
+
+    def config(self) -> Config:
+        """Return the run alone."""
+        return Config(**{each.name: getattr(self, each.name) for each in fields(Config)})
+
+
+def load_recipe(path: str) -> ModuleType:
+    """Return the module of a recipe file.
+
+    Raises:
+        InputError: it is none.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = ", ".join(f"recipes/{each.name}" for each in sorted(RECIPES.glob("*_sft.py")))
+        raise InputError(f"recipe {path} does not exist; those that exist are {known}")
+    sys.path.insert(0, str(file.resolve().parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "PRESETS") or not hasattr(module, "ARCHITECTURES"):
+        raise InputError(f"{path} is no recipe: it lacks PRESETS or ARCHITECTURES")
+    return module
+
+
+def read(argv: Sequence[str]) -> tuple[ModuleType, str, Options]:
+    """Read `RECIPE [PRESET] [options]`; the recipe, the preset's name and the options.
+
+    Raises:
+        InputError: what is not understood.
+    """
+    if not argv or argv[0] in ("-h", "--help", "--help-all"):
+        print(__doc__)
+        raise SystemExit(0)
+    recipe = load_recipe(argv[0])
+    preset, options = parse(
+        recipe.PRESETS, lambda _: "finetune", argv[1:], __doc__ or "", kind=Options
+    )
+    return recipe, preset, options
+
+
+def model_of(recipe: ModuleType, preset: str, config: Config) -> tuple[str, Mapping[str, Any]]:
+    """Return where the model's config.json is from, and what it says.
+
+    Raises:
+        InputError: there is none, or the recipe is for other models.
+    """
+    from tools import published
+
+    if config.model.path is not None:
+        from sft import check_family
+        from torchsft.checkpoint.hf_directory import read_config
+        from torchsft.launch import model_directory
+
+        path = model_directory(config.model.path)
+        check_family(path, recipe.ARCHITECTURES)
+        return path, read_config(path)
+    names = [name for name in recipe.PRESETS if name not in GENERAL]
+    name = preset if preset in names else next(iter(names), preset)
+    if name not in published.PRESETS:
+        raise InputError(f"preset {name} is for no model known here; give its --model.path")
+    return f"the published model of {name}", published.model_config(name)
+
+
+def run(recipe: ModuleType, preset: str, options: Options) -> int:
+    """Plan and print; the exit code."""
+    gpu, config = read_gpu(options.gpu), options.config()
+    where, model_config = model_of(recipe, preset, config)
+    from tools.planning import changes, report
+    from torchsft.resolution import smallest_number_of_ranks
+
+    size = options.world_size or smallest_number_of_ranks(config.parallel)
+    planned = report.run_of(config, model_config, size, gpu, options.imbalance)
+    architecture = ", ".join(model_config.get("architectures", ()))
+    print(f"{Path(recipe.__file__).stem} {preset}: {architecture}, config.json of {where}")
+    plan = report.make_plan(planned)
+    print(*report.lines_of(plan), sep="\n", flush=True)
+    remedies = [] if plan.fits else changes.Search(plan).cheapest(3)
+    if not plan.fits:
+        print(*changes.lines_of(plan, remedies), sep="\n")
+    if options.json:
+        content = report.to_json(plan) | {"remedies": [vars(each) for each in remedies]}
+        Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
+    return 0 if plan.fits else 1
+
+
+def main() -> int:
+    """Parse and run; what can be mended is told in one sentence."""
+    with refusals():
+        arguments = read(sys.argv[1:])
+    try:
+        return run(*arguments)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
