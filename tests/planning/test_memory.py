@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
-from tools.benchmark_memory import H100, predict_preset
 from tools.benchmark_step import held_peak
+from tools.planning.gpus import GPUS
+from tools.planning.report import parts_of, role_of, run_of
+from tools.published import PRESETS, model_config
 from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
@@ -30,6 +32,7 @@ from torchsft.planning import simulation
 from torchsft.planning.build import plan_model
 from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step
 from torchsft.planning.simulation import GRADIENTS, MOMENTS, PARAMETERS, simulated_rank
+from torchsft.resolution import smallest_number_of_ranks
 
 SIZES = dict(
     vocab_size=1024,
@@ -249,11 +252,18 @@ def test_a_real_step_takes_what_is_predicted(ranks, size):
             assert peaks[1] == pytest.approx(peaks[0], rel=0.1), case
 
 
+def fullest(preset, imbalance):
+    """Bytes that the pipeline rank with most parameters needs on an H100, and what that has."""
+    config, gpu = PRESETS[preset](), GPUS["h100-80g"]
+    size = smallest_number_of_ranks(config.parallel)
+    run = run_of(config, model_config(preset), size, gpu, imbalance)
+    return role_of(run, parts_of(run).alike[0]).memory.needed, gpu.memory
+
+
 @pytest.mark.parametrize(
     ("preset", "imbalance"), [("v3_256", 2), ("moonlight", 2), ("gpt_oss_20b", IMBALANCE)]
 )
 def test_presets_fit_their_gpu(ranks, preset, imbalance):
-    """The others, which take minutes: `python tools/benchmark.py memory`."""
-    options = {"preset": preset, "imbalance": imbalance, "ends": False}
-    (memories,) = ranks(1, predict_preset, **options)
-    assert all(memory.needed <= H100 for memory in memories)
+    """The others, which take minutes: `python tools/plan.py RECIPE PRESET`."""
+    ((needed, available),) = ranks(1, fullest, preset=preset, imbalance=imbalance)
+    assert needed <= available
