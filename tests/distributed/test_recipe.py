@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,10 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
         f"tensorboard --logdir {output}/tensorboard",
     ):
         assert expected in out
+    assert "memory planned for rank 0: tensors of 0.0" in out
+    # parameters and moments, as planned and as there
+    held = re.search(r"parameters and moments (\S+ GB) \((\S+ GB) planned\); torch counts no", out)
+    assert held[1] == held[2]
     lines = records(output)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     expected = {
