@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tools.planning.costs import OPTIONS, Software
+from tools.planning.costs import OPTIONS, software_of
 from tools.planning.estimate import Text, estimate
 from tools.planning.gpus import GPUS, PUBLISHED, Gpu
 from tools.published import model_config
@@ -236,14 +236,13 @@ def row_of(run: Published) -> Row:
     text = Text(lengths, 1.0, 1, WHOLE_ROWS)
     found = []
     for names in (run.software, ()):
-        software = Software(**{name.replace("-", "_"): True for name in names})
         found.append(
             estimate(
                 run.config,
                 model_config(run.preset),
                 run.size,
                 run.gpu,
-                software=software,
+                software=software_of(names, run.gpu),
                 text=text,
                 imbalance=run.imbalance,
                 with_range=bool(names),
