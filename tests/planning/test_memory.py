@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
-from tools.benchmark_memory import H100, predict_preset
 from tools.benchmark_step import held_peak
 from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.data.batch import Batch
@@ -247,13 +246,3 @@ def test_a_real_step_takes_what_is_predicted(ranks, size):
         for which in ("storages", "allocated") if size == 1 else ("storages",):
             peaks = [r[which] for r in real], [m["peak"] for m in memory]
             assert peaks[1] == pytest.approx(peaks[0], rel=0.1), case
-
-
-@pytest.mark.parametrize(
-    ("preset", "imbalance"), [("v3_256", 2), ("moonlight", 2), ("gpt_oss_20b", IMBALANCE)]
-)
-def test_presets_fit_their_gpu(ranks, preset, imbalance):
-    """The others, which take minutes: `python tools/benchmark.py memory`."""
-    options = {"preset": preset, "imbalance": imbalance, "ends": False}
-    (memories,) = ranks(1, predict_preset, **options)
-    assert all(memory.needed <= H100 for memory in memories)
