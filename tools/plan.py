@@ -3,6 +3,7 @@ from the real code, in one process, without a GPU.
 
 python tools/plan.py recipes/deepseek_v3_sft.py v3_256 --world-size 256 --gpu h100-80g
 python tools/plan.py recipes/deepseek_v3_sft.py --world-size 64 --gpu h100-80g --search
+python tools/plan.py --backtest
 
 The recipe, its preset and all its options are those of training; of --model.path only config.json
 is read. Exit code 1: it does not fit, or cannot be (the sentence says why); 2: a wrong option.
@@ -41,6 +42,10 @@ class Options(Config):
     """h100-80g, h200-141g, a100-80g, b200-192g, or a YAML file that describes another one."""
     imbalance: float = 1.5
     """Rows that a rank's experts receive, over the mean."""
+    software: tuple[str, ...] = ()
+    """What makes a step faster than torchsft alone, to be assumed in the estimate: fa3, deepep,
+    cuda-graphs, forced-balance, hidden-exchange.
+    """
     search: bool = False
     """Look for the fastest layouts and modes that fit these GPUs; what the command line gives
     stays.
@@ -52,7 +57,7 @@ class Options(Config):
     json: str | None = None
     """File for the plan as JSON."""
     backtest: bool = False
-    """Compare the estimate with published runs, and print the errors."""
+    """Compare the estimate with published runs, and print the errors; needs no recipe."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +96,8 @@ def read(argv: Sequence[str]) -> tuple[ModuleType, str, Options]:
     Raises:
         InputError: what is not understood.
     """
+    if argv[:1] == ["--backtest"]:
+        argv = [str(RECIPES / "deepseek_v3_sft.py"), "debug", *argv]
     if not argv or argv[0] in ("-h", "--help", "--help-all"):
         print(__doc__)
         raise SystemExit(0)
@@ -127,11 +134,19 @@ def model_of(recipe: ModuleType, preset: str, config: Config) -> tuple[str, Mapp
 def run(recipe: ModuleType, preset: str, options: Options) -> int:
     """Plan and print; the exit code."""
     gpu, config = read_gpu(options.gpu), options.config()
+    if options.backtest:
+        from tools.planning import backtest
+
+        print(*backtest.run_all(), sep="\n")
+        return 0
     where, model_config = model_of(recipe, preset, config)
-    from tools.planning import changes, report
+    from tools.planning import changes, estimate, report
+    from tools.planning.costs import software_of
+    from tools.planning.trace import write_trace
     from torchsft.resolution import smallest_number_of_ranks
 
     size = options.world_size or smallest_number_of_ranks(config.parallel)
+    software = software_of(options.software, gpu)
     planned = report.run_of(config, model_config, size, gpu, options.imbalance)
     architecture = ", ".join(model_config.get("architectures", ()))
     print(f"{Path(recipe.__file__).stem} {preset}: {architecture}, config.json of {where}")
@@ -140,8 +155,15 @@ def run(recipe: ModuleType, preset: str, options: Options) -> int:
     remedies = [] if plan.fits else changes.Search(plan).cheapest(3)
     if not plan.fits:
         print(*changes.lines_of(plan, remedies), sep="\n")
+    estimated = estimate.of_run(
+        planned.config, model_config, size, gpu, options.imbalance, software
+    )
+    print(*estimate.lines_of(estimated, gpu), sep="\n", flush=True)
+    if options.trace:
+        write_trace(Path(options.trace), estimated.events)
     if options.json:
-        content = report.to_json(plan) | {"remedies": [vars(each) for each in remedies]}
+        content = report.to_json(plan) | {"estimate": estimate.to_json(estimated)}
+        content |= {"remedies": [vars(each) for each in remedies]}
         Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
     return 0 if plan.fits else 1
 

@@ -29,6 +29,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 import torchsft.ops
@@ -248,6 +249,7 @@ class _Found:
     operations: list[dict[str, Operations]]  # of each microbatch
     kept: int = 0
     before: int = 0  # bytes, when its pass began
+    exchange_before: int = 0  # those of them that the exchange held
     working: int = 0
     exchange: int = 0
 
@@ -367,7 +369,7 @@ class Recorder(LiveMemory):
         """A pass through a block begins."""
         self.block, self.window = block, window
         found = self.of_block()
-        found.before = self.level()
+        found.before, found.exchange_before = self.level(), self.held[EXCHANGE]
         if self.phase == FORWARD:
             self.begin_layer(())
 
@@ -394,7 +396,8 @@ class Recorder(LiveMemory):
             found = self.found[self.block]
             more = self.level() - found.before
             if more > found.working:
-                found.working, found.exchange = more, self.held[EXCHANGE]
+                found.working = more
+                found.exchange = self.held[EXCHANGE] - found.exchange_before
 
     def _again(self, compute: Callable[..., Tensor], block: str, window: int | None) -> Any:
         """Return a layer's `compute` that knows when the backward pass calls it."""
@@ -671,7 +674,10 @@ class Recorder(LiveMemory):
                 operations,
                 sum(local(p).numel() for p in parameters),
                 sum(local(p).numel() for p in parameters if p.requires_grad),
-                sum(gathered_elements(p) for p in parameters),
+                sum(
+                    gathered_elements(p) if isinstance(p, DTensor) else p.numel()
+                    for p in parameters
+                ),
                 own.kept,
                 max(own.working, 0),
                 own.exchange,

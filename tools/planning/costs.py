@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from tools.planning.blocks import ATTENTION, GROUPED, MEMORY, PRODUCT, WAIT, Operation, Operations
 from tools.planning.gpus import Gpu, Measured
+from torchsft.config import InputError
 
 # Seconds between two kernels on a device, and that a host takes to launch one (autograd and FSDP2's
 # hooks included); compiled regions are launched together, CUDA graphs all at once.
@@ -64,6 +65,25 @@ OPTIONS = {
     "forced-balance": "tokens go where the router sends them",
     "hidden-exchange": "the exchange runs beside shared experts alone",
 }
+
+
+def software_of(names: Sequence[str], gpu: Gpu) -> Software:
+    """Return what the named options say.
+
+    Raises:
+        InputError: there is no such option, or it is not for this GPU.
+    """
+    for name in names:
+        if name not in OPTIONS:
+            raise InputError(
+                f"--software {name} is not known; those known are {', '.join(OPTIONS)}"
+            )
+    if "fa3" in names and gpu.capability != (9, 0):
+        raise InputError(
+            f"--software fa3 is for GPUs of compute capability 9.0, but {gpu.name} has "
+            f"{gpu.compute_capability}; leave it out"
+        )
+    return Software(**{name.replace("-", "_"): True for name in names})
 
 
 def shape_share(m: int, n: int, k: int) -> float:

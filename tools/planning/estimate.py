@@ -165,6 +165,26 @@ def estimate(
     )
 
 
+def of_run(
+    config: Config,
+    model_config: Mapping[str, Any],
+    size: int,
+    gpu: Gpu,
+    imbalance: float,
+    software: Software,
+) -> Estimate:
+    """Estimate a run, with its own data where there are some.
+
+    Raises:
+        InputError: options, model, ranks and data do not fit together.
+    """
+    text = None
+    if config.data.train and config.model.path and not config.data.streaming:
+        text = read_text(config, model_config, size)
+    options = {"imbalance": imbalance, "software": software, "text": text}
+    return estimate(config, model_config, size, gpu, **options)
+
+
 def assumed_text(config: Config) -> Text:
     """Return what is assumed of data that is not there."""
     length = min(DOCUMENT, config.data.seq_len)
@@ -380,3 +400,33 @@ def update_bytes(optim: Optim) -> float:
     master = {"fp32": 4, "bf16": 2}[optim.masters]
     moments = 2 * {"fp32": 4, "bf16": 2, "int8": 1.03}[optim.moments]
     return 4 * master + 2 * (master + moments)
+
+
+def lines_of(found: Estimate, gpu: Gpu) -> list[str]:
+    """Return an estimate as text."""
+    lines = [
+        "",
+        f"Time of a step: {found.step_seconds:.1f} s ({found.low:.1f} to {found.high:.1f}); "
+        f"{found.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, MFU {found.mfu:.1%}",
+    ]
+    for name, seconds in sorted(found.parts.items(), key=lambda part: -part[1]):
+        share = seconds / found.step_seconds
+        if share >= 0.001:
+            lines.append(f"  {name:40} {seconds:8.2f} s {share:6.1%}")
+    price = f"at {gpu.price:g} USD a GPU-hour ({gpu.source('price')})"
+    if found.gpu_hours is None:
+        hours = 1e9 / found.tokens_per_second_per_gpu / 3600
+        lines.append(
+            f"10^9 tokens: {hours:,.0f} GPU-hours, {hours * gpu.price:,.0f} USD {price}; give "
+            "--train.steps, or --data.train and --model.path, for those of the run"
+        )
+    else:
+        lines.append(f"the run: {found.gpu_hours:,.1f} GPU-hours, {found.money:,.0f} USD {price}")
+    return [*lines, "Assumed:", *(f"  {text}" for text in found.assumptions)]
+
+
+def to_json(found: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON-able nested dictionaries, without events; of seconds and USD."""
+    fields = dataclasses.asdict(dataclasses.replace(found, events=[]))
+    del fields["events"]
+    return fields

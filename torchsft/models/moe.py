@@ -32,7 +32,7 @@ from torchsft.ops.swiglu import (
 )
 from torchsft.ops.tiles import SIZE
 
-MOST = 2  # times an even load: more rows are computed a slice of an even load at a time
+MOST = 2  # times an even load: more rows are computed in slices of half an even load
 # Of these at most. (In a pass for answers a rank with few tokens may get many rows of others.)
 MOST_SLICES = 8
 
@@ -132,7 +132,7 @@ class Experts(nn.Module):
         parameters = [self.read(parameter) for parameter in self.stacked()]
         if not self.is_sliced(ends):
             return self.network(x_RD, weights_R1, offs, *parameters, order=order)
-        size = max(self.even_rows, -(-ends[-1] // MOST_SLICES))
+        size = max(self.even_rows // 2, -(-ends[-1] // MOST_SLICES))
         size += -size % SIZE  # whole tiles of fp8
         order_R = None if order is None else order.order_R
         return sliced(self.network, size, ends, order_R, x_RD, weights_R1, offs, *parameters)
