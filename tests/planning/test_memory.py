@@ -164,7 +164,7 @@ def really(config, family):
         before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers, *inputs)]
         storages = Storages(before)
         peaks = []
-        for _ in range(3 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
+        for _ in range(2 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
             optimizer.zero_grad()
             storages.peak = storages.now
             with storages, storages.watch_resizing():
@@ -213,14 +213,14 @@ CASES = {
         ("llama", "stream", {}),
     ],
     2: [
-        ("deepseek_v3", "full", {"dp_shard": 2, "ep": 2}),
+        ("deepseek_v3", "stream", {"dp_shard": 2, "ep": 2}),
         ("qwen3", "none", {"tp": 2, "ep": 2}),
         ("llama", "selective", {"cp": 2}),
         ("gpt_oss", "none", {"pp": 2, "pp_schedule": "1F1B"}),
         ("deepseek_v3", "full", {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
     ],
     4: [
-        ("deepseek_v3", "stream", {"tp": 2, "cp": 2, "ep": 4}),
+        ("deepseek_v3", "full", {"tp": 2, "cp": 2, "ep": 4}),
         ("gpt_oss", "full", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
         ("qwen3", "full", {"pp": 2, "pp_schedule": "Interleaved1F1B", "dp_shard": 2, "ep": 2}),
         ("llama", "none", {"pp": 2, "pp_schedule": "InterleavedZeroBubble", "tp": 2}),
