@@ -133,6 +133,7 @@ def estimate(
         "documents": text.documents,
         "ranks_per_node": gpu.ranks_per_node,
         "fa3": software.fa3,
+        "balanced": software.forced_balance,
     }
     blocks = blocks or measure(config, model_config, size, imbalance=imbalance, **options)
     step = Step(config, model_config, size, gpu, software, blocks)
