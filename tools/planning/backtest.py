@@ -284,9 +284,9 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
         "",
         f"Tokens per second and GPU. Errors are {sum(errors) / len(errors):.0%} on average and "
         f"{max(errors):.0%} at most; {inside} of {len(rows)} lie in the range. Nothing is fitted.",
-        "What they have and torchsft does not (`--software`):",
+        "What the estimate can be told (`--software`), as theirs has it and torchsft's does not:",
     ]
-    return lines + [f"- {name}: torchsft has {instead}" for name, instead in OPTIONS.items()]
+    return lines + [f"- {name}; without it {instead}" for name, instead in OPTIONS.items()]
 
 
 def run_all() -> list[str]:

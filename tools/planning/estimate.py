@@ -385,7 +385,7 @@ class Step:
                 f"pass, and copies at {PCIE / 1e9:g} GB/s"
             )
         given = [name for name in costs.OPTIONS if getattr(software, name.replace("-", "_"))]
-        found += [f"{name}, where torchsft has: {costs.OPTIONS[name]}" for name in given]
+        found += [f"{name}; without it {costs.OPTIONS[name]}" for name in given]
         found.append(
             f"range: shares of kernels {UNCERTAIN['kernels']:.0%} and of links "
             f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet"
