@@ -16,23 +16,20 @@ from torch.utils._pytree import tree_leaves
 from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
 from tools.benchmark_step import held_peak
-from tools.planning.gpus import GPUS
-from tools.planning.report import parts_of, role_of, run_of
-from tools.published import PRESETS, model_config
 from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
 from torchsft.models.moe import MoE
+from torchsft.models.routers import GroupedSigmoidRouter
 from torchsft.ops.rms_norm import _RmsNorm
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.world import World
 from torchsft.planning import simulation
 from torchsft.planning.build import plan_model
-from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step
+from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step, share_of_nodes
 from torchsft.planning.simulation import GRADIENTS, MOMENTS, PARAMETERS, simulated_rank
-from torchsft.resolution import smallest_number_of_ranks
 
 SIZES = dict(
     vocab_size=1024,
@@ -168,7 +165,7 @@ def really(config, family):
         before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers, *inputs)]
         storages = Storages(before)
         peaks = []
-        for _ in range(3 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
+        for _ in range(2 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
             optimizer.zero_grad()
             storages.peak = storages.now
             with storages, storages.watch_resizing():
@@ -217,14 +214,14 @@ CASES = {
         ("llama", "stream", {}),
     ],
     2: [
-        ("deepseek_v3", "full", {"dp_shard": 2, "ep": 2}),
+        ("deepseek_v3", "stream", {"dp_shard": 2, "ep": 2}),
         ("qwen3", "none", {"tp": 2, "ep": 2}),
         ("llama", "selective", {"cp": 2}),
         ("gpt_oss", "none", {"pp": 2, "pp_schedule": "1F1B"}),
         ("deepseek_v3", "full", {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
     ],
     4: [
-        ("deepseek_v3", "stream", {"tp": 2, "cp": 2, "ep": 4}),
+        ("deepseek_v3", "full", {"tp": 2, "cp": 2, "ep": 4}),
         ("gpt_oss", "full", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
         ("qwen3", "full", {"pp": 2, "pp_schedule": "Interleaved1F1B", "dp_shard": 2, "ep": 2}),
         ("llama", "none", {"pp": 2, "pp_schedule": "InterleavedZeroBubble", "tp": 2}),
@@ -252,18 +249,14 @@ def test_a_real_step_takes_what_is_predicted(ranks, size):
             assert peaks[1] == pytest.approx(peaks[0], rel=0.1), case
 
 
-def fullest(preset, imbalance):
-    """Bytes that the pipeline rank with most parameters needs on an H100, and what that has."""
-    config, gpu = PRESETS[preset](), GPUS["h100-80g"]
-    size = smallest_number_of_ranks(config.parallel)
-    run = run_of(config, model_config(preset), size, gpu, imbalance)
-    return role_of(run, parts_of(run).alike[0]).memory.needed, gpu.memory
-
-
-@pytest.mark.parametrize(
-    ("preset", "imbalance"), [("v3_256", 2), ("moonlight", 2), ("gpt_oss_20b", IMBALANCE)]
-)
-def test_presets_fit_their_gpu(ranks, preset, imbalance):
-    """The others, which take minutes: `python tools/plan.py RECIPE PRESET`."""
-    ((needed, available),) = ranks(1, fullest, preset=preset, imbalance=imbalance)
-    assert needed <= available
+@pytest.mark.parametrize("nodes", [2, 8])
+def test_tokens_go_to_the_nodes_of_their_open_groups(nodes):
+    """Random choices, of 64 experts in 8 groups of which 4 are open."""
+    torch.manual_seed(0)
+    gate = GroupedSigmoidRouter(8, 64, top_k=8, normalise=True, groups=8, top_groups=4)
+    chosen_SK = gate.choose(torch.rand(4000, 64))
+    hit = torch.zeros(4000, nodes).scatter_(1, chosen_SK // (64 // nodes), 1)
+    assert hit.mean().item() == pytest.approx(share_of_nodes(gate, nodes), rel=0.03)
+    gate.groups = gate.top_groups = 1
+    hit = torch.zeros(4000, nodes).scatter_(1, torch.randint(nodes, (4000, 8)), 1)
+    assert hit.mean().item() == pytest.approx(share_of_nodes(gate, nodes), rel=0.03)
