@@ -21,13 +21,14 @@ from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
 from torchsft.models.moe import MoE
+from torchsft.models.routers import GroupedSigmoidRouter
 from torchsft.ops.rms_norm import _RmsNorm
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.world import World
 from torchsft.planning import simulation
 from torchsft.planning.build import plan_model
-from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step
+from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step, share_of_nodes
 from torchsft.planning.simulation import GRADIENTS, MOMENTS, PARAMETERS, simulated_rank
 
 SIZES = dict(
@@ -246,3 +247,16 @@ def test_a_real_step_takes_what_is_predicted(ranks, size):
         for which in ("storages", "allocated") if size == 1 else ("storages",):
             peaks = [r[which] for r in real], [m["peak"] for m in memory]
             assert peaks[1] == pytest.approx(peaks[0], rel=0.1), case
+
+
+@pytest.mark.parametrize("nodes", [2, 8])
+def test_tokens_go_to_the_nodes_of_their_open_groups(nodes):
+    """Random choices, of 64 experts in 8 groups of which 4 are open."""
+    torch.manual_seed(0)
+    gate = GroupedSigmoidRouter(8, 64, top_k=8, normalise=True, groups=8, top_groups=4)
+    chosen_SK = gate.choose(torch.rand(4000, 64))
+    hit = torch.zeros(4000, nodes).scatter_(1, chosen_SK // (64 // nodes), 1)
+    assert hit.mean().item() == pytest.approx(share_of_nodes(gate, nodes), rel=0.03)
+    gate.groups = gate.top_groups = 1
+    hit = torch.zeros(4000, nodes).scatter_(1, torch.randint(nodes, (4000, 8)), 1)
+    assert hit.mean().item() == pytest.approx(share_of_nodes(gate, nodes), rel=0.03)

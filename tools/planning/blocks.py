@@ -168,6 +168,7 @@ def measure(
     documents: Sequence[float] | None = None,
     ranks_per_node: int = RANKS_PER_NODE,
     fa3: bool = False,
+    balanced: bool = False,
 ) -> Blocks:
     """Record a model of one layer of each kind in a run's layout.
 
@@ -180,6 +181,7 @@ def measure(
             long ones as `DOCUMENT` says.
         ranks_per_node: GPUs of a node.
         fa3: whether attention is FlashAttention 3, whose values may be narrower than queries.
+        balanced: whether tokens go to all experts in turn, whatever groups of these compete.
 
     Raises:
         InputError: options, model and ranks do not fit together.
@@ -195,6 +197,10 @@ def measure(
         if fa3:
             stack.enter_context(patch.object(attention, "flash_kernel", lambda _: "FA3"))
         plan = plan_model(alone, family, sizes, world, StagePlan((layers,), (0,)), pp == 1)
+        if balanced:
+            for moe in plan.model.moe_layers().values():
+                if hasattr(moe.gate, "groups"):
+                    moe.gate.groups = moe.gate.top_groups = 1
         recorder = Recorder(plan, world, imbalance, documents or (), names)
         stack.enter_context(recorder.kernels())
         recorder.run(config)

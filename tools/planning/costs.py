@@ -57,13 +57,13 @@ class Software:
     compiled: bool = False
 
 
-# Named options, with what torchsft does instead.
+# Named options of --software, and what happens without them.
 OPTIONS = {
-    "fa3": "FlashAttention 2, unless flash_attn_interface is installed",
-    "deepep": "NCCL's all-to-all at two levels",
-    "cuda-graphs": "every kernel is launched by the host",
+    "fa3": "FlashAttention 2 computes attention, unless flash_attn_interface is installed",
+    "deepep": "NCCL's all-to-all carries rows, at two levels, and the host waits for their number",
+    "cuda-graphs": "the host launches every kernel",
     "forced-balance": "tokens go where the router sends them",
-    "hidden-exchange": "the exchange runs beside shared experts alone",
+    "hidden-exchange": "rows travel beside shared experts alone",
 }
 
 

@@ -133,6 +133,7 @@ def estimate(
         "documents": text.documents,
         "ranks_per_node": gpu.ranks_per_node,
         "fa3": software.fa3,
+        "balanced": software.forced_balance,
     }
     blocks = blocks or measure(config, model_config, size, imbalance=imbalance, **options)
     step = Step(config, model_config, size, gpu, software, blocks)
@@ -384,7 +385,7 @@ class Step:
                 f"pass, and copies at {PCIE / 1e9:g} GB/s"
             )
         given = [name for name in costs.OPTIONS if getattr(software, name.replace("-", "_"))]
-        found += [f"{name}, where torchsft has: {costs.OPTIONS[name]}" for name in given]
+        found += [f"{name}; without it {costs.OPTIONS[name]}" for name in given]
         found.append(
             f"range: shares of kernels {UNCERTAIN['kernels']:.0%} and of links "
             f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet"

@@ -8,6 +8,7 @@ a device keeps for itself.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torchsft.config import Config, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
+from torchsft.models.moe import Router
 from torchsft.optim.offload import gathered_from
 from torchsft.parallel.memory import held_moments
 from torchsft.planning.build import ModelPlan, plan_model
@@ -189,7 +191,8 @@ def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callabl
     """Return what the host is told of the device's integers, see `LiveMemory`."""
     ep, nodes = world.expert["ep"].size(), world.expert_nodes
     chosen = [torch.Size()]  # of the exchange that is planned: tokens and choices
-    for moe in plan.model.moe_layers().values():
+    moes = [*plan.model.moe_layers().values()]
+    for moe in moes:
         if ep > 1:
             moe.exchange.plan = _noted(moe.exchange.plan, chosen)
 
@@ -205,7 +208,7 @@ def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callabl
         rows = tokens * choices
         counts = torch.full((ep,), rows // ep)
         if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
-            copies = int(tokens * (1 - (1 - 1 / nodes) ** choices))
+            copies = int(tokens * share_of_nodes(moes[0].gate, nodes))
             each = rows // nodes, rows // (ep // nodes)
             counts = torch.tensor([copies, *each]).repeat_interleave(
                 torch.tensor([nodes, nodes, ep // nodes])
@@ -218,6 +221,17 @@ def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callabl
         return torch.cat([counts, received, ends]).unsqueeze(0)
 
     return ask
+
+
+def share_of_nodes(gate: Router, nodes: int) -> float:
+    """Return the share of nodes that hold some of the experts that a token chooses at random: where
+    groups of experts compete, those that hold an open one; else by each choice alone.
+    """
+    groups = getattr(gate, "groups", 1)
+    if groups % nodes == 0:
+        elsewhere = math.comb(groups - groups // nodes, gate.top_groups)
+        return 1 - elsewhere / math.comb(groups, gate.top_groups)
+    return 1 - (1 - 1 / nodes) ** gate.top_k
 
 
 @torch.no_grad()  # in which `local` costs little

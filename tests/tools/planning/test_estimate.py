@@ -204,4 +204,4 @@ def test_a_row_of_the_backtest_is_honest_about_what_differs(ranks):
         "not published",
     ):
         assert said in line
-    assert any("deepep: torchsft has NCCL's" in text for text in more)
+    assert any("deepep; without it NCCL's" in text for text in more)
