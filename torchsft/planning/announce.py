@@ -22,7 +22,15 @@ from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.memory import device_bytes
 from torchsft.parallel.stages import ZERO_BUBBLE, StagePlan, plan_stages
 from torchsft.parallel.world import World
-from torchsft.planning.memory import CONTEXT, FRAGMENTS, IMBALANCE, RESERVE, Memory, predict
+from torchsft.planning.memory import (
+    CONTEXT,
+    FRAGMENTS,
+    IMBALANCE,
+    RESERVE,
+    Memory,
+    microbatches_run,
+    predict,
+)
 from torchsft.planning.simulation import MOMENTS, PARAMETERS
 
 # Passes of a microbatch through a layer that a run simulates before it starts: some 30 ms each.
@@ -158,9 +166,8 @@ def _own(config: Config, model_config: Mapping[str, Any], size: int) -> Memory |
     """Predict rank 0's memory, unless that takes long."""
     stages, microbatches = _stages(config, read_model_config(model_config))
     layers = sum(len(stages.layers[stage]) for stage in stages.local(0))
-    parallel, train = config.parallel, config.train
-    most = microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
-    passes = layers * min(microbatches, most)
+    train = config.train
+    passes = layers * microbatches_run(config.parallel, microbatches)
     if train.activation_checkpointing == "stream":
         passes *= train.stream_pieces
     if passes > MOST_PASSES:
@@ -209,8 +216,8 @@ def describe_used(
     tensors += [x for state in optimizer.state.values() for x in state.values() if x.ndim]
     held = sum(local(tensor.detach()).nbytes for tensor in tensors)
     beside = ""
-    if expected:
-        kept = expected.held.get(PARAMETERS, 0) + expected.held.get(MOMENTS, 0) + expected.host
+    if expected and not expected.host:
+        kept = expected.held[PARAMETERS] + expected.held.get(MOMENTS, 0)
         beside = f" ({gigabytes(kept)} planned)"
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (
