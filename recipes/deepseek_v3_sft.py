@@ -128,7 +128,7 @@ def moonlight() -> Config:
 
 def kimi_k2() -> Config:
     """Kimi-K2, K2-Thinking or K2.5 on 256 H100-80GB (32 nodes of 8): as v3_256, with 24 experts of
-    each layer on a GPU and moments in int8; weights, gradients and moments take up to 54 GB a GPU,
+    each layer on a GPU and moments in int8; weights, gradients and moments take up to 55 GB a GPU,
     activations the rest.
 
     On 512 GPUs (--parallel.dp-shard 32 --parallel.ep 32 --train.global-batch-size 1024) moments fit

@@ -81,6 +81,8 @@ def load_recipe(path: str) -> ModuleType:
     if not file.is_file():
         known = ", ".join(f"recipes/{each.name}" for each in sorted(RECIPES.glob("*_sft.py")))
         raise InputError(f"recipe {path} does not exist; those that exist are {known}")
+    if file.suffix != ".py":
+        raise InputError(f"{path} is no recipe: it is no Python file")
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
@@ -163,7 +165,7 @@ def run(recipe: ModuleType, preset: str, options: Options) -> int:
         write_trace(Path(options.trace), estimated.events)
     if options.json:
         content = report.to_json(plan) | {"estimate": estimate.to_json(estimated)}
-        content |= {"remedies": [vars(each) for each in remedies]}
+        content |= {"remedies": [each.to_json() for each in remedies]}
         Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
     return 0 if plan.fits else 1
 

@@ -397,7 +397,7 @@ PUBLISHED = {
     "v2": Published(deepseek_v2_sft, DEEPSEEK_V2, 59, 235_741_434_880),
     "v32_256": Published(deepseek_v32_sft, DEEPSEEK_V32, 57),
     "glm_5_512": Published(deepseek_v32_sft, GLM_5, 34),
-    "kimi_k2": Published(deepseek_v3_sft, KIMI_K2, 54),
+    "kimi_k2": Published(deepseek_v3_sft, KIMI_K2, 55),
     "glm_4_7_flash": Published(deepseek_v3_sft, GLM_4_7_FLASH, 60),
     "glm_4_5_air": Published(glm4_moe_sft, GLM_4_5_AIR, 53, 106_852_245_504),
     "glm_4_5": Published(glm4_moe_sft, GLM_4_5, 44, 352_797_814_784),

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
-from tools.benchmark_memory import H100, predict_preset
 from tools.benchmark_step import held_peak
 from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.data.batch import Batch
@@ -166,7 +165,7 @@ def really(config, family):
         before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers, *inputs)]
         storages = Storages(before)
         peaks = []
-        for _ in range(3 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
+        for _ in range(2 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
             optimizer.zero_grad()
             storages.peak = storages.now
             with storages, storages.watch_resizing():
@@ -215,14 +214,14 @@ CASES = {
         ("llama", "stream", {}),
     ],
     2: [
-        ("deepseek_v3", "full", {"dp_shard": 2, "ep": 2}),
+        ("deepseek_v3", "stream", {"dp_shard": 2, "ep": 2}),
         ("qwen3", "none", {"tp": 2, "ep": 2}),
         ("llama", "selective", {"cp": 2}),
         ("gpt_oss", "none", {"pp": 2, "pp_schedule": "1F1B"}),
         ("deepseek_v3", "full", {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
     ],
     4: [
-        ("deepseek_v3", "stream", {"tp": 2, "cp": 2, "ep": 4}),
+        ("deepseek_v3", "full", {"tp": 2, "cp": 2, "ep": 4}),
         ("gpt_oss", "full", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
         ("qwen3", "full", {"pp": 2, "pp_schedule": "Interleaved1F1B", "dp_shard": 2, "ep": 2}),
         ("llama", "none", {"pp": 2, "pp_schedule": "InterleavedZeroBubble", "tp": 2}),
@@ -248,16 +247,6 @@ def test_a_real_step_takes_what_is_predicted(ranks, size):
         for which in ("storages", "allocated") if size == 1 else ("storages",):
             peaks = [r[which] for r in real], [m["peak"] for m in memory]
             assert peaks[1] == pytest.approx(peaks[0], rel=0.1), case
-
-
-@pytest.mark.parametrize(
-    ("preset", "imbalance"), [("v3_256", 2), ("moonlight", 2), ("gpt_oss_20b", IMBALANCE)]
-)
-def test_presets_fit_their_gpu(ranks, preset, imbalance):
-    """The others, which take minutes: `python tools/benchmark.py memory`."""
-    options = {"preset": preset, "imbalance": imbalance, "ends": False}
-    (memories,) = ranks(1, predict_preset, **options)
-    assert all(memory.needed <= H100 for memory in memories)
 
 
 @pytest.mark.parametrize("nodes", [2, 8])

@@ -212,6 +212,7 @@ class OneStage(Runner):
             loss = model(**batch.to(self.world.device).model_inputs())
             (loss / divisor).backward()
             total += loss.detach()
+            del loss  # before the next forward pass: its graph keeps more than saved tensors
         sum_summands(model.parameters(), self.tp, self.world.device, exact.take())
         return total
 

@@ -28,6 +28,7 @@ from torchsft.optim.offload import gathered_from
 from torchsft.parallel.memory import held_moments
 from torchsft.planning.build import ModelPlan, plan_model
 from torchsft.planning.simulation import (
+    GRADIENTS,
     META,
     MOMENTS,
     PARAMETERS,
@@ -152,6 +153,13 @@ def run_step(
         memory.hold(storage, PARAMETERS if with_memory else None)
     if not on_host:
         memory.add(held_moments(plan.model, config.optim), MOMENTS)
+    if parallel.pp == 1 and plan.microbatches > 1:
+        # One is run: a later one, which finds gradients there.
+        for parameter in plan.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                storage = local(parameter.grad).untyped_storage()
+                memory.hold(storage, None if on_host else GRADIENTS)
     # FSDP replaces parameters in these dictionaries
     begin_layer = partial(
         _begin_layer, memory, [module._parameters for module in plan.model.modules()]
@@ -164,7 +172,7 @@ def run_step(
                 stage.register_forward_pre_hook(put_copies_on_device)
         # No other schedule has more in flight, and none keeps anything of those that are done.
         most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
-        several = min(plan.microbatches, most)
+        several = min(plan.microbatches, most if parallel.pp > 1 else 1)
         batches = [full_batch(plan.tokens) for _ in range(several)]
         pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
         plan.model.train()

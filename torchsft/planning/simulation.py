@@ -32,6 +32,7 @@ from torchsft import ops
 from torchsft.config import Parallel
 from torchsft.models import attention, rope
 from torchsft.ops import swiglu
+from torchsft.parallel import expert_float8
 from torchsft.parallel.memory import pinned_bytes
 from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
@@ -97,6 +98,7 @@ def simulated_rank(
             (rope, "kernels", _has_kernels),
             # fake groups do not know the device
             (schedules, "_batch_p2p", lambda operations, desc=None: [_Travel(operations)]),
+            (expert_float8, "gather_objects", lambda value: [value]),
             (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
         ):
             stack.enter_context(patch.object(module, name, replacement))
