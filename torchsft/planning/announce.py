@@ -138,18 +138,12 @@ class Planned:
             os.close(writing)
             self.reading = reading
             return
+        os.close(reading)  # so that writing fails where the run has ended
         try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            os.nice(10)
-            torch.set_num_threads(1)
-            found: Memory | str = _own(config, model_config(), size)
-        except BaseException as error:  # which the run meets too, and tells, if it is a user's
-            found = f"{type(error).__name__}: {error}"
-        with os.fdopen(writing, "wb") as file:
-            pickle.dump(found, file)
-        os._exit(0)
+            with os.fdopen(writing, "wb") as file:
+                pickle.dump(_quietly(config, model_config, size), file)
+        finally:
+            os._exit(0)
 
     def result(self) -> Memory | str:
         """Wait for it; a sentence: why there is none."""
@@ -160,6 +154,21 @@ class Planned:
             found = file.read()
         os.waitpid(self.child, 0)
         return pickle.loads(found) if found else "its process was ended or took long"
+
+
+def _quietly(
+    config: Config, model_config: Callable[[], Mapping[str, Any]], size: int
+) -> Memory | str:
+    """Predict it beside the run, which knows and says better what may be wrong with its options."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.nice(10)
+    torch.set_num_threads(1)
+    try:
+        return _own(config, model_config(), size)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _own(config: Config, model_config: Mapping[str, Any], size: int) -> Memory | str:
