@@ -652,10 +652,12 @@ class Recorder(LiveMemory):
             for factor in (x, y):
                 self.record(Operation(MEMORY, held(factor) + factor.numel()))
             count = len(offs) if experts else 1
-            shape = len(x) // count, result.shape[-1], x.shape[-1]
+            # where one of them is not sorted by expert it may be tokens, of which each has rows
+            rows = max(len(each) for each in (x, y, result) if each.ndim == 2)
+            shape = rows // count, result.shape[-1], x.shape[-1]
             if result.ndim == 3:  # the gradient of the weight
-                shape = x.shape[-1], result.shape[-1], len(x) // count
-            flops = 2.0 * len(x) * x.shape[-1] * result.shape[-1]
+                shape = x.shape[-1], result.shape[-1], rows // count
+            flops = 2.0 * rows * x.shape[-1] * result.shape[-1]
             shape += (count,) if experts else ()
             size = x.numel() + y.numel() + held(result)
             weights = result.ndim == 3

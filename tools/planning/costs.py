@@ -145,7 +145,12 @@ def kernel_seconds(operation: Operation, gpu: Gpu, software: Software, backward:
     """Return the seconds of a kernel."""
     seconds = operation.bytes / (gpu.memory_bandwidth * gpu.efficiency["memory"])
     if operation.kind in (PRODUCT, GROUPED):
-        peak = gpu.peak_flops[operation.dtype]
+        peak = gpu.peak_flops.get(operation.dtype)
+        if peak is None:
+            raise InputError(
+                f"the run multiplies in {operation.dtype}, of which {gpu.name} has none; use "
+                "--precision.compute bf16 and --precision.experts same"
+            )
         if operation.flops:
             seconds = max(seconds, operation.flops / (peak * product_share(operation, gpu)))
     elif operation.kind == ATTENTION:

@@ -39,7 +39,7 @@ from torchsft.planning.memory import DOCUMENT, IMBALANCE, on_gpus
 # Bytes per second of a GPU's share of its host's memory and of its PCIe link; assumed.
 HOST_BANDWIDTH, PCIE = 40e9, 45e9
 # What a slow and a fast machine make of the shares of peaks, and of links.
-UNCERTAIN = {"kernels": 0.15, "links": 0.25}
+UNCERTAIN = {"kernels": 0.25, "links": 0.3}
 LINKS = ("node", "network", "exchange", "deepep")
 
 
@@ -141,9 +141,15 @@ def estimate(
     seconds = max(event.end for event in found)
     low = high = seconds
     if with_range:
+        even = blocks
+        if imbalance > 1:
+            even = measure(config, model_config, size, imbalance=1.0, **options)
         low, high = (
-            max(event.end for event in dataclasses.replace(step, gpu=_like(gpu, sign)).replayed())
-            for sign in (1, -1)
+            max(
+                event.end
+                for event in dataclasses.replace(step, gpu=_like(gpu, sign), blocks=each).replayed()
+            )
+            for sign, each in ((1, even), (-1, blocks))
         )
     rows = config.train.global_batch_size
     tokens = rows * config.data.seq_len * text.filled
@@ -388,7 +394,8 @@ class Step:
         found += [f"{name}; without it {costs.OPTIONS[name]}" for name in given]
         found.append(
             f"range: shares of kernels {UNCERTAIN['kernels']:.0%} and of links "
-            f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet"
+            f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet; at "
+            "best experts are even"
         )
         return found
 

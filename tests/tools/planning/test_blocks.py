@@ -30,6 +30,10 @@ GROUPED_QUERY["architectures"] = ["Qwen3MoeForCausalLM"]
 MULTIPLY_ADDS = 2.0
 
 
+# Widths that fp8 products have kernels for.
+EVEN = LATENT | dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16)
+
+
 def config_of(compute="bf16", checkpointing="none", rows=4, **parallel):
     return Config(
         data=Data(seq_len=TOKENS),
@@ -75,6 +79,8 @@ def measured(ranks):
     for number, (size, layout, mode) in enumerate(LAYOUTS):
         config = config_of("fp32", mode, rows=8, **layout)
         jobs[number] = config, LATENT, size, {"imbalance": 1.0}
+    for compute in ("bf16", "blockwise", "float8"):
+        jobs[compute] = config_of(compute), EVEN, 1, {}
     for mode in ("full", "none"):
         jobs[mode] = config_of("bf16", mode, dp_shard=2, ep=2), LATENT, 2, {}
     (found,) = ranks(1, recorded, jobs=jobs)
@@ -182,3 +188,29 @@ def test_a_block_keeps_what_its_checkpoint_is(measured):
     rest = sum(p.numel() for p in layer.parameters()) - experts
     assert moe.gathered == rest + experts // 2
     assert moe.exchange > 0 == dense.exchange
+
+
+def by_dtype(blocks, phase):
+    """FLOPs of products of the layers, by dtype and whether they are of experts."""
+    found = Counter()
+    for name in blocks.layers:
+        for each, count in blocks.by_name[name].operations[phase].items():
+            if each.kind in (PRODUCT, GROUPED):
+                found[each.dtype, each.kind] += count * each.flops
+    return found
+
+
+def test_products_in_fp8_are_as_many_and_are_known_as_such(measured):
+    """Emulated in fp32 on the meta device, as tests do; the router stays in fp32, hidden states and
+    so attention are in bf16.
+    """
+    for phase in (FORWARD, BACKWARD):
+        plain = by_dtype(measured["bf16"], phase)
+        blockwise, float8 = (by_dtype(measured[name], phase) for name in ("blockwise", "float8"))
+        assert set(plain) == {("bf16", PRODUCT), ("bf16", GROUPED), ("fp32", PRODUCT)}
+        for found in (blockwise, float8):
+            assert found["fp8", PRODUCT] == plain["bf16", PRODUCT]
+            assert found["fp32", PRODUCT] == plain["fp32", PRODUCT]
+        assert blockwise["fp8", GROUPED] == float8["bf16", GROUPED] == plain["bf16", GROUPED]
+    hidden = {name: measured[name].hidden for name in ("bf16", "blockwise", "float8")}
+    assert set(hidden.values()) == {TOKENS * 64 * 2}

@@ -31,6 +31,8 @@ def test_a_kernel_takes_as_long_as_its_products_or_its_bytes():
     seconds = costs.kernel_seconds(square, H100, OURS, False)
     assert seconds == pytest.approx(2 * size**3 / (989.4e12 * share) + costs.KERNEL)
     in_fp8 = dataclasses.replace(square, dtype="fp8")
+    with pytest.raises(InputError, match="in fp8, of which a100-80g has none"):
+        costs.kernel_seconds(in_fp8, GPUS["a100-80g"], OURS, False)
     assert costs.kernel_seconds(in_fp8, H100, OURS, False) < 0.7 * seconds
 
 
