@@ -189,7 +189,7 @@ def test_options_of_a_file_are_understood(tmp_path):
 # Command lines of the tools, to which an option can be added.
 TOOLS = [("tools/convert_checkpoint.py", line) for line in (["to-dcp", "a", "b"], ["info", "a"])]
 TOOLS += [("tools/convert_checkpoint.py", line) for line in (["to-hf", "a", "b"], ["verify", "a"])]
-TOOLS += [("tools/benchmark.py", [command]) for command in ("step", "gpu", "data", "memory")]
+TOOLS += [("tools/benchmark.py", [command]) for command in ("step", "gpu", "data")]
 TOOLS += [("tools/fp8_study.py", ["a"])]
 SECTIONS = ("--model", "--data", "--train")  # the text names all options of one so
 TORCH_2_13 = ("--shutdown-timeout",)  # options of torchrun that older versions lack

@@ -133,8 +133,19 @@ def model_of(recipe: ModuleType, preset: str, config: Config) -> tuple[str, Mapp
     return f"the published model of {name}", published.model_config(name)
 
 
+def check_outputs(options: Options) -> None:
+    """Refuse a file that cannot be written, before anything is planned."""
+    for name in ("trace", "html", "json"):
+        path = getattr(options, name)
+        if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+            raise InputError(
+                f"--{name} {path} is a directory, or in none; name a file in one that exists"
+            )
+
+
 def run(recipe: ModuleType, preset: str, options: Options) -> int:
     """Plan and print; the exit code."""
+    check_outputs(options)
     gpu, config = read_gpu(options.gpu), options.config()
     if options.backtest:
         from tools.planning import backtest

@@ -4,6 +4,7 @@ process.
 
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -140,6 +141,14 @@ def test_gradients_of_replicated_weights_are_summed_once_a_step_together_in_fp32
     sent = [for_sum for *_, for_sum in results]
     rows = [3, 3] if dp_shard == 1 else [2, 2, 1, 1]
     assert sent == [({"all-reduce": 1}, {"all-reduce": 2 * count * 4 * 4}) for count in rows]
+
+
+def test_what_fsdp_has_summed_is_not_overwritten_while_it_is_read(monkeypatch):
+    """FSDP2 makes it on one stream of a GPU and calls the hook, which keeps it, on another."""
+    made = mock.Mock(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream of the hook")
+    ExactSummands([])._reduced(made)
+    made.record_stream.assert_called_once_with("stream of the hook")
 
 
 def placements():

@@ -1,6 +1,9 @@
 """What a run says of its memory."""
 
 import json
+import os
+import signal
+import time
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -12,7 +15,13 @@ from tests.tiny import tiny_config
 from tools.published import model_config
 from torchsft.config import InputError
 from torchsft.planning import announce
-from torchsft.planning.announce import MOST_PASSES, _own, describe_planned, describe_used
+from torchsft.planning.announce import (
+    MOST_PASSES,
+    Planned,
+    _own,
+    describe_planned,
+    describe_used,
+)
 from torchsft.planning.memory import Memory
 
 
@@ -74,6 +83,20 @@ def test_what_takes_long_is_not_planned_when_a_run_starts():
     config.train.activation_checkpointing = "stream"
     said = describe_planned(_own(config, model_config("v3_64"), 64))
     assert f"more than {MOST_PASSES}, take long); --dry-run plans it" in said
+
+
+def test_planning_ends_where_the_run_has(monkeypatch):
+    """Also with more to say than a pipe holds."""
+    monkeypatch.setattr(announce, "_own", lambda *_: "x" * 10**6)
+    child = Planned(None, dict, 1)
+    os.close(child.reading)
+    for _ in range(100):
+        if os.waitpid(child.child, os.WNOHANG)[0]:
+            return
+        time.sleep(0.1)
+    os.kill(child.child, signal.SIGKILL)
+    os.waitpid(child.child, 0)
+    raise AssertionError("it waits for a run that has ended")
 
 
 def test_what_a_gpu_has_held_stands_beside_what_was_planned():

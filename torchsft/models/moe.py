@@ -33,7 +33,8 @@ from torchsft.ops.swiglu import (
 from torchsft.ops.tiles import SIZE
 
 MOST = 2  # times an even load: more rows are computed in slices of half an even load
-# Of these at most. (In a pass for answers a rank with few tokens may get many rows of others.)
+# Or of all rows over this, if that is more. (In a pass for answers a rank with few tokens may get
+# many rows of others.)
 MOST_SLICES = 8
 
 # experts([x_TD, weights_R1], order, offs_E, ends) -> y_TD: the sums of what a token's rows get of

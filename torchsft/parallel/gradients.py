@@ -65,6 +65,8 @@ class ExactSummands:
                 unit.set_all_reduce_hook(self._reduced)
 
     def _reduced(self, flat: Tensor) -> None:
+        if flat.is_cuda:  # made on FSDP2's stream of reduce-scatters, but read on this one
+            flat.record_stream(torch.cuda.current_stream())
         self.flat = flat
 
     def _add(self, parameter: nn.Parameter) -> None:

@@ -22,7 +22,15 @@ from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.memory import device_bytes
 from torchsft.parallel.stages import ZERO_BUBBLE, StagePlan, plan_stages
 from torchsft.parallel.world import World
-from torchsft.planning.memory import CONTEXT, FRAGMENTS, IMBALANCE, RESERVE, Memory, predict
+from torchsft.planning.memory import (
+    CONTEXT,
+    FRAGMENTS,
+    IMBALANCE,
+    RESERVE,
+    Memory,
+    microbatches_run,
+    predict,
+)
 from torchsft.planning.simulation import MOMENTS, PARAMETERS
 
 # Passes of a microbatch through a layer that a run simulates before it starts: some 30 ms each.
@@ -130,18 +138,12 @@ class Planned:
             os.close(writing)
             self.reading = reading
             return
+        os.close(reading)  # so that writing fails where the run has ended
         try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            os.nice(10)
-            torch.set_num_threads(1)
-            found: Memory | str = _own(config, model_config(), size)
-        except BaseException as error:  # which the run meets too, and tells, if it is a user's
-            found = f"{type(error).__name__}: {error}"
-        with os.fdopen(writing, "wb") as file:
-            pickle.dump(found, file)
-        os._exit(0)
+            with os.fdopen(writing, "wb") as file:
+                pickle.dump(_quietly(config, model_config, size), file)
+        finally:
+            os._exit(0)
 
     def result(self) -> Memory | str:
         """Wait for it; a sentence: why there is none."""
@@ -154,13 +156,27 @@ class Planned:
         return pickle.loads(found) if found else "its process was ended or took long"
 
 
+def _quietly(
+    config: Config, model_config: Callable[[], Mapping[str, Any]], size: int
+) -> Memory | str:
+    """Predict it beside the run, which knows and says better what may be wrong with its options."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.nice(10)
+    torch.set_num_threads(1)
+    try:
+        return _own(config, model_config(), size)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def _own(config: Config, model_config: Mapping[str, Any], size: int) -> Memory | str:
     """Predict rank 0's memory, unless that takes long."""
     stages, microbatches = _stages(config, read_model_config(model_config))
     layers = sum(len(stages.layers[stage]) for stage in stages.local(0))
-    parallel, train = config.parallel, config.train
-    most = microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
-    passes = layers * min(microbatches, most)
+    train = config.train
+    passes = layers * microbatches_run(config.parallel, microbatches)
     if train.activation_checkpointing == "stream":
         passes *= train.stream_pieces
     if passes > MOST_PASSES:
@@ -209,8 +225,8 @@ def describe_used(
     tensors += [x for state in optimizer.state.values() for x in state.values() if x.ndim]
     held = sum(local(tensor.detach()).nbytes for tensor in tensors)
     beside = ""
-    if expected:
-        kept = expected.held.get(PARAMETERS, 0) + expected.held.get(MOMENTS, 0) + expected.host
+    if expected and not expected.host:
+        kept = expected.held[PARAMETERS] + expected.held.get(MOMENTS, 0)
         beside = f" ({gigabytes(kept)} planned)"
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from torchsft.config import Config
+from torchsft.config import Config, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
@@ -170,15 +170,21 @@ def run_step(
         if on_host:
             for stage in plan.stages:
                 stage.register_forward_pre_hook(put_copies_on_device)
-        # No other schedule has more in flight, and none keeps anything of those that are done.
-        most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
-        several = min(plan.microbatches, most if parallel.pp > 1 else 1)
+        several = microbatches_run(parallel, plan.microbatches)
         batches = [full_batch(plan.tokens) for _ in range(several)]
         pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
         plan.model.train()
         pipeline.step(batches, 1.0)
         begin_layer()
     return memory
+
+
+def microbatches_run(parallel: Parallel, microbatches: int) -> int:
+    """Return how many of a step's microbatches are run to predict it."""
+    if parallel.pp == 1:
+        return 1
+    # No other schedule has more in flight, and none keeps anything of those that are done.
+    return microbatches if parallel.pp_schedule == "GPipe" else min(microbatches, 2 * parallel.pp)
 
 
 def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callable[[Tensor], Tensor]:
