@@ -25,7 +25,7 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
     """Return the dtype of hidden states and gathered parameters for a --precision.compute, or of
     parameters for --optim.masters.
     """
-    is_bf16 = compute == "bf16" or (compute in ("blockwise", "float8") and device.type == "cuda")
+    is_bf16 = compute == "bf16" or (compute in ("blockwise", "float8") and device.type != "cpu")
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
