@@ -73,13 +73,13 @@ def finetune() -> Config:
 
 
 def v2_lite() -> Config:
-    """DeepSeek-V2-Lite (or Coder-V2-Lite) on 8 H100-80GB (one node): FSDP2 over all of them, 8 of
-    64 experts on each; 31 GB a GPU for weights, gradients and moments, activations beside that.
+    """DeepSeek-V2-Lite (or Coder-V2-Lite) on 4 H100-80GB: FSDP2 over all of them, 16 of 64 experts
+    on each; 63 GB a GPU for weights, gradients and moments, activations beside that.
     """
     return Config(
         data=Data(seq_len=8192),
         train=Train(epochs=1, global_batch_size=32, activation_checkpointing="full"),
-        parallel=Parallel(dp_shard=8, ep=8),
+        parallel=Parallel(dp_shard=4, ep=4),
         optim=Optim(lr=1e-5, warmup_steps=0.03),
         output="outputs/deepseek_v2_lite",
     )

@@ -93,6 +93,22 @@ def v3_64() -> Config:
     return dataclasses.replace(config, parallel=parallel, train=train)
 
 
+def v3_256_128k() -> Config:
+    """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8) with rows of 131,072 tokens, each on 32 GPUs
+    (context parallelism), without a pipeline: 4 experts of each layer on a GPU, shared by four; 42
+    GB a GPU for weights, gradients and moments, activations the rest.
+    """
+    config = v3_256()
+    timeout = config.parallel.timeout_seconds
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len=131072),
+        train=dataclasses.replace(config.train, global_batch_size=8),
+        parallel=Parallel(dp_shard=8, cp=32, ep=64, timeout_seconds=timeout),
+        output="outputs/deepseek_v3_128k",
+    )
+
+
 def moonlight() -> Config:
     """Moonlight-16B-A3B on 8 H100-80GB (one node): FSDP2 over all of them, 8 of 64 experts on each;
     32 GB a GPU for weights, gradients and moments.
@@ -111,14 +127,16 @@ def moonlight() -> Config:
 
 
 def kimi_k2() -> Config:
-    """Kimi-K2, K2-Thinking or K2.5 on 512 H100-80GB (64 nodes of 8): 16 pipeline ranks, 12
-    experts of each layer on a GPU; weights, gradients and moments take up to 42 GB a GPU,
+    """Kimi-K2, K2-Thinking or K2.5 on 256 H100-80GB (32 nodes of 8): as v3_256, with 24 experts of
+    each layer on a GPU and moments in int8; weights, gradients and moments take up to 55 GB a GPU,
     activations the rest.
+
+    On 512 GPUs (--parallel.dp-shard 32 --parallel.ep 32 --train.global-batch-size 1024) moments fit
+    in fp32 (--optim.moments fp32).
     """
     config = v3_256()
-    parallel = dataclasses.replace(config.parallel, dp_shard=32, ep=32)
-    train = dataclasses.replace(config.train, global_batch_size=1024)
-    return dataclasses.replace(config, parallel=parallel, train=train, output="outputs/kimi_k2")
+    optim = dataclasses.replace(config.optim, moments="int8")
+    return dataclasses.replace(config, optim=optim, output="outputs/kimi_k2")
 
 
 def glm_4_7_flash() -> Config:
@@ -137,6 +155,7 @@ PRESETS = {
     "v3_256": v3_256,
     "v3_128": v3_128,
     "v3_64": v3_64,
+    "v3_256_128k": v3_256_128k,
     "moonlight": moonlight,
     "kimi_k2": kimi_k2,
     "glm_4_7_flash": glm_4_7_flash,

@@ -72,14 +72,18 @@ def finetune() -> Config:
 
 
 def glm_4_5_air() -> Config:
-    """GLM-4.5-Air on 32 H100-80GB (4 nodes of 8): FSDP2 over all of them, 4 of 128 experts on each;
-    53 GB a GPU for weights, gradients and moments, activations beside that.
+    """GLM-4.5-Air on 16 H100-80GB (2 nodes of 8): FSDP2 over all of them, 8 of 128 experts on each,
+    masters and moments in bf16; 53 GB a GPU for weights, gradients and moments, activations beside
+    that.
+
+    On 32 GPUs (--parallel.dp-shard 32 --parallel.ep 32) these fit in fp32 (--optim.masters fp32
+    --optim.moments fp32).
     """
     return Config(
         data=Data(seq_len=8192),
         train=Train(epochs=1, global_batch_size=64, activation_checkpointing="full"),
-        parallel=Parallel(dp_shard=32, ep=32, timeout_seconds=1800.0),
-        optim=Optim(lr=1e-5, warmup_steps=0.03),
+        parallel=Parallel(dp_shard=16, ep=16, timeout_seconds=1800.0),
+        optim=Optim(lr=1e-5, warmup_steps=0.03, masters="bf16", moments="bf16"),
         output="outputs/glm_4_5_air",
     )
 

@@ -65,27 +65,31 @@ def finetune() -> Config:
 
 
 def gpt_oss_20b() -> Config:
-    """gpt-oss-20b on 8 H100-80GB (one node): FSDP2 over all of them, 4 of 32 experts on each; 42 GB
-    a GPU for weights, gradients and moments, activations beside that.
+    """gpt-oss-20b on 4 H100-80GB: FSDP2 over all of them, 8 of 32 experts on each, moments in bf16;
+    63 GB a GPU for weights, gradients and moments, activations beside that.
     """
     return Config(
         data=Data(seq_len=8192),
         train=Train(epochs=1, global_batch_size=64, activation_checkpointing="full"),
-        parallel=Parallel(dp_shard=8, ep=8),
-        optim=Optim(lr=1e-5, warmup_steps=0.03),
+        parallel=Parallel(dp_shard=4, ep=4),
+        optim=Optim(lr=1e-5, warmup_steps=0.03, moments="bf16"),
         output="outputs/gpt_oss_20b",
     )
 
 
 def gpt_oss_120b() -> Config:
-    """gpt-oss-120b on 32 H100-80GB (4 nodes of 8): FSDP2 over all of them, 4 of 128 experts on
-    each; 58 GB a GPU for weights, gradients and moments, activations beside that.
+    """gpt-oss-120b on 16 H100-80GB (2 nodes of 8): FSDP2 over all of them, 8 of 128 experts on
+    each, masters and moments in bf16; 58 GB a GPU for weights, gradients and moments, activations
+    beside that.
+
+    On 32 GPUs (--parallel.dp-shard 32 --parallel.ep 32) these fit in fp32 (--optim.masters fp32
+    --optim.moments fp32).
     """
     return Config(
         data=Data(seq_len=4096),
         train=Train(epochs=1, global_batch_size=128, activation_checkpointing="full"),
-        parallel=Parallel(dp_shard=32, ep=32, timeout_seconds=1800.0),
-        optim=Optim(lr=5e-6, warmup_steps=0.03),
+        parallel=Parallel(dp_shard=16, ep=16, timeout_seconds=1800.0),
+        optim=Optim(lr=5e-6, warmup_steps=0.03, masters="bf16", moments="bf16"),
         output="outputs/gpt_oss_120b",
     )
 

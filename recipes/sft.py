@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,48 @@ def check_family(model_path: str, architectures: Sequence[str]) -> None:
         )
 
 
+def debug_config(debug_model: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return config.json of the debug preset's model; `debug_model`: see `run`."""
+    from debug_task import write_debug_model
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_debug_model(Path(directory), debug_model)
+        return json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+
+
+def plan_memory(
+    preset: str,
+    config: Config,
+    architectures: Sequence[str],
+    debug_model: Mapping[str, Any] | None,
+) -> None:
+    """Print what --dry-run says, on rank 0; see `run`.
+
+    Raises:
+        InputError: there is no config.json, or it does not fit.
+    """
+    from torchsft.checkpoint.hf_directory import read_config
+    from torchsft.planning.announce import dry_run
+    from torchsft.planning.memory import on_gpus
+    from torchsft.resolution import number_of_ranks, resolve
+
+    if config.data.train:
+        check_data(config.data)
+    if config.model.path is not None:
+        path = model_directory(config.model.path)
+        check_family(path, architectures)
+        model_config = read_config(path)
+    elif preset == "debug":
+        model_config = debug_config(debug_model)
+    else:
+        raise InputError(
+            "--dry-run reads the model's config.json: give --model.path (of published models "
+            "python tools/plan.py knows it)"
+        )
+    if is_main():
+        dry_run(resolve(on_gpus(config)), model_config, number_of_ranks(config))
+
+
 def run(
     presets: Mapping[str, Callable[[], Config]],
     doc: str,
@@ -163,6 +206,9 @@ def run(
         if is_main():
             print(json.dumps(to_dict(resolved), indent=2))
         return
+    if config.dry_run:
+        plan_memory(preset, config, architectures, debug_model)
+        return
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     use_expandable_segments()
     if preset == "debug" and config.model.path is None:
@@ -175,10 +221,19 @@ def run(
     record_collectives(config.parallel.flight_recorder, config.output)
 
     from answers import answer
+    from torchsft.checkpoint.hf_directory import read_config
     from torchsft.checkpoint.publish import output_lock
     from torchsft.parallel.world import World, deterministic
+    from torchsft.planning.announce import Planned, describe_planned, describe_used
+    from torchsft.resolution import number_of_ranks, resolve
     from torchsft.trainer import Trainer
 
+    def model_config() -> Mapping[str, Any]:
+        return debug_config(debug_model) if generate else read_config(config.model.path)
+
+    planning = planned = None
+    if is_main():
+        planning = Planned(resolve(config), model_config, number_of_ranks(config))
     with (
         deterministic(config.train.deterministic),
         World(config.parallel, config.train.seed) as world,
@@ -186,4 +241,10 @@ def run(
     ):
         if world.device.type == "cpu":
             keep_freed_memory()
-        Trainer(config, world, generate, answer).run()
+        trainer = Trainer(config, world, generate, answer)
+        if planning:
+            planned = planning.result()
+            trainer.output.message(describe_planned(planned))
+        trainer.run()
+        used = describe_used(planned, trainer.model, trainer.optimizer, world)
+        trainer.output.message(used)

@@ -56,7 +56,7 @@ def test_the_preset_is_named_or_follows_from_the_model_path():
     with pytest.raises(
         InputError,
         match="preset 'debgu' does not exist; choose one of: debug, finetune, v3_256, "
-        "v3_128, v3_64, moonlight",
+        "v3_128, v3_64, v3_256_128k, moonlight",
     ):
         options("debgu")
 

@@ -31,7 +31,7 @@ from recipes import deepseek_v3_sft
 from recipes.sft import choose_preset
 from tests import same_numbers
 from tests.families import RECIPES
-from tools import benchmark, convert_checkpoint, draw_pages, fp8_study, inspect_data
+from tools import benchmark, convert_checkpoint, draw_pages, fp8_study, inspect_data, plan
 from torchsft import cli
 from torchsft.config import Config
 
@@ -119,6 +119,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "tools/benchmark.py": benchmark.parse,
     "tools/draw_pages.py": draw_pages.parse,
     "tools/fp8_study.py": fp8_study.parse,
+    "tools/plan.py": plan.read,
     "tests/same_numbers.py": same_numbers.parse,
 }
 
@@ -188,7 +189,7 @@ def test_options_of_a_file_are_understood(tmp_path):
 # Command lines of the tools, to which an option can be added.
 TOOLS = [("tools/convert_checkpoint.py", line) for line in (["to-dcp", "a", "b"], ["info", "a"])]
 TOOLS += [("tools/convert_checkpoint.py", line) for line in (["to-hf", "a", "b"], ["verify", "a"])]
-TOOLS += [("tools/benchmark.py", [command]) for command in ("step", "gpu", "data", "memory")]
+TOOLS += [("tools/benchmark.py", [command]) for command in ("step", "gpu", "data")]
 TOOLS += [("tools/fp8_study.py", ["a"])]
 SECTIONS = ("--model", "--data", "--train")  # the text names all options of one so
 TORCH_2_13 = ("--shutdown-timeout",)  # options of torchrun that older versions lack
@@ -198,7 +199,7 @@ def is_option(flag: str, values: list[str]) -> bool:
     """Whether a recipe, a tool or torchrun has this option, and takes these values."""
     name = flag.removeprefix("--").replace("-", "_")
     positive = re.sub(r"(^|\.)no_", r"\1", name)  # of a switch
-    for kind in (Config, inspect_data.Options):
+    for kind in (Config, inspect_data.Options, plan.Options):
         options = options_of(kind)
         if {name, positive} & options.keys() or flag in ("--config", "--help", "--help-all"):
             if values:

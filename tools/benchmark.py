@@ -22,8 +22,6 @@ python tools/benchmark.py checkpoint      conversion, loading and saving, agains
                                           obvious script
 python tools/benchmark.py data            tokenising, packing, starting, against the bare tokenizer
                                           and TRL
-python tools/benchmark.py memory          what a step of presets takes on a GPU, and for what,
-                                          predicted without one
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ from tools import (
     benchmark_gpu,
     benchmark_kernels,
     benchmark_layouts,
-    benchmark_memory,
     benchmark_pipeline,
     benchmark_rows,
     benchmark_savings,
@@ -104,14 +101,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument(
         "--no-trl", action="store_true", help="without TRL, which need not be installed then"
     )
-    memory = commands.add_parser("memory", help="memory of presets on GPUs, predicted")
-    memory.add_argument("presets", nargs="*", help="default: all, which takes some minutes")
-    memory.add_argument(
-        "--imbalance",
-        type=float,
-        default=1.5,
-        help="rows that a rank receives, over the mean (default: %(default)s)",
-    )
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     return parser.parse_args(argv)
@@ -124,8 +113,6 @@ def main() -> None:
         benchmark_step.run(options.json, options.repeats, options.threads, options.profile)
     elif options.command == "savings":
         benchmark_savings.run(options.json)
-    elif options.command == "memory":
-        benchmark_memory.run(options.json, options.presets, options.imbalance)
     elif options.command == "kernels":
         benchmark_kernels.run(options.json)
     elif options.command == "triton":

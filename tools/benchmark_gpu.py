@@ -7,7 +7,8 @@ vocabulary is cut to 32,768 so that memory goes to layers.
 
 Then what one rank of large layouts computes (benchmark_stage.py): a pipeline rank of V3, whose
 experts receive 1, 2 and 4 times the mean load, and a layer of moonlight. Last the Triton kernels
-beside their plain twins (benchmark_triton.py).
+beside their plain twins (benchmark_triton.py). First of all matrix products of many shapes
+(benchmark_products.py).
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tools import benchmark_triton
+from tools import benchmark_products, benchmark_triton
 from tools.benchmark_modes import FULL, MODES, Mode, Side, documents
 from tools.benchmark_stage import Stage, line, measure_stage
 from tools.benchmark_triton import Sizes
@@ -348,6 +350,11 @@ def run(json_path: Path | None, repeats: int = 10) -> dict[str, Any]:
             "matmul_tflops": peak,
             "data_sheet_tflops": peak_tflops(world.device),
         }
+        if data_sheet := report["data_sheet_tflops"]:
+            peaks = benchmark_products.peaks_of(world.device, data_sheet * 1e12)
+            timed = partial(seconds_of, device=world.device, repeats=repeats, warmup=3)
+            report["products"] = benchmark_products.measure(world.device, peaks, timed)
+            write(json_path, report)
         memory = torch.cuda.mem_get_info(world.device)[1] * 0.94
         for case in (V3, QWEN3):
             config = hf_config(case.sizes, *largest_that_fits(case, memory))

@@ -3,6 +3,7 @@ from the real code, in one process, without a GPU.
 
 python tools/plan.py recipes/deepseek_v3_sft.py v3_256 --world-size 256 --gpu h100-80g
 python tools/plan.py recipes/deepseek_v3_sft.py --world-size 64 --gpu h100-80g --search
+python tools/plan.py --backtest
 
 The recipe, its preset and all its options are those of training; of --model.path only config.json
 is read. Exit code 1: it does not fit, or cannot be (the sentence says why); 2: a wrong option.
@@ -41,6 +42,10 @@ class Options(Config):
     """h100-80g, h200-141g, a100-80g, b200-192g, or a YAML file that describes another one."""
     imbalance: float = 1.5
     """Rows that a rank's experts receive, over the mean."""
+    software: tuple[str, ...] = ()
+    """What makes a step faster than torchsft alone, to be assumed in the estimate: fa3, deepep,
+    cuda-graphs, forced-balance, hidden-exchange.
+    """
     search: bool = False
     """Look for the fastest layouts and modes that fit these GPUs; what the command line gives
     stays.
@@ -52,7 +57,7 @@ class Options(Config):
     json: str | None = None
     """File for the plan as JSON."""
     backtest: bool = False
-    """Compare the estimate with published runs, and print the errors."""
+    """Compare the estimate with published runs, and print the errors; needs no recipe."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +81,8 @@ def load_recipe(path: str) -> ModuleType:
     if not file.is_file():
         known = ", ".join(f"recipes/{each.name}" for each in sorted(RECIPES.glob("*_sft.py")))
         raise InputError(f"recipe {path} does not exist; those that exist are {known}")
+    if file.suffix != ".py":
+        raise InputError(f"{path} is no recipe: it is no Python file")
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
@@ -91,6 +98,8 @@ def read(argv: Sequence[str]) -> tuple[ModuleType, str, Options]:
     Raises:
         InputError: what is not understood.
     """
+    if argv[:1] == ["--backtest"]:
+        argv = [str(RECIPES / "deepseek_v3_sft.py"), "debug", *argv]
     if not argv or argv[0] in ("-h", "--help", "--help-all"):
         print(__doc__)
         raise SystemExit(0)
@@ -124,21 +133,51 @@ def model_of(recipe: ModuleType, preset: str, config: Config) -> tuple[str, Mapp
     return f"the published model of {name}", published.model_config(name)
 
 
+def check_outputs(options: Options) -> None:
+    """Refuse a file that cannot be written, before anything is planned."""
+    for name in ("trace", "html", "json"):
+        path = getattr(options, name)
+        if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+            raise InputError(
+                f"--{name} {path} is a directory, or in none; name a file in one that exists"
+            )
+
+
 def run(recipe: ModuleType, preset: str, options: Options) -> int:
     """Plan and print; the exit code."""
+    check_outputs(options)
     gpu, config = read_gpu(options.gpu), options.config()
+    if options.backtest:
+        from tools.planning import backtest
+
+        print(*backtest.run_all(), sep="\n")
+        return 0
     where, model_config = model_of(recipe, preset, config)
-    from tools.planning import report
+    from tools.planning import changes, estimate, report
+    from tools.planning.costs import software_of
+    from tools.planning.trace import write_trace
     from torchsft.resolution import smallest_number_of_ranks
 
     size = options.world_size or smallest_number_of_ranks(config.parallel)
+    software = software_of(options.software, gpu)
     planned = report.run_of(config, model_config, size, gpu, options.imbalance)
     architecture = ", ".join(model_config.get("architectures", ()))
     print(f"{Path(recipe.__file__).stem} {preset}: {architecture}, config.json of {where}")
     plan = report.make_plan(planned)
-    print(*report.lines_of(plan), sep="\n")
+    print(*report.lines_of(plan), sep="\n", flush=True)
+    remedies = [] if plan.fits else changes.Search(plan).cheapest(3)
+    if not plan.fits:
+        print(*changes.lines_of(plan, remedies), sep="\n")
+    estimated = estimate.of_run(
+        planned.config, model_config, size, gpu, options.imbalance, software
+    )
+    print(*estimate.lines_of(estimated, gpu), sep="\n", flush=True)
+    if options.trace:
+        write_trace(Path(options.trace), estimated.events)
     if options.json:
-        Path(options.json).write_text(json.dumps(report.to_json(plan), indent=2) + "\n")
+        content = report.to_json(plan) | {"estimate": estimate.to_json(estimated)}
+        content |= {"remedies": [each.to_json() for each in remedies]}
+        Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
     return 0 if plan.fits else 1
 
 

@@ -393,17 +393,17 @@ MINIMAX_M2 = {
 
 # Presets (but debug and finetune) of the recipes, by name.
 PUBLISHED = {
-    "v2_lite": Published(deepseek_v2_sft, DEEPSEEK_V2_LITE, 31, 15_706_484_224),
+    "v2_lite": Published(deepseek_v2_sft, DEEPSEEK_V2_LITE, 63, 15_706_484_224),
     "v2": Published(deepseek_v2_sft, DEEPSEEK_V2, 59, 235_741_434_880),
     "v32_256": Published(deepseek_v32_sft, DEEPSEEK_V32, 57),
     "glm_5_512": Published(deepseek_v32_sft, GLM_5, 34),
-    "kimi_k2": Published(deepseek_v3_sft, KIMI_K2, 42),
+    "kimi_k2": Published(deepseek_v3_sft, KIMI_K2, 55),
     "glm_4_7_flash": Published(deepseek_v3_sft, GLM_4_7_FLASH, 60),
     "glm_4_5_air": Published(glm4_moe_sft, GLM_4_5_AIR, 53, 106_852_245_504),
     "glm_4_5": Published(glm4_moe_sft, GLM_4_5, 44, 352_797_814_784),
     "qwen3_30b": Published(qwen3_sft, QWEN3_30B, 61, 30_532_122_624),
     "qwen3_235b": Published(qwen3_sft, QWEN3_235B, 59, 235_093_634_560),
-    "gpt_oss_20b": Published(gpt_oss_sft, GPT_OSS_20B, 42, 20_914_757_184),
+    "gpt_oss_20b": Published(gpt_oss_sft, GPT_OSS_20B, 63, 20_914_757_184),
     "gpt_oss_120b": Published(gpt_oss_sft, GPT_OSS_120B, 58, 116_829_156_672),
     "minimax_m2": Published(minimax_m2_sft, MINIMAX_M2, 57, 228_689_748_992),
     "llama_8b": Published(llama_sft, LLAMA_8B, 16, 8_030_261_248),

@@ -22,7 +22,7 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: the mesh sizes do not fit the number of ranks.
     """
-    sizes = mesh_sizes(config.parallel, _number_of_ranks(config))
+    sizes = mesh_sizes(config.parallel, number_of_ranks(config))
     parallel = dataclasses.replace(config.parallel, dp_shard=sizes["dense"]["dp_shard"])
     precision, train = config.precision, config.train
     if precision.compute == "auto":
@@ -37,11 +37,11 @@ def resolve(config: Config) -> Config:
     )
 
 
-def _number_of_ranks(config: Config) -> int:
-    """Return the number of ranks that were started, or with --print-config of one process the
-    smallest number that the layout can have.
+def number_of_ranks(config: Config) -> int:
+    """Return the number of ranks that were started, or with --print-config or --dry-run of one
+    process the smallest number that the layout can have.
     """
-    if not config.print_config or "WORLD_SIZE" in os.environ:
+    if not (config.print_config or config.dry_run) or "WORLD_SIZE" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1"))
     return smallest_number_of_ranks(config.parallel)
 

@@ -15,7 +15,7 @@ from tests.distributed.kill import stored
 from tests.test_trainer import run_recipe
 from tests.tiny import write_conversations, write_tiny_model
 from torchsft.checkpoint.overwrite import make_way
-from torchsft.config import Checkpoint, Config, Data, InputError
+from torchsft.config import Checkpoint, Config, Data, InputError, Parallel
 from torchsft.trainer import Trainer
 
 
@@ -207,7 +207,7 @@ def test_files_that_a_directory_or_glob_names_are_inputs_too(tmp_path, monkeypat
 
 def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):
     output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    for name in ("checkpoints", "tensorboard", "hf", "generated"):
+    for name in ("checkpoints", "tensorboard", "flight-recorder", "hf", "generated"):
         (elsewhere / name / "step-00000001").mkdir(parents=True)
         (elsewhere / name / "events.out.tfevents.1").write_text("kept")
     (elsewhere / "metrics.jsonl").write_text("kept")
@@ -216,13 +216,27 @@ def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):
     for path in elsewhere.iterdir():
         (output / path.name).symlink_to(path)
     config = Config(output=str(output), overwrite=True)
-    assert len(make_way(config)) == 5
+    assert len(make_way(config)) == 6
     assert [path.name for path in output.iterdir()] == ["checkpoints"] and not (
         output / "checkpoints"
     ).is_symlink()
     (output / "checkpoints" / "step-00000001").symlink_to(elsewhere)
     make_way(config)
     assert not list((output / "checkpoints").iterdir()) and sorted(elsewhere.rglob("*")) == before
+
+
+def test_overwrite_removes_flight_records_whose_directory_torch_does_not_make(tmp_path):
+    records = tmp_path / "flight-recorder"
+    config = Config(output=str(tmp_path), overwrite=True, parallel=Parallel(flight_recorder=100))
+    for names, others in ((["rank_0", "rank_13"], []), (["rank_1", "mine"], ["mine"])):
+        records.mkdir(exist_ok=True)
+        for name in names:
+            (records / name).write_bytes(b"")
+        assert make_way(config) == [str(records)]
+        assert [path.name for path in records.iterdir()] == others
+    (records / "mine").unlink()
+    make_way(Config(output=str(tmp_path), overwrite=True))
+    assert not records.exists()
 
 
 def test_overwrite_removes_remote_checkpoints(tmp_path):

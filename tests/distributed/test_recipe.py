@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.sft import check_family
 from tests.families import RECIPES
 from tests.tiny import write_tiny_model
-from torchsft.config import InputError
+from tools.planning.storage import checkpoint_bytes, export_bytes
+from torchsft.cli import build, options_of, read_file
+from torchsft.config import Config, InputError
 from torchsft.models.families import FAMILIES
+from torchsft.planning.memory import planned_rank
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -81,6 +86,23 @@ def test_every_recipe_has_a_debug_preset_that_trains(tmp_path, recipe):
     options = ["--train.steps", 1, "--eval.answers", 0]
     succeed(1, *options, "--data.seq-len", 128, "--output", output, recipe=recipe)
     assert len(records(output)) == 1 and (output / "hf" / "config.json").is_file()
+    check_planned_sizes(output)
+
+
+def check_planned_sizes(output: Path):
+    """What plan.py counts for the disk is what a run of one rank has written."""
+    config = build(Config, read_file(str(output / "config.json"), options_of(Config)))
+    model_config = json.loads((output / "generated" / "config.json").read_text())
+    with planned_rank(config, model_config, 1) as (plan, _):
+        counted = checkpoint_bytes(plan.model, config.optim)
+    folder = output / "checkpoints" / "step-00000001"
+    tensors = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = [entry for name, entry in tensors.items() if not name.startswith("rng.")]
+    assert counted == sum(each.size.numel() * each.properties.dtype.itemsize for each in tensors)
+    written = (folder / "__0_0.distcp").stat().st_size
+    assert 0 < written - counted < 2_000 * len(tensors) + 10_000  # each in an archive of its own
+    index = json.loads((output / "hf" / "model.safetensors.index.json").read_text())
+    assert export_bytes(config, model_config) == index["metadata"]["total_size"]
 
 
 def test_a_recipe_trains_its_own_families_alone(tmp_path):
@@ -125,6 +147,10 @@ def test_debug_preset_gives_every_output_and_transformers_gives_its_answers(tmp_
         f"tensorboard --logdir {output}/tensorboard",
     ):
         assert expected in out
+    assert "memory planned for rank 0: tensors of 0.0" in out
+    # parameters and moments, as planned and as there
+    held = re.search(r"parameters and moments (\S+ GB) \((\S+ GB) planned\); torch counts no", out)
+    assert held[1] == held[2]
     lines = records(output)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     expected = {

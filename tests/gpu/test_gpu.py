@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed import test_layouts
 from tests.ops.passes import Operations
-from tests.precision.test_blockwise_compute import experts
+from tests.precision.test_blockwise_compute import assert_no_sorted_copy_is_needed, experts
 from tests.ranks import RankPool
 from tests.tiny import tiny_qwen3_config, write_conversations, write_tiny_model
 from tools.benchmark_modes import MODES, SELECTIVE
@@ -308,6 +308,7 @@ def test_block_wise_kernels_compute_what_the_plain_products_do(power_of_two, dty
     x, w, dy = (values.to("cuda", dtype) for values in (x, w, dy))
     offs = offs.cuda()
     plain, kernels = BlockwiseProducts(power_of_two), BlockwiseKernels(power_of_two)
+    assert_no_sorted_copy_is_needed(kernels, "cuda")
     values, scales = blockwise_mm.quantise_weight(w, power_of_two, False)
     for matrix, found, scale in zip(w, values, scales, strict=True):
         expected = quantise(matrix.float(), power_of_two=power_of_two)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools.benchmark_gpu import QWEN3, hf_config
 from tools.benchmark_modes import documents
+from tools.published import GPT_OSS_20B, LLAMA_8B, QWEN3_30B, model_config
 from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
@@ -27,10 +27,30 @@ def batch(device):
     return Batch(**inputs, loss_weights=torch.ones(ROW, device=device), padding=0)
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_a_gpu_holds_what_is_predicted(ranks, mode):
+# Published models with so few layers that an H100 holds them.
+MODELS = {
+    "deepseek_v3": model_config("moonlight") | {"num_hidden_layers": 4},
+    "qwen3": QWEN3_30B | {"num_hidden_layers": 4},
+    "gpt_oss": GPT_OSS_20B
+    | {"num_hidden_layers": 2, "layer_types": GPT_OSS_20B["layer_types"][:2]},
+    "llama": LLAMA_8B | {"num_hidden_layers": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        ("deepseek_v3", "none"),
+        ("deepseek_v3", "stream"),
+        ("qwen3", "none"),
+        ("qwen3", "full"),
+        ("gpt_oss", "full"),
+        ("llama", "selective"),
+    ],
+)
+def test_a_gpu_holds_what_is_predicted(ranks, family, mode):
     """Within a tenth; the reserve is as large as is stated."""
-    model = hf_config(QWEN3.sizes, experts=64, moe_layers=4)
+    model = MODELS[family]
     config = Config(
         data=Data(seq_len=ROW),
         train=Train(global_batch_size=2, activation_checkpointing=mode),

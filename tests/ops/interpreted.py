@@ -64,7 +64,7 @@ def main() -> None:
                 assert same_bits((values.mT if transposed else values).contiguous(), q)
                 assert same_bits(found.scales[expert], scale)
 
-    assert_no_sorted_copy_is_needed(BlockwiseKernels(True))
+    assert_no_sorted_copy_is_needed(BlockwiseKernels(True), "cpu")
 
     # What is kept is kept until the optimizer's step, or a change of the weight itself.
     weight, x = torch.nn.Parameter(numbers(96, 40)), numbers(7, 40).requires_grad_()

@@ -128,7 +128,7 @@ def training_pass(
             batch_loss = model(**batch)
             batch_loss.backward()
             loss += batch_loss.detach()
-        sum_summands(model.parameters(), world.parameter["tp"], world.device)
+        sum_summands(model.parameters(), world.parameter["tp"], world.device, {})
         loss /= world.dense["tp"].size()  # the ranks of a tensor group return the same sum
         moes = model.moe_layers().values()
         none = torch.zeros(0)  # of a dense model

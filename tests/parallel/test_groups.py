@@ -9,6 +9,7 @@ import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -26,31 +27,41 @@ EXPANDABLE = "expandable_segments:True"
 
 def groups_made(parallel, size, device_type):
     """Of rank 77 of a fake world: backend and ranks of each group that it makes, by axis; the mesh
-    axes that share a group; the groups that are connected.
+    axes that share a group; what goes over each group when these are connected.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=77, world_size=size, store=FakeStore())
-    made, connected, new_group, all_reduce = [], [], dist.new_group, dist.all_reduce
+    made, connected, new_group = [], {}, dist.new_group
 
     def record_group(ranks, timeout, backend, group_desc):
         if 77 in ranks:
             made.append((group_desc, backend, len(ranks), timeout.total_seconds()))
         return new_group(ranks, timeout, "fake", group_desc=group_desc)
 
-    dist.new_group, dist.all_reduce = record_group, lambda x, group: connected.append(group)
-    try:
+    def record(name):
+        return lambda *_, group: connected.setdefault(group, []).append(name)
+
+    def record_sent(operations):
+        for each in operations:
+            name = f"{each.op.__name__} {each.group_peer - each.group.rank()}"
+            connected[each.group].append(name)
+        return []
+
+    names = "all_reduce", "all_gather", "reduce_scatter", "all_to_all_single"
+    recorded = {name: record(name) for name in names}
+    recorded |= {"new_group": record_group, "batch_isend_irecv": record_sent}
+    with mock.patch.multiple(dist, **recorded):
         meshes = groups.make_meshes(
             mesh_sizes(parallel, size), device_type, timedelta(seconds=parallel.timeout_seconds)
         )
         groups.connect(groups.groups_of(meshes.values()), torch.device("cpu"))
-    finally:
-        dist.new_group, dist.all_reduce = new_group, all_reduce
     axes = {}
     for name, mesh in meshes.items():
         for axis in mesh.mesh_dim_names:
             axes.setdefault(mesh.get_group(axis), []).append(f"{name} {axis}")
-    return made, list(axes.values()), [axes[group] for group in connected]
+    travelled = {" ".join(axes[group]): names for group, names in connected.items()}
+    return made, list(axes.values()), travelled
 
 
 def test_on_gpus_no_mesh_has_a_group_of_gloo_and_layers_none_with_fsdp(ranks):
@@ -59,6 +70,7 @@ def test_on_gpus_no_mesh_has_a_group_of_gloo_and_layers_none_with_fsdp(ranks):
     sizes = mesh_sizes(parallel, size)
     arguments = {"parallel": parallel, "size": size, "device_type": "cuda"}
     ((made, shared, connected),) = ranks(1, groups_made, **arguments)
+    neighbours = ["isend 1", "irecv -1", "isend -1", "irecv 1"]
     assert {backend for _, backend, _, _ in made} == {"nccl"}
     assert {timeout for *_, timeout in made} == {parallel.timeout_seconds}
     # pp, dp_shard (no collective), fsdp and ep; a group of each kind for all axes of one rank
@@ -68,12 +80,12 @@ def test_on_gpus_no_mesh_has_a_group_of_gloo_and_layers_none_with_fsdp(ranks):
     for axes in shared:
         several = {axis.split()[1] for axis in axes if sizes[axis.split()[0]][axis.split()[1]] > 1}
         assert len(several) <= 1, axes
-    # All that something travels over, once.
-    names = [axis for axes in connected for axis in axes]
-    assert len(names) == len(set(names))
-    assert {name.split()[1] for name in names} == {
-        axis for axes in sizes.values() for axis, n in axes.items() if n > 1
-    } - {"dp_shard", "data"}
+    # All that something travels over, by what will travel (rank 77 is the fifth of a pipeline).
+    assert connected == {
+        "dense pp parameter pp expert pp": ["all_reduce", *neighbours],
+        "parameter fsdp": ["all_reduce", "all_gather", "reduce_scatter"],
+        "expert ep": ["all_reduce", "all_to_all_single"],
+    }
 
 
 def test_on_cpus_axes_over_the_same_ranks_share_a_group(ranks):

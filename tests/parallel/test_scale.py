@@ -21,6 +21,9 @@ from torchsft.parallel.world import mesh_sizes
 # Published numbers; V3 without MTP.
 PARAMETERS = {"v3": 671_026_404_352}
 PARAMETERS |= {name: model.parameters for name, model in PUBLISHED.items()}
+# Bytes of a parameter with its gradient, by --optim.masters, and of its moments.
+WITH_GRADIENT = {"fp32": 8, "bf16": 4}
+OF_MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2 * (1 + 4 / 128)}
 
 
 def plan_of(name, parallel):
@@ -53,6 +56,7 @@ def share_of_a_rank(name, rank, changes):
         stages,
         SimpleNamespace(**meshes, device=torch.device("cuda"), expert_nodes=1),
         torch.bfloat16,
+        masters={"fp32": torch.float32, "bf16": torch.bfloat16}[optim.masters],
         reshard_after_forward=reshard_after_forward(parallel),
         offload=optim.offload,
     )
@@ -106,15 +110,18 @@ def test_a_rank_holds_its_share_and_no_more(ranks, name, changes, rank, experts)
         ("v3_256", 57),
         ("v3_128", 51),
         ("v3_64", 21),
+        ("v3_256_128k", 42),
         ("moonlight", 32),
         *((name, model.gigabytes) for name, model in PUBLISHED.items()),
     ],
 )
 def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
-    """On the fullest pipeline rank; by hand: 16 bytes for each parameter of its share (with offload
-    2) and, with a pipeline, 2 for each that is gathered and 4 for its waiting gradient.
+    """On the fullest pipeline rank; by hand: 16 bytes for each parameter of its share (fewer with
+    masters or moments of low precision, with offload 2) and, with a pipeline, 2 for each that is
+    gathered and 4 for its waiting gradient.
     """
-    parallel, offload = PRESETS[name]().parallel, PRESETS[name]().optim.offload
+    parallel, optim = PRESETS[name]().parallel, PRESETS[name]().optim
+    offload = optim.offload
     plan = plan_of(name, parallel)
     with torch.device("meta"):
         parts = [
@@ -125,8 +132,9 @@ def test_the_presets_need_the_memory_that_they_name(ranks, name, gigabytes):
         assert sum(counts) == known
     assert max(counts) / (sum(counts) / len(counts)) < 1.12
     fullest = counts.index(max(counts))
-    share = counts[fullest] / parallel.dp_shard
-    expected = (2 if offload else 16) * share
+    share = counts[fullest] / (parallel.dp_shard * parallel.cp)
+    each = WITH_GRADIENT[optim.masters] + OF_MOMENTS[optim.moments]
+    expected = (2 if offload else each) * share
     if offload and parallel.pp > 1:
         expected += 4 * share  # of its gradient, waiting with the others
     if parallel.pp > 1:

@@ -4,6 +4,7 @@ process.
 
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tools.benchmark_layouts import SentBytes
 from torchsft.config import InputError, Parallel
 from torchsft.models.decoder import Linear
 from torchsft.parallel.apply import parallelize
-from torchsft.parallel.gradients import sum_summands
+from torchsft.parallel.gradients import ExactSummands, sum_summands
 from torchsft.parallel.sequence import gather_tokens, scatter_sum
 from torchsft.parallel.tensor import apply_tensor_parallel
 from torchsft.parallel.world import World
@@ -83,44 +84,71 @@ def test_bf16_gradients_have_the_right_size(ranks, one_process):
 
 
 class TwoMaps(nn.Module):
-    """a(x) + b(x)."""
+    """a(x) + 2 b(x)."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = Linear(4, 4), Linear(4, 4)
+        self.a, self.b = Linear(4, 3), Linear(4, 3)
 
     def forward(self, x):
-        return self.a(x) + self.b(x)
+        return self.a(x) + 2 * self.b(x)
 
 
-def gradients_of_two_microbatches():
-    """Computed in bf16, on replicated weights whose gradients are 1 on one rank and 2**-12 on the
-    other; what was sent in the passes and for the sum.
+def gradients_of_two_microbatches(masters: torch.dtype, dp_shard: int):
+    """Computed in bf16, on replicated weights; what was sent in the passes and for the sum. The
+    gradients of a are 1 and then 3 * 2^-10 on one rank of a tensor group, 0 and then 3 * 2^-10 on
+    the other.
     """
-    with World(Parallel(tp=2, timeout_seconds=60), 0) as world:
-        mesh, model = world.parameter, TwoMaps()
+    with World(Parallel(tp=2, dp_shard=dp_shard, timeout_seconds=60), 0) as world:
+        mesh, model = world.parameter, TwoMaps().to(masters)
         for part in model.children():
             part.bias = None
             part.weight = nn.Parameter(distribute_tensor(part.weight, mesh["tp"], [Replicate()]))
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         fully_shard(model, mesh=mesh["fsdp"], mp_policy=policy)
+        model.set_gradient_divide_factor(1.0)
         model.set_force_sum_reduction_for_comms(True)
+        exact, is_first = ExactSummands([model]), mesh["tp"].get_local_rank() == 0
         with SentBytes() as passes:
-            for _ in range(2):
-                model(torch.full((1, 4), [1, 2**-12][world.rank]).bfloat16()).sum().backward()
+            for x in (float(is_first), 3 * 2**-10):
+                mine = x if world.data_rank == 0 else 0
+                model(torch.full((1, 4), mine).bfloat16()).sum().backward()
         with SentBytes() as summing:
-            sum_summands(model.parameters(), mesh["tp"], world.device)
+            sum_summands(model.parameters(), mesh["tp"], world.device, exact.take())
         gradients = [p.grad.full_tensor() for p in model.parameters()]
         return gradients, passes.calls, (summing.calls, summing.sent)
 
 
-def test_gradients_of_replicated_weights_are_summed_once_a_step_together_in_fp32(ranks):
-    for gradients, in_passes, for_sum in ranks(2, gradients_of_two_microbatches):
-        for gradient in gradients:
-            assert torch.equal(gradient, torch.full((4, 4), 2 + 2**-11))  # bf16 has 2 or 2 + 2**-6
-        assert not in_passes
-        # 2 (n - 1) / n of 32 numbers
-        assert for_sum == ({"all-reduce": 1}, {"all-reduce": 128})
+@pytest.mark.parametrize(
+    ("masters", "dp_shard", "expected"),
+    [
+        (torch.float32, 1, 1 + 3 * 2**-9),  # bf16 has 1 or 1 + 2^-7
+        (torch.bfloat16, 1, 1 + 2**-7),  # each rank's sum rounded: 1 and 3 * 2^-10, together 1
+        (torch.bfloat16, 2, 1 + 2**-7),  # shards of 2 rows and 1
+    ],
+)
+def test_gradients_of_replicated_weights_are_summed_once_a_step_together_in_fp32(
+    ranks, masters, dp_shard, expected
+):
+    arguments = {"masters": masters, "dp_shard": dp_shard}
+    results = ranks(2 * dp_shard, gradients_of_two_microbatches, **arguments)
+    for (of_a, of_b), in_passes, _ in results:
+        assert of_a.dtype == of_b.dtype == masters
+        assert torch.equal(of_a, torch.full((3, 4), expected, dtype=masters))
+        assert torch.equal(of_b, 2 * of_a)
+        assert "all-reduce" not in in_passes
+    # 2 (n - 1) / n of the numbers of a rank's rows, of both weights
+    sent = [for_sum for *_, for_sum in results]
+    rows = [3, 3] if dp_shard == 1 else [2, 2, 1, 1]
+    assert sent == [({"all-reduce": 1}, {"all-reduce": 2 * count * 4 * 4}) for count in rows]
+
+
+def test_what_fsdp_has_summed_is_not_overwritten_while_it_is_read(monkeypatch):
+    """FSDP2 makes it on one stream of a GPU and calls the hook, which keeps it, on another."""
+    made = mock.Mock(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream of the hook")
+    ExactSummands([])._reduced(made)
+    made.record_stream.assert_called_once_with("stream of the hook")
 
 
 def placements():

@@ -1,5 +1,6 @@
 """Predicted memory, against torch's allocator during real steps on CPU ranks."""
 
+import os
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -14,19 +15,20 @@ from torch.utils._pytree import tree_leaves
 
 from tests.families import tiny
 from tests.tiny import tiny_config, tiny_qwen3_config
-from tools.benchmark_memory import H100, predict_preset
 from tools.benchmark_step import held_peak
 from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
+from torchsft.models.moe import MoE
+from torchsft.models.routers import GroupedSigmoidRouter
 from torchsft.ops.rms_norm import _RmsNorm
 from torchsft.optim.adamw import build_optimizer, set_lr
 from torchsft.parallel.fsdp import allocate
 from torchsft.parallel.world import World
 from torchsft.planning import simulation
 from torchsft.planning.build import plan_model
-from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step
+from torchsft.planning.memory import DOCUMENT, IMBALANCE, run_step, share_of_nodes
 from torchsft.planning.simulation import GRADIENTS, MOMENTS, PARAMETERS, simulated_rank
 
 SIZES = dict(
@@ -54,11 +56,16 @@ def model_json(family):
     return config.to_dict() | {"architectures": architectures}
 
 
-def config_of(seq_len, parallel, **train):
+def config_of(layout, checkpointing):
+    """A step has two microbatches, with a pipeline of two three times as many: more than are run to
+    predict it.
+    """
+    parallel = Parallel(**{"dp_shard": 1} | layout)
+    rows = (2 if parallel.pp == 1 else 6) * parallel.dp_replicate * parallel.dp_shard
     return Config(
-        data=Data(seq_len=seq_len),
-        train=Train(global_batch_size=8, **train),
-        parallel=Parallel(**{"dp_shard": 1} | parallel),
+        data=Data(seq_len=DOCUMENT),
+        train=Train(global_batch_size=rows, activation_checkpointing=checkpointing),
+        parallel=parallel,
         precision=Precision(compute="fp32"),
     )
 
@@ -116,20 +123,29 @@ class Storages(TorchDispatchMode):
         return patch.object(torch.UntypedStorage, "resize_", resize_and_count)
 
 
-def imbalance(model, world):
-    """Rows that this rank's experts have received over the mean, in the layer with most."""
-    ranks, most = world.expert["ep"].size(), 1.0
-    for moe in model.moe_layers().values() if ranks > 1 else ():
-        rows = world.sum(moe.expert_load).view(ranks, -1).sum(1)
-        most = max(most, (rows[world.rank] / rows.mean()).item())
-    return most
+def imbalance(rank, ep):
+    """Rows that a rank's experts receive over the mean: 1.5 times it on the first rank of `ep`, and
+    on the others the rest.
+    """
+    if ep == 1:
+        return 1.0
+    return IMBALANCE if rank % ep == 0 else (ep - IMBALANCE) / (ep - 1)
+
+
+def deal_unevenly(moe, experts_SK, _):
+    """In place of what routers choose."""
+    experts, mine = len(moe.expert_load), len(local(moe.experts.down_proj))
+    ep, number_R = experts // mine, torch.arange(experts_SK.numel())
+    to_first = round(len(number_R) * imbalance(0, ep) / ep)
+    others_R = mine + (number_R - to_first) % max(1, experts - mine)
+    return torch.where(number_R < to_first, number_R % mine, others_R).view_as(experts_SK)
 
 
 def really(config, family):
     """Bytes of this rank's parameters, moments, gradients and receive buffers; and the most above
     the first two during a step, of storages and of what torch's allocator gave out.
     """
-    with World(config.parallel, seed=0) as world:
+    with patch.object(MoE, "deal", deal_unevenly), World(config.parallel, seed=0) as world:
         found = model_json(family)
         plan = plan_model(config, family_of(found), read_model_config(found), world)
         allocate(plan.stages, world.device, offload=False)
@@ -149,7 +165,7 @@ def really(config, family):
         before = [local(x.detach()).untyped_storage() for x in (*parameters, *buffers, *inputs)]
         storages = Storages(before)
         peaks = []
-        for _ in range(3 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
+        for _ in range(2 if world.size > 1 else 1):  # gloo's threads let go of rows late at times
             optimizer.zero_grad()
             storages.peak = storages.now
             with storages, storages.watch_resizing():
@@ -164,19 +180,15 @@ def really(config, family):
             PARAMETERS: sum(local(p).nbytes for p in (*parameters, *buffers)),
             MOMENTS: sum(states),
             GRADIENTS: gradients,
-            "imbalance": imbalance(plan.model, world),
             "storages": min(peaks),
             "allocated": allocated,
         }
 
 
-def each(configs, families):
-    return [really(*one) for one in zip(configs, families, strict=True)]
-
-
-def predicted(config, family, rank, size, imbalance):
+def predicted(config, family):
     """The same without memory. GPUs have a kernel for norms, a CPU the formulas of ops."""
     norm = SimpleNamespace(apply=lambda x, weight: _RmsNorm.apply(x, weight, 1e-6))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = model_json(family)
     with (
         patch.object(simulation, "BLOCK", 1),
@@ -184,60 +196,67 @@ def predicted(config, family, rank, size, imbalance):
         simulated_rank(config.parallel, rank, size) as world,
     ):
         plan = plan_model(config, family_of(found), read_model_config(found), world)
-        memory = run_step(plan, config, world, imbalance)
+        memory = run_step(plan, config, world, imbalance(rank, config.parallel.ep))
     held = {purpose: memory.held[purpose] for purpose in (PARAMETERS, MOMENTS, GRADIENTS)}
     return held | {"peak": memory.at_peak.total() - held[PARAMETERS] - held[MOMENTS]}
 
 
-def each_predicted(configs, families, imbalances):
-    """Of each, what every rank is predicted to have."""
-    size = len(imbalances)
-    return [
-        [
-            predicted(*one, rank, size, more)
-            for *one, more in zip(configs, families, mine, strict=True)
-        ]
-        for rank, mine in enumerate(imbalances)
-    ]
+def each(measure, cases):
+    return [measure(config_of(layout, mode), family) for family, mode, layout in cases]
 
 
-FULL = {"activation_checkpointing": "full"}
-ONE_RANK = [
-    ("deepseek_v3", {}, {}),
-    ("deepseek_v3", {}, FULL),
-    ("qwen3", {}, {"activation_checkpointing": "selective"}),
-]
-TWO_RANKS = [
-    ("deepseek_v3", {"dp_shard": 2, "ep": 2}, FULL),
-    ("deepseek_v3", {"tp": 2}, FULL),
-    ("deepseek_v3", {"pp": 2, "pp_schedule": "1F1B"}, FULL),
-    ("deepseek_v3", {"pp": 2, "pp_schedule": "Interleaved1F1B"}, {}),
-]
+# Ranks: family, checkpointing and layout.
+CASES = {
+    1: [
+        ("deepseek_v3", "none", {}),
+        ("qwen3", "selective", {}),
+        ("gpt_oss", "full", {}),
+        ("llama", "stream", {}),
+    ],
+    2: [
+        ("deepseek_v3", "stream", {"dp_shard": 2, "ep": 2}),
+        ("qwen3", "none", {"tp": 2, "ep": 2}),
+        ("llama", "selective", {"cp": 2}),
+        ("gpt_oss", "none", {"pp": 2, "pp_schedule": "1F1B"}),
+        ("deepseek_v3", "full", {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
+    ],
+    4: [
+        ("deepseek_v3", "full", {"tp": 2, "cp": 2, "ep": 4}),
+        ("gpt_oss", "full", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
+        ("qwen3", "full", {"pp": 2, "pp_schedule": "Interleaved1F1B", "dp_shard": 2, "ep": 2}),
+        ("llama", "none", {"pp": 2, "pp_schedule": "InterleavedZeroBubble", "tp": 2}),
+    ],
+    8: [
+        (
+            "deepseek_v3",
+            "full",
+            {"pp": 2, "pp_schedule": "DualPipeV"} | {"dp_shard": 2, "tp": 2, "ep": 2},
+        )
+    ],
+}
 
 
-@pytest.mark.parametrize(("size", "layouts"), [(1, ONE_RANK), (2, TWO_RANKS)])
-def test_a_real_step_takes_what_is_predicted(ranks, size, layouts):
+@pytest.mark.parametrize("size", CASES)
+def test_a_real_step_takes_what_is_predicted(ranks, size):
     """Parameters, moments and gradients to the byte; all at the peak within a tenth."""
-    configs = [config_of(1024, layout, **train) for _, layout, train in layouts]
-    options = {"configs": configs, "families": [family for family, _, _ in layouts]}
-    of_ranks = ranks(size, each, **options)
-    imbalances = [[real["imbalance"] for real in found] for found in of_ranks]
-    (expected_of_ranks,) = ranks(1, each_predicted, **options, imbalances=imbalances)
-    # [layout][rank]
-    measured, expected = zip(*of_ranks, strict=True), zip(*expected_of_ranks, strict=True)
-    for real, memory in zip(measured, expected, strict=True):
+    measured = zip(*ranks(size, each, measure=really, cases=CASES[size]), strict=True)
+    expected = zip(*ranks(size, each, measure=predicted, cases=CASES[size]), strict=True)
+    for case, real, memory in zip(CASES[size], measured, expected, strict=True):
         for purpose in (PARAMETERS, MOMENTS, GRADIENTS):
-            assert [m[purpose] for m in memory] == [r[purpose] for r in real]
+            assert [m[purpose] for m in memory] == [r[purpose] for r in real], case
         for which in ("storages", "allocated") if size == 1 else ("storages",):
             peaks = [r[which] for r in real], [m["peak"] for m in memory]
-            assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
+            assert peaks[1] == pytest.approx(peaks[0], rel=0.1), case
 
 
-@pytest.mark.parametrize(
-    ("preset", "imbalance"), [("v3_256", 2), ("moonlight", 2), ("gpt_oss_20b", IMBALANCE)]
-)
-def test_presets_fit_their_gpu(ranks, preset, imbalance):
-    """The others, which take minutes: `python tools/benchmark.py memory`."""
-    options = {"preset": preset, "imbalance": imbalance, "ends": False}
-    (memories,) = ranks(1, predict_preset, **options)
-    assert all(memory.needed <= H100 for memory in memories)
+@pytest.mark.parametrize("nodes", [2, 8])
+def test_tokens_go_to_the_nodes_of_their_open_groups(nodes):
+    """Random choices, of 64 experts in 8 groups of which 4 are open."""
+    torch.manual_seed(0)
+    gate = GroupedSigmoidRouter(8, 64, top_k=8, normalise=True, groups=8, top_groups=4)
+    chosen_SK = gate.choose(torch.rand(4000, 64))
+    hit = torch.zeros(4000, nodes).scatter_(1, chosen_SK // (64 // nodes), 1)
+    assert hit.mean().item() == pytest.approx(share_of_nodes(gate, nodes), rel=0.03)
+    gate.groups = gate.top_groups = 1
+    hit = torch.zeros(4000, nodes).scatter_(1, torch.randint(nodes, (4000, 8)), 1)
+    assert hit.mean().item() == pytest.approx(share_of_nodes(gate, nodes), rel=0.03)

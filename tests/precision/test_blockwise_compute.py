@@ -72,18 +72,18 @@ def test_products_of_experts_are_those_of_the_definition(power_of_two):
     assert_equal_sums(products.grad_weight(dy, x, offs), dw)
 
 
-def assert_no_sorted_copy_is_needed(products: BlockwiseProducts) -> None:
+def assert_no_sorted_copy_is_needed(products: BlockwiseProducts, device: str) -> None:
     """Experts' networks that sort tokens while they quantise them, with one row each and with two,
     give the bits of those behind `permute`.
     """
-    offs = torch.tensor([5, 5, 150, 156]).to(torch.int32)
+    offs = torch.tensor([5, 5, 150, 156], dtype=torch.int32, device=device)
     for tokens in (156, 78):
-        order_R = torch.randperm(156, generator=torch.Generator().manual_seed(0))
+        order_R = torch.randperm(156, generator=torch.Generator().manual_seed(0)).to(device)
         order = Order(order_R, order_R.argsort().view(tokens, -1))
         inputs = numbers(tokens, 160), numbers(4, 256, 160), numbers(4, 160, 128)
-        leaves = [x.bfloat16().requires_grad_() for x in inputs] + [torch.rand(156, 1)]
-        leaves[-1].requires_grad_()
-        upstream = numbers(tokens, 160, seed=1).bfloat16()
+        leaves = [x.to(device, torch.bfloat16).requires_grad_() for x in inputs]
+        leaves.append(torch.rand(156, 1, device=device, requires_grad=True))
+        upstream = numbers(tokens, 160, seed=1).to(device, torch.bfloat16)
         x, *rest = leaves
         y = combine(grouped_swiglu(permute(x, *order), *rest, offs, (products,) * 2), *order)
         both = replace(products, input_order=order), replace(products, output_order=order)
@@ -95,7 +95,7 @@ def assert_no_sorted_copy_is_needed(products: BlockwiseProducts) -> None:
 
 
 def test_rows_are_quantised_in_any_order():
-    assert_no_sorted_copy_is_needed(BlockwiseProducts(power_of_two=True))
+    assert_no_sorted_copy_is_needed(BlockwiseProducts(power_of_two=True), "cpu")
 
 
 def test_a_linear_map_has_the_products_of_one_expert():

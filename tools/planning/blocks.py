@@ -29,6 +29,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 import torchsft.ops
@@ -167,6 +168,7 @@ def measure(
     documents: Sequence[float] | None = None,
     ranks_per_node: int = RANKS_PER_NODE,
     fa3: bool = False,
+    balanced: bool = False,
 ) -> Blocks:
     """Record a model of one layer of each kind in a run's layout.
 
@@ -179,6 +181,7 @@ def measure(
             long ones as `DOCUMENT` says.
         ranks_per_node: GPUs of a node.
         fa3: whether attention is FlashAttention 3, whose values may be narrower than queries.
+        balanced: whether tokens go to all experts in turn, whatever groups of these compete.
 
     Raises:
         InputError: options, model and ranks do not fit together.
@@ -194,6 +197,10 @@ def measure(
         if fa3:
             stack.enter_context(patch.object(attention, "flash_kernel", lambda _: "FA3"))
         plan = plan_model(alone, family, sizes, world, StagePlan((layers,), (0,)), pp == 1)
+        if balanced:
+            for moe in plan.model.moe_layers().values():
+                if hasattr(moe.gate, "groups"):
+                    moe.gate.groups = moe.gate.top_groups = 1
         recorder = Recorder(plan, world, imbalance, documents or (), names)
         stack.enter_context(recorder.kernels())
         recorder.run(config)
@@ -248,6 +255,7 @@ class _Found:
     operations: list[dict[str, Operations]]  # of each microbatch
     kept: int = 0
     before: int = 0  # bytes, when its pass began
+    exchange_before: int = 0  # those of them that the exchange held
     working: int = 0
     exchange: int = 0
 
@@ -367,7 +375,7 @@ class Recorder(LiveMemory):
         """A pass through a block begins."""
         self.block, self.window = block, window
         found = self.of_block()
-        found.before = self.level()
+        found.before, found.exchange_before = self.level(), self.held[EXCHANGE]
         if self.phase == FORWARD:
             self.begin_layer(())
 
@@ -394,7 +402,8 @@ class Recorder(LiveMemory):
             found = self.found[self.block]
             more = self.level() - found.before
             if more > found.working:
-                found.working, found.exchange = more, self.held[EXCHANGE]
+                found.working = more
+                found.exchange = self.held[EXCHANGE] - found.exchange_before
 
     def _again(self, compute: Callable[..., Tensor], block: str, window: int | None) -> Any:
         """Return a layer's `compute` that knows when the backward pass calls it."""
@@ -643,10 +652,12 @@ class Recorder(LiveMemory):
             for factor in (x, y):
                 self.record(Operation(MEMORY, held(factor) + factor.numel()))
             count = len(offs) if experts else 1
-            shape = len(x) // count, result.shape[-1], x.shape[-1]
+            # where one of them is not sorted by expert it may be tokens, of which each has rows
+            rows = max(len(each) for each in (x, y, result) if each.ndim == 2)
+            shape = rows // count, result.shape[-1], x.shape[-1]
             if result.ndim == 3:  # the gradient of the weight
-                shape = x.shape[-1], result.shape[-1], len(x) // count
-            flops = 2.0 * len(x) * x.shape[-1] * result.shape[-1]
+                shape = x.shape[-1], result.shape[-1], rows // count
+            flops = 2.0 * rows * x.shape[-1] * result.shape[-1]
             shape += (count,) if experts else ()
             size = x.numel() + y.numel() + held(result)
             weights = result.ndim == 3
@@ -671,7 +682,10 @@ class Recorder(LiveMemory):
                 operations,
                 sum(local(p).numel() for p in parameters),
                 sum(local(p).numel() for p in parameters if p.requires_grad),
-                sum(gathered_elements(p) for p in parameters),
+                sum(
+                    gathered_elements(p) if isinstance(p, DTensor) else p.numel()
+                    for p in parameters
+                ),
                 own.kept,
                 max(own.working, 0),
                 own.exchange,

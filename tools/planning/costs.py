@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from tools.planning.blocks import ATTENTION, GROUPED, MEMORY, PRODUCT, WAIT, Operation, Operations
 from tools.planning.gpus import Gpu, Measured
+from torchsft.config import InputError
 
 # Seconds between two kernels on a device, and that a host takes to launch one (autograd and FSDP2's
 # hooks included); compiled regions are launched together, CUDA graphs all at once.
@@ -56,14 +57,33 @@ class Software:
     compiled: bool = False
 
 
-# Named options, with what torchsft does instead.
+# Named options of --software, and what happens without them.
 OPTIONS = {
-    "fa3": "FlashAttention 2, unless flash_attn_interface is installed",
-    "deepep": "NCCL's all-to-all at two levels",
-    "cuda-graphs": "every kernel is launched by the host",
+    "fa3": "FlashAttention 2 computes attention, unless flash_attn_interface is installed",
+    "deepep": "NCCL's all-to-all carries rows, at two levels, and the host waits for their number",
+    "cuda-graphs": "the host launches every kernel",
     "forced-balance": "tokens go where the router sends them",
-    "hidden-exchange": "the exchange runs beside shared experts alone",
+    "hidden-exchange": "rows travel beside shared experts alone",
 }
+
+
+def software_of(names: Sequence[str], gpu: Gpu) -> Software:
+    """Return what the named options say.
+
+    Raises:
+        InputError: there is no such option, or it is not for this GPU.
+    """
+    for name in names:
+        if name not in OPTIONS:
+            raise InputError(
+                f"--software {name} is not known; those known are {', '.join(OPTIONS)}"
+            )
+    if "fa3" in names and gpu.capability != (9, 0):
+        raise InputError(
+            f"--software fa3 is for GPUs of compute capability 9.0, but {gpu.name} has "
+            f"{gpu.compute_capability}; leave it out"
+        )
+    return Software(**{name.replace("-", "_"): True for name in names})
 
 
 def shape_share(m: int, n: int, k: int) -> float:
@@ -125,7 +145,12 @@ def kernel_seconds(operation: Operation, gpu: Gpu, software: Software, backward:
     """Return the seconds of a kernel."""
     seconds = operation.bytes / (gpu.memory_bandwidth * gpu.efficiency["memory"])
     if operation.kind in (PRODUCT, GROUPED):
-        peak = gpu.peak_flops[operation.dtype]
+        peak = gpu.peak_flops.get(operation.dtype)
+        if peak is None:
+            raise InputError(
+                f"the run multiplies in {operation.dtype}, of which {gpu.name} has none; use "
+                "--precision.compute bf16 and --precision.experts same"
+            )
         if operation.flops:
             seconds = max(seconds, operation.flops / (peak * product_share(operation, gpu)))
     elif operation.kind == ATTENTION:

@@ -39,7 +39,7 @@ from torchsft.planning.memory import DOCUMENT, IMBALANCE, on_gpus
 # Bytes per second of a GPU's share of its host's memory and of its PCIe link; assumed.
 HOST_BANDWIDTH, PCIE = 40e9, 45e9
 # What a slow and a fast machine make of the shares of peaks, and of links.
-UNCERTAIN = {"kernels": 0.15, "links": 0.25}
+UNCERTAIN = {"kernels": 0.25, "links": 0.3}
 LINKS = ("node", "network", "exchange", "deepep")
 
 
@@ -133,6 +133,7 @@ def estimate(
         "documents": text.documents,
         "ranks_per_node": gpu.ranks_per_node,
         "fa3": software.fa3,
+        "balanced": software.forced_balance,
     }
     blocks = blocks or measure(config, model_config, size, imbalance=imbalance, **options)
     step = Step(config, model_config, size, gpu, software, blocks)
@@ -140,9 +141,15 @@ def estimate(
     seconds = max(event.end for event in found)
     low = high = seconds
     if with_range:
+        even = blocks
+        if imbalance > 1:
+            even = measure(config, model_config, size, imbalance=1.0, **options)
         low, high = (
-            max(event.end for event in dataclasses.replace(step, gpu=_like(gpu, sign)).replayed())
-            for sign in (1, -1)
+            max(
+                event.end
+                for event in dataclasses.replace(step, gpu=_like(gpu, sign), blocks=each).replayed()
+            )
+            for sign, each in ((1, even), (-1, blocks))
         )
     rows = config.train.global_batch_size
     tokens = rows * config.data.seq_len * text.filled
@@ -163,6 +170,26 @@ def estimate(
         step.assumptions(imbalance, text),
         software,
     )
+
+
+def of_run(
+    config: Config,
+    model_config: Mapping[str, Any],
+    size: int,
+    gpu: Gpu,
+    imbalance: float,
+    software: Software,
+) -> Estimate:
+    """Estimate a run, with its own data where there are some.
+
+    Raises:
+        InputError: options, model, ranks and data do not fit together.
+    """
+    text = None
+    if config.data.train and config.model.path and not config.data.streaming:
+        text = read_text(config, model_config, size)
+    options = {"imbalance": imbalance, "software": software, "text": text}
+    return estimate(config, model_config, size, gpu, **options)
 
 
 def assumed_text(config: Config) -> Text:
@@ -364,10 +391,11 @@ class Step:
                 f"pass, and copies at {PCIE / 1e9:g} GB/s"
             )
         given = [name for name in costs.OPTIONS if getattr(software, name.replace("-", "_"))]
-        found += [f"{name}, where torchsft has: {costs.OPTIONS[name]}" for name in given]
+        found += [f"{name}; without it {costs.OPTIONS[name]}" for name in given]
         found.append(
             f"range: shares of kernels {UNCERTAIN['kernels']:.0%} and of links "
-            f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet"
+            f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet; at best "
+            "experts are even"
         )
         return found
 
@@ -380,3 +408,33 @@ def update_bytes(optim: Optim) -> float:
     master = {"fp32": 4, "bf16": 2}[optim.masters]
     moments = 2 * {"fp32": 4, "bf16": 2, "int8": 1.03}[optim.moments]
     return 4 * master + 2 * (master + moments)
+
+
+def lines_of(found: Estimate, gpu: Gpu) -> list[str]:
+    """Return an estimate as text."""
+    lines = [
+        "",
+        f"Time of a step: {found.step_seconds:.1f} s ({found.low:.1f} to {found.high:.1f}); "
+        f"{found.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, MFU {found.mfu:.1%}",
+    ]
+    for name, seconds in sorted(found.parts.items(), key=lambda part: -part[1]):
+        share = seconds / found.step_seconds
+        if share >= 0.001:
+            lines.append(f"  {name:40} {seconds:8.2f} s {share:6.1%}")
+    price = f"at {gpu.price:g} USD a GPU-hour ({gpu.source('price')})"
+    if found.gpu_hours is None:
+        hours = 1e9 / found.tokens_per_second_per_gpu / 3600
+        lines.append(
+            f"10^9 tokens: {hours:,.0f} GPU-hours, {hours * gpu.price:,.0f} USD {price}; give "
+            "--train.steps, or --data.train and --model.path, for those of the run"
+        )
+    else:
+        lines.append(f"the run: {found.gpu_hours:,.1f} GPU-hours, {found.money:,.0f} USD {price}")
+    return [*lines, "Assumed:", *(f"  {text}" for text in found.assumptions)]
+
+
+def to_json(found: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON-able nested dictionaries, without events; of seconds and USD."""
+    fields = dataclasses.asdict(dataclasses.replace(found, events=[]))
+    del fields["events"]
+    return fields

@@ -289,13 +289,14 @@ def make_plan(run: Run, *, whole: bool = True) -> Plan:
     """Plan all but time.
 
     Args:
-        whole: False: stop at the first pipeline ranks that do not fit.
+        whole: False: without exports, and without pipeline ranks behind those that do not fit.
 
     Raises:
         InputError: options, model and ranks do not fit together.
     """
     began = time.perf_counter()
-    export, parts, roles = export_bytes(run.config, run.model_config), parts_of(run), []
+    export = export_bytes(run.config, run.model_config) if whole else 0
+    parts, roles = parts_of(run), []
     for ranks in parts.alike:
         roles.append(role_of(run, ranks))
         if not whole and roles[-1].memory.needed > run.gpu.memory:

@@ -90,10 +90,15 @@ def make_way(config: Config) -> list[str]:
     """
     output = Path(config.output)
     removed = [str(output / name) for name in FILES if _remove_file(output / name)]
-    if _remove_events(output / "tensorboard"):
+    if _remove_some(output / "tensorboard", "events.out.tfevents.*"):
         removed.append(str(output / "tensorboard"))
     if not config.overwrite:
         return removed
+    records = output / "flight-recorder"
+    if _remove_some(records, "rank_*"):
+        removed.append(str(records))
+    if config.parallel.flight_recorder:
+        records.mkdir(exist_ok=True)  # torch, which knows it already, does not make it
     root = Folder(root_of(output, config.checkpoint.remote))
     removed += _remove_checkpoints(f"{root}/checkpoints")
     if root.remote:
@@ -124,17 +129,17 @@ def _remove_file(path: Path) -> bool:
     return True
 
 
-def _remove_events(directory: Path) -> bool:
-    """TensorBoard's files; other ones in their directory stay."""
+def _remove_some(directory: Path, pattern: str) -> bool:
+    """Remove the files that an earlier run has written; other ones in their directory stay."""
     if directory.is_symlink():
         directory.unlink()
         return True
-    events = list(directory.glob("events.out.tfevents.*"))
-    for path in events:
+    files = list(directory.glob(pattern))
+    for path in files:
         path.unlink()
     if directory.is_dir() and not os.listdir(directory):
         directory.rmdir()
-    return bool(events)
+    return bool(files)
 
 
 def _remove_checkpoints(place: str) -> list[str]:

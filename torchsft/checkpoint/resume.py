@@ -18,7 +18,7 @@ from torchsft.config import Config, InputError, to_dict
 # What may differ between a run and its continuation: it changes neither the steps' mathematics nor
 # their data.
 FREE_TO_CHANGE = (
-    "output overwrite print_config metrics eval checkpoint parallel data.eval data.balance "
+    "output overwrite print_config dry_run metrics eval checkpoint parallel data.eval data.balance "
     "data.cache data.workers optim.offload train.micro_batch_size train.activation_checkpointing "
     "train.max_nonfinite_steps train.activation_checkpointing_every train.selective_products "
     "train.stream_pieces train.activation_offload train.deterministic train.collect_garbage_every "

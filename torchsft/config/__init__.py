@@ -402,6 +402,11 @@ class Config:
     """
     print_config: bool = False
     """Print the resolved configuration as JSON and exit."""
+    dry_run: bool = False
+    """Print what memory these options need, from the model's config.json, and exit (1: more than
+    the GPU that is there). Planned are torchrun's ranks, or in one process those of the layout (as
+    many as WORLD_SIZE says, if it is set), of each kind of pipeline rank one.
+    """
 
     def __post_init__(self) -> None:
         if not self.output:

@@ -38,7 +38,7 @@ class Optim:
     masters: Literal["fp32", "bf16"] = "fp32"
     """bf16: parameters and their gradients have 2 bytes, in place of 4; updates are rounded at
     random, so that small learning rates count in the mean, gradients to the nearest behind each
-    microbatch (with pp behind the last), over tp each rank's summand. Routers stay fp32.
+    microbatch (with pp, and over tp where it splits nothing, behind the last). Routers stay fp32.
     """
     offload: bool = False
     """Keep fp32 parameters, gradients and moments in host memory (16 bytes a parameter), and on the

@@ -32,8 +32,9 @@ from torchsft.ops.swiglu import (
 )
 from torchsft.ops.tiles import SIZE
 
-MOST = 2  # times an even load: more rows are computed a slice of an even load at a time
-# Of these at most. (In a pass for answers a rank with few tokens may get many rows of others.)
+MOST = 2  # times an even load: more rows are computed in slices of half an even load
+# Or of all rows over this, if that is more. (In a pass for answers a rank with few tokens may get
+# many rows of others.)
 MOST_SLICES = 8
 
 # experts([x_TD, weights_R1], order, offs_E, ends) -> y_TD: the sums of what a token's rows get of
@@ -132,7 +133,7 @@ class Experts(nn.Module):
         parameters = [self.read(parameter) for parameter in self.stacked()]
         if not self.is_sliced(ends):
             return self.network(x_RD, weights_R1, offs, *parameters, order=order)
-        size = max(self.even_rows, -(-ends[-1] // MOST_SLICES))
+        size = max(self.even_rows // 2, -(-ends[-1] // MOST_SLICES))
         size += -size % SIZE  # whole tiles of fp8
         order_R = None if order is None else order.order_R
         return sliced(self.network, size, ends, order_R, x_RD, weights_R1, offs, *parameters)

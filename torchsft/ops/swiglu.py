@@ -247,7 +247,7 @@ class _Down(torch.autograd.Function):
         ctx.shape, order = both_RG.shape, products.output_order
         if repeating():  # whose backward pass reads no output
             count = len(both_RG) if order is None else len(order.row_TK)
-            return both_RG.new_empty(()).expand(count, down.shape[1])
+            return both_RG.new_empty_strided((count, down.shape[1]), (0, 0))
         hidden_RF = weighted_swiglu(both_RG, weights_R1)
         return products.forward(hidden_RF, down, offs_E)
 

@@ -11,12 +11,14 @@ rate. In the mean every change counts.
 
 The random numbers are a hash of the parameter's name, the step and the element's place in the
 whole parameter: so all copies of a parameter are rounded alike, no layout changes a number, and a
-run that continues needs no state of a generator. Everything between is fp32.
+run that continues needs no state of a generator. Everything between is fp32. Parameters of the same
+dtypes are updated together, as one vector, so that a step is few operations.
 """
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,7 +49,13 @@ def hashed(seed: int | Tensor, box: Box, shape: tuple[int, ...], device: torch.d
     Returns:
         int32 of the box's shape.
     """
-    # The place of each element, from the last dim to the first: [], [n], [m, n], ...
+    place = _places(box, shape, device)
+    return _mix(place ^ (seed if isinstance(seed, Tensor) else _int32(seed)))
+
+
+def _places(box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the number of each element of a box, modulo 2^32, among those of the whole tensor."""
+    # from the last dim to the first: [], [n], [m, n], ...
     place = torch.zeros((), dtype=torch.int32, device=device)
     stride = 1  # elements of the whole tensor between two entries of a dim
     dims = list(zip(box.start, box.shape, shape, strict=True))
@@ -56,7 +64,7 @@ def hashed(seed: int | Tensor, box: Box, shape: tuple[int, ...], device: torch.d
         along = along * _int32(stride) + _int32(start * stride)
         place = along.view(-1, *[1] * place.ndim) + place
         stride *= size
-    return _mix(place ^ (seed if isinstance(seed, Tensor) else _int32(seed)))
+    return place
 
 
 def _mix(bits: Tensor) -> Tensor:
@@ -153,41 +161,6 @@ def from_int8(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     return in_units * units[..., : codes.shape[-1]]
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some entries of dim 0 of a parameter's part on this rank.
-
-    Attributes:
-        weight: itself, to be changed in place.
-        gradient: fp32.
-        state: moments and their scales by name, to be changed in place.
-        box: where in the whole parameter these entries are.
-    """
-
-    weight: Tensor
-    gradient: Tensor
-    state: dict[str, Tensor]
-    box: Box
-
-    @classmethod
-    def all_of(cls, parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator["_Chunk"]:
-        """Yield all chunks of a parameter, of which as little as possible is in fp32 at a time."""
-        weight, gradient = local(parameter).detach(), local(parameter.grad)
-        parts = {key: local(value) for key, value in state.items() if value.ndim}
-        begin, *others = local_box(parameter).start
-        entries = weight.shape[0]
-        at_once = max(1, CHUNK_ELEMENTS * entries // max(1, weight.numel()))
-        for first in range(0, entries, at_once):
-            rows = slice(first, first + at_once)
-            here = weight[rows]
-            yield cls(
-                here,
-                gradient[rows].float(),
-                {key: part[rows] for key, part in parts.items()},
-                Box((begin + first, *others), tuple(here.shape)),
-            )
-
-
 class _Factors(NamedTuple):
     """What depends on the number of a step; scalars, or a vector of each for many parameters.
 
@@ -209,6 +182,78 @@ class _Factors(NamedTuple):
         of_root_n = (1 - beta2**exponent_n).rsqrt()
         of_change_n = group["lr"] / (1 - beta1**exponent_n)
         return cls(number_n.int(), of_root_n.float(), of_change_n.float())
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some entries of dim 0 of a parameter's part on this rank.
+
+    Attributes:
+        parameter: which they are of.
+        weight: itself, to be changed in place.
+        gradient: of any dtype.
+        state: moments and their scales by name, to be changed in place.
+        box: where in the whole parameter these entries are.
+        factors: of this step; scalars.
+    """
+
+    parameter: nn.Parameter
+    weight: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    box: Box
+    factors: _Factors
+
+    @classmethod
+    def all_of(
+        cls, parameter: nn.Parameter, state: dict[str, Tensor], factors: _Factors
+    ) -> Iterator["_Chunk"]:
+        """Yield all chunks of a parameter, none larger than what is updated at a time."""
+        weight, gradient = local(parameter).detach(), local(parameter.grad)
+        parts = {key: local(value) for key, value in state.items() if value.ndim}
+        begin, *others = local_box(parameter).start
+        entries = weight.shape[0]
+        at_once = max(1, CHUNK_ELEMENTS * entries // max(1, weight.numel()))
+        for first in range(0, entries, at_once):
+            rows = slice(first, first + at_once)
+            here = weight[rows]
+            yield cls(
+                parameter,
+                here,
+                gradient[rows],
+                {key: part[rows] for key, part in parts.items()},
+                Box((begin + first, *others), tuple(here.shape)),
+                factors,
+            )
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of the weight and the moments."""
+        return self.weight.dtype, self.state[MOMENTS[0]].dtype
+
+
+def _joined(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Join chunks of the same dtypes, so that few operations update all of them; those in int8,
+    whose rows have blocks, stay alone.
+    """
+    open_ones: dict[tuple[torch.dtype, torch.dtype], list[_Chunk]] = {}
+    elements: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+    for chunk in chunks:
+        kind, size = chunk.dtypes, chunk.weight.numel()
+        batch = open_ones.setdefault(kind, [])
+        if batch and (elements[kind] + size > CHUNK_ELEMENTS or torch.uint8 in kind):
+            yield batch
+            batch = open_ones[kind] = []
+            elements[kind] = 0
+        batch.append(chunk)
+        elements[kind] += size
+    yield from open_ones.values()
+
+
+def _flat(parts: Iterable[Tensor]) -> Tensor:
+    """Return all elements as one vector."""
+    first, *others = [part.flatten() for part in parts]
+    return torch.cat([first, *others]) if others else first
 
 
 class LowPrecisionAdamW(torch.optim.Optimizer):
@@ -252,9 +297,13 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             torch._foreach_add_(numbers, 1)
             factors = _Factors.of(torch.stack(numbers), group)
             torch._foreach_sub_(numbers, [found_inf] * len(numbers))
-            for parameter, *of_step in zip(parameters, *factors, strict=True):
-                for chunk in _Chunk.all_of(parameter, self.state[parameter]):
-                    self._update(chunk, group, parameter, _Factors(*of_step), found_inf > 0)
+            chunks = (
+                chunk
+                for parameter, *of_step in zip(parameters, *factors, strict=True)
+                for chunk in _Chunk.all_of(parameter, self.state[parameter], _Factors(*of_step))
+            )
+            for batch in _joined(chunks):
+                self._update(batch, group, found_inf > 0)
 
     def _zero_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return both moments of a parameter, placed as it is."""
@@ -271,53 +320,61 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             moments[f"{name}_scale"] = _scales_like(parameter)
         return moments
 
-    def _update(
-        self,
-        chunk: _Chunk,
-        group: dict[str, Any],
-        parameter: nn.Parameter,
-        factors: _Factors,
-        skip: Tensor,
-    ) -> None:
-        """Update some entries of a parameter and their moments.
+    def _update(self, chunks: list[_Chunk], group: dict[str, Any], skip: Tensor) -> None:
+        """Update some entries of parameters and their moments, as one vector.
 
         Args:
-            chunk: the entries.
+            chunks: the entries, of the same dtypes; one alone in int8.
             group: of the optimizer, with the options.
-            parameter: which they are of.
-            factors: of this step.
             skip: bool scalar: all shall stay as it is.
         """
         (beta1, beta2), lr = group["betas"], group["lr"]
-        average, square = (_read(chunk.state, moment) for moment in MOMENTS)
-        average = average.lerp(chunk.gradient, 1 - beta1)
-        square = square.mul(beta2).addcmul_(chunk.gradient, chunk.gradient, value=1 - beta2)
-        weight = chunk.weight.float().mul(1 - lr * group["weight_decay"])
-        divisor = square.sqrt().mul_(factors.of_root).add_(group["eps"])
-        weight.sub_(average.div(divisor).mul_(factors.of_change))
+        sizes = [chunk.weight.numel() for chunk in chunks]
+
+        def of_each(scalars: Iterable[Tensor]) -> Tensor:
+            """[elements], of each what its chunk has."""
+            return _flat(scalar.expand(n) for scalar, n in zip(scalars, sizes, strict=True))
+
+        gradient = _flat(chunk.gradient for chunk in chunks).float()
+        average, square = (_read(chunks, moment) for moment in MOMENTS)
+        average = average.lerp(gradient, 1 - beta1)
+        square = square.mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        weight = _flat(chunk.weight for chunk in chunks).float().mul(1 - lr * group["weight_decay"])
+        divisor = square.sqrt().mul_(of_each(chunk.factors.of_root for chunk in chunks))
+        divisor.add_(group["eps"])
+        of_change = of_each(chunk.factors.of_change for chunk in chunks)
+        weight.sub_(average.div(divisor).mul_(of_change))
+        places = _flat(_places(c.box, tuple(c.parameter.shape), weight.device) for c in chunks)
 
         def bits(what: str) -> Tensor:
-            text = f"{self.names[parameter]} {what}"
-            digest = hashlib.sha256(text.encode()).digest()
-            seed = _mix(factors.number ^ _int32(int.from_bytes(digest[:4], "little")))
-            return hashed(seed, chunk.box, tuple(parameter.shape), weight.device)
+            seeds = []
+            for chunk in chunks:
+                text = f"{self.names[chunk.parameter]} {what}"
+                digest = hashlib.sha256(text.encode()).digest()
+                seeds.append(chunk.factors.number ^ _int32(int.from_bytes(digest[:4], "little")))
+            return _mix(places ^ of_each(_mix(torch.stack(seeds))))
 
-        def store(where: Tensor, values: Tensor) -> None:
-            torch.where(skip, where, values, out=where)
+        def store(where: list[Tensor], values: Tensor) -> None:
+            for target, part in zip(where, values.split(sizes), strict=True):
+                torch.where(skip, target, part.view_as(target), out=target)
 
         for moment, values in zip(MOMENTS, (average, square), strict=True):
-            stored = chunk.state[moment]
-            if stored.dtype == torch.uint8:
-                codes, scales = to_int8(values, bits(moment), signed=_is_signed(moment))
-                store(chunk.state[f"{moment}_scale"], scales)
-                store(stored, codes)
-            elif stored.dtype == torch.bfloat16:
+            stored = [chunk.state[moment] for chunk in chunks]
+            if stored[0].dtype == torch.uint8:
+                shape = stored[0].shape
+                codes, scales = to_int8(
+                    values.view(shape), bits(moment).view(shape), signed=_is_signed(moment)
+                )
+                scale = chunks[0].state[f"{moment}_scale"]
+                torch.where(skip, scale, scales, out=scale)
+                store(stored, codes.flatten())
+            elif stored[0].dtype == torch.bfloat16:
                 store(stored, to_bf16(values, bits(moment)))
             else:
                 store(stored, values)
-        if chunk.weight.dtype == torch.bfloat16:
+        if chunks[0].weight.dtype == torch.bfloat16:
             weight = to_bf16(weight, bits("weight"))
-        store(chunk.weight, weight)
+        store([chunk.weight for chunk in chunks], weight)
 
 
 def _is_signed(moment: str) -> bool:
@@ -325,13 +382,13 @@ def _is_signed(moment: str) -> bool:
     return moment == "exp_avg"
 
 
-def _read(state: dict[str, Tensor], moment: str) -> Tensor:
-    """Return a moment in fp32: itself where it is, else a copy."""
-    stored = state[moment]
-    if stored.dtype != torch.uint8:
-        return stored.float()
-    scales = state[f"{moment}_scale"]
-    return from_int8(stored, scales, signed=_is_signed(moment))
+def _read(chunks: list[_Chunk], moment: str) -> Tensor:
+    """Return a moment as one fp32 vector: itself where it is, else a copy."""
+    if torch.uint8 not in chunks[0].dtypes:
+        return _flat(chunk.state[moment] for chunk in chunks).float()
+    (chunk,) = chunks
+    scales = chunk.state[f"{moment}_scale"]
+    return from_int8(chunk.state[moment], scales, signed=_is_signed(moment)).flatten()
 
 
 def _scales_like(parameter: nn.Parameter) -> Tensor:

@@ -343,7 +343,7 @@ def node_groups(world: World) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | N
         dist.new_group(some, timeout=world.timeout, backend=backend, use_local_synchronization=True)
         for some in (ranks[place::size], ranks[node * size :][:size])
     )
-    connect((rail, neighbours), world.device)
+    connect({rail: ["rail"], neighbours: ["node"]}, world.device)
     return rail, neighbours
 
 

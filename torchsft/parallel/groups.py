@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 # Axes of meshes that no collective goes over: their sizes alone are asked for.
@@ -56,25 +57,66 @@ def make_meshes(
     return meshes
 
 
-def groups_of(meshes: Iterable[DeviceMesh]) -> list[dist.ProcessGroup]:
-    """Return this rank's groups over which something travels: of several ranks, each once, in the
-    same order on all ranks.
+def groups_of(meshes: Iterable[DeviceMesh]) -> dict[dist.ProcessGroup, set[str]]:
+    """Return this rank's groups over which something travels: of several ranks, in the same order
+    on all ranks, each with the names of its axes.
     """
-    groups = [
-        mesh.get_group(axis)
-        for mesh in meshes
-        for axis in mesh.mesh_dim_names or ()
-        if mesh[axis].size() > 1 and axis not in SIZES_ALONE
-    ]
-    return list(dict.fromkeys(groups))
+    groups: dict[dist.ProcessGroup, set[str]] = {}
+    for mesh in meshes:
+        for axis in mesh.mesh_dim_names or ():
+            if mesh[axis].size() > 1 and axis not in SIZES_ALONE:
+                groups.setdefault(mesh.get_group(axis), set()).add(axis)
+    return groups
 
 
-def connect(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
+def _gather(group: dist.ProcessGroup, numbers: Tensor) -> None:
+    """Gather, and sum parts, as FSDP2 does (torch renames the functions that it does so by)."""
+    parts = list(numbers.split(1))
+    dist.all_gather(parts, parts[group.rank()].clone(), group=group)
+    dist.reduce_scatter(torch.empty_like(parts[0]), parts, group=group)
+
+
+def _exchange(group: dist.ProcessGroup, numbers: Tensor) -> None:
+    """Exchange a number with each rank."""
+    received = torch.empty_like(numbers)
+    dist.all_to_all_single(received, numbers, group=group)
+
+
+def _pass_on(group: dist.ProcessGroup, numbers: Tensor) -> None:
+    """Exchange numbers with both neighbours, in a ring."""
+    operations = []
+    for step in (1, -1):
+        to = (group.rank() + step) % group.size()
+        source = (group.rank() - step) % group.size()
+        received = torch.empty_like(numbers)
+        operations.append(dist.P2POp(dist.isend, numbers, group=group, group_peer=to))
+        operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=source))
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+# What goes over an axis besides all-reduces.
+TRAFFIC = {
+    "pp": _pass_on,
+    **dict.fromkeys(("fsdp", "edp", "tp"), _gather),
+    **dict.fromkeys(("ep", "cp", "rail", "node"), _exchange),
+}
+
+
+def connect(groups: Mapping[dist.ProcessGroup, Iterable[str]], device: torch.device) -> None:
     """Let all ranks of each group send each other a number; collective.
 
     NCCL makes a group's communicator, and takes memory for it, in its first collective, which all
-    of its ranks must join: here, while memory is free, and not where two neighbours of a pipeline
-    talk.
+    of its ranks must join, and the channels of a kind of traffic in the first one of that kind:
+    here, while memory is free, and not where two neighbours of a pipeline talk.
+
+    Args:
+        groups: and the axes that say what goes over them (`TRAFFIC`).
+        device: of what travels.
     """
-    for group in groups:
-        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    for group, axes in groups.items():
+        numbers = torch.zeros(group.size(), device=device)
+        dist.all_reduce(numbers, group=group)
+        kinds = [TRAFFIC[axis] for axis in sorted(axes) if axis in TRAFFIC]
+        for travel in dict.fromkeys(kinds):
+            travel(group, numbers)

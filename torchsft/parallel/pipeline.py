@@ -9,6 +9,7 @@ Shape suffixes: T tokens of a microbatch, V vocabulary, n tokens whose logits ar
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torchsft.config import InputError, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.language_model import LanguageModel
-from torchsft.parallel.gradients import sum_summands, sum_with
+from torchsft.parallel.gradients import ExactSummands, sum_summands, sum_with
 from torchsft.parallel.stages import StagePlan, schedule_class
 from torchsft.parallel.torch_pipelining import Stage, forward_only_schedule, run_schedule
 from torchsft.parallel.world import World
@@ -114,6 +115,13 @@ class Runner(ABC):
         for module in self.modules:
             yield from module.parameters()
 
+    @cached_property
+    def exact(self) -> ExactSummands:
+        """What `.grad` would round before it is summed over `tp`; asked for before a step's passes,
+        when parameters have memory.
+        """
+        return ExactSummands(self.modules if self.tp.size() > 1 else [])
+
     @abstractmethod
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
         """Return what the model returns for each microbatch; nothing on ranks without the last
@@ -195,7 +203,7 @@ class OneStage(Runner):
         Returns:
             The loss sum of this rank's microbatches, float64 scalar.
         """
-        model, total = self.modules[0], self.zero.clone()
+        model, total, exact = self.modules[0], self.zero.clone(), self.exact
         for number, batch in enumerate(batches, start=1):
             if isinstance(model, FSDPModule):
                 # Shards are summed for every microbatch, so that no rank holds whole gradients;
@@ -204,7 +212,8 @@ class OneStage(Runner):
             loss = model(**batch.to(self.world.device).model_inputs())
             (loss / divisor).backward()
             total += loss.detach()
-        sum_summands(model.parameters(), self.tp, self.world.device)
+            del loss  # before the next forward pass: its graph keeps more than saved tensors
+        sum_summands(model.parameters(), self.tp, self.world.device, exact.take())
         return total
 
     def _forward(self, inputs: list[dict[str, Any]]) -> list[Tensor]:
@@ -262,10 +271,10 @@ class Pipeline(Runner):
         """
         expected = f"{len(batches)} microbatches, the schedule has {self.microbatches}"
         assert len(batches) == self.microbatches, expected
-        self.divisor, self.total = divisor, self.zero.clone()
+        self.divisor, self.total, exact = divisor, self.zero.clone(), self.exact
         inputs = [batch.to(self.world.device).model_inputs() for batch in batches]
         run_schedule(self.schedule, self.stages, inputs)
-        sum_summands(super().parameters(), self.tp, self.world.device)
+        sum_summands(super().parameters(), self.tp, self.world.device, exact.take())
         if self.shared is not None:
             (peer,) = {*self.ends} - {dist.get_rank(self.group)}
             sum_with(self.shared, peer, self.group)

@@ -2,8 +2,9 @@
 
 Of a layer are kept its input and where its tokens are routed. Forward and backward, attention is
 computed for some heads at a time, and what follows it (norm, router, experts or the dense network;
-the norm forward alone) for some tokens at a time; gradients of parameters are added up. So what a whole row has at the same
-time is hidden states and latents, and what the heads return; everything wide exists for one piece.
+the norm forward alone) for some tokens at a time; gradients of parameters are added up. So what a
+whole row has at the same time is hidden states and latents, and what the heads return; everything
+wide exists for one piece.
 
 StreamBP (arXiv:2506.03077), after which this is made, cuts attention by tokens too: each piece sees
 keys and values of all tokens before it. With latent attention these are wide (40,960 entries a

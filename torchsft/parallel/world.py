@@ -224,7 +224,7 @@ class World:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        connect([dist.group.WORLD, *groups_of(meshes)], self.device)
+        connect({dist.group.WORLD: ()} | groups_of(meshes), self.device)
         # a rank that refuses its input and leaves does not disturb others that still build groups
         if not self._nodes_are_alike() and self.expert_nodes > 1:
             if parallel.ep_exchange == "two-level":

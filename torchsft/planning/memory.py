@@ -8,6 +8,7 @@ a device keeps for itself.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from torchsft.config import Config
+from torchsft.config import Config, Parallel
 from torchsft.data.batch import Batch
 from torchsft.models.decoder import local
 from torchsft.models.families import family_of, read_model_config
+from torchsft.models.moe import Router
 from torchsft.optim.offload import gathered_from
 from torchsft.parallel.memory import held_moments
 from torchsft.planning.build import ModelPlan, plan_model
 from torchsft.planning.simulation import (
+    GRADIENTS,
     META,
     MOMENTS,
     PARAMETERS,
@@ -150,6 +153,13 @@ def run_step(
         memory.hold(storage, PARAMETERS if with_memory else None)
     if not on_host:
         memory.add(held_moments(plan.model, config.optim), MOMENTS)
+    if parallel.pp == 1 and plan.microbatches > 1:
+        # One is run: a later one, which finds gradients there.
+        for parameter in plan.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                storage = local(parameter.grad).untyped_storage()
+                memory.hold(storage, None if on_host else GRADIENTS)
     # FSDP replaces parameters in these dictionaries
     begin_layer = partial(
         _begin_layer, memory, [module._parameters for module in plan.model.modules()]
@@ -160,9 +170,7 @@ def run_step(
         if on_host:
             for stage in plan.stages:
                 stage.register_forward_pre_hook(put_copies_on_device)
-        # No other schedule has more in flight, and none keeps anything of those that are done.
-        most = plan.microbatches if parallel.pp_schedule == "GPipe" else 2 * parallel.pp
-        several = min(plan.microbatches, most)
+        several = microbatches_run(parallel, plan.microbatches)
         batches = [full_batch(plan.tokens) for _ in range(several)]
         pipeline = dataclasses.replace(plan, microbatches=several).pipeline(config, world)
         plan.model.train()
@@ -171,12 +179,22 @@ def run_step(
     return memory
 
 
+def microbatches_run(parallel: Parallel, microbatches: int) -> int:
+    """Return how many of a step's microbatches are run to predict it."""
+    if parallel.pp == 1:
+        return 1
+    # No other schedule has more in flight, and none keeps anything of those that are done.
+    return microbatches if parallel.pp_schedule == "GPipe" else min(microbatches, 2 * parallel.pp)
+
+
 def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callable[[Tensor], Tensor]:
     """Return what the host is told of the device's integers, see `LiveMemory`."""
     ep, nodes = world.expert["ep"].size(), world.expert_nodes
-    ranks = world.sequence["sequence"].size()
-    tokens, moes = plan.tokens // ranks, plan.model.moe_layers().values()
-    rows = tokens * max((moe.gate.top_k for moe in moes), default=0)
+    chosen = [torch.Size()]  # of the exchange that is planned: tokens and choices
+    moes = [*plan.model.moe_layers().values()]
+    for moe in moes:
+        if ep > 1:
+            moe.exchange.plan = _noted(moe.exchange.plan, chosen)
 
     def ask(integers: Tensor) -> Tensor:
         """Tell the host how long documents are, or how many rows go to and come from each rank, and
@@ -186,9 +204,11 @@ def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callabl
         if integers.ndim == 1:
             documents = count - 1
             return torch.tensor([plan.tokens // documents] * documents + [0])
+        tokens, choices = chosen[0]
+        rows = tokens * choices
         counts = torch.full((ep,), rows // ep)
         if nodes > 1:  # copies and rows for each node, then rows for each rank of this one
-            copies = int(tokens * (1 - (1 - 1 / nodes) ** (rows // tokens)))
+            copies = int(tokens * share_of_nodes(moes[0].gate, nodes))
             each = rows // nodes, rows // (ep // nodes)
             counts = torch.tensor([copies, *each]).repeat_interleave(
                 torch.tensor([nodes, nodes, ep // nodes])
@@ -201,6 +221,17 @@ def answers(plan: ModelPlan, world: SimulatedWorld, imbalance: float) -> Callabl
         return torch.cat([counts, received, ends]).unsqueeze(0)
 
     return ask
+
+
+def share_of_nodes(gate: Router, nodes: int) -> float:
+    """Return the share of nodes that hold some of the experts that a token chooses at random: where
+    groups of experts compete, those that hold an open one; else by each choice alone.
+    """
+    groups = getattr(gate, "groups", 1)
+    if groups % nodes == 0:
+        elsewhere = math.comb(groups - groups // nodes, gate.top_groups)
+        return 1 - elsewhere / math.comb(groups, gate.top_groups)
+    return 1 - (1 - 1 / nodes) ** gate.top_k
 
 
 @torch.no_grad()  # in which `local` costs little
@@ -217,6 +248,18 @@ def _counted(compute: Callable[..., Tensor], begin_layer: Callable[[], None]) ->
         return compute(*args)
 
     return compute_and_count
+
+
+def _noted(plan: Callable[[Tensor], Any], chosen: list[torch.Size]) -> Any:
+    """Return an exchange's `plan` that says how many tokens choose how many experts: where a layer
+    is streamed, those of a piece.
+    """
+
+    def note_and_plan(chosen_SK: Tensor) -> Any:
+        chosen[0] = chosen_SK.shape
+        return plan(chosen_SK)
+
+    return note_and_plan
 
 
 def put_copies_on_device(stage: FSDPModule, _: Any) -> None:

@@ -9,13 +9,13 @@ and two checks of `FSDPParamGroup` that parameters have memory; `torch.meta`, wh
 pipeline schedules look for by the name of the device; and `_batch_p2p` of these schedules.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from sys import _getframe
 from types import CodeType, SimpleNamespace
 from typing import Any, Self
 from unittest.mock import patch
@@ -32,6 +32,7 @@ from torchsft import ops
 from torchsft.config import Parallel
 from torchsft.models import attention, rope
 from torchsft.ops import swiglu
+from torchsft.parallel import expert_float8
 from torchsft.parallel.memory import pinned_bytes
 from torchsft.parallel.world import mesh_sizes, nodes_of_experts
 
@@ -74,8 +75,11 @@ def simulated_rank(
     streams |= {"Stream": _Stream, "current_stream": lambda *_: _Stream()}
     streams |= {"get_rng_state": lambda _: None, "set_rng_state": lambda *_: None}
     group = _fsdp_param_group.FSDPParamGroup
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(sys, "excepthook", sys.excepthook)
+        )  # which torch replaces each time
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         stack.callback(dist.destroy_process_group)
         meshes = {
             name: init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -94,6 +98,7 @@ def simulated_rank(
             (rope, "kernels", _has_kernels),
             # fake groups do not know the device
             (schedules, "_batch_p2p", lambda operations, desc=None: [_Travel(operations)]),
+            (expert_float8, "gather_objects", lambda value: [value]),
             (dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
         ):
             stack.enter_context(patch.object(module, name, replacement))
@@ -220,7 +225,7 @@ def _purpose_of(code: CodeType) -> str | None:
 
 def _purpose() -> str:
     """Return what memory is for that is asked for now."""
-    frame = _getframe(2)
+    frame = sys._getframe(2)
     while frame is not None:
         if purpose := _purpose_of(frame.f_code):
             return purpose

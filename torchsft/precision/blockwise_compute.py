@@ -66,26 +66,30 @@ class BlockwiseProducts(Products):
 
     def forward(self, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return y_RO."""
-        x = rounded(rows_of(x_RI, self.input_order), INNER, self.power_of_two)
-        weight = self.held(weight_EOI)
-        y_RO = grouped(x, weight.mT, offs_E).to(x_RI.dtype)
+        weight_EIO = self.held(weight_EOI).mT
+        y_RO = self._by_rows(x_RI, self.input_order, weight_EIO, offs_E)
         return tokens_of(y_RO, self.output_order)
 
     def grad_rows(self, grad_RO: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of x_RI."""
-        grad = rounded(rows_of(grad_RO, self.output_order), INNER, self.power_of_two)
-        weight = self.held(weight_EOI)
-        grad_x_RI = grouped(grad, weight, offs_E).to(grad_RO.dtype)
+        weight_EOI = self.held(weight_EOI)
+        grad_x_RI = self._by_rows(grad_RO, self.output_order, weight_EOI, offs_E)
         return tokens_of(grad_x_RI, self.input_order)
+
+    def _by_rows(self, rows: Tensor, order: Order | None, weight: Tensor, offs_E: Tensor) -> Tensor:
+        held = rounded(rows_of(rows, order), INNER, self.power_of_two)
+        return grouped(held, weight, offs_E).to(rows.dtype)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI: the inner dim is that of the rows, so that an expert's
         rows must fill whole tiles.
         """
-        grad_RO, x_RI = rows_of(grad_RO, self.output_order), rows_of(x_RI, self.input_order)
-        padding = padding_of(offs_E, len(x_RI), SIZE)
-        grad_MO = rounded(padding.pad(grad_RO), ROWS, self.power_of_two)
-        x_MI = rounded(padding.pad(x_RI), ROWS, self.power_of_two)
+        # where tokens are sorted here, they are no more than rows
+        padding = padding_of(offs_E, max(len(grad_RO), len(x_RI)), SIZE)
+        grad_MO = padding.pad(rows_of(grad_RO, self.output_order))
+        grad_MO = rounded(grad_MO, ROWS, self.power_of_two)
+        x_MI = padding.pad(rows_of(x_RI, self.input_order))
+        x_MI = rounded(x_MI, ROWS, self.power_of_two)
         return grouped(grad_MO.mT, x_MI, padding.offs_E).to(x_RI.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -50,8 +50,8 @@ class BlockwiseKernels(BlockwiseProducts):
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
         """Return the gradient of weight_EOI."""
         of_grad, of_x = _index(self.output_order), _index(self.input_order)
-        rows = len(grad_RO if of_grad is None else of_grad)
-        tiles = tiles_of(offs_E, rows)
+        # where tokens are sorted here, they are no more than rows
+        tiles = tiles_of(offs_E, max(len(grad_RO), len(x_RI)))
         grad = mm.quantise_columns(grad_RO.contiguous(), tiles, self.power_of_two, of_grad)
         x = mm.quantise_columns(x_RI.contiguous(), tiles, self.power_of_two, of_x)
         return mm.columns_product(grad, x, tiles, x_RI.dtype)
