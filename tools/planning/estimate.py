@@ -394,8 +394,8 @@ class Step:
         found += [f"{name}; without it {costs.OPTIONS[name]}" for name in given]
         found.append(
             f"range: shares of kernels {UNCERTAIN['kernels']:.0%} and of links "
-            f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet; at best "
-            "experts are even"
+            f"{UNCERTAIN['links']:.0%} better or worse, as nothing of this ran on a GPU yet; at "
+            "best experts are even"
         )
         return found
 
