@@ -150,6 +150,55 @@ def check_outputs(options: Options) -> None:
             )
 
 
+def run_search(recipe: ModuleType, preset: str, options: Options, fixed: frozenset[str]) -> int:
+    """Search, and print what was found; the exit code. `fixed`: options that are given."""
+    check_outputs(options)
+    from tools.planning import search
+    from torchsft.planning.memory import on_gpus
+    from torchsft.resolution import smallest_number_of_ranks
+
+    config = options.config()
+    _, model_config = model_of(recipe, preset, config)
+    size = options.world_size or smallest_number_of_ranks(config.parallel)
+    task = search.Task(
+        on_gpus(config), fixed, model_config, size, read_gpu(options.gpu), options.imbalance
+    )
+    found = search.search(task, lambda text: print(text, file=sys.stderr, flush=True))
+    begin = [f"recipes/{Path(recipe.__file__).name}", preset]
+    print(*search.lines_of(found, *begin), sep="\n", flush=True)
+    if options.html:
+        table = search.table_of(found, *begin)
+        _write_page(options.html, f"{preset} on {size} {task.gpu.name}", tables=[table])
+    if options.json:
+        Path(options.json).write_text(json.dumps(search.to_json(found, *begin), indent=2) + "\n")
+    return 0 if found.best else 1
+
+
+def _write_page(path: str, title: str, **content: Any) -> None:
+    from tools.planning.page import render
+
+    Path(path).write_text(render(title, {}, **content), encoding="utf-8")
+
+
+def read_searched(argv: Sequence[str]) -> tuple[ModuleType, str, Options, frozenset[str]]:
+    """Read the command line of a search, and which options it gives: without a preset that of the
+    recipe's first published model, with as many rows a step for each GPU.
+    """
+    from tools.planning.search import changed, fixed_by
+    from torchsft.resolution import smallest_number_of_ranks
+
+    recipe, preset, options = read(argv)
+    fixed = fixed_by(argv[1:], recipe.PRESETS, Options)
+    names = [name for name in recipe.PRESETS if name not in GENERAL]
+    if preset in GENERAL and "model.path" not in fixed and names:
+        ranks = smallest_number_of_ranks(recipe.PRESETS[names[0]]().parallel)
+        recipe, preset, options = read([argv[0], names[0], *argv[1:]])
+        if options.world_size and "train.global_batch_size" not in fixed:
+            rows = options.train.global_batch_size * options.world_size // ranks
+            options = changed(options, {"train.global_batch_size": max(rows, 1)})
+    return recipe, preset, options, fixed
+
+
 def run(recipe: ModuleType, preset: str, options: Options) -> int:
     """Plan and print; the exit code."""
     check_outputs(options)
@@ -181,6 +230,14 @@ def run(recipe: ModuleType, preset: str, options: Options) -> int:
     print(*estimate.lines_of(estimated, gpu), sep="\n", flush=True)
     if options.trace:
         write_trace(Path(options.trace), estimated.events)
+    if options.html:
+        _write_page(
+            options.html,
+            f"{preset} on {size} {gpu.name}",
+            memories=[role.memory for role in plan.roles],
+            available=gpu.memory,
+            events=estimated.events,
+        )
     if options.json:
         content = report.to_json(plan) | {"estimate": estimate.to_json(estimated)}
         content |= {"remedies": [each.to_json() for each in remedies]}
@@ -193,6 +250,8 @@ def main() -> int:
     with refusals():
         arguments = read(sys.argv[1:])
     try:
+        if arguments[-1].search:
+            return run_search(*read_searched(sys.argv[1:]))
         return run(*arguments)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

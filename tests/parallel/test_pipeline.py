@@ -428,7 +428,7 @@ def test_balance_is_that_of_brute_force():
         count = 1 + trial % 9
         stages = 1 + int(torch.randint(count, (), generator=generator))
         *costs, first, last = torch.randint(1, 20, (count + 2,), generator=generator).tolist()
-        counts = balance(costs, stages, first, last)
+        counts = balance(tuple(costs), stages, first, last)
         assert sum(counts) == count and min(counts) >= 1 and len(counts) == stages
         ends = [0, *itertools.accumulate(counts)]
         sums = [sum(costs[a:b]) for a, b in itertools.pairwise(ends)]

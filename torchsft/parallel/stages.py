@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def _layer_counts(
 
 def _balanced(model_config: ModelConfig, stages: int, last: int) -> tuple[int, ...]:
     """Return layer counts that balance the stages' costs."""
-    return balance(model_config.layer_costs(), stages, model_config.embedding_cost, last)
+    return balance(tuple(model_config.layer_costs()), stages, model_config.embedding_cost, last)
 
 
 def _layers_remedy(model_config: ModelConfig, stages: int, last: int) -> str:
@@ -192,7 +193,8 @@ def _check_microbatches(parallel: Parallel, stages: int, microbatches: int) -> N
     )
 
 
-def balance(layer_costs: Sequence[int], stages: int, first: int, last: int) -> tuple[int, ...]:
+@cache
+def balance(layer_costs: tuple[int, ...], stages: int, first: int, last: int) -> tuple[int, ...]:
     """Divide layers over stages so that the costliest stage costs least, and then all as evenly as
     can be.
 

@@ -65,7 +65,7 @@ def apply_tensor_parallel(model: LanguageModel, world: World) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             continue
-        style = _style(name, model.tensor_parallel)
+        style = style_of(name, model.tensor_parallel)
         if isinstance(module, RMSNorm) and style is not None:
             module.mean = partial(mean_over_ranks, mesh=mesh)
         if style == "key_value":
@@ -89,7 +89,7 @@ def apply_tensor_parallel(model: LanguageModel, world: World) -> None:
     model.layout = SequenceLayout(world, model.config.vocab_size)
 
 
-def _style(name: str, table: Mapping[str, str]) -> str | None:
+def style_of(name: str, table: Mapping[str, str]) -> str | None:
     """Return the style of the first pattern that a module's name matches."""
     for pattern, style in table.items():
         if fnmatchcase(name, pattern):
