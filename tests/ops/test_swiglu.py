@@ -1,5 +1,7 @@
 """SwiGLU functions against their plain twins."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -169,6 +171,17 @@ def test_slices_of_rows_compute_what_all_of_them_do(size, is_sorted, passes):
             gradient = gradient[order] if i == 0 else gradient
             error = (gradient - expected[i]).abs()
             assert (error <= 1e-5 * expected[i].abs().max()).all()
+
+
+def test_gradients_that_nobody_asks_for_take_no_memory():
+    """Of frozen experts, or in the first of a zero-bubble pipeline's passes those of parameters."""
+    x, gate_up, down, weights = arguments(19, 4)
+    offs = torch.tensor([3, 3, 15, 19], dtype=torch.int32)
+    y = sliced(network, 7, offs.tolist(), None, x, weights, offs, gate_up, down)
+    for wanted, made in (([x, weights], {x.shape, weights.shape}), ([down], {down.shape})):
+        with mock.patch.object(torch, "empty_like", wraps=torch.empty_like) as empty_like:
+            torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
+        assert {call.args[0].shape for call in empty_like.call_args_list} == made
 
 
 @pytest.mark.parametrize(

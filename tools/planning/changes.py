@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torchsft.cli import build, flag_of, options_of
 from torchsft.config import Config, InputError
 from torchsft.parallel.stages import ONE_STAGE
 from torchsft.planning import simulation
+from torchsft.planning.memory import RESERVE
 
 SECONDS = 150  # of a core that trying may take
 MOST_TOGETHER = 3  # changes
@@ -119,7 +121,7 @@ def _of_activations(run: Run) -> Iterator[Change]:
 
 
 def _of_layout(run: Run) -> Iterator[Change]:
-    """Yield other layouts of the same ranks, and twice as many."""
+    """Yield other layouts of the same ranks."""
     parallel = run.config.parallel
     shard, pp = parallel.dp_shard, parallel.pp
     balanced = {"parallel.pp_layers": ()}
@@ -134,7 +136,19 @@ def _of_layout(run: Run) -> Iterator[Change]:
     for axis in ("cp", "tp"):
         more = {f"parallel.{axis}": 2 * getattr(parallel, axis)}
         yield Change({**more, "parallel.dp_shard": shard // 2})
-    yield Change({"world_size": 2 * run.size, "parallel.dp_shard": 2 * shard}, "more GPUs")
+
+
+def more_gpus(plan: Plan) -> Change:
+    """Return the change to so many times the GPUs that what is shared among them fits at all."""
+    run, held = plan.run, plan.fullest.memory.held
+    shared = sum(held.get(purpose, 0) for purpose in STATE) / (run.gpu.memory - RESERVE)
+    times = 2 ** max(1, math.ceil(math.log2(max(shared, 1))))
+    parallel, train = run.config.parallel, run.config.train
+    options = {"world_size": times * run.size, "parallel.dp_shard": times * parallel.dp_shard}
+    least = train.micro_batch_size * parallel.dp_replicate * options["parallel.dp_shard"]
+    if train.global_batch_size < least:
+        options["train.global_batch_size"] = least
+    return Change(options, f"{times} times the GPUs")
 
 
 def changed(run: Run, changes: Sequence[Change]) -> Run:
@@ -189,7 +203,7 @@ class Search:
         self.seconds = gpu_seconds(plan.run)
         self.changes: list[Change] = []
         self.losses: list[float] = []  # of each change alone
-        for change in filter(self.can_help, candidates(plan.run)):
+        for change in filter(self.can_help, [*candidates(plan.run), more_gpus(plan)]):
             with contextlib.suppress(InputError):  # it is not possible
                 self.losses.append(self.loss_of([change]))
                 self.changes.append(change)

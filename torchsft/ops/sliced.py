@@ -134,8 +134,11 @@ class _Sliced(torch.autograd.Function):
         # The weight pass of a zero-bubble schedule, which comes later, reads it again.
         is_last_reader = asked == list(ctx.needs_input_grad[2:])
         grad_RD = grad_RD.contiguous()
-        results = [grad_RD if is_last_reader else torch.empty_like(grad_RD)]
-        results += [torch.empty_like(each) for each in inputs[1:]]
+        results = {
+            number: grad_RD if number == 0 and is_last_reader else torch.empty_like(each)
+            for number, each in enumerate(inputs)
+            if asked[number]
+        }
         before, sums = None, {}
         for each in ctx.slices:
             for number, gradient in _gradients(ctx.network, each, inputs, asked, grad_RD):
@@ -145,8 +148,7 @@ class _Sliced(torch.autograd.Function):
                     gradient = sums[number] = gradient.to(wide) + earlier
                 results[number][each.place(number)] = gradient
             before = each.experts
-        pairs = zip(results, asked, strict=True)
-        return None, None, *(result if is_asked else None for result, is_asked in pairs)
+        return None, None, *map(results.get, range(len(inputs)))
 
 
 def _gradients(
