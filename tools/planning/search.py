@@ -957,10 +957,10 @@ def command_of(task: Task, candidate: Candidate, recipe: str, preset: str) -> st
     decided += ["parallel.pp_schedule"] * (candidate.config.parallel.pp > 1)
     decided += ["train.micro_batch_size", "train.global_batch_size", *CHECKPOINTING[0]]
     decided += [*OPTIMIZERS[0], *PRECISIONS[0]]
-    plain = Config()
     for name, setting in options_of(Config).items():
         value = option(candidate.config, name)
-        if name in task.fixed or (name in decided and value != option(plain, name)):
+        always = name in task.fixed or name == "train.global_batch_size"
+        if always or (name in decided and value != option(task.config, name)):
             words.append(written(setting, value))
     if "model.path" not in task.fixed:
         words.append("--model.path HF_DIR")

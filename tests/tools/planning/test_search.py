@@ -80,14 +80,17 @@ def test_the_quick_sum_is_near_execution(ranks):
 
 
 def test_a_command_gives_what_was_decided():
-    given = changed(CONFIG, {"optim.lr": 2e-5})
-    values = {"parallel.pp": 2, "parallel.dp_shard": 4, "parallel.pp_schedule": "1F1B"}
+    # what a candidate has as by default is said too where the preset has something else
+    preset = changed(CONFIG, {"parallel.ep": 8, "train.micro_batch_size": 2})
+    given = changed(preset, {"optim.lr": 2e-5})
+    values = {"parallel.ep": 1, "train.micro_batch_size": 1}
+    values |= {"parallel.pp": 2, "parallel.dp_shard": 4, "parallel.pp_schedule": "1F1B"}
     config = changed(given, values | CHECKPOINTING[3] | {"optim.offload": True})
     candidate = search.Candidate(config, 4, 1.0, 0, 0, 0)
     asked = task("optim.lr", config=given)
     words = shlex.split(command_of(asked, candidate, "recipes/deepseek_v3_sft.py", "finetune"))
     assert words[:6] == "torchrun --nnodes 1 --nproc-per-node 8 recipes/deepseek_v3_sft.py".split()
-    _, parsed = parse({"finetune": Config}, str, words[6:], "")
+    _, parsed = parse({"finetune": lambda: preset}, str, words[6:], "")
     assert parsed.parallel == config.parallel and parsed.optim == config.optim
     assert parsed.train == config.train
 
