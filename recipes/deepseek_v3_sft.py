@@ -84,13 +84,15 @@ def v3_64() -> Config:
     parameters and their gradients: 4 experts of each layer on a GPU, the optimizer on the host.
 
     The copies that are gathered take 21 GB a GPU, activations the rest; masters, moments and
-    gradients 1.4 TB of a node's memory. A step is one microbatch of two rows, so that gradients go
-    to the host once.
+    gradients 1.4 TB of a node's memory. Nodes of 2 TB have no room for a copy of a checkpoint
+    besides (1 TB): training waits while one is written. A step is one microbatch of two rows, so
+    that gradients go to the host once.
     """
     config = v3_128()
     parallel = Parallel(dp_shard=64, ep=64, timeout_seconds=config.parallel.timeout_seconds)
     train = dataclasses.replace(config.train, global_batch_size=128, micro_batch_size=2)
-    return dataclasses.replace(config, parallel=parallel, train=train)
+    checkpoint = dataclasses.replace(config.checkpoint, mode="sync")
+    return dataclasses.replace(config, parallel=parallel, train=train, checkpoint=checkpoint)
 
 
 def v3_256_128k() -> Config:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from tools.planning.gpus import GPUS, read_gpu
-from torchsft.cli import parse, refusals
+from torchsft.cli import options_of, parse, refusals, show_help
 from torchsft.config import Config, InputError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -102,8 +102,11 @@ def read(argv: Sequence[str]) -> tuple[ModuleType, str, Options]:
     if argv[:1] == ["--backtest"]:
         argv = [str(RECIPES / "deepseek_v3_sft.py"), "debug", *argv]
     if not argv or argv[0] in ("-h", "--help", "--help-all"):
-        print(__doc__)
-        raise SystemExit(0)
+        run = options_of(Config)
+        own = {name: each for name, each in options_of(Options).items() if name not in run}
+        defaults = {name: option.default for name, option in own.items()}
+        doc = f"{__doc__.strip()}\n\nRECIPE [PRESET] --help lists those of training too."
+        show_help(doc, own, defaults, "help_all")
     recipe = load_recipe(argv[0])
     preset, options = parse(
         recipe.PRESETS, lambda _: "finetune", argv[1:], __doc__ or "", kind=Options

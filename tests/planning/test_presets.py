@@ -19,16 +19,17 @@ H100 = GPUS["h100-80g"]
 
 
 def needed(preset):
-    """Bytes that the pipeline ranks with most parameters need."""
+    """Bytes that the pipeline ranks with most parameters need, and a node of them on its host."""
     config = PRESETS[preset]()
     size = smallest_number_of_ranks(config.parallel)
     run = run_of(config, model_config(preset), size, H100, IMBALANCE)
-    return role_of(run, parts_of(run).alike[0]).memory.needed
+    role = role_of(run, parts_of(run).alike[0])
+    return role.memory.needed, sum(role.host.values()) * min(size, H100.ranks_per_node)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"debug", "finetune"}))
 def test_a_preset_fits_its_gpus(ranks, preset):
     """On the pipeline ranks with most parameters, which need most in all of these."""
-    (found,) = ranks(1, needed, preset=preset)
-    assert found <= H100.memory
+    ((found, on_host),) = ranks(1, needed, preset=preset)
+    assert found <= H100.memory and on_host <= H100.host_memory
     assert round(found / 1e9) == int(STATED[preset])

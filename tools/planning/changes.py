@@ -314,7 +314,10 @@ def lines_of(plan: Plan, remedies: Sequence[Remedy]) -> list[str]:
         )
     if not remedies:
         return [*lines, "no change that was tried makes it fit; take more GPUs, or --search"]
-    lines.append("what makes it fit, and what it costs of a step's time, times GPUs, as estimated:")
+    lines.append(
+        "what makes it fit, in place of the same options where they are given, and what it costs "
+        "of a step's time, times GPUs, as estimated:"
+    )
     for remedy in remedies:
         left = -remedy.plan.lacking / 1e9
         remark = f"; {remedy.remarks}" if remedy.remarks else ""

@@ -188,6 +188,10 @@ def of_run(
     text = None
     if config.data.train and config.model.path and not config.data.streaming:
         text = read_text(config, model_config, size)
+    elif config.data.train:
+        text = assumed_text(config)
+        why = "streamed" if config.data.streaming else "without the tokenizer of --model.path"
+        text = dataclasses.replace(text, source=f"{text.source}; --data.train was not read ({why})")
     options = {"imbalance": imbalance, "software": software, "text": text}
     return estimate(config, model_config, size, gpu, **options)
 

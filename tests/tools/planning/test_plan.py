@@ -11,7 +11,7 @@ import yaml
 
 from tests.tiny import tiny_config
 from tools import plan
-from tools.planning import report, storage
+from tools.planning import estimate, report, storage
 from tools.planning.gpus import GPUS, read_gpu
 from torchsft.checkpoint.state import Checkpointer
 from torchsft.config import Checkpoint, Config, Data, InputError, Optim, Parallel, Train
@@ -176,6 +176,20 @@ def test_checkpoints_kept_at_one_time(options, steps, most):
 
 
 # Bad input
+
+
+def test_help_without_a_recipe_lists_what_plan_has_itself(capsys):
+    with pytest.raises(SystemExit):
+        plan.read(["--help"])
+    said = capsys.readouterr().out
+    assert "--gpu" in said and "--backtest" in said and "--optim.lr" not in said
+
+
+def test_data_that_is_not_read_is_named():
+    config = Config(data=Data(train=("mine.jsonl",), seq_len=256), train=Train(global_batch_size=1))
+    with patch.object(estimate, "estimate", lambda *_, text, **__: text.source):
+        said = estimate.of_run(config, LLAMA, 1, GPUS["h100-80g"], 1.5, None)
+    assert "--data.train was not read (without the tokenizer of --model.path)" in said
 
 
 @pytest.mark.parametrize(
