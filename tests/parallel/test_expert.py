@@ -102,7 +102,7 @@ def in_slices(**arguments: Any) -> dict[str, Any]:
         (4, {"dp_shard": 4, "ep": 4}, "gpt_oss", in_slices),
         (8, {"dp_shard": 4, "tp": 2, "ep": 8}, "", in_slices),  # 4 nodes
     ],
-    ids=str,
+    ids=["all rows", "gpt_oss in slices", "4 nodes, in slices"],
 )
 def test_two_levels_give_the_gradients_of_one_process(ranks, n, parallel, family, call):
     """Where experts have sorted rows, and where they sort slices of rows themselves."""
