@@ -156,24 +156,27 @@ def check_outputs(options: Options) -> None:
 def run_search(recipe: ModuleType, preset: str, options: Options, fixed: frozenset[str]) -> int:
     """Search, and print what was found; the exit code. `fixed`: options that are given."""
     check_outputs(options)
-    from tools.planning import search
+    from tools.planning import search, search_report
+    from tools.planning.candidates import Task
     from torchsft.planning.memory import on_gpus
     from torchsft.resolution import smallest_number_of_ranks
 
     config = options.config()
     _, model_config = model_of(recipe, preset, config)
     size = options.world_size or smallest_number_of_ranks(config.parallel)
-    task = search.Task(
+    task = Task(
         on_gpus(config), fixed, model_config, size, read_gpu(options.gpu), options.imbalance
     )
     found = search.search(task, lambda text: print(text, file=sys.stderr, flush=True))
     begin = [f"recipes/{Path(recipe.__file__).name}", preset]
-    print(*search.lines_of(found, *begin), sep="\n", flush=True)
+    print(*search_report.lines_of(found, *begin), sep="\n", flush=True)
     if options.html:
-        table = search.table_of(found, *begin)
+        table = search_report.table_of(found, *begin)
         _write_page(options.html, f"{preset} on {size} {task.gpu.name}", tables=[table])
     if options.json:
-        Path(options.json).write_text(json.dumps(search.to_json(found, *begin), indent=2) + "\n")
+        Path(options.json).write_text(
+            json.dumps(search_report.to_json(found, *begin), indent=2) + "\n"
+        )
     return 0 if found.best else 1
 
 
@@ -187,7 +190,8 @@ def read_searched(argv: Sequence[str]) -> tuple[ModuleType, str, Options, frozen
     """Read the command line of a search, and which options it gives: without a preset that of the
     recipe's first published model, with as many rows a step for each GPU.
     """
-    from tools.planning.search import changed, fixed_by
+    from tools.planning.candidates import changed
+    from tools.planning.search_report import fixed_by
     from torchsft.resolution import smallest_number_of_ranks
 
     recipe, preset, options = read(argv)

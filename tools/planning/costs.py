@@ -18,8 +18,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tools.planning.blocks import ATTENTION, GROUPED, MEMORY, PRODUCT, WAIT, Operation, Operations
 from tools.planning.gpus import Gpu, Measured
+from tools.planning.operations import (
+    ATTENTION,
+    GROUPED,
+    MEMORY,
+    PRODUCT,
+    WAIT,
+    Operation,
+    Operations,
+)
 from torchsft.config import InputError
 
 # Seconds between two kernels on a device, and that a host takes to launch one (autograd and FSDP2's

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tools.planning import costs
-from tools.planning.blocks import BACKWARD, FORWARD, ONCE, RECOMPUTED, Block, Blocks, measure
+from tools.planning.blocks import measure
 from tools.planning.costs import Parts, Software
 from tools.planning.gpus import Gpu
+from tools.planning.operations import BACKWARD, FORWARD, ONCE, RECOMPUTED, Block, Blocks
 from tools.planning.replay import (
     EXPOSED,
     OPTIMIZER,

@@ -6,7 +6,8 @@ import pytest
 
 from tests.tiny import tiny_config, tiny_qwen3_config
 from tools.benchmark_layouts import expected_bytes
-from tools.planning.blocks import (
+from tools.planning.blocks import measure
+from tools.planning.operations import (
     ATTENTION,
     BACKWARD,
     EMBEDDING,
@@ -16,7 +17,6 @@ from tools.planning.blocks import (
     ONCE,
     PRODUCT,
     RECOMPUTED,
-    measure,
 )
 from torchsft.config import Config, Data, Parallel, Precision, Train
 from torchsft.models.families import build_model, read_model_config

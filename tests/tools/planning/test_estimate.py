@@ -10,9 +10,10 @@ from tests.tools.planning.test_blocks import LATENT, config_of
 from tools import benchmark_products, published
 from tools.benchmark_products import Shape
 from tools.planning import backtest, costs, estimate
-from tools.planning.blocks import GROUPED, MEMORY, PRODUCT, Operation, measure
+from tools.planning.blocks import measure
 from tools.planning.costs import COLLECTIVES, EXCHANGE, PRODUCTS, Software, seconds_of
 from tools.planning.gpus import GPUS, Measured, read_gpu
+from tools.planning.operations import GROUPED, MEMORY, PRODUCT, Operation
 from torchsft.config import Data, InputError, Model, Train
 from torchsft.metrics.throughput import mfu
 from torchsft.models.families import read_model_config

@@ -4,17 +4,11 @@ import shlex
 from unittest.mock import patch
 
 from tests.tiny import tiny_config
-from tools.planning import search
+from tools.planning import search, search_report
+from tools.planning.candidates import CHECKPOINTING, Task, changed, layouts
 from tools.planning.gpus import read_gpu
-from tools.planning.search import (
-    CHECKPOINTING,
-    Layouts,
-    Task,
-    changed,
-    command_of,
-    layouts,
-    quick_sum,
-)
+from tools.planning.search_report import command_of
+from tools.planning.weighing import Layouts, quick_sum
 from torchsft.cli import parse
 from torchsft.config import Config, Data, Precision, Train
 from torchsft.parallel.world import mesh_sizes
@@ -104,5 +98,5 @@ def test_what_a_search_shows_fits_and_was_constructed():
     for each in found.best:
         assert each.predicted[0] <= GPU.memory and each.estimate.step_seconds == each.seconds
     assert [each.seconds for each in found.best] == sorted(each.seconds for each in found.best)
-    lines = search.lines_of(found, "recipes/deepseek_v3_sft.py", "finetune")
+    lines = search_report.lines_of(found, "recipes/deepseek_v3_sft.py", "finetune")
     assert sum(line.strip().startswith("torchrun") for line in lines) == len(found.best)
