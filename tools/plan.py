@@ -147,10 +147,19 @@ def check_outputs(options: Options) -> None:
     """Refuse a file that cannot be written, before anything is planned."""
     for name in ("trace", "html", "json"):
         path = getattr(options, name)
-        if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+        if not path:
+            continue
+        existed = Path(path).exists()
+        try:
+            with open(path, "a"):
+                pass
+        except OSError as error:
             raise InputError(
-                f"--{name} {path} is a directory, or in none; name a file in one that exists"
-            )
+                f"--{name} {path} cannot be written ({error.strerror}); name a file in a directory "
+                "that exists and can be written"
+            ) from None
+        if not existed:
+            Path(path).unlink()
 
 
 def run_search(recipe: ModuleType, preset: str, options: Options, fixed: frozenset[str]) -> int:
@@ -234,7 +243,7 @@ def run(recipe: ModuleType, preset: str, options: Options) -> int:
     estimated = estimate.of_run(
         planned.config, model_config, size, gpu, options.imbalance, software
     )
-    print(*estimate.lines_of(estimated, gpu), sep="\n", flush=True)
+    print(*estimate.lines_of(estimated, gpu, plan.fits), sep="\n", flush=True)
     if options.trace:
         write_trace(Path(options.trace), estimated.events)
     if options.html:

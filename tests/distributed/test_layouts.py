@@ -609,7 +609,7 @@ def refused(directory: str, model: str = "model", **sizes: Any) -> str:
         (
             4,
             {"pp": 3},
-            "multiply to 3, but 4 ranks were started; start 6 ranks or lower pp, dp_replicate, cp "
+            "multiply to 3, but there are 4 ranks; start 6 ranks or lower pp, dp_replicate, cp "
             "or tp (together 3)",
         ),
         (

@@ -46,16 +46,16 @@ def test_mesh_sizes(world_size, parallel, dp_shard, edp):
         (
             4,
             {"dp_shard": 3},
-            "multiply to 3, but 4 ranks were started; set --parallel.dp-shard -1 "
+            "multiply to 3, but there are 4 ranks; set --parallel.dp-shard -1 "
             "or 4, or start 3 ranks",
         ),
         (
             8,
             {"pp": 3, "tp": 2},
-            r"multiply to 6, but 8 ranks were started; start 12 ranks or lower "
+            r"multiply to 6, but there are 8 ranks; start 12 ranks or lower "
             r".* \(together 6\)",
         ),
-        (2, {"pp": 4}, "multiply to 4, but 2 ranks were started; start 4 ranks or lower pp"),
+        (2, {"pp": 4}, "multiply to 4, but there are 2 ranks; start 4 ranks or lower pp"),
         (
             4,
             {"ep": 3},

@@ -105,7 +105,7 @@ def test_what_a_gpu_has_held_stands_beside_what_was_planned():
     world = SimpleNamespace(
         device=torch.device("cuda"), dense=SimpleNamespace(get_local_rank=lambda _: 0)
     )
-    planned = Memory(0, {"gradients": 20_000_000_000, "moments": 29_500_000_000}, 0, [])
+    planned = Memory(0, {"gradients": 20_000_000_000, "optimizer": 29_500_000_000}, 0, [])
     with (
         patch.object(announce, "gather_objects", lambda _: of_ranks),
         patch.object(torch.cuda, "max_memory_allocated", lambda _: 0),

@@ -321,6 +321,14 @@ def lines_of(plan: Plan, remedies: Sequence[Remedy]) -> list[str]:
     for remedy in remedies:
         left = -remedy.plan.lacking / 1e9
         remark = f"; {remedy.remarks}" if remedy.remarks else ""
-        speed = f"{abs(remedy.loss):.0%} {'slower' if remedy.loss > 0 else 'faster'}"
-        lines.append(f"  {remedy.options}    ({speed}, {left:.1f} GB left{remark})")
+        lines.append(f"  {remedy.options}    ({pace(remedy.loss)}, {left:.1f} GB left{remark})")
     return lines
+
+
+def pace(loss: float) -> str:
+    """Return in words how much longer a step takes, as a share."""
+    if abs(loss) < 0.005:
+        return "as fast"
+    if loss >= 1:
+        return f"{1 + loss:.1f} times as long"
+    return f"{abs(loss):.0%} {'slower' if loss > 0 else 'faster'}"

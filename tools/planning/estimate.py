@@ -415,11 +415,15 @@ def update_bytes(optim: Optim) -> float:
     return 4 * master + 2 * (master + moments)
 
 
-def lines_of(found: Estimate, gpu: Gpu) -> list[str]:
+def lines_of(found: Estimate, gpu: Gpu, fits: bool = True) -> list[str]:
     """Return an estimate as text."""
+    step, low, high = (
+        f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.3g}"
+        for seconds in (found.step_seconds, found.low, found.high)
+    )
     lines = [
         "",
-        f"Time of a step: {found.step_seconds:.1f} s ({found.low:.1f} to {found.high:.1f}); "
+        f"Time of a step{', if it fitted' * (not fits)}: {step} s ({low} to {high}); "
         f"{found.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, MFU {found.mfu:.1%}",
     ]
     for name, seconds in sorted(found.parts.items(), key=lambda part: -part[1]):

@@ -47,18 +47,18 @@ RESERVE = {
     "CUDA context, kernels and communicators": CONTEXT,
     "gaps between tensors": FRAGMENTS,
 }
-# What memory is for (simulation.py), in the order and the words of the report.
-WORDS = {
-    simulation.PARAMETERS: "parameters",
-    simulation.GATHERED: "gathered copies",
-    simulation.GRADIENTS: "gradients",
-    simulation.MOMENTS: "optimizer",
-    simulation.RECEIVED: "receive buffers",
-    simulation.IN_FLIGHT: "activations in flight",
-    simulation.LAYER: "one layer's working set",
-    simulation.LOSS: "loss",
-    simulation.EXCHANGE: "exchange buffers",
-}
+# What memory is for, in the order of the report.
+PURPOSES = (
+    simulation.PARAMETERS,
+    simulation.GATHERED,
+    simulation.GRADIENTS,
+    simulation.MOMENTS,
+    simulation.RECEIVED,
+    simulation.IN_FLIGHT,
+    simulation.LAYER,
+    simulation.LOSS,
+    simulation.EXCHANGE,
+)
 
 
 @dataclass(frozen=True)
@@ -324,15 +324,22 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f}"
 
 
+def many(count: int) -> str:
+    """Return a number of parameters in words."""
+    if count >= 1e8:
+        return f"{count / 1e9:,.1f} billion"
+    return f"{count / 1e6:,.2f} million"
+
+
 def memory_lines(plan: Plan) -> list[str]:
     """Return a table of what a GPU of each role holds, in GB."""
     roles, gpu = plan.roles, plan.run.gpu
     rows = [("", *(_ranks(role.pp_ranks) for role in roles))]
     rows.append(("", *(role.layers for role in roles)))
-    for purpose, words in WORDS.items():
+    for purpose in PURPOSES:
         sizes = [role.memory.held.get(purpose, 0) for role in roles]
         if any(sizes):
-            rows.append((words, *map(gigabytes, sizes)))
+            rows.append((purpose, *map(gigabytes, sizes)))
     allocated = [gigabytes(role.memory.allocated) for role in roles]
     rows.append(("together: torch's tensors", *allocated))
     for words, size in RESERVE.items():
@@ -397,9 +404,9 @@ def lines_of(plan: Plan) -> list[str]:
     rows = f"{train.micro_batch_size} x {config.data.seq_len:,} tokens"
     schedule = f", {parallel.pp_schedule}" if parallel.pp > 1 else ""
     return [
-        f"{count / 1e9:,.1f} billion parameters, {trained / 1e9:,.1f} trained; {run.size} x "
+        f"{many(count)} parameters, {many(trained)} trained; {run.size} x "
         f"{run.gpu.name}: {' x '.join(sizes) or 'one rank'}{schedule}; a step of each data rank is "
-        f"{run.microbatches} microbatches of {rows}",
+        f"{run.microbatches} microbatch{'es' * (run.microbatches > 1)} of {rows}",
         "",
         f"Memory of a GPU when it holds most, in GB (10^9 bytes); a rank's experts receive "
         f"{run.imbalance:g} x the mean",
@@ -417,7 +424,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     roles = []
     for role in plan.roles:
         memory = role.memory
-        held = {WORDS[purpose]: size for purpose, size in memory.held.items() if size}
+        held = {purpose: size for purpose, size in memory.held.items() if size}
         left = run.gpu.memory - memory.needed
         roles.append(
             {"pp_ranks": role.pp_ranks, "layers": role.layers, "held": held}

@@ -78,7 +78,7 @@ def mesh_sizes(parallel: Parallel, world_size: int) -> dict[str, dict[str, int]]
         raise InputError(
             f"the mesh sizes pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard "
             f"{shard} x cp {parallel.cp} x "
-            f"tp {parallel.tp} multiply to {others * shard}, but {world_size} ranks were started; "
+            f"tp {parallel.tp} multiply to {others * shard}, but there are {world_size} ranks; "
             f"{remedy}"
         )
     inner = shard * parallel.cp * parallel.tp

@@ -185,9 +185,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 # What memory is for.
-PARAMETERS, MOMENTS, GATHERED, GRADIENTS = "parameters", "moments", "gathered copies", "gradients"
-RECEIVED, IN_FLIGHT, LAYER = "receive buffers", "activations in flight", "layer at work"
-EXCHANGE, LOSS, SHAPES = "expert exchange", "loss", "shapes alone"
+PARAMETERS, GATHERED, GRADIENTS = "parameters", "gathered copies", "gradients"
+MOMENTS = "optimizer"
+RECEIVED, IN_FLIGHT = "receive buffers", "activations in flight"
+LAYER = "one layer's working set"
+EXCHANGE, LOSS, SHAPES = "exchange buffers", "loss", "shapes alone"
 # Who asked for memory says what it is for: the innermost function on the stack that is named here,
 # by the end of its file's name and its own name ("": any other).
 PURPOSES = {
