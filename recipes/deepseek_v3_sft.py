@@ -97,8 +97,9 @@ def v3_64() -> Config:
 
 def v3_256_128k() -> Config:
     """DeepSeek-V3 on 256 H100-80GB (32 nodes of 8) with rows of 131,072 tokens, each on 32 GPUs
-    (context parallelism), without a pipeline: 4 experts of each layer on a GPU, shared by four; 42
-    GB a GPU for weights, gradients and moments, activations the rest.
+    (context parallelism), without a pipeline: 4 experts of each layer on a GPU, shared by four.
+
+    Weights, gradients and moments take 42 GB a GPU, activations the rest.
     """
     config = v3_256()
     timeout = config.parallel.timeout_seconds
