@@ -99,6 +99,17 @@ def test_planning_ends_where_the_run_has(monkeypatch):
     raise AssertionError("it waits for a run that has ended")
 
 
+def test_a_plan_that_is_cut_off_ends_no_run(monkeypatch):
+    """A child that dies while it writes, for lack of memory say."""
+
+    class DiesInTheMiddle:
+        def __reduce__(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(announce, "_quietly", lambda *_: ["x" * 10**6, DiesInTheMiddle()])
+    assert Planned(None, dict, 1).result() == "its process was ended or took long"
+
+
 def test_what_a_gpu_has_held_stands_beside_what_was_planned():
     """The most over the ranks, of which only those of pipeline rank 0 have been planned."""
     of_ranks = [(0, 50e9, 52e9), (0, 51e9, 53e9), (1, 60e9, 65e9)]

@@ -139,11 +139,13 @@ class Planned:
             self.reading = reading
             return
         os.close(reading)  # so that writing fails where the run has ended
+        code = 1
         try:
             with os.fdopen(writing, "wb") as file:
                 pickle.dump(_quietly(config, model_config, size), file)
+            code = 0
         finally:
-            os._exit(0)
+            os._exit(code)
 
     def result(self) -> Memory | str:
         """Wait for it; a sentence: why there is none."""
@@ -152,8 +154,9 @@ class Planned:
             os.kill(self.child, signal.SIGKILL)
         with os.fdopen(self.reading, "rb") as file:
             found = file.read()
-        os.waitpid(self.child, 0)
-        return pickle.loads(found) if found else "its process was ended or took long"
+        _, status = os.waitpid(self.child, 0)
+        # it may have been killed while it wrote
+        return "its process was ended or took long" if status else pickle.loads(found)
 
 
 def _quietly(
