@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -120,22 +119,17 @@ def model_of(recipe: ModuleType, preset: str, config: Config) -> tuple[str, Mapp
     Raises:
         InputError: there is none, or the recipe is for other models.
     """
+    from sft import check_family, debug_config
     from tools import published
     from torchsft.checkpoint.hf_directory import read_config
+    from torchsft.launch import model_directory
 
     if config.model.path is not None:
-        from sft import check_family
-        from torchsft.launch import model_directory
-
         path = model_directory(config.model.path)
         check_family(path, recipe.ARCHITECTURES)
         return path, read_config(path)
     if preset == "debug":
-        from debug_task import write_debug_model
-
-        with tempfile.TemporaryDirectory() as folder:
-            write_debug_model(Path(folder), getattr(recipe, "DEBUG_MODEL", None))
-            return "the generated model", read_config(folder)
+        return "the generated model", debug_config(getattr(recipe, "DEBUG_MODEL", None))
     names = [name for name in recipe.PRESETS if name not in GENERAL]
     name = preset if preset in names else next(iter(names), preset)
     if name not in published.PRESETS:
