@@ -8,10 +8,11 @@ import pytest
 
 import torchsft
 from tools.planning.gpus import GPUS
-from tools.planning.report import parts_of, role_of, run_of
+from tools.planning.report import role_of, run_of
 from tools.published import PRESETS, model_config
 from torchsft.planning import simulation
 from torchsft.planning.memory import IMBALANCE, RESERVE, predict
+from torchsft.planning.roles import parts_of
 from torchsft.resolution import smallest_number_of_ranks
 
 README = (Path(torchsft.__file__).parents[1] / "recipes" / "README.md").read_text()
@@ -25,7 +26,7 @@ def needed(preset):
     config = PRESETS[preset]()
     size = smallest_number_of_ranks(config.parallel)
     run = run_of(config, model_config(preset), size, H100, IMBALANCE)
-    role = role_of(run, parts_of(run).alike[0])
+    role = role_of(run, parts_of(run.config, run.model_config, size).alike[0])
     return role.memory.needed, sum(role.host.values()) * min(size, H100.ranks_per_node)
 
 

@@ -29,7 +29,7 @@ from tools.planning.replay import (
     seconds_by_kind,
 )
 from torchsft.config import Config, Optim
-from torchsft.data.stream import microbatches_per_step
+from torchsft.data.stream import microbatches_of
 from torchsft.metrics.throughput import mfu
 from torchsft.models.families import read_model_config
 from torchsft.models.language_model import trained_mtp_layers
@@ -260,9 +260,7 @@ class Step:
     @property
     def microbatches(self) -> int:
         """Of each data rank."""
-        parallel, train = self.config.parallel, self.config.train
-        ranks = parallel.dp_replicate * parallel.dp_shard
-        return microbatches_per_step(train.global_batch_size, train.micro_batch_size, ranks)
+        return microbatches_of(self.config)
 
     def stages(self) -> tuple[list[list[Block]], tuple[int, ...]]:
         """Return the blocks of each stage, and the pipeline rank of each."""

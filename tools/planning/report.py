@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
-
 from tools.planning.gpus import Gpu
 from tools.planning.storage import (
     checkpoint_bytes,
@@ -22,13 +20,12 @@ from tools.planning.storage import (
     export_bytes,
 )
 from torchsft.config import Config, to_dict
-from torchsft.data.stream import microbatches_per_step
+from torchsft.data.stream import microbatches_of
 from torchsft.models.language_model import LanguageModel
 from torchsft.parallel.apply import compute_dtype
 from torchsft.parallel.blockwise import check_device as check_blockwise
 from torchsft.parallel.expert_float8 import check_device as check_expert_float8
 from torchsft.parallel.float8 import check_device as check_float8
-from torchsft.parallel.stages import ZERO_BUBBLE
 from torchsft.parallel.world import mesh_sizes
 from torchsft.planning import simulation
 from torchsft.planning.memory import (
@@ -39,6 +36,7 @@ from torchsft.planning.memory import (
     on_gpus,
     planned_rank,
 )
+from torchsft.planning.roles import may_need_most, parts_of
 
 # Bytes of a rank's process on its host: Python, torch, CUDA's libraries, a part of the data.
 PROCESS = 4_000_000_000
@@ -77,13 +75,6 @@ class Run:
     size: int
     gpu: Gpu
     imbalance: float
-
-    @property
-    def microbatches(self) -> int:
-        """Of a step on each data rank."""
-        parallel, train = self.config.parallel, self.config.train
-        data_size = parallel.dp_replicate * parallel.dp_shard
-        return microbatches_per_step(train.global_batch_size, train.micro_batch_size, data_size)
 
 
 def run_of(
@@ -133,58 +124,6 @@ class Role:
     state: int
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Which pipeline ranks have equal layers.
-
-    Attributes:
-        parameters: of the whole model; and those of them that are trained.
-        alike: pipeline ranks, those with most parameters first.
-    """
-
-    parameters: tuple[int, int]
-    alike: list[list[int]]
-
-
-def parts_of(run: Run) -> Parts:
-    """Look which pipeline ranks have equal layers: as many parameters, and as many of them trained.
-
-    Raises:
-        InputError: options, model and ranks do not fit together.
-    """
-    node = run.gpu.ranks_per_node
-    with planned_rank(run.config, run.model_config, run.size, 0, node) as (plan, _):
-        layers = {int(name): _count(layer) for name, layer in plan.whole.model.layers.items()}
-        ends, stages = _count(plan.whole.model.embed_tokens), plan.layers
-        groups: dict[Any, list[int]] = {}
-        for rank in range(run.config.parallel.pp):
-            parts = [stages.part([stage]) for stage in stages.local(rank)]
-            alike = tuple(
-                (part["first"], part["last"], *(layers[layer] for layer in part["layers"]))
-                for part in parts
-            )
-            groups.setdefault(alike, []).append(rank)
-        parameters = _count(plan.whole)
-
-    def size(alike: tuple) -> int:
-        return sum(
-            count
-            for first, last, *counts in alike
-            for count, _ in [*counts, *[ends] * (first + last)]
-        )
-
-    return Parts(parameters, [groups[alike] for alike in sorted(groups, key=size, reverse=True)])
-
-
-def _count(module: nn.Module) -> tuple[int, int]:
-    """Count a module's parameters, and those of them that are trained."""
-    parameters = list(module.parameters())
-    return (
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in parameters if p.requires_grad),
-    )
-
-
 def describe_part(model: LanguageModel) -> str:
     """Say what a pipeline rank has."""
     layers, moes = len(model.model.layers), len(model.moe_layers())
@@ -194,17 +133,10 @@ def describe_part(model: LanguageModel) -> str:
 
 
 def role_of(run: Run, pp_ranks: list[int]) -> Role:
-    """Run a step of the ranks of which one needs most.
-
-    Where a schedule of torch's does backward passes whole, the first of several alike has most
-    microbatches in flight; the others let the last one wait longest for its weights' gradients, or
-    all have about as many.
-    """
-    ends = {pp_ranks[0], pp_ranks[-1]}
-    if run.config.parallel.pp_schedule not in ZERO_BUBBLE:
-        ends = {pp_ranks[0]}
+    """Run a step of the ranks of which one needs most."""
+    ranks = may_need_most(run.config.parallel, pp_ranks)
     return max(
-        (_role_by(run, pp_ranks, rank) for rank in sorted(ends)),
+        (_role_by(run, pp_ranks, rank) for rank in ranks),
         key=lambda role: role.memory.needed,
     )
 
@@ -296,7 +228,8 @@ def make_plan(run: Run, *, whole: bool = True) -> Plan:
     """
     began = time.perf_counter()
     export = export_bytes(run.config, run.model_config) if whole else 0
-    parts, roles = parts_of(run), []
+    node = run.gpu.ranks_per_node
+    parts, roles = parts_of(run.config, run.model_config, run.size, node), []
     for ranks in parts.alike:
         roles.append(role_of(run, ranks))
         if not whole and roles[-1].memory.needed > run.gpu.memory:
@@ -397,7 +330,7 @@ def storage_lines(plan: Plan) -> list[str]:
 def lines_of(plan: Plan) -> list[str]:
     """Return the plan as text."""
     run, config = plan.run, plan.run.config
-    parallel, train = config.parallel, config.train
+    parallel, train, microbatches = config.parallel, config.train, microbatches_of(config)
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
     sizes = [f"{axis} {getattr(parallel, axis)}" for axis in axes if getattr(parallel, axis) > 1]
     count, trained = plan.parameters
@@ -406,7 +339,7 @@ def lines_of(plan: Plan) -> list[str]:
     return [
         f"{many(count)} parameters, {many(trained)} trained; {run.size} x "
         f"{run.gpu.name}: {' x '.join(sizes) or 'one rank'}{schedule}; a step of each data rank is "
-        f"{run.microbatches} microbatch{'es' * (run.microbatches > 1)} of {rows}",
+        f"{microbatches} microbatch{'es' * (microbatches > 1)} of {rows}",
         "",
         f"Memory of a GPU when it holds most, in GB (10^9 bytes); a rank's experts receive "
         f"{run.imbalance:g} x the mean",

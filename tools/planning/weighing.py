@@ -40,7 +40,7 @@ from torchsft.cli import (
 )
 from torchsft.config import Config, InputError, Parallel
 from torchsft.config.optim_options import BLOCK
-from torchsft.data.stream import microbatches_per_step, tokens_per_microbatch
+from torchsft.data.stream import microbatches_of, tokens_per_microbatch
 from torchsft.models.families import family_of
 from torchsft.models.language_model import trained_mtp_layers
 from torchsft.parallel.memory import FP32
@@ -85,13 +85,6 @@ def most_in_flight(
             most = max(most, tuple(now.values()), key=sum)
         found.append(most)
     return found
-
-
-def microbatches_of(config: Config) -> int:
-    """Return the microbatches of a step on each data rank."""
-    parallel, train = config.parallel, config.train
-    data_size = parallel.dp_replicate * parallel.dp_shard
-    return microbatches_per_step(train.global_batch_size, train.micro_batch_size, data_size)
 
 
 class Layouts:

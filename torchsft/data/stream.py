@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchsft.config import InputError
+from torchsft.config import Config, InputError
 from torchsft.data.batch import Batch, collate
 from torchsft.data.order import shuffled
 from torchsft.data.packing import Method, balance_rows, pack
@@ -145,6 +145,17 @@ def microbatches_per_step(global_batch_size: int, micro_batch_size: int, data_si
             f"ranks ({data_size}); set it to {rounds * rows_per_round}"
         )
     return global_batch_size // rows_per_round
+
+
+def microbatches_of(config: Config) -> int:
+    """Return the microbatches of one data rank in a step of a run whose `dp_shard` is resolved.
+
+    Raises:
+        InputError: the sizes do not divide.
+    """
+    parallel, train = config.parallel, config.train
+    data_size = parallel.dp_replicate * parallel.dp_shard
+    return microbatches_per_step(train.global_batch_size, train.micro_batch_size, data_size)
 
 
 def tokens_per_microbatch(micro_batch_size: int, seq_len: int, cp: int, tp: int) -> int:

@@ -7,20 +7,20 @@ import pickle
 import resource
 import select
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchsft.config import Config, InputError
-from torchsft.data.stream import microbatches_per_step
+from torchsft.data.stream import microbatches_of
 from torchsft.models.decoder import local
 from torchsft.models.families import read_model_config
-from torchsft.models.language_model import ModelConfig, trained_mtp_layers
+from torchsft.models.language_model import trained_mtp_layers
 from torchsft.parallel.collectives import gather_objects
 from torchsft.parallel.memory import device_bytes
-from torchsft.parallel.stages import ZERO_BUBBLE, StagePlan, plan_stages
+from torchsft.parallel.stages import plan_stages
 from torchsft.parallel.world import World
 from torchsft.planning.memory import (
     CONTEXT,
@@ -31,6 +31,7 @@ from torchsft.planning.memory import (
     microbatches_run,
     predict,
 )
+from torchsft.planning.roles import may_need_most, parts_of
 from torchsft.planning.simulation import MOMENTS, PARAMETERS
 
 # Passes of a microbatch through a layer that a run simulates before it starts: some 30 ms each.
@@ -70,9 +71,8 @@ def dry_run(config: Config, model_config: Mapping[str, Any], size: int) -> None:
         f"experts receive {IMBALANCE} x the mean"
     )
     most = 0
-    for ranks in _alike(config, read_model_config(model_config)):
-        # With backward passes in one the first of several alike has most microbatches in flight.
-        some = {ranks[0], ranks[-1]} if config.parallel.pp_schedule in ZERO_BUBBLE else ranks[:1]
+    for ranks in sorted(parts_of(config, model_config, size).alike):
+        some = may_need_most(config.parallel, ranks)
         memories = [predict(config, model_config, size, rank) for rank in some]
         fullest = max(memories, key=lambda memory: memory.needed)
         most = max(most, fullest.needed)
@@ -91,29 +91,6 @@ def dry_run(config: Config, model_config: Mapping[str, Any], size: int) -> None:
         )
     else:
         print(f"{needed}; the GPU has {gigabytes(available)}: it fits")
-
-
-def _stages(config: Config, model_config: ModelConfig) -> tuple[StagePlan, int]:
-    """Return which layers are where, and the microbatches of a step."""
-    parallel, train = config.parallel, config.train
-    data_size = parallel.dp_replicate * parallel.dp_shard
-    count = microbatches_per_step(train.global_batch_size, train.micro_batch_size, data_size)
-    mtp_layers = trained_mtp_layers(config.model.mtp, model_config)
-    return plan_stages(parallel, model_config, count, mtp_layers), count
-
-
-def _alike(config: Config, model_config: ModelConfig) -> Iterator[Sequence[int]]:
-    """Give pipeline ranks with equal layers together."""
-    stages, _ = _stages(config, model_config)
-    costs, groups = model_config.layer_costs(), {}
-    for rank in range(config.parallel.pp):
-        parts = [stages.part([stage]) for stage in stages.local(rank)]
-        key = [
-            (part["first"], part["last"], *(costs[layer] for layer in part["layers"]))
-            for part in parts
-        ]
-        groups.setdefault(tuple(key), []).append(rank)
-    yield from groups.values()
 
 
 # At the start and at the end of a run
@@ -176,7 +153,9 @@ def _quietly(
 
 def _own(config: Config, model_config: Mapping[str, Any], size: int) -> Memory | str:
     """Predict rank 0's memory, unless that takes long."""
-    stages, microbatches = _stages(config, read_model_config(model_config))
+    sizes, microbatches = read_model_config(model_config), microbatches_of(config)
+    mtp_layers = trained_mtp_layers(config.model.mtp, sizes)
+    stages = plan_stages(config.parallel, sizes, microbatches, mtp_layers)
     layers = sum(len(stages.layers[stage]) for stage in stages.local(0))
     train = config.train
     passes = layers * microbatches_run(config.parallel, microbatches)
