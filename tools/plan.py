@@ -193,7 +193,7 @@ def read_searched(argv: Sequence[str]) -> tuple[ModuleType, str, Options, frozen
     """Read the command line of a search, and which options it gives: without a preset that of the
     recipe's first published model, with as many rows a step for each GPU.
     """
-    from tools.planning.candidates import changed
+    from tools.planning.options import changed
     from tools.planning.search_report import fixed_by
     from torchsft.resolution import smallest_number_of_ranks
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args, get_type_hints
 
 from tools.planning.gpus import Gpu
+from tools.planning.options import option
 from torchsft.cli import (
     Values,
 )
@@ -62,28 +62,6 @@ INEXACT = {
     "precision.compute": "bf16",
     "precision.experts": "same",
 }
-
-
-def option(config: Config, name: str) -> Any:
-    """Return the value of an option by its dotted name."""
-    return operator.attrgetter(name)(config)
-
-
-def changed(config: Config, values: Values) -> Config:
-    """Return a configuration with other values of options.
-
-    Raises:
-        InputError: they do not go together.
-    """
-    sections: dict[str, Values] = {}
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    parts = {
-        section: dataclasses.replace(getattr(config, section), **fields)
-        for section, fields in sections.items()
-    }
-    return dataclasses.replace(config, **parts)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tools.planning.estimate import estimate
+from tools.planning.options import changed, option, written
 from tools.planning.report import Plan, Run, make_plan, run_of
-from torchsft.cli import build, flag_of, options_of
+from torchsft.cli import options_of
 from torchsft.config import Config, InputError
 from torchsft.parallel.stages import ONE_STAGE
 from torchsft.planning import simulation
@@ -151,7 +151,7 @@ def more_gpus(plan: Plan) -> Change:
     return Change(options, f"{times} times the GPUs")
 
 
-def changed(run: Run, changes: Sequence[Change]) -> Run:
+def run_with(run: Run, changes: Sequence[Change]) -> Run:
     """Return the run with other options.
 
     Raises:
@@ -159,8 +159,7 @@ def changed(run: Run, changes: Sequence[Change]) -> Run:
     """
     options = _merged(changes)
     size = options.pop("world_size", run.size)
-    values = {name: operator.attrgetter(name)(run.config) for name in options_of(Config)}
-    config = build(Config, values | options)
+    config = changed(run.config, options)
     return run_of(config, run.model_config, size, run.gpu, run.imbalance)
 
 
@@ -170,12 +169,12 @@ def _merged(changes: Sequence[Change]) -> dict[str, Any]:
 
 def _written(run: Run, changes: Sequence[Change]) -> str:
     """Return options as they are typed, without those that are so already."""
-    words = []
+    words, settings = [], options_of(Config)
     for name, value in _merged(changes).items():
-        if name != "world_size" and operator.attrgetter(name)(run.config) == value:
-            continue
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words.append(f"{flag_of(name)} {shown}".rstrip())
+        if name == "world_size":
+            words.append(f"--world-size {value}")
+        elif option(run.config, name) != value:
+            words.append(written(settings[name], value))
     return " ".join(words)
 
 
@@ -215,7 +214,7 @@ class Search:
         Raises:
             InputError: they are not possible.
         """
-        return gpu_seconds(changed(self.run, changes)) / self.seconds - 1
+        return gpu_seconds(run_with(self.run, changes)) / self.seconds - 1
 
     def can_help(self, change: Change) -> bool:
         """Whether a change is of what is lacking, and of what is held at all."""
@@ -281,7 +280,7 @@ class Search:
         """
         changes = [self.changes[number] for number in numbers]
         try:
-            plan = make_plan(changed(self.run, changes), whole=False)
+            plan = make_plan(run_with(self.run, changes), whole=False)
         except InputError:
             return None
         saved = self.plan.fullest.memory.needed - plan.fullest.memory.needed

@@ -25,18 +25,11 @@ from typing import Any
 import torch
 
 from tools.planning.blocks import measure
-from tools.planning.candidates import (
-    AXES,
-    CHECKPOINTING,
-    OPTIMIZERS,
-    Task,
-    changed,
-    divisors,
-    powers,
-)
+from tools.planning.candidates import AXES, CHECKPOINTING, OPTIMIZERS, Task, divisors, powers
 from tools.planning.estimate import estimate
 from tools.planning.gpus import Gpu
 from tools.planning.operations import Blocks
+from tools.planning.options import changed
 from tools.planning.report import role_of, run_of
 from tools.planning.weighing import Candidate, Layouts, Weighing, formats_of, may_fit, quick_sum
 from torchsft.cli import (

@@ -5,18 +5,16 @@ a table of the page, JSON.
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tools.planning.candidates import AXES, CHECKPOINTING, OPTIMIZERS, PRECISIONS, Task, option
+from tools.planning.candidates import AXES, CHECKPOINTING, OPTIMIZERS, PRECISIONS, Task
+from tools.planning.options import option, written
 from tools.planning.page import Table
 from tools.planning.search import Found
 from tools.planning.weighing import Candidate
 from torchsft.cli import (
     CONFIG_FILE,
-    Option,
-    flag_of,
     options_of,
     read_arguments,
     read_file,
@@ -60,14 +58,6 @@ def command_of(task: Task, candidate: Candidate, recipe: str, preset: str) -> st
     if "data.train" not in task.fixed:
         words.append("--data.train FILE")
     return " ".join(words)
-
-
-def written(setting: Option, value: Any) -> str:
-    """Return an option as the command line has it."""
-    if setting.kind is bool:
-        return setting.flag if value else flag_of(setting.negation)
-    values = value if isinstance(value, tuple) else (value,)
-    return " ".join([setting.flag, *(shlex.quote(str(each)) for each in values)])
 
 
 def row_of(task: Task, candidate: Candidate) -> tuple[str, ...]:

@@ -25,14 +25,13 @@ from tools.planning.candidates import (
     OPTIMIZERS,
     PRECISIONS,
     Task,
-    changed,
     layouts,
-    option,
 )
 from tools.planning.costs import OF_ATTENTION, OF_MEMORY, PRODUCTS, Software
 from tools.planning.estimate import HOST_BANDWIDTH, PCIE, Estimate, Step
 from tools.planning.gpus import Gpu
 from tools.planning.operations import EMBEDDING, HEAD, MTP, Blocks
+from tools.planning.options import changed, option
 from tools.planning.replay import BACKWARD, FORWARD, INPUT, WEIGHT, order
 from tools.planning.report import PROCESS, check_gpu
 from torchsft.cli import (

@@ -5,8 +5,9 @@ from unittest.mock import patch
 
 from tests.tiny import tiny_config
 from tools.planning import search, search_report
-from tools.planning.candidates import CHECKPOINTING, Task, changed, layouts
+from tools.planning.candidates import CHECKPOINTING, Task, layouts
 from tools.planning.gpus import read_gpu
+from tools.planning.options import changed
 from tools.planning.search_report import command_of
 from tools.planning.weighing import Layouts, quick_sum
 from torchsft.cli import parse
