@@ -88,7 +88,9 @@ def load_recipe(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "PRESETS") or not hasattr(module, "ARCHITECTURES"):
-        raise InputError(f"{path} is no recipe: it lacks PRESETS or ARCHITECTURES")
+        raise InputError(
+            f"{path} is no recipe: it lacks PRESETS or ARCHITECTURES; name a file of recipes/"
+        )
     return module
 
 

@@ -421,8 +421,10 @@ def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def suggestion(name: str, known: Mapping[str, Option]) -> str:
-    """Say what may have been meant by an unknown name, as the end of a sentence."""
+def suggestion(name: str, known: Mapping[str, Option], flags: bool = True) -> str:
+    """Say what may have been meant by an unknown name, as the end of a sentence; `flags`: whether
+    options have flags, and do not stand in files alone.
+    """
     switch = known.get(name.removeprefix("no_"))
     if switch is not None and switch.kind is bool:
         return f"did you mean {flag_of(switch.negation)}?"
@@ -434,8 +436,11 @@ def suggestion(name: str, known: Mapping[str, Option]) -> str:
     found += difflib.get_close_matches(name, known, 3, 0.75)
     for near in difflib.get_close_matches(last, lasts, 2, 0.75):
         found += lasts[near]
-    nearest = [known[other].flag for other in dict.fromkeys(found) if other in known][:3]
-    return f"did you mean {' or '.join(nearest)}?" if nearest else "--help-all lists all options"
+    nearest = [other for other in dict.fromkeys(found) if other in known][:3]
+    if nearest:
+        words = [known[other].flag if flags else other for other in nearest]
+        return f"did you mean {' or '.join(words)}?"
+    return "--help-all lists all options" if flags else f"those there are: {', '.join(known)}"
 
 
 # Files
@@ -457,7 +462,8 @@ def read_file(path: str, options: Mapping[str, Option], flag: str = CONFIG_FILE.
     for name, value in _flat(content, options, path):
         said = f"{name} in {path}"
         if name not in options:
-            raise InputError(f"there is no option {said}; {suggestion(name, options)}")
+            near = suggestion(name, options, flags=flag == CONFIG_FILE.flag)
+            raise InputError(f"there is no option {said}; {near}")
         read = read_option(options[name], value, said)
         if values.get(name, read) != read:
             raise InputError(

@@ -238,7 +238,8 @@ def refusal(argv):
     ("text", "said"),
     [
         ("memory: 80e9", "lacks compute_capability, peak_flops.bf16"),
-        ("like: h100-80g\nmemori: 1", "did you mean --memory"),
+        ("like: h100-80g\nmemori: 1", "did you mean memory or"),
+        ("like: h100-80g\nxyz: 1", "those there are: like, name, memory, "),
         ("like: h100\n", "must be one of h100-80g"),
         ("like: h100-80g\nprice: -1", "must be above 0"),
         ("like: h100-80g\npeak_flops: {bf16: fast}", "must be a number"),
