@@ -28,16 +28,42 @@ class Shape(NamedTuple):
     experts: int = 0
 
 
-SHAPES = [
-    *(Shape(size, size, size) for size in (1024, 2048, 4096, 8192)),
-    # DeepSeek-V3 at 4,096 tokens: latents, heads, output, dense network, shared expert
-    *(Shape(4096, n, k) for n, k in ((1536, 7168), (24576, 1536), (576, 7168), (32768, 512))),
-    *(Shape(4096, n, k) for n, k in ((7168, 16384), (36864, 7168), (7168, 18432), (2048, 7168))),
-    # its experts, at a mean load on 16 and on 32 ranks, and the gradient of their weights
-    *(Shape(m, n, k, 8) for m in (1024, 3072) for n, k in ((4096, 7168), (7168, 2048))),
+SQUARES = (1024, 2048, 4096, 8192)
+# Outputs and inputs of weights, which multiply 4,096 tokens.
+DENSE = (
+    # DeepSeek-V3: latents, heads, output
+    (1536, 7168),
+    (24576, 1536),
+    (576, 7168),
+    (32768, 512),
+    (7168, 16384),
+    # its dense network and a shared expert
+    (36864, 7168),
+    (7168, 18432),
+    (2048, 7168),
     # Qwen3-30B-A3B and Moonlight
-    *(Shape(4096, n, k) for n, k in ((4096, 2048), (2048, 4096), (3072, 2048), (2048, 11264))),
-    *(Shape(m, n, k, 16) for m in (512, 2048) for n, k in ((1536, 2048), (2048, 768))),
+    (4096, 2048),
+    (2048, 4096),
+    (3072, 2048),
+    (2048, 11264),
+)
+# Experts of a rank, rows of each, outputs and inputs.
+EXPERTS = (
+    # DeepSeek-V3 at a mean load on 16 and on 32 ranks
+    (8, 1024, 4096, 7168),
+    (8, 1024, 7168, 2048),
+    (8, 3072, 4096, 7168),
+    (8, 3072, 7168, 2048),
+    # Qwen3-30B-A3B
+    (16, 512, 1536, 2048),
+    (16, 512, 2048, 768),
+    (16, 2048, 1536, 2048),
+    (16, 2048, 2048, 768),
+)
+SHAPES = [
+    *(Shape(size, size, size) for size in SQUARES),
+    *(Shape(4096, outputs, inputs) for outputs, inputs in DENSE),
+    *(Shape(rows, outputs, inputs, experts) for experts, rows, outputs, inputs in EXPERTS),
 ]
 
 
